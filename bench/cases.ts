@@ -1,0 +1,262 @@
+import {
+  alibiSlopes,
+  attention,
+  bytesPerElement,
+  type Device,
+  lightning,
+  lightningDecode,
+  linear,
+  norm,
+  randn,
+  type Tensor,
+  tensor,
+} from 'heddle'
+import type { Problem } from './problem.js'
+
+/** One problem made ready to run. */
+export interface Case {
+  /** Enqueues the operator once and returns what it made, for the caller to dispose of. */
+  run(): Tensor[]
+  flops: number
+  /** The least bytes that have to move. */
+  bytes: number
+  /** The largest error of some sampled results against float64, relative to the largest value; runs the operator. */
+  check(): Promise<number>
+  /** What peers need to run the same. */
+  inputs: readonly Tensor[]
+}
+
+/** How to make the case of an operator's problem. */
+export const operators: Readonly<Record<string, (problem: Problem, device: Device) => Case>> = {
+  attention(problem, device) {
+    const { dtype, size, flags } = problem
+    const [b, sq, sk, hq, d] = [size('b'), size('sq'), size('sk'), size('hq'), size('d')]
+    const [hk, dv] = [size('hk', hq), size('dv', d)]
+    const causal = flags.has('causal')
+    const window = size('window', 0) || undefined
+    const make = (seed: number, shape: number[]) => randn(shape, { seed, dtype, device })
+    const [q, k, v] = [make(1, [b, sq, hq, d]), make(2, [b, sk, hk, d]), make(3, [b, sk, hk, dv])]
+    const options = { causal, ...(window ? { window } : {}) }
+    const sees = (row: number) => {
+      const at = sk - sq + row
+      const end = causal || window ? Math.min(at + 1, sk) : sk
+      return [Math.max(window ? at - window + 1 : 0, 0), Math.max(end, 0)] as const
+    }
+    let pairs = 0
+    for (let row = 0; row < sq; row++) pairs += Math.max(sees(row)[1] - sees(row)[0], 0)
+    const element = bytesPerElement[dtype]
+    return {
+      inputs: [q, k, v],
+      flops: 2 * b * hq * pairs * (d + dv),
+      bytes: element * b * (sq * hq * (d + dv) + sk * hk * (d + dv)) + 4 * b * hq * sq,
+      run() {
+        const { out, lse } = attention(q, k, v, options)
+        return [out, lse]
+      },
+      async check() {
+        const { out, lse } = attention(q, k, v, options)
+        const [head, batch] = [hq - 1, b - 1]
+        const read = async (x: Tensor, h: number) =>
+          x.select(0, batch).select(1, h).read({ as: 'float32' })
+        const keyHead = Math.floor(head / (hq / hk))
+        const [qs, ks, vs, os] = [
+          await read(q, head),
+          await read(k, keyHead),
+          await read(v, keyHead),
+          await read(out, head),
+        ]
+        let [worst, top] = [0, 0]
+        for (const row of [0, Math.floor(sq / 3), Math.floor(sq / 2), sq - 1]) {
+          const [from, to] = sees(row)
+          const scores: number[] = []
+          for (let t = from; t < to; t++) {
+            let dot = 0
+            for (let e = 0; e < d; e++) dot += qs[row * d + e]! * ks[t * d + e]!
+            scores.push(dot / Math.sqrt(d))
+          }
+          const most = scores.reduce((a, x) => Math.max(a, x), Number.NEGATIVE_INFINITY)
+          const sum = scores.reduce((a, x) => a + Math.exp(x - most), 0)
+          for (let f = 0; f < dv; f++) {
+            let value = 0
+            scores.forEach((score, j) => {
+              value += (Math.exp(score - most) / sum) * vs[(from + j) * dv + f]!
+            })
+            worst = Math.max(worst, Math.abs(value - os[row * dv + f]!))
+            top = Math.max(top, Math.abs(value))
+          }
+        }
+        out.dispose()
+        lse.dispose()
+        return worst / top
+      },
+    }
+  },
+
+  lightning(problem, device) {
+    const { dtype, size } = problem
+    const [b, h, s, d] = [size('b'), size('h'), size('s'), size('d')]
+    const e = size('e', d)
+    const make = (seed: number, last: number) => randn([b, s, h, last], { seed, dtype, device })
+    const [q, k, v] = [make(1, d), make(2, d), make(3, e)]
+    const rates = alibiSlopes(h)
+    const slopes = tensor(rates, undefined, { device })
+    return {
+      inputs: [q, k, v],
+      flops: b * h * s * (2 * 64 * (d + e) + 4 * d * e),
+      bytes: bytesPerElement[dtype] * b * h * s * (2 * d + 2 * e),
+      run: () => [lightning(q, k, v, { slopes }).out],
+      async check() {
+        const { out } = lightning(q, k, v, { slopes })
+        const read = (x: Tensor) =>
+          x
+            .select(0, b - 1)
+            .select(1, h - 1)
+            .read({ as: 'float32' })
+        const [qs, ks, vs, os] = [await read(q), await read(k), await read(v), await read(out)]
+        const decay = Math.exp(-rates[h - 1]!)
+        const column = e - 1
+        const state = new Float64Array(d)
+        let [worst, top] = [0, 0]
+        for (let t = 0; t < s; t++) {
+          let value = 0
+          for (let i = 0; i < d; i++) {
+            state[i] = decay * state[i]! + ks[t * d + i]! * vs[t * e + column]!
+            value += qs[t * d + i]! * state[i]!
+          }
+          worst = Math.max(worst, Math.abs(value - os[t * e + column]!))
+          top = Math.max(top, Math.abs(value))
+        }
+        out.dispose()
+        return worst / top
+      },
+    }
+  },
+
+  'lightning.decode'(problem, device) {
+    const { dtype, size } = problem
+    const [b, h, d] = [size('b'), size('h'), size('d')]
+    const e = size('e', d)
+    const make = (seed: number, last: number) => randn([b, 1, h, last], { seed, dtype, device })
+    const [q, k, v] = [make(1, d), make(2, d), make(3, e)]
+    const slopes = tensor(alibiSlopes(h), undefined, { device })
+    const states = randn([b, h, d, e], { seed: 4, device })
+    const slots = tensor(
+      Array.from({ length: b }, (_, i) => i),
+      [b],
+      { dtype: 'int32', device },
+    )
+    return {
+      inputs: [q, k, v],
+      flops: 4 * b * h * d * e,
+      bytes: 8 * b * h * d * e,
+      run: () => [lightningDecode(q, k, v, states, slots, { slopes }).out],
+      async check() {
+        const before = await states.select(0, 0).select(0, 0).read()
+        const { out } = lightningDecode(q, k, v, states, slots, { slopes })
+        const read = (x: Tensor) => x.select(0, 0).select(0, 0).select(0, 0).read({ as: 'float32' })
+        const [qs, ks, vs, os] = [await read(q), await read(k), await read(v), await read(out)]
+        const decay = Math.exp(-alibiSlopes(h)[0]!)
+        let [worst, top] = [0, 0]
+        for (let f = 0; f < e; f++) {
+          let value = 0
+          for (let i = 0; i < d; i++)
+            value += qs[i]! * (decay * before[i * e + f]! + ks[i]! * vs[f]!)
+          worst = Math.max(worst, Math.abs(value - os[f]!))
+          top = Math.max(top, Math.abs(value))
+        }
+        out.dispose()
+        return worst / top
+      },
+    }
+  },
+
+  linear(problem, device) {
+    const { dtype, size } = problem
+    const [m, n, k] = [size('m'), size('n'), size('k')]
+    const x = randn([m, k], { seed: 1, dtype, device })
+    const weight = randn([n, k], { seed: 2, dtype, device })
+    return {
+      inputs: [x, weight],
+      flops: 2 * m * n * k,
+      bytes: bytesPerElement[dtype] * (m * k + n * k + m * n),
+      run: () => [linear(x, weight)],
+      async check() {
+        const out = linear(x, weight)
+        const [xs, ws] = [
+          await x.select(0, m - 1).read({ as: 'float32' }),
+          await weight.select(0, n - 1).read({ as: 'float32' }),
+        ]
+        const last = (await out.select(0, m - 1).read({ as: 'float32' }))[n - 1]!
+        let exact = 0
+        for (let i = 0; i < k; i++) exact += xs[i]! * ws[i]!
+        out.dispose()
+        return Math.abs(last - exact) / Math.sqrt(k)
+      },
+    }
+  },
+
+  norm(problem, device) {
+    const { dtype, size } = problem
+    const x = randn([size('m'), size('d')], { seed: 1, dtype, device })
+    return {
+      inputs: [x],
+      flops: 4 * x.size,
+      bytes: 2 * x.nbytes,
+      run: () => [norm(x)],
+      async check() {
+        const out = norm(x)
+        const [xs, os] = [
+          await x.select(0, 0).read({ as: 'float32' }),
+          await out.select(0, 0).read({ as: 'float32' }),
+        ]
+        const root = Math.sqrt(xs.reduce((sum, value) => sum + value * value, 0) / xs.length + 1e-5)
+        out.dispose()
+        return os.reduce((worst, value, i) => Math.max(worst, Math.abs(value - xs[i]! / root)), 0)
+      },
+    }
+  },
+
+  copy(problem, device) {
+    const x = randn([problem.size('n')], { seed: 1, device })
+    return {
+      inputs: [x],
+      flops: 0,
+      bytes: 2 * x.nbytes,
+      run: () => [x.clone()],
+      async check() {
+        const out = x.clone()
+        const same = (await out.read()).every((value, i) => i > 1000 || Number.isFinite(value))
+        out.dispose()
+        return same ? 0 : 1
+      },
+    }
+  },
+}
+
+/** What `npm run bench` measures when no problem is named, by kind of device. */
+export const suites: Readonly<Record<'cpu' | 'cuda', readonly string[]>> = {
+  cpu: [
+    'attention:b1 sq2048 sk2048 hq8 hk8 d64 f32 causal',
+    'attention:b1 sq2048 sk2048 hq8 hk8 d64 f32',
+    'attention:b1 sq1 sk16384 hq8 hk2 d128 f32',
+    'lightning:b1 h8 s4096 d64 e64 f32',
+    'lightning.decode:b8 h8 d64 e64 f32',
+    'linear:m512 n768 k256 f32',
+    'linear:m1 n4096 k4096 f32',
+    'norm:m4096 d1024 f32',
+  ],
+  cuda: [
+    'attention:b4 sq4096 sk4096 hq16 hk16 d128 bf16',
+    'attention:b4 sq4096 sk4096 hq16 hk16 d128 bf16 causal',
+    'attention:b2 sq8192 sk8192 hq32 hk32 d64 bf16 causal',
+    'attention:b2 sq8192 sk8192 hq8 hk8 d256 bf16',
+    'attention:b1 sq4096 sk4096 hq16 hk16 d96 bf16 causal',
+    'attention:b1 sq4096 sk4096 hq16 hk16 d128 bf16 causal window1024',
+    'attention:b8 sq1 sk32768 hq32 hk8 d128 bf16',
+    'lightning:b4 h32 s2048 d128 e128 bf16',
+    'lightning.decode:b64 h64 d128 e128 bf16',
+    'linear:m8192 n8192 k8192 bf16',
+    'linear:m1 n8192 k8192 bf16',
+    'norm:m16384 d4096 bf16',
+  ],
+}

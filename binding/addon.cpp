@@ -1,0 +1,61 @@
+#include <napi.h>
+
+#include <new>
+
+#include "binding/call.h"
+#include "binding/environment.h"
+#include "binding/tensors.h"
+
+namespace heddle {
+namespace {
+
+// The one place where native exceptions become JavaScript errors
+template <Napi::Value (*Function)(const Napi::CallbackInfo&)>
+Napi::Value guarded(const Napi::CallbackInfo& info) {
+  Environment& environment = Environment::of(info.Env());
+  try {
+    return Function(info);
+  } catch (const Error& error) {
+    throw environment.to_js(error);
+  } catch (const std::bad_alloc&) {
+    throw environment.to_js(Error(Code::kMemory, "", "ran out of host memory"));
+  }
+}
+
+// init(the error class): called once by lib before anything else
+Napi::Value init(const Napi::CallbackInfo& info) {
+  Environment::of(info.Env()).error_class = Napi::Persistent(info[0].As<Napi::Function>());
+  return info.Env().Undefined();
+}
+
+template <Napi::Value (*Function)(const Napi::CallbackInfo&)>
+void add(Napi::Object exports, const char* name) {
+  exports[name] = Napi::Function::New<guarded<Function>>(exports.Env(), name);
+}
+
+Napi::Object load(Napi::Env env, Napi::Object exports) {
+  env.SetInstanceData(new Environment(env));
+  add<init>(exports, "init");
+  add<operators_to_js>(exports, "operators");
+  add<run>(exports, "run");
+  add<make_empty>(exports, "empty");
+  add<make_from>(exports, "from");
+  add<make_view>(exports, "view");
+  add<transfer>(exports, "transfer");
+  add<write>(exports, "write");
+  add<read>(exports, "read");
+  add<read_sync>(exports, "readSync");
+  add<finish>(exports, "finish");
+  add<release>(exports, "release");
+  add<memory>(exports, "memory");
+  add<cuda>(exports, "cuda");
+  return exports;
+}
+
+}  // namespace
+}  // namespace heddle
+
+static Napi::Object heddle_load(Napi::Env env, Napi::Object exports) {
+  return heddle::load(env, exports);
+}
+NODE_API_MODULE(heddle, heddle_load)

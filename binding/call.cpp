@@ -1,0 +1,289 @@
+#include "binding/call.h"
+
+#include <cmath>
+
+#include "binding/environment.h"
+
+namespace heddle {
+namespace {
+
+constexpr const char* kKindNames[] = {"input",   "optional", "inout",  "output", "number",
+                                      "integer", "flag",     "choice", "dtype"};
+
+std::string join(const std::vector<std::string>& words) {
+  std::string out;
+  for (size_t i = 0; i < words.size(); ++i)
+    out += (i == 0 ? "" : i + 1 == words.size() ? " or " : ", ") + words[i];
+  return out;
+}
+
+std::string text_of(DTypes dtypes) {
+  std::vector<std::string> names;
+  for (int i = 0; i < kDTypeCount; ++i)
+    if (dtypes.has(static_cast<DType>(i))) names.push_back(name_of(static_cast<DType>(i)));
+  return join(names);
+}
+
+// How a message shows a JavaScript value
+std::string text_of(const Napi::Value& value) {
+  if (value.IsString()) return "\"" + value.As<Napi::String>().Utf8Value() + "\"";
+  if (value.IsNumber() || value.IsBoolean() || value.IsNull() || value.IsBigInt())
+    return value.ToString().Utf8Value();
+  return value.IsFunction() ? "a function"
+         : value.IsArray()  ? "an array"
+         : value.IsSymbol() ? "a symbol"
+                            : "an object";
+}
+
+int find_word(const std::vector<std::string>& words, const Napi::Value& value) {
+  if (!value.IsString()) return -1;
+  const std::string text = value.As<Napi::String>().Utf8Value();
+  for (size_t i = 0; i < words.size(); ++i)
+    if (words[i] == text) return static_cast<int>(i);
+  return -1;
+}
+
+// Fills an operator's struct from JavaScript values by its schema
+class Marshal {
+ public:
+  Marshal(Environment& environment, const Operator& op, const Napi::CallbackInfo& info)
+      : environment_(environment),
+        op_(op),
+        info_(info),
+        call_(std::make_unique<Call>(op)),
+        sizes_(op.schema) {}
+
+  Napi::Value run() {
+    size_t position = 1;
+    for (const Argument& argument : op_.schema.arguments) {
+      if (argument.is_output()) continue;
+      const Napi::Value value = info_[position++];
+      if (value.IsUndefined()) {
+        if (!argument.may_be_absent())
+          fail(Code::kArgument, argument.name.c_str(), argument.name + " is missing");
+        if (!argument.is_tensor()) set_default(argument);
+      } else if (argument.is_tensor()) {
+        read_tensor(argument, value);
+      } else {
+        read_value(argument, value);
+      }
+    }
+    for (const Argument& argument : op_.schema.arguments)
+      if (argument.is_tensor() && !argument.is_output() && tensor(argument))
+        sizes_.match(argument, shape_of(argument), tensor(argument));
+    if (op_.validate) op_.validate(call_->arguments);
+    return launch();
+  }
+
+ private:
+  Tensor& tensor(const Argument& argument) { return call_->member<Tensor>(argument.offset); }
+
+  const Shape& shape_of(const Argument& argument) {
+    const bool conditional =
+        !argument.condition.empty() && tensor(*op_.schema.find(argument.condition));
+    return conditional ? argument.conditional_shape : argument.shape;
+  }
+
+  void set_default(const Argument& argument) {
+    switch (argument.kind) {
+      case Argument::kNumber:
+        call_->member<double>(argument.offset) = argument.initial;
+        break;
+      case Argument::kInteger:
+        call_->member<int64_t>(argument.offset) = static_cast<int64_t>(argument.initial);
+        break;
+      case Argument::kFlag:
+        call_->member<bool>(argument.offset) = argument.initial != 0;
+        break;
+      default:
+        call_->member<int>(argument.offset) = static_cast<int>(argument.initial);
+    }
+  }
+
+  void read_value(const Argument& argument, const Napi::Value& value) {
+    const std::string& name = argument.name;
+    const auto reject = [&](const std::string& rule) {
+      fail(Code::kArgument, name.c_str(),
+           concat(name, " must be ", rule, ", got ", text_of(value)));
+    };
+    switch (argument.kind) {
+      case Argument::kFlag:
+        if (!value.IsBoolean()) reject("a boolean");
+        call_->member<bool>(argument.offset) = value.As<Napi::Boolean>();
+        return;
+      case Argument::kChoice: {
+        const int chosen = find_word(argument.choices, value);
+        if (chosen < 0) reject(join(argument.choices));
+        call_->member<int>(argument.offset) = chosen;
+        return;
+      }
+      case Argument::kDType: {
+        for (int i = 0; i < kDTypeCount; ++i)
+          if (argument.dtype.any.has(static_cast<DType>(i)) && value.IsString() &&
+              value.As<Napi::String>().Utf8Value() == name_of(static_cast<DType>(i))) {
+            call_->member<int>(argument.offset) = i;
+            return;
+          }
+        reject(text_of(argument.dtype.any));
+        return;
+      }
+      default:
+        break;
+    }
+    const bool integer = argument.kind == Argument::kInteger;
+    const double number = value.IsNumber() ? value.As<Napi::Number>().DoubleValue() : std::nan("");
+    if (integer ? !(std::abs(number) <= 9007199254740991.0 && number == std::floor(number))
+                : !std::isfinite(number))
+      reject(integer ? "an integer" : "a finite number");
+    if (number < argument.least || (argument.open && number == argument.least))
+      reject(concat(argument.open ? "above " : "at least ", argument.least));
+    if (number > argument.most) reject(concat("at most ", argument.most));
+    if (integer) {
+      call_->member<int64_t>(argument.offset) = static_cast<int64_t>(number);
+    } else {
+      call_->member<double>(argument.offset) = number;
+    }
+  }
+
+  void read_tensor(const Argument& argument, const Napi::Value& value) {
+    const char* name = argument.name.c_str();
+    if (!value.IsNumber())
+      fail(Code::kArgument, name, concat(name, " must be a tensor, got ", text_of(value)));
+    const TensorEntry& entry = environment_.entry(value.As<Napi::Number>().DoubleValue());
+    const Tensor& view = entry.view;
+    if (!device_from_) {
+      device_from_ = name;
+      device_ = view.device;
+    }
+    HEDDLE_CHECK(view.device == device_, kDevice, name, name, " is on ",
+                 heddle::text_of(view.device), ", but ", device_from_, " is on ",
+                 heddle::text_of(device_), "; move it with ", name, ".to('",
+                 heddle::text_of(device_), "')");
+    if (argument.like >= 0) {
+      const Argument& like = op_.schema.arguments[argument.like];
+      const DType expected = tensor(like).dtype;
+      HEDDLE_CHECK(view.dtype == expected, kDType, name, name, " must be ", name_of(expected),
+                   ", got ", name_of(view.dtype), " (", like.name, " is ", name_of(expected), ")");
+    } else {
+      HEDDLE_CHECK(argument.dtype.any.has(view.dtype), kDType, name, name, " must be ",
+                   text_of(argument.dtype.any), ", got ", name_of(view.dtype));
+    }
+    tensor(argument) = view;
+    (argument.kind == Argument::kInout ? call_->outputs : call_->inputs).push_back(entry.storage);
+  }
+
+  DType output_dtype(const Argument& argument) {
+    const DTypeRule& rule = argument.dtype;
+    if (rule.option) {
+      const int chosen = call_->member<int>(op_.schema.find(camel_case(rule.option))->offset);
+      if (chosen >= 0) return static_cast<DType>(chosen);
+    }
+    if (argument.like >= 0) return tensor(op_.schema.arguments[argument.like]).dtype;
+    for (int i = 0;; ++i)
+      if (rule.any.has(static_cast<DType>(i))) return static_cast<DType>(i);
+  }
+
+  Napi::Value launch() {
+    const bool cpu = device_.kind == Device::kCpu;
+    HEDDLE_CHECK(cpu ? bool(op_.cpu) : bool(op_.cuda), kUnsupported, "",
+                 "there is no implementation for ", heddle::text_of(device_));
+    Backend& backend = environment_.backend(device_);
+    struct Output {
+      StorageRef storage;
+      Tensor view;
+    };
+    std::vector<Output> outputs;
+    for (const Argument& argument : op_.schema.arguments) {
+      if (!argument.is_output()) continue;
+      Output& output = outputs.emplace_back();
+      if (!argument.flag.empty() && !call_->member<bool>(op_.schema.find(argument.flag)->offset))
+        continue;
+      Tensor& view = tensor(argument);
+      sizes_.fill(argument, shape_of(argument), view);
+      view.dtype = output_dtype(argument);
+      view.device = device_;
+      output.storage = backend.allocate(static_cast<size_t>(view.size()) * size_of(view.dtype));
+      view.data = output.storage->data;
+      output.view = view;
+      call_->outputs.push_back(output.storage);
+    }
+    backend.launch(std::move(call_));
+
+    const napi_env env = info_.Env();
+    napi_value array;
+    napi_create_array(env, &array);
+    uint32_t length = 0;
+    const auto push = [&](double number) {
+      napi_value value;
+      napi_create_double(env, number, &value);
+      napi_set_element(env, array, length++, value);
+    };
+    for (Output& output : outputs) {
+      if (!output.storage) {
+        push(-1);
+        continue;
+      }
+      push(environment_.add(std::move(output.storage), output.view, true));
+      push(static_cast<int>(output.view.dtype));
+      push(output.view.rank);
+      for (int i = 0; i < output.view.rank; ++i) push(static_cast<double>(output.view.shape[i]));
+    }
+    return Napi::Value(env, array);
+  }
+
+  Environment& environment_;
+  const Operator& op_;
+  const Napi::CallbackInfo& info_;
+  std::unique_ptr<Call> call_;
+  Sizes sizes_;
+  Device device_;
+  const char* device_from_ = nullptr;
+};
+
+}  // namespace
+
+Napi::Value operators_to_js(const Napi::CallbackInfo& info) {
+  const Napi::Env env = info.Env();
+  const auto words = [&](const std::vector<std::string>& list) {
+    Napi::Array array = Napi::Array::New(env, list.size());
+    for (size_t i = 0; i < list.size(); ++i) array[static_cast<uint32_t>(i)] = list[i];
+    return array;
+  };
+  Napi::Array list = Napi::Array::New(env);
+  for (const Operator* op : operators()) {
+    Napi::Array arguments = Napi::Array::New(env);
+    for (const Argument& argument : op->schema.arguments) {
+      Napi::Object entry = Napi::Object::New(env);
+      entry["name"] = argument.name;
+      entry["kind"] = kKindNames[argument.kind];
+      if (argument.is_tensor()) {
+        entry["shape"] = words(argument.shape.words);
+        entry["dtype"] = argument.like >= 0 ? "like " + op->schema.arguments[argument.like].name
+                                            : text_of(argument.dtype.any);
+      }
+      if (argument.kind == Argument::kChoice) entry["choices"] = words(argument.choices);
+      arguments[arguments.Length()] = entry;
+    }
+    Napi::Object entry = Napi::Object::New(env);
+    entry["name"] = op->name;
+    entry["arguments"] = arguments;
+    entry["cpu"] = op->cpu ? kIsaNames[op->cpu.isa] : "";
+    entry["cuda"] = bool(op->cuda);
+    list[list.Length()] = entry;
+  }
+  return list;
+}
+
+Napi::Value run(const Napi::CallbackInfo& info) {
+  const uint32_t index = info[0].As<Napi::Number>().Uint32Value();
+  const auto& all = operators();
+  HEDDLE_CHECK(index < all.size(), kArgument, "", "there is no such operator");
+  try {
+    return Marshal(Environment::of(info.Env()), *all[index], info).run();
+  } catch (Error& error) {
+    if (error.op.empty()) error.op = all[index]->name;
+    throw;
+  }
+}
+
+}  // namespace heddle

@@ -1,0 +1,121 @@
+#include "binding/environment.h"
+
+#include <cmath>
+
+namespace heddle {
+namespace {
+constexpr double kSlots = 1 << 26;  // more tensors than this never live at once
+}
+
+Environment::Environment(napi_env env) : env_(env) {
+  napi_value name;
+  napi_create_string_utf8(env, "heddle", NAPI_AUTO_LENGTH, &name);
+  napi_create_threadsafe_function(env, nullptr, nullptr, name, 0, 1, nullptr, nullptr, this, settle,
+                                  &done_);
+  napi_unref_threadsafe_function(env, done_);
+  napi_add_env_cleanup_hook(env, close, this);
+}
+
+Environment::~Environment() = default;
+
+// The CPU goes first: the copies it still answers open gates that CUDA streams wait for
+void Environment::close(void* data) {
+  auto* self = static_cast<Environment*>(data);
+  if (self->cpu_) self->cpu_->stop();
+  for (auto& backend : self->cuda_)
+    if (backend) backend->stop();
+  napi_release_threadsafe_function(self->done_, napi_tsfn_abort);
+  self->entries_.clear();
+}
+
+double Environment::add(StorageRef storage, const Tensor& view, bool owns) {
+  uint32_t slot;
+  if (free_.empty()) {
+    slot = static_cast<uint32_t>(entries_.size());
+    HEDDLE_CHECK(slot < kSlots, kMemory, "", "too many tensors are alive");
+    entries_.emplace_back();
+  } else {
+    slot = free_.back();
+    free_.pop_back();
+  }
+  TensorEntry& entry = entries_[slot];
+  entry.accounted = owns ? static_cast<int64_t>(storage->nbytes) : 0;
+  entry.storage = std::move(storage);
+  entry.view = view;
+  if (entry.accounted) Napi::MemoryManagement::AdjustExternalMemory(env_, entry.accounted);
+  return slot + kSlots * entry.generation;
+}
+
+TensorEntry& Environment::entry(double handle) {
+  if (handle >= 0) {
+    const double generation = std::floor(handle / kSlots), slot = handle - generation * kSlots;
+    if (slot < static_cast<double>(entries_.size())) {
+      TensorEntry& entry = entries_[static_cast<size_t>(slot)];
+      if (entry.storage && entry.generation == generation) return entry;
+    }
+  }
+  fail(Code::kDisposed, "", "this tensor was disposed");
+}
+
+void Environment::release(double handle) {
+  TensorEntry& entry = this->entry(handle);
+  if (entry.accounted) Napi::MemoryManagement::AdjustExternalMemory(env_, -entry.accounted);
+  entry.storage.reset();
+  entry.generation = (entry.generation + 1) & 0x1ffffff;
+  free_.push_back(static_cast<uint32_t>(&entry - entries_.data()));
+}
+
+Backend& Environment::backend(Device device) {
+  if (device.kind == Device::kCpu) {
+    if (!cpu_) cpu_ = make_cpu_backend();
+    return *cpu_;
+  }
+  const auto index = static_cast<size_t>(device.index);
+  if (index >= cuda_.size()) cuda_.resize(index + 1);
+  if (!cuda_[index]) {
+    const CudaStatus status = cuda_status();
+    HEDDLE_CHECK(status.reason.empty(), kDevice, "device", "device ", text_of(device),
+                 " cannot be used: ", status.reason, "; ", status.remedy);
+    HEDDLE_CHECK(index < status.devices.size(), kDevice, "device",
+                 "device must be cpu or cuda:0 to cuda:", status.devices.size() - 1, ", got ",
+                 text_of(device));
+    cuda_[index] = make_cuda_backend(device.index);
+  }
+  return *cuda_[index];
+}
+
+Environment::Pending* Environment::defer(Napi::Promise::Deferred deferred) {
+  if (pending_++ == 0) napi_ref_threadsafe_function(env_, done_);
+  return new Pending(*this, deferred);
+}
+
+void Environment::Pending::post(Settle settle) {
+  settle_ = std::move(settle);
+  if (napi_call_threadsafe_function(owner_.done_, this, napi_tsfn_nonblocking) != napi_ok)
+    delete this;
+}
+
+void Environment::settle(napi_env env, napi_value, void* data, void* posted) {
+  const std::unique_ptr<Pending> pending(static_cast<Pending*>(posted));
+  if (!env) return;  // the environment is going away
+  auto* self = static_cast<Environment*>(data);
+  if (--self->pending_ == 0) napi_unref_threadsafe_function(env, self->done_);
+  Napi::HandleScope scope(env);
+  try {
+    pending->settle_(env, pending->deferred_);
+  } catch (const Napi::Error& error) {
+    pending->deferred_.Reject(error.Value());
+  }
+}
+
+Napi::Error Environment::to_js(const Error& error) {
+  const Napi::Env env(env_);
+  const std::string message = (error.op.empty() ? "tensor" : error.op) + ": " + error.text;
+  Napi::Object details = Napi::Object::New(env);
+  details["op"] = error.op.empty() ? "tensor" : error.op;
+  if (!error.argument.empty()) details["argument"] = error.argument;
+  return Napi::Error(env, error_class.New({Napi::String::New(env, name_of(error.code)),
+                                           Napi::String::New(env, message), details}));
+}
+
+}  // namespace heddle

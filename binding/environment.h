@@ -1,0 +1,70 @@
+#pragma once
+#include <napi.h>
+
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "core/backend.h"
+
+namespace heddle {
+
+// A tensor as JavaScript holds it: memory and a view of it
+struct TensorEntry {
+  StorageRef storage;
+  Tensor view;
+  int64_t accounted = 0;  // bytes that the garbage collector was told of
+  uint32_t generation = 0;
+};
+
+// Everything one JavaScript environment (the main thread or a worker) owns. Made when the addon is
+// loaded there, closed by a cleanup hook before any finalizer runs; nothing of it is shared with
+// other environments.
+class Environment {
+ public:
+  explicit Environment(napi_env env);
+  ~Environment();
+  static Environment& of(Napi::Env env) { return *env.GetInstanceData<Environment>(); }
+
+  // Handles are numbers: a slot, and how often it was used before, so that a stale one is noticed
+  double add(StorageRef storage, const Tensor& view, bool owns);
+  TensorEntry& entry(double handle);
+  void release(double handle);
+
+  Backend& backend(Device device);
+
+  // A promise that a call-back from another thread settles. `settle` runs on the JavaScript thread.
+  // The event loop stays alive meanwhile.
+  using Settle = std::function<void(Napi::Env, Napi::Promise::Deferred)>;
+  class Pending {
+   public:
+    void post(Settle settle);
+
+   private:
+    friend class Environment;
+    Pending(Environment& owner, Napi::Promise::Deferred deferred)
+        : owner_(owner), deferred_(deferred) {}
+    Environment& owner_;
+    Napi::Promise::Deferred deferred_;
+    Settle settle_;
+  };
+  Pending* defer(Napi::Promise::Deferred deferred);
+
+  Napi::Error to_js(const Error& error);
+
+  Napi::FunctionReference error_class;
+
+ private:
+  static void close(void* self);
+  static void settle(napi_env env, napi_value, void* self, void* pending);
+
+  napi_env env_;
+  napi_threadsafe_function done_ = nullptr;
+  size_t pending_ = 0;
+  std::shared_ptr<Backend> cpu_;
+  std::vector<std::shared_ptr<Backend>> cuda_;
+  std::vector<TensorEntry> entries_;
+  std::vector<uint32_t> free_;
+};
+
+}  // namespace heddle

@@ -1,0 +1,104 @@
+#include "core/backend.h"
+
+#include <unistd.h>
+
+#include <new>
+
+namespace heddle {
+
+Storage::~Storage() {
+  backend->memory.tensors.fetch_sub(1, std::memory_order_relaxed);
+  backend->memory.bytes.fetch_sub(static_cast<int64_t>(nbytes), std::memory_order_relaxed);
+  backend->release_bytes(data);
+}
+
+Failure Storage::failure() const {
+  std::lock_guard lock(mutex_);
+  return failure_;
+}
+
+void Storage::poison(Failure failure) {
+  std::lock_guard lock(mutex_);
+  if (!failure_) failure_ = std::move(failure);
+}
+
+Call::Call(const Operator& op)
+    : op(op), arguments(::operator new(op.size, std::align_val_t(op.alignment))) {
+  op.construct(arguments);
+}
+
+Call::~Call() { ::operator delete(arguments, std::align_val_t(op.alignment)); }
+
+Failure Call::inherited() const {
+  // What is updated in place is read as well
+  for (const auto* storages : {&inputs, &outputs})
+    for (const StorageRef& storage : *storages)
+      if (Failure failure = storage->failure()) return failure;
+  return nullptr;
+}
+
+void Call::poison_outputs(const Failure& failure) const {
+  for (const StorageRef& output : outputs) output->poison(failure);
+}
+
+void Gate::open(Failure failure) {
+  {
+    std::lock_guard lock(mutex_);
+    failure_ = std::move(failure);
+    is_open_ = true;
+  }
+  opened_.notify_all();
+}
+
+Failure Gate::wait() {
+  std::unique_lock lock(mutex_);
+  opened_.wait(lock, [this] { return is_open_; });
+  return failure_;
+}
+
+StorageRef Backend::allocate(size_t nbytes) {
+  void* data = allocate_bytes(nbytes);
+  HEDDLE_CHECK(data, kMemory, "", "cannot allocate ", nbytes, " bytes on ", text_of(device),
+               ", where ", memory.bytes.load(),
+               " bytes are in use; dispose tensors that are no longer needed");
+  memory.tensors.fetch_add(1, std::memory_order_relaxed);
+  const int64_t now =
+      memory.bytes.fetch_add(static_cast<int64_t>(nbytes), std::memory_order_relaxed) +
+      static_cast<int64_t>(nbytes);
+  if (now > memory.peak_bytes.load(std::memory_order_relaxed)) memory.peak_bytes.store(now);
+  return std::make_shared<Storage>(shared_from_this(), data, nbytes);
+}
+
+size_t physical_memory() {
+  static const size_t bytes =
+      static_cast<size_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  return bytes;
+}
+
+namespace {
+CudaEntry& cuda_entry() {
+  static CudaEntry entry{};
+  return entry;
+}
+}  // namespace
+
+bool register_cuda(CudaEntry entry) {
+  cuda_entry() = entry;
+  return true;
+}
+
+CudaStatus cuda_status() {
+  if (!cuda_entry().status)
+    return {false,
+            "ERR_CUDA_NOT_BUILT",
+            "this build of the addon has no CUDA kernels",
+            "install @heddle/heddle-cuda13-linux-x64, or build from source where nvcc is found",
+            0,
+            0,
+            {}};
+  return cuda_entry().status();
+}
+
+std::shared_ptr<Backend> make_cuda_backend(int index) { return cuda_entry().make(index); }
+
+}  // namespace heddle

@@ -1,0 +1,130 @@
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <thread>
+
+#include "core/backend.h"
+#include "core/cpu_context.h"
+
+namespace heddle {
+namespace {
+
+// One thread takes work in order; operators spread theirs over the shared pool from there.
+class CpuBackend final : public Backend {
+ public:
+  CpuBackend() : Backend({Device::kCpu, 0}), thread_([this] { serve(); }) {}
+  ~CpuBackend() override { stop(); }
+
+  void launch(std::unique_ptr<Call> call) override {
+    for (const StorageRef& output : call->outputs) output->producer = call->op.name.c_str();
+    push([this, call = std::shared_ptr<Call>(std::move(call))] {
+      if (stopping_) return;
+      if (Failure failure = call->inherited()) return call->poison_outputs(failure);
+      CpuContext context(stopping_);
+      try {
+        call->op.cpu(call->arguments, context);
+      } catch (const Error& error) {
+        auto named = std::make_shared<Error>(error);
+        named->op = call->op.name;
+        call->poison_outputs(named);
+      } catch (const std::bad_alloc&) {
+        auto error = std::make_shared<Error>(Code::kMemory, "", "ran out of host memory");
+        error->op = call->op.name;
+        call->poison_outputs(error);
+      }
+    });
+  }
+
+  HostBuffer host_buffer(size_t nbytes) override {
+    void* data = std::malloc(std::max<size_t>(nbytes, 1));
+    HEDDLE_CHECK(data, kMemory, "", "cannot allocate ", nbytes, " bytes of host memory");
+    return {data, std::free};
+  }
+
+  void upload(StorageRef to, size_t offset, size_t nbytes, HostBuffer from,
+              std::shared_ptr<Gate> gate) override {
+    push([=, this] {
+      if (stopping_) return;
+      const Failure failure = gate ? gate->wait() : nullptr;
+      if (failure) return to->poison(failure);
+      std::memcpy(static_cast<char*>(to->data) + offset, from.get(), nbytes);
+    });
+  }
+
+  void download(StorageRef from, size_t offset, size_t nbytes, HostBuffer to,
+                std::function<void(Failure)> done) override {
+    push([=, this, done = std::move(done)] {
+      // Another device may wait for this copy, so it is answered even at the end
+      if (stopping_)
+        return done(std::make_shared<Error>(Code::kDisposed, "", "the device was closed"));
+      const Failure failure = from->failure();
+      if (!failure) std::memcpy(to.get(), static_cast<const char*>(from->data) + offset, nbytes);
+      done(failure);
+    });
+  }
+
+  void stop() override {
+    {
+      std::lock_guard lock(mutex_);
+      stopping_ = true;
+    }
+    filled_.notify_one();
+    if (thread_.joinable()) thread_.join();
+  }
+
+ protected:
+  void* allocate_bytes(size_t nbytes) override {
+    // More than the machine has would be granted now and end the process when it is touched
+    const size_t held = static_cast<size_t>(memory.bytes.load(std::memory_order_relaxed));
+    if (nbytes > physical_memory() || held > physical_memory() - nbytes) return nullptr;
+    return std::aligned_alloc(64, (std::max<size_t>(nbytes, 1) + 63) / 64 * 64);
+  }
+  void release_bytes(void* data) noexcept override { std::free(data); }
+
+ private:
+  using Work = std::function<void()>;
+
+  void push(Work work) {
+    bool asleep;
+    {
+      std::lock_guard lock(mutex_);
+      work_.push_back(std::move(work));
+      asleep = asleep_;
+      asleep_ = false;
+    }
+    if (asleep) filled_.notify_one();
+  }
+
+  void serve() {
+    yield_to_event_loop();
+    for (;;) {
+      Work work;
+      {
+        std::unique_lock lock(mutex_);
+        while (!stopping_ && work_.empty()) {
+          asleep_ = true;
+          filled_.wait(lock);
+        }
+        asleep_ = false;
+        if (work_.empty()) return;
+        work = std::move(work_.front());
+        work_.pop_front();
+      }
+      work();
+    }
+  }
+
+  std::mutex mutex_;
+  std::condition_variable filled_;
+  std::deque<Work> work_;
+  bool asleep_ = false;
+  std::atomic<bool> stopping_{false};
+  std::thread thread_;  // last: it starts when the rest is there
+};
+
+}  // namespace
+
+std::shared_ptr<Backend> make_cpu_backend() { return std::make_shared<CpuBackend>(); }
+
+}  // namespace heddle

@@ -1,0 +1,162 @@
+#pragma once
+#include <algorithm>
+#include <cfloat>
+#include <vector>
+
+#include "cpu/half.h"
+#include "ops/attention.h"
+
+// What both CPU kernels of attention share: where tokens stand, what a row sees, what becomes of
+// a score.
+//
+// Query heads that share a kv head form a group, and a row is one query of one of them: row r of a
+// kv head is query r / group of head r % group. Rows of a group thus read the same keys, and
+// neighbours see nearly the same ones. Scores are in base 2.
+namespace heddle {
+namespace HEDDLE_ISA_NAMESPACE {
+namespace attention {
+
+inline constexpr int64_t kTileKeys = 64;
+inline constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
+
+// Floats that fill lines of the cache, so that what follows in the same memory starts on one
+inline size_t whole_lines(int64_t floats) { return static_cast<size_t>((floats + 15) / 16 * 16); }
+
+struct Range {
+  int64_t begin, end;
+};
+
+// A sequence of the batch, or of a packed batch
+struct Sequence {
+  int64_t batch, q_begin, sq, k_begin, sk;
+  int64_t position(int64_t query) const { return sk - sq + query; }
+};
+
+// Some rows of one kv head over some of its keys: what one thread does at a time
+struct Part {
+  const Sequence* sequence;
+  int64_t head;  // of k and v
+  int64_t first_row, rows;
+  Range keys;  // all that any of the rows sees, or one split of them
+  int split, splits;
+  int64_t cost() const { return rows * (keys.end - keys.begin); }
+};
+
+// The result of a part, a softmax that is not yet divided: sums over its keys relative to row_max,
+// which starts at a large negative finite number, as (-inf) - (-inf) would poison empty rows
+struct State {
+  float* acc;      // [rows, dv]
+  float* row_max;  // [rows]
+  float* row_sum;  // [rows]
+  static size_t floats(int64_t rows, int64_t dv) { return whole_lines(rows * (dv + 2)); }
+  static State at(float* memory, int64_t rows, int64_t dv) {
+    return {memory, memory + rows * dv, memory + rows * (dv + 1)};
+  }
+};
+
+// Where the keys or values of one head and sequence stand
+template <class T> struct Tokens {
+  const T* data;
+  int64_t stride, element, page;  // of a token, inside it, and of a page
+  const int32_t* table = nullptr;
+  int64_t table_stride = 0;
+  int shift = 0;  // log2 of the page size
+
+  Tokens(const Tensor& tensor, const Tensor& block_table, const Sequence& sequence, int64_t head)
+      : data(tensor.as<T>() + head * tensor.strides[2]),
+        stride(tensor.strides[1]),
+        element(tensor.strides[3]),
+        page(tensor.strides[0]) {
+    if (block_table) {
+      table = block_table.as<int32_t>() + sequence.batch * block_table.strides[0];
+      table_stride = block_table.strides[1];
+      shift = std::countr_zero(static_cast<uint64_t>(tensor.shape[1]));
+    } else {
+      data += sequence.batch * tensor.strides[0] + sequence.k_begin * stride;
+    }
+  }
+
+  const T* row(int64_t t) const {
+    if (!table) return data + t * stride;
+    return data + table[(t >> shift) * table_stride] * page +
+           (t & ((int64_t{1} << shift) - 1)) * stride;
+  }
+  // Heads lie between the tokens of one head, a pattern that the hardware does not see through
+  void prefetch(Range tokens, int64_t n) const {
+    for (int64_t t = tokens.begin; t < tokens.end; ++t)
+      for (int64_t i = 0; i < n; i += 64 / static_cast<int64_t>(sizeof(T)))
+        __builtin_prefetch(row(t) + i * element, 0, 2);
+  }
+  // Rows of n numbers as f32, `width` apart
+  void load(float* to, int64_t width, Range tokens, int64_t n) const {
+    for (int64_t t = tokens.begin; t < tokens.end; ++t, to += width)
+      load_row(to, row(t), element, n);
+  }
+};
+
+// One call, with what follows from its options
+template <class T> struct Problem {
+  const Attention& op;
+  const int64_t d = op.q.shape[3], dv = op.v.shape[3], group = op.q.shape[2] / op.k.shape[2];
+  // With a soft cap q k is first the argument of tanh and gets its unit after that
+  const float q_factor =
+      static_cast<float>(op.soft_cap > 0 ? op.scale / op.soft_cap : op.scale * kLog2e);
+  const float cap_log2 = static_cast<float>(op.soft_cap * kLog2e);
+  const bool plain = !(op.soft_cap > 0) && !op.slopes;
+
+  Vec score(Vec s, Vec slope_log2, Vec distance) const {
+    if (op.soft_cap > 0) s = cap_log2 * tanh(s);
+    return op.slopes ? s + slope_log2 * distance : s;
+  }
+
+  static float log2_of(const Tensor& per_head, int64_t head) {
+    return static_cast<float>(per_head.as<float>()[head * per_head.strides[0]] * kLog2e);
+  }
+  int64_t query_of(const Part& part, int64_t row) const { return (part.first_row + row) / group; }
+  int64_t head_of(const Part& part, int64_t row) const {
+    return part.head * group + (part.first_row + row) % group;
+  }
+  float slope_of(const Part& part, int64_t row) const {
+    return op.slopes ? log2_of(op.slopes, head_of(part, row)) : 0;
+  }
+  int64_t position_of(const Part& part, int64_t row) const {
+    return part.sequence->position(query_of(part, row));
+  }
+
+  // The keys that a query sees: p - window < t <= p, the upper bound with a window or causal only
+  Range visible(const Sequence& sequence, int64_t query) const {
+    const int64_t p = sequence.position(query);
+    const int64_t end =
+        op.causal || op.window > 0 ? std::clamp<int64_t>(p + 1, 0, sequence.sk) : sequence.sk;
+    const int64_t begin = op.window > 0 ? std::max<int64_t>(p - op.window + 1, 0) : 0;
+    return {std::min(begin, end), end};
+  }
+  // The same among the keys of a part
+  Range visible(const Part& part, int64_t row) const {
+    const Range all = visible(*part.sequence, query_of(part, row));
+    const int64_t begin = std::clamp(all.begin, part.keys.begin, part.keys.end);
+    return {begin, std::clamp(all.end, begin, part.keys.end)};
+  }
+
+  // A row of q as f32, times the factor
+  void load_q(float* to, const Part& part, int64_t row) const {
+    const Tensor& q = op.q;
+    const T* from = q.as<T>() + part.sequence->batch * q.strides[0] +
+                    (part.sequence->q_begin + query_of(part, row)) * q.strides[1] +
+                    head_of(part, row) * q.strides[2];
+    load_row(to, from, q.strides[3], d);
+    for (int64_t i = 0; i < d; ++i) to[i] *= q_factor;
+  }
+
+  // The sink enters as a key without a value, once: in the first split
+  void start(const Part& part, int64_t row, float& row_max, float& row_sum) const {
+    const float sink =
+        op.sink && part.split == 0 ? log2_of(op.sink, head_of(part, row)) : -INFINITY;
+    row_max = sink == -INFINITY ? -FLT_MAX : sink;
+    row_sum = sink == -INFINITY ? 0.f : 1.f;
+  }
+};
+
+}  // namespace attention
+}  // namespace HEDDLE_ISA_NAMESPACE
+}  // namespace heddle

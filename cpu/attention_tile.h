@@ -1,0 +1,235 @@
+#pragma once
+#include "cpu/attention.h"
+#include "cpu/multiply.h"
+
+// Attention of many rows at a time, with a row in each lane:
+//
+//   S[t, r] = sum over d of K[t, d] Q[d, r]        keys times rows, K read one number at a time
+//   P[t, r] = 2^(S[t, r] - max[r])
+//   O[e, r] = sum over t of V[t, e] P[t, r]        V read one number at a time
+//
+// Both products read K and V as they stand and leave rows in lanes, so that maxima, sums and masks
+// need no exchange between lanes; only Q and O are transposed, once. A part's rows form panels of
+// kTileCols, which share each loaded tile of keys but have bounds of their own: on the diagonal a
+// panel stops at the last key that it sees.
+namespace heddle {
+namespace HEDDLE_ISA_NAMESPACE {
+namespace attention {
+
+template <class T> class TileKernel {
+ public:
+  static size_t floats(int64_t rows, int64_t d, int64_t dv) {
+    const int64_t padded = (rows + kTileCols - 1) / kTileCols * kTileCols;
+    return whole_lines(padded * (d + dv + 3) +
+                       kTileCols * (std::max(d, dv) + kTileKeys + kTileRows + 3) +
+                       (kTileKeys + kTileRows) * d + kTileKeys * dv);
+  }
+
+  TileKernel(const Problem<T>& problem, const Part& part, float* memory)
+      : problem_(problem), part_(part), d_(problem.d), dv_(problem.dv) {
+    const auto take = [&](int64_t count) { return std::exchange(memory, memory + count); };
+    for (int64_t row = 0; row < part.rows; row += kTileCols) {
+      Panel& panel = panels_.emplace_back();
+      panel.first = row;
+      panel.rows = std::min<int64_t>(part.rows - row, kTileCols);
+      panel.vecs = static_cast<int>((panel.rows + kLanes - 1) / kLanes);
+      panel.q = take(kTileCols * d_);
+      panel.acc = take(kTileCols * dv_);
+      panel.row_max = take(kTileCols);
+      panel.row_sum = take(kTileCols);
+      panel.slope = take(kTileCols);
+    }
+    rows_ = take(kTileCols * std::max(d_, dv_));
+    // The last step over keys may read a few rows past the tile, whose scores nobody uses
+    tile_k_ = take((kTileKeys + kTileRows) * d_);
+    tile_v_ = take(kTileKeys * dv_);
+    scores_ = take((kTileKeys + kTileRows) * kTileCols);
+    distance_ = take(kTileCols);
+    first_ = reinterpret_cast<int32_t*>(take(kTileCols));
+    last_ = reinterpret_cast<int32_t*>(take(kTileCols));
+  }
+
+  void run(const State& state) {
+    const Problem<T>& problem = problem_;
+    const Tokens<T> k(problem.op.k, problem.op.block_table, *part_.sequence, part_.head);
+    const Tokens<T> v(problem.op.v, problem.op.block_table, *part_.sequence, part_.head);
+    for (Panel& panel : panels_) start(panel);
+    for (int64_t t = part_.keys.begin; t < part_.keys.end; t += kTileKeys) {
+      const Range tile{t, std::min(t + kTileKeys, part_.keys.end)};
+      k.load(tile_k_, d_, tile, d_);
+      v.load(tile_v_, dv_, tile, dv_);
+      const Range next{tile.end, std::min(tile.end + kTileKeys, part_.keys.end)};
+      k.prefetch(next, d_);
+      v.prefetch(next, dv_);
+      for (Panel& panel : panels_) {
+        if (panel.vecs == 3) step<3>(panel, tile);
+        if (panel.vecs == 2) step<2>(panel, tile);
+        if (panel.vecs == 1) step<1>(panel, tile);
+      }
+    }
+    for (Panel& panel : panels_) {
+      transpose(state.acc + panel.first * dv_, dv_, panel.acc, panel.vecs * kLanes, dv_,
+                panel.rows);
+      std::copy_n(panel.row_max, panel.rows, state.row_max + panel.first);
+      std::copy_n(panel.row_sum, panel.rows, state.row_sum + panel.first);
+    }
+  }
+
+ private:
+  struct Panel {
+    int64_t first = 0, rows = 0;
+    int vecs = 0;
+    float *q = nullptr, *acc = nullptr;  // [d, vecs * kLanes], [dv, vecs * kLanes]
+    float *row_max = nullptr, *row_sum = nullptr, *slope = nullptr;  // [vecs * kLanes]
+    Range any{}, all{};  // keys that at least one row sees; keys that all rows see
+    Range seen[kTileCols];
+    int64_t position[kTileCols];
+  };
+
+  // Lanes past the last row repeat its bounds and have a q of zeros
+  int64_t row_of(const Panel& panel, int64_t lane) const {
+    return panel.first + std::min(lane, panel.rows - 1);
+  }
+
+  void start(Panel& panel) {
+    const int64_t width = panel.vecs * kLanes;
+    std::fill_n(rows_, width * d_, 0.f);
+    for (int64_t i = 0; i < panel.rows; ++i)
+      problem_.load_q(rows_ + i * d_, part_, panel.first + i);
+    transpose(panel.q, width, rows_, d_, width, d_);
+    std::fill_n(panel.acc, width * dv_, 0.f);
+    panel.any = {part_.keys.end, part_.keys.begin};
+    panel.all = part_.keys;
+    for (int64_t i = 0; i < width; ++i) {
+      problem_.start(part_, row_of(panel, i), panel.row_max[i], panel.row_sum[i]);
+      panel.slope[i] = problem_.slope_of(part_, row_of(panel, i));
+      const Range seen = panel.seen[i] = problem_.visible(part_, row_of(panel, i));
+      panel.position[i] = problem_.position_of(part_, row_of(panel, i));
+      panel.any = {std::min(panel.any.begin, seen.begin), std::max(panel.any.end, seen.end)};
+      panel.all = {std::max(panel.all.begin, seen.begin), std::min(panel.all.end, seen.end)};
+    }
+  }
+
+  // Takes the keys of the tile that the panel sees into its sums; N is panel.vecs
+  template <int N> void step(Panel& panel, Range tile) {
+    const Range keys{std::max(tile.begin, panel.any.begin), std::min(tile.end, panel.any.end)};
+    const int64_t count = keys.end - keys.begin;
+    if (count <= 0) return;
+    const float* tile_k = tile_k_ + (keys.begin - tile.begin) * d_;
+    const float* tile_v = tile_v_ + (keys.begin - tile.begin) * dv_;
+    const bool masked = keys.begin < panel.all.begin || keys.end > panel.all.end;
+
+    compute_scores<N>(scores_, tile_k, panel.q, count, d_);
+    if (masked || !problem_.plain) finish_scores<N>(panel, keys, masked);
+
+    Vec row_max[N], sum[N];
+    float factor[N * kLanes];
+    for (int n = 0; n < N; ++n) row_max[n] = load(panel.row_max + n * kLanes);
+    for (int64_t t = 0; t < count; ++t)
+      for (int n = 0; n < N; ++n)
+        row_max[n] = max(row_max[n], load(scores_ + (t * N + n) * kLanes));
+    for (int n = 0; n < N; ++n) {
+      const Vec shrink = exp2_to_127(load(panel.row_max + n * kLanes) - row_max[n]);
+      sum[n] = load(panel.row_sum + n * kLanes) * shrink;
+      store(panel.row_max + n * kLanes, row_max[n]);
+      store(factor + n * kLanes, shrink);
+    }
+    for (int64_t t = 0; t < count; ++t)
+      for (int n = 0; n < N; ++n) {
+        float* at = scores_ + (t * N + n) * kLanes;
+        const Vec p = exp2_to_127(load(at) - row_max[n]);
+        sum[n] += p;
+        store(at, p);
+      }
+    for (int n = 0; n < N; ++n) store(panel.row_sum + n * kLanes, sum[n]);
+
+    const bool apart = masked && !finite(tile_v, count * dv_);
+    accumulate<N>(panel.acc, factor, tile_v, scores_, apart ? 0 : count, dv_);
+    if (apart) accumulate_visible<N>(panel, count, tile_v);
+  }
+
+  // The two products stay out of line: inside step their accumulators would share the registers
+  template <int N>
+  [[gnu::noinline]] static void compute_scores(float* scores, const float* tile_k, const float* q,
+                                               int64_t count, int64_t d) {
+    for (int64_t t = 0; t < count; t += kTileRows) {
+      Tile<kTileRows, N> acc_s{};
+      multiply(acc_s, d, tile_k + t * d, d, 1, q, N * kLanes);
+      for (int r = 0; r < kTileRows; ++r)
+        for (int n = 0; n < N; ++n) store(scores + ((t + r) * N + n) * kLanes, acc_s.at[r][n]);
+    }
+  }
+
+  template <int N>
+  [[gnu::noinline]] static void accumulate(float* acc, const float* factor, const float* tile_v,
+                                           const float* p, int64_t count, int64_t dv) {
+    for (int64_t e = 0; e < dv; e += kTileRows, acc += kTileRows * N * kLanes) {
+      Tile<kTileRows, N> acc_o;
+      for (int r = 0; r < kTileRows; ++r)
+        for (int n = 0; n < N; ++n)
+          acc_o.at[r][n] = load(acc + (r * N + n) * kLanes) * load(factor + n * kLanes);
+      multiply(acc_o, count, tile_v + e, 1, dv, p, N * kLanes);
+      for (int r = 0; r < kTileRows; ++r)
+        for (int n = 0; n < N; ++n) store(acc + (r * N + n) * kLanes, acc_o.at[r][n]);
+    }
+  }
+
+  // Soft cap, slopes and mask; leaves each row's bounds in first_ and last_, from keys.begin on
+  template <int N> void finish_scores(const Panel& panel, Range keys, bool masked) {
+    for (int64_t i = 0; i < N * kLanes; ++i) {
+      first_[i] =
+          static_cast<int32_t>(std::clamp(panel.seen[i].begin, keys.begin, keys.end) - keys.begin);
+      last_[i] =
+          static_cast<int32_t>(std::clamp(panel.seen[i].end, keys.begin, keys.end) - keys.begin);
+      distance_[i] = static_cast<float>(keys.begin - panel.position[i]);
+    }
+    for (int64_t t = 0; t < keys.end - keys.begin; ++t)
+      for (int n = 0; n < N; ++n) {
+        float* at = scores_ + (t * N + n) * kLanes;
+        Vec s = load(at);
+        if (!problem_.plain)
+          s = problem_.score(s, load(panel.slope + n * kLanes),
+                             load(distance_ + n * kLanes) + static_cast<float>(t));
+        store(at, masked ? (sees(t, n) ? s : splat(-INFINITY)) : s);
+      }
+  }
+
+  Mask sees(int64_t t, int n) const {
+    const Int key = splat_int(static_cast<int32_t>(t));
+    return (key >= load_int(first_ + n * kLanes)) & (key < load_int(last_ + n * kLanes));
+  }
+
+  // A masked key has p = 0, but 0 * NaN would leak from its value
+  template <int N> void accumulate_visible(const Panel& panel, int64_t count, const float* tile_v) {
+    for (int64_t t = 0; t < count; ++t)
+      for (int n = 0; n < N; ++n) {
+        const Mask mask = sees(t, n);
+        const Vec p = load(scores_ + (t * N + n) * kLanes);
+        for (int64_t e = 0; e < dv_; ++e) {
+          float* acc = panel.acc + (e * N + n) * kLanes;
+          store(acc, mask ? load(acc) + p * tile_v[t * dv_ + e] : load(acc));
+        }
+      }
+  }
+
+  static bool finite(const float* p, int64_t count) {
+    Vec sum[4] = {};
+    int64_t i = 0;
+    for (; i + 4 * kLanes <= count; i += 4 * kLanes)
+      for (int n = 0; n < 4; ++n) sum[n] += load(p + i + n * kLanes) * 0.f;
+    float rest = reduce_add(sum[0] + sum[1] + (sum[2] + sum[3]));
+    for (; i < count; ++i) rest += p[i] * 0.f;
+    return rest == 0;
+  }
+
+  const Problem<T>& problem_;
+  const Part& part_;
+  const int64_t d_, dv_;
+  std::vector<Panel> panels_;
+  float *rows_, *tile_k_, *tile_v_, *scores_, *distance_;
+  int32_t *first_, *last_;
+};
+
+}  // namespace attention
+}  // namespace HEDDLE_ISA_NAMESPACE
+}  // namespace heddle

@@ -1,0 +1,125 @@
+#include "ops/attention.h"
+
+#include "attention/forward_portable.cuh"
+#include "core/registry.h"
+
+namespace heddle {
+
+extern template void forward_portable<BF16>(const ForwardArgs&, dim3, size_t, CudaContext&);
+extern template void forward_portable<F16>(const ForwardArgs&, dim3, size_t, CudaContext&);
+extern template void forward_portable<float>(const ForwardArgs&, dim3, size_t, CudaContext&);
+
+namespace {
+
+// Looks at everything that only the device knows before the kernel relies on it
+__global__ void attention_check_kernel(ForwardArgs p, int64_t table_pages) {
+  HEDDLE_EACH(i, max(p.sequences + 1, p.b)) {
+    bool good = true;
+    if (p.cu_seqlens_q && i <= p.sequences) {
+      const auto check = [&](const int32_t* offsets, int64_t stride, int64_t total) {
+        const int64_t at = offsets[i * stride];
+        if (i == 0) good &= at == 0;
+        if (i == p.sequences) good &= at == total;
+        if (i > 0) good &= at >= offsets[(i - 1) * stride];
+      };
+      check(p.cu_seqlens_q, p.cu_q_stride, p.sq);
+      check(p.cu_seqlens_k, p.cu_k_stride, p.sk);
+    }
+    if (p.cache_seqlens && i < p.b) {
+      const int64_t keys = p.cache_seqlens[i * p.cache_stride];
+      good &= keys >= 0 && keys <= p.sk;
+      if (p.block_table)
+        for (int64_t page = 0; page < table_pages && page * p.page_size < keys; ++page) {
+          const int64_t entry = p.block_table[i * p.table_row + page * p.table_column];
+          good &= entry >= 0 && entry < p.pages;
+        }
+    }
+    if (!good) *p.fault = 1;
+  }
+}
+
+const char* declines_portable(const Attention&, const CudaContext&) { return nullptr; }
+
+void run_portable(const Attention& op, CudaContext& context) {
+  const Tensor &q = op.q, &k = op.k, &v = op.v;
+  ForwardArgs args{};
+  args.q = Heads(q);
+  args.k = Heads(k);
+  args.v = Heads(v);
+  const auto ints = [](const Tensor& x) { return x ? x.as<int32_t>() : nullptr; };
+  args.cu_seqlens_q = ints(op.cu_seqlens_q);
+  args.cu_seqlens_k = ints(op.cu_seqlens_k);
+  args.block_table = ints(op.block_table);
+  args.cache_seqlens = ints(op.cache_seqlens);
+  args.cu_q_stride = op.cu_seqlens_q.strides[0];
+  args.cu_k_stride = op.cu_seqlens_k.strides[0];
+  args.table_row = op.block_table.strides[0];
+  args.table_column = op.block_table.strides[1];
+  args.cache_stride = op.cache_seqlens.strides[0];
+  args.slopes = op.slopes ? op.slopes.as<float>() : nullptr;
+  args.sink = op.sink ? op.sink.as<float>() : nullptr;
+  args.slopes_stride = op.slopes.strides[0];
+  args.sink_stride = op.sink.strides[0];
+  args.out = op.out.data;
+  args.lse = op.lse.as<float>();
+  args.b = q.shape[0];
+  args.sq = q.shape[1];
+  args.hq = q.shape[2];
+  args.hk = k.shape[2];
+  args.d = static_cast<int>(q.shape[3]);
+  args.dv = static_cast<int>(v.shape[3]);
+  args.pages = k.shape[0];
+  args.page_size = op.block_table ? k.shape[1] : 1;
+  args.sk = op.block_table ? op.block_table.shape[1] * args.page_size : k.shape[1];
+  args.sequences = op.cu_seqlens_q ? op.cu_seqlens_q.shape[0] - 1 : 0;
+  args.window = op.window;
+  args.scale = static_cast<float>(op.scale);
+  args.soft_cap = static_cast<float>(op.soft_cap);
+  args.causal = op.causal;
+  if (op.cu_seqlens_q || op.cache_seqlens) {
+    args.fault = context.fault(
+        op.cu_seqlens_q
+            ? "cuSeqlensQ and cuSeqlensK must start at 0, never descend and end at the totals"
+        : op.block_table ? "cacheSeqlens and blockTable must be inside the pages"
+                         : "cacheSeqlens must be from 0 to sk");
+    attention_check_kernel<<<blocks_for(std::max(args.sequences + 1, args.b), context), kThreads, 0,
+                             context.stream>>>(args, op.block_table ? op.block_table.shape[1] : 0);
+    context.launched("attention_check_kernel");
+  }
+  if (op.lse.size() == 0) return;
+
+  const int64_t tiles = op.cu_seqlens_q ? args.sq / kRowTile + args.sequences + 1
+                                        : args.b * ((args.sq + kRowTile - 1) / kRowTile);
+  HEDDLE_CHECK(tiles < INT32_MAX && args.hq <= 65535, kUnsupported, "q",
+               "q has too many rows or heads for one call");
+  // Few rows over many keys leave most of the chip idle, so their keys are split
+  constexpr int64_t kLeastKeys = 256, kMostSplits = 64;
+  const int64_t idle = 2 * context.processors / std::max<int64_t>(tiles * args.hq, 1);
+  args.splits =
+      static_cast<int>(std::clamp<int64_t>(std::min(idle, args.sk / kLeastKeys), 1, kMostSplits));
+  if (args.splits > 1) {
+    const auto rows = static_cast<size_t>(op.lse.size() * args.splits);
+    args.part_out = context.scratch<float>(rows * static_cast<size_t>(args.dv));
+    args.part_max = context.scratch<float>(rows);
+    args.part_sum = context.scratch<float>(rows);
+  }
+  const size_t smem_bytes =
+      sizeof(float) *
+      static_cast<size_t>(kRowTile * (args.d + 1) + kKeyTile * (std::max(args.d, args.dv) + 1) +
+                          kRowTile * (kKeyTile + 1));
+  const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(args.hq),
+                  static_cast<unsigned>(args.splits));
+  dispatch_float(q.dtype,
+                 [&]<class T>(T) { forward_portable<T>(args, grid, smem_bytes, context); });
+}
+
+constexpr Variant<Attention> kVariants[] = {
+    {"sm80_simt", declines_portable, run_portable},
+};
+
+void run(const Attention& op, CudaContext& context) { run_variants(kVariants, op, context); }
+
+HEDDLE_REGISTER(Attention);
+
+}  // namespace
+}  // namespace heddle

@@ -1,0 +1,266 @@
+#pragma once
+#include <cmath>
+
+#include "common/elements.cuh"
+#include "ops/attention.h"
+
+// Every option of attention on any GPU from sm_80 on, in f32 arithmetic:
+//
+//   out[i] = sum over visible t of exp(s[i, t] - m[i]) v[t] / l[i]      s = cap(q . k * scale) +
+//   slope * (t - p)
+//
+// A CTA of 128 threads owns 32 query rows of one head and walks its keys 32 at a time. Rows of q
+// stay in shared memory; k and v of a tile take turns in one buffer. Four threads share a row: each
+// computes 8 of its 32 scores and keeps a quarter of its output in registers. With splits, several
+// CTAs share a row's keys and a second kernel joins them.
+namespace heddle {
+
+constexpr int kRowTile = 32, kKeyTile = 32, kRowThreads = 4;
+constexpr int kAttentionThreads = kRowTile * kRowThreads;
+constexpr int kMostColumns = 256 / kRowThreads;
+
+// A tensor [b, s, h, d]
+struct Heads {
+  const void* data = nullptr;
+  int64_t batch = 0, token = 0, head = 0, element = 0;
+  Heads() = default;
+  explicit Heads(const Tensor& x)
+      : data(x.data),
+        batch(x.strides[0]),
+        token(x.strides[1]),
+        head(x.strides[2]),
+        element(x.strides[3]) {}
+};
+
+struct ForwardArgs {
+  Heads q, k, v;
+  const int32_t *cu_seqlens_q, *cu_seqlens_k, *block_table, *cache_seqlens;
+  int64_t cu_q_stride, cu_k_stride, table_row, table_column, cache_stride;
+  const float *slopes, *sink;
+  int64_t slopes_stride, sink_stride;
+  void* out;                              // [b, sq, hq, dv]
+  float* lse;                             // [b, hq, sq]
+  float *part_out, *part_max, *part_sum;  // of each split, unnormalised; null without splits
+  int64_t b, sq, sk, hq, hk, sequences, pages, page_size, window;
+  int d, dv, splits;
+  float scale, soft_cap;
+  bool causal;
+  int* fault;
+};
+
+// What one CTA works on. `row0` counts from the sequence's first row.
+struct Place {
+  int64_t batch, q_begin, sq, k_begin, sk, row0;
+  bool any;
+};
+
+__device__ inline int64_t clamp_to(int64_t x, int64_t least, int64_t most) {
+  return min(max(x, least), most);
+}
+
+// Packed sequences have unequal numbers of tiles: the CTA counts through them to find its own.
+// Offsets are clamped, so that wrong ones, which the check kernel reports, lead nowhere outside.
+__device__ inline Place find_place(const ForwardArgs& p, int64_t tile) {
+  if (!p.cu_seqlens_q) {
+    const int64_t tiles = (p.sq + kRowTile - 1) / kRowTile, batch = tile / tiles;
+    const int64_t sk =
+        p.cache_seqlens ? clamp_to(p.cache_seqlens[batch * p.cache_stride], 0, p.sk) : p.sk;
+    return {batch, 0, p.sq, 0, sk, tile % tiles * kRowTile, true};
+  }
+  for (int64_t i = 0; i < p.sequences; ++i) {
+    const int64_t begin = clamp_to(p.cu_seqlens_q[i * p.cu_q_stride], 0, p.sq);
+    const int64_t end = clamp_to(p.cu_seqlens_q[(i + 1) * p.cu_q_stride], begin, p.sq);
+    const int64_t tiles = (end - begin + kRowTile - 1) / kRowTile;
+    if (tile < tiles) {
+      const int64_t k_begin = clamp_to(p.cu_seqlens_k[i * p.cu_k_stride], 0, p.sk);
+      const int64_t k_end = clamp_to(p.cu_seqlens_k[(i + 1) * p.cu_k_stride], k_begin, p.sk);
+      return {0, begin, end - begin, k_begin, k_end - k_begin, tile * kRowTile, true};
+    }
+    tile -= tiles;
+  }
+  return {0, 0, 0, 0, 0, 0, false};
+}
+
+// Where key `t` of a sequence stands, or null if its page does not exist
+template <class T>
+__device__ inline const T* key_at(const ForwardArgs& p, const Heads& x, const Place& place,
+                                  int64_t t, int64_t head) {
+  const T* data = static_cast<const T*>(x.data) + head * x.head;
+  if (!p.block_table) return data + place.batch * x.batch + (place.k_begin + t) * x.token;
+  const int64_t page = p.block_table[place.batch * p.table_row + t / p.page_size * p.table_column];
+  if (page < 0 || page >= p.pages) return nullptr;
+  return data + page * x.batch + t % p.page_size * x.token;
+}
+
+template <class T>
+__global__ void __launch_bounds__(kAttentionThreads) attention_portable_kernel(ForwardArgs p) {
+  extern __shared__ float smem[];
+  const int q_width = p.d + 1, kv_width = max(p.d, p.dv) + 1;
+  float* smem_q = smem;                           // [32, d + 1]
+  float* smem_kv = smem_q + kRowTile * q_width;   // [32, max(d, dv) + 1]
+  float* smem_p = smem_kv + kKeyTile * kv_width;  // [32, 33]
+
+  const int64_t head = blockIdx.y, kv_head = head / (p.hq / p.hk);
+  const int split = blockIdx.z;
+  const Place place = find_place(p, blockIdx.x);
+  if (!place.any) return;
+  const int thread = threadIdx.x, row = thread / kRowThreads, part = thread % kRowThreads;
+  const int64_t query = place.row0 + row;
+  const bool exists = query < place.sq;
+  const int64_t position = place.sk - place.sq + query;
+
+  for (int i = thread; i < kRowTile * p.d; i += kAttentionThreads) {
+    const int r = i / p.d, e = i % p.d;
+    const T* q = static_cast<const T*>(p.q.data) + place.batch * p.q.batch +
+                 (place.q_begin + place.row0 + r) * p.q.token + head * p.q.head;
+    smem_q[r * q_width + e] = place.row0 + r < place.sq ? to_float(q[e * p.q.element]) : 0;
+  }
+
+  // Keys that some row of the tile sees, then this split's share of them in whole tiles
+  int64_t first = 0, last = place.sk;
+  const int64_t low = place.sk - place.sq + place.row0;
+  const int64_t high = place.sk - place.sq + min(place.row0 + kRowTile, place.sq) - 1;
+  if (p.causal || p.window) last = min(last, high + 1);
+  if (p.window) first = max(first, low - p.window + 1);
+  first = first / kKeyTile * kKeyTile;
+  const int64_t tiles = last > first ? (last - first + kKeyTile - 1) / kKeyTile : 0;
+  const int64_t share = (tiles + p.splits - 1) / p.splits;
+  const int64_t begin = first + split * share * kKeyTile;
+  const int64_t end = min(last, begin + share * kKeyTile);
+
+  const float slope = p.slopes ? p.slopes[head * p.slopes_stride] : 0;
+  // row_max starts at a large negative finite number: (-inf) - (-inf) would poison empty rows
+  float row_max = -1e30f, row_sum = 0;
+  float acc[kMostColumns] = {};
+
+  for (int64_t t0 = begin; t0 < end; t0 += kKeyTile) {
+    const auto load = [&](const Heads& x, int width) {
+      __syncthreads();
+      for (int i = thread; i < kKeyTile * width; i += kAttentionThreads) {
+        const int t = i / width, e = i % width;
+        const T* key = t0 + t < place.sk ? key_at<T>(p, x, place, t0 + t, kv_head) : nullptr;
+        smem_kv[t * kv_width + e] = key ? to_float(key[e * x.element]) : 0;
+      }
+      __syncthreads();
+    };
+
+    load(p.k, p.d);
+    float score[kKeyTile / kRowThreads];
+    float tile_max = -1e30f;
+#pragma unroll
+    for (int j = 0; j < kKeyTile / kRowThreads; ++j) {
+      const int c = part + kRowThreads * j;
+      const int64_t t = t0 + c;
+      float dot = 0;
+      for (int e = 0; e < p.d; ++e)
+        dot = fmaf(smem_q[row * q_width + e], smem_kv[c * kv_width + e], dot);
+      float s = dot * p.scale;
+      if (p.soft_cap > 0) s = p.soft_cap * tanhf(s / p.soft_cap);
+      if (p.slopes) s += slope * static_cast<float>(t - position);
+      const bool visible = exists && t < end && (!(p.causal || p.window) || t <= position) &&
+                           (!p.window || t > position - p.window);
+      score[j] = visible ? s : -INFINITY;
+      if (visible) tile_max = s > tile_max || isnan(s) ? s : tile_max;
+    }
+    tile_max = fmaxf(tile_max, __shfl_xor_sync(~0u, tile_max, 1));
+    tile_max = fmaxf(tile_max, __shfl_xor_sync(~0u, tile_max, 2));
+    const float new_max = fmaxf(row_max, tile_max), correction = expf(row_max - new_max);
+    row_max = new_max;
+    row_sum *= correction;
+    for (int f = 0; f < kMostColumns; ++f) acc[f] *= correction;
+#pragma unroll
+    for (int j = 0; j < kKeyTile / kRowThreads; ++j) {
+      const float weight = score[j] == -INFINITY ? 0 : expf(score[j] - row_max);
+      row_sum += weight;
+      // -1 marks what the row must not see, whatever its value holds
+      smem_p[row * (kKeyTile + 1) + part + kRowThreads * j] = score[j] == -INFINITY ? -1 : weight;
+    }
+
+    load(p.v, p.dv);
+    const int count = static_cast<int>(min(int64_t{kKeyTile}, end - t0));
+    for (int c = 0; c < count; ++c) {
+      const float weight = smem_p[row * (kKeyTile + 1) + c];
+      if (weight < 0) continue;
+#pragma unroll
+      for (int f = 0; f < kMostColumns; ++f) {
+        const int column = part + kRowThreads * f;
+        if (column < p.dv) acc[f] = fmaf(weight, smem_kv[c * kv_width + column], acc[f]);
+      }
+    }
+  }
+
+  row_sum += __shfl_xor_sync(~0u, row_sum, 1);
+  row_sum += __shfl_xor_sync(~0u, row_sum, 2);
+  if (!exists) return;
+  const int64_t token = place.q_begin + query;
+  const int64_t statistic = (place.batch * p.hq + head) * p.sq + token;
+  if (p.part_out) {
+    const int64_t at = statistic * p.splits + split;
+    for (int f = 0; f < kMostColumns; ++f) {
+      const int column = part + kRowThreads * f;
+      if (column < p.dv) p.part_out[at * p.dv + column] = acc[f];
+    }
+    if (part == 0) {
+      p.part_max[at] = row_max;
+      p.part_sum[at] = row_sum;
+    }
+    return;
+  }
+  float total_max = row_max, total = row_sum;
+  if (p.sink) {
+    const float sink = p.sink[head * p.sink_stride];
+    total_max = row_sum == 0 ? sink : fmaxf(row_max, sink);
+    total = row_sum * expf(row_max - total_max) + expf(sink - total_max);
+  }
+  const float factor = row_sum == 0 ? 0 : expf(row_max - total_max) / total;
+  T* out = static_cast<T*>(p.out) + ((place.batch * p.sq + token) * p.hq + head) * p.dv;
+  for (int f = 0; f < kMostColumns; ++f) {
+    const int column = part + kRowThreads * f;
+    if (column < p.dv) out[column] = from_float<T>(row_sum == 0 ? 0 : acc[f] * factor);
+  }
+  if (part == 0) p.lse[statistic] = total == 0 ? -INFINITY : total_max + logf(total);
+}
+
+// One warp per row joins its splits, in their order
+template <class T> __global__ void attention_join_kernel(ForwardArgs p) {
+  const int lane = threadIdx.x % 32;
+  const int64_t rows = p.b * p.hq * p.sq,
+                warps = static_cast<int64_t>(gridDim.x) * (blockDim.x / 32);
+  for (int64_t row = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32; row < rows; row += warps) {
+    const int64_t token = row % p.sq, head = row / p.sq % p.hq, batch = row / p.sq / p.hq;
+    const float *row_max = p.part_max + row * p.splits, *row_sum = p.part_sum + row * p.splits;
+    float top = p.sink ? p.sink[head * p.sink_stride] : -1e30f, total = p.sink ? 1 : 0;
+    bool any = false;
+    for (int i = 0; i < p.splits; ++i) {
+      if (row_sum[i] == 0) continue;
+      const float next = fmaxf(top, row_max[i]);
+      total = total * expf(top - next) + row_sum[i] * expf(row_max[i] - next);
+      top = next;
+      any = true;
+    }
+    T* out = static_cast<T*>(p.out) + ((batch * p.sq + token) * p.hq + head) * p.dv;
+    for (int f = lane; f < p.dv; f += 32) {
+      float sum = 0;
+      for (int i = 0; i < p.splits; ++i)
+        if (row_sum[i] != 0)
+          sum += expf(row_max[i] - top) * p.part_out[(row * p.splits + i) * p.dv + f];
+      out[f] = from_float<T>(any ? sum / total : 0);
+    }
+    if (lane == 0) p.lse[row] = total == 0 ? -INFINITY : top + logf(total);
+  }
+}
+
+template <class T>
+void forward_portable(const ForwardArgs& args, dim3 grid, size_t smem_bytes, CudaContext& context) {
+  auto* kernel = attention_portable_kernel<T>;
+  HEDDLE_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   static_cast<int>(smem_bytes)));
+  kernel<<<grid, kAttentionThreads, smem_bytes, context.stream>>>(args);
+  context.launched("attention_portable_kernel");
+  if (!args.part_out) return;
+  attention_join_kernel<T>
+      <<<blocks_for(args.b * args.hq * args.sq * 32, context), kThreads, 0, context.stream>>>(args);
+  context.launched("attention_join_kernel");
+}
+
+}  // namespace heddle

@@ -1,0 +1,349 @@
+#include <algorithm>
+#include <deque>
+#include <map>
+#include <thread>
+
+#include "common/context.h"
+
+namespace heddle {
+namespace {
+
+// Page-locked host memory that copies reach at full speed. It is slow to make, so buffers are kept
+// for reuse by size.
+class PinnedPool : public std::enable_shared_from_this<PinnedPool> {
+ public:
+  ~PinnedPool() {
+    for (auto& [size, buffers] : free_)
+      for (void* buffer : buffers) cudaFreeHost(buffer);
+  }
+
+  HostBuffer take(size_t nbytes) {
+    size_t size = 4096;
+    while (size < nbytes) size *= 2;
+    void* buffer = nullptr;
+    {
+      std::lock_guard lock(mutex_);
+      auto& buffers = free_[size];
+      if (!buffers.empty()) {
+        buffer = buffers.back();
+        buffers.pop_back();
+        kept_ -= size;
+      }
+    }
+    if (!buffer) HEDDLE_CUDA(cudaHostAlloc(&buffer, size, cudaHostAllocDefault));
+    return {buffer, [pool = shared_from_this(), size](void* used) { pool->give(used, size); }};
+  }
+
+ private:
+  void give(void* buffer, size_t size) {
+    constexpr size_t kMost = size_t{256} << 20;
+    {
+      std::lock_guard lock(mutex_);
+      if (kept_ + size <= kMost) {
+        kept_ += size;
+        free_[size].push_back(buffer);
+        return;
+      }
+    }
+    cudaFreeHost(buffer);
+  }
+
+  std::mutex mutex_;
+  std::map<size_t, std::vector<void*>> free_;
+  size_t kept_ = 0;
+};
+
+// A stream takes work from the thread of the environment; one thread waits for the copies that
+// somebody reads.
+class CudaBackend final : public Backend {
+ public:
+  CudaBackend(int index, DeviceInfo info)
+      : Backend({Device::kCuda, index}), info_(std::move(info)) {
+    HEDDLE_CUDA(cudaSetDevice(index));
+    HEDDLE_CUDA(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
+    cudaMemPool_t pool;
+    HEDDLE_CUDA(cudaDeviceGetDefaultMemPool(&pool, index));
+    // Freed memory stays with the process: asking the driver again costs more than any operator
+    uint64_t keep = UINT64_MAX;
+    HEDDLE_CUDA(cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &keep));
+    thread_ = std::thread([this] { serve(); });
+  }
+
+  ~CudaBackend() override {
+    stop();
+    for (cudaEvent_t event : events_) cudaEventDestroy(event);
+    cudaStreamDestroy(stream_);
+  }
+
+  void launch(std::unique_ptr<Call> call) override {
+    check_lost();
+    if (const Failure failure = call->inherited()) return call->poison_outputs(failure);
+    cudaSetDevice(device.index);
+    sweep();
+    CudaContext context(stream_, info_, *fault_pool_, call->op.name.c_str());
+    try {
+      call->op.cuda(call->arguments, context);
+    } catch (const Error& error) {
+      if (error.code == Code::kCuda) lose(error, call->op.name.c_str());
+      throw;
+    }
+    // Whatever is computed from a faulty tensor is faulty as well
+    std::vector<std::shared_ptr<const int>> faults = std::move(context.faults);
+    for (const StorageRef& input : call->inputs)
+      faults.insert(faults.end(), input->faults.begin(), input->faults.end());
+    for (const StorageRef& output : call->outputs) {
+      output->producer = call->op.name.c_str();
+      for (const auto& fault : faults)
+        if (std::find(output->faults.begin(), output->faults.end(), fault) == output->faults.end())
+          output->faults.push_back(fault);
+    }
+  }
+
+  HostBuffer host_buffer(size_t nbytes) override { return pinned_->take(nbytes); }
+
+  void upload(StorageRef to, size_t offset, size_t nbytes, HostBuffer from,
+              std::shared_ptr<Gate> gate) override {
+    check_lost();
+    cudaSetDevice(device.index);
+    sweep();
+    if (gate) {
+      // Runs between the copies of the stream, on a thread of the driver that must not call CUDA;
+      // what it uses is kept alive by the entry below
+      struct Wait {
+        Gate* gate;
+        Storage* to;
+      };
+      HEDDLE_CUDA(cudaLaunchHostFunc(
+          stream_,
+          [](void* data) {
+            const std::unique_ptr<Wait> wait(static_cast<Wait*>(data));
+            if (const Failure failure = wait->gate->wait()) wait->to->poison(failure);
+          },
+          new Wait{gate.get(), to.get()}));
+    }
+    if (nbytes)
+      HEDDLE_CUDA(cudaMemcpyAsync(static_cast<char*>(to->data) + offset, from.get(), nbytes,
+                                  cudaMemcpyHostToDevice, stream_));
+    uploads_.push_back({record(), std::move(to), std::move(from), std::move(gate)});
+  }
+
+  void download(StorageRef from, size_t offset, size_t nbytes, HostBuffer to,
+                std::function<void(Failure)> done) override {
+    cudaSetDevice(device.index);
+    sweep();
+    cudaError_t status = cudaSuccess;
+    if (nbytes)
+      status = cudaMemcpyAsync(to.get(), static_cast<const char*>(from->data) + offset, nbytes,
+                               cudaMemcpyDeviceToHost, stream_);
+    cudaEvent_t event = nullptr;
+    if (status == cudaSuccess) status = try_record(event);
+    {
+      std::lock_guard lock(mutex_);
+      downloads_.push_back({event, status, std::move(from), std::move(to), std::move(done)});
+    }
+    filled_.notify_one();
+  }
+
+  void stop() override {
+    {
+      std::lock_guard lock(mutex_);
+      stopping_ = true;
+    }
+    filled_.notify_one();
+    if (thread_.joinable()) thread_.join();
+    cudaSetDevice(device.index);
+    cudaStreamSynchronize(stream_);
+    for (Upload& upload : uploads_) events_.push_back(upload.event);
+    uploads_.clear();
+  }
+
+ protected:
+  void* allocate_bytes(size_t nbytes) override {
+    check_lost();
+    cudaSetDevice(device.index);
+    void* data = nullptr;
+    const cudaError_t status = cudaMallocAsync(&data, std::max<size_t>(nbytes, 1), stream_);
+    if (status == cudaSuccess) return data;
+    cudaGetLastError();  // running out of memory is no reason to give up on the device
+    if (status == cudaErrorMemoryAllocation) return nullptr;
+    fail_cuda(status, "cudaMallocAsync");
+  }
+  void release_bytes(void* data) noexcept override { cudaFreeAsync(data, stream_); }
+
+ private:
+  struct Upload {
+    cudaEvent_t event;
+    StorageRef to;
+    HostBuffer from;
+    std::shared_ptr<Gate> gate;
+  };
+  struct Download {
+    cudaEvent_t event;
+    cudaError_t status;
+    StorageRef from;
+    HostBuffer to;
+    std::function<void(Failure)> done;
+  };
+
+  cudaError_t try_record(cudaEvent_t& event) {
+    {
+      std::lock_guard lock(mutex_);
+      if (!events_.empty()) {
+        event = events_.back();
+        events_.pop_back();
+      }
+    }
+    // A thread that waits sleeps instead of spinning
+    if (!event)
+      if (const cudaError_t status =
+              cudaEventCreateWithFlags(&event, cudaEventBlockingSync | cudaEventDisableTiming))
+        return status;
+    return cudaEventRecord(event, stream_);
+  }
+  cudaEvent_t record() {
+    cudaEvent_t event = nullptr;
+    HEDDLE_CUDA(try_record(event));
+    return event;
+  }
+
+  // Lets go of host memory whose copies are done
+  void sweep() {
+    while (!uploads_.empty() && cudaEventQuery(uploads_.front().event) == cudaSuccess) {
+      {
+        std::lock_guard lock(mutex_);
+        events_.push_back(uploads_.front().event);
+      }
+      uploads_.pop_front();
+    }
+  }
+
+  void serve() {
+    cudaSetDevice(device.index);
+    for (;;) {
+      Download download;
+      {
+        std::unique_lock lock(mutex_);
+        filled_.wait(lock, [this] { return stopping_ || !downloads_.empty(); });
+        if (downloads_.empty()) return;
+        download = std::move(downloads_.front());
+        downloads_.pop_front();
+      }
+      if (download.event) {
+        if (download.status == cudaSuccess) download.status = cudaEventSynchronize(download.event);
+        std::lock_guard lock(mutex_);
+        events_.push_back(download.event);
+      }
+      download.done(failure_of(download));
+    }
+  }
+
+  Failure failure_of(const Download& download) {
+    const StorageRef& from = download.from;
+    if (download.status != cudaSuccess) {
+      Error error(Code::kCuda, "",
+                  concat("the device failed: ", cudaGetErrorString(download.status), " (",
+                         cudaGetErrorName(download.status), ")"));
+      error.op = from->producer;
+      lose(error, from->producer);
+      return std::make_shared<Error>(error);
+    }
+    if (Failure failure = from->failure()) return failure;
+    for (const auto& word : from->faults) {
+      const auto* fault = reinterpret_cast<const Fault*>(word.get());
+      if (*static_cast<const volatile int*>(word.get()) == 0) continue;
+      auto error = std::make_shared<Error>(Code::kArgument, "", fault->text);
+      error->op = fault->op;
+      return error;
+    }
+    return nullptr;
+  }
+
+  // After an error that CUDA repeats for ever nothing more can be done on the device
+  void lose(const Error& error, const char* op) {
+    const cudaError_t status = cudaStreamQuery(stream_);
+    if (status == cudaSuccess || status == cudaErrorNotReady) return;
+    std::lock_guard lock(mutex_);
+    if (!lost_)
+      lost_ =
+          std::make_shared<Error>(Code::kCuda, "",
+                                  concat("device ", text_of(device), " was lost after ", op, " (",
+                                         error.text, "); restart the process to use it again"));
+  }
+  void check_lost() {
+    std::lock_guard lock(mutex_);
+    if (lost_) throw Error(*lost_);
+  }
+
+  const DeviceInfo info_;
+  const std::shared_ptr<PinnedPool> pinned_ = std::make_shared<PinnedPool>();
+  const std::shared_ptr<FaultPool> fault_pool_ = std::make_shared<FaultPool>();
+  cudaStream_t stream_ = nullptr;
+  std::deque<Upload> uploads_;  // only touched by the environment's thread
+
+  std::mutex mutex_;
+  std::condition_variable filled_;
+  std::deque<Download> downloads_;
+  std::vector<cudaEvent_t> events_;
+  Failure lost_;
+  bool stopping_ = false;
+  std::thread thread_;
+};
+
+std::string version(int number) { return concat(number / 1000, ".", number % 1000 / 10); }
+
+// Looks without making a context on any device
+CudaStatus look() {
+  CudaStatus status;
+  status.built = true;
+  cudaDriverGetVersion(&status.driver);
+  cudaRuntimeGetVersion(&status.runtime);
+  int count = 0;
+  const cudaError_t error = cudaGetDeviceCount(&count);
+  cudaGetLastError();
+  const auto because = [&](const char* code, std::string reason, const char* remedy) {
+    status.code = code;
+    status.reason = std::move(reason);
+    status.remedy = remedy;
+    return status;
+  };
+  if (status.driver == 0)
+    return because("ERR_NO_DRIVER", "there is no NVIDIA driver",
+                   "install the NVIDIA driver, or start the container with its GPUs");
+  if (error == cudaErrorInsufficientDriver)
+    return because("ERR_DRIVER_TOO_OLD",
+                   concat("the NVIDIA driver supports CUDA ", version(status.driver), ", but ",
+                          version(status.runtime), " is needed"),
+                   "update the NVIDIA driver");
+  if (error == cudaErrorNoDevice || (error == cudaSuccess && count == 0))
+    return because("ERR_NO_DEVICE", "the driver finds no GPU",
+                   "check nvidia-smi and CUDA_VISIBLE_DEVICES");
+  if (error != cudaSuccess)
+    return because("ERR_CUDA", cudaGetErrorString(error), "check nvidia-smi");
+  bool usable = false;
+  for (int i = 0; i < count; ++i) {
+    cudaDeviceProp properties;
+    if (cudaGetDeviceProperties(&properties, i) != cudaSuccess) continue;
+    const int arch = properties.major * 10 + properties.minor;
+    status.devices.push_back(
+        {properties.name, arch, properties.multiProcessorCount, properties.totalGlobalMem});
+    usable |= arch >= 80;
+  }
+  if (!usable)
+    return because("ERR_ARCH_UNSUPPORTED", "no GPU here has compute capability 8.0 or newer",
+                   "use a newer GPU");
+  return status;
+}
+
+CudaStatus status() {
+  static const auto* known = new CudaStatus(look());
+  return *known;
+}
+
+std::shared_ptr<Backend> make(int index) {
+  return std::make_shared<CudaBackend>(index, status().devices[static_cast<size_t>(index)]);
+}
+
+[[maybe_unused]] const bool registered = register_cuda({status, make});
+
+}  // namespace
+}  // namespace heddle

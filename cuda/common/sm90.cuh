@@ -1,0 +1,223 @@
+#pragma once
+#include <cuda.h>
+
+#include <cstdint>
+
+#include "core/dtype.h"
+
+// Hopper's instructions behind plain names. A Hopper kernel reaches barriers, bulk copies and
+// matrix instructions only through this file; tests/emulator puts its own in front of it on the
+// include path and runs the same kernel on a CPU.
+namespace heddle::sm90 {
+
+using TensorMap = CUtensorMap;
+
+__device__ __forceinline__ uint32_t address_of(const void* smem) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(smem));
+}
+
+// Dynamic shared memory as the struct that the kernel keeps there
+template <class Smem> __device__ __forceinline__ Smem& shared_memory() {
+  extern __shared__ __align__(1024) uint8_t dynamic_smem[];
+  return *reinterpret_cast<Smem*>(dynamic_smem + (-address_of(dynamic_smem) & (alignof(Smem) - 1)));
+}
+template <class Smem> constexpr size_t shared_memory_bytes() {
+  return sizeof(Smem) + alignof(Smem);
+}
+
+// One lane of a converged warp
+__device__ __forceinline__ bool elect_one() {
+  uint32_t elected;
+  asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.b32 %0, 1, 0, p;\n}\n"
+               : "=r"(elected));
+  return elected != 0;
+}
+
+// A phase ends when all its arrivals came and all bytes that they announced were copied. Waiting on
+// a fresh barrier for parity 1 returns at once: the phase before the first counts as over.
+struct Barrier {
+  uint64_t word;
+
+  __device__ __forceinline__ void init(uint32_t arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address_of(this)), "r"(arrivals)
+                 : "memory");
+  }
+  __device__ __forceinline__ void arrive() {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address_of(this)) : "memory");
+  }
+  // One arrival, which also makes this phase wait for `bytes`
+  __device__ __forceinline__ void arrive_expect(uint32_t bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address_of(this)),
+                 "r"(bytes)
+                 : "memory");
+  }
+  __device__ __forceinline__ bool try_wait(uint32_t parity) {
+    uint32_t done;
+    asm volatile(
+        "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        "selp.b32 %0, 1, 0, p;\n}\n"
+        : "=r"(done)
+        : "r"(address_of(this)), "r"(parity)
+        : "memory");
+    return done != 0;
+  }
+  __device__ __forceinline__ void wait(uint32_t parity) {
+#ifdef HEDDLE_DEBUG
+    // a printf here would make the compiler serialise the matrix instructions
+    for (uint32_t tries = 0; !try_wait(parity);) {
+      if (++tries == 1u << 24) __trap();
+    }
+#else
+    while (!try_wait(parity)) {
+    }
+#endif
+  }
+};
+
+// After init and before the first use by other threads or by copies
+__device__ __forceinline__ void fence_barrier_init() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+// Barriers between whole warps, numbered 0 to 15; __syncthreads is number 0
+__device__ __forceinline__ void named_barrier_sync(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// How long L2 should keep what a copy reads
+enum class Keep : uint64_t {
+  kNormal = 0x1000000000000000,
+  kShortly = 0x12F0000000000000,
+  kLong = 0x14F0000000000000,
+};
+
+__device__ __forceinline__ void prefetch(const TensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
+// Copies the map's box at these coordinates; what lies outside the tensor arrives as zero and
+// counts
+__device__ __forceinline__ void copy_to_smem(void* smem, const TensorMap& map, Barrier& full,
+                                             int column, int row, int head, int batch, Keep keep) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(address_of(smem)),
+      "l"(&map), "r"(address_of(&full)), "r"(column), "r"(row), "r"(head), "r"(batch),
+      "l"(static_cast<uint64_t>(keep))
+      : "memory");
+}
+
+// The other way; what lies outside the tensor is left out
+__device__ __forceinline__ void copy_to_gmem(const TensorMap& map, const void* smem, int column,
+                                             int row, int head, int batch) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(
+          &map),
+      "r"(address_of(smem)), "r"(column), "r"(row), "r"(head), "r"(batch)
+      : "memory");
+}
+__device__ __forceinline__ void commit_copies() {
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+// Until at most kPending groups of this thread still read shared memory
+template <int kPending> __device__ __forceinline__ void wait_copies_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+}
+// Until at most kPending groups of this thread are unfinished
+template <int kPending> __device__ __forceinline__ void wait_copies() {
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// Makes this thread's writes to shared memory visible to copies and matrix instructions
+__device__ __forceinline__ void fence_async_smem() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// How an operand lies in shared memory: along the reduced dimension or along M or N
+enum class Major { kK, kMN };
+
+// Describes an operand with 128-byte swizzle to a matrix instruction. `leading_bytes` lie between
+// panels of 64 columns (used by kMN alone), `stride_bytes` between groups of 8 rows.
+__device__ __forceinline__ uint64_t matrix_descriptor(uint32_t address, uint32_t leading_bytes,
+                                                      uint32_t stride_bytes) {
+  return static_cast<uint64_t>((address & 0x3FFFF) >> 4) |
+         static_cast<uint64_t>(leading_bytes >> 4) << 16 |
+         static_cast<uint64_t>(stride_bytes >> 4) << 32 | uint64_t{1} << 62;
+}
+
+// acc[64, N] (+)= A[64, 16] B[16, N] for one warpgroup, N = 2 * kRegisters. A is a descriptor of a
+// kK operand or four registers. common/wgmma.cuh has the shapes in use.
+template <DType kType, Major kB, int kRegisters>
+__device__ void wgmma(float (&acc)[kRegisters], uint64_t a, uint64_t b, bool accumulate) {
+  static_assert(kRegisters < 0, "add this shape to common/generate-wgmma.mjs");
+}
+template <DType kType, Major kB, int kRegisters>
+__device__ void wgmma(float (&acc)[kRegisters], const uint32_t (&a)[4], uint64_t b,
+                      bool accumulate) {
+  static_assert(kRegisters < 0, "add this shape to common/generate-wgmma.mjs");
+}
+
+// Keeps the compiler from moving uses of these registers across this point
+template <int kRegisters> __device__ __forceinline__ void pin(float (&acc)[kRegisters]) {
+#pragma unroll
+  for (int i = 0; i < kRegisters; ++i) asm volatile("" : "+f"(acc[i])::"memory");
+}
+
+// Before the first matrix instruction that uses registers which were touched since the last wait
+template <int kRegisters> __device__ __forceinline__ void wgmma_fence(float (&acc)[kRegisters]) {
+  pin(acc);
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void wgmma_commit() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+// Until at most kPending groups are unfinished; `acc` belongs to one that is finished then
+template <int kPending, int kRegisters>
+__device__ __forceinline__ void wgmma_wait(float (&acc)[kRegisters]) {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+  pin(acc);
+}
+
+// Registers per thread, given back by one role and taken by another; all warps of a warpgroup call
+// it
+template <int kCount> __device__ __forceinline__ void lower_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
+}
+template <int kCount> __device__ __forceinline__ void raise_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
+}
+
+// Stores four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l /
+// 8
+__device__ __forceinline__ void stmatrix_x4(uint32_t address, uint32_t a, uint32_t b, uint32_t c,
+                                            uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+               "r"(a), "r"(b), "r"(c), "r"(d)
+               : "memory");
+}
+
+__device__ __forceinline__ float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Two elements in one register, `low` in the lower half
+template <DType kType> __device__ __forceinline__ uint32_t pack(float low, float high) {
+  static_assert(kType == DType::kF16 || kType == DType::kBF16);
+  uint32_t packed;
+  // the first source goes to the upper half
+  if constexpr (kType == DType::kBF16) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  }
+  return packed;
+}
+
+}  // namespace heddle::sm90
+
+#include "common/wgmma.cuh"

@@ -1,0 +1,110 @@
+#include "ops/linear.h"
+
+#include "common/elements.cuh"
+#include "core/registry.h"
+
+namespace heddle {
+namespace {
+
+// out[m, o] = x[m, i] . weight[o, i] + bias[o], products and sums in f32.
+// A tile is 64 rows by 64 columns, 16 deep; each of 256 threads owns 4 by 4 of it.
+constexpr int kTile = 64, kDepth = 16, kEach = 4;
+
+struct LinearArgs {
+  Strided x;
+  const void *weight, *bias;
+  void* out;
+  int64_t weight_row, weight_column, bias_stride, rows, inputs, outputs;
+};
+
+template <class T, class Out> __global__ void linear_kernel(LinearArgs p) {
+  __shared__ float smem_x[kDepth][kTile + 4], smem_w[kDepth][kTile + 4];
+  const int64_t tiles = (p.outputs + kTile - 1) / kTile;
+  const int64_t row0 = blockIdx.x / tiles * kTile, column0 = blockIdx.x % tiles * kTile;
+  const int row = threadIdx.x / 16 * kEach, column = threadIdx.x % 16 * kEach;
+  const auto* weight = static_cast<const T*>(p.weight);
+  float acc[kEach][kEach] = {};
+  for (int64_t k0 = 0; k0 < p.inputs; k0 += kDepth) {
+    for (int i = threadIdx.x; i < kTile * kDepth; i += 256) {
+      const int r = i / kDepth, k = i % kDepth;
+      const bool inside = k0 + k < p.inputs;
+      smem_x[k][r] =
+          inside && row0 + r < p.rows ? to_float(p.x.at<T>((row0 + r) * p.inputs + k0 + k)) : 0;
+      smem_w[k][r] =
+          inside && column0 + r < p.outputs
+              ? to_float(weight[(column0 + r) * p.weight_row + (k0 + k) * p.weight_column])
+              : 0;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < kDepth; ++k) {
+      float a[kEach], b[kEach];
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) a[i] = smem_x[k][row + i];
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) b[i] = smem_w[k][column + i];
+#pragma unroll
+      for (int i = 0; i < kEach; ++i)
+#pragma unroll
+        for (int j = 0; j < kEach; ++j) acc[i][j] = fmaf(a[i], b[j], acc[i][j]);
+    }
+    __syncthreads();
+  }
+  for (int i = 0; i < kEach; ++i) {
+    for (int j = 0; j < kEach; ++j) {
+      const int64_t r = row0 + row + i, c = column0 + column + j;
+      if (r >= p.rows || c >= p.outputs) continue;
+      const float bias = p.bias ? to_float(static_cast<const T*>(p.bias)[c * p.bias_stride]) : 0;
+      static_cast<Out*>(p.out)[r * p.outputs + c] = from_float<Out>(acc[i][j] + bias);
+    }
+  }
+}
+
+// A few rows: one warp per number of the result, along the contiguous side of the weights
+template <class T, class Out> __global__ void linear_rows_kernel(LinearArgs p) {
+  const int lane = threadIdx.x % 32;
+  const int64_t c = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
+  if (c >= p.outputs) return;
+  const auto* weight = static_cast<const T*>(p.weight) + c * p.weight_row;
+  const float bias = p.bias ? to_float(static_cast<const T*>(p.bias)[c * p.bias_stride]) : 0;
+  for (int64_t r = 0; r < p.rows; ++r) {
+    float sum = 0;
+    for (int64_t i = lane; i < p.inputs; i += 32)
+      sum = fmaf(to_float(p.x.at<T>(r * p.inputs + i)), to_float(weight[i * p.weight_column]), sum);
+    sum = warp_sum(sum);
+    if (lane == 0) static_cast<Out*>(p.out)[r * p.outputs + c] = from_float<Out>(sum + bias);
+  }
+}
+
+void run(const Linear& op, CudaContext& context) {
+  const int64_t outputs = op.weight.shape[0], inputs = op.weight.shape[1];
+  if (op.out.size() == 0) return;
+  const LinearArgs args{Strided(op.x),
+                        op.weight.data,
+                        op.bias ? op.bias.data : nullptr,
+                        op.out.data,
+                        op.weight.strides[0],
+                        op.weight.strides[1],
+                        op.bias.strides[0],
+                        op.out.size() / outputs,
+                        inputs,
+                        outputs};
+  dispatch_float(op.x.dtype, [&]<class T>(T) {
+    dispatch_float(op.out.dtype, [&]<class Out>(Out) {
+      if (args.rows <= 4) {
+        const auto blocks = static_cast<unsigned>((outputs + 7) / 8);
+        linear_rows_kernel<T, Out><<<blocks, 256, 0, context.stream>>>(args);
+      } else {
+        const int64_t tiles = (args.rows + kTile - 1) / kTile * ((outputs + kTile - 1) / kTile);
+        HEDDLE_CHECK(tiles < INT32_MAX, kUnsupported, "x", "x has too many rows for one call");
+        linear_kernel<T, Out><<<static_cast<unsigned>(tiles), 256, 0, context.stream>>>(args);
+      }
+    });
+  });
+  context.launched("linear_kernel");
+}
+
+HEDDLE_REGISTER(Linear);
+
+}  // namespace
+}  // namespace heddle

@@ -1,0 +1,604 @@
+import { broken } from './error.js'
+import {
+  type Access,
+  type CascadeIR,
+  type Expr,
+  type FunctionName,
+  type Index,
+  type Predicate,
+  type Reducer,
+  rankOf,
+  type Span,
+  type Statement,
+  statementsOf,
+  visitAccesses,
+  visitExprs,
+  visitPredicate,
+} from './ir.js'
+import { plainVariable, stepOf } from './validate.js'
+
+/** A dense array with a shape, axes as the cascade writes them. */
+export interface DenseArray {
+  data: ArrayLike<number>
+  shape: readonly number[]
+}
+
+/** A result: float64, empty coordinates as 0. */
+export interface DenseResult {
+  data: Float64Array
+  shape: readonly number[]
+}
+
+/** Options of an evaluation. */
+export interface EvaluateOptions {
+  /** Sizes of ranks that no input tells. */
+  sizes?: Readonly<Record<string, number>> | undefined
+  /** Points that one statement may visit, 1e9 if left out. */
+  maxPoints?: number | undefined
+  /** Tensors to return beside the outputs. */
+  keep?: readonly string[] | undefined
+}
+
+interface Store {
+  data: Float64Array
+  shape: number[]
+  strides: number[]
+  /** 1 where a coordinate is not empty; undefined while none is. */
+  present: Uint8Array | undefined
+}
+
+// Variables of the statement at hand, one slot each, and whether what was just computed is empty
+interface State {
+  at: Int32Array
+  empty: boolean
+}
+type Compute = (state: State) => number
+type Test = (state: State) => boolean
+
+const erf = (x: number): number => {
+  // Series near zero, continued fraction beyond: full double precision either way
+  const z = Math.abs(x)
+  if (z < 2.5) {
+    let term = z
+    let sum = z
+    for (let n = 1; n < 100; n++) {
+      term *= (-z * z) / n
+      sum += term / (2 * n + 1)
+      if (Math.abs(term) < 1e-18) break
+    }
+    return (Math.sign(x) * 2 * sum) / Math.sqrt(Math.PI)
+  }
+  let fraction = 0
+  for (let n = 60; n > 0; n--) fraction = n / 2 / (z + fraction)
+  return Math.sign(x) * (1 - Math.exp(-z * z) / (Math.sqrt(Math.PI) * (z + fraction)))
+}
+
+const unary: Readonly<Record<Exclude<FunctionName, 'pow' | 'max' | 'min'>, (x: number) => number>> =
+  {
+    exp: Math.exp,
+    exp2: (x) => 2 ** x,
+    log: Math.log,
+    log1p: Math.log1p,
+    tanh: Math.tanh,
+    sigmoid: (x) => 1 / (1 + Math.exp(-x)),
+    relu: (x) => (x > 0 ? x : 0),
+    softplus: (x) => Math.max(x, 0) + Math.log1p(Math.exp(-Math.abs(x))),
+    abs: Math.abs,
+    sqrt: Math.sqrt,
+    rsqrt: (x) => 1 / Math.sqrt(x),
+    erf,
+  }
+
+const identities: Readonly<Record<Reducer, number>> = {
+  sum: 0,
+  prod: 1,
+  max: Number.NEGATIVE_INFINITY,
+  min: Number.POSITIVE_INFINITY,
+  logsumexp: Number.NEGATIVE_INFINITY,
+}
+
+/** @internal Runs a cascade in float64 by its definition; loops go left-hand variables first, ascending. */
+export function evaluate(
+  ir: CascadeIR,
+  inputs: Readonly<Record<string, DenseArray>>,
+  scalars: Readonly<Record<string, number>>,
+  options: EvaluateOptions,
+): Record<string, DenseResult> {
+  return new Evaluation(ir, inputs, scalars, options).run()
+}
+
+class Evaluation {
+  readonly #sizes = new Map<string, { size: number; source: string }>()
+  readonly #stores = new Map<string, Store>()
+  readonly #limit: number
+  readonly #first: Span
+
+  constructor(
+    readonly ir: CascadeIR,
+    readonly inputs: Readonly<Record<string, DenseArray>>,
+    readonly scalars: Readonly<Record<string, number>>,
+    readonly options: EvaluateOptions,
+  ) {
+    this.#limit = options.maxPoints ?? 1e9
+    const all = statementsOf(ir.steps)
+    this.#first = all[0]!.out.span
+    for (const name of ir.inputs) this.#input(name)
+    this.#learnSizes(all)
+    for (const name of ir.scalars) {
+      if (typeof scalars[name] !== 'number') throw this.#missing(name, 'scalar')
+    }
+    this.#checkMasks(all)
+    for (const statement of all) this.#allocate(statement)
+  }
+
+  run(): Record<string, DenseResult> {
+    for (const step of this.ir.steps) {
+      if (!('body' in step)) {
+        this.#compile(step, undefined)(0)
+        continue
+      }
+      const body = step.body.map((statement) => this.#compile(statement, step.variable))
+      const count = this.#size(rankOf(step.variable), step.span)
+      for (let i = 0; i < count; i++) for (const run of body) run(i)
+    }
+    const wanted = new Set([...this.ir.outputs, ...(this.options.keep ?? [])])
+    const results: Record<string, DenseResult> = {}
+    for (const name of wanted) {
+      const store = this.#stores.get(name)
+      if (!store) throw this.#missing(name, 'tensor')
+      const data = store.data.slice()
+      store.present?.forEach((present, i) => {
+        if (!present) data[i] = 0
+      })
+      results[name] = { data, shape: store.shape }
+    }
+    return results
+  }
+
+  #missing(name: string, what: string) {
+    const at = statementsOf(this.ir.steps).find(({ src }) => src.text.includes(name))
+    return broken('CAS004', `${what} ${name} was not given`, at?.out.span ?? this.#first, name)
+  }
+
+  #input(name: string): void {
+    const given = this.inputs[name]
+    if (!given) throw this.#missing(name, 'tensor')
+    const { data, shape } = given
+    const count = Array.isArray(shape) ? shape.reduce((product, size) => product * size, 1) : -1
+    if (!data || data.length !== count) {
+      throw broken(
+        'CAS003',
+        `${name} has ${data?.length} numbers for shape [${shape}]`,
+        this.#first,
+        name,
+      )
+    }
+    this.#stores.set(name, store(Float64Array.from(data), [...shape]))
+  }
+
+  // Sizes come from declarations, the caller, splits, and the shapes of inputs under plain variables
+  #learnSizes(all: readonly Statement[]): void {
+    const learn = (rank: string, size: number, source: string, span: Span) => {
+      const known = this.#sizes.get(rank)
+      if (known && known.size !== size) {
+        throw broken(
+          'CAS003',
+          `rank ${rank} is ${known.size} from ${known.source} but ${size} from ${source}`,
+          span,
+          rank,
+        )
+      }
+      if (!known) this.#sizes.set(rank, { size, source })
+    }
+    for (const [rank, size] of this.ir.ranks)
+      if (size !== undefined) learn(rank, size, 'its declaration', this.#first)
+    for (const [rank, size] of Object.entries(this.options.sizes ?? {}))
+      learn(rank, size, 'sizes', this.#first)
+    const fromAccess = (access: Access) => {
+      const { name, indices, span } = access
+      if (!this.ir.inputs.includes(name)) return
+      const { shape } = this.#stores.get(name)!
+      if (shape.length !== indices.length) {
+        throw broken(
+          'CAS002',
+          `${name} has ${indices.length} ranks on line ${span[0]} but was given with ${shape.length}`,
+          span,
+          name,
+        )
+      }
+      indices.forEach((index, i) => {
+        const variable = plainVariable(index)
+        if (variable !== undefined && this.ir.variables.includes(variable))
+          learn(rankOf(variable), shape[i]!, name, span)
+        else this.#sizeUnderSplit(index, shape[i]!, learn, name, span)
+      })
+    }
+    for (const { expr, where } of all) {
+      visitAccesses(expr, fromAccess)
+      if (where) visitPredicate(where, (one) => one.kind === 'access' && fromAccess(one))
+    }
+    for (const { variable, outer, inner, size, tailMask, span } of this.ir.splits) {
+      const whole = this.#sizes.get(rankOf(variable))
+      if (!whole)
+        throw broken(
+          'CAS003',
+          `rank ${rankOf(variable)} has no size; give it in sizes`,
+          span,
+          rankOf(variable),
+        )
+      if (whole.size % size !== 0 && !tailMask) {
+        throw broken(
+          'CAS008',
+          `split ${variable} by ${size} with ${rankOf(variable)}=${whole.size}: add "tail mask"`,
+          span,
+          rankOf(variable),
+        )
+      }
+      learn(rankOf(inner), size, 'its split', span)
+      learn(rankOf(outer), Math.ceil(whole.size / size), 'its split', span)
+    }
+  }
+
+  // K[e, m1*M0 + m0] tells the size of M, of which m1 and m0 are the parts
+  #sizeUnderSplit(
+    index: Index,
+    size: number,
+    learn: (rank: string, size: number, source: string, span: Span) => void,
+    name: string,
+    span: Span,
+  ): void {
+    if (index.kind !== 'expr') return
+    const parts = new Set<string>()
+    visitExprs(index.expr, (one) => one.kind === 'name' && parts.add(one.name))
+    for (const split of this.ir.splits) {
+      if (parts.has(split.outer) && parts.has(split.inner))
+        learn(rankOf(split.variable), size, name, span)
+    }
+  }
+
+  #size(rank: string, span: Span): number {
+    const known = this.#sizes.get(rank)
+    if (!known) throw broken('CAS003', `rank ${rank} has no size; give it in sizes`, span, rank)
+    return known.size
+  }
+
+  #checkMasks(all: readonly Statement[]): void {
+    for (const { where } of all) {
+      if (!where) continue
+      visitPredicate(where, (one) => {
+        if (one.kind !== 'access') return
+        if (!this.#stores.get(one.name)!.data.every(Number.isInteger)) {
+          throw broken(
+            'CAS010',
+            'masks must be decidable from indices and integer tensors',
+            one.span,
+            one.name,
+          )
+        }
+      })
+    }
+  }
+
+  #allocate({ out }: Statement): void {
+    if (this.#stores.has(out.name)) return
+    const all = statementsOf(this.ir.steps).filter((one) => one.out.name === out.name)
+    const shape = out.indices.map((index, i) => {
+      const variable = index.kind === 'pin' ? index.name : [...variablesOf(index)][0]
+      if (variable === undefined)
+        throw broken(
+          'CAS001',
+          `line ${out.span[0]}: expected a variable on the left of ${out.name}`,
+          out.span,
+          out.name,
+        )
+      const size = this.#size(rankOf(variable), out.span)
+      // An iterative tensor has one more: before the first step
+      const iterative = all.some(
+        (one) => stepOf(one.out.indices[i]!, variable) === 1 || one.out.indices[i]!.kind === 'pin',
+      )
+      return iterative ? size + 1 : size
+    })
+    const points = shape.reduce((product, size) => product * size, 1)
+    if (points > this.#limit) throw this.#tooLarge(out, points)
+    this.#stores.set(out.name, store(new Float64Array(points), shape))
+  }
+
+  #tooLarge(out: Access, points: number) {
+    const ranks = out.indices
+      .flatMap((index) => (index.kind === 'pin' ? [index.name] : [...variablesOf(index)]))
+      .map(rankOf)
+    const largest =
+      ranks.sort((a, b) => (this.#sizes.get(b)?.size ?? 0) - (this.#sizes.get(a)?.size ?? 0))[0] ??
+      out.name
+    const short = (n: number) => n.toExponential(1).replace('e+', 'e').replace('.0e', 'e')
+    return broken(
+      'CAS012',
+      `${out.name} has ${short(points)} points, the limit is ${short(this.#limit)}; raise maxPoints or shrink ${largest}`,
+      out.span,
+      out.name,
+    )
+  }
+
+  // A statement as a function of the iterated variable's value
+  #compile(statement: Statement, iterated: string | undefined): (step: number) => void {
+    const { out, reduce, expr, where } = statement
+    const over = reduce?.over ?? []
+    const left = new Set<string>()
+    for (const index of out.indices)
+      if (index.kind !== 'pin') for (const name of variablesOf(index)) left.add(name)
+    if (iterated !== undefined) left.delete(iterated)
+    const loops = [...left, ...over]
+    const slots = new Map<string, number>(loops.map((name, i) => [name, i]))
+    if (iterated !== undefined) slots.set(iterated, loops.length)
+    const sizes = loops.map((name) => this.#size(rankOf(name), out.span))
+    const points = sizes.reduce((product, size) => product * size, 1)
+    if (points > this.#limit) throw this.#tooLarge(out, points)
+
+    const state: State = { at: new Int32Array(loops.length + 1), empty: false }
+    const target = this.#stores.get(out.name)!
+    const place = this.#offset(out, target, slots)
+    const compute = this.#expr(expr, slots)
+    const test = where ? this.#predicate(where, slots) : undefined
+    const leftOnly =
+      where !== undefined && [...namesIn(where)].every((name) => !over.includes(name))
+    const { at } = state
+    const depth = left.size
+
+    const put = (value: number, empty: boolean) => {
+      const offset = place(state)
+      target.data[offset] = value
+      if (empty) target.present ??= new Uint8Array(target.data.length).fill(1)
+      if (target.present) target.present[offset] = empty ? 0 : 1
+    }
+    const point = reduce
+      ? this.#reduction(reduce.op, compute, test, leftOnly, sizes, depth, state, put)
+      : () => {
+          if (test && !test(state)) return put(0, true)
+          state.empty = false
+          const value = compute(state)
+          put(state.empty ? 0 : value, state.empty)
+        }
+    const loop = (level: number): void => {
+      if (level === depth) {
+        point()
+        return
+      }
+      const size = sizes[level]!
+      for (let i = 0; i < size; i++) {
+        at[level] = i
+        loop(level + 1)
+      }
+    }
+    return (step) => {
+      at[loops.length] = step
+      loop(0)
+    }
+  }
+
+  #reduction(
+    op: Reducer,
+    compute: Compute,
+    test: Test | undefined,
+    leftOnly: boolean,
+    sizes: readonly number[],
+    from: number,
+    state: State,
+    put: (value: number, empty: boolean) => void,
+  ): () => void {
+    const { at } = state
+    let total = 0
+    let scale = 0 // of logsumexp: its sum is relative to this maximum
+    const last = sizes.length - 1
+    const inner = (level: number): void => {
+      const size = sizes[level]!
+      for (let i = 0; i < size; i++) {
+        at[level] = i
+        if (level < last) {
+          inner(level + 1)
+          continue
+        }
+        if (test && !leftOnly && !test(state)) continue
+        state.empty = false
+        const value = compute(state)
+        if (state.empty) continue
+        if (op === 'sum') total += value
+        else if (op === 'max') total = value > total || Number.isNaN(value) ? value : total
+        else if (op === 'min') total = value < total || Number.isNaN(value) ? value : total
+        else if (op === 'prod') total *= value
+        else if (value > scale) {
+          total = total * Math.exp(scale - value) + 1
+          scale = value
+        } else if (value !== Number.NEGATIVE_INFINITY) total += Math.exp(value - scale)
+      }
+    }
+    return () => {
+      if (leftOnly && test && !test(state)) return put(0, true)
+      total = op === 'logsumexp' ? 0 : identities[op]
+      scale = Number.NEGATIVE_INFINITY
+      if (from <= last) inner(from)
+      put(op === 'logsumexp' ? scale + Math.log(total) : total, false)
+    }
+  }
+
+  #expr(expr: Expr, slots: ReadonlyMap<string, number>): Compute {
+    switch (expr.kind) {
+      case 'number': {
+        const { value } = expr
+        return () => value
+      }
+      case 'name':
+        return this.#bare(expr.name, expr.span, slots)
+      case 'access':
+        return this.#read(expr, slots)
+      case 'negate': {
+        const x = this.#expr(expr.x, slots)
+        return (state) => -x(state)
+      }
+      case 'binary': {
+        const [a, b] = [this.#expr(expr.a, slots), this.#expr(expr.b, slots)]
+        if (expr.op === '+') return (state) => a(state) + b(state)
+        if (expr.op === '*') return (state) => a(state) * b(state)
+        if (expr.op === '-') {
+          return (state) => {
+            const [x, y] = [a(state), b(state)]
+            return x === Number.NEGATIVE_INFINITY && y === Number.NEGATIVE_INFINITY ? x : x - y
+          }
+        }
+        return (state) => {
+          const [x, y] = [a(state), b(state)]
+          return x === 0 && y === 0 ? 0 : x / y
+        }
+      }
+      case 'call': {
+        const [a, b] = expr.args.map((arg) => this.#expr(arg, slots)) as [Compute, Compute]
+        if (expr.fn === 'pow') return (state) => a(state) ** b(state)
+        if (expr.fn === 'max') return (state) => Math.max(a(state), b(state))
+        if (expr.fn === 'min') return (state) => Math.min(a(state), b(state))
+        const f = unary[expr.fn]
+        return (state) => f(a(state))
+      }
+      case 'if': {
+        const test = this.#predicate(expr.test, slots)
+        const [a, b] = [this.#expr(expr.yes, slots), this.#expr(expr.no, slots)]
+        return (state) => (test(state) ? a(state) : b(state))
+      }
+    }
+  }
+
+  // A name without brackets: an index variable, a tensor without ranks, the size of a rank, or a scalar
+  #bare(name: string, span: Span, slots: ReadonlyMap<string, number>): Compute {
+    const slot = slots.get(name)
+    if (slot !== undefined) return (state) => state.at[slot]!
+    if (this.#stores.has(name))
+      return this.#read({ kind: 'access', name, indices: [], span }, slots)
+    const size = this.#sizes.get(name)?.size
+    if (size !== undefined) return () => size
+    const scalar = this.scalars[name]
+    if (scalar === undefined) throw this.#missing(name, /^[A-Z]/.test(name) ? 'rank' : 'scalar')
+    return () => scalar
+  }
+
+  #read(access: Access, slots: ReadonlyMap<string, number>): Compute {
+    const from = this.#stores.get(access.name)!
+    const { data } = from
+    const { indices } = access
+    const plain = indices.map((index) => {
+      const name = plainVariable(index)
+      return name === undefined ? undefined : slots.get(name)
+    })
+    const safe = plain.every((slot, i) => {
+      const name = plainVariable(indices[i]!)
+      return slot !== undefined && this.#sizes.get(rankOf(name!))!.size <= from.shape[i]!
+    })
+    if (safe) {
+      const offset = plainOffset(plain as number[], from.strides)
+      return (state) => {
+        const at = offset(state.at)
+        if (from.present && !from.present[at]) state.empty = true
+        return data[at]!
+      }
+    }
+    const offset = this.#offset(access, from, slots)
+    return (state) => {
+      const at = offset(state)
+      if (at < 0 || (from.present && !from.present[at])) {
+        state.empty = true
+        return 0
+      }
+      return data[at]!
+    }
+  }
+
+  // Where an access lies, -1 outside the tensor
+  #offset(access: Access, to: Store, slots: ReadonlyMap<string, number>): Compute {
+    const parts = access.indices.map((index, i) => {
+      const size = to.shape[i]!
+      const stride = to.strides[i]!
+      if (index.kind === 'pin') return { at: () => index.value, size, stride }
+      if (index.expr.kind === 'name' && /^[A-Z]/.test(index.expr.name) && index.kind === 'expr') {
+        return { at: () => size - 1, size, stride }
+      }
+      const value = this.#expr(index.expr, slots)
+      if (index.kind === 'expr') return { at: value, size, stride }
+      const { least, most } = index
+      return { at: (state: State) => Math.min(Math.max(value(state), least), most), size, stride }
+    })
+    return (state) => {
+      let offset = 0
+      for (const { at, size, stride } of parts) {
+        const i = at(state)
+        if (!(i >= 0 && i < size)) return -1
+        offset += i * stride
+      }
+      return offset
+    }
+  }
+
+  #predicate(predicate: Predicate, slots: ReadonlyMap<string, number>): Test {
+    if (predicate.kind === 'not') {
+      const x = this.#predicate(predicate.x, slots)
+      return (state) => !x(state)
+    }
+    if (predicate.kind !== 'compare') {
+      const [a, b] = [this.#predicate(predicate.a, slots), this.#predicate(predicate.b, slots)]
+      return predicate.kind === 'and'
+        ? (state) => a(state) && b(state)
+        : (state) => a(state) || b(state)
+    }
+    const [a, b] = [this.#expr(predicate.a, slots), this.#expr(predicate.b, slots)]
+    switch (predicate.op) {
+      case '<':
+        return (state) => a(state) < b(state)
+      case '<=':
+        return (state) => a(state) <= b(state)
+      case '>':
+        return (state) => a(state) > b(state)
+      case '>=':
+        return (state) => a(state) >= b(state)
+      case '==':
+        return (state) => a(state) === b(state)
+      case '!=':
+        return (state) => a(state) !== b(state)
+    }
+  }
+}
+
+function plainOffset(
+  slots: readonly number[],
+  strides: readonly number[],
+): (at: Int32Array) => number {
+  const [a = 0, b = 0, c = 0] = slots
+  const [sa = 0, sb = 0, sc = 0] = strides
+  if (slots.length === 0) return () => 0
+  if (slots.length === 1) return (at) => at[a]! * sa
+  if (slots.length === 2) return (at) => at[a]! * sa + at[b]! * sb
+  if (slots.length === 3) return (at) => at[a]! * sa + at[b]! * sb + at[c]! * sc
+  return (at) => slots.reduce((sum, slot, i) => sum + at[slot]! * strides[i]!, 0)
+}
+
+function variablesOf(index: Index): Set<string> {
+  const names = new Set<string>()
+  if (index.kind === 'pin') return names
+  visitExprs(index.expr, (one) => {
+    if (one.kind === 'name' && /^[a-z]/.test(one.name)) names.add(one.name)
+  })
+  return names
+}
+
+function namesIn(predicate: Predicate): Set<string> {
+  const names = new Set<string>()
+  visitPredicate(predicate, (one) => {
+    if (one.kind === 'name') names.add(one.name)
+  })
+  return names
+}
+
+function store(data: Float64Array, shape: number[]): Store {
+  const strides = new Array<number>(shape.length)
+  let stride = 1
+  for (let i = shape.length - 1; i >= 0; i--) {
+    strides[i] = stride
+    stride *= shape[i]!
+  }
+  return { data, shape, strides, present: undefined }
+}

@@ -1,0 +1,89 @@
+import { checkOptions, mustBe } from '../check.js'
+import { type DenseArray, type DenseResult, type EvaluateOptions, evaluate } from './evaluate.js'
+import type { CascadeIR } from './ir.js'
+import { parse } from './parse.js'
+import { print } from './print.js'
+import { validate } from './validate.js'
+
+export type { DenseArray, DenseResult, EvaluateOptions } from './evaluate.js'
+export type {
+  Access,
+  CascadeIR,
+  Expr,
+  FunctionName,
+  Index,
+  Iteration,
+  Predicate,
+  Reducer,
+  Span,
+  Split,
+  Statement,
+} from './ir.js'
+
+/** A cascade of einsums: what a mechanism computes, as text that can be checked and run. */
+export interface Cascade {
+  /** The text as it was given. */
+  readonly text: string
+  readonly ir: CascadeIR
+  /**
+   * Runs the text in float64, by its definition.
+   *
+   * @param inputs The tensors that the text does not produce, with their axes as written.
+   * @param scalars The names that are neither tensors, index variables nor ranks.
+   * @returns Every tensor that no later statement reads, and those that `keep` names; empty coordinates are 0.
+   * @throws HeddleError with a `CAS` code and a `span`.
+   */
+  evaluate(
+    inputs: Readonly<Record<string, DenseArray>>,
+    scalars?: Readonly<Record<string, number>>,
+    options?: EvaluateOptions,
+  ): Record<string, DenseResult>
+  /** The text in the usual form; it parses back to the same cascade. */
+  toString(): string
+}
+
+const known: ReadonlySet<string> = new Set<keyof EvaluateOptions>(['sizes', 'maxPoints', 'keep'])
+
+/**
+ * Reads a cascade of einsums. Capitals with brackets are tensors, lower case inside brackets are index variables; a variable
+ * that is missing on the left is reduced, by a sum unless a reducer such as `max(k)` stands in front; `where` limits the
+ * points. Works as a template tag and as a function.
+ *
+ * @throws HeddleError with a `CAS` code and the `span` of the text that is wrong.
+ * @example
+ * import { cascade } from 'heddle'
+ * const softmax = cascade`
+ *   M[p]   = max(k) S[p,k]
+ *   N[p,k] = exp(S[p,k] - M[p])
+ *   D[p]   = sum(k) N[p,k]
+ *   A[p,k] = N[p,k] / D[p]`
+ * const { A } = softmax.evaluate({ S: { data: [1, 2, 3], shape: [1, 3] } })
+ */
+export function cascade(
+  text: string | TemplateStringsArray,
+  ...values: readonly (string | number)[]
+): Cascade {
+  const whole =
+    typeof text === 'string'
+      ? text
+      : Array.isArray(text)
+        ? String.raw({ raw: text }, ...values)
+        : undefined
+  if (whole === undefined) throw mustBe('cascade', 'text', 'a string', text)
+  const ir = validate(parse(whole))
+  return Object.freeze({
+    text: whole,
+    ir,
+    evaluate(
+      inputs: Readonly<Record<string, DenseArray>>,
+      scalars: Readonly<Record<string, number>> = {},
+      options: EvaluateOptions = {},
+    ) {
+      checkOptions('cascade', options, known)
+      if (inputs === null || typeof inputs !== 'object')
+        throw mustBe('cascade', 'inputs', 'an object of tensors', inputs)
+      return evaluate(ir, inputs, scalars, options)
+    },
+    toString: () => print(ir),
+  })
+}

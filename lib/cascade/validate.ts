@@ -1,0 +1,351 @@
+import { broken } from './error.js'
+import {
+  type Access,
+  type CascadeIR,
+  type Expr,
+  type Index,
+  type Iteration,
+  type Reducer,
+  type Span,
+  type Statement,
+  statementsOf,
+  visitAccesses,
+  visitExprs,
+  visitPredicate,
+} from './ir.js'
+import type { Syntax } from './parse.js'
+
+/** @internal The name of an index that is one bare variable. */
+export function plainVariable(index: Index): string | undefined {
+  return index.kind === 'expr' && index.expr.kind === 'name' && /^[a-z]/.test(index.expr.name)
+    ? index.expr.name
+    : undefined
+}
+
+/** @internal k for an index of the form variable + k. */
+export function stepOf(index: Index, variable: string): number | undefined {
+  if (index.kind !== 'expr') return undefined
+  const { expr } = index
+  if (expr.kind === 'name') return expr.name === variable ? 0 : undefined
+  if (expr.kind !== 'binary' || expr.op !== '+') return undefined
+  const [a, b] = expr.a.kind === 'name' ? [expr.a, expr.b] : [expr.b, expr.a]
+  return a.kind === 'name' && a.name === variable && b.kind === 'number' ? b.value : undefined
+}
+
+function readsOf(statement: Statement): Access[] {
+  const reads: Access[] = []
+  const add = (access: Access) => reads.push(access)
+  visitAccesses(statement.expr, add)
+  if (statement.where) {
+    visitPredicate(statement.where, (expr) => {
+      if (expr.kind === 'access') add(expr)
+    })
+  }
+  return reads
+}
+
+const list = (names: readonly string[]) => `[${names.join(',')}]`
+
+function namesOf(access: Access): string[] {
+  return access.indices.map(
+    (index) => plainVariable(index) ?? (index.kind === 'pin' ? index.name : '*'),
+  )
+}
+
+/** @internal Gives names their meanings and checks every rule that the text alone decides. */
+export function validate(syntax: Syntax): CascadeIR {
+  const { splits } = syntax
+  const all = statementsOf(syntax.steps)
+  const end: Span = [1, 1, 0]
+  if (all.length === 0) throw broken('CAS001', 'line 1: expected a statement', end)
+
+  const ranks = new Map<string, number | undefined>()
+  for (const { name, size, span } of syntax.ranks) {
+    if (ranks.has(name) && ranks.get(name) !== size) {
+      throw broken(
+        'CAS003',
+        `rank ${name} is ${ranks.get(name)} but is declared as ${size} on line ${span[0]}`,
+        span,
+        name,
+      )
+    }
+    ranks.set(name, size)
+  }
+
+  const produced = new Set(all.map(({ out }) => out.name))
+  const variables: string[] = []
+  const noteVariables = (index: Index) => {
+    const note = (name: string) => {
+      if (/^[a-z]/.test(name) && !variables.includes(name)) variables.push(name)
+    }
+    if (index.kind === 'pin') note(index.name)
+    else visitExprs(index.expr, (expr) => expr.kind === 'name' && note(expr.name))
+  }
+  for (const { out, expr, where, reduce } of all) {
+    for (const index of out.indices) noteVariables(index)
+    visitAccesses(expr, ({ indices }) => indices.forEach(noteVariables))
+    if (where)
+      visitPredicate(where, (one) => one.kind === 'access' && one.indices.forEach(noteVariables))
+    for (const name of reduce?.over ?? []) if (!variables.includes(name)) variables.push(name)
+  }
+
+  checkRanks(all)
+  checkIterations(syntax.steps, all)
+  const inputs = checkOrder(syntax.steps, produced)
+  const steps = syntax.steps.map((step) =>
+    'body' in step
+      ? { ...step, body: step.body.map((one) => bindReduction(one, variables, step.variable)) }
+      : bindReduction(step, variables, undefined),
+  )
+
+  for (const { where } of all) {
+    if (!where) continue
+    visitPredicate(where, (expr) => {
+      if (
+        (expr.kind === 'access' || expr.kind === 'name') &&
+        produced.has(expr.name) &&
+        !variables.includes(expr.name)
+      ) {
+        throw broken(
+          'CAS010',
+          'masks must be decidable from indices and integer tensors',
+          expr.span,
+          expr.name,
+        )
+      }
+    })
+  }
+
+  const read = new Set<string>()
+  const scalars: string[] = []
+  for (const { expr, where } of all) {
+    const bare = (one: Expr) => {
+      if (one.kind === 'access') read.add(one.name)
+      if (one.kind !== 'name' || variables.includes(one.name)) return
+      if (produced.has(one.name)) read.add(one.name)
+      else if (/^[a-z]/.test(one.name) && !scalars.includes(one.name)) scalars.push(one.name)
+    }
+    visitExprs(expr, bare)
+    if (where) visitPredicate(where, bare)
+  }
+  const outputs = [...produced].filter((name) => !read.has(name))
+  return { ranks, splits, steps, inputs, outputs, scalars, variables }
+}
+
+function checkRanks(all: readonly Statement[]): void {
+  const first = new Map<string, { names: string[]; line: number }>()
+  const check = (access: Access) => {
+    const names = namesOf(access)
+    const before = first.get(access.name)
+    if (!before) {
+      first.set(access.name, { names, line: access.span[0] })
+      return
+    }
+    const plain = !names.includes('*') && !before.names.includes('*')
+    const reordered =
+      plain &&
+      names.join() !== before.names.join() &&
+      [...names].sort().join() === [...before.names].sort().join()
+    if (names.length !== before.names.length || reordered) {
+      throw broken(
+        'CAS002',
+        `${access.name} has ranks ${list(before.names)} on line ${before.line} but is read as ${list(names)} on line ${access.span[0]}`,
+        access.span,
+        access.name,
+      )
+    }
+  }
+  for (const statement of all) {
+    for (const access of readsOf(statement)) check(access)
+    check(statement.out)
+  }
+}
+
+function checkIterations(steps: Syntax['steps'], all: readonly Statement[]): void {
+  for (const step of steps) {
+    if (!('body' in step)) continue
+    const { variable, body } = step
+    for (const { out } of body) {
+      out.indices.forEach((index, at) => {
+        const ahead = stepOf(index, variable)
+        if (ahead === undefined || ahead === 0) return
+        if (ahead !== 1) {
+          throw broken(
+            'CAS007',
+            `${out.name} is written at ${variable}+${ahead}; an iterative tensor is written at ${variable}+1`,
+            out.span,
+            out.name,
+          )
+        }
+        const started = all.some(
+          ({ init, out: other }) =>
+            init && other.name === out.name && other.indices[at]?.kind === 'pin',
+        )
+        if (!started) {
+          throw broken(
+            'CAS007',
+            `${out.name} is iterative over ${variable} but has no init; add init ${out.name}[…${variable}=0…]`,
+            out.span,
+            out.name,
+          )
+        }
+      })
+    }
+    const iterative = new Set(
+      body
+        .filter(({ out }) => out.indices.some((index) => stepOf(index, variable) === 1))
+        .map(({ out }) => out.name),
+    )
+    for (const statement of body) {
+      for (const access of readsOf(statement)) {
+        for (const index of access.indices) {
+          const ahead = stepOf(index, variable)
+          if (iterative.has(access.name) && ahead !== undefined && ahead > 1) {
+            throw broken(
+              'CAS007',
+              `${access.name} is read at ${variable}+${ahead}, which is not there yet; at most ${variable}+1 is`,
+              access.span,
+              access.name,
+            )
+          }
+        }
+      }
+    }
+  }
+}
+
+// Reads come after what they read, except from the step before in an iteration. Returns the tensors nobody produces.
+function checkOrder(steps: Syntax['steps'], produced: ReadonlySet<string>): string[] {
+  const inputs: string[] = []
+  const done = new Map<string, Statement>()
+  const depends = new Map<string, Set<string>>()
+  for (const statement of statementsOf(steps)) {
+    const set = depends.get(statement.out.name) ?? new Set()
+    for (const { name } of readsOf(statement)) if (produced.has(name)) set.add(name)
+    depends.set(statement.out.name, set)
+  }
+  const cycleFrom = (start: string): string[] | undefined => {
+    const walk = (name: string, path: string[]): string[] | undefined => {
+      for (const next of depends.get(name) ?? []) {
+        if (next === start) return [...path, next]
+        if (path.includes(next)) continue
+        const found = walk(next, [...path, next])
+        if (found) return found
+      }
+      return undefined
+    }
+    return walk(start, [start])
+  }
+  const visit = (statement: Statement, iteration: Iteration | undefined) => {
+    for (const access of readsOf(statement)) {
+      if (!produced.has(access.name)) {
+        if (!inputs.includes(access.name)) inputs.push(access.name)
+        continue
+      }
+      if (done.has(access.name)) continue
+      const cycle = iteration ? undefined : cycleFrom(access.name)
+      if (cycle) {
+        throw broken(
+          'CAS011',
+          `${cycle.join(' -> ')} depend on each other without an iterative rank`,
+          access.span,
+          access.name,
+        )
+      }
+      throw broken(
+        'CAS004',
+        `${access.name} is read on line ${access.span[0]} before it is produced`,
+        access.span,
+        access.name,
+      )
+    }
+    const { out, init } = statement
+    const before = done.get(out.name)
+    const continues =
+      before?.init &&
+      iteration &&
+      out.indices.some((index) => stepOf(index, iteration.variable) === 1)
+    if (before && !continues) {
+      throw broken(
+        'CAS004',
+        `${out.name} is produced on line ${before.src.line} and again on line ${out.span[0]}`,
+        out.span,
+        out.name,
+      )
+    }
+    if (!init && !iteration) {
+      const odd = out.indices.find((index) => plainVariable(index) === undefined)
+      if (odd) {
+        throw broken(
+          'CAS007',
+          `${out.name} is written at an index that is no plain variable; only iterative tensors are, inside iterate`,
+          out.span,
+          out.name,
+        )
+      }
+    }
+    done.set(out.name, statement)
+  }
+  for (const step of steps) {
+    if ('body' in step) for (const statement of step.body) visit(statement, step)
+    else visit(step, undefined)
+  }
+  return inputs
+}
+
+// Variables that are absent on the left are reduced, by a sum unless the text says otherwise
+function bindReduction(
+  statement: Statement,
+  variables: readonly string[],
+  iterated: string | undefined,
+): Statement {
+  const { out, expr, where, reduce, init } = statement
+  const left = new Set<string>(iterated === undefined ? [] : [iterated])
+  for (const index of out.indices) {
+    if (index.kind === 'pin') continue
+    visitExprs(index.expr, (one) => one.kind === 'name' && left.add(one.name))
+  }
+  const right: string[] = []
+  const note = (one: Expr) => {
+    if (one.kind === 'name' && variables.includes(one.name) && !right.includes(one.name))
+      right.push(one.name)
+  }
+  visitExprs(expr, note)
+  if (where) visitPredicate(where, note)
+  const reduced = right.filter((name) => !left.has(name))
+  const named = reduce?.over ?? []
+  for (const name of named) {
+    if (left.has(name)) {
+      throw broken(
+        'CAS005',
+        `${name} is reduced on the right of ${out.name} but stands on its left`,
+        out.span,
+        out.name,
+      )
+    }
+  }
+  const missing = reduced.filter((name) => !named.includes(name))
+  if (reduce && missing.length > 0) {
+    throw broken(
+      'CAS005',
+      `${missing[0]} is neither on the left of ${out.name} nor reduced by ${reduce.op}(${named.join(',')})`,
+      out.span,
+      out.name,
+    )
+  }
+  if (!init) {
+    for (const name of left) {
+      if (name !== iterated && /^[a-z]/.test(name) && !right.includes(name)) {
+        throw broken(
+          'CAS005',
+          `${name} appears on the left of ${out.name} but in no operand`,
+          out.span,
+          out.name,
+        )
+      }
+    }
+  }
+  const over = reduce ? named : reduced
+  const op: Reducer = reduce?.op ?? 'sum'
+  return { ...statement, reduce: over.length > 0 || reduce ? { op, over } : undefined }
+}

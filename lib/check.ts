@@ -1,0 +1,75 @@
+import { type HeddleError, refuse } from './errors.js'
+
+/** @internal How messages show a value: short, and never by running the caller's code. */
+export function show(value: unknown): string {
+  if (typeof value === 'string')
+    return JSON.stringify(value.length > 60 ? `${value.slice(0, 57)}…` : value)
+  if (typeof value === 'bigint') return `${value}n`
+  if (typeof value === 'function') return 'a function'
+  if (typeof value === 'symbol') return 'a symbol'
+  if (value === null || typeof value !== 'object') return String(value)
+  return Array.isArray(value) ? `an array of ${value.length}` : 'an object'
+}
+
+/** @internal */
+export function mustBe(op: string, argument: string, rule: string, value: unknown): HeddleError {
+  return refuse('ERR_ARGUMENT', op, argument, `${argument} must be ${rule}, got ${show(value)}`)
+}
+
+function distance(a: string, b: string): number {
+  let row = Array.from({ length: b.length + 1 }, (_, j) => j)
+  for (let i = 1; i <= a.length; i++) {
+    const next = [i]
+    for (let j = 1; j <= b.length; j++) {
+      const swap = row[j - 1]! + (a[i - 1] === b[j - 1] ? 0 : 1)
+      next.push(Math.min(swap, row[j]! + 1, next[j - 1]! + 1))
+    }
+    row = next
+  }
+  return row[b.length]!
+}
+
+/** @internal The known word closest to a misspelled one, if any is close. */
+export function closest(word: string, known: Iterable<string>): string | undefined {
+  let best: string | undefined
+  let least = Math.max(2, Math.floor(word.length / 3)) + 1
+  for (const candidate of known) {
+    const d = distance(word.toLowerCase().slice(0, 40), candidate.toLowerCase())
+    if (d < least) [best, least] = [candidate, d]
+  }
+  return best
+}
+
+/** @internal Refuses what is no options object and options that do not exist, with the closest that does. */
+export function checkOptions(op: string, options: unknown, known: ReadonlySet<string>): void {
+  if (options === undefined) return
+  if (options === null || typeof options !== 'object' || Array.isArray(options)) {
+    throw mustBe(op, 'options', 'an object', options)
+  }
+  for (const key of Object.keys(options)) {
+    if (known.has(key)) continue
+    const near = closest(key, known)
+    throw refuse(
+      'ERR_ARGUMENT',
+      op,
+      key,
+      `unknown option ${show(key)}${near === undefined ? '' : `; did you mean "${near}"?`}`,
+    )
+  }
+}
+
+/** @internal */
+export function checkInteger(
+  op: string,
+  argument: string,
+  value: unknown,
+  least: number,
+  most: number = Number.MAX_SAFE_INTEGER,
+): number {
+  if (typeof value !== 'number' || !Number.isInteger(value) || value < least || value > most) {
+    const bounds =
+      most === Number.MAX_SAFE_INTEGER ? `at least ${least}` : `from ${least} to ${most}`
+    throw mustBe(op, argument, `an integer ${bounds}`, value)
+  }
+  return value
+}

@@ -1,0 +1,203 @@
+#!/usr/bin/env node
+import { readFileSync } from 'node:fs'
+import { join } from 'node:path'
+import { parseArgs } from 'node:util'
+import { checkInteger, closest } from './check.js'
+import { examine, findingLines } from './cli/doctor.js'
+import { evaluate, evaluationTable } from './cli/eval.js'
+import { chooseDevice, chooseDType, loadModel } from './cli/model.js'
+import { table } from './cli/terminal.js'
+import { cuda } from './device.js'
+import { HeddleError, refuse } from './errors.js'
+import { operatorSchemas } from './native.js'
+
+const usage = `heddle: attention kernels for Node.js
+
+  heddle doctor [--json]                   checks this machine, a remedy for what fails
+  heddle info [--json]                     devices and operators
+  heddle generate --model DIR --prompt TEXT [--max-tokens N] [--temperature T] [--seed N]
+                  [--device D] [--dtype T] continues a text
+  heddle eval --model DIR --set FILE:NAME [--limit N] [--device D] [--dtype T] [--json]
+                                           bits per byte and recall on a set of texts
+  heddle --version | --help
+
+D is cpu, cuda or cuda:N (the first GPU there is, else cpu); T is float32, float16 or bfloat16.
+`
+
+type Values = Record<string, string | boolean | undefined>
+
+const options = {
+  model: { type: 'string' },
+  prompt: { type: 'string' },
+  set: { type: 'string' },
+  limit: { type: 'string' },
+  device: { type: 'string' },
+  dtype: { type: 'string' },
+  'max-tokens': { type: 'string' },
+  temperature: { type: 'string' },
+  seed: { type: 'string' },
+  json: { type: 'boolean' },
+  help: { type: 'boolean', short: 'h' },
+  version: { type: 'boolean', short: 'v' },
+} as const
+
+function text(values: Values, op: string, name: string): string | undefined
+function text(values: Values, op: string, name: string, required: true): string
+function text(values: Values, op: string, name: string, required = false): string | undefined {
+  const value = values[name] as string | undefined
+  if (value === undefined && required)
+    throw refuse('ERR_ARGUMENT', op, name, `--${name} is missing`)
+  return value
+}
+
+function integer(values: Values, op: string, name: string, least: number): number | undefined {
+  const value = text(values, op, name)
+  return value === undefined
+    ? undefined
+    : checkInteger(op, name, value.trim() === '' ? value : Number(value), least)
+}
+
+function print(line: string): void {
+  process.stdout.write(`${line}\n`)
+}
+
+function version(): string {
+  return JSON.parse(readFileSync(join(__dirname, '..', 'package.json'), 'utf8')).version
+}
+
+// The same numbers from the same seed (mulberry32)
+function randomFrom(seed: number): () => number {
+  let state = seed | 0
+  return () => {
+    state = (state + 0x6d2b79f5) | 0
+    let mixed = Math.imul(state ^ (state >>> 15), 1 | state)
+    mixed = (mixed + Math.imul(mixed ^ (mixed >>> 7), 61 | mixed)) ^ mixed
+    return ((mixed ^ (mixed >>> 14)) >>> 0) / 2 ** 32
+  }
+}
+
+const commands: Record<string, (values: Values) => Promise<number>> = {
+  async doctor(values) {
+    const findings = await examine()
+    const failed = findings.some(({ status }) => status === 'FAIL')
+    print(
+      values.json
+        ? JSON.stringify({ ok: !failed, version: version(), findings }, null, 2)
+        : findingLines(findings),
+    )
+    return failed ? 1 : 0
+  },
+
+  async info(values) {
+    const operators = operatorSchemas().map(({ name, cpu, cuda: gpu }) => ({
+      name,
+      cpu: cpu || null,
+      cuda: gpu,
+    }))
+    const { available, reason, devices, driver, runtime } = cuda
+    if (values.json) {
+      const gpu = { available, reason: reason ?? null, devices, driver, runtime }
+      print(
+        JSON.stringify(
+          { version: version(), node: process.version, cuda: gpu, operators },
+          null,
+          2,
+        ),
+      )
+      return 0
+    }
+    print(`heddle ${version()}, Node.js ${process.version}`)
+    print(
+      available
+        ? devices.map(({ device, name, arch }) => `${device}: ${name}, sm_${arch}`).join('\n')
+        : `no GPU: ${reason?.text}`,
+    )
+    print('')
+    print(
+      table(
+        ['operator', 'cpu', 'cuda'],
+        operators.map((op) => [op.name, op.cpu ?? 'no', op.cuda ? 'yes' : 'no']),
+      ),
+    )
+    return 0
+  },
+
+  async generate(values) {
+    const op = 'generate'
+    const device = chooseDevice(op, text(values, op, 'device'))
+    const dtype = chooseDType(op, text(values, op, 'dtype'), device)
+    const prompt = new TextEncoder().encode(text(values, op, 'prompt', true))
+    if (prompt.length === 0)
+      throw refuse('ERR_ARGUMENT', op, 'prompt', 'prompt must have at least one byte')
+    const temperature = Number(text(values, op, 'temperature') ?? 0)
+    if (!(temperature >= 0))
+      throw refuse('ERR_ARGUMENT', op, 'temperature', 'temperature must be a number from 0 on')
+    const seed = integer(values, op, 'seed', 0)
+    const { decoder, model } = await loadModel(op, text(values, op, 'model', true), {
+      device,
+      dtype,
+    })
+    process.stdout.write(prompt)
+    const bytes = decoder.generate(model, prompt, {
+      maxTokens: integer(values, op, 'max-tokens', 1) ?? 256,
+      temperature,
+      random: seed === undefined ? Math.random : randomFrom(seed),
+    })
+    for await (const byte of bytes) process.stdout.write(Uint8Array.of(byte))
+    process.stdout.write('\n')
+    return 0
+  },
+
+  async eval(values) {
+    const op = 'eval'
+    const evaluation = await evaluate({
+      model: text(values, op, 'model', true),
+      set: text(values, op, 'set', true),
+      limit: integer(values, op, 'limit', 1),
+      device: text(values, op, 'device'),
+      dtype: text(values, op, 'dtype'),
+    })
+    print(values.json ? JSON.stringify(evaluation, null, 2) : evaluationTable(evaluation))
+    return 0
+  },
+}
+
+async function main(args: string[]): Promise<number> {
+  let parsed: { values: Values; positionals: string[] }
+  try {
+    parsed = parseArgs({ args, options, allowPositionals: true })
+  } catch (error) {
+    throw refuse('ERR_ARGUMENT', 'heddle', undefined, (error as Error).message.split('\n')[0]!)
+  }
+  const { values, positionals } = parsed
+  if (values.version) {
+    print(version())
+    return 0
+  }
+  const [name, ...more] = positionals
+  if (values.help || name === undefined) {
+    process.stdout.write(usage)
+    return values.help ? 0 : 2
+  }
+  const command = Object.hasOwn(commands, name) ? commands[name] : undefined
+  if (!command) {
+    const near = closest(name, Object.keys(commands))
+    const hint = near ? `; did you mean "${near}"?` : '; heddle --help lists them'
+    throw refuse('ERR_ARGUMENT', 'heddle', 'command', `unknown command "${name}"${hint}`)
+  }
+  if (more.length > 0)
+    throw refuse('ERR_ARGUMENT', name, undefined, `unexpected argument "${more[0]}"`)
+  return command(values)
+}
+
+main(process.argv.slice(2)).then(
+  (code) => {
+    process.exitCode = code
+  },
+  (error: unknown) => {
+    process.stderr.write(
+      `${error instanceof HeddleError ? error.message : ((error as Error)?.stack ?? error)}\n`,
+    )
+    process.exitCode = error instanceof HeddleError && error.code === 'ERR_ARGUMENT' ? 2 : 1
+  },
+)

@@ -1,0 +1,126 @@
+import { mustBe, show } from '../check.js'
+import { refuse } from '../errors.js'
+import { openSafetensors, type SafetensorsFile } from '../safetensors.js'
+import { chooseDevice, chooseDType, loadModel } from './model.js'
+import { progress, table } from './terminal.js'
+
+/** @internal */
+export interface EvalOptions {
+  model: string
+  set: string
+  limit?: number | undefined
+  device?: string | undefined
+  dtype?: string | undefined
+}
+
+interface Recall {
+  hits: number
+  total: number
+}
+
+/** @internal What `heddle eval --json` prints. */
+export interface Evaluation {
+  bitsPerByte: number
+  recall: Recall
+  seconds: number
+  tokensPerSecond: number
+  perSequence: { bitsPerByte: number; recall: Recall; seconds: number }[]
+}
+
+async function readAnswers(file: SafetensorsFile, name: string): Promise<Map<number, number[]>> {
+  const answers = new Map<number, number[]>()
+  if (!file.entries.has(name)) return answers
+  const pairs = await file.load(name)
+  if (pairs.dtype !== 'int32' || pairs.rank !== 2 || pairs.shape[1] !== 2) {
+    throw refuse('ERR_SHAPE', 'eval', 'set', `${name} must be int32 [n, 2], got ${pairs}`)
+  }
+  const values = (await pairs.read()) as Int32Array
+  pairs.dispose()
+  for (let i = 0; i < values.length; i += 2) {
+    const [sequence, position] = [values[i]!, values[i + 1]!]
+    answers.set(sequence, [...(answers.get(sequence) ?? []), position])
+  }
+  return answers
+}
+
+/** @internal Evaluates a model on a set, one sequence in memory at a time. */
+export async function evaluate(options: EvalOptions): Promise<Evaluation> {
+  const colon = options.set.lastIndexOf(':')
+  if (colon <= 0) throw mustBe('eval', 'set', 'FILE:NAME', options.set)
+  const [path, name] = [options.set.slice(0, colon), options.set.slice(colon + 1)]
+  const device = chooseDevice('eval', options.device)
+  const dtype = chooseDType('eval', options.dtype, device)
+  const file = await openSafetensors(path)
+  try {
+    const ids = file.entries.get(`${name}.ids`)
+    if (!ids) {
+      const sets = [...file.entries.keys()]
+        .filter((key) => key.endsWith('.ids'))
+        .map((key) => key.slice(0, -4))
+      throw refuse(
+        'ERR_ARGUMENT',
+        'eval',
+        'set',
+        `${path} has no set ${show(name)}; it has ${sets.join(', ') || 'none'}`,
+      )
+    }
+    if (ids.dtype !== 'uint8' || ids.shape.length !== 2) {
+      throw refuse('ERR_SHAPE', 'eval', 'set', `${name}.ids must be uint8 [sequences, length]`)
+    }
+    const answers = await readAnswers(file, `${name}.answers`)
+    const { decoder, model } = await loadModel('eval', options.model, { device, dtype })
+    const [sequences, length] = ids.shape as [number, number]
+    const count = Math.min(options.limit ?? sequences, sequences)
+    const bar = progress(count * length, 'tokens')
+    const perSequence: Evaluation['perSequence'] = []
+    const total = { bits: 0, bytes: 0, hits: 0, answers: 0, seconds: 0 }
+    for (let i = 0; i < count; i++) {
+      bar.advance(i * length)
+      const row = await file.load(`${name}.ids`, { rows: [i, i + 1] })
+      const bytes = (await row.read()) as Uint8Array
+      row.dispose()
+      const started = performance.now()
+      const {
+        bits,
+        bytes: predicted,
+        recalled,
+      } = await decoder.score(model, bytes, answers.get(i) ?? [])
+      const seconds = (performance.now() - started) / 1000
+      const hits = recalled.filter(Boolean).length
+      perSequence.push({
+        bitsPerByte: bits / predicted,
+        recall: { hits, total: recalled.length },
+        seconds,
+      })
+      total.bits += bits
+      total.bytes += predicted
+      total.hits += hits
+      total.answers += recalled.length
+      total.seconds += seconds
+    }
+    bar.end()
+    return {
+      bitsPerByte: total.bits / total.bytes,
+      recall: { hits: total.hits, total: total.answers },
+      seconds: total.seconds,
+      tokensPerSecond: (count * length) / total.seconds,
+      perSequence,
+    }
+  } finally {
+    await file.close()
+  }
+}
+
+/** @internal The evaluation as a table. */
+export function evaluationTable(evaluation: Evaluation): string {
+  const { bitsPerByte, recall, seconds, tokensPerSecond, perSequence } = evaluation
+  const row = (label: string, bits: number, { hits, total }: Recall, time: number) => [
+    label,
+    bits.toFixed(4),
+    `${hits}/${total}`,
+    time.toFixed(2),
+  ]
+  const rows = perSequence.map((one, i) => row(`${i}`, one.bitsPerByte, one.recall, one.seconds))
+  rows.push(row('all', bitsPerByte, recall, seconds))
+  return `${table(['sequence', 'bits/byte', 'recall', 'seconds'], rows)}\n\n${Math.round(tokensPerSecond)} tokens per second`
+}

@@ -1,0 +1,133 @@
+import { mustBe } from './check.js'
+import type { Device } from './device.js'
+import { HeddleError } from './errors.js'
+import { loadAddon } from './load.js'
+import { Tensor } from './tensor.js'
+
+/** @internal One argument of an operator as its native schema describes it. */
+export interface SchemaArgument {
+  name: string
+  kind:
+    | 'input'
+    | 'optional'
+    | 'inout'
+    | 'output'
+    | 'number'
+    | 'integer'
+    | 'flag'
+    | 'choice'
+    | 'dtype'
+  shape?: string[]
+  dtype?: string
+  choices?: string[]
+}
+
+/** @internal */
+export interface Schema {
+  name: string
+  arguments: SchemaArgument[]
+  /** The instruction set of the CPU implementation, empty without one. */
+  cpu: string
+  cuda: boolean
+}
+
+/** @internal What the addon knows of CUDA on this machine. */
+export interface NativeCuda {
+  built: boolean
+  code: string
+  text: string
+  remedy: string
+  driver: number
+  runtime: number
+  devices: { name: string; arch: number; processors: number; memory: number }[]
+}
+
+/** @internal The addon's functions; binding/ says what each takes. */
+export interface Addon {
+  init(errorClass: typeof HeddleError): void
+  operators(): Schema[]
+  run(operator: number, ...args: unknown[]): number[]
+  empty(dtype: number, shape: readonly number[], kind: number, index: number): number
+  from(
+    bytes: ArrayBufferView,
+    dtype: number,
+    shape: readonly number[],
+    kind: number,
+    index: number,
+  ): number
+  view(handle: number, offset: number, shape: readonly number[], strides: readonly number[]): number
+  transfer(handle: number, kind: number, index: number): number
+  write(handle: number, bytes: ArrayBufferView): void
+  read(handle: number): Promise<ArrayBuffer>
+  readSync(handle: number): ArrayBuffer
+  finish(kind: number, index: number): Promise<void>
+  release(handle: number): void
+  memory(kind: number, index: number): [tensors: number, bytes: number, peakBytes: number]
+  cuda(): NativeCuda
+}
+
+interface Entry {
+  index: number
+  inputs: { name: string; tensor: boolean }[]
+}
+
+let loaded: Addon | undefined
+let schemas: Schema[] = []
+const entries = new Map<string, Entry>()
+
+/** @internal The addon, loaded when it is first needed. */
+export function addon(): Addon {
+  if (loaded) return loaded
+  const found = loadAddon() as Addon
+  found.init(HeddleError)
+  schemas = found.operators()
+  schemas.forEach((schema, index) => {
+    const inputs = schema.arguments
+      .filter(({ kind }) => kind !== 'output')
+      .map(({ name, kind }) => ({
+        name,
+        tensor: kind === 'input' || kind === 'optional' || kind === 'inout',
+      }))
+    entries.set(schema.name, { index, inputs })
+  })
+  loaded = found
+  return found
+}
+
+/** @internal The schema of every operator that this addon has. */
+export function operatorSchemas(): readonly Schema[] {
+  addon()
+  return schemas
+}
+
+/**
+ * @internal Runs a native operator on named arguments and returns its outputs in the schema's order, `undefined` where one
+ * was not asked for. Arguments that the schema does not have are ignored: callers check their options first.
+ */
+export function run(name: string, named: Record<string, unknown>): (Tensor | undefined)[] {
+  const native = addon()
+  const entry = entries.get(name)
+  if (!entry) throw mustBe(name, 'operator', 'one that this build has', name)
+  let device: Device = 'cpu'
+  const args = entry.inputs.map((input) => {
+    const value = named[input.name]
+    if (!input.tensor || value === undefined) return value
+    if (!(value instanceof Tensor)) throw mustBe(name, input.name, 'a tensor', value)
+    device = value.device
+    return value.handle
+  })
+  const results = native.run(entry.index, ...args)
+  const outputs: (Tensor | undefined)[] = []
+  for (let i = 0; i < results.length; ) {
+    const handle = results[i++]!
+    if (handle < 0) {
+      outputs.push(undefined)
+      continue
+    }
+    const dtype = results[i++]!
+    const rank = results[i++]!
+    outputs.push(Tensor.adopt(handle, dtype, results.slice(i, i + rank), device))
+    i += rank
+  }
+  return outputs
+}

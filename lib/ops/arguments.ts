@@ -1,0 +1,86 @@
+import { checkInteger, mustBe, show } from '../check.js'
+import type { Device } from '../device.js'
+import { refuse } from '../errors.js'
+import { Tensor, tensor } from '../tensor.js'
+
+// Small arguments may be given as plain arrays. They become tensors beside the others and are put on `made`, which the
+// caller disposes of after the call. What a tensor holds is checked on its device instead.
+
+function numbers(op: string, argument: string, value: unknown): readonly unknown[] {
+  if (Array.isArray(value)) return value
+  if (value instanceof Float32Array || value instanceof Int32Array) return Array.from(value)
+  throw mustBe(op, argument, 'a tensor or an array of numbers', value)
+}
+
+function place<D extends 'float32' | 'int32'>(
+  values: readonly number[],
+  dtype: D,
+  device: Device,
+  made: Tensor[],
+): Tensor<D> {
+  const placed = tensor(values, [values.length], { dtype, device })
+  made.push(placed)
+  return placed
+}
+
+/** @internal A float32 vector, one number per head. */
+export function vector(
+  op: string,
+  argument: string,
+  value: unknown,
+  device: Device,
+  made: Tensor[],
+): Tensor | undefined {
+  if (value === undefined || value instanceof Tensor) return value
+  const values = numbers(op, argument, value).map((number, i) => {
+    if (typeof number !== 'number' || !Number.isFinite(number)) {
+      throw mustBe(op, argument, 'finite numbers', `[${i}]: ${show(number)}`)
+    }
+    return number
+  })
+  return place(values, 'float32', device, made)
+}
+
+/** @internal An int32 vector of counts. */
+export function lengths(
+  op: string,
+  argument: string,
+  value: unknown,
+  device: Device,
+  made: Tensor[],
+): Tensor | undefined {
+  if (value === undefined || value instanceof Tensor) return value
+  const values = numbers(op, argument, value).map((number, i) =>
+    checkInteger(op, `${argument}[${i}]`, number, 0, 2 ** 31 - 1),
+  )
+  return place(values, 'int32', device, made)
+}
+
+/** @internal Ascending int32 offsets that start at 0 and end at `total`. */
+export function offsets(
+  op: string,
+  argument: string,
+  value: unknown,
+  total: number | undefined,
+  device: Device,
+  made: Tensor[],
+): Tensor | undefined {
+  if (value === undefined || value instanceof Tensor) return value
+  const values = numbers(op, argument, value)
+  const bad = values.findIndex(
+    (number, i) =>
+      !Number.isInteger(number) ||
+      (i === 0 ? number !== 0 : (number as number) < (values[i - 1] as number)),
+  )
+  if (bad >= 0 || values.length === 0 || values.at(-1) !== total) {
+    throw refuse(
+      'ERR_ARGUMENT',
+      op,
+      argument,
+      `${argument} must start at 0, never descend and end at ${total}, got ${
+        bad >= 0 ? `${show(values[bad])} at index ${bad}` : `${show(values.at(-1))} at its end`
+      }`,
+    )
+  }
+  return place(values as number[], 'int32', device, made)
+}

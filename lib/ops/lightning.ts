@@ -1,0 +1,215 @@
+import { checkInteger, checkOptions } from '../check.js'
+import type { FloatDType } from '../dtype.js'
+import { run } from '../native.js'
+import { checkTensor, type Tensor } from '../tensor.js'
+import { offsets, vector } from './arguments.js'
+
+/** What {@link lightning} computes for one head; `slope` is its decay rate and S0 its initial state. */
+export const lightningDefinition = `
+  init S[t=0,e,f] = S0[e,f]
+  iterate t {
+    S[t+1,e,f] = exp(-slope) * S[t,e,f] + K[t,e] * V[t,f]
+    O[t,f]     = sum(e) Q[t,e] * S[t+1,e,f] * scale
+  }`
+
+/** Options of {@link lightning}. */
+export interface LightningOptions {
+  /**
+   * Decay rate per token, one per state, f32, at least 0: states decay by `exp(-slope)`. {@link alibiSlopes} and its
+   * neighbours compute those that released models use.
+   */
+  slopes: Tensor<'float32'> | readonly number[]
+  /** Factor of the output, 1 if left out: released models have no `1/√d` here. */
+  scale?: number | undefined
+  /** [b, hs, d, e] f32, or one per packed sequence; zeros if left out. */
+  initialState?: Tensor<'float32'> | undefined
+  /** Whether to return the state after the last token. */
+  outputFinalState?: boolean | undefined
+  /** Where each packed sequence begins, then the total; b must be 1. */
+  cuSeqlens?: Tensor<'int32'> | readonly number[] | undefined
+  /** Tokens that are computed together, a power of two from 16 to 256. Changes speed and rounding only. */
+  chunkSize?: number | undefined
+}
+
+/** What {@link lightning} returns. */
+export interface LightningResult<D extends FloatDType = FloatDType> {
+  /** [b, s, max(hq, hv), e], the dtype of q. */
+  out: Tensor<D>
+  /** [b, hs, d, e] f32, or [n, hs, d, e] for n packed sequences; only with `outputFinalState`. */
+  state: Tensor<'float32'> | undefined
+}
+
+const known: ReadonlySet<string> = new Set<keyof LightningOptions>([
+  'slopes',
+  'scale',
+  'initialState',
+  'outputFinalState',
+  'cuSeqlens',
+  'chunkSize',
+])
+
+/**
+ * Lightning attention: causal linear attention with one constant decay per head, in time linear in the sequence. Its
+ * definition is {@link lightningDefinition}. Running a sequence in pieces, each from the state of the last, gives the
+ * result of one run.
+ *
+ * @param q [b, s, hq, d]; d from 1 to 256.
+ * @param k [b, s, hk, d], same dtype.
+ * @param v [b, s, hv, e], same dtype; e from 1 to 256. Either hq = hk with hv a multiple (value heads share), or hk = hv
+ * with hq a multiple (query heads share; as many slopes as query heads give each a state, as many as hk share them).
+ * @throws HeddleError `ERR_SHAPE`, `ERR_DTYPE`, `ERR_DEVICE` or `ERR_ARGUMENT` at the call.
+ * @example
+ * import { alibiSlopes, lightning, randn } from 'heddle'
+ * const [q, k, v] = [1, 2, 3].map((seed) => randn([1, 256, 8, 64], { seed }))
+ * const { out, state } = lightning(q, k, v, { slopes: alibiSlopes(8), outputFinalState: true })
+ * console.log(out.shape, state.shape) // [1, 256, 8, 64] [1, 8, 64, 64]
+ */
+export function lightning<D extends FloatDType>(
+  q: Tensor<D>,
+  k: Tensor<D>,
+  v: Tensor<D>,
+  options: LightningOptions & { outputFinalState: true },
+): LightningResult<D> & { state: Tensor<'float32'> }
+export function lightning<D extends FloatDType>(
+  q: Tensor<D>,
+  k: Tensor<D>,
+  v: Tensor<D>,
+  options: LightningOptions,
+): LightningResult<D>
+export function lightning<D extends FloatDType>(
+  q: Tensor<D>,
+  k: Tensor<D>,
+  v: Tensor<D>,
+  options: LightningOptions,
+): LightningResult<D> {
+  checkTensor('lightning', 'q', q)
+  checkOptions('lightning', options, known)
+  const { slopes, cuSeqlens, ...rest } = options ?? {}
+  const made: Tensor[] = []
+  try {
+    const [out, state] = run('lightning', {
+      q,
+      k,
+      v,
+      ...rest,
+      slopes: vector('lightning', 'slopes', slopes, q.device, made),
+      cuSeqlens: offsets('lightning', 'cuSeqlens', cuSeqlens, q.shape[1], q.device, made),
+    })
+    return { out, state } as LightningResult<D>
+  } finally {
+    for (const tensor of made) tensor.dispose()
+  }
+}
+
+/** Options of {@link lightningDecode}. */
+export interface LightningDecodeOptions {
+  /** Decay rate per token, one per state, f32. */
+  slopes: Tensor<'float32'> | readonly number[]
+  /** Factor of the output, 1 if left out. */
+  scale?: number | undefined
+  /** Whether a state is stored as [d, e] (`'dk-ev'`, the default) or as [e, d] (`'ev-dk'`). */
+  stateLayout?: 'dk-ev' | 'ev-dk' | undefined
+  /** Whether to return the state after each token, so that a rejected guess can be rolled back by a copy. */
+  outputAllStates?: boolean | undefined
+}
+
+const knownToDecode: ReadonlySet<string> = new Set<keyof LightningDecodeOptions>([
+  'slopes',
+  'scale',
+  'stateLayout',
+  'outputAllStates',
+])
+
+/**
+ * Lightning attention for one to sixteen new tokens per sequence, on a pool of states that is updated in place: the step of
+ * continuous batching.
+ *
+ * @param q [b, s, hq, d]; k and v as for {@link lightning}.
+ * @param states [pool, hs, d, e] f32, contiguous; updated in place.
+ * @param slots [b] i32: which state each row of the batch continues, no two the same. A negative slot skips its row: the
+ * output is 0 and no state changes.
+ * @returns `out` [b, s, max(hq, hv), e], and with `outputAllStates` `allStates` [b, s, hs, d, e] f32.
+ * @throws HeddleError `ERR_SHAPE`, `ERR_DTYPE`, `ERR_DEVICE` or `ERR_ARGUMENT` at the call.
+ * @example
+ * import { alibiSlopes, lightningDecode, randn, tensor, zeros } from 'heddle'
+ * const [q, k, v] = [1, 2, 3].map((seed) => randn([2, 1, 8, 64], { seed }))
+ * const states = zeros([16, 8, 64, 64])
+ * const slots = tensor([5, 0], [2], { dtype: 'int32' })
+ * const { out } = lightningDecode(q, k, v, states, slots, { slopes: alibiSlopes(8) })
+ * console.log(out.shape) // [2, 1, 8, 64]
+ */
+export function lightningDecode<D extends FloatDType>(
+  q: Tensor<D>,
+  k: Tensor<D>,
+  v: Tensor<D>,
+  states: Tensor<'float32'>,
+  slots: Tensor<'int32'>,
+  options: LightningDecodeOptions,
+): { out: Tensor<D>; allStates: Tensor<'float32'> | undefined } {
+  checkTensor('lightning.decode', 'q', q)
+  checkOptions('lightning.decode', options, knownToDecode)
+  const { slopes, ...rest } = options ?? {}
+  const made: Tensor[] = []
+  try {
+    const [out, allStates] = run('lightning.decode', {
+      q,
+      k,
+      v,
+      states,
+      slots,
+      ...rest,
+      slopes: vector('lightning.decode', 'slopes', slopes, q.device, made),
+    })
+    return { out, allStates } as { out: Tensor<D>; allStates: Tensor<'float32'> | undefined }
+  } finally {
+    for (const tensor of made) tensor.dispose()
+  }
+}
+
+function powersOfTwo(heads: number): number[] {
+  return Array.from({ length: heads }, (_, h) => 2 ** ((-8 * (h + 1)) / heads))
+}
+
+function checkLayer(op: string, heads: number, layer: number, layers: number): void {
+  checkInteger(op, 'heads', heads, 1)
+  checkInteger(op, 'layers', layers, 1)
+  checkInteger(op, 'layer', layer, 0, layers - 1)
+}
+
+/**
+ * The slopes of released TransNormerLLM and MiniMax-01 weights: `2^(-8(h+1)/H)` for a power of two of heads; for other
+ * counts the next smaller power's, then every other one of the next larger's. With `layers`, scaled by
+ * `1 - layer/(layers - 1) + 1e-5`, where hybrids count all layers.
+ *
+ * @example
+ * import { alibiSlopes } from 'heddle'
+ * console.log(alibiSlopes(8)[0]) // 0.5
+ */
+export function alibiSlopes(heads: number, layer?: number, layers?: number): number[] {
+  checkLayer('alibiSlopes', heads, layer ?? 0, layers ?? Math.max(1, (layer ?? 0) + 1))
+  const whole = 2 ** Math.floor(Math.log2(heads))
+  const more = powersOfTwo(2 * whole).filter((_, i) => i % 2 === 0)
+  const slopes = [...powersOfTwo(whole), ...more.slice(0, heads - whole)]
+  if (layer === undefined || layers === undefined) return slopes
+  const factor = 1 - layer / Math.max(layers - 1, 1) + 1e-5
+  return slopes.map((slope) => slope * factor)
+}
+
+/**
+ * The slopes of the Hugging Face port of MiniMax: `2^(-8(h+1)/H)` for every H, scaled by
+ * `1 - layer/(layers - 1 + 1e-5) + 1e-5`. Other than {@link alibiSlopes} when H is no power of two.
+ */
+export function hfMiniMaxSlopes(heads: number, layer: number, layers: number): number[] {
+  checkLayer('hfMiniMaxSlopes', heads, layer, layers)
+  const factor = 1 - layer / (layers - 1 + 1e-5) + 1e-5
+  return powersOfTwo(heads).map((slope) => slope * factor)
+}
+
+/**
+ * The slopes as the TransNormerLLM paper prints them, `8h/H (1 - layer/layers)`, linear in the head: head 0 never decays.
+ * Released weights use {@link alibiSlopes}.
+ */
+export function tnlPaperSlopes(heads: number, layer: number, layers: number): number[] {
+  checkLayer('tnlPaperSlopes', heads, layer, layers)
+  return Array.from({ length: heads }, (_, h) => ((8 * h) / heads) * (1 - layer / layers))
+}

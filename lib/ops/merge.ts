@@ -1,0 +1,54 @@
+import { mustBe } from '../check.js'
+import type { FloatDType } from '../dtype.js'
+import { run } from '../native.js'
+import type { AttentionResult } from './attention.js'
+
+/** What {@link merge} computes from two parts A and B of one head. */
+export const mergeDefinition = `
+  M[p]   = max(LA[p], LB[p])
+  WA[p]  = exp(LA[p] - M[p])
+  WB[p]  = exp(LB[p] - M[p])
+  O[p,f] = (WA[p] * A[p,f] + WB[p] * B[p,f]) / (WA[p] + WB[p])
+  L[p]   = M[p] + log(WA[p] + WB[p])`
+
+/**
+ * Joins attention results over disjoint sets of keys into the result over their union, in the order given. A part that
+ * saw no key (`lse = -inf`) changes nothing.
+ *
+ * @param parts At least one; `out` [b, s, h, d] and `lse` [b, h, s] f32, as {@link attention} returns them.
+ * @throws HeddleError `ERR_SHAPE`, `ERR_DTYPE` or `ERR_DEVICE` if the parts do not go together.
+ * @example
+ * import { attention, merge, randn } from 'heddle'
+ * const q = randn([1, 4, 2, 64])
+ * const k = randn([1, 100, 2, 64])
+ * const v = randn([1, 100, 2, 64])
+ * const halves = [0, 50].map((at) => attention(q, k.slice(1, at, at + 50), v.slice(1, at, at + 50)))
+ * const { out } = merge(halves) // attention(q, k, v).out
+ */
+export function merge<D extends FloatDType>(
+  parts: readonly AttentionResult<D>[],
+): AttentionResult<D> {
+  if (!Array.isArray(parts) || parts.length === 0)
+    throw mustBe('merge', 'parts', 'a list of results', parts)
+  parts.forEach((part, i) => {
+    if (part === null || typeof part !== 'object')
+      throw mustBe('merge', `parts[${i}]`, 'a result { out, lse }', part)
+  })
+  const [first, ...others] = parts as [AttentionResult<D>, ...AttentionResult<D>[]]
+  if (others.length === 0) return { out: first.out.clone(), lse: first.lse.clone() }
+  let total = first
+  for (const part of others) {
+    const [out, lse] = run('merge', {
+      outA: total.out,
+      lseA: total.lse,
+      outB: part.out,
+      lseB: part.lse,
+    })
+    if (total !== first) {
+      total.out.dispose()
+      total.lse.dispose()
+    }
+    total = { out, lse } as AttentionResult<D>
+  }
+  return total
+}

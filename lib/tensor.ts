@@ -1,0 +1,616 @@
+import { inspect } from 'node:util'
+import { checkInteger, checkOptions, mustBe, show } from './check.js'
+import { type Device, type DeviceLike, parseDevice } from './device.js'
+import {
+  type AnyTypedArray,
+  bytesPerElement,
+  type DType,
+  type DTypeOf,
+  dtypeOfArray,
+  dtypes,
+  type FloatDType,
+  type HostArray,
+  hostArrays,
+  isDType,
+} from './dtype.js'
+import { HeddleError, refuse } from './errors.js'
+import { addon, run } from './native.js'
+import { track, untrack } from './scope.js'
+
+/** How {@link Tensor.read} hands over the values. */
+export interface ReadOptions {
+  /** `'float32'` decodes any dtype to numbers; without it 16-bit and 8-bit floats come as bit patterns. */
+  as?: 'float32' | undefined
+  /** Gives up waiting; the device still finishes what was enqueued. */
+  signal?: AbortSignal | undefined
+}
+
+/** Where and as what a new tensor is made. */
+export interface CreateOptions<D extends DType = DType> {
+  /** `'float32'` unless the data says otherwise. */
+  dtype?: D | undefined
+  /** `'cpu'` unless given. */
+  device?: DeviceLike | undefined
+}
+
+// Tensors that are collected without dispose() give their memory back here, in time but not at a known time
+const abandoned = new FinalizationRegistry<number>((handle) => {
+  try {
+    addon().release(handle)
+  } catch {
+    // freed in another way, or the environment is closing
+  }
+})
+
+function contiguousStrides(shape: readonly number[]): number[] {
+  const strides = new Array<number>(shape.length)
+  let stride = 1
+  for (let i = shape.length - 1; i >= 0; i--) {
+    strides[i] = stride
+    stride *= shape[i]!
+  }
+  return strides
+}
+
+/**
+ * A typed, strided array on a device. Operators take tensors and return new ones at once; the device works in the
+ * background, and only {@link Tensor.read} waits. Memory is freed by {@link Tensor.dispose}, at the end of a `using` block
+ * or of a {@link scope}, or when the tensor is collected. Work that is already enqueued keeps what it needs.
+ *
+ * @example
+ * import { randn } from 'heddle'
+ * const x = randn([2, 3], { seed: 1 })
+ * console.log(x.shape, await x.transpose(0, 1).read())
+ */
+export class Tensor<D extends DType = DType> {
+  readonly dtype: D
+  readonly shape: readonly number[]
+  /** Elements from one index to the next, per dimension. */
+  readonly strides: readonly number[]
+  readonly device: Device
+  #handle: number | undefined
+
+  private constructor(
+    handle: number,
+    dtype: D,
+    shape: readonly number[],
+    strides: readonly number[],
+    device: Device,
+  ) {
+    this.#handle = handle
+    this.dtype = dtype
+    this.shape = Object.freeze(shape)
+    this.strides = Object.freeze(strides)
+    this.device = device
+    abandoned.register(this, handle, this)
+    track(this)
+  }
+
+  /** @internal Wraps what the addon made. */
+  static adopt(handle: number, dtype: number, shape: number[], device: Device): Tensor {
+    return new Tensor(handle, dtypes[dtype]!, shape, contiguousStrides(shape), device)
+  }
+
+  /** @internal */
+  static make<D extends DType>(
+    op: string,
+    shape: unknown,
+    dtype: D,
+    device: DeviceLike | undefined,
+    bytes?: ArrayBufferView,
+  ): Tensor<D> {
+    if (!Array.isArray(shape)) throw mustBe(op, 'shape', 'an array of sizes', shape)
+    const sizes = Array.from(shape as unknown[], (size, i) =>
+      checkInteger(op, `shape[${i}]`, size, 0),
+    )
+    if (!isDType(dtype)) throw mustBe(op, 'dtype', `one of ${dtypes.join(', ')}`, dtype)
+    const target = parseDevice(op, device)
+    const number = dtypes.indexOf(dtype)
+    const handle = named(op, () =>
+      bytes
+        ? addon().from(bytes, number, sizes, target.kind, target.index)
+        : addon().empty(number, sizes, target.kind, target.index),
+    )
+    return new Tensor(handle, dtype, sizes, contiguousStrides(sizes), target.device)
+  }
+
+  /** @internal The addon's name for it; a disposed tensor has none. */
+  get handle(): number {
+    if (this.#handle === undefined) {
+      throw refuse('ERR_DISPOSED', 'tensor', undefined, 'this tensor was disposed')
+    }
+    return this.#handle
+  }
+
+  /** Number of dimensions. */
+  get rank(): number {
+    return this.shape.length
+  }
+
+  /** Number of elements. */
+  get size(): number {
+    return this.shape.reduce((product, size) => product * size, 1)
+  }
+
+  /** Bytes of its elements, without gaps that strides leave. */
+  get nbytes(): number {
+    return this.size * bytesPerElement[this.dtype]
+  }
+
+  /** Whether the elements lie in row-major order without gaps. */
+  get isContiguous(): boolean {
+    let expected = 1
+    for (let i = this.rank - 1; i >= 0; i--) {
+      if (this.shape[i] !== 1 && this.strides[i] !== expected) return false
+      expected *= this.shape[i]!
+    }
+    return true
+  }
+
+  /** Whether {@link Tensor.dispose} was called. */
+  get disposed(): boolean {
+    return this.#handle === undefined
+  }
+
+  #view(offset: number, shape: number[], strides: number[]): Tensor<D> {
+    const handle = named('view', () => addon().view(this.handle, offset, shape, strides))
+    return new Tensor(handle, this.dtype, shape, strides, this.device)
+  }
+
+  #dimension(op: string, argument: string, value: unknown): number {
+    const dimension = checkInteger(op, argument, value, -this.rank, this.rank - 1)
+    return dimension < 0 ? dimension + this.rank : dimension
+  }
+
+  /**
+   * The elements `start` to `end` (excluded) of one dimension, without a copy. Negative numbers count from the end, as in
+   * `Array.prototype.slice`; what lies outside is cut off.
+   *
+   * @example
+   * import { zeros } from 'heddle'
+   * console.log(zeros([4, 6]).slice(1, 2, 5).shape) // [4, 3]
+   */
+  slice(dimension: number, start: number, end?: number): Tensor<D> {
+    const at = this.#dimension('slice', 'dimension', dimension)
+    const size = this.shape[at]!
+    const clamp = (argument: string, value: unknown) => {
+      const index = checkInteger('slice', argument, value, Number.MIN_SAFE_INTEGER)
+      return Math.min(Math.max(index < 0 ? index + size : index, 0), size)
+    }
+    const first = clamp('start', start)
+    const length = Math.max(clamp('end', end ?? size) - first, 0)
+    const offset = length === 0 ? 0 : first * this.strides[at]!
+    return this.#view(offset, this.shape.with(at, length), [...this.strides])
+  }
+
+  /** One element of one dimension, which disappears; without a copy. Negative indices count from the end. */
+  select(dimension: number, index: number): Tensor<D> {
+    const at = this.#dimension('select', 'dimension', dimension)
+    const size = this.shape[at]!
+    const chosen = checkInteger('select', 'index', index, -size, size - 1)
+    const offset = (chosen < 0 ? chosen + size : chosen) * this.strides[at]!
+    return this.#view(offset, this.shape.toSpliced(at, 1), this.strides.toSpliced(at, 1))
+  }
+
+  /**
+   * The same elements under another shape; one size may be -1 and is inferred. Without a copy while the strides allow it,
+   * which they always do for a contiguous tensor.
+   *
+   * @throws HeddleError `ERR_SHAPE` if the number of elements differs, or if only a copy could have that shape: call
+   * {@link Tensor.contiguous} first.
+   */
+  reshape(shape: readonly number[]): Tensor<D> {
+    if (!Array.isArray(shape)) throw mustBe('reshape', 'shape', 'an array of sizes', shape)
+    const sizes = Array.from(shape as unknown[], (size, i) =>
+      checkInteger('reshape', `shape[${i}]`, size, -1),
+    )
+    const open = sizes.indexOf(-1)
+    if (open >= 0) {
+      const others = sizes.reduce((product, size, i) => (i === open ? product : product * size), 1)
+      sizes[open] = others === 0 ? 0 : this.size / others
+    }
+    if (
+      sizes.reduce((product, size) => product * size, 1) !== this.size ||
+      sizes.some((size) => size < 0 || !Number.isInteger(size))
+    ) {
+      throw refuse(
+        'ERR_SHAPE',
+        'reshape',
+        'shape',
+        `shape must have ${this.size} elements, got [${shape.join(', ')}] (the tensor is [${this.shape.join(', ')}])`,
+      )
+    }
+    return this.#view(0, sizes, this.#restride(sizes))
+  }
+
+  // Strides under another shape: runs of dimensions that lie together in memory are split and joined freely
+  #restride(sizes: readonly number[]): number[] {
+    if (this.isContiguous || this.size === 0) return contiguousStrides(sizes)
+    const old = this.shape
+      .map((size, i) => ({ size, stride: this.strides[i]! }))
+      .filter(({ size }) => size !== 1)
+    const strides = new Array<number>(sizes.length).fill(1)
+    let from = 0
+    let to = 0
+    while (from < old.length) {
+      let have = old[from]!.size
+      let want = 1
+      let fromEnd = from + 1
+      let toEnd = to
+      while (want !== have || toEnd === to) {
+        if (want < have || toEnd === to) want *= sizes[toEnd++]!
+        else {
+          const previous = old[fromEnd - 1]!
+          const next = old[fromEnd]!
+          if (previous.stride !== next.size * next.stride) {
+            throw refuse(
+              'ERR_SHAPE',
+              'reshape',
+              'shape',
+              `shape [${sizes.join(', ')}] would need a copy (the strides are [${this.strides.join(', ')}]); call contiguous() first`,
+            )
+          }
+          have *= next.size
+          fromEnd++
+        }
+      }
+      let stride = old[fromEnd - 1]!.stride
+      for (let i = toEnd - 1; i >= to; i--) {
+        strides[i] = stride
+        stride *= sizes[i]!
+      }
+      from = fromEnd
+      to = toEnd
+    }
+    return strides
+  }
+
+  /** Exchanges two dimensions, without a copy. */
+  transpose(a: number, b: number): Tensor<D> {
+    const first = this.#dimension('transpose', 'a', a)
+    const second = this.#dimension('transpose', 'b', b)
+    const swap = (list: readonly number[]) =>
+      list.with(first, list[second]!).with(second, list[first]!)
+    return this.#view(0, swap(this.shape), swap(this.strides))
+  }
+
+  /** Repeats dimensions of size 1, and adds leading ones, to reach a shape; without a copy. */
+  expand(shape: readonly number[]): Tensor<D> {
+    if (!Array.isArray(shape)) throw mustBe('expand', 'shape', 'an array of sizes', shape)
+    const lead = shape.length - this.rank
+    const strides = shape.map((size, i) => {
+      const own = this.shape[i - lead] ?? 1
+      if (lead < 0 || (own !== size && own !== 1)) {
+        throw refuse(
+          'ERR_SHAPE',
+          'expand',
+          'shape',
+          `shape must extend [${this.shape.join(', ')}], got [${shape.join(', ')}]`,
+        )
+      }
+      return own === size && i >= lead ? this.strides[i - lead]! : 0
+    })
+    if (lead < 0) {
+      throw refuse(
+        'ERR_SHAPE',
+        'expand',
+        'shape',
+        `shape must have at least ${this.rank} dimensions, got ${shape.length}`,
+      )
+    }
+    return this.#view(0, [...shape], strides)
+  }
+
+  /** A copy in row-major order, or another view of the same memory if it is so already. */
+  contiguous(): Tensor<D> {
+    return this.isContiguous ? this.#view(0, [...this.shape], [...this.strides]) : this.clone()
+  }
+
+  /** A copy of its own, in row-major order. */
+  clone(): Tensor<D> {
+    return Tensor.make('clone', this.shape, this.dtype, this.device).copyFrom(this)
+  }
+
+  /**
+   * Converts to another dtype, into new memory. Floats round to nearest even; to integers they truncate and saturate, NaN
+   * gives 0; to `bool` everything but 0 is true.
+   */
+  cast<E extends DType>(dtype: E): Tensor<E> {
+    if (!isDType(dtype)) throw mustBe('cast', 'dtype', `one of ${dtypes.join(', ')}`, dtype)
+    return Tensor.make('cast', this.shape, dtype, this.device).copyFrom(this)
+  }
+
+  /**
+   * Copies to another device; on its own device this is another view of the same memory. Enqueued like any operator.
+   *
+   * @throws HeddleError `ERR_DEVICE` if there is no such device, with the reason.
+   */
+  to(device: DeviceLike): Tensor<D> {
+    const target = parseDevice('to', device)
+    if (target.device === this.device) return this.#view(0, [...this.shape], [...this.strides])
+    const source = this.contiguous()
+    try {
+      const handle = named('to', () => addon().transfer(source.handle, target.kind, target.index))
+      return new Tensor(
+        handle,
+        this.dtype,
+        [...this.shape],
+        contiguousStrides(this.shape),
+        target.device,
+      )
+    } finally {
+      source.dispose()
+    }
+  }
+
+  /** Overwrites the elements with those of a tensor of the same shape on the same device, converting the dtype. */
+  copyFrom(source: Tensor): this {
+    run('copy', { x: source, to: this })
+    return this
+  }
+
+  /**
+   * Overwrites the elements with host values in row-major order. They are taken at the call; the array may change right
+   * after. Numbers in a `Float32Array` or a plain array are converted to the dtype.
+   */
+  write(data: AnyTypedArray | readonly number[]): this {
+    const given = hostValues('write', data, this.dtype)
+    const source = Tensor.make('write', this.shape, given.dtype, this.device, given.bytes)
+    try {
+      return this.copyFrom(source)
+    } finally {
+      source.dispose()
+    }
+  }
+
+  /** @internal Overwrites part of a contiguous tensor with raw bytes. */
+  writeBytes(bytes: Uint8Array, offset: number): void {
+    const size = bytesPerElement[this.dtype]
+    const part = this.#view(offset / size, [bytes.length / size], [1])
+    addon().write(part.handle, bytes)
+    part.dispose()
+  }
+
+  #prepared(options: ReadOptions | undefined): { source: Tensor; temporary: boolean } {
+    checkOptions('read', options, readOptions)
+    const as = options?.as
+    if (as !== undefined && as !== 'float32') throw mustBe('read', 'as', '"float32"', as)
+    if (as === 'float32' && (this.dtype as DType) !== 'float32')
+      return { source: this.cast('float32'), temporary: true }
+    return this.isContiguous
+      ? { source: this, temporary: false }
+      : { source: this.clone(), temporary: true }
+  }
+
+  /**
+   * Waits for the elements, in row-major order. float16 and bfloat16 come as `Uint16Array`, 8-bit floats and bool as
+   * `Uint8Array`, unless `as: 'float32'` asks for numbers.
+   *
+   * @throws The promise rejects with a {@link HeddleError} if the operator that made the tensor, or one before it, failed on
+   * the device; the error names it.
+   */
+  read(options: ReadOptions & { as: 'float32' }): Promise<Float32Array<ArrayBuffer>>
+  read(options?: ReadOptions): Promise<HostArray<D>>
+  async read(options?: ReadOptions): Promise<unknown> {
+    const { source, temporary } = this.#prepared(options)
+    try {
+      options?.signal?.throwIfAborted()
+      const bytes = await unlessAborted(addon().read(source.handle), options?.signal)
+      return new hostArrays[source.dtype](bytes)
+    } finally {
+      if (temporary) source.dispose()
+    }
+  }
+
+  /** Like {@link Tensor.read}, but blocks the thread: for workers that have nothing else to do. */
+  readSync(options: ReadOptions & { as: 'float32' }): Float32Array<ArrayBuffer>
+  readSync(options?: ReadOptions): HostArray<D>
+  readSync(options?: ReadOptions): unknown {
+    const { source, temporary } = this.#prepared(options)
+    try {
+      return new hostArrays[source.dtype](addon().readSync(source.handle))
+    } finally {
+      if (temporary) source.dispose()
+    }
+  }
+
+  /** Lets go of the memory; views of it and enqueued work keep what they need. Doing it twice does nothing. */
+  dispose(): void {
+    if (this.#handle === undefined) return
+    abandoned.unregister(this)
+    untrack(this)
+    addon().release(this.#handle)
+    this.#handle = undefined
+  }
+
+  /** Lets `using x = …` dispose of it. */
+  [Symbol.dispose](): void {
+    this.dispose()
+  }
+
+  /** What it is, not what it holds. */
+  toString(): string {
+    return `Tensor ${this.dtype} [${this.shape.join(', ')}] ${this.disposed ? 'disposed' : this.device}`
+  }
+
+  /** @internal */
+  [inspect.custom](): string {
+    return this.toString()
+  }
+}
+
+const readOptions: ReadonlySet<string> = new Set(['as', 'signal'])
+const createOptions: ReadonlySet<string> = new Set(['dtype', 'device'])
+const randnOptions: ReadonlySet<string> = new Set(['dtype', 'device', 'seed'])
+
+// Errors of the addon's tensor functions come under the name of the call that the user made
+function named<T>(op: string, call: () => T): T {
+  try {
+    return call()
+  } catch (error) {
+    if (!(error instanceof HeddleError) || error.op !== 'tensor' || error.code === 'ERR_DISPOSED')
+      throw error
+    throw refuse(error.code, op, error.argument, error.message.replace(/^tensor: /, ''))
+  }
+}
+
+async function unlessAborted<T>(promise: Promise<T>, signal: AbortSignal | undefined): Promise<T> {
+  if (!signal) return promise
+  let abort: (() => void) | undefined
+  const aborted = new Promise<never>((_, reject) => {
+    abort = () => reject(signal.reason)
+    signal.addEventListener('abort', abort)
+  })
+  try {
+    return await Promise.race([promise, aborted])
+  } finally {
+    promise.catch(() => {}) // nobody else hears of a failure that comes after the abort
+    signal.removeEventListener('abort', abort!)
+  }
+}
+
+// Host data as bytes and the dtype that those bytes have: the wanted one, or float32 to be converted on the device
+function hostValues(
+  op: string,
+  data: unknown,
+  wanted: DType | undefined,
+): { bytes: AnyTypedArray; dtype: DType } {
+  if (Array.isArray(data)) {
+    const bad = data.findIndex((value) => typeof value !== 'number')
+    if (bad >= 0) throw mustBe(op, `data[${bad}]`, 'a number', data[bad])
+    if (wanted === 'int64')
+      return {
+        bytes: BigInt64Array.from(data, (n) =>
+          BigInt(checkInteger(op, 'data', n, Number.MIN_SAFE_INTEGER)),
+        ),
+        dtype: wanted,
+      }
+    if (wanted === 'int32')
+      return {
+        bytes: Int32Array.from(data, (n) => checkInteger(op, 'data', n, -(2 ** 31), 2 ** 31 - 1)),
+        dtype: wanted,
+      }
+    return { bytes: Float32Array.from(data), dtype: 'float32' }
+  }
+  if (!ArrayBuffer.isView(data) || data instanceof DataView) {
+    throw mustBe(op, 'data', 'a typed array or an array of numbers', data)
+  }
+  const kind = Object.prototype.toString.call(data).slice(8, -1)
+  const own = dtypeOfArray[kind]
+  if (own === 'float32' || own === 'float16') return { bytes: data as AnyTypedArray, dtype: own }
+  if (wanted === undefined) {
+    if (own === undefined)
+      throw refuse('ERR_DTYPE', op, 'dtype', `dtype must be given for a ${kind}`)
+    return { bytes: data as AnyTypedArray, dtype: own }
+  }
+  const carrier = hostArrays[wanted].name
+  if (kind !== carrier) {
+    throw refuse(
+      'ERR_DTYPE',
+      op,
+      'data',
+      `data must be a ${carrier} or Float32Array for ${wanted}, got ${kind}`,
+    )
+  }
+  return { bytes: data as AnyTypedArray, dtype: wanted }
+}
+
+/**
+ * Makes a tensor from host values in row-major order; they are copied at the call. 16-bit floats are given as
+ * `Uint16Array` bit patterns, or as numbers in a `Float32Array` or plain array, which are rounded.
+ *
+ * @param shape One dimension if left out.
+ * @throws HeddleError `ERR_SHAPE` if the shape has another number of elements than the data.
+ * @example
+ * import { tensor } from 'heddle'
+ * const x = tensor([1, 2, 3, 4], [2, 2], { dtype: 'bfloat16' })
+ * console.log(await x.read({ as: 'float32' }))
+ */
+export function tensor<A extends AnyTypedArray | readonly number[], D extends DType = DTypeOf<A>>(
+  data: A,
+  shape?: readonly number[],
+  options?: CreateOptions<D>,
+): Tensor<D> {
+  checkOptions('tensor', options, createOptions)
+  const dtype = options?.dtype
+  if (dtype !== undefined && !isDType(dtype))
+    throw mustBe('tensor', 'dtype', `one of ${dtypes.join(', ')}`, dtype)
+  const given = hostValues('tensor', data, dtype)
+  const made = Tensor.make(
+    'tensor',
+    shape ?? [given.bytes.length],
+    given.dtype,
+    options?.device,
+    given.bytes,
+  )
+  if (dtype === undefined || dtype === given.dtype) return made as unknown as Tensor<D>
+  try {
+    return made.cast(dtype)
+  } finally {
+    made.dispose()
+  }
+}
+
+/** Makes a tensor whose elements are whatever the memory held. */
+export function empty<D extends DType = 'float32'>(
+  shape: readonly number[],
+  options?: CreateOptions<D>,
+): Tensor<D> {
+  checkOptions('empty', options, createOptions)
+  return Tensor.make('empty', shape, (options?.dtype ?? 'float32') as D, options?.device)
+}
+
+/** Makes a tensor of one value, converted to the dtype. */
+export function full<D extends DType = 'float32'>(
+  shape: readonly number[],
+  value: number,
+  options?: CreateOptions<D>,
+): Tensor<D> {
+  checkOptions('full', options, createOptions)
+  if (typeof value !== 'number') throw mustBe('full', 'value', 'a number', value)
+  const made = Tensor.make('full', shape, (options?.dtype ?? 'float32') as D, options?.device)
+  if (Number.isFinite(value)) run('fill', { to: made, value })
+  else {
+    const one = tensor([value], [1], { device: options?.device })
+    made.copyFrom(one.expand(made.shape))
+    one.dispose()
+  }
+  return made
+}
+
+/** Makes a tensor of zeros. */
+export function zeros<D extends DType = 'float32'>(
+  shape: readonly number[],
+  options?: CreateOptions<D>,
+): Tensor<D> {
+  return full(shape, 0, options)
+}
+
+/**
+ * Makes a tensor of standard normal random numbers. They depend on the seed and the element's position alone: every device
+ * gives the same ones up to rounding.
+ *
+ * @param options `seed` is an integer from 0 to 2^53 - 1; without one it is random.
+ */
+export function randn<D extends FloatDType = 'float32'>(
+  shape: readonly number[],
+  options?: CreateOptions<D> & { seed?: number | undefined },
+): Tensor<D> {
+  checkOptions('randn', options, randnOptions)
+  const made = Tensor.make('randn', shape, (options?.dtype ?? 'float32') as D, options?.device)
+  const seed = options?.seed ?? Math.floor(Math.random() * Number.MAX_SAFE_INTEGER)
+  try {
+    run('fill', { to: made, source: 'normal', seed: checkInteger('randn', 'seed', seed, 0) })
+  } catch (error) {
+    made.dispose()
+    throw error
+  }
+  return made
+}
+
+/** @internal Shows what a message calls a tensor that is none. */
+export function checkTensor(op: string, argument: string, value: unknown): asserts value is Tensor {
+  if (!(value instanceof Tensor)) {
+    throw refuse('ERR_ARGUMENT', op, argument, `${argument} must be a tensor, got ${show(value)}`)
+  }
+}

@@ -1,0 +1,74 @@
+#pragma once
+#include <cmath>
+#include <limits>
+
+#include "core/schema.h"
+
+namespace heddle {
+
+struct Attention {
+  static constexpr const char* kName = "attention";
+  Tensor q;              // [b, sq, hq, d]
+  Tensor k, v;           // [b, sk, hk, d] and [b, sk, hk, dv], or pages of them
+  Tensor cu_seqlens_q;   // [n + 1] i32: where each packed sequence of q begins, b = 1
+  Tensor cu_seqlens_k;   // [n + 1] i32
+  Tensor block_table;    // [b, max_pages] i32: which page holds which part of a sequence
+  Tensor cache_seqlens;  // [b] i32: keys in use
+  Tensor slopes;         // [hq] f32: score += slope * (t - p)
+  Tensor sink;           // [hq] f32: a logit per head that only the normaliser sees
+  Tensor out;            // [b, sq, hq, dv]
+  Tensor lse;            // [b, hq, sq] f32, natural log
+  double scale = std::numeric_limits<double>::quiet_NaN();  // 1/sqrt(d) when left out
+  double soft_cap = 0;                                      // 0 is off
+  int64_t window = 0;  // keys a row sees, its own included; 0 is all
+  bool causal = false;
+
+  template <class Schema> static void describe(Schema& schema) {
+    schema.input("q", &Attention::q, "b sq hq d", kFloats);
+    schema.input("k", &Attention::k, "b sk hk d", like("q"))
+        .when("block_table", "pages page_size hk d");
+    schema.input("v", &Attention::v, "b sk hk dv", like("q"))
+        .when("block_table", "pages page_size hk dv");
+    schema.optional("cu_seqlens_q", &Attention::cu_seqlens_q, "n+1", kI32);
+    schema.optional("cu_seqlens_k", &Attention::cu_seqlens_k, "n+1", kI32);
+    schema.optional("block_table", &Attention::block_table, "b max_pages", kI32);
+    schema.optional("cache_seqlens", &Attention::cache_seqlens, "b", kI32);
+    schema.optional("slopes", &Attention::slopes, "hq", kF32);
+    schema.optional("sink", &Attention::sink, "hq", kF32);
+    schema.number("scale", &Attention::scale, std::numeric_limits<double>::quiet_NaN());
+    schema.number("soft_cap", &Attention::soft_cap, 0).at_least(0);
+    schema.integer("window", &Attention::window, 0).at_least(1);
+    schema.flag("causal", &Attention::causal);
+    schema.output("out", &Attention::out, "b sq hq dv", like("q"));
+    schema.output("lse", &Attention::lse, "b hq sq", kF32);
+  }
+
+  void validate() {
+    const int64_t hq = q.shape[2], hk = k.shape[2], d = q.shape[3], dv = v.shape[3];
+    HEDDLE_CHECK(hk > 0 ? hq % hk == 0 : hq == 0, kShape, "k", "hq must be a multiple of hk, got ",
+                 hq, " and ", hk);
+    HEDDLE_CHECK(d % 8 == 0 && d >= 8 && d <= 256, kShape, "q",
+                 "d must be a multiple of 8 up to 256, got ", d);
+    HEDDLE_CHECK(dv % 8 == 0 && dv >= 8 && dv <= 256, kShape, "v",
+                 "dv must be a multiple of 8 up to 256, got ", dv);
+    HEDDLE_CHECK(bool(cu_seqlens_q) == bool(cu_seqlens_k), kArgument, "cuSeqlensQ",
+                 "cuSeqlensQ and cuSeqlensK must be given together");
+    HEDDLE_CHECK(!cu_seqlens_q || q.shape[0] == 1, kShape, "q", "b must be 1 with cuSeqlensQ, got ",
+                 q.shape[0]);
+    HEDDLE_CHECK(!cu_seqlens_q || !block_table, kArgument, "blockTable",
+                 "blockTable cannot be combined with cuSeqlensQ");
+    HEDDLE_CHECK(!block_table || cache_seqlens, kArgument, "cacheSeqlens",
+                 "cacheSeqlens must be given with blockTable");
+    HEDDLE_CHECK(!cache_seqlens || !cu_seqlens_q, kArgument, "cacheSeqlens",
+                 "cacheSeqlens cannot be combined with cuSeqlensQ");
+    if (block_table) {
+      const int64_t page = k.shape[1];
+      HEDDLE_CHECK(page >= 1 && page <= 256 && (page & (page - 1)) == 0, kShape, "k",
+                   "the page size must be a power of two up to 256, got ", page);
+    }
+    if (std::isnan(scale)) scale = 1 / std::sqrt(static_cast<double>(d));
+    HEDDLE_CHECK(std::isfinite(scale), kArgument, "scale", "scale must be finite, got ", scale);
+  }
+};
+
+}  // namespace heddle

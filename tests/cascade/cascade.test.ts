@@ -1,0 +1,436 @@
+import fc from 'fast-check'
+import { type Cascade, cascade, HeddleError } from 'heddle'
+import { describe, expect, it } from 'vitest'
+import { maxError } from '../support/compare.js'
+import { random } from '../support/random.js'
+import { attentionReference, reader } from '../support/reference.js'
+
+const threePass = `
+  QK[m,p] = sum(e) Q[e,p] * K[e,m] * scale   where m <= p + off
+  GM[p]   = max(m) QK[m,p]
+  SN[m,p] = exp(QK[m,p] - GM[p])
+  SD[p]   = sum(m) SN[m,p]
+  A[m,p]  = SN[m,p] / SD[p]
+  AV[f,p] = A[m,p] * V[f,m]`
+const twoPass = `
+  QK[m,p] = sum(e) Q[e,p] * K[e,m] * scale   where m <= p + off
+  GM[p]   = max(m) QK[m,p]
+  SN[m,p] = exp(QK[m,p] - GM[p])
+  SD[p]   = sum(m) SN[m,p]
+  AV[f,p] = sum(m) SN[m,p] * V[f,m] / SD[p]`
+const onePass = `
+  split m -> (m1, m0 : 8) tail mask
+  init BK[e,m1,m0] = K[e, m1*M0 + m0];   init BV[f,m1,m0] = V[f, m1*M0 + m0]
+  init RM[m1=0,p] = -inf;   init RD[m1=0,p] = 0;   init RNV[f,m1=0,p] = 0
+  iterate m1 {
+    BQK[m1,m0,p]  = sum(e) Q[e,p] * BK[e,m1,m0] * scale   where m1*M0 + m0 <= p + off
+    LM[m1,p]      = max(m0) BQK[m1,m0,p]
+    RM[m1+1,p]    = max(RM[m1,p], LM[m1,p])
+    SLN[m1,m0,p]  = exp(BQK[m1,m0,p] - RM[m1+1,p])
+    PRM[m1,p]     = exp(RM[m1,p] - RM[m1+1,p])
+    SLD[m1,p]     = sum(m0) SLN[m1,m0,p]
+    SLNV[f,m1,p]  = sum(m0) SLN[m1,m0,p] * BV[f,m1,m0]
+    RD[m1+1,p]    = SLD[m1,p] + RD[m1,p] * PRM[m1,p]
+    RNV[f,m1+1,p] = SLNV[f,m1,p] + RNV[f,m1,p] * PRM[m1,p]
+  }
+  AV[f,p] = RNV[f,M1,p] / RD[M1,p]`
+
+function failure(run: () => unknown): HeddleError {
+  try {
+    run()
+  } catch (error) {
+    if (error instanceof HeddleError) return error
+    throw error
+  }
+  throw new Error('nothing was thrown')
+}
+
+describe('attention cascades', () => {
+  it.each([
+    ['three passes', threePass],
+    ['two passes', twoPass],
+    ['one pass', onePass],
+  ])('%s', (_, text) => {
+    const attention = cascade(text)
+    const rng = random(60)
+    for (const [m, p] of [
+      [1, 1],
+      [5, 9],
+      [9, 5],
+      [8, 8],
+      [24, 3],
+      [17, 20],
+    ] as const) {
+      const [e, f] = [4, 3]
+      const array = (shape: number[]) => ({
+        data: rng.normals(shape.reduce((a, b) => a * b, 1)),
+        shape,
+      })
+      const [Q, K, V] = [array([e, p]), array([e, m]), array([f, m])]
+      const { AV } = attention.evaluate({ Q, K, V }, { scale: 0.5, off: m - p })
+      const at = (x: typeof Q) => (_b: number, row: number, _h: number, i: number) =>
+        x.data[i * x.shape[1]! + row]!
+      const c = {
+        b: 1,
+        sq: p,
+        sk: m,
+        hq: 1,
+        hk: 1,
+        d: e,
+        dv: f,
+        causal: true,
+        window: undefined,
+        scale: 0.5,
+        softCap: 0,
+        slopes: undefined,
+        sink: undefined,
+      }
+      const { out } = attentionReference(c, at(Q), at(K), at(V), 'float32')
+      const turned = Float64Array.from(
+        { length: f * p },
+        (_, i) => out[(i % p) * f + Math.floor(i / p)]!,
+      )
+      expect(AV!.shape).toEqual([f, p])
+      expect(maxError(AV!.data, turned), `${m} ${p}`).toBeLessThan(1e-12)
+    }
+  })
+})
+
+describe('semantics', () => {
+  const one = (
+    text: string,
+    inputs: Record<string, number[]> = {},
+    scalars: Record<string, number> = {},
+    sizes = {},
+  ) => {
+    const arrays = Object.fromEntries(
+      Object.entries(inputs).map(([name, data]) => [name, { data, shape: [data.length] }]),
+    )
+    const results = cascade(text).evaluate(arrays, scalars, { sizes })
+    return Object.fromEntries(Object.entries(results).map(([name, { data }]) => [name, [...data]]))
+  }
+
+  it('sums what is absent on the left', () => {
+    expect(one('Y = A[k] * B[k]', { A: [1, 2, 3], B: [4, 5, 6] })).toEqual({ Y: [32] })
+    expect(one('Y[i,j] = A[i] * B[j]', { A: [1, 2], B: [3, 4] })).toEqual({ Y: [3, 4, 6, 8] })
+  })
+
+  it('reduces by every reducer', () => {
+    const A = [1, -2, 3]
+    expect(one('Y = max(k) A[k]', { A })).toEqual({ Y: [3] })
+    expect(one('Y = min(k) A[k]', { A })).toEqual({ Y: [-2] })
+    expect(one('Y = prod(k) A[k]', { A })).toEqual({ Y: [-6] })
+    expect(one('Y = sum(k) -A[k]', { A })).toEqual({ Y: [-2] })
+    expect(one('Y = logsumexp(k) A[k]', { A }).Y![0]).toBeCloseTo(
+      Math.log(Math.exp(1) + Math.exp(-2) + Math.exp(3)),
+      12,
+    )
+  })
+
+  it('tells the function max from the reducer', () => {
+    expect(one('Y[k] = max(A[k], 0)', { A: [1, -2] })).toEqual({ Y: [1, 0] })
+    expect(one('Y[k] = max(A[k], B[k]) - 1', { A: [1, -2], B: [0, 5] })).toEqual({ Y: [0, 4] })
+  })
+
+  it('gives identities where nothing is visible, and skips empty coordinates', () => {
+    expect(one('Y[p] = max(m) A[m] where m < p - 1', { A: [5, 6] }, {}, { P: 4 })).toEqual({
+      Y: [Number.NEGATIVE_INFINITY, Number.NEGATIVE_INFINITY, 5, 6],
+    })
+    expect(one('B[m] = A[m] where m > 0\nY = sum(m) B[m] + 10', { A: [5, 6] })).toEqual({ Y: [16] })
+    expect(one('B[m] = A[m] where m > 0', { A: [5, 6] })).toEqual({ B: [0, 6] })
+  })
+
+  it('knows the conventions for infinities and zeros', () => {
+    expect(
+      one('Y = sum(k) exp(A[k] - B[k])', {
+        A: [Number.NEGATIVE_INFINITY],
+        B: [Number.NEGATIVE_INFINITY],
+      }),
+    ).toEqual({ Y: [0] })
+    expect(one('Y[k] = A[k] / B[k]', { A: [0, 1], B: [0, 0] })).toEqual({
+      Y: [0, Number.POSITIVE_INFINITY],
+    })
+  })
+
+  it('runs iterations, reads the last index under a rank, and shifts', () => {
+    const sums = 'init S[i=0] = 0\niterate i {\n S[i+1] = S[i] + A[i]\n}\nZ = S[I]'
+    expect(one(sums, { A: [1, 2, 3, 4] })).toEqual({ Z: [10] })
+    expect(one('D[i] = A[i] - A[clamp(i - 1, 0, 100)]', { A: [1, 4, 9] })).toEqual({ D: [0, 3, 5] })
+    expect(one('L = A[K] where 1 <= 2\nY[k] = A[k] * L', { A: [1, 2, 3] })).toEqual({
+      Y: [3, 6, 9],
+    })
+  })
+
+  it('compares documents, chooses by if, takes scalars', () => {
+    expect(
+      one('Y[p] = sum(m) A[m] where doc[m] == doc[p] && m <= p', {
+        A: [1, 2, 4, 8],
+        doc: [0, 0, 1, 1],
+      }),
+    ).toEqual({ Y: [1, 3, 4, 12] })
+    expect(
+      one(
+        'Y[k] = if(k % 2 == 0, 1, 2)'.replace('k % 2 == 0', 'k < n && !(k == 0)') + ' * A[k]',
+        { A: [1, 1, 1] },
+        { n: 2 },
+      ),
+    ).toEqual({ Y: [2, 1, 2] })
+  })
+
+  it('computes its functions', () => {
+    const x = [-1.5, 0, 0.3, 3]
+    const { Y } = one('Y[k] = erf(A[k])', { A: x })
+    ;[-0.9661051464753108, 0, 0.3286267594591274, 0.9999779095030014].forEach((value, i) =>
+      expect(Y![i]).toBeCloseTo(value, 14),
+    )
+    const all = one(
+      'Y[k] = softplus(A[k]) + relu(A[k]) + rsqrt(4) + pow(2, 3) + exp2(1) + log1p(0) + abs(A[k]) + min(A[k], 1)',
+      { A: [-1] },
+    )
+    expect(all.Y![0]).toBeCloseTo(Math.log1p(Math.exp(-1)) + 0 + 0.5 + 8 + 2 + 0 + 1 - 1, 12)
+  })
+
+  it('is lightning attention when written as a recurrence', () => {
+    const text = `
+      init S[t=0,e,f] = 0
+      iterate t {
+        S[t+1,e,f] = exp(-slope) * S[t,e,f] + K[t,e] * V[t,f]
+        O[t,f]     = sum(e) Q[t,e] * S[t+1,e,f]
+      }`
+    const ones = { data: new Float64Array(5).fill(1), shape: [5, 1] }
+    const { O } = cascade(text).evaluate({ Q: ones, K: ones, V: ones }, { slope: 0.1 })
+    const decay = Math.exp(-0.1)
+    O!.data.forEach((value, t) =>
+      expect(value).toBeCloseTo((1 - decay ** (t + 1)) / (1 - decay), 12),
+    )
+  })
+
+  it('keeps what is asked for, and lists inputs, outputs and scalars', () => {
+    const parsed: Cascade = cascade(twoPass)
+    expect(parsed.ir.inputs).toEqual(['Q', 'K', 'V'])
+    expect(parsed.ir.outputs).toEqual(['AV'])
+    expect(parsed.ir.scalars).toEqual(['scale', 'off'])
+    const X = { data: [1, 2], shape: [2] }
+    expect(
+      Object.keys(cascade('A[k] = X[k]\nB = A[k]').evaluate({ X }, {}, { keep: ['A'] })),
+    ).toEqual(['B', 'A'])
+  })
+
+  it('works as a tag', () => {
+    expect(cascade`Y[k] = A[k] * ${3}`.evaluate({ A: { data: [2], shape: [1] } }).Y!.data[0]).toBe(
+      6,
+    )
+  })
+})
+
+describe('errors', () => {
+  const X = (shape: number[]) => ({
+    data: new Float64Array(shape.reduce((a, b) => a * b, 1)),
+    shape,
+  })
+  it.each([
+    [
+      'CAS001',
+      'A[k] = B[k]\nC[k] = A[k]\nSN[m,p] exp(A[m])',
+      "cascade: line 3: expected '=' after 'SN[m,p]'",
+      [3, 9, 3],
+    ],
+    ['CAS001', 'A[k] = B[k', "cascade: line 1: expected ']' after 'k'", [1, 11, 0]],
+    ['CAS001', 'A[k] = B[k] $ 2', "cascade: line 1: unexpected '$'", [1, 13, 1]],
+    ['CAS001', 'A = nope(B[k])', "cascade: line 1: 'nope' is no function", [1, 5, 4]],
+    ['CAS001', 'A = pow(B)', 'cascade: line 1: pow takes 2 arguments, got 1', [1, 5, 3]],
+    ['CAS001', '', 'cascade: line 1: expected a statement', [1, 1, 0]],
+    [
+      'CAS002',
+      'A[m] = K[e,m]\nB[m] = K[m]',
+      'cascade: K has ranks [e,m] on line 1 but is read as [m] on line 2',
+      [2, 8, 4],
+    ],
+    [
+      'CAS002',
+      'A[m] = K[e,m]\nB[m] = K[m,e]',
+      'cascade: K has ranks [e,m] on line 1 but is read as [m,e] on line 2',
+      [2, 8, 6],
+    ],
+    [
+      'CAS004',
+      'B[m] = A[m]\nA[m] = K[m]',
+      'cascade: A is read on line 1 before it is produced',
+      [1, 8, 4],
+    ],
+    [
+      'CAS004',
+      'A[m] = K[m]\nA[m] = L[m]',
+      'cascade: A is produced on line 1 and again on line 2',
+      [2, 1, 4],
+    ],
+    ['CAS005', 'AV[f] = A[m]', 'cascade: f appears on the left of AV but in no operand', [1, 1, 5]],
+    [
+      'CAS007',
+      'iterate i {\nS[i+1] = S[i] + A[i]\n}',
+      'cascade: S is iterative over i but has no init',
+      [2, 1, 6],
+    ],
+    [
+      'CAS007',
+      'init S[i=0] = 0\niterate i {\nS[i+2] = S[i] + A[i]\n}',
+      'cascade: S is written at i+2',
+      [3, 1, 6],
+    ],
+    [
+      'CAS007',
+      'init S[i=0] = 0\niterate i {\nS[i+1] = S[i+2] + A[i]\n}',
+      'cascade: S is read at i+2',
+      [3, 10, 6],
+    ],
+    [
+      'CAS010',
+      'S[m] = A[m]\nB[m] = A[m] where S[m] > 0',
+      'cascade: masks must be decidable from indices and integer tensors',
+      [2, 19, 4],
+    ],
+    [
+      'CAS011',
+      'A[m] = B[m]\nB[m] = A[m]',
+      'cascade: B -> A -> B depend on each other without an iterative rank',
+      [1, 8, 4],
+    ],
+  ] as const)('%s in %j', (code, text, message, span) => {
+    const error = failure(() => cascade(text))
+    expect(error.code).toBe(code)
+    expect(error.message).toContain(message)
+    expect(error.span).toEqual(span)
+    expect(error.op).toBe('cascade')
+  })
+
+  it.each([
+    [
+      'CAS003',
+      'Y = K[m] * V[m]',
+      { K: X([4]), V: X([8]) },
+      'cascade: rank M is 4 from K but 8 from V',
+    ],
+    [
+      'CAS003',
+      'rank M = 5\nY = K[m]',
+      { K: X([4]) },
+      'cascade: rank M is 5 from its declaration but 4 from K',
+    ],
+    [
+      'CAS008',
+      'split m -> (m1, m0 : 128)\nY[m1] = sum(m0) K[m1*M0 + m0]',
+      { K: X([1000]) },
+      'cascade: split m by 128 with M=1000: add "tail mask"',
+    ],
+    [
+      'CAS010',
+      'Y = K[m] where D[m] > 0',
+      { K: X([1]), D: { data: [0.5], shape: [1] } },
+      'cascade: masks must be decidable',
+    ],
+    [
+      'CAS012',
+      'Y[a,b] = A[a] * B[b]',
+      { A: X([50000]), B: X([50000]) },
+      'cascade: Y has 2.5e9 points, the limit is 1e9; raise maxPoints or shrink',
+    ],
+    ['CAS004', 'Y = K[m]', {}, 'cascade: tensor K was not given'],
+    ['CAS004', 'Y = K[m] * s', { K: X([1]) }, 'cascade: scalar s was not given'],
+  ] as const)('%s when evaluating %j', (code, text, inputs, message) => {
+    const error = failure(() =>
+      cascade(text).evaluate(inputs as Record<string, ReturnType<typeof X>>),
+    )
+    expect(error.code).toBe(code)
+    expect(error.message).toContain(message)
+    expect(error.span).toHaveLength(3)
+  })
+})
+
+describe('text', () => {
+  const samples = [
+    threePass,
+    twoPass,
+    onePass,
+    'Y[p] = sum(m) if(m < p || !(m == 3), A[m] - (B[m] - 1) / 2, -A[clamp(m - p, -5, 5)]) where (m + 1) * 2 <= p && (m > 0 || p > 1)',
+    'rank M = ?\nrank P = 7\nY[p] = logsumexp(m) -A[m] * Q[p]',
+  ]
+
+  it.each(samples)('prints what parses back: %#', (text) => {
+    const printed = cascade(text).toString()
+    expect(cascade(printed).toString()).toBe(printed)
+    const shape = (ir: unknown) =>
+      JSON.stringify(ir, (key, value) => (key === 'span' || key === 'src' ? undefined : value))
+    expect(shape(cascade(printed).ir)).toBe(shape(cascade(text).ir))
+  })
+
+  it('is read or refused with a code and a place, whatever it is', () => {
+    const pieces = [
+      '[',
+      ']',
+      '(',
+      ')',
+      '=',
+      '-',
+      'max(',
+      'sum(m)',
+      'where',
+      'm',
+      'M1',
+      '+1',
+      ',',
+      '\n',
+      ';',
+      'iterate',
+      '{',
+      '}',
+      'init',
+      '<=',
+      '&&',
+      '!',
+      '1e9',
+      'inf',
+      'if(',
+      '#',
+      'é',
+      'split',
+      'rank',
+      '?',
+    ]
+    fc.assert(
+      fc.property(
+        fc.constantFrom(...samples),
+        fc.array(fc.tuple(fc.nat(), fc.nat({ max: 3 }), fc.constantFrom(...pieces)), {
+          minLength: 1,
+          maxLength: 4,
+        }),
+        (text, edits) => {
+          let mutated: string = text
+          for (const [at, remove, insert] of edits) {
+            const i = at % (mutated.length + 1)
+            mutated = mutated.slice(0, i) + insert + mutated.slice(i + remove)
+          }
+          try {
+            cascade(mutated).toString()
+          } catch (error) {
+            if (!(error instanceof HeddleError)) throw error
+            expect(error.code).toMatch(/^CAS\d{3}$/)
+            expect(error.span).toHaveLength(3)
+            expect(error.message).toMatch(/^cascade: /)
+          }
+        },
+      ),
+      { numRuns: 20_000 },
+    )
+  })
+
+  it('survives deep nesting', () => {
+    for (const text of [
+      `A = ${'('.repeat(10_000)}`,
+      `A = ${'-'.repeat(10_000)}1`,
+      `A = B where ${'!'.repeat(10_000)}`,
+      `A = B where ${'('.repeat(5000)}1 < 2`,
+    ]) {
+      expect(failure(() => cascade(text)).code).toBe('CAS001')
+    }
+  })
+})

@@ -1,0 +1,346 @@
+import { attention, empty, type FloatDType, type Tensor, tensor } from 'heddle'
+import { describe, expect, it } from 'vitest'
+import { expectClose, maxError } from '../support/compare.js'
+import { describeDevices, epsilon, floats } from '../support/devices.js'
+import { type Random, random, type Sample, sample } from '../support/random.js'
+import {
+  type AttentionCase,
+  attentionReference,
+  type Reference,
+  reader,
+} from '../support/reference.js'
+
+const lengths = [1, 2, 3, 31, 63, 64, 65, 113, 127, 130, 257]
+
+function drawCase(rng: Random): AttentionCase {
+  const hk = rng.pick([1, 2, 3])
+  const d = rng.pick([8, 16, 40, 64, 80, 96, 128, 192, 256])
+  const hq = hk * rng.pick([1, 1, 2, 4])
+  return {
+    b: rng.pick([1, 2]),
+    sq: rng.pick(lengths),
+    sk: rng.pick(lengths),
+    hq,
+    hk,
+    d,
+    dv: rng.chance(0.7) ? d : rng.pick([8, 64, 72, 128, 256]),
+    causal: rng.chance(0.6),
+    window: rng.chance(0.3) ? rng.pick([1, 2, 17, 64, 100, 1000]) : undefined,
+    scale: rng.chance(0.7) ? 1 / Math.sqrt(d) : rng.pick([0.01, 0.3, 1]),
+    softCap: rng.chance(0.25) ? rng.pick([2, 30]) : 0,
+    slopes: rng.chance(0.25)
+      ? Array.from(rng.normals(hq), (x) => Math.fround(Math.abs(x) * 0.1))
+      : undefined,
+    sink: rng.chance(0.25) ? Array.from(rng.normals(hq)) : undefined,
+  }
+}
+
+function optionsOf(c: AttentionCase) {
+  return {
+    causal: c.causal,
+    scale: c.scale,
+    softCap: c.softCap,
+    ...(c.window === undefined ? {} : { window: c.window }),
+    ...(c.slopes ? { slopes: c.slopes } : {}),
+    ...(c.sink ? { sink: c.sink } : {}),
+  }
+}
+
+async function expectReference(
+  result: { out: Tensor<FloatDType>; lse: Tensor<'float32'> },
+  reference: Reference,
+  dtype: FloatDType,
+  what: string,
+): Promise<void> {
+  const out = await result.out.read({ as: 'float32' })
+  const lse = await result.lse.read()
+  expectClose(out, reference.out, reference.plain, dtype, `${what} out`)
+  for (let i = 0; i < lse.length; i++) {
+    // an empty row has no smaller neighbour to be close to
+    if (reference.lse[i] === Number.NEGATIVE_INFINITY)
+      expect(lse[i], `${what} lse`).toBe(Number.NEGATIVE_INFINITY)
+  }
+  expectClose(lse, reference.lse, reference.plainLse, 'float32', `${what} lse`)
+}
+
+describeDevices('attention', (device) => {
+  describe.each(floats)('%s', (dtype) => {
+    it('agrees with float64 on random shapes and options', async () => {
+      const rng = random(1)
+      const cases = device === 'cpu' ? 60 : 200
+      for (let n = 0; n < cases; n++) {
+        const c = drawCase(rng)
+        const scale = rng.chance(0.1) ? 30 : 1
+        const q = await sample(rng, [c.b, c.sq, c.hq, c.d], dtype, device, { scale })
+        const k = await sample(rng, [c.b, c.sk, c.hk, c.d], dtype, device)
+        const v = await sample(rng, [c.b, c.sk, c.hk, c.dv], dtype, device)
+        const reference = attentionReference(
+          c,
+          reader(q.values, c.sq, c.hq, c.d),
+          reader(k.values, c.sk, c.hk, c.d),
+          reader(v.values, c.sk, c.hk, c.dv),
+          dtype,
+        )
+        const result = attention(q.tensor, k.tensor, v.tensor, optionsOf(c))
+        await expectReference(result, reference, dtype, JSON.stringify(c))
+      }
+    })
+
+    it('keeps packed sequences apart', async () => {
+      const rng = random(2)
+      for (let n = 0; n < 12; n++) {
+        const c = drawCase(rng)
+        const count = rng.pick([1, 3, 5])
+        const parts = Array.from({ length: count }, () => ({
+          sq: rng.pick([0, 1, 5, 64, 70]),
+          sk: rng.pick([0, 1, 9, 65, 130]),
+        }))
+        const starts = (sizes: number[]) =>
+          sizes.reduce((list, size) => [...list, list.at(-1)! + size], [0])
+        const cuSeqlensQ = starts(parts.map(({ sq }) => sq))
+        const cuSeqlensK = starts(parts.map(({ sk }) => sk))
+        const [totalQ, totalK] = [cuSeqlensQ.at(-1)!, cuSeqlensK.at(-1)!]
+        const q = await sample(rng, [1, totalQ, c.hq, c.d], dtype, device)
+        const k = await sample(rng, [1, totalK, c.hk, c.d], dtype, device)
+        const v = await sample(rng, [1, totalK, c.hk, c.dv], dtype, device)
+        const asTensor = rng.chance(0.5)
+        const list = (values: number[]) =>
+          asTensor ? tensor(values, undefined, { dtype: 'int32', device }) : values
+        const { out, lse } = attention(q.tensor, k.tensor, v.tensor, {
+          ...optionsOf(c),
+          cuSeqlensQ: list(cuSeqlensQ),
+          cuSeqlensK: list(cuSeqlensK),
+        })
+        expect(out.shape).toEqual([1, totalQ, c.hq, c.dv])
+        for (const [i, part] of parts.entries()) {
+          const shift =
+            (read: ReturnType<typeof reader>, by: number): ReturnType<typeof reader> =>
+            (_, row, head, e) =>
+              read(0, row + by, head, e)
+          const reference = attentionReference(
+            { ...c, b: 1, ...part },
+            shift(reader(q.values, totalQ, c.hq, c.d), cuSeqlensQ[i]!),
+            shift(reader(k.values, totalK, c.hk, c.d), cuSeqlensK[i]!),
+            shift(reader(v.values, totalK, c.hk, c.dv), cuSeqlensK[i]!),
+            dtype,
+          )
+          const rows = [cuSeqlensQ[i]!, cuSeqlensQ[i + 1]!] as const
+          const own = { out: out.slice(1, ...rows), lse: lse.slice(2, ...rows) }
+          await expectReference(
+            own,
+            reference,
+            dtype,
+            `${JSON.stringify(parts)}[${i}] ${JSON.stringify(c)}`,
+          )
+        }
+      }
+    })
+
+    it('reads a cache in pages, and nothing of unused ones', async () => {
+      const rng = random(3)
+      for (let n = 0; n < 12; n++) {
+        const c = { ...drawCase(rng), b: 3, sq: rng.pick([1, 1, 4, 33]) }
+        const pageSize = rng.pick([1, 2, 16, 64, 128])
+        const used = Array.from({ length: c.b }, () => rng.pick([0, 1, 17, 64, 150]))
+        const maxPages = Math.max(...used.map((keys) => Math.ceil(keys / pageSize)), 1)
+        const order = Array.from({ length: c.b * maxPages + 2 }, (_, i) => i).sort(
+          () => rng.next() - 0.5,
+        )
+        const table = Array.from({ length: c.b }, (_, b) =>
+          Array.from({ length: maxPages }, (_, i) =>
+            i * pageSize < used[b]! ? order[b * maxPages + i]! : rng.pick([-1, 2 ** 31 - 1, 0]),
+          ),
+        )
+        const q = await sample(rng, [c.b, c.sq, c.hq, c.d], dtype, device)
+        const pages = async (size: number) => {
+          const shape = [order.length, pageSize, c.hk, size]
+          const data = rng.normals(shape.reduce((a, x) => a * x, 1))
+          const visible = new Set(
+            table.flatMap((row, b) =>
+              Array.from(
+                { length: used[b]! },
+                (_, t) => row[Math.floor(t / pageSize)]! * pageSize + (t % pageSize),
+              ),
+            ),
+          )
+          const row = c.hk * size
+          for (let i = 0; i < order.length * pageSize; i++) {
+            if (!visible.has(i)) data.fill(Number.NaN, i * row, (i + 1) * row)
+          }
+          const made = tensor(data, shape, { dtype, device })
+          return { tensor: made, values: await made.read({ as: 'float32' }) } as Sample
+        }
+        const k = await pages(c.d)
+        const v = await pages(c.dv)
+        const paged =
+          (values: Float32Array, size: number): ReturnType<typeof reader> =>
+          (b, t, head, e) =>
+            values[
+              ((table[b]![Math.floor(t / pageSize)]! * pageSize + (t % pageSize)) * c.hk + head) *
+                size +
+                e
+            ]!
+        const reference = attentionReference(
+          c,
+          reader(q.values, c.sq, c.hq, c.d),
+          paged(k.values, c.d),
+          paged(v.values, c.dv),
+          dtype,
+          (b) => ({ sq: c.sq, sk: used[b]! }),
+        )
+        const result = attention(q.tensor, k.tensor, v.tensor, {
+          ...optionsOf(c),
+          blockTable: tensor(table.flat(), [c.b, maxPages], { dtype: 'int32', device }),
+          cacheSeqlens: used,
+        })
+        await expectReference(
+          result,
+          reference,
+          dtype,
+          `pages of ${pageSize}, ${used} keys, ${JSON.stringify(c)}`,
+        )
+      }
+    })
+
+    it('reads a contiguous cache up to its lengths', async () => {
+      const rng = random(4)
+      const c = { ...drawCase(rng), b: 3, sq: 2, sk: 200 }
+      const used = [0, 77, 200]
+      const q = await sample(rng, [c.b, c.sq, c.hq, c.d], dtype, device)
+      const poison = (made: Sample) => {
+        used.forEach((keys, b) => {
+          const rest = made.tensor.slice(0, b, b + 1).slice(1, keys)
+          if (rest.size > 0) rest.copyFrom(tensor([Number.NaN], [1], { device }).expand(rest.shape))
+        })
+        return made
+      }
+      const k = poison(await sample(rng, [c.b, c.sk, c.hk, c.d], dtype, device))
+      const v = poison(await sample(rng, [c.b, c.sk, c.hk, c.dv], dtype, device))
+      const reference = attentionReference(
+        c,
+        reader(q.values, c.sq, c.hq, c.d),
+        reader(k.values, c.sk, c.hk, c.d),
+        reader(v.values, c.sk, c.hk, c.dv),
+        dtype,
+        (b) => ({ sq: c.sq, sk: used[b]! }),
+      )
+      const result = attention(q.tensor, k.tensor, v.tensor, {
+        ...optionsOf(c),
+        cacheSeqlens: used,
+      })
+      await expectReference(result, reference, dtype, JSON.stringify(c))
+    })
+
+    it('decodes one row over many keys', async () => {
+      const rng = random(5)
+      for (const sk of [1000, 4099]) {
+        const c = {
+          ...drawCase(rng),
+          b: 1,
+          sq: 1,
+          sk,
+          hq: 4,
+          hk: 2,
+          d: 64,
+          dv: 64,
+          slopes: undefined,
+          sink: undefined,
+        }
+        const q = await sample(rng, [1, 1, 4, 64], dtype, device)
+        const k = await sample(rng, [1, sk, 2, 64], dtype, device)
+        const v = await sample(rng, [1, sk, 2, 64], dtype, device)
+        const [rq, rk, rv] = [
+          reader(q.values, 1, 4, 64),
+          reader(k.values, sk, 2, 64),
+          reader(v.values, sk, 2, 64),
+        ]
+        const reference = attentionReference(c, rq, rk, rv, dtype)
+        await expectReference(
+          attention(q.tensor, k.tensor, v.tensor, optionsOf(c)),
+          reference,
+          dtype,
+          JSON.stringify(c),
+        )
+      }
+    })
+
+    it('gives nothing where there is nothing', async () => {
+      const q = tensor(new Float32Array(5 * 2 * 16).fill(1), [1, 5, 2, 16], { dtype, device })
+      const none = empty([1, 0, 1, 16], { dtype, device })
+      const { out, lse } = attention(q, none, none)
+      expect([...(await out.read({ as: 'float32' }))]).toEqual(new Array(160).fill(0))
+      expect([...(await lse.read())]).toEqual(new Array(10).fill(Number.NEGATIVE_INFINITY))
+      const rows = attention(none, q.slice(2, 0, 1), q.slice(2, 0, 1))
+      expect(rows.out.shape).toEqual([1, 0, 1, 16])
+      expect((await rows.out.read()).length).toBe(0)
+    })
+
+    it('stays finite for logits of 1e4', async () => {
+      const rng = random(6)
+      const q = await sample(rng, [1, 65, 1, 64], dtype, device, { scale: 100 })
+      const k = await sample(rng, [1, 65, 1, 64], dtype, device, { scale: 100 })
+      const v = await sample(rng, [1, 65, 1, 64], dtype, device)
+      const { out, lse } = attention(q.tensor, k.tensor, v.tensor, { causal: true })
+      expect((await out.read({ as: 'float32' })).every(Number.isFinite)).toBe(true)
+      expect((await lse.read()).every(Number.isFinite)).toBe(true)
+    })
+
+    it('is the same every time', async () => {
+      const rng = random(7)
+      const [q, k, v] = await Promise.all(
+        [4, 2, 2].map((heads) =>
+          sample(rng, [2, 300, heads, 64], dtype, device, { strided: false }),
+        ),
+      )
+      const once = () => attention(q!.tensor, k!.tensor, v!.tensor, { causal: true }).out.read()
+      const first = await once()
+      for (let i = 0; i < 20; i++)
+        expect(Buffer.compare(Buffer.from((await once()).buffer), Buffer.from(first.buffer))).toBe(
+          0,
+        )
+    })
+
+    it('does not let a masked NaN through', async () => {
+      const rng = random(8)
+      const [q, k, v] = await Promise.all(
+        [1, 2, 3].map(() => sample(rng, [1, 70, 1, 64], dtype, device, { strided: false })),
+      )
+      const clean = await attention(q!.tensor, k!.tensor, v!.tensor, { causal: true }).out.read({
+        as: 'float32',
+      })
+      for (const poisoned of [k!, v!]) {
+        poisoned.tensor
+          .slice(1, 50)
+          .copyFrom(tensor([Number.NaN], [1], { device }).expand([1, 20, 1, 64]))
+      }
+      const dirty = await attention(q!.tensor, k!.tensor, v!.tensor, { causal: true }).out.read({
+        as: 'float32',
+      })
+      expect(maxError(dirty.subarray(0, 50 * 64), clean.subarray(0, 50 * 64))).toBeLessThanOrEqual(
+        epsilon[dtype],
+      )
+      expect(dirty.subarray(50 * 64).every(Number.isNaN)).toBe(true)
+    })
+  })
+
+  it('rejects the read when lengths or pages on the device are out of range', async () => {
+    const q = tensor(new Float32Array(4 * 16), [1, 4, 1, 16], { device })
+    const int32 = (values: number[], shape?: number[]) =>
+      tensor(values, shape, { dtype: 'int32', device })
+    const bad = [
+      { cuSeqlensQ: int32([0, 3]), cuSeqlensK: int32([0, 4]) },
+      { cuSeqlensQ: int32([0, 4]), cuSeqlensK: int32([1, 4]) },
+      { cuSeqlensQ: int32([0, 5, 4]), cuSeqlensK: int32([0, 2, 4]) },
+      { cacheSeqlens: int32([5]) },
+      { cacheSeqlens: int32([-1]) },
+      { blockTable: int32([7], [1, 1]), cacheSeqlens: int32([4]) },
+      { blockTable: int32([-1], [1, 1]), cacheSeqlens: int32([1]) },
+    ]
+    for (const options of bad) {
+      await expect(
+        attention(q, q, q, options).out.read(),
+        Object.keys(options).join(),
+      ).rejects.toThrow(/^attention: .*must/)
+    }
+  })
+})

@@ -1,0 +1,284 @@
+import {
+  alibiSlopes,
+  hfMiniMaxSlopes,
+  lightning,
+  lightningDecode,
+  type Tensor,
+  tensor,
+  tnlPaperSlopes,
+  zeros,
+} from 'heddle'
+import { describe, expect, it } from 'vitest'
+import { maxError, relativeRms } from '../support/compare.js'
+import { describeDevices, floats } from '../support/devices.js'
+import { type Random, random, sample } from '../support/random.js'
+import { type LightningCase, lightningReference, reader } from '../support/reference.js'
+
+const bounds = { float32: 1e-5, float16: 1e-3, bfloat16: 5e-3 } as const
+
+function drawCase(rng: Random): LightningCase {
+  const few = rng.pick([1, 2, 3])
+  const more = few * rng.pick([1, 1, 2, 3])
+  const share = rng.pick(['none', 'values', 'queries'] as const)
+  const hq = share === 'queries' ? more : few
+  const hv = share === 'values' ? more : few
+  const hs = share === 'queries' && rng.chance(0.5) ? few : Math.max(hq, hv)
+  return {
+    b: rng.pick([1, 2]),
+    s: rng.pick([0, 1, 2, 63, 64, 65, 131, 200, 300]),
+    hq,
+    hk: few,
+    hv,
+    hs,
+    d: rng.pick([1, 7, 32, 64, 96, 128, 200]),
+    e: rng.pick([1, 5, 32, 64, 80, 128]),
+    scale: rng.pick([1, 0.125, -0.7]),
+    slopes: Array.from({ length: hs }, () => Math.fround(rng.pick([0, 0.004, 0.1, 0.9, 8, 200]))),
+  }
+}
+
+async function draw(
+  rng: Random,
+  c: LightningCase,
+  dtype: (typeof floats)[number],
+  device: 'cpu' | `cuda:${number}`,
+) {
+  const q = await sample(rng, [c.b, c.s, c.hq, c.d], dtype, device)
+  const k = await sample(rng, [c.b, c.s, c.hk, c.d], dtype, device, { scale: 0.3 })
+  const v = await sample(rng, [c.b, c.s, c.hv, c.e], dtype, device)
+  const reads = [
+    reader(q.values, c.s, c.hq, c.d),
+    reader(k.values, c.s, c.hk, c.d),
+    reader(v.values, c.s, c.hv, c.e),
+  ] as const
+  return { q: q.tensor, k: k.tensor, v: v.tensor, reads }
+}
+
+describeDevices('lightning', (device) => {
+  describe.each(floats)('%s', (dtype) => {
+    const close = (
+      actual: ArrayLike<number>,
+      expected: ArrayLike<number>,
+      bound: number,
+      what: string,
+    ) => {
+      expect(actual.length, what).toBe(expected.length)
+      expect(relativeRms(actual, expected), what).toBeLessThanOrEqual(bound)
+    }
+
+    it('agrees with the float64 recurrence', async () => {
+      const rng = random(20)
+      for (let n = 0; n < (device === 'cpu' ? 60 : 150); n++) {
+        const c = drawCase(rng)
+        const { q, k, v, reads } = await draw(rng, c, dtype, device)
+        const initial = rng.chance(0.5) ? rng.normals(c.b * c.hs * c.d * c.e) : undefined
+        const initialState = initial && tensor(initial, [c.b, c.hs, c.d, c.e], { device })
+        const segments = Array.from({ length: c.b }, (_, b) => [b, 0, c.s, b] as const)
+        const reference = lightningReference(c, ...reads, initial, segments)
+        const chunkSize = rng.pick([16, 32, 64, 128, 256])
+        const { out, state } = lightning(q, k, v, {
+          slopes: c.slopes,
+          scale: c.scale,
+          initialState,
+          outputFinalState: true,
+          chunkSize,
+        })
+        const what = `chunk ${chunkSize} ${JSON.stringify(c)}`
+        close(await out.read({ as: 'float32' }), reference.out, bounds[dtype], `out ${what}`)
+        close(await state.read(), reference.state, bounds.float32, `state ${what}`)
+      }
+    })
+
+    it('keeps packed sequences apart, empty ones too', async () => {
+      const rng = random(21)
+      for (let n = 0; n < 10; n++) {
+        const sizes = Array.from({ length: rng.pick([1, 3, 6]) }, () =>
+          rng.pick([0, 1, 17, 64, 100]),
+        )
+        const cuSeqlens = sizes.reduce((list, size) => [...list, list.at(-1)! + size], [0])
+        const c = { ...drawCase(rng), b: 1, s: cuSeqlens.at(-1)! }
+        const { q, k, v, reads } = await draw(rng, c, dtype, device)
+        const initial = rng.normals(sizes.length * c.hs * c.d * c.e)
+        const segments = sizes.map(
+          (size, i) => [0, cuSeqlens[i]!, cuSeqlens[i]! + size, i] as const,
+        )
+        const reference = lightningReference(c, ...reads, initial, segments)
+        const { out, state } = lightning(q, k, v, {
+          slopes: c.slopes,
+          scale: c.scale,
+          initialState: tensor(initial, [sizes.length, c.hs, c.d, c.e], { device }),
+          outputFinalState: true,
+          cuSeqlens: rng.chance(0.5)
+            ? cuSeqlens
+            : tensor(cuSeqlens, undefined, { dtype: 'int32', device }),
+        })
+        const what = `${sizes} ${JSON.stringify(c)}`
+        close(await out.read({ as: 'float32' }), reference.out, bounds[dtype], `out ${what}`)
+        close(await state.read(), reference.state, bounds.float32, `state ${what}`)
+      }
+    })
+
+    it('gives the same in pieces, prefill and decode mixed', async () => {
+      const rng = random(22)
+      for (let n = 0; n < 10; n++) {
+        const c = { ...drawCase(rng), b: 2, s: 150 }
+        const { q, k, v, reads } = await draw(rng, c, dtype, device)
+        const reference = lightningReference(c, ...reads, undefined, [
+          [0, 0, 150, 0],
+          [1, 0, 150, 1],
+        ])
+        const layout = rng.pick(['dk-ev', 'ev-dk'] as const)
+        const inLayout = (state: Tensor<'float32'>) =>
+          layout === 'dk-ev' ? state.clone() : state.transpose(2, 3).contiguous()
+        let state: Tensor<'float32'> = zeros([2, c.hs, c.d, c.e], { device })
+        const slots = tensor([2, 0], [2], { dtype: 'int32', device })
+        for (let at = 0; at < c.s; ) {
+          const size = Math.min(rng.pick([1, 3, 16, 40, 64]), c.s - at)
+          const part = [q, k, v].map((x) => x.slice(1, at, at + size)) as [
+            typeof q,
+            typeof k,
+            typeof v,
+          ]
+          const expected = (b: number) =>
+            reference.out.subarray(
+              (b * c.s + at) * Math.max(c.hq, c.hv) * c.e,
+              (b * c.s + at + size) * Math.max(c.hq, c.hv) * c.e,
+            )
+          let out: Tensor
+          if (size <= 16) {
+            const pool = zeros([3, c.hs, ...(layout === 'dk-ev' ? [c.d, c.e] : [c.e, c.d])], {
+              device,
+            })
+            const stored = inLayout(state)
+            pool.select(0, 2).copyFrom(stored.select(0, 0))
+            pool.select(0, 0).copyFrom(stored.select(0, 1))
+            const step = {
+              slopes: c.slopes,
+              scale: c.scale,
+              stateLayout: layout,
+              outputAllStates: true,
+            }
+            const result = lightningDecode(...part, pool, slots, step)
+            out = result.out
+            state = zeros([2, c.hs, c.d, c.e], { device })
+            const back = (slot: number) =>
+              layout === 'dk-ev' ? pool.select(0, slot) : pool.select(0, slot).transpose(1, 2)
+            state.select(0, 0).copyFrom(back(2))
+            state.select(0, 1).copyFrom(back(0))
+            // the last of the states after each token is the one in the pool
+            const last = await result.allStates!.select(1, -1).select(0, 0).read()
+            expect(maxError(last, await pool.select(0, 2).read())).toBe(0)
+            expect((await pool.select(0, 1).read()).every((x) => x === 0)).toBe(true)
+          } else {
+            const options = {
+              slopes: c.slopes,
+              scale: c.scale,
+              initialState: state,
+              outputFinalState: true as const,
+            }
+            const result = lightning(...part, options)
+            out = result.out
+            state = result.state
+          }
+          for (const b of [0, 1]) {
+            const own = await out.select(0, b).read({ as: 'float32' })
+            close(
+              own,
+              expected(b),
+              bounds[dtype] * 2,
+              `rows ${at} to ${at + size} ${JSON.stringify(c)}`,
+            )
+          }
+          at += size
+        }
+        close(await state.read(), reference.state, bounds.float32, `state ${JSON.stringify(c)}`)
+      }
+    })
+
+    it('skips rows with a negative slot', async () => {
+      const rng = random(23)
+      const c = { ...drawCase(rng), b: 2, s: 3 }
+      const { q, k, v } = await draw(rng, c, dtype, device)
+      const before = rng.normals(4 * c.hs * c.d * c.e)
+      const states = tensor(before, [4, c.hs, c.d, c.e], { device })
+      const slots = tensor([-1, 3], [2], { dtype: 'int32', device })
+      const { out } = lightningDecode(q, k, v, states, slots, { slopes: c.slopes })
+      expect((await out.select(0, 0).read({ as: 'float32' })).every((x) => x === 0)).toBe(true)
+      const after = await states.read()
+      const size = c.hs * c.d * c.e
+      expect([...after.subarray(0, 3 * size)]).toEqual([...before.subarray(0, 3 * size)])
+      expect(maxError(after.subarray(3 * size), before.subarray(3 * size))).toBeGreaterThan(0)
+    })
+
+    it('leaves earlier outputs alone when a token changes', async () => {
+      const rng = random(24)
+      const c = { ...drawCase(rng), b: 1, s: 130 }
+      const { q, k, v } = await draw(rng, c, dtype, device)
+      const run = () =>
+        lightning(q, k, v, { slopes: c.slopes }).out.slice(1, 0, 100).read({ as: 'float32' })
+      const before = await run()
+      v.slice(1, 100).copyFrom(tensor([5], [1], { device }).expand([1, 30, c.hv, c.e]))
+      expect(maxError(await run(), before)).toBe(0)
+    })
+  })
+
+  it('sums when nothing decays, and sees only itself when everything does', async () => {
+    const n = 200
+    const ones = tensor(new Float32Array(n).fill(1), [1, n, 1, 1], { device })
+    const sums = await lightning(ones, ones, ones, { slopes: [0] }).out.read()
+    sums.forEach((sum, t) => expect(sum).toBe(t + 1))
+    const alone = await lightning(ones, ones, ones, { slopes: [200] }).out.read()
+    alone.forEach((value) => expect(value).toBe(1))
+    const decay = Math.exp(-Math.fround(0.1))
+    const geometric = await lightning(ones, ones, ones, { slopes: [0.1] }).out.read()
+    geometric.forEach((value, t) =>
+      expect(value).toBeCloseTo((1 - decay ** (t + 1)) / (1 - decay), 4),
+    )
+  })
+
+  it('rejects the read when slots or offsets on the device are out of range', async () => {
+    const x = tensor(new Float32Array(4), [2, 2, 1, 1], { device })
+    const states = zeros([2, 1, 1, 1], { device })
+    for (const bad of [
+      [0, 2],
+      [0, 0],
+    ]) {
+      const slots = tensor(bad, [2], { dtype: 'int32', device })
+      if (device !== 'cpu' && bad[1] === 0) continue // two rows on one slot are only looked for on the CPU
+      await expect(
+        lightningDecode(x, x, x, states, slots, { slopes: [0] }).out.read(),
+      ).rejects.toThrow(/^lightning.decode: slots must/)
+    }
+    const packed = x.reshape([1, 4, 1, 1])
+    for (const bad of [
+      [0, 3],
+      [1, 4],
+      [0, 3, 2, 4],
+    ]) {
+      const cuSeqlens = tensor(bad, undefined, { dtype: 'int32', device })
+      await expect(
+        lightning(packed, packed, packed, { slopes: [0], cuSeqlens }).out.read(),
+      ).rejects.toThrow(/^lightning: cuSeqlens must/)
+    }
+  })
+})
+
+describe('slopes', () => {
+  it('are those of released weights', () => {
+    expect(alibiSlopes(8)).toEqual([1, 2, 3, 4, 5, 6, 7, 8].map((i) => 2 ** -i))
+    expect(alibiSlopes(64)[0]).toBeCloseTo(0.917004, 6)
+    expect(alibiSlopes(64)[63]).toBe(2 ** -8)
+    expect(
+      alibiSlopes(12)
+        .slice(8)
+        .map((x) => x.toFixed(6)),
+    ).toEqual(['0.707107', '0.353553', '0.176777', '0.088388'])
+    expect(alibiSlopes(8, 5, 6)[0]).toBeCloseTo(0.5e-5, 12)
+    expect(alibiSlopes(8, 0, 1)[0]).toBeCloseTo(0.5 * (1 + 1e-5), 12)
+  })
+
+  it('differ by convention where they should', () => {
+    expect(hfMiniMaxSlopes(12, 0, 4)[11]).toBeCloseTo(2 ** -8 * (1 + 1e-5), 12)
+    expect(tnlPaperSlopes(8, 0, 6)).toEqual([0, 1, 2, 3, 4, 5, 6, 7])
+  })
+})

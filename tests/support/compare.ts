@@ -1,0 +1,55 @@
+import type { FloatDType } from 'heddle'
+import { expect } from 'vitest'
+import { epsilon } from './devices.js'
+
+type Numbers = ArrayLike<number>
+
+/** √(Σ(x - y)² / Σ y²) */
+export function relativeRms(actual: Numbers, expected: Numbers): number {
+  let difference = 0
+  let norm = 0
+  for (let i = 0; i < expected.length; i++) {
+    difference += (actual[i]! - expected[i]!) ** 2
+    norm += expected[i]! ** 2
+  }
+  return Math.sqrt(difference / Math.max(norm, Number.MIN_VALUE))
+}
+
+export function maxError(actual: Numbers, expected: Numbers): number {
+  let worst = 0
+  for (let i = 0; i < expected.length; i++) {
+    const [a, e] = [actual[i]!, expected[i]!]
+    if (a === e) continue
+    const error = Math.abs(a - e)
+    if (!(error <= worst)) worst = Number.isNaN(error) ? Number.POSITIVE_INFINITY : error
+  }
+  return worst
+}
+
+export function largest(values: Numbers): number {
+  let top = 0
+  for (let i = 0; i < values.length; i++) {
+    const size = Math.abs(values[i]!)
+    if (Number.isFinite(size) && size > top) top = size
+  }
+  return top
+}
+
+/**
+ * The rule for every operator: at most twice the error of the plain computation in the same dtype, plus the format's
+ * epsilon. Infinities must match exactly. A float32 sum depends on its order, which is worth a few units more.
+ */
+export function expectClose(
+  actual: Numbers,
+  expected: Numbers,
+  plain: Numbers,
+  dtype: FloatDType,
+  what: string,
+): void {
+  expect(actual.length, what).toBe(expected.length)
+  const bound =
+    2 * maxError(plain, expected) +
+    (dtype === 'float32' ? 4 : 1) * epsilon[dtype] * Math.max(largest(expected), 2 ** -14)
+  const error = maxError(actual, expected)
+  expect(error, `${what}: error ${error}, allowed ${bound}`).toBeLessThanOrEqual(bound)
+}
