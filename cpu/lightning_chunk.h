@@ -161,8 +161,7 @@ class Chunk {
  private:
   template <class T>
   void load_rows(float* to, int64_t width, const T* from, const int64_t (&strides)[2], int64_t n) {
-    for (int64_t i = 0; i < m_; ++i)
-      load_row(to + i * width, from + i * strides[0], strides[1], n);
+    for (int64_t i = 0; i < m_; ++i) load_row(to + i * width, from + i * strides[0], strides[1], n);
     // Tiles read whole vectors of tokens
     std::fill(to + m_ * width, to + padded(m_) * width, 0.f);
   }

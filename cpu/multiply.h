@@ -20,9 +20,7 @@ inline constexpr int kTileRows = kRegisters == 32 ? 8 : 4;
 inline constexpr int kTileVecs = 3;
 inline constexpr int kTileCols = kTileVecs * kLanes;
 
-template <int R, int N> struct Tile {
-  Vec at[R][N];
-};
+template <int R, int N> struct Tile { Vec at[R][N]; };
 
 template <int R, int N>
 HEDDLE_INLINE void multiply(Tile<R, N>& acc, int64_t depth, const float* a, int64_t row,

@@ -10,6 +10,7 @@ namespace HEDDLE_ISA_NAMESPACE {
 namespace {
 
 template <class T> void normalise(const Norm& op, const CpuContext& context) {
+  constexpr int64_t kBlock = 2048;
   const int last = op.x.rank - 1;
   const int64_t d = op.x.shape[last], stride = op.x.strides[last];
   Scratch<float> weight(static_cast<size_t>(d));
@@ -24,8 +25,11 @@ template <class T> void normalise(const Norm& op, const CpuContext& context) {
     for (int64_t row = 0; row < count; ++row) {
       const T* x = gather(op.x.as<T>() + at[0] + row * walk.stride(0), stride, d, buffer.data());
       T* out = op.out.as<T>() + (index + row) * d;
-      const float mean = dot(x, x, d) / static_cast<float>(d);
-      const float factor = 1 / std::sqrt(mean + static_cast<float>(op.eps));
+      // A sum in f32 over many thousands would lose digits
+      double squares = 0;
+      for (int64_t i = 0; i < d; i += kBlock) squares += dot(x + i, x + i, std::min(kBlock, d - i));
+      const auto factor =
+          static_cast<float>(1 / std::sqrt(squares / static_cast<double>(d) + op.eps));
       int64_t i = 0;
       for (; i + kLanes <= d; i += kLanes)
         store(out + i, load(x + i) * factor * load(weight.data() + i));

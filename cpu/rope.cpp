@@ -83,7 +83,8 @@ class Table {
 HEDDLE_INLINE Vec swap_pairs(Vec x) {
   return [&]<size_t... i>(std::index_sequence<i...>) {
     return __builtin_shufflevector(x, x, (i ^ 1)...);
-  }(std::make_index_sequence<kLanes>());
+  }
+  (std::make_index_sequence<kLanes>());
 }
 
 template <class T> void turn_split(T* out, const T* x, const Table& table, int64_t pairs) {
@@ -114,29 +115,29 @@ template <class T> void turn_interleaved(T* out, const T* x, const Table& table,
 template <class T> void rotate(const Rope& op, const CpuContext& context) {
   const int64_t tokens = op.x.shape[1], heads = op.x.shape[2], d = op.x.shape[3];
   const Walk<1> walk({&op.x}, 2);
-  walk.run(context, std::max<int64_t>(heads * d, 1), [&](int64_t index, int64_t count,
-                                                         const auto& at) {
-    Table table(op.theta, op.rotary, op.layout == 1);
-    Scratch<T> buffer(static_cast<size_t>(d));
-    for (int64_t token = index; token < index + count; ++token) {
-      const int64_t b = token / tokens, s = token % tokens;
-      table.move_to(op.positions ? op.positions.as<int32_t>()[b * op.positions.strides[0] +
-                                                              s * op.positions.strides[1]]
-                                 : op.offset + s);
-      for (int64_t h = 0; h < heads; ++h) {
-        const T* x = gather(op.x.as<T>() + at[0] + (token - index) * walk.stride(0) +
-                                h * op.x.strides[2],
-                            op.x.strides[3], d, buffer.data());
-        T* out = op.out.as<T>() + (token * heads + h) * d;
-        if (op.layout == 0) {
-          turn_split(out, x, table, op.rotary / 2);
-        } else {
-          turn_interleaved(out, x, table, op.rotary);
-        }
-        std::copy(x + op.rotary, x + d, out + op.rotary);
-      }
-    }
-  });
+  walk.run(context, std::max<int64_t>(heads * d, 1),
+           [&](int64_t index, int64_t count, const auto& at) {
+             Table table(op.theta, op.rotary, op.layout == 1);
+             Scratch<T> buffer(static_cast<size_t>(d));
+             for (int64_t token = index; token < index + count; ++token) {
+               const int64_t b = token / tokens, s = token % tokens;
+               table.move_to(op.positions ? op.positions.as<int32_t>()[b * op.positions.strides[0] +
+                                                                       s * op.positions.strides[1]]
+                                          : op.offset + s);
+               for (int64_t h = 0; h < heads; ++h) {
+                 const T* x = gather(
+                     op.x.as<T>() + at[0] + (token - index) * walk.stride(0) + h * op.x.strides[2],
+                     op.x.strides[3], d, buffer.data());
+                 T* out = op.out.as<T>() + (token * heads + h) * d;
+                 if (op.layout == 0) {
+                   turn_split(out, x, table, op.rotary / 2);
+                 } else {
+                   turn_interleaved(out, x, table, op.rotary);
+                 }
+                 std::copy(x + op.rotary, x + d, out + op.rotary);
+               }
+             }
+           });
 }
 
 void run(const Rope& op, CpuContext& context) {

@@ -43,8 +43,8 @@ template <int N> class Walk {
   // it; `cost` is how many elements a position stands for.
   template <class Body> void run(const CpuContext& context, int64_t cost, const Body& body) const {
     if (size_ == 0) return;
-    const int64_t pieces =
-        std::clamp<int64_t>(size_ * cost / kPiece, 1, std::min<int64_t>(size_, 4 * context.threads()));
+    const int64_t pieces = std::clamp<int64_t>(size_ * cost / kPiece, 1,
+                                               std::min<int64_t>(size_, 4 * context.threads()));
     // Threads that write the same cache line would slow each other down
     const int64_t grain = cost == 1 ? 64 : 1;
     const auto edge = [&](int64_t piece) {
@@ -92,7 +92,8 @@ template <int N> class Walk {
 };
 
 // n elements `stride` apart as contiguous ones: where they are, or copied to `buffer`
-template <class T> HEDDLE_INLINE const T* gather(const T* from, int64_t stride, int64_t n, T* buffer) {
+template <class T>
+HEDDLE_INLINE const T* gather(const T* from, int64_t stride, int64_t n, T* buffer) {
   if (stride == 1) return from;
   for (int64_t i = 0; i < n; ++i) buffer[i] = from[i * stride];
   return buffer;
@@ -100,7 +101,8 @@ template <class T> HEDDLE_INLINE const T* gather(const T* from, int64_t stride, 
 
 // out = f(x, y) for every element; out has no gaps
 template <class T, class F>
-void map(const Tensor& x, const Tensor& y, const Tensor& out, const CpuContext& context, const F& f) {
+void map(const Tensor& x, const Tensor& y, const Tensor& out, const CpuContext& context,
+         const F& f) {
   constexpr int64_t kBlock = 512;
   const Walk<2> walk({&x, &y}, x.rank);
   walk.run(context, 1, [&](int64_t index, int64_t count, const auto& at) {

@@ -28,10 +28,13 @@ export interface ErrorDetails {
  * Argument errors are thrown by the call; device errors reject the read that meets them.
  *
  * @example
+ * import { attention, HeddleError, randn } from 'heddle'
+ *
+ * const [q, k] = [randn([1, 4, 2, 64]), randn([1, 9, 2, 32])]
  * try {
- *   attention(q, k, v)
+ *   attention(q, k, k)
  * } catch (error) {
- *   if (error instanceof HeddleError && error.code === 'ERR_SHAPE') console.error(error.message)
+ *   if (error instanceof HeddleError && error.code === 'ERR_SHAPE') console.log(error.message)
  * }
  */
 export class HeddleError extends Error {

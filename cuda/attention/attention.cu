@@ -1,6 +1,7 @@
 #include "ops/attention.h"
 
 #include "attention/forward_portable.cuh"
+#include "attention/forward_sm90.h"
 #include "core/registry.h"
 
 namespace heddle {
@@ -36,6 +37,50 @@ __global__ void attention_check_kernel(ForwardArgs p, int64_t table_pages) {
     }
     if (!good) *p.fault = 1;
   }
+}
+
+ForwardCall hopper_call(const Attention& op, const CudaContext& context) {
+  const auto strides = [](const Tensor& x) {
+    return Strides{x.strides[0], x.strides[1], x.strides[2]};
+  };
+  ForwardCall call{};
+  call.dtype = op.q.dtype;
+  call.b = op.q.shape[0];
+  call.sq = op.q.shape[1];
+  call.hq = op.q.shape[2];
+  call.d = op.q.shape[3];
+  call.sk = op.k.shape[1];
+  call.hk = op.k.shape[2];
+  call.dv = op.v.shape[3];
+  call.q = op.q.data;
+  call.k = op.k.data;
+  call.v = op.v.data;
+  call.out = op.out.data;
+  call.lse = op.lse.as<float>();
+  call.q_strides = strides(op.q);
+  call.k_strides = strides(op.k);
+  call.v_strides = strides(op.v);
+  call.out_strides = strides(op.out);
+  call.scale = static_cast<float>(op.scale);
+  call.causal = op.causal;
+  call.processors = context.processors;
+  return call;
+}
+
+const char* declines_hopper(const Attention& op, const CudaContext& context) {
+  if (context.arch != 90) return "the GPU must be of compute capability 9.0";
+  if (op.cu_seqlens_q || op.cache_seqlens || op.block_table)
+    return "cuSeqlensQ, cacheSeqlens and blockTable must be left out";
+  if (op.window || op.soft_cap != 0 || op.slopes || op.sink)
+    return "window, softCap, slopes and sink must be left out";
+  if (op.q.strides[3] != 1 || op.k.strides[3] != 1 || op.v.strides[3] != 1)
+    return "q, k and v must be contiguous along d";
+  return declines_forward_sm90(hopper_call(op, context));
+}
+
+void run_hopper(const Attention& op, CudaContext& context) {
+  forward_sm90(hopper_call(op, context), context.stream);
+  context.launched("forward_sm90_kernel");
 }
 
 const char* declines_portable(const Attention&, const CudaContext&) { return nullptr; }
@@ -114,6 +159,7 @@ void run_portable(const Attention& op, CudaContext& context) {
 }
 
 constexpr Variant<Attention> kVariants[] = {
+    {"sm90_wgmma", declines_hopper, run_hopper},
     {"sm80_simt", declines_portable, run_portable},
 };
 

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "common/sm90_format.h"
 #include "core/dtype.h"
 
 // Hopper's instructions behind plain names. A Hopper kernel reaches barriers, bulk copies and
@@ -87,13 +88,6 @@ __device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// How long L2 should keep what a copy reads
-enum class Keep : uint64_t {
-  kNormal = 0x1000000000000000,
-  kShortly = 0x12F0000000000000,
-  kLong = 0x14F0000000000000,
-};
-
 __device__ __forceinline__ void prefetch(const TensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
@@ -134,18 +128,6 @@ template <int kPending> __device__ __forceinline__ void wait_copies() {
 // Makes this thread's writes to shared memory visible to copies and matrix instructions
 __device__ __forceinline__ void fence_async_smem() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-
-// How an operand lies in shared memory: along the reduced dimension or along M or N
-enum class Major { kK, kMN };
-
-// Describes an operand with 128-byte swizzle to a matrix instruction. `leading_bytes` lie between
-// panels of 64 columns (used by kMN alone), `stride_bytes` between groups of 8 rows.
-__device__ __forceinline__ uint64_t matrix_descriptor(uint32_t address, uint32_t leading_bytes,
-                                                      uint32_t stride_bytes) {
-  return static_cast<uint64_t>((address & 0x3FFFF) >> 4) |
-         static_cast<uint64_t>(leading_bytes >> 4) << 16 |
-         static_cast<uint64_t>(stride_bytes >> 4) << 32 | uint64_t{1} << 62;
 }
 
 // acc[64, N] (+)= A[64, 16] B[16, N] for one warpgroup, N = 2 * kRegisters. A is a descriptor of a
@@ -190,8 +172,8 @@ template <int kCount> __device__ __forceinline__ void raise_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
 }
 
-// Stores four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l /
-// 8
+// Stores four 8x8 matrices of 16-bit elements; lane l gives the address of row
+// l % 8 of matrix l / 8
 __device__ __forceinline__ void stmatrix_x4(uint32_t address, uint32_t a, uint32_t b, uint32_t c,
                                             uint32_t d) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),

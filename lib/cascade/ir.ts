@@ -35,26 +35,22 @@ export type Predicate =
 export type Reducer = 'sum' | 'max' | 'min' | 'prod' | 'logsumexp'
 
 /** Functions that an expression may call. */
-export type FunctionName = (typeof functionNames)[number]
-
-/** @internal */
-export const functionNames = [
-  'exp',
-  'exp2',
-  'log',
-  'log1p',
-  'tanh',
-  'sigmoid',
-  'relu',
-  'softplus',
-  'pow',
-  'max',
-  'min',
-  'abs',
-  'sqrt',
-  'rsqrt',
-  'erf',
-] as const
+export type FunctionName =
+  | 'exp'
+  | 'exp2'
+  | 'log'
+  | 'log1p'
+  | 'tanh'
+  | 'sigmoid'
+  | 'relu'
+  | 'softplus'
+  | 'pow'
+  | 'max'
+  | 'min'
+  | 'abs'
+  | 'sqrt'
+  | 'rsqrt'
+  | 'erf'
 
 /** @internal */
 export const reducers: readonly string[] = ['sum', 'max', 'min', 'prod', 'logsumexp']

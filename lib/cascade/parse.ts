@@ -4,7 +4,6 @@ import {
   type Access,
   type Expr,
   type FunctionName,
-  functionNames,
   type Index,
   type Iteration,
   type Predicate,
@@ -26,7 +25,24 @@ export interface Syntax {
 const comparisons = ['<', '<=', '>', '>=', '==', '!='] as const
 const depthLimit = 200
 
-const arity: Readonly<Partial<Record<FunctionName, number>>> = { pow: 2, max: 2, min: 2 }
+const arity: Readonly<Record<FunctionName, number>> = {
+  exp: 1,
+  exp2: 1,
+  log: 1,
+  log1p: 1,
+  tanh: 1,
+  sigmoid: 1,
+  relu: 1,
+  softplus: 1,
+  pow: 2,
+  max: 2,
+  min: 2,
+  abs: 1,
+  sqrt: 1,
+  rsqrt: 1,
+  erf: 1,
+}
+const isFunction = (name: string): name is FunctionName => Object.hasOwn(arity, name)
 
 /** @internal Recursive descent over the grammar; the first thing that does not fit is an error at its place. */
 export function parse(text: string): Syntax {
@@ -212,7 +228,7 @@ class Parser {
     const token = this.#peek()
     if (token.kind !== 'name' || this.#peek(1).text !== '(') return undefined
     const known = reducers.includes(token.text)
-    if (!known && (functionNames as readonly string[]).includes(token.text)) return undefined
+    if (!known && isFunction(token.text)) return undefined
     let end = this.#at + 2
     const over: string[] = []
     for (; ; end++) {
@@ -310,11 +326,11 @@ class Parser {
   }
 
   #call(token: Token): Expr {
-    const fn = token.text as FunctionName
-    if (!functionNames.includes(fn)) {
+    const fn = token.text
+    if (!isFunction(fn)) {
       throw broken(
         'CAS001',
-        `line ${token.span[0]}: '${fn}' is no function (${functionNames.join(', ')})`,
+        `line ${token.span[0]}: '${fn}' is no function (${Object.keys(arity).join(', ')})`,
         token.span,
       )
     }
@@ -322,7 +338,7 @@ class Parser {
     const args = [this.#expr()]
     while (this.#take(',')) args.push(this.#expr())
     this.#expect(')')
-    const wanted = arity[fn] ?? 1
+    const wanted = arity[fn]
     if (args.length !== wanted) {
       throw broken(
         'CAS001',

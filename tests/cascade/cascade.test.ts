@@ -3,7 +3,7 @@ import { type Cascade, cascade, HeddleError } from 'heddle'
 import { describe, expect, it } from 'vitest'
 import { maxError } from '../support/compare.js'
 import { random } from '../support/random.js'
-import { attentionReference, reader } from '../support/reference.js'
+import { attentionReference } from '../support/reference.js'
 
 const threePass = `
   QK[m,p] = sum(e) Q[e,p] * K[e,m] * scale   where m <= p + off

@@ -14,7 +14,10 @@ const lengths = [1, 2, 3, 31, 63, 64, 65, 113, 127, 130, 257]
 
 function drawCase(rng: Random): AttentionCase {
   const hk = rng.pick([1, 2, 3])
-  const d = rng.pick([8, 16, 40, 64, 80, 96, 128, 192, 256])
+  // what the matrix instructions of newer GPUs take
+  const plain = rng.chance(0.3)
+  const d = rng.pick(plain ? [64, 128, 256] : [8, 16, 40, 64, 80, 96, 128, 192, 256])
+  const some = (p: number) => !plain && rng.chance(p)
   const hq = hk * rng.pick([1, 1, 2, 4])
   return {
     b: rng.pick([1, 2]),
@@ -23,15 +26,15 @@ function drawCase(rng: Random): AttentionCase {
     hq,
     hk,
     d,
-    dv: rng.chance(0.7) ? d : rng.pick([8, 64, 72, 128, 256]),
+    dv: some(0.3) ? rng.pick([8, 64, 72, 128, 256]) : d,
     causal: rng.chance(0.6),
-    window: rng.chance(0.3) ? rng.pick([1, 2, 17, 64, 100, 1000]) : undefined,
+    window: some(0.3) ? rng.pick([1, 2, 17, 64, 100, 1000]) : undefined,
     scale: rng.chance(0.7) ? 1 / Math.sqrt(d) : rng.pick([0.01, 0.3, 1]),
-    softCap: rng.chance(0.25) ? rng.pick([2, 30]) : 0,
-    slopes: rng.chance(0.25)
+    softCap: some(0.25) ? rng.pick([2, 30]) : 0,
+    slopes: some(0.25)
       ? Array.from(rng.normals(hq), (x) => Math.fround(Math.abs(x) * 0.1))
       : undefined,
-    sink: rng.chance(0.25) ? Array.from(rng.normals(hq)) : undefined,
+    sink: some(0.25) ? Array.from(rng.normals(hq)) : undefined,
   }
 }
 
@@ -67,7 +70,7 @@ describeDevices('attention', (device) => {
   describe.each(floats)('%s', (dtype) => {
     it('agrees with float64 on random shapes and options', async () => {
       const rng = random(1)
-      const cases = device === 'cpu' ? 60 : 200
+      const cases = device === 'cpu' ? 60 : 120
       for (let n = 0; n < cases; n++) {
         const c = drawCase(rng)
         const scale = rng.chance(0.1) ? 30 : 1
@@ -84,7 +87,7 @@ describeDevices('attention', (device) => {
         const result = attention(q.tensor, k.tensor, v.tensor, optionsOf(c))
         await expectReference(result, reference, dtype, JSON.stringify(c))
       }
-    })
+    }, 300_000)
 
     it('keeps packed sequences apart', async () => {
       const rng = random(2)

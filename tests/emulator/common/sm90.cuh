@@ -1,0 +1,117 @@
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "common/sm90_format.h"
+#include "core/dtype.h"
+#include "emulator.h"
+
+// The emulator's side of cuda/common/sm90.cuh: the same names, done by emulator.h. Standing in
+// front of it on the include path it is all that a kernel notices of not running on a GPU.
+
+#define __global__
+#define __device__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__
+
+using std::max;
+using std::min;
+
+inline void __syncthreads() { heddle::emulator::cta->named_sync(0, blockDim.x); }
+inline void __syncwarp() { heddle::emulator::cta->meet_warp(); }
+template <class T> T __shfl_sync(unsigned, T value, int lane) {
+  static_assert(sizeof(T) == 4);
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  bits = heddle::emulator::cta->exchange(bits, lane);
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+template <class T> T __shfl_xor_sync(unsigned lanes, T value, int mask) {
+  return __shfl_sync(lanes, value, (threadIdx.x % 32) ^ mask);
+}
+
+namespace heddle::sm90 {
+
+using emulator::cta;
+using emulator::TensorMap;
+
+inline uint32_t address_of(const void* smem) { return cta->address_of(smem); }
+
+template <class Smem> Smem& shared_memory() {
+  uint8_t* base = cta->smem();
+  return *reinterpret_cast<Smem*>(base + (-address_of(base) & (alignof(Smem) - 1)));
+}
+template <class Smem> constexpr size_t shared_memory_bytes() {
+  return sizeof(Smem) + alignof(Smem);
+}
+
+inline bool elect_one() { return threadIdx.x % 32 == cta->elected_lane(); }
+
+struct Barrier {
+  uint64_t word;
+
+  void init(uint32_t arrivals) { cta->barrier_init(address_of(this), static_cast<int>(arrivals)); }
+  void arrive() { cta->barrier_arrive(address_of(this), 0); }
+  void arrive_expect(uint32_t bytes) { cta->barrier_arrive(address_of(this), bytes); }
+  void wait(uint32_t parity) { cta->barrier_wait(address_of(this), parity); }
+};
+
+inline void fence_barrier_init() { cta->barrier_publish(); }
+inline void named_barrier_sync(int id, int threads) { cta->named_sync(id, threads); }
+inline void named_barrier_arrive(int id, int threads) { cta->named_arrive(id, threads); }
+
+inline void prefetch(const TensorMap&) {}
+inline void copy_to_smem(void* smem, const TensorMap& map, Barrier& full, int column, int row,
+                         int head, int batch, Keep) {
+  cta->copy_in(address_of(smem), map, address_of(&full), column, row, head, batch);
+}
+inline void copy_to_gmem(const TensorMap& map, const void* smem, int column, int row, int head,
+                         int batch) {
+  cta->copy_out(map, address_of(smem), column, row, head, batch);
+}
+inline void commit_copies() { cta->copies_commit(); }
+template <int kPending> void wait_copies_read() { cta->copies_wait(kPending); }
+template <int kPending> void wait_copies() { cta->copies_wait(kPending); }
+inline void fence_async_smem() { cta->fence_async(); }
+
+template <DType kType, Major kB, int kRegisters>
+void wgmma(float (&acc)[kRegisters], uint64_t a, uint64_t b, bool accumulate) {
+  cta->product(acc, nullptr, {kType, kB, 2 * kRegisters, accumulate, a, b, false});
+}
+template <DType kType, Major kB, int kRegisters>
+void wgmma(float (&acc)[kRegisters], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+  cta->product(acc, a, {kType, kB, 2 * kRegisters, accumulate, 0, b, true});
+}
+template <int kRegisters> void pin(float (&)[kRegisters]) {}
+template <int kRegisters> void wgmma_fence(float (&)[kRegisters]) { cta->products_fence(); }
+inline void wgmma_commit() { cta->products_commit(); }
+template <int kPending, int kRegisters> void wgmma_wait(float (&)[kRegisters]) {
+  cta->products_wait(kPending);
+}
+
+template <int kCount> void lower_registers() { static_assert(kCount % 8 == 0 && kCount >= 24); }
+template <int kCount> void raise_registers() { static_assert(kCount % 8 == 0 && kCount <= 256); }
+
+inline void stmatrix_x4(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  const int lane = threadIdx.x % 32;
+  const uint32_t values[4] = {a, b, c, d};
+  for (int i = 0; i < 4; ++i) {
+    // this lane has two elements of row lane / 4 of each matrix
+    const uint32_t row = cta->exchange(address, 8 * i + lane / 4);
+    cta->store(row + static_cast<uint32_t>(lane % 4) * 4, &values[i], 4);
+  }
+  cta->meet_warp();
+}
+
+inline float exp2_approx(float x) { return std::exp2(x); }
+
+template <DType kType> uint32_t pack(float low, float high) {
+  static_assert(kType == DType::kF16 || kType == DType::kBF16);
+  return emulator::encode(kType, low) | static_cast<uint32_t>(emulator::encode(kType, high)) << 16;
+}
+
+}  // namespace heddle::sm90

@@ -1,0 +1,452 @@
+#include "emulator.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <limits>
+
+heddle::emulator::Dim threadIdx{}, blockIdx{}, blockDim{}, gridDim{};
+
+namespace heddle::emulator {
+
+Cta* cta = nullptr;
+
+namespace {
+uint64_t next_seed = 1;
+constexpr size_t kStackBytes = 96 * 1024;
+constexpr uint32_t kMostSmem = 232448;
+}  // namespace
+
+void seed(uint64_t value) { next_seed = value; }
+
+void fault(const std::string& what) {
+  std::printf("fault: %s (block %d, thread %d)\n", what.c_str(), blockIdx.x, threadIdx.x);
+  std::fflush(stdout);
+  std::_Exit(1);
+}
+
+float decode(DType type, uint16_t bits) {
+  if (type == DType::kBF16) {
+    const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+    float value;
+    std::memcpy(&value, &wide, 4);
+    return value;
+  }
+  const int exponent = bits >> 10 & 31, mantissa = bits & 1023;
+  const float size = exponent == 31 ? (mantissa ? NAN : INFINITY)
+                     : exponent == 0
+                         ? std::ldexp(static_cast<float>(mantissa), -24)
+                         : std::ldexp(static_cast<float>(1024 + mantissa), exponent - 25);
+  return bits >> 15 ? -size : size;
+}
+
+uint16_t encode(DType type, float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  if (type == DType::kBF16) {
+    if (std::isnan(value)) return 0x7fff;
+    return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+  }
+  const auto sign = static_cast<uint16_t>(bits >> 16 & 0x8000);
+  if (std::isnan(value)) return static_cast<uint16_t>(sign | 0x7fff);
+  const float size = std::fabs(value);
+  if (size >= 65520) return static_cast<uint16_t>(sign | 0x7c00);
+  if (size == 0) return sign;
+  int exponent = 0;
+  std::frexp(size, &exponent);
+  // units of the last place: ten bits below the leading one, or those of the smallest numbers
+  const int unit = std::max(exponent - 11, -24);
+  const auto steps = static_cast<uint32_t>(std::nearbyint(std::ldexp(size, -unit)));
+  return static_cast<uint16_t>(sign + (static_cast<uint32_t>(unit + 24) << 10) + steps);
+}
+
+Cta::Cta(int threads, size_t smem_bytes, uint64_t seed)
+    : random_(seed),
+      elected_(static_cast<int>(random_.below(32))),
+      smem_(smem_bytes + kSkew, 0xff),
+      async_(smem_bytes + kSkew, 0xff),
+      warpgroups_(static_cast<size_t>(threads + 127) / 128),
+      warps_(static_cast<size_t>(threads) / 32),
+      groups_of_warps_(warpgroups_.size()),
+      exchanged_(static_cast<size_t>(threads)) {
+  if (threads % 32 != 0 || threads > 1024)
+    fault("a CTA of " + std::to_string(threads) + " threads");
+  if (smem_bytes > kMostSmem) fault(std::to_string(smem_bytes) + " bytes of shared memory");
+  for (int i = 0; i < threads; ++i) threads_.push_back(std::make_unique<Thread>());
+}
+
+uint32_t Cta::address_of(const void* pointer) const {
+  const auto offset = static_cast<const uint8_t*>(pointer) - smem_.data();
+  if (offset < 0 || static_cast<size_t>(offset) > smem_.size()) fault("not in shared memory");
+  return static_cast<uint32_t>(offset);
+}
+
+uint8_t* Cta::async_view(uint32_t address, uint32_t nbytes) {
+  if (address < kSkew || address + nbytes > smem_.size()) fault("shared memory overrun");
+  return async_.data() + address;
+}
+
+void Cta::store(uint32_t address, const void* from, uint32_t nbytes) {
+  async_view(address, nbytes);
+  std::memcpy(smem_.data() + address, from, nbytes);
+  const auto* bytes = static_cast<const uint8_t*>(from);
+  self().stores.push_back({address, {bytes, bytes + nbytes}});
+}
+
+void Cta::fence_async() {
+  for (const auto& [address, bytes] : self().stores)
+    std::memcpy(async_.data() + address, bytes.data(), bytes.size());
+  self().stores.clear();
+}
+
+// --- threads
+
+void Cta::enter() {
+  cta->kernel_();
+  cta->self().done = true;
+  swapcontext(&cta->self().context, &cta->scheduler_);
+}
+
+void Cta::yield() { swapcontext(&self().context, &scheduler_); }
+
+void Cta::wait_until(std::function<bool()> condition) {
+  if (condition()) {
+    // what is done may be noticed late
+    if (random_.below(4) == 0) yield();
+    return;
+  }
+  self().blocked = std::move(condition);
+  yield();
+}
+
+void Cta::run(const std::function<void()>& kernel) {
+  kernel_ = kernel;
+  for (auto& thread : threads_) {
+    thread->stack.resize(kStackBytes);
+    getcontext(&thread->context);
+    thread->context.uc_stack.ss_sp = thread->stack.data();
+    thread->context.uc_stack.ss_size = thread->stack.size();
+    thread->context.uc_link = &scheduler_;
+    makecontext(&thread->context, enter, 0);
+  }
+  const auto count = static_cast<uint32_t>(threads_.size());
+  uint32_t left = count, hold = 0;
+  int stalled = -1;  // a warpgroup that gets no turn for a while
+  for (bool idle = false; left > 0;) {
+    if (hold == 0) {
+      hold = 1 + random_.below(400);
+      stalled = static_cast<int>(random_.below(static_cast<uint32_t>(warpgroups_.size()) + 1)) - 1;
+    }
+    --hold;
+    bool ran = false;
+    if (idle || random_.below(3) == 0) ran = run_background(idle);
+    const uint32_t first = random_.below(count), step = random_.below(2) ? 1 : count - 1;
+    for (uint32_t i = 0, at = first; i < count; ++i, at = (at + step) % count) {
+      Thread& thread = *threads_[at];
+      if (thread.done || (!idle && static_cast<int>(at / 128) == stalled)) continue;
+      if (thread.blocked && !thread.blocked()) continue;
+      thread.blocked = nullptr;
+      current_ = static_cast<int>(at);
+      threadIdx.x = current_;
+      ran = true;
+      swapcontext(&scheduler_, &thread.context);
+      if (thread.done) --left;
+    }
+    if (!ran && idle) fault("deadlock, " + std::to_string(left) + " threads wait");
+    idle = !ran;
+  }
+  finish();
+}
+
+void Cta::finish() {
+  if (!arriving_.empty()) fault("a copy into shared memory was not waited for");
+  for (const auto& thread : threads_) {
+    if (!thread->copies.empty() || !thread->open_copies.empty())
+      fault("a copy out of shared memory was not waited for");
+    if (!thread->in_flight.empty() || thread->issued) fault("a product was not waited for");
+  }
+}
+
+// --- background
+
+bool Cta::run_background(bool now) {
+  bool ran = false;
+  const auto chance = [&] { return now || random_.below(2) == 0; };
+  if (!arriving_.empty() && chance()) {
+    const uint32_t i = random_.below(static_cast<uint32_t>(arriving_.size()));
+    const Action arrive = std::move(arriving_[i]);
+    arriving_.erase(arriving_.begin() + i);
+    arrive();
+    ran = true;
+  }
+  for (size_t w = 0; w < warpgroups_.size(); ++w) {
+    Warpgroup& warpgroup = warpgroups_[w];
+    if (warpgroup.done == warpgroup.groups.size() || !chance()) continue;
+    Group& group = warpgroup.groups[warpgroup.done];
+    // The last thread to commit may be far behind
+    if (group.committed < 128) continue;
+    execute(static_cast<int>(w), group);
+    ran = true;
+  }
+  return ran;
+}
+
+// --- barriers
+
+Cta::Barrier& Cta::barrier(uint32_t address) {
+  const auto found = barriers_.find(address);
+  if (found == barriers_.end()) fault("a barrier that was not initialised");
+  return found->second;
+}
+
+void Cta::settle(Barrier& barrier) {
+  if (barrier.missing < 0) fault("more arrivals than a barrier expects");
+  if (barrier.missing > 0 || barrier.bytes != 0) return;
+  ++barrier.phase;
+  barrier.missing = barrier.arrivals;
+}
+
+void Cta::barrier_init(uint32_t address, int arrivals) {
+  if (address % 8 != 0) fault("a barrier must lie on 8 bytes");
+  Barrier fresh{};
+  fresh.arrivals = fresh.missing = arrivals;
+  barriers_[address] = fresh;
+  self().inits.push_back(address);
+}
+
+void Cta::barrier_publish() {
+  for (const uint32_t address : self().inits) barrier(address).published = true;
+  self().inits.clear();
+}
+
+void Cta::barrier_arrive(uint32_t address, int64_t expected_bytes) {
+  Barrier& at = barrier(address);
+  if (!at.published) fault("a barrier was used before its initialisation was fenced");
+  at.bytes += expected_bytes;
+  --at.missing;
+  settle(at);
+}
+
+void Cta::barrier_wait(uint32_t address, uint32_t parity) {
+  if (!barrier(address).published) fault("a barrier was used before its initialisation was fenced");
+  wait_until([this, address, parity] { return (barrier(address).phase & 1) != parity; });
+}
+
+void Cta::meet(Meeting& meeting, int threads, const char* what) {
+  const uint64_t round = meeting.round;
+  if (++meeting.present > threads) fault(std::string(what) + " has more arrivals than it expects");
+  if (meeting.present == threads) {
+    meeting.present = 0;
+    ++meeting.round;
+  }
+  wait_until([&meeting, round] { return meeting.round > round; });
+}
+
+void Cta::meet_warp() { meet(warps_[static_cast<size_t>(current_) / 32], 32, "a warp"); }
+void Cta::meet_warpgroup() {
+  meet(groups_of_warps_[static_cast<size_t>(current_) / 128], 128, "a warpgroup");
+}
+
+void Cta::named_arrive(int id, int threads) {
+  if (id < 0 || id > 15 || threads % 32 != 0) fault("no such named barrier");
+  Meeting& meeting = named_[id];
+  if (++meeting.present > threads)
+    fault("named barrier " + std::to_string(id) + " has more arrivals than it expects");
+  if (meeting.present == threads) {
+    meeting.present = 0;
+    ++meeting.round;
+  }
+}
+
+void Cta::named_sync(int id, int threads) {
+  const uint64_t round = named_[id].round;
+  named_arrive(id, threads);
+  wait_until([this, id, round] { return named_[id].round > round; });
+}
+
+uint32_t Cta::exchange(uint32_t value, int lane) {
+  exchanged_[static_cast<size_t>(current_)] = value;
+  meet_warp();
+  const uint32_t other = exchanged_[static_cast<size_t>(current_ / 32 * 32 + lane)];
+  meet_warp();
+  return other;
+}
+
+// --- copies
+
+void Cta::copy_in(uint32_t address, const TensorMap& map, uint32_t to_signal, int column, int row,
+                  int head, int batch) {
+  if (address % 1024 != 0) fault("a swizzled tile must start on 1024 bytes");
+  if (!barrier(to_signal).published)
+    fault("a barrier was used before its initialisation was fenced");
+  const auto nbytes = static_cast<uint32_t>(map.rows) * 128;
+  std::memset(async_view(address, nbytes), 0xff, nbytes);
+  std::memset(smem_.data() + address, 0xff, nbytes);
+  arriving_.push_back([=, this] {
+    for (int r = 0; r < map.rows; ++r)
+      for (int c = 0; c < 64; ++c) {
+        const uint16_t* from = map.at(column + c, row + r, head, batch);
+        const uint16_t value = from ? *from : 0;
+        const uint32_t to = swizzle(address + static_cast<uint32_t>(r * 128 + c * 2));
+        std::memcpy(async_.data() + to, &value, 2);
+        std::memcpy(smem_.data() + to, &value, 2);
+      }
+    Barrier& full = barrier(to_signal);
+    full.bytes -= nbytes;
+    settle(full);
+  });
+}
+
+void Cta::copy_out(const TensorMap& map, uint32_t address, int column, int row, int head,
+                   int batch) {
+  if (address % 1024 != 0) fault("a swizzled tile must start on 1024 bytes");
+  async_view(address, static_cast<uint32_t>(map.rows) * 128);
+  self().open_copies.push_back([=, this] {
+    for (int r = 0; r < map.rows; ++r)
+      for (int c = 0; c < 64; ++c) {
+        const uint32_t from = swizzle(address + static_cast<uint32_t>(r * 128 + c * 2));
+        if (uint16_t* to = map.at(column + c, row + r, head, batch))
+          std::memcpy(to, async_.data() + from, 2);
+      }
+  });
+}
+
+void Cta::copies_commit() {
+  self().copies.push_back(std::move(self().open_copies));
+  self().open_copies.clear();
+}
+
+void Cta::copies_wait(size_t pending) {
+  auto& copies = self().copies;
+  // the reader comes as late as it may
+  while (random_.below(2)) yield();
+  while (copies.size() > pending) {
+    for (const Action& copy : copies.front()) copy();
+    copies.erase(copies.begin());
+  }
+}
+
+// --- products
+
+void Cta::products_fence() { self().fenced = true; }
+
+void Cta::product(float* acc, const uint32_t* a, const Operands& operands) {
+  Thread& thread = self();
+  Warpgroup& warpgroup = warpgroups_[static_cast<size_t>(current_) / 128];
+  if (warpgroup.groups.size() <= thread.committed) warpgroup.groups.resize(thread.committed + 1);
+  auto& products = warpgroup.groups[thread.committed].products;
+  if (products.size() <= thread.issued) {
+    if (warpgroup.groups[thread.committed].committed > 0)
+      fault("the threads of a warpgroup issue different products");
+    products.resize(thread.issued + 1);
+    products[thread.issued].operands = operands;
+  }
+  Product& product = products[thread.issued++];
+  const Operands& first = product.operands;
+  if (first.a != operands.a || first.b != operands.b || first.accumulate != operands.accumulate)
+    fault("the threads of a warpgroup give a product different operands");
+  product.acc[current_ % 128] = acc;
+  product.a[current_ % 128] = a;
+
+  auto found = thread.in_flight.find(acc);
+  if (found == thread.in_flight.end()) {
+    if (!thread.fenced) fault("a product on registers without a fence");
+    const int registers = operands.n / 2;
+    found = thread.in_flight.insert({acc, {{acc, acc + registers}, 0}}).first;
+    std::fill_n(acc, registers, NAN);
+  }
+  ++found->second.products;
+}
+
+void Cta::products_commit() {
+  Thread& thread = self();
+  auto& groups = warpgroups_[static_cast<size_t>(current_) / 128].groups;
+  if (groups.size() <= thread.committed) groups.resize(thread.committed + 1);
+  Group& group = groups[thread.committed++];
+  if (thread.issued != group.products.size() && group.committed > 0)
+    fault("the threads of a warpgroup issue different products");
+  ++group.committed;
+  thread.issued = 0;
+}
+
+void Cta::products_wait(size_t pending) {
+  const auto index = static_cast<size_t>(current_) / 128;
+  Thread& thread = self();
+  const size_t target = thread.committed > pending ? thread.committed - pending : 0;
+  wait_until([this, index, target] { return warpgroups_[index].done >= target; });
+  const auto lane = static_cast<size_t>(current_) % 128;
+  for (; thread.retired < target; ++thread.retired)
+    for (const Product& product : warpgroups_[index].groups[thread.retired].products) {
+      const auto found = thread.in_flight.find(product.acc[lane]);
+      if (--found->second.products > 0) continue;
+      std::copy(found->second.values.begin(), found->second.values.end(), product.acc[lane]);
+      thread.in_flight.erase(found);
+    }
+  // from here on registers may change again
+  thread.fenced = false;
+}
+
+float Cta::element(DType type, uint64_t descriptor, sm90::Major major, int row, int k) {
+  const auto field = [&](int shift) {
+    return static_cast<uint32_t>(descriptor >> shift & 0x3fff) << 4;
+  };
+  const uint32_t base = field(0), leading = field(16), stride = field(32);
+  if (descriptor >> 62 != 1) fault("a descriptor without 128-byte swizzle");
+  const auto r = static_cast<uint32_t>(row), column = static_cast<uint32_t>(k);
+  const uint32_t at = major == sm90::Major::kK ? base + r % 8 * 128 + r / 8 * stride + 2 * column
+                                               : base + 2 * (r % 64) + r / 64 * leading +
+                                                     column % 8 * 128 + column / 8 * stride;
+  uint16_t bits;
+  std::memcpy(&bits, async_view(swizzle(at), 2), 2);
+  return decode(type, bits);
+}
+
+void Cta::execute(int warpgroup, Group& group) {
+  for (const Product& product : group.products) {
+    const Operands& operands = product.operands;
+    const auto n = static_cast<size_t>(operands.n);
+    std::vector<float> a(64 * 16), b(16 * n);
+    for (int row = 0; row < 64; ++row)
+      for (int k = 0; k < 16; ++k) {
+        float& to = a[static_cast<size_t>(row * 16 + k)];
+        if (operands.a_in_registers) {
+          const int lane = row / 16 * 32 + row % 8 * 4 + k % 8 / 2;
+          const uint32_t pair = product.a[lane][row % 16 / 8 + 2 * (k / 8)];
+          to = decode(operands.type, static_cast<uint16_t>(pair >> (k % 2 * 16)));
+        } else {
+          to = element(operands.type, operands.a, sm90::Major::kK, row, k);
+        }
+      }
+    for (int column = 0; column < operands.n; ++column)
+      for (int k = 0; k < 16; ++k)
+        b[static_cast<size_t>(k) * n + static_cast<size_t>(column)] =
+            element(operands.type, operands.b, operands.b_major, column, k);
+    for (size_t t = 0; t < 128; ++t) {
+      auto& values =
+          threads_[static_cast<size_t>(warpgroup) * 128 + t]->in_flight.at(product.acc[t]).values;
+      for (size_t i = 0; i < n / 2; ++i) {
+        const size_t row = t / 32 * 16 + t % 32 / 4 + i / 2 % 2 * 8;
+        const size_t column = i / 4 * 8 + t % 4 * 2 + i % 2;
+        float sum = operands.accumulate ? values[i] : 0;
+        for (size_t k = 0; k < 16; ++k) sum += a[row * 16 + k] * b[k * n + column];
+        values[i] = sum;
+      }
+    }
+  }
+  group.done = true;
+  ++warpgroups_[static_cast<size_t>(warpgroup)].done;
+}
+
+void launch(int ctas, int threads, size_t smem_bytes, const std::function<void()>& kernel) {
+  gridDim.x = ctas;
+  blockDim.x = threads;
+  for (int block = 0; block < ctas; ++block) {
+    blockIdx.x = block;
+    Cta here(threads, smem_bytes, next_seed++);
+    cta = &here;
+    here.run(kernel);
+    cta = nullptr;
+  }
+}
+
+}  // namespace heddle::emulator

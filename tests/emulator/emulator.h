@@ -1,0 +1,195 @@
+#pragma once
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "common/sm90_format.h"
+#include "core/dtype.h"
+
+// One CTA of a Hopper GPU on a CPU: a fiber per thread, scheduled at random. What the hardware does
+// in the background (bulk copies, matrix products) happens here at a random moment between its
+// issue and the wait for it, and what must not be touched meanwhile holds NaN. A kernel that is
+// only right when things happen soon, late or in order gives wrong numbers under some seed.
+namespace heddle::emulator {
+
+// Reports what a kernel did wrong and ends the process with status 1
+[[noreturn]] void fault(const std::string& what);
+
+class Random {
+ public:
+  explicit Random(uint64_t seed) : state_(seed * 2 + 1) {}
+  uint32_t below(uint32_t n) {
+    state_ = state_ * 6364136223846793005u + 1442695040888963407u;
+    return static_cast<uint32_t>((state_ >> 33) % n);
+  }
+
+ private:
+  uint64_t state_;
+};
+
+// A [b, s, h, d] tensor of 16-bit elements and the box that one copy moves
+struct TensorMap {
+  uint16_t* data;
+  int64_t d, s, h, b;
+  int64_t row_stride, head_stride, batch_stride;
+  int rows;
+
+  // Null outside
+  uint16_t* at(int64_t column, int64_t row, int64_t head, int64_t batch) const {
+    if (column < 0 || row < 0 || head < 0 || batch < 0) return nullptr;
+    if (column >= d || row >= s || head >= h || batch >= b) return nullptr;
+    return data + column + row * row_stride + head * head_stride + batch * batch_stride;
+  }
+};
+
+struct Dim {
+  int x;
+};
+
+// The 128-byte swizzle, of addresses
+constexpr uint32_t swizzle(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
+
+float decode(DType type, uint16_t bits);
+uint16_t encode(DType type, float value);
+
+class Cta {
+ public:
+  Cta(int threads, size_t smem_bytes, uint64_t seed);
+  void run(const std::function<void()>& kernel);
+
+  // Shared memory. Threads and asynchronous units each have their view of it; fence_async makes
+  // what a thread stored visible to the latter.
+  uint8_t* smem() { return smem_.data() + kSkew; }
+  uint32_t address_of(const void* pointer) const;
+  void store(uint32_t address, const void* from, uint32_t nbytes);
+  void fence_async();
+
+  void barrier_init(uint32_t address, int arrivals);
+  void barrier_publish();
+  void barrier_arrive(uint32_t address, int64_t expected_bytes);
+  void barrier_wait(uint32_t address, uint32_t parity);
+  void named_arrive(int id, int threads);
+  void named_sync(int id, int threads);
+
+  void copy_in(uint32_t address, const TensorMap& map, uint32_t barrier, int column, int row,
+               int head, int batch);
+  void copy_out(const TensorMap& map, uint32_t address, int column, int row, int head, int batch);
+  void copies_commit();
+  void copies_wait(size_t pending);
+
+  // acc[64, n] (+)= A[64, 16] B[16, n]; A from a descriptor or from registers
+  struct Operands {
+    DType type;
+    sm90::Major b_major;
+    int n;
+    bool accumulate;
+    uint64_t a, b;
+    bool a_in_registers;
+  };
+  void products_fence();
+  void product(float* acc, const uint32_t* a, const Operands& operands);
+  void products_commit();
+  void products_wait(size_t pending);
+
+  // Meetings of 32 or 128 threads that belong together
+  void meet_warp();
+  void meet_warpgroup();
+  // What another lane of the warp hands over at the same time
+  uint32_t exchange(uint32_t value, int lane);
+  int elected_lane() const { return elected_; }
+
+  int thread() const { return current_; }
+
+ private:
+  static constexpr uint32_t kSkew = 48;  // the kernel has to align its tiles by itself
+  using Action = std::function<void()>;
+
+  struct Accumulator {
+    std::vector<float> values;
+    int products;
+  };
+  struct Thread {
+    ucontext_t context;
+    std::vector<char> stack;
+    bool done = false;
+    std::function<bool()> blocked;
+    std::vector<std::pair<uint32_t, std::vector<uint8_t>>> stores;  // not fenced yet
+    std::vector<uint32_t> inits;                                    // not published yet
+    std::vector<Action> open_copies;
+    std::vector<std::vector<Action>> copies;
+    bool fenced = false;
+    std::map<float*, Accumulator> in_flight;
+    size_t committed = 0, retired = 0, issued = 0;  // groups, groups, products of the open one
+  };
+  struct Barrier {
+    int arrivals, missing;
+    int64_t bytes = 0;
+    uint32_t phase = 0;
+    bool published = false;
+  };
+  struct Meeting {
+    int present = 0;
+    uint64_t round = 0;
+  };
+  struct Product {
+    Operands operands;
+    float* acc[128] = {};
+    const uint32_t* a[128] = {};
+  };
+  struct Group {
+    std::vector<Product> products;
+    int committed = 0;
+    bool done = false;
+  };
+  struct Warpgroup {
+    std::vector<Group> groups;
+    size_t done = 0;
+  };
+
+  static void enter();
+  void yield();
+  void wait_until(std::function<bool()> condition);
+  void meet(Meeting& meeting, int threads, const char* what);
+  uint8_t* async_view(uint32_t address, uint32_t nbytes);
+  Barrier& barrier(uint32_t address);
+  void settle(Barrier& barrier);
+  bool run_background(bool now);
+  void execute(int warpgroup, Group& group);
+  float element(DType type, uint64_t descriptor, sm90::Major major, int row, int k);
+  void finish();
+  Thread& self() { return *threads_[static_cast<size_t>(current_)]; }
+
+  Random random_;
+  int elected_;
+  std::vector<uint8_t> smem_, async_;
+  std::vector<std::unique_ptr<Thread>> threads_;
+  std::vector<Warpgroup> warpgroups_;
+  std::map<uint32_t, Barrier> barriers_;
+  std::map<int, Meeting> named_;
+  std::vector<Meeting> warps_, groups_of_warps_;
+  std::vector<uint32_t> exchanged_;
+  std::vector<Action> arriving_;  // copies into shared memory
+  std::function<void()> kernel_;
+  ucontext_t scheduler_;
+  int current_ = 0;
+};
+
+// The CTA that runs, and what CUDA tells its threads
+extern Cta* cta;
+
+// Runs CTAs one after the other
+void launch(int ctas, int threads, size_t smem_bytes, const std::function<void()>& kernel);
+
+// Seeds every launch that follows
+void seed(uint64_t value);
+
+}  // namespace heddle::emulator
+
+extern heddle::emulator::Dim threadIdx, blockIdx, blockDim, gridDim;

@@ -1,0 +1,226 @@
+import { execFile, execFileSync } from 'node:child_process'
+import { mkdirSync, readFileSync, writeFileSync } from 'node:fs'
+import { dirname, join } from 'node:path'
+import { promisify } from 'node:util'
+import { describe, expect, it } from 'vitest'
+
+// Hopper kernels run here on a CPU: their source, unchanged, over an emulator of the instructions they use. Then their
+// source is broken on purpose, and the emulator has to notice each time.
+
+const root = join(__dirname, '../..')
+const folder = join(root, 'build', 'emulator')
+const include = [__dirname, join(root, 'cuda'), root]
+const compiler = process.env.CXX ?? 'c++'
+const run = promisify(execFile)
+
+async function compile(
+  source: string,
+  output: string,
+  flags: string[],
+  front: string[] = [],
+): Promise<void> {
+  mkdirSync(dirname(output), { recursive: true })
+  await run(compiler, [
+    ...['-std=c++20', '-O2', '-Wno-unknown-pragmas'],
+    ...[...front, ...include].flatMap((path) => ['-I', path]),
+    ...flags,
+    ...[source, '-o', output],
+  ])
+}
+
+const engine = join(folder, 'emulator.o')
+const built = compile(join(__dirname, 'emulator.cpp'), engine, ['-c'])
+
+async function program(
+  kernel: string,
+  name: string,
+  flags: string[],
+  front: string[] = [],
+): Promise<string> {
+  await built
+  const output = join(folder, name)
+  await compile(join(__dirname, `${kernel}.cpp`), output, [...flags, engine], front)
+  return output
+}
+
+/** What it says on standard output, after "ok" or "caught". */
+async function verdict(file: string, seed: number): Promise<string> {
+  try {
+    return `ok: ${(await run(file, [String(seed)])).stdout}`
+  } catch (error) {
+    return `caught: ${(error as { stdout: string }).stdout}`
+  }
+}
+
+interface Fault {
+  what: string
+  file: string
+  from: string
+  to: string
+}
+
+interface Kernel {
+  name: string
+  variants: Record<string, string[]>
+  /** The variant that faults are put into. */
+  broken: string
+  faults: Fault[]
+}
+
+const forward = 'attention/forward_sm90.cuh'
+const tile = 'common/tile.cuh'
+const kernels: Kernel[] = [
+  {
+    name: 'forward_sm90',
+    variants: Object.fromEntries(
+      ['kBF16', 'kF16'].flatMap((dtype) =>
+        [64, 128, 256].map((d) => [
+          `${dtype} d${d}`,
+          ['-Wall', '-Wextra', '-Werror', `-DHEDDLE_DTYPE=${dtype}`, `-DHEDDLE_HEAD_DIM=${d}`],
+        ]),
+      ),
+    ),
+    broken: 'kBF16 d64',
+    faults: [
+      {
+        what: 'a tile is loaded before the last one was used',
+        file: forward,
+        from: 'empty[turn.stage].wait(turn.parity ^ 1);',
+        to: '',
+      },
+      {
+        what: 'keys are used before they arrived',
+        file: forward,
+        from: 'smem.k_full[k.stage].wait(k.parity);\n      await_turn();',
+        to: 'await_turn();',
+      },
+      {
+        what: 'a stage is never given back',
+        file: forward,
+        from: 'release(smem.v_empty[v.stage]);\n      pack_weights();',
+        to: 'pack_weights();',
+      },
+      {
+        what: 'q is loaded over out',
+        file: forward,
+        from: 'smem.q_empty.wait(visit % 2 ^ 1);',
+        to: '',
+      },
+      {
+        what: 'barriers are used before their initialisation is seen',
+        file: forward,
+        from: 'fence_barrier_init();',
+        to: '',
+      },
+      {
+        what: 'a copy reads what was not fenced',
+        file: forward,
+        from: 'fence_async_smem();\n      named',
+        to: 'named',
+      },
+      {
+        what: 'a copy starts before all have written',
+        file: forward,
+        from: 'named_barrier_sync(8 + own, 128);',
+        to: '',
+      },
+      {
+        what: 'the buffer of a copy is given back too soon',
+        file: forward,
+        from: 'wait_copies_read<0>();\n        smem.q_empty.arrive();',
+        to: 'smem.q_empty.arrive();',
+      },
+      {
+        what: 'a turn is never passed on',
+        file: forward,
+        from: 'pass_turn();\n',
+        to: '\n',
+      },
+      {
+        what: 'scores are read before their product is done',
+        file: forward,
+        from: 'wgmma_wait<1>(acc_s);',
+        to: 'wgmma_wait<2>(acc_s);',
+      },
+      {
+        what: 'values are scaled while their product runs',
+        file: forward,
+        from: 'wgmma_wait<0>(acc_o);\n      release(smem.v_empty[v.stage]);\n      pack_weights();',
+        to: 'pack_weights();\n      wgmma_wait<0>(acc_o);\n      release(smem.v_empty[v.stage]);',
+      },
+      {
+        what: 'registers change without a fence before the product',
+        file: forward,
+        from: 'wgmma_fence(acc_o);',
+        to: '',
+      },
+      {
+        what: 'the mask of the tail lets one key through',
+        file: forward,
+        from: ': args.sk;\n      row_max',
+        to: ': args.sk + 1;\n      row_max',
+      },
+      {
+        what: 'the diagonal is off by one',
+        file: forward,
+        from: 'row + 8 * r + diagonal + 1)',
+        to: 'row + 8 * r + diagonal + 2)',
+      },
+      {
+        what: 'the mask stops one tile too early',
+        file: forward,
+        from: '(work.row + diagonal + 1) / kKeys)',
+        to: '(work.row + diagonal + kKeys) / kKeys)',
+      },
+      {
+        what: 'the descriptor of q and k steps too far',
+        file: tile,
+        from: 'k % 64 * 2',
+        to: 'k % 64 * 4',
+      },
+      {
+        what: 'the descriptor of v steps too little',
+        file: tile,
+        from: '(k * 128 >> 4)',
+        to: '(k * 64 >> 4)',
+      },
+      {
+        what: 'out is swizzled differently from how it is copied',
+        file: tile,
+        from: '^ row % 8)',
+        to: '^ row % 4)',
+      },
+    ],
+  },
+]
+
+describe.concurrent.each(kernels)('$name', ({ name, variants, broken, faults }) => {
+  it.each(Object.keys(variants))('%s is right under any schedule', async (variant) => {
+    const file = await program(name, `${name} ${variant}`.replace(/ /g, '-'), variants[variant]!)
+    for (let seed = 1; seed <= 6; seed++) expect(await verdict(file, seed)).toMatch(/^ok: error/)
+  })
+
+  it.each(faults)('notices when $what', async (fault) => {
+    const source = readFileSync(join(root, 'cuda', fault.file), 'utf8')
+    expect(source.split(fault.from), 'places to break').toHaveLength(2)
+    const front = join(folder, `${name}-fault-${faults.indexOf(fault)}`)
+    const copy = join(front, fault.file)
+    mkdirSync(dirname(copy), { recursive: true })
+    writeFileSync(copy, source.replace(fault.from, fault.to))
+    const file = await program(
+      name,
+      `${name}-fault-${faults.indexOf(fault)}/program`,
+      [...variants[broken]!, '-w', '-Wno-error'],
+      [front],
+    )
+    const verdicts: string[] = []
+    for (let seed = 1; seed <= 8 && !verdicts.at(-1)?.startsWith('caught'); seed++)
+      verdicts.push(await verdict(file, seed))
+    expect(verdicts.at(-1)).toMatch(/^caught: (fault|wrong): /)
+  })
+})
+
+it('the matrix instructions are those that their generator writes', () => {
+  const written = execFileSync(process.execPath, ['cuda/common/generate-wgmma.mjs'], { cwd: root })
+  expect(written.toString()).toBe(readFileSync(join(root, 'cuda/common/wgmma.cuh'), 'utf8'))
+})

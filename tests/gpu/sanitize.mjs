@@ -1,0 +1,81 @@
+// Every kernel once on small odd shapes, for the tools of the CUDA toolkit:
+//   compute-sanitizer --tool memcheck --error-exitcode 1 node tests/gpu/sanitize.mjs
+import {
+  add,
+  alibiSlopes,
+  attention,
+  embed,
+  full,
+  glu,
+  lightning,
+  lightningDecode,
+  linear,
+  merge,
+  norm,
+  randn,
+  rope,
+  silu,
+  synchronize,
+  tensor,
+  zeros,
+} from 'heddle'
+
+const device = 'cuda:0'
+let seed = 0
+const draw = (shape, dtype = 'bfloat16') => randn(shape, { seed: seed++, dtype, device })
+const results = []
+const keep = (made) => results.push(...(made.lse ? [made.out, made.lse] : [made]))
+
+for (const dtype of ['bfloat16', 'float16', 'float32'])
+  for (const d of [64, 128, 256, 40])
+    for (const causal of [true, false]) {
+      const [q, k, v] = [
+        draw([2, 193, 4, d], dtype),
+        draw([2, 257, 2, d], dtype),
+        draw([2, 257, 2, d], dtype),
+      ]
+      keep(attention(q, k, v, { causal }))
+      const options = {
+        causal,
+        window: 70,
+        softCap: 20,
+        slopes: alibiSlopes(4),
+        sink: [0, 1, 2, 3],
+      }
+      if (d < 256) keep(attention(q, k, v, options))
+    }
+const pages = draw([9, 16, 2, 64])
+const blockTable = tensor([3, 1, 8, 0, 2, 7], [2, 3], { dtype: 'int32', device })
+keep(
+  attention(draw([2, 3, 4, 64]), pages, pages, {
+    blockTable,
+    cacheSeqlens: [33, 48],
+    causal: true,
+  }),
+)
+const packed = draw([1, 150, 2, 128])
+const cu = [0, 1, 1, 70, 150]
+keep(attention(packed, packed, packed, { causal: true, cuSeqlensQ: cu, cuSeqlensK: cu }))
+const slopes = alibiSlopes(4)
+for (const dtype of ['bfloat16', 'float32']) {
+  const x = draw([1, 150, 4, 72], dtype)
+  keep(lightning(x, x, x, { slopes, cuSeqlens: cu }).out)
+  const token = draw([2, 2, 4, 72], dtype)
+  const states = zeros([3, 4, 72, 72], { device })
+  const slots = tensor([2, -1], [2], { dtype: 'int32', device })
+  keep(lightningDecode(token, token, token, states, slots, { slopes }).out)
+  const part = () => attention(x, x, x)
+  const [a, b] = [part(), part()]
+  keep(merge([a, b]))
+  const wide = draw([33, 136], dtype)
+  keep(linear(wide, draw([72, 136], dtype)))
+  keep(norm(wide, draw([136], dtype)))
+  keep(glu(wide, wide))
+  keep(rope(x))
+  keep(add(silu(wide), wide))
+  keep(embed(tensor([0, 49, 7], [3], { dtype: 'int32', device }), draw([50, 24], dtype)))
+}
+keep(full([1001], 3, { device }).cast('float8_e4m3fn').cast('float16'))
+await synchronize(device)
+for (const result of results) await result.read()
+process.stdout.write(`${results.length} results\n`)
