@@ -7,6 +7,7 @@ import { cuda, type Device, randn, silu } from 'heddle'
 import { type Case, operators, suites } from './cases.js'
 import { repeatsFor, summarise, timeRound } from './measure.js'
 import { onnxruntime } from './peers/onnxruntime.js'
+import { stopTorch, torch } from './peers/torch.js'
 import { parseProblem } from './problem.js'
 
 // npm run bench [-- problem or operator ...] [--device D] [--rounds N] [--out DIR]
@@ -76,25 +77,19 @@ async function measure(text: string, roof: { copy: number; product: number }): P
   const made = make(text)
   const error = await made.check()
   const times = await repeatsFor(made.run, device, budget)
-  const peer =
-    kind === 'cpu' ? await onnxruntime(problem, made.inputs, threads) : 'none on this device'
+  const peers =
+    kind === 'cpu' ? await onnxruntime(problem, made.inputs, threads) : await torch(problem)
   const ours: number[] = []
-  const theirs: number[] = []
+  const theirs = peers.map((): number[] => [])
   for (let round = 0; round <= rounds; round++) {
     const own = await timeRound(made.run, device, times)
-    let other = 0
-    if (typeof peer !== 'string') {
-      const started = performance.now()
-      for (let i = 0; i < times; i++) await peer.run()
-      other = (performance.now() - started) / times
+    for (const [i, peer] of peers.entries()) {
+      const other = await peer.round(times)
+      if (round > 0) theirs[i]!.push(other)
     }
-    if (round === 0) continue // warm-up
-    ours.push(own)
-    theirs.push(other)
+    if (round > 0) ours.push(own) // the first one warms up
   }
   const { ms, spread } = summarise(ours)
-  const peers: Record<string, number> =
-    typeof peer === 'string' ? {} : { onnxruntime: summarise(theirs).ms }
   const least = Math.max(made.flops / roof.product, made.bytes / roof.copy) * 1000
   for (const input of made.inputs) input.dispose()
   return {
@@ -105,7 +100,7 @@ async function measure(text: string, roof: { copy: number; product: number }): P
     gbps: made.bytes / ms / 1e6,
     roofShare: least / ms,
     error,
-    peers,
+    peers: Object.fromEntries(peers.map(({ name }, i) => [name, summarise(theirs[i]!).ms])),
   }
 }
 
@@ -120,9 +115,12 @@ async function main(): Promise<void> {
   if (chosen.length === 0) throw new Error(`bench: nothing to run for ${positionals.join(', ')}`)
 
   const copy = await best(kind === 'cpu' ? 'copy:n33554432' : 'copy:n536870912')
-  const product = await best(
-    kind === 'cpu' ? 'linear:m1024 n1024 k1024 f32' : 'linear:m8192 n8192 k8192 bf16',
-  )
+  const wide = kind === 'cpu' ? 'linear:m1024 n1024 k1024 f32' : 'linear:m8192 n8192 k8192 bf16'
+  const product = await best(wide)
+  // the roof of products is the best that anything here reaches
+  if (kind === 'cuda')
+    for (const peer of await torch(parseProblem(wide)))
+      product.ms = Math.min(product.ms, await peer.round(20))
   const roof = {
     copy: (copy.made.bytes / copy.ms) * 1000,
     product: (product.made.flops / product.ms) * 1000,
@@ -132,7 +130,7 @@ async function main(): Promise<void> {
   const gpu = cuda.devices.find((one) => one.device === device)
   const name = gpu?.name ?? `${cpus()[0]?.model.trim()}, ${threads} threads`
   log(
-    `${name}: copies at ${(roof.copy / 1e9).toFixed(1)} GB/s, our own product at ${(roof.product / 1e12).toFixed(3)} TFLOP/s, enqueue ${enqueueMicroseconds.toFixed(2)} µs`,
+    `${name}: copies at ${(roof.copy / 1e9).toFixed(1)} GB/s, a matrix product at ${(roof.product / 1e12).toFixed(3)} TFLOP/s, enqueue ${enqueueMicroseconds.toFixed(2)} µs`,
   )
 
   const rows: Row[] = []
@@ -146,7 +144,7 @@ async function main(): Promise<void> {
       `${row.case}: ${row.ms.toFixed(4)} ms ±${(row.spread * 100).toFixed(1)} %, ${row.tflops.toFixed(3)} TFLOP/s, ${row.gbps.toFixed(1)} GB/s, ${(row.roofShare * 100).toFixed(0)} % of the roof, error ${row.error.toExponential(1)}${peers.join('')}`,
     )
   }
-  let commit = 'unknown'
+  let commit = process.env.HEDDLE_COMMIT ?? 'unknown'
   try {
     commit = execFileSync('git', ['rev-parse', '--short', 'HEAD'], {
       encoding: 'utf8',
@@ -174,7 +172,9 @@ async function main(): Promise<void> {
   }
 }
 
-main().catch((error: unknown) => {
-  process.stderr.write(`${(error as Error).stack}\n`)
-  process.exitCode = 1
-})
+main()
+  .catch((error: unknown) => {
+    process.stderr.write(`${(error as Error).stack}\n`)
+    process.exitCode = 1
+  })
+  .finally(stopTorch)

@@ -9,7 +9,7 @@ namespace heddle {
 Storage::~Storage() {
   backend->memory.tensors.fetch_sub(1, std::memory_order_relaxed);
   backend->memory.bytes.fetch_sub(static_cast<int64_t>(nbytes), std::memory_order_relaxed);
-  backend->release_bytes(data);
+  backend->release_bytes(data, nbytes);
 }
 
 Failure Storage::failure() const {

@@ -106,7 +106,7 @@ class Backend : public std::enable_shared_from_this<Backend> {
  protected:
   friend class Storage;
   virtual void* allocate_bytes(size_t nbytes) = 0;  // null when there is none
-  virtual void release_bytes(void* data) noexcept = 0;
+  virtual void release_bytes(void* data, size_t nbytes) noexcept = 0;
 };
 
 // How many bytes this machine could hold at most

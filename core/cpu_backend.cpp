@@ -80,7 +80,7 @@ class CpuBackend final : public Backend {
     if (nbytes > physical_memory() || held > physical_memory() - nbytes) return nullptr;
     return std::aligned_alloc(64, (std::max<size_t>(nbytes, 1) + 63) / 64 * 64);
   }
-  void release_bytes(void* data) noexcept override { std::free(data); }
+  void release_bytes(void* data, size_t) noexcept override { std::free(data); }
 
  private:
   using Work = std::function<void()>;

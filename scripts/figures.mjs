@@ -28,7 +28,7 @@ const section = ({ device, date, commit, copyTBps, productTflops, enqueueMicrose
   ])
   const table = [head, head.map((_, i) => (i === 0 ? '---' : '---:')), ...lines]
   return [
-    `**${device}**, ${date}, at ${commit}. In the same run a copy moved ${(copyTBps * 1000).toPrecision(3)} GB/s and our own matrix`,
+    `**${device}**, ${date}, at ${commit}. In the same run a copy moved ${(copyTBps * 1000).toPrecision(3)} GB/s and a large matrix`,
     `product reached ${productTflops.toPrecision(3)} TFLOP/s; enqueueing the smallest operator took ${enqueueMicroseconds.toFixed(1)} µs. A peer's column is`,
     'our speed over its speed, above 1 where ours is faster.',
     '',

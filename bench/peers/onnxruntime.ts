@@ -1,6 +1,7 @@
 import { createRequire } from 'node:module'
 import type { Tensor } from 'heddle'
 import type { Problem } from '../problem.js'
+import type { Peer } from './peer.js'
 
 // The same attention in onnxruntime-node, when somebody installed it beside us. Its model is a single node, written here
 // as the few protobuf fields that it needs.
@@ -85,17 +86,17 @@ function find(): Runtime | undefined {
   return undefined
 }
 
-/** A way to time the peer, or why it cannot be timed. */
+/** onnxruntime's way to run a problem, where it has one. */
 export async function onnxruntime(
   problem: Problem,
   inputs: readonly Tensor[],
   threads: number,
-): Promise<{ run(): Promise<Float32Array> } | string> {
-  if (problem.operator !== 'attention' || problem.dtype !== 'float32')
-    return 'only for attention in f32'
-  if (problem.size('hq') !== problem.size('hk', problem.size('hq'))) return 'not for grouped heads'
+): Promise<Peer[]> {
+  if (problem.operator !== 'attention' || problem.dtype !== 'float32') return []
+  // it knows no grouped heads
+  if (problem.size('hq') !== problem.size('hk', problem.size('hq'))) return []
   const runtime = find()
-  if (!runtime) return 'onnxruntime-node is not installed'
+  if (!runtime) return []
   const session = await runtime.InferenceSession.create(
     model(problem.size('hq'), problem.flags.has('causal')),
     {
@@ -111,5 +112,10 @@ export async function onnxruntime(
     const [b, s, h, d] = input.shape as [number, number, number, number]
     feeds[name] = new runtime.Tensor('float32', await input.read(), [b, s, h * d])
   }
-  return { run: async () => (await session.run(feeds)).out!.data }
+  const round = async (times: number) => {
+    const started = performance.now()
+    for (let i = 0; i < times; i++) await session.run(feeds)
+    return (performance.now() - started) / times
+  }
+  return [{ name: 'onnxruntime', round }]
 }

@@ -333,13 +333,13 @@ void launch_forward(const ForwardCall& call, cudaStream_t stream) {
                          tiles,
                          call.scale * 1.44269504f,
                          call.lse};
-  launch(forward_sm90_kernel<kType, kHeadDim, kCausal>,
-         {std::min(tiles, call.processors), Shape::kThreads,
-          sm90::shared_memory_bytes<typename Shape::Smem>(), stream},
-         map(call.q, call.sq, call.hq, call.q_strides, Shape::kQueries),
-         map(call.k, call.sk, call.hk, call.k_strides, Shape::kKeys),
-         map(call.v, call.sk, call.hk, call.v_strides, Shape::kKeys),
-         map(call.out, call.sq, call.hq, call.out_strides, 64), args);
+  launch<forward_sm90_kernel<kType, kHeadDim, kCausal>>(
+      {std::min(tiles, call.processors), Shape::kThreads,
+       sm90::shared_memory_bytes<typename Shape::Smem>(), stream},
+      map(call.q, call.sq, call.hq, call.q_strides, Shape::kQueries),
+      map(call.k, call.sk, call.hk, call.k_strides, Shape::kKeys),
+      map(call.v, call.sk, call.hk, call.v_strides, Shape::kKeys),
+      map(call.out, call.sq, call.hq, call.out_strides, 64), args);
 }
 
 }  // namespace

@@ -200,6 +200,17 @@ template <DType kType> __device__ __forceinline__ uint32_t pack(float low, float
   return packed;
 }
 
+template <DType kType> __device__ __forceinline__ float unpack(uint16_t bits) {
+  static_assert(kType == DType::kF16 || kType == DType::kBF16);
+  if constexpr (kType == DType::kBF16) {
+    return __uint_as_float(static_cast<uint32_t>(bits) << 16);
+  } else {
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+    return value;
+  }
+}
+
 }  // namespace heddle::sm90
 
 #include "common/wgmma.cuh"

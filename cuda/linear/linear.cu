@@ -2,6 +2,7 @@
 
 #include "common/elements.cuh"
 #include "core/registry.h"
+#include "linear/linear_sm90.h"
 
 namespace heddle {
 namespace {
@@ -9,15 +10,17 @@ namespace {
 // out[m, o] = x[m, i] . weight[o, i] + bias[o], products and sums in f32.
 // A tile is 64 rows by 64 columns, 16 deep; each of 256 threads owns 4 by 4 of it.
 constexpr int kTile = 64, kDepth = 16, kEach = 4;
+// so few rows are read again from cache by every column instead
+constexpr int64_t kFewRows = 4;
 
-struct LinearArgs {
+struct PortableArgs {
   Strided x;
   const void *weight, *bias;
   void* out;
   int64_t weight_row, weight_column, bias_stride, rows, inputs, outputs;
 };
 
-template <class T, class Out> __global__ void linear_kernel(LinearArgs p) {
+template <class T, class Out> __global__ void linear_kernel(PortableArgs p) {
   __shared__ float smem_x[kDepth][kTile + 4], smem_w[kDepth][kTile + 4];
   const int64_t tiles = (p.outputs + kTile - 1) / kTile;
   const int64_t row0 = blockIdx.x / tiles * kTile, column0 = blockIdx.x % tiles * kTile;
@@ -61,7 +64,7 @@ template <class T, class Out> __global__ void linear_kernel(LinearArgs p) {
 }
 
 // A few rows: one warp per number of the result, along the contiguous side of the weights
-template <class T, class Out> __global__ void linear_rows_kernel(LinearArgs p) {
+template <class T, class Out> __global__ void linear_rows_kernel(PortableArgs p) {
   const int lane = threadIdx.x % 32;
   const int64_t c = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
   if (c >= p.outputs) return;
@@ -76,22 +79,67 @@ template <class T, class Out> __global__ void linear_rows_kernel(LinearArgs p) {
   }
 }
 
-void run(const Linear& op, CudaContext& context) {
+// From one row of [..., i] to the next, or 0 if they don't follow each other regularly
+int64_t row_stride(const Tensor& x) {
+  int64_t stride = 0, rows = 1;
+  for (int i = x.rank - 2; i >= 0; --i) {
+    if (x.shape[i] == 1) continue;
+    if (rows == 1) stride = x.strides[i];
+    if (x.strides[i] != stride * rows) return 0;
+    rows *= x.shape[i];
+  }
+  return stride;
+}
+
+LinearCall hopper_call(const Linear& op, const CudaContext& context) {
+  LinearCall call{};
+  call.dtype = op.x.dtype;
+  call.out_dtype = op.out.dtype;
+  call.outputs = op.weight.shape[0];
+  call.inputs = op.weight.shape[1];
+  call.rows = op.out.size() / call.outputs;
+  call.x = op.x.data;
+  call.weight = op.weight.data;
+  call.bias = op.bias ? op.bias.data : nullptr;
+  call.out = op.out.data;
+  call.x_row = row_stride(op.x);
+  call.weight_row = op.weight.strides[0];
+  call.bias_stride = op.bias.strides[0];
+  call.processors = context.processors;
+  return call;
+}
+
+const char* declines_hopper(const Linear& op, const CudaContext& context) {
+  if (context.arch != 90) return "the GPU must be of compute capability 9.0";
+  const int last = op.x.rank - 1;
+  if (op.x.strides[last] != 1 || op.weight.strides[1] != 1)
+    return "x and weight must be contiguous along i";
+  const LinearCall call = hopper_call(op, context);
+  return call.rows <= kFewRows ? "x must have more than 4 rows" : declines_linear_sm90(call);
+}
+
+void run_hopper(const Linear& op, CudaContext& context) {
+  linear_sm90(hopper_call(op, context), context.stream);
+  context.launched("linear_sm90_kernel");
+}
+
+const char* declines_portable(const Linear&, const CudaContext&) { return nullptr; }
+
+void run_portable(const Linear& op, CudaContext& context) {
   const int64_t outputs = op.weight.shape[0], inputs = op.weight.shape[1];
-  if (op.out.size() == 0) return;
-  const LinearArgs args{Strided(op.x),
-                        op.weight.data,
-                        op.bias ? op.bias.data : nullptr,
-                        op.out.data,
-                        op.weight.strides[0],
-                        op.weight.strides[1],
-                        op.bias.strides[0],
-                        op.out.size() / outputs,
-                        inputs,
-                        outputs};
+  const PortableArgs args{Strided(op.x),
+                          op.weight.data,
+                          op.bias ? op.bias.data : nullptr,
+                          op.out.data,
+                          op.weight.strides[0],
+                          op.weight.strides[1],
+                          op.bias.strides[0],
+                          op.out.size() / outputs,
+                          inputs,
+                          outputs};
   dispatch_float(op.x.dtype, [&]<class T>(T) {
     dispatch_float(op.out.dtype, [&]<class Out>(Out) {
-      if (args.rows <= 4) {
+      if (args.rows <= kFewRows) {
         const auto blocks = static_cast<unsigned>((outputs + 7) / 8);
         linear_rows_kernel<T, Out><<<blocks, 256, 0, context.stream>>>(args);
       } else {
@@ -102,6 +150,15 @@ void run(const Linear& op, CudaContext& context) {
     });
   });
   context.launched("linear_kernel");
+}
+
+constexpr Variant<Linear> kVariants[] = {
+    {"sm90_wgmma", declines_hopper, run_hopper},
+    {"sm80_simt", declines_portable, run_portable},
+};
+
+void run(const Linear& op, CudaContext& context) {
+  if (op.out.size() > 0) run_variants(kVariants, op, context);
 }
 
 HEDDLE_REGISTER(Linear);

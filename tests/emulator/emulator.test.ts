@@ -1,5 +1,5 @@
 import { execFile, execFileSync } from 'node:child_process'
-import { mkdirSync, readFileSync, writeFileSync } from 'node:fs'
+import { mkdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
 import { dirname, join } from 'node:path'
 import { promisify } from 'node:util'
 import { describe, expect, it } from 'vitest'
@@ -68,6 +68,7 @@ interface Kernel {
 }
 
 const forward = 'attention/forward_sm90.cuh'
+const linear = 'linear/linear_sm90.cuh'
 const tile = 'common/tile.cuh'
 const kernels: Kernel[] = [
   {
@@ -192,6 +193,52 @@ const kernels: Kernel[] = [
       },
     ],
   },
+  {
+    name: 'linear_sm90',
+    variants: {
+      kBF16: ['-Wall', '-Wextra', '-Werror'],
+      kF16: ['-Wall', '-Wextra', '-Werror', '-DHEDDLE_DTYPE=kF16'],
+    },
+    broken: 'kBF16',
+    faults: [
+      {
+        what: 'a slice is loaded before the last one was used',
+        file: linear,
+        from: 'smem.empty[turn.stage].wait(turn.parity ^ 1);',
+        to: '',
+      },
+      {
+        what: 'a slice is used before it arrived',
+        file: linear,
+        from: 'smem.full[turn.stage].wait(turn.parity);',
+        to: '',
+      },
+      {
+        what: 'a slice is given back while its product runs',
+        file: linear,
+        from: 'if (slice > 0) release(used - 1);',
+        to: 'release(used);',
+      },
+      {
+        what: 'one column too many is written',
+        file: linear,
+        from: 'const bool both = column + 1 < args.outputs;',
+        to: 'const bool both = true;',
+      },
+      {
+        what: 'the result of the last tile is added',
+        file: linear,
+        from: 'slice > 0 || k > 0);',
+        to: 'used > 0 || k > 0);',
+      },
+      {
+        what: 'fewer bytes are announced than arrive',
+        file: linear,
+        from: 'smem.x[0].kBytes + smem.weight[0].kBytes',
+        to: 'smem.weight[0].kBytes',
+      },
+    ],
+  },
 ]
 
 describe.concurrent.each(kernels)('$name', ({ name, variants, broken, faults }) => {
@@ -204,6 +251,7 @@ describe.concurrent.each(kernels)('$name', ({ name, variants, broken, faults }) 
     const source = readFileSync(join(root, 'cuda', fault.file), 'utf8')
     expect(source.split(fault.from), 'places to break').toHaveLength(2)
     const front = join(folder, `${name}-fault-${faults.indexOf(fault)}`)
+    rmSync(front, { recursive: true, force: true })
     const copy = join(front, fault.file)
     mkdirSync(dirname(copy), { recursive: true })
     writeFileSync(copy, source.replace(fault.from, fault.to))

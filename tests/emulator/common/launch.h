@@ -1,6 +1,5 @@
 #pragma once
 #include <cstddef>
-#include <type_traits>
 
 #include "emulator.h"
 
@@ -14,10 +13,8 @@ struct Launch {
   cudaStream_t stream;
 };
 
-template <class... Params>
-void launch(void (*kernel)(Params...), const Launch& launch,
-            const std::type_identity_t<Params>&... args) {
-  emulator::launch(launch.ctas, launch.threads, launch.smem_bytes, [&] { kernel(args...); });
+template <auto kKernel, class... Args> void launch(const Launch& launch, const Args&... args) {
+  emulator::launch(launch.ctas, launch.threads, launch.smem_bytes, [&] { kKernel(args...); });
 }
 
 }  // namespace heddle

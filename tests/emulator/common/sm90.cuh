@@ -114,4 +114,6 @@ template <DType kType> uint32_t pack(float low, float high) {
   return emulator::encode(kType, low) | static_cast<uint32_t>(emulator::encode(kType, high)) << 16;
 }
 
+template <DType kType> float unpack(uint16_t bits) { return emulator::decode(kType, bits); }
+
 }  // namespace heddle::sm90

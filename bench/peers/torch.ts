@@ -1,0 +1,68 @@
+import { type ChildProcess, spawn } from 'node:child_process'
+import { join } from 'node:path'
+import { createInterface } from 'node:readline'
+import type { Problem } from '../problem.js'
+import type { Peer } from './peer.js'
+
+// PyTorch's attention backends and matrix product, when a python3 with torch and a GPU is there. One process serves all
+// problems; rounds alternate with ours.
+
+interface Service {
+  process: ChildProcess
+  ask(request: object): Promise<unknown>
+}
+
+let service: Promise<Service | undefined> | undefined
+
+function start(): Promise<Service | undefined> {
+  const script = join(process.cwd(), 'bench', 'peers', 'torch.py')
+  const child = spawn('python3', [script], { stdio: ['pipe', 'pipe', 'ignore'] })
+  const waiting: ((answer: unknown) => void)[] = []
+  let ended = false
+  const end = () => {
+    ended = true
+    for (const resolve of waiting.splice(0)) resolve(undefined)
+  }
+  child.on('error', end)
+  child.on('exit', end)
+  child.stdin.on('error', end)
+  createInterface({ input: child.stdout }).on('line', (line) => waiting.shift()?.(JSON.parse(line)))
+  const ask = (request: object) =>
+    new Promise<unknown>((resolve) => {
+      if (ended) return resolve(undefined)
+      waiting.push(resolve)
+      child.stdin.write(`${JSON.stringify(request)}\n`)
+    })
+  return ask({ operator: 'none' }).then((answer) => (answer ? { process: child, ask } : undefined))
+}
+
+/** PyTorch's ways to run a problem. */
+export async function torch(problem: Problem): Promise<Peer[]> {
+  service ??= start()
+  const running = await service
+  if (!running) return []
+  const { operator, dtype, size } = problem
+  const optional = (name: string, fallback = 0) => size(name, fallback)
+  const answer = (await running.ask({
+    operator,
+    dtype,
+    causal: problem.flags.has('causal'),
+    ...Object.fromEntries(
+      ['b', 'sq', 'sk', 'hq', 'd', 'm', 'n', 'k', 'window'].map((name) => [name, optional(name)]),
+    ),
+    hk: optional('hk', optional('hq')),
+    dv: optional('dv', optional('d')),
+  })) as Record<string, string | null> | undefined
+  return Object.entries(answer ?? {})
+    .filter(([, refusal]) => refusal === null)
+    .map(([name]) => ({
+      name,
+      round: async (times) =>
+        ((await running.ask({ round: name, times })) as number | undefined) ?? Number.NaN,
+    }))
+}
+
+/** Ends the process that serves the rounds. */
+export async function stopTorch(): Promise<void> {
+  ;(await service)?.process.kill()
+}
