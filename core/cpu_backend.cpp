@@ -1,3 +1,7 @@
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -5,6 +9,7 @@
 #include <thread>
 
 #include "core/backend.h"
+#include "core/block_cache.h"
 #include "core/cpu_context.h"
 
 namespace heddle {
@@ -14,7 +19,10 @@ namespace {
 class CpuBackend final : public Backend {
  public:
   CpuBackend() : Backend({Device::kCpu, 0}), thread_([this] { serve(); }) {}
-  ~CpuBackend() override { stop(); }
+  ~CpuBackend() override {
+    stop();
+    blocks_.clear([](void* block) { std::free(block); });
+  }
 
   void launch(std::unique_ptr<Call> call) override {
     for (const StorageRef& output : call->outputs) output->producer = call->op.name.c_str();
@@ -78,12 +86,26 @@ class CpuBackend final : public Backend {
     // More than the machine has would be granted now and end the process when it is touched
     const size_t held = static_cast<size_t>(memory.bytes.load(std::memory_order_relaxed));
     if (nbytes > physical_memory() || held > physical_memory() - nbytes) return nullptr;
-    return std::aligned_alloc(64, (std::max<size_t>(nbytes, 1) + 63) / 64 * 64);
+    const size_t kept = blocks_.class_of(nbytes);
+    if (kept)
+      if (void* block = blocks_.take(kept)) return block;
+    const size_t alignment = nbytes >= kHugePage ? kHugePage : 64;
+    const size_t size =
+        (std::max<size_t>(std::max(kept, nbytes), 1) + alignment - 1) / alignment * alignment;
+    void* block = std::aligned_alloc(alignment, size);
+#ifdef MADV_HUGEPAGE
+    if (block && alignment == kHugePage) madvise(block, size, MADV_HUGEPAGE);
+#endif
+    return block;
   }
-  void release_bytes(void* data, size_t) noexcept override { std::free(data); }
+  void release_bytes(void* data, size_t nbytes) noexcept override {
+    const size_t kept = blocks_.class_of(nbytes);
+    if (!kept || !blocks_.give(data, kept)) std::free(data);
+  }
 
  private:
   using Work = std::function<void()>;
+  static constexpr size_t kHugePage = size_t{2} << 20;
 
   void push(Work work) {
     bool asleep;
@@ -115,6 +137,8 @@ class CpuBackend final : public Backend {
     }
   }
 
+  // Memory fresh from the system has to be mapped page by page at its first use
+  BlockCache blocks_{size_t{32} << 10, size_t{64} << 20, size_t{128} << 20};
   std::mutex mutex_;
   std::condition_variable filled_;
   std::deque<Work> work_;

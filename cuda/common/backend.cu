@@ -4,6 +4,7 @@
 #include <thread>
 
 #include "common/context.h"
+#include "core/block_cache.h"
 
 namespace heddle {
 namespace {
@@ -53,54 +54,6 @@ class PinnedPool : public std::enable_shared_from_this<PinnedPool> {
   size_t kept_ = 0;
 };
 
-// Freed device memory that waits to be used again. All work is on one stream, so a block can change
-// hands without asking CUDA: whatever its last owner enqueued comes before the next one's work.
-class BlockCache {
- public:
-  // Sizes share blocks in four steps per power of two; large ones are not kept
-  static size_t class_of(size_t nbytes) {
-    if (nbytes > kLargest) return 0;
-    if (nbytes <= 512) return 512;
-    size_t step = 128;
-    while (step * 8 < nbytes) step *= 2;
-    return (nbytes + step - 1) / step * step;
-  }
-
-  void* take(size_t size) {
-    std::lock_guard lock(mutex_);
-    const auto found = free_.find(size);
-    if (found == free_.end() || found->second.empty()) return nullptr;
-    void* block = found->second.back();
-    found->second.pop_back();
-    kept_ -= size;
-    return block;
-  }
-
-  // Whether it was taken
-  bool give(void* block, size_t size) {
-    std::lock_guard lock(mutex_);
-    if (kept_ + size > kMost) return false;
-    free_[size].push_back(block);
-    kept_ += size;
-    return true;
-  }
-
-  void clear(cudaStream_t stream) {
-    std::lock_guard lock(mutex_);
-    for (auto& [size, blocks] : free_) {
-      for (void* block : blocks) cudaFreeAsync(block, stream);
-      blocks.clear();
-    }
-    kept_ = 0;
-  }
-
- private:
-  static constexpr size_t kLargest = size_t{4} << 20, kMost = size_t{256} << 20;
-  std::mutex mutex_;
-  std::map<size_t, std::vector<void*>> free_;
-  size_t kept_ = 0;
-};
-
 // A stream takes work from the thread of the environment; one thread waits for the copies that
 // somebody reads.
 class CudaBackend final : public Backend {
@@ -120,7 +73,7 @@ class CudaBackend final : public Backend {
   ~CudaBackend() override {
     stop();
     for (cudaEvent_t event : events_) cudaEventDestroy(event);
-    blocks_.clear(stream_);
+    clear_blocks();
     cudaStreamDestroy(stream_);
   }
 
@@ -210,7 +163,7 @@ class CudaBackend final : public Backend {
   void* allocate_bytes(size_t nbytes) override {
     check_lost();
     cudaSetDevice(device.index);
-    const size_t size = BlockCache::class_of(nbytes);
+    const size_t size = blocks_.class_of(nbytes);
     if (size)
       if (void* block = blocks_.take(size)) return block;
     void* data = nullptr;
@@ -218,7 +171,7 @@ class CudaBackend final : public Backend {
     cudaError_t status = ask();
     if (status == cudaErrorMemoryAllocation) {
       cudaGetLastError();  // running out of memory is no reason to give up on the device
-      blocks_.clear(stream_);
+      clear_blocks();
       status = ask();
     }
     if (status == cudaSuccess) return data;
@@ -227,7 +180,7 @@ class CudaBackend final : public Backend {
     fail_cuda(status, "cudaMallocAsync");
   }
   void release_bytes(void* data, size_t nbytes) noexcept override {
-    const size_t size = BlockCache::class_of(nbytes);
+    const size_t size = blocks_.class_of(nbytes);
     if (!size || !blocks_.give(data, size)) cudaFreeAsync(data, stream_);
   }
 
@@ -245,6 +198,10 @@ class CudaBackend final : public Backend {
     HostBuffer to;
     std::function<void(Failure)> done;
   };
+
+  void clear_blocks() {
+    blocks_.clear([this](void* block) { cudaFreeAsync(block, stream_); });
+  }
 
   cudaError_t try_record(cudaEvent_t& event) {
     {
@@ -337,7 +294,7 @@ class CudaBackend final : public Backend {
 
   const DeviceInfo info_;
   const std::shared_ptr<PinnedPool> pinned_ = std::make_shared<PinnedPool>();
-  BlockCache blocks_;
+  BlockCache blocks_{0, size_t{4} << 20, size_t{256} << 20};
   const std::shared_ptr<FaultPool> fault_pool_ = std::make_shared<FaultPool>();
   cudaStream_t stream_ = nullptr;
   std::deque<Upload> uploads_;  // only touched by the environment's thread
