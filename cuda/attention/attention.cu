@@ -39,6 +39,61 @@ __global__ void attention_check_kernel(ForwardArgs p, int64_t table_pages) {
   }
 }
 
+// Enqueues the look at lengths and pages
+void check_lengths(const Attention& op, const ForwardArgs& lengths, CudaContext& context) {
+  if (!op.cu_seqlens_q && !op.cache_seqlens) return;
+  ForwardArgs args = lengths;
+  args.fault = context.fault(
+      op.cu_seqlens_q
+          ? "cuSeqlensQ and cuSeqlensK must start at 0, never descend and end at the totals"
+      : op.block_table ? "cacheSeqlens and blockTable must be inside the pages"
+                       : "cacheSeqlens must be from 0 to sk");
+  attention_check_kernel<<<blocks_for(std::max(args.sequences + 1, args.b), context), kThreads, 0,
+                           context.stream>>>(args, op.block_table ? op.block_table.shape[1] : 0);
+  context.launched("attention_check_kernel");
+}
+
+const int32_t* ints(const Tensor& x) { return x ? x.as<int32_t>() : nullptr; }
+const float* floats(const Tensor& x) { return x ? x.as<float>() : nullptr; }
+
+ForwardArgs portable_args(const Attention& op) {
+  const Tensor &q = op.q, &k = op.k, &v = op.v;
+  ForwardArgs args{};
+  args.q = Heads(q);
+  args.k = Heads(k);
+  args.v = Heads(v);
+  args.cu_seqlens_q = ints(op.cu_seqlens_q);
+  args.cu_seqlens_k = ints(op.cu_seqlens_k);
+  args.block_table = ints(op.block_table);
+  args.cache_seqlens = ints(op.cache_seqlens);
+  args.cu_q_stride = op.cu_seqlens_q.strides[0];
+  args.cu_k_stride = op.cu_seqlens_k.strides[0];
+  args.table_row = op.block_table.strides[0];
+  args.table_column = op.block_table.strides[1];
+  args.cache_stride = op.cache_seqlens.strides[0];
+  args.slopes = floats(op.slopes);
+  args.sink = floats(op.sink);
+  args.slopes_stride = op.slopes.strides[0];
+  args.sink_stride = op.sink.strides[0];
+  args.out = op.out.data;
+  args.lse = op.lse.as<float>();
+  args.b = q.shape[0];
+  args.sq = q.shape[1];
+  args.hq = q.shape[2];
+  args.hk = k.shape[2];
+  args.d = static_cast<int>(q.shape[3]);
+  args.dv = static_cast<int>(v.shape[3]);
+  args.pages = k.shape[0];
+  args.page_size = op.block_table ? k.shape[1] : 1;
+  args.sk = op.block_table ? op.block_table.shape[1] * args.page_size : k.shape[1];
+  args.sequences = op.cu_seqlens_q ? op.cu_seqlens_q.shape[0] - 1 : 0;
+  args.window = op.window;
+  args.scale = static_cast<float>(op.scale);
+  args.soft_cap = static_cast<float>(op.soft_cap);
+  args.causal = op.causal;
+  return args;
+}
+
 ForwardCall hopper_call(const Attention& op, const CudaContext& context) {
   const auto strides = [](const Tensor& x) {
     return Strides{x.strides[0], x.strides[1], x.strides[2]};
@@ -62,77 +117,44 @@ ForwardCall hopper_call(const Attention& op, const CudaContext& context) {
   call.v_strides = strides(op.v);
   call.out_strides = strides(op.out);
   call.scale = static_cast<float>(op.scale);
+  call.soft_cap = static_cast<float>(op.soft_cap);
   call.causal = op.causal;
+  call.window = op.window;
+  call.slopes = floats(op.slopes);
+  call.sink = floats(op.sink);
+  call.slopes_stride = op.slopes.strides[0];
+  call.sink_stride = op.sink.strides[0];
+  call.cu_seqlens_q = ints(op.cu_seqlens_q);
+  call.cu_seqlens_k = ints(op.cu_seqlens_k);
+  call.cu_q_stride = op.cu_seqlens_q.strides[0];
+  call.cu_k_stride = op.cu_seqlens_k.strides[0];
+  call.sequences = op.cu_seqlens_q ? op.cu_seqlens_q.shape[0] - 1 : 0;
+  call.cache_seqlens = ints(op.cache_seqlens);
+  call.cache_stride = op.cache_seqlens.strides[0];
   call.processors = context.processors;
   return call;
 }
 
 const char* declines_hopper(const Attention& op, const CudaContext& context) {
   if (context.arch != 90) return "the GPU must be of compute capability 9.0";
-  if (op.cu_seqlens_q || op.cache_seqlens || op.block_table)
-    return "cuSeqlensQ, cacheSeqlens and blockTable must be left out";
-  if (op.window || op.soft_cap != 0 || op.slopes || op.sink)
-    return "window, softCap, slopes and sink must be left out";
+  if (op.block_table) return "blockTable must be left out";
   if (op.q.strides[3] != 1 || op.k.strides[3] != 1 || op.v.strides[3] != 1)
     return "q, k and v must be contiguous along d";
   return declines_forward_sm90(hopper_call(op, context));
 }
 
 void run_hopper(const Attention& op, CudaContext& context) {
-  forward_sm90(hopper_call(op, context), context.stream);
+  ForwardCall call = hopper_call(op, context);
+  call.tickets = context.tickets();
+  forward_sm90(call, context.stream);
   context.launched("forward_sm90_kernel");
 }
 
 const char* declines_portable(const Attention&, const CudaContext&) { return nullptr; }
 
 void run_portable(const Attention& op, CudaContext& context) {
-  const Tensor &q = op.q, &k = op.k, &v = op.v;
-  ForwardArgs args{};
-  args.q = Heads(q);
-  args.k = Heads(k);
-  args.v = Heads(v);
-  const auto ints = [](const Tensor& x) { return x ? x.as<int32_t>() : nullptr; };
-  args.cu_seqlens_q = ints(op.cu_seqlens_q);
-  args.cu_seqlens_k = ints(op.cu_seqlens_k);
-  args.block_table = ints(op.block_table);
-  args.cache_seqlens = ints(op.cache_seqlens);
-  args.cu_q_stride = op.cu_seqlens_q.strides[0];
-  args.cu_k_stride = op.cu_seqlens_k.strides[0];
-  args.table_row = op.block_table.strides[0];
-  args.table_column = op.block_table.strides[1];
-  args.cache_stride = op.cache_seqlens.strides[0];
-  args.slopes = op.slopes ? op.slopes.as<float>() : nullptr;
-  args.sink = op.sink ? op.sink.as<float>() : nullptr;
-  args.slopes_stride = op.slopes.strides[0];
-  args.sink_stride = op.sink.strides[0];
-  args.out = op.out.data;
-  args.lse = op.lse.as<float>();
-  args.b = q.shape[0];
-  args.sq = q.shape[1];
-  args.hq = q.shape[2];
-  args.hk = k.shape[2];
-  args.d = static_cast<int>(q.shape[3]);
-  args.dv = static_cast<int>(v.shape[3]);
-  args.pages = k.shape[0];
-  args.page_size = op.block_table ? k.shape[1] : 1;
-  args.sk = op.block_table ? op.block_table.shape[1] * args.page_size : k.shape[1];
-  args.sequences = op.cu_seqlens_q ? op.cu_seqlens_q.shape[0] - 1 : 0;
-  args.window = op.window;
-  args.scale = static_cast<float>(op.scale);
-  args.soft_cap = static_cast<float>(op.soft_cap);
-  args.causal = op.causal;
-  if (op.cu_seqlens_q || op.cache_seqlens) {
-    args.fault = context.fault(
-        op.cu_seqlens_q
-            ? "cuSeqlensQ and cuSeqlensK must start at 0, never descend and end at the totals"
-        : op.block_table ? "cacheSeqlens and blockTable must be inside the pages"
-                         : "cacheSeqlens must be from 0 to sk");
-    attention_check_kernel<<<blocks_for(std::max(args.sequences + 1, args.b), context), kThreads, 0,
-                             context.stream>>>(args, op.block_table ? op.block_table.shape[1] : 0);
-    context.launched("attention_check_kernel");
-  }
-  if (op.lse.size() == 0) return;
-
+  const Tensor& q = op.q;
+  ForwardArgs args = portable_args(op);
   const int64_t tiles = op.cu_seqlens_q ? args.sq / kRowTile + args.sequences + 1
                                         : args.b * ((args.sq + kRowTile - 1) / kRowTile);
   HEDDLE_CHECK(tiles < INT32_MAX && args.hq <= 65535, kUnsupported, "q",
@@ -163,7 +185,10 @@ constexpr Variant<Attention> kVariants[] = {
     {"sm80_simt", declines_portable, run_portable},
 };
 
-void run(const Attention& op, CudaContext& context) { run_variants(kVariants, op, context); }
+void run(const Attention& op, CudaContext& context) {
+  check_lengths(op, portable_args(op), context);
+  if (op.lse.size() > 0) run_variants(kVariants, op, context);
+}
 
 HEDDLE_REGISTER(Attention);
 

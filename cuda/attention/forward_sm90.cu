@@ -14,32 +14,36 @@ bool addressable(const void* data, const Strides& strides, int64_t b, int64_t s,
          fits(s, strides.row) && fits(h, strides.head);
 }
 
+template <DType kType, bool kMapped> void pick(const ForwardCall& call, cudaStream_t stream) {
+  const int64_t size = std::max(call.d, call.dv);
+  if (size <= 64) return launch_forward_sm90<kType, 64, 64, kMapped>(call, stream);
+  if (size <= 96) return launch_forward_sm90<kType, 96, 96, kMapped>(call, stream);
+  if (size <= 128) return launch_forward_sm90<kType, 128, 128, kMapped>(call, stream);
+  if (size <= 192 && call.dv <= 128)
+    return launch_forward_sm90<kType, 192, 128, kMapped>(call, stream);
+  if (size <= 192) return launch_forward_sm90<kType, 192, 192, kMapped>(call, stream);
+  return launch_forward_sm90<kType, 256, 256, kMapped>(call, stream);
+}
+
 template <DType kType> void pick(const ForwardCall& call, cudaStream_t stream) {
-  switch (call.d) {
-    case 64:
-      return launch_forward_sm90<kType, 64>(call, stream);
-    case 128:
-      return launch_forward_sm90<kType, 128>(call, stream);
-    default:
-      return launch_forward_sm90<kType, 256>(call, stream);
-  }
+  // elsewhere the maximum is taken before scaling
+  const bool plain = call.soft_cap == 0 && !call.slopes && std::isnormal(call.scale) &&
+                     call.scale > 0 && call.scale < 1e30f;
+  plain ? pick<kType, false>(call, stream) : pick<kType, true>(call, stream);
 }
 
 }  // namespace
 
 const char* declines_forward_sm90(const ForwardCall& call) {
   constexpr int64_t kMost = int64_t{1} << 30;  // rows and tiles are counted in 32 bits
+  constexpr int64_t kFewRows = 8;
   if (call.dtype != DType::kF16 && call.dtype != DType::kBF16)
     return "dtype must be float16 or bfloat16";
-  if ((call.d != 64 && call.d != 128 && call.d != 256) || call.dv != call.d)
-    return "d must be 64, 128 or 256, and dv the same";
   if (call.sk == 0) return "k must not be empty";
-  // row_max is taken before scaling, and a masked score times zero would not be a number
-  if (!(std::isnormal(call.scale) && call.scale > 0 && call.scale < 1e30f))
-    return "scale must be positive";
-  if (call.b == 0 || call.sq == 0 || call.hq == 0) return nullptr;
+  if (call.sq <= kFewRows) return "q must have more than 8 rows";
   // divided, since the product can overflow
-  if (call.sq > kMost || call.sk > kMost || call.sq / 64 + 1 > kMost / call.b / call.hq)
+  if (call.sq > kMost || call.sk > kMost ||
+      call.sq / 64 + call.sequences + 1 > kMost / call.b / call.hq)
     return "q and k must have at most 2^30 rows and tiles";
   if (!addressable(call.q, call.q_strides, call.b, call.sq, call.hq) ||
       !addressable(call.k, call.k_strides, call.b, call.sk, call.hk) ||
@@ -50,7 +54,6 @@ const char* declines_forward_sm90(const ForwardCall& call) {
 }
 
 void forward_sm90(const ForwardCall& call, cudaStream_t stream) {
-  if (call.b == 0 || call.sq == 0 || call.hq == 0) return;
   call.dtype == DType::kF16 ? pick<DType::kF16>(call, stream) : pick<DType::kBF16>(call, stream);
 }
 

@@ -1,81 +1,156 @@
 #pragma once
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 
 #include "attention/forward_sm90.h"
 #include "common/sm90.cuh"
 #include "common/tensor_map.h"
 #include "common/tile.cuh"
 
-// Attention, dense or causal, f16 or bf16, one head size for q, k, v and out.
+// Softmax attention in f16 or bf16. With off = sk - sq of each sequence:
 //
-//   S[q,k] = scale * Q[q,d] * K[k,d]       where k <= q + sk - sq if causal
-//   out    = softmax(S) V                  lse = ln(sum(exp(S)))
+//   S[p,t] = map(scale * Q[p,d] * K[t,d])   where t <= p + off if causal or windowed,
+//                                                 t > p + off - window if windowed
+//   out    = softmax(S) V                   lse = ln(sum(exp(S)))
 //
 // A tile is 64 rows of q per computing warpgroup, 128 or 192 in all, of one head; keys and values
-// pass by in tiles of 80 to 176 rows, from the last to the first, so that the masked ones come
-// first. Warpgroup 0 loads: q once per tile, k and v through rings of two stages. The others
-// compute, each on its own rows: the scores of key tile j and the values of tile j - 1 are
-// multiplied at the same time, and softmax of tile j runs under the second product and under those
-// of the other warpgroups, which take turns at issuing. CTAs stay and walk over tiles.
+// pass by in tiles of 80 to 128 rows, from the last to the first. Warpgroup 0 loads: it takes the
+// next tile from a counter, publishes what the tile is beside its q, and keeps k and v coming
+// through rings of two stages. The others compute, each on its own rows: the scores of key tile j
+// and the values of tile j - 1 are multiplied at the same time, and softmax of tile j runs under
+// the second product and under those of the other warpgroups, which take turns at issuing. Sizes
+// that are smaller than the tile's are filled with zeros by the copies.
 namespace heddle {
 namespace {
 
-struct ForwardTile {
-  int warpgroups, keys;
-};
-
-constexpr ForwardTile forward_tile(int head_dim, bool causal) {
+template <int kD, int kDv> struct ForwardTile {
   // exp2 bounds d = 64: a third warpgroup leaves fewer clocks in which no product runs
-  if (head_dim == 64) return {3, 128};
-  // the more keys, the less often q is read again, but the more lie beyond the diagonal
-  if (head_dim == 128) return {2, causal ? 128 : 176};
-  // what fits into shared memory with two stages
-  return {2, 80};
-}
-
-template <int kHeadDim, bool kCausal> struct Forward {
-  static constexpr ForwardTile kTile = forward_tile(kHeadDim, kCausal);
-  static constexpr int kWarpgroups = kTile.warpgroups, kStages = 2;
-  static constexpr int kQueries = 64 * kWarpgroups, kKeys = kTile.keys;
+  static constexpr int kWarpgroups = kD == 64 ? 3 : 2;
+  static constexpr int kQueries = 64 * kWarpgroups;
+  // as many as fit into shared memory with two stages
+  static constexpr int kKeys = kDv <= 128 ? 128 : kDv == 192 ? 112 : 80;
+  // with two the next q loads, and the last out is stored, under the work on this one
+  static constexpr int kBuffers = kD <= 128 ? 2 : 1;
+  static constexpr int kStages = 2;
   static constexpr int kThreads = 128 * (kWarpgroups + 1);
   // sums to the 512 registers per lane that a CTA has
   static constexpr int kLoadRegisters = kWarpgroups == 3 ? 32 : 24;
   static constexpr int kComputeRegisters = kWarpgroups == 3 ? 160 : 240;
+};
 
-  struct Smem {
-    sm90::Tile<kQueries, kHeadDim> q;  // out passes through here too
-    sm90::Tile<kKeys, kHeadDim> k[kStages], v[kStages];
-    sm90::Barrier q_full, q_empty;
-    sm90::Barrier k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
-  };
+constexpr int whole_panels(int columns) { return (columns + 63) / 64 * 64; }
+
+// A tile as the loading warp describes it to the others
+struct ForwardWork {
+  int row;                       // first of its rows, or -1 after the last tile
+  int head, batch;               // of q
+  int q_begin, k_begin, sq, sk;  // where the sequence lies, and how long it is
+  int key_end, key_tiles;        // key tiles key_end - key_tiles to key_end - 1 are visited
+};
+
+template <int kD, int kDv> struct ForwardSmem {
+  using Shape = ForwardTile<kD, kDv>;
+  // out passes through q's buffer
+  static constexpr int kWide = whole_panels(kD > kDv ? kD : kDv);
+  sm90::Tile<Shape::kQueries, kWide> q[Shape::kBuffers];
+  sm90::Tile<Shape::kKeys, whole_panels(kD)> k[Shape::kStages];
+  sm90::Tile<Shape::kKeys, whole_panels(kDv)> v[Shape::kStages];
+  ForwardWork work[Shape::kBuffers];
+  sm90::Barrier q_full[Shape::kBuffers], q_empty[Shape::kBuffers];
+  sm90::Barrier k_full[Shape::kStages], k_empty[Shape::kStages];
+  sm90::Barrier v_full[Shape::kStages], v_empty[Shape::kStages];
 };
 
 struct ForwardArgs {
-  int sq, sk, hq;
-  int group;       // query heads per kv head
-  int head_tiles;  // tiles of one head
-  int tiles;       // of all heads and batches
+  int b, sq, sk, hq;
+  int group;      // query heads per kv head
+  int tiles;      // of all heads and sequences; packed sequences have at most so many
+  int row_tiles;  // of one head and sequence
+  int section;    // pairs of head and batch whose keys and values fit into L2 together
   float scale_log2;
+  bool causal;  // or windowed
+  int window;   // 0 is all
+  float scale, soft_cap;
+  const float *slopes, *sink;
+  int64_t slopes_stride, sink_stride;
+  const int32_t *cu_seqlens_q, *cu_seqlens_k, *cache_seqlens;
+  int64_t cu_q_stride, cu_k_stride, cache_stride;
+  int sequences;
+  int dv;
+  uint16_t* out;
+  Strides out_strides;
   float* lse;  // [b, hq, sq]
+  int* tickets;
 };
 
-template <DType kType, int kHeadDim, bool kCausal>
-__global__ void __launch_bounds__((Forward<kHeadDim, kCausal>::kThreads), 1)
+// Which tile has which number. Inside of a section tiles go from the last rows to the first, which
+// under a causal mask is from the longest to the shortest, and neighbours are of different heads.
+template <int kQueries> struct ForwardOrder {
+  const ForwardArgs& args;
+  // packed sequences: where the search for the last tile ended
+  int sequence = 0, tiles_before = 0;
+
+  __device__ __forceinline__ int offset(const int32_t* offsets, int64_t stride, int i,
+                                        int total) const {
+    return min(max(offsets[i * stride], 0), total);  // nothing is out of bounds, whatever they say
+  }
+
+  // Only with increasing numbers. A row of -1 means that there are no more.
+  __device__ __forceinline__ ForwardWork at(int index) {
+    ForwardWork work{-1, 0, 0, 0, 0, args.sq, args.sk, 0, 0};
+    if (index >= args.tiles) return work;
+    int row_tile;
+    if (args.cu_seqlens_q) {
+      const int tile = index / args.hq;
+      work.head = index % args.hq;
+      int tiles_here = 0;
+      for (; sequence < args.sequences; ++sequence, tiles_before += tiles_here) {
+        work.q_begin = offset(args.cu_seqlens_q, args.cu_q_stride, sequence, args.sq);
+        work.sq = offset(args.cu_seqlens_q, args.cu_q_stride, sequence + 1, args.sq) - work.q_begin;
+        tiles_here = max((work.sq + kQueries - 1) / kQueries, 0);
+        if (tile < tiles_before + tiles_here) break;
+      }
+      if (sequence == args.sequences) return work;
+      row_tile = tiles_before + tiles_here - 1 - tile;
+      work.k_begin = offset(args.cu_seqlens_k, args.cu_k_stride, sequence, args.sk);
+      work.sk =
+          max(offset(args.cu_seqlens_k, args.cu_k_stride, sequence + 1, args.sk) - work.k_begin, 0);
+    } else {
+      const int pairs = args.hq * args.b, per_section = args.section * args.row_tiles;
+      const int section = index / per_section, inside = index % per_section;
+      const int width = min(args.section, pairs - section * args.section);
+      const int pair = section * args.section + inside % width;
+      row_tile = args.row_tiles - 1 - inside / width;
+      work.head = pair % args.hq;
+      work.batch = pair / args.hq;
+      if (args.cache_seqlens)
+        work.sk = min(max(args.cache_seqlens[work.batch * args.cache_stride], 0), args.sk);
+    }
+    work.row = row_tile * kQueries;
+    return work;
+  }
+};
+
+template <DType kType, int kD, int kDv, bool kMapped>
+__global__ void __launch_bounds__((ForwardTile<kD, kDv>::kThreads), 1)
     forward_sm90_kernel(const __grid_constant__ sm90::TensorMap gmem_q,
                         const __grid_constant__ sm90::TensorMap gmem_k,
                         const __grid_constant__ sm90::TensorMap gmem_v,
                         const __grid_constant__ sm90::TensorMap gmem_out, const ForwardArgs args) {
   using namespace sm90;
-  using Shape = Forward<kHeadDim, kCausal>;
-  constexpr int kKeys = Shape::kKeys, kStages = Shape::kStages, kWarpgroups = Shape::kWarpgroups;
-  auto& smem = shared_memory<typename Shape::Smem>();
+  using Shape = ForwardTile<kD, kDv>;
+  constexpr int kQueries = Shape::kQueries, kKeys = Shape::kKeys, kStages = Shape::kStages;
+  constexpr int kBuffers = Shape::kBuffers, kWarpgroups = Shape::kWarpgroups;
+  auto& smem = shared_memory<ForwardSmem<kD, kDv>>();
   // the same in all lanes, which the compiler cannot know of threadIdx
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
 
   if (threadIdx.x == 0) {
-    smem.q_full.init(1);
-    smem.q_empty.init(kWarpgroups);
+    for (int buffer = 0; buffer < kBuffers; ++buffer) {
+      smem.q_full[buffer].init(1);
+      smem.q_empty[buffer].init(kWarpgroups);
+    }
     for (int stage = 0; stage < kStages; ++stage) {
       smem.k_full[stage].init(1);
       smem.v_full[stage].init(1);
@@ -86,51 +161,60 @@ __global__ void __launch_bounds__((Forward<kHeadDim, kCausal>::kThreads), 1)
   }
   __syncthreads();
 
-  // causal aligns to the bottom right: row i sees keys up to i + diagonal
-  const int diagonal = args.sk - args.sq;
-  struct Work {
-    int row, head, batch, key_tiles;
-  };
-  // the tiles of a head follow each other, the longest first; a tile that sees no key still visits
-  // one, fully masked
-  auto work_at = [&](int index) {
-    const int row = (args.head_tiles - 1 - index % args.head_tiles) * Shape::kQueries;
-    const int head = index / args.head_tiles % args.hq;
-    const int visible = kCausal ? min(args.sk, row + Shape::kQueries + diagonal) : args.sk;
-    return Work{row, head, index / args.head_tiles / args.hq,
-                max(1, (visible + kKeys - 1) / kKeys)};
-  };
-
   if (warpgroup == 0) {
     lower_registers<Shape::kLoadRegisters>();
     if (threadIdx.x < 32 && elect_one()) {
       prefetch(gmem_q);
       prefetch(gmem_k);
       prefetch(gmem_v);
+      ForwardOrder<kQueries> order{args};
+      ForwardWork work = order.at(blockIdx.x);
       uint32_t visit = 0, loaded = 0;  // tiles of q, and of k and v
-      for (int index = blockIdx.x; index < args.tiles; index += gridDim.x, ++visit) {
-        const Work work = work_at(index);
+      for (; work.row >= 0; ++visit) {
+        // row i sees keys up to i + diagonal, and no more than a window of them
+        const int diagonal = work.sk - work.sq;
+        const int seen = args.causal ? min(work.sk, work.row + kQueries + diagonal) : work.sk;
+        const int first = args.window ? max(work.row + diagonal - args.window + 1, 0) / kKeys : 0;
+        work.key_end = max((seen + kKeys - 1) / kKeys, 1);
+        // a tile that sees no key visits one all the same, fully masked
+        work.key_tiles = max(work.key_end - first, 1);
+        const int kv_head = work.head / args.group;
         auto load = [&](auto& tiles, Barrier* full, Barrier* empty, const TensorMap& map, int j) {
           const Turn<kStages> turn(loaded + j);
           empty[turn.stage].wait(turn.parity ^ 1);
           full[turn.stage].arrive_expect(tiles[0].kBytes);
-          tiles[turn.stage].load(map, full[turn.stage], (work.key_tiles - 1 - j) * kKeys,
-                                 work.head / args.group, work.batch, Keep::kLong);
+          tiles[turn.stage].load(map, full[turn.stage],
+                                 work.k_begin + (work.key_end - 1 - j) * kKeys, kv_head, work.batch,
+                                 Keep::kLong);
         };
         auto load_k = [&](int j) { load(smem.k, smem.k_full, smem.k_empty, gmem_k, j); };
         auto load_v = [&](int j) { load(smem.v, smem.v_full, smem.v_empty, gmem_v, j); };
 
         load_k(0);
-        smem.q_empty.wait(visit % 2 ^ 1);
-        smem.q_full.arrive_expect(smem.q.kBytes);
-        smem.q.load(gmem_q, smem.q_full, work.row, work.head, work.batch, Keep::kShortly);
+        const Turn<kBuffers> q(visit);
+        smem.q_empty[q.stage].wait(q.parity ^ 1);
+        smem.work[q.stage] = work;
+        smem.q_full[q.stage].arrive_expect(whole_panels(kD) * kQueries * 2);
+        for (int column = 0; column < kD; column += 64)
+          copy_to_smem(smem.q[q.stage].panel(column), gmem_q, smem.q_full[q.stage], column,
+                       work.q_begin + work.row, work.head, work.batch, Keep::kShortly);
         for (int j = 1; j < work.key_tiles; ++j) {
           load_k(j);
           load_v(j - 1);
         }
+        // asked for before the last wait, which hides how long the answer takes
+        const int next = static_cast<int>(gridDim.x) + fetch_add(&args.tickets[0], 1);
         load_v(work.key_tiles - 1);
         loaded += work.key_tiles;
+        work = order.at(next);
       }
+      const Turn<kBuffers> q(visit);
+      smem.q_empty[q.stage].wait(q.parity ^ 1);
+      smem.work[q.stage] = work;
+      smem.q_full[q.stage].arrive();
+      // the last CTA leaves the counters as it found them
+      if (fetch_add(&args.tickets[1], 1) == static_cast<int>(gridDim.x) - 1)
+        args.tickets[0] = args.tickets[1] = 0;
     }
     return;
   }
@@ -140,17 +224,21 @@ __global__ void __launch_bounds__((Forward<kHeadDim, kCausal>::kThreads), 1)
   const int own_row = own * 64 + warp * 16;  // first of this warp's rows in the tile
   // a thread holds pairs of columns of the rows lane / 4 and lane / 4 + 8 of its warp: element i is
   // in row i / 2 % 2 of the two and in column 8 * (i / 4) + 2 * (lane % 4) + i % 2
-  float acc_s[kKeys / 2], acc_o[kHeadDim / 2];
+  float acc_s[kKeys / 2], acc_o[kDv / 2];
   uint32_t frag_p[kKeys / 16][4];
   float row_max[2], row_sum[2], shrink[2];
-  int limit[2];  // keys that the row sees
+  int position[2];  // of the row among the keys
+  int until[2];     // where the keys end that it sees
+  float slope_log2 = 0;
+  // mapped scores are in log2 units already
+  const float to_log2 = kMapped ? 1.f : args.scale_log2;
 
-  auto issue_scores = [&](uint32_t stage) {
+  auto issue_scores = [&](uint32_t stage, uint32_t buffer) {
     wgmma_fence(acc_s);
 #pragma unroll
-    for (int d = 0; d < kHeadDim; d += 16)
-      wgmma<kType, Major::kK>(acc_s, smem.q.k_major(own * 64, d), smem.k[stage].k_major(0, d),
-                              d > 0);
+    for (int d = 0; d < kD; d += 16)
+      wgmma<kType, Major::kK>(acc_s, smem.q[buffer].k_major(own * 64, d),
+                              smem.k[stage].k_major(0, d), d > 0);
     wgmma_commit();
   };
   auto issue_values = [&](uint32_t stage) {
@@ -163,16 +251,41 @@ __global__ void __launch_bounds__((Forward<kHeadDim, kCausal>::kThreads), 1)
   auto release = [&](Barrier& empty) {
     if (lane == 0) empty.arrive();
   };
+  // softCap and slopes
+  auto map_scores = [&](int key) {
+    constexpr float kLog2e = 1.44269504f;
+#pragma unroll
+    for (int i = 0; i < kKeys / 2; ++i) {
+      float score = acc_s[i] * args.scale;
+      if (args.soft_cap > 0) {
+        // tanh(x) = 1 - 2 / (exp(2x) + 1)
+        const float e = exp2_approx(score * (2 * kLog2e / args.soft_cap));
+        score = args.soft_cap * (1 - 2 * reciprocal_approx(e + 1));
+      }
+      const int t = key + i / 4 * 8 + lane % 4 * 2 + i % 2;
+      acc_s[i] = fmaf(slope_log2, static_cast<float>(t - position[i / 2 % 2]), score * kLog2e);
+    }
+  };
   // acc_s becomes exp(S - row_max); what was summed before has to shrink
   auto softmax = [&](int key, bool masked) {
+    if (kMapped) map_scores(key);
+    bool moved = false;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       if (masked) {
-        const int beyond = limit[r] - key - lane % 4 * 2;
+        const int beyond = until[r] - key - lane % 4 * 2;
 #pragma unroll
         for (int i = 2 * r; i < kKeys / 2; i += 4) {
           if (i / 4 * 8 >= beyond) acc_s[i] = -INFINITY;
           if (i / 4 * 8 + 1 >= beyond) acc_s[i + 1] = -INFINITY;
+        }
+        if (args.window) {
+          const int first = beyond - args.window;
+#pragma unroll
+          for (int i = 2 * r; i < kKeys / 2; i += 4) {
+            if (i / 4 * 8 < first) acc_s[i] = -INFINITY;
+            if (i / 4 * 8 + 1 < first) acc_s[i + 1] = -INFINITY;
+          }
         }
       }
       float highest = row_max[r];
@@ -181,19 +294,24 @@ __global__ void __launch_bounds__((Forward<kHeadDim, kCausal>::kThreads), 1)
         highest = fmaxf(highest, fmaxf(acc_s[i], acc_s[i + 1]));
       highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 1));
       highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 2));
+      // the reference may lag behind the maximum: weights up to 2^8 cost no digits
+      if ((highest - row_max[r]) * to_log2 <= 8) highest = row_max[r];
       // no key so far: (-inf) - (-inf) would poison the row
-      const float base_log2 = highest == -INFINITY ? 0 : highest * args.scale_log2;
-      shrink[r] = exp2_approx(row_max[r] * args.scale_log2 - base_log2);
+      const float base_log2 = highest == -INFINITY ? 0 : highest * to_log2;
+      const bool same = highest == row_max[r];
+      shrink[r] = same ? 1 : exp2_approx(row_max[r] * to_log2 - base_log2);
+      moved |= !same;
       float sum = 0;
 #pragma unroll
       for (int i = 2 * r; i < kKeys / 2; i += 4) {
-        acc_s[i] = exp2_approx(fmaf(acc_s[i], args.scale_log2, -base_log2));
-        acc_s[i + 1] = exp2_approx(fmaf(acc_s[i + 1], args.scale_log2, -base_log2));
+        acc_s[i] = exp2_approx(fmaf(acc_s[i], to_log2, -base_log2));
+        acc_s[i + 1] = exp2_approx(fmaf(acc_s[i + 1], to_log2, -base_log2));
         sum += acc_s[i] + acc_s[i + 1];
       }
       row_sum[r] = fmaf(row_sum[r], shrink[r], sum);
       row_max[r] = highest;
     }
+    return __any_sync(~0u, moved) != 0;
   };
   // accumulators of 16 keys, packed in order, are an operand A
   auto pack_weights = [&] {
@@ -201,153 +319,230 @@ __global__ void __launch_bounds__((Forward<kHeadDim, kCausal>::kThreads), 1)
     for (int i = 0; i < kKeys / 4; ++i)
       frag_p[i / 4][i % 4] = pack<kType>(acc_s[2 * i], acc_s[2 * i + 1]);
   };
-  // named barrier 1 + w stands for the turn of computing warpgroup w; at d = 256 the products are
-  // long enough to overlap by themselves
-  constexpr bool kTurns = kHeadDim <= 128;
+  // named barrier 1 + w stands for the turn of computing warpgroup w; from d = 192 on the products
+  // are long enough to overlap by themselves
+  constexpr bool kTurns = kD <= 128;
   auto await_turn = [&] {
     if (kTurns) named_barrier_sync(1 + own, 256);
   };
   auto pass_turn = [&] {
     if (kTurns) named_barrier_arrive(1 + (own + 1) % kWarpgroups, 256);
   };
+  // values behind the end of a sequence belong to somebody else and may be anything: zero weights
+  // don't silence what is not a number
+  auto clear_beyond = [&](uint32_t stage, int rows) {
+    constexpr int kPieces = whole_panels(kDv) / 8;
+    for (int i = threadIdx.x - 128; i < (kKeys - rows) * kPieces; i += 128 * kWarpgroups)
+      store_zero(smem.v[stage].address(rows + i / kPieces, i % kPieces * 8));
+    fence_async_smem();
+    named_barrier_sync(4, 128 * kWarpgroups);
+  };
+
+  // once out has been read from there
+  auto release_q = [&](uint32_t visit) {
+    if (thread != 0) return;
+    wait_copies_read<0>();
+    smem.q_empty[Turn<kBuffers>(visit).stage].arrive();
+  };
 
   if (kTurns && own == 0) named_barrier_arrive(1, 256);
   uint32_t visit = 0, used = 0;  // tiles of q, and of k and v
-  for (int index = blockIdx.x; index < args.tiles; index += gridDim.x, ++visit) {
-    const Work work = work_at(index);
-    const int row = work.row + own_row + lane / 4;
-    auto key_of = [&](int j) { return (work.key_tiles - 1 - j) * kKeys; };
+  for (;; ++visit) {
+    const Turn<kBuffers> q(visit);
+    smem.q_full[q.stage].wait(q.parity);
+    const ForwardWork work = smem.work[q.stage];
+    if (work.row < 0) break;
+    const int row = work.row + own_row + lane / 4, diagonal = work.sk - work.sq;
+    const int key_end = __shfl_sync(~0u, work.key_end, 0);
+    const int key_tiles = __shfl_sync(~0u, work.key_tiles, 0);
+    auto key_of = [&](int j) { return (key_end - 1 - j) * kKeys; };
+    auto stage_of = [&](int j) { return Turn<kStages>(used + j); };
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      limit[r] = kCausal ? min(args.sk, row + 8 * r + diagonal + 1) : args.sk;
+      position[r] = row + 8 * r + diagonal;
+      until[r] = args.causal ? min(work.sk, position[r] + 1) : work.sk;
       row_max[r] = -INFINITY;
       row_sum[r] = 0;
     }
+    if (kMapped && args.slopes)
+      slope_log2 = args.slopes[work.head * args.slopes_stride] * 1.44269504f;
 #pragma unroll
-    for (int i = 0; i < kHeadDim / 2; ++i) acc_o[i] = 0;
+    for (int i = 0; i < kDv / 2; ++i) acc_o[i] = 0;
 
-    auto first_scores = [&] {
-      const Turn<kStages> k(used);
-      smem.k_full[k.stage].wait(k.parity);
-      issue_scores(k.stage);
-      wgmma_wait<0>(acc_s);
-      release(smem.k_empty[k.stage]);
-      softmax(key_of(0), true);
-      pack_weights();
-    };
     auto step = [&](int j, bool masked) {
-      const Turn<kStages> k(used + j), v(used + j - 1);
+      const Turn<kStages> k = stage_of(j), v = stage_of(j - 1);
       smem.k_full[k.stage].wait(k.parity);
       await_turn();
-      issue_scores(k.stage);
+      issue_scores(k.stage, q.stage);
       smem.v_full[v.stage].wait(v.parity);
       issue_values(v.stage);
       pass_turn();
       wgmma_wait<1>(acc_s);
       release(smem.k_empty[k.stage]);
-      softmax(key_of(j), masked);
+      const bool moved = softmax(key_of(j), masked);
       wgmma_wait<0>(acc_o);
       release(smem.v_empty[v.stage]);
       pack_weights();
+      if (moved) {
 #pragma unroll
-      for (int i = 0; i < kHeadDim / 2; ++i) acc_o[i] *= shrink[i / 2 % 2];
-    };
-    auto last_values = [&] {
-      const Turn<kStages> v(used + work.key_tiles - 1);
-      smem.v_full[v.stage].wait(v.parity);
-      issue_values(v.stage);
-      wgmma_wait<0>(acc_o);
-      release(smem.v_empty[v.stage]);
-    };
-    auto finish = [&] {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        float sum = row_sum[r];
-        sum += __shfl_xor_sync(~0u, sum, 1);
-        sum += __shfl_xor_sync(~0u, sum, 2);
-        if (lane % 4 == 0 && row + 8 * r < args.sq) {
-          const int64_t rows = (static_cast<int64_t>(work.batch) * args.hq + work.head) * args.sq;
-          constexpr float kLn2 = 0.693147181f;
-          args.lse[rows + row + 8 * r] =
-              sum == 0 ? -INFINITY : (row_max[r] * args.scale_log2 + log2f(sum)) * kLn2;
-        }
-        // a row without keys gives zero, whatever its masked values were
-        const float inverse = 1 / sum;
-#pragma unroll
-        for (int i = 2 * r; i < kHeadDim / 2; i += 4) {
-          acc_o[i] = sum == 0 ? 0 : acc_o[i] * inverse;
-          acc_o[i + 1] = sum == 0 ? 0 : acc_o[i + 1] * inverse;
-        }
-      }
-    };
-    // a warp's rows of q were read by its own products alone, so out may replace them
-    auto store = [&] {
-#pragma unroll
-      for (int i = 0; i < kHeadDim / 2; i += 8)
-        stmatrix_x4(smem.q.address(own_row + lane % 16, i * 2 + lane / 16 * 8),
-                    pack<kType>(acc_o[i], acc_o[i + 1]), pack<kType>(acc_o[i + 2], acc_o[i + 3]),
-                    pack<kType>(acc_o[i + 4], acc_o[i + 5]),
-                    pack<kType>(acc_o[i + 6], acc_o[i + 7]));
-      // every writer fences, then the barrier, then one thread copies
-      fence_async_smem();
-      named_barrier_sync(8 + own, 128);
-      if (thread == 0) {
-        smem.q.store(gmem_out, own * 64, work.row + own * 64, work.head, work.batch);
-        commit_copies();
-        wait_copies_read<0>();
-        smem.q_empty.arrive();
+        for (int i = 0; i < kDv / 2; ++i) acc_o[i] *= shrink[i / 2 % 2];
       }
     };
 
-    smem.q_full.wait(visit % 2);
-    first_scores();
-    int j = 1;
-    if (kCausal) {
-      const int full_tiles = max(0, (work.row + diagonal + 1) / kKeys);  // below the diagonal
-#pragma unroll 1
-      for (; j < work.key_tiles - full_tiles; ++j) step(j, true);
+    const Turn<kStages> k = stage_of(0);
+    smem.k_full[k.stage].wait(k.parity);
+    issue_scores(k.stage, q.stage);
+    wgmma_wait<0>(acc_s);
+    release(smem.k_empty[k.stage]);
+    softmax(key_of(0), true);
+    pack_weights();
+    if (kBuffers > 1 && visit > 0) release_q(visit - 1);
+    if (args.cu_seqlens_q || args.cache_seqlens) {
+      const int rows = max(work.sk - key_of(0), 0);
+      const Turn<kStages> v = stage_of(0);
+      smem.v_full[v.stage].wait(v.parity);
+      if (rows < kKeys) clear_beyond(v.stage, rows);
     }
+    // key tiles that the first row sees whole, and where the last row's window begins
+    const int whole_end = (args.causal ? max(work.row + diagonal + 1, 0) : work.sk) / kKeys;
+    const int whole_begin =
+        args.window ? max(work.row + kQueries + diagonal - args.window + kKeys - 1, 0) / kKeys : 0;
+    int j = 1;
 #pragma unroll 1
-    for (; j < work.key_tiles; ++j) step(j, false);
-    last_values();
-    used += work.key_tiles;
-    finish();
-    store();
+    for (; j < key_tiles && key_end - 1 - j >= whole_end; ++j) step(j, true);
+#pragma unroll 1
+    for (; j < key_tiles && key_end - 1 - j >= whole_begin; ++j) step(j, false);
+#pragma unroll 1
+    for (; j < key_tiles; ++j) step(j, true);
+
+    const Turn<kStages> v = stage_of(key_tiles - 1);
+    smem.v_full[v.stage].wait(v.parity);
+    issue_values(v.stage);
+    wgmma_wait<0>(acc_o);
+    release(smem.v_empty[v.stage]);
+    used += key_tiles;
+
+    const int64_t lse_row =
+        (static_cast<int64_t>(work.batch) * args.hq + work.head) * args.sq + work.q_begin;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float sum = row_sum[r], factor = 1;
+      sum += __shfl_xor_sync(~0u, sum, 1);
+      sum += __shfl_xor_sync(~0u, sum, 2);
+      const bool empty = sum == 0;
+      float top_log2 = empty ? -INFINITY : row_max[r] * to_log2;
+      if (args.sink) {
+        const float sink_log2 = args.sink[work.head * args.sink_stride] * 1.44269504f;
+        const float top = fmaxf(top_log2, sink_log2);
+        factor = exp2_approx(top_log2 - top);
+        sum = sum * factor + exp2_approx(sink_log2 - top);
+        top_log2 = top;
+      }
+      if (lane % 4 == 0 && row + 8 * r < work.sq) {
+        constexpr float kLn2 = 0.693147181f;
+        args.lse[lse_row + row + 8 * r] = sum == 0 ? -INFINITY : (top_log2 + log2f(sum)) * kLn2;
+      }
+      const float inverse = factor / sum;
+#pragma unroll
+      for (int i = 2 * r; i < kDv / 2; i += 4) {
+        // a row without keys gives zero, whatever its masked values were
+        acc_o[i] = empty ? 0 : acc_o[i] * inverse;
+        acc_o[i + 1] = empty ? 0 : acc_o[i + 1] * inverse;
+      }
+    }
+    // a warp's rows of q were read by its own products alone, so out may replace them
+    auto& staged = smem.q[q.stage];
+#pragma unroll
+    for (int i = 0; i < kDv / 2; i += 8)
+      stmatrix_x4(staged.address(own_row + lane % 16, i * 2 + lane / 16 * 8),
+                  pack<kType>(acc_o[i], acc_o[i + 1]), pack<kType>(acc_o[i + 2], acc_o[i + 3]),
+                  pack<kType>(acc_o[i + 4], acc_o[i + 5]), pack<kType>(acc_o[i + 6], acc_o[i + 7]));
+    // every writer fences, before a copy reads this and before the next q overwrites it
+    fence_async_smem();
+    named_barrier_sync(8 + own, 128);
+    const int first_row = work.row + own * 64;
+    // the rows behind the last one may be those of another sequence
+    if (args.cu_seqlens_q && first_row + 64 > work.sq) {
+      uint16_t* out = args.out + work.head * args.out_strides.head;
+      for (int i = thread; i < 64 * kDv / 8; i += 128) {
+        const int r = i / (kDv / 8), column = i % (kDv / 8) * 8;
+        if (first_row + r < work.sq && column < args.dv)
+          copy_16_bytes(out + (work.q_begin + first_row + r) * args.out_strides.row + column,
+                        staged.address(own * 64 + r, column));
+      }
+      named_barrier_sync(8 + own, 128);
+    } else if (thread == 0) {
+      for (int column = 0; column < kDv; column += 64)
+        copy_to_gmem(gmem_out, staged.panel(column) + own * 64 * 128, column,
+                     work.q_begin + first_row, work.head, work.batch);
+      commit_copies();
+    }
+    if (kBuffers == 1) release_q(visit);
   }
+  // shared memory must outlive the copies that read it
+  if (thread == 0) wait_copies_read<0>();
 }
 
-template <DType kType, int kHeadDim, bool kCausal>
+template <DType kType, int kD, int kDv, bool kMapped>
 void launch_forward(const ForwardCall& call, cudaStream_t stream) {
-  using Shape = Forward<kHeadDim, kCausal>;
-  const auto map = [&](const void* data, int64_t s, int64_t h, const Strides& strides, int rows) {
-    return make_tensor_map(
-        kType, data, {kHeadDim, s, h, call.b, strides.row, strides.head, strides.batch}, rows);
+  using Shape = ForwardTile<kD, kDv>;
+  const auto map = [&](const void* data, int64_t d, int64_t s, int64_t h, const Strides& strides,
+                       int rows) {
+    return make_tensor_map(kType, data, {d, s, h, call.b, strides.row, strides.head, strides.batch},
+                           rows);
   };
-  const int head_tiles = static_cast<int>((call.sq + Shape::kQueries - 1) / Shape::kQueries);
-  const int tiles = static_cast<int>(head_tiles * call.hq * call.b);
-  const ForwardArgs args{static_cast<int>(call.sq),
-                         static_cast<int>(call.sk),
-                         static_cast<int>(call.hq),
-                         static_cast<int>(call.hq / call.hk),
-                         head_tiles,
-                         tiles,
-                         call.scale * 1.44269504f,
-                         call.lse};
-  launch<forward_sm90_kernel<kType, kHeadDim, kCausal>>(
-      {std::min(tiles, call.processors), Shape::kThreads,
-       sm90::shared_memory_bytes<typename Shape::Smem>(), stream},
-      map(call.q, call.sq, call.hq, call.q_strides, Shape::kQueries),
-      map(call.k, call.sk, call.hk, call.k_strides, Shape::kKeys),
-      map(call.v, call.sk, call.hk, call.v_strides, Shape::kKeys),
-      map(call.out, call.sq, call.hq, call.out_strides, 64), args);
+  const auto parts = [](int64_t size, int64_t part) { return (size + part - 1) / part; };
+  const int64_t row_tiles = call.cu_seqlens_q ? call.sq / Shape::kQueries + call.sequences
+                                              : parts(call.sq, Shape::kQueries);
+  const int64_t pairs = call.b * call.hq, tiles = row_tiles * pairs;
+  // keys and values that L2 keeps while they are needed
+  constexpr int64_t kSectionBytes = int64_t{33} << 20;
+  const int64_t bytes = call.sk * (call.d + call.dv) * 2 * call.hk / call.hq;
+  ForwardArgs args{};
+  args.b = static_cast<int>(call.b);
+  args.sq = static_cast<int>(call.sq);
+  args.sk = static_cast<int>(call.sk);
+  args.hq = static_cast<int>(call.hq);
+  args.group = static_cast<int>(call.hq / call.hk);
+  args.tiles = static_cast<int>(tiles);
+  args.row_tiles = static_cast<int>(row_tiles);
+  args.section =
+      static_cast<int>(std::clamp<int64_t>(kSectionBytes / std::max<int64_t>(bytes, 1), 1, pairs));
+  args.scale_log2 = call.scale * 1.44269504f;
+  args.causal = call.causal || call.window;
+  args.window = static_cast<int>(std::min<int64_t>(call.window, INT32_MAX / 2));
+  args.scale = call.scale;
+  args.soft_cap = call.soft_cap;
+  args.slopes = call.slopes;
+  args.sink = call.sink;
+  args.slopes_stride = call.slopes_stride;
+  args.sink_stride = call.sink_stride;
+  args.cu_seqlens_q = call.cu_seqlens_q;
+  args.cu_seqlens_k = call.cu_seqlens_k;
+  args.cache_seqlens = call.cache_seqlens;
+  args.cu_q_stride = call.cu_q_stride;
+  args.cu_k_stride = call.cu_k_stride;
+  args.cache_stride = call.cache_stride;
+  args.sequences = static_cast<int>(call.sequences);
+  args.dv = static_cast<int>(call.dv);
+  args.out = static_cast<uint16_t*>(call.out);
+  args.out_strides = call.out_strides;
+  args.lse = call.lse;
+  args.tickets = call.tickets;
+  launch<forward_sm90_kernel<kType, kD, kDv, kMapped>>(
+      {static_cast<int>(std::min<int64_t>(tiles, call.processors)), Shape::kThreads,
+       sm90::shared_memory_bytes<ForwardSmem<kD, kDv>>(), stream},
+      map(call.q, call.d, call.sq, call.hq, call.q_strides, Shape::kQueries),
+      map(call.k, call.d, call.sk, call.hk, call.k_strides, Shape::kKeys),
+      map(call.v, call.dv, call.sk, call.hk, call.v_strides, Shape::kKeys),
+      map(call.out, call.dv, call.sq, call.hq, call.out_strides, 64), args);
 }
 
 }  // namespace
 
-template <DType kType, int kHeadDim>
+template <DType kType, int kD, int kDv, bool kMapped>
 void launch_forward_sm90(const ForwardCall& call, cudaStream_t stream) {
-  call.causal ? launch_forward<kType, kHeadDim, true>(call, stream)
-              : launch_forward<kType, kHeadDim, false>(call, stream);
+  launch_forward<kType, kD, kDv, kMapped>(call, stream);
 }
 
 }  // namespace heddle

@@ -18,19 +18,28 @@ struct ForwardCall {
   void* out;              // [b, sq, hq, dv]
   float* lse;             // [b, hq, sq], contiguous
   Strides q_strides, k_strides, v_strides, out_strides;
-  float scale;
+  float scale, soft_cap;
   bool causal;
+  int64_t window;              // 0 is all
+  const float *slopes, *sink;  // [hq] or null
+  int64_t slopes_stride, sink_stride;
+  const int32_t *cu_seqlens_q, *cu_seqlens_k;  // [sequences + 1] or null, b = 1
+  int64_t cu_q_stride, cu_k_stride, sequences;
+  const int32_t* cache_seqlens;  // [b] or null: keys in use
+  int64_t cache_stride;
   int processors;  // multiprocessors, each of which runs one CTA
+  int* tickets;    // two counters at zero, which the kernel leaves at zero
 };
 
-// Dense or causal attention on Hopper's matrix instructions, for calls that are not declined
+// Softmax attention on Hopper's matrix instructions, for calls that are not declined
 void forward_sm90(const ForwardCall& call, cudaStream_t stream);
 
 // Why it cannot take a call, or null
 const char* declines_forward_sm90(const ForwardCall& call);
 
-// What forward_sm90 picks from, one instantiation file each
-template <DType kType, int kHeadDim>
+// What forward_sm90 picks from, one instantiation file each. `kMapped` scores pass through softCap
+// and slopes, or a scale that is not positive.
+template <DType kType, int kD, int kDv, bool kMapped>
 void launch_forward_sm90(const ForwardCall& call, cudaStream_t stream);
 
 }  // namespace heddle

@@ -74,6 +74,7 @@ class CudaBackend final : public Backend {
     stop();
     for (cudaEvent_t event : events_) cudaEventDestroy(event);
     clear_blocks();
+    if (tickets_) cudaFreeAsync(tickets_, stream_);
     cudaStreamDestroy(stream_);
   }
 
@@ -82,7 +83,7 @@ class CudaBackend final : public Backend {
     if (const Failure failure = call->inherited()) return call->poison_outputs(failure);
     cudaSetDevice(device.index);
     sweep();
-    CudaContext context(stream_, info_, *fault_pool_, call->op.name.c_str());
+    CudaContext context(stream_, info_, *fault_pool_, tickets_, call->op.name.c_str());
     try {
       call->op.cuda(call->arguments, context);
     } catch (const Error& error) {
@@ -297,6 +298,7 @@ class CudaBackend final : public Backend {
   BlockCache blocks_{0, size_t{4} << 20, size_t{256} << 20};
   const std::shared_ptr<FaultPool> fault_pool_ = std::make_shared<FaultPool>();
   cudaStream_t stream_ = nullptr;
+  int* tickets_ = nullptr;
   std::deque<Upload> uploads_;  // only touched by the environment's thread
 
   std::mutex mutex_;

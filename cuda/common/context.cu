@@ -46,6 +46,14 @@ void* CudaContext::scratch_bytes(size_t nbytes) {
   return memory;
 }
 
+int* CudaContext::tickets() {
+  if (!tickets_) {
+    HEDDLE_CUDA(cudaMallocAsync(&tickets_, 2 * sizeof(int), stream));
+    HEDDLE_CUDA(cudaMemsetAsync(tickets_, 0, 2 * sizeof(int), stream));
+  }
+  return tickets_;
+}
+
 int* CudaContext::fault(const char* text) {
   const std::shared_ptr<Fault> fault = pool_.take(stream);
   fault->op = op_;

@@ -43,8 +43,14 @@ class FaultPool : public std::enable_shared_from_this<FaultPool> {
 // What a CUDA operator may use while it enqueues its kernels. It lives for one call.
 class CudaContext {
  public:
-  CudaContext(cudaStream_t stream, const DeviceInfo& device, FaultPool& pool, const char* op)
-      : stream(stream), arch(device.arch), processors(device.processors), pool_(pool), op_(op) {}
+  CudaContext(cudaStream_t stream, const DeviceInfo& device, FaultPool& pool, int*& tickets,
+              const char* op)
+      : stream(stream),
+        arch(device.arch),
+        processors(device.processors),
+        pool_(pool),
+        tickets_(tickets),
+        op_(op) {}
   ~CudaContext();
   CudaContext(const CudaContext&) = delete;
   CudaContext& operator=(const CudaContext&) = delete;
@@ -58,6 +64,9 @@ class CudaContext {
   // this text on read, as does everything computed from them.
   int* fault(const char* text);
 
+  // Two counters of the stream. A kernel finds them at zero and leaves them so.
+  int* tickets();
+
   // After a launch: a configuration that the device refuses throws here, with the kernel's name
   void launched(const char* kernel) const;
 
@@ -69,6 +78,7 @@ class CudaContext {
  private:
   void* scratch_bytes(size_t nbytes);
   FaultPool& pool_;
+  int*& tickets_;
   const char* op_;
   std::vector<void*> scratch_;
 };

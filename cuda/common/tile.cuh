@@ -12,20 +12,17 @@ template <int kRows, int kColumns> struct alignas(1024) Tile {
   static constexpr uint32_t kBytes = kPanelBytes * (kColumns / 64);
   uint8_t bytes[kBytes];
 
+  // The panel that column `column` begins
+  __device__ __forceinline__ uint8_t* panel(int column) {
+    return bytes + column / 64 * kPanelBytes;
+  }
+
   // One thread; `full` has to expect kBytes
   __device__ __forceinline__ void load(const TensorMap& map, Barrier& full, int row, int head,
                                        int batch, Keep keep) {
 #pragma unroll
     for (int column = 0; column < kColumns; column += 64)
-      copy_to_smem(bytes + column / 64 * kPanelBytes, map, full, column, row, head, batch, keep);
-  }
-
-  // One thread; writes the box that starts at row `from` of this tile
-  __device__ __forceinline__ void store(const TensorMap& map, int from, int row, int head,
-                                        int batch) const {
-#pragma unroll
-    for (int column = 0; column < kColumns; column += 64)
-      copy_to_gmem(map, bytes + column / 64 * kPanelBytes + from * 128, column, row, head, batch);
+      copy_to_smem(panel(column), map, full, column, row, head, batch, keep);
   }
 
   // Rows are M or N, columns are reduced: the operand that starts at row `row` and column `k`

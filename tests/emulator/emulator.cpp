@@ -63,6 +63,7 @@ uint16_t encode(DType type, float value) {
 Cta::Cta(int threads, size_t smem_bytes, uint64_t seed)
     : random_(seed),
       elected_(static_cast<int>(random_.below(32))),
+      pace_(1 + random_.below(3) * random_.below(60)),
       smem_(smem_bytes + kSkew, 0xff),
       async_(smem_bytes + kSkew, 0xff),
       warpgroups_(static_cast<size_t>(threads + 127) / 128),
@@ -91,6 +92,11 @@ void Cta::store(uint32_t address, const void* from, uint32_t nbytes) {
   std::memcpy(smem_.data() + address, from, nbytes);
   const auto* bytes = static_cast<const uint8_t*>(from);
   self().stores.push_back({address, {bytes, bytes + nbytes}});
+}
+
+void Cta::load(void* to, uint32_t address, uint32_t nbytes) {
+  async_view(address, nbytes);
+  std::memcpy(to, smem_.data() + address, nbytes);
 }
 
 void Cta::fence_async() {
@@ -171,7 +177,7 @@ void Cta::finish() {
 
 bool Cta::run_background(bool now) {
   bool ran = false;
-  const auto chance = [&] { return now || random_.below(2) == 0; };
+  const auto chance = [&] { return now || random_.below(pace_) == 0; };
   if (!arriving_.empty() && chance()) {
     const uint32_t i = random_.below(static_cast<uint32_t>(arriving_.size()));
     const Action arrive = std::move(arriving_[i]);

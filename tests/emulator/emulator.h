@@ -69,6 +69,7 @@ class Cta {
   uint8_t* smem() { return smem_.data() + kSkew; }
   uint32_t address_of(const void* pointer) const;
   void store(uint32_t address, const void* from, uint32_t nbytes);
+  void load(void* to, uint32_t address, uint32_t nbytes);
   void fence_async();
 
   void barrier_init(uint32_t address, int arrivals);
@@ -168,6 +169,7 @@ class Cta {
 
   Random random_;
   int elected_;
+  uint32_t pace_;  // how seldom something happens in the background before somebody waits
   std::vector<uint8_t> smem_, async_;
   std::vector<std::unique_ptr<Thread>> threads_;
   std::vector<Warpgroup> warpgroups_;

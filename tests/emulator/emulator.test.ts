@@ -75,13 +75,20 @@ const kernels: Kernel[] = [
     name: 'forward_sm90',
     variants: Object.fromEntries(
       ['kBF16', 'kF16'].flatMap((dtype) =>
-        [64, 128, 256].map((d) => [
-          `${dtype} d${d}`,
-          ['-Wall', '-Wextra', '-Werror', `-DHEDDLE_DTYPE=${dtype}`, `-DHEDDLE_HEAD_DIM=${d}`],
+        [
+          [64, 64],
+          [96, 96],
+          [128, 128],
+          [192, 128],
+          [192, 192],
+          [256, 256],
+        ].map(([d, dv]) => [
+          `${dtype} d${d} dv${dv}`,
+          [`-DHEDDLE_DTYPE=${dtype}`, `-DHEDDLE_D=${d}`, `-DHEDDLE_DV=${dv}`],
         ]),
       ),
     ),
-    broken: 'kBF16 d64',
+    broken: 'kBF16 d64 dv64',
     faults: [
       {
         what: 'a tile is loaded before the last one was used',
@@ -104,8 +111,8 @@ const kernels: Kernel[] = [
       {
         what: 'q is loaded over out',
         file: forward,
-        from: 'smem.q_empty.wait(visit % 2 ^ 1);',
-        to: '',
+        from: 'smem.q_empty[q.stage].wait(q.parity ^ 1);\n        smem.work',
+        to: 'smem.work',
       },
       {
         what: 'barriers are used before their initialisation is seen',
@@ -116,20 +123,20 @@ const kernels: Kernel[] = [
       {
         what: 'a copy reads what was not fenced',
         file: forward,
-        from: 'fence_async_smem();\n      named',
-        to: 'named',
+        from: 'fence_async_smem();\n    named_barrier_sync(8 + own, 128);',
+        to: 'named_barrier_sync(8 + own, 128);',
       },
       {
         what: 'a copy starts before all have written',
         file: forward,
-        from: 'named_barrier_sync(8 + own, 128);',
-        to: '',
+        from: 'fence_async_smem();\n    named_barrier_sync(8 + own, 128);',
+        to: 'fence_async_smem();',
       },
       {
         what: 'the buffer of a copy is given back too soon',
         file: forward,
-        from: 'wait_copies_read<0>();\n        smem.q_empty.arrive();',
-        to: 'smem.q_empty.arrive();',
+        from: 'wait_copies_read<0>();\n    smem.q_empty',
+        to: 'smem.q_empty',
       },
       {
         what: 'a turn is never passed on',
@@ -158,20 +165,44 @@ const kernels: Kernel[] = [
       {
         what: 'the mask of the tail lets one key through',
         file: forward,
-        from: ': args.sk;\n      row_max',
-        to: ': args.sk + 1;\n      row_max',
+        from: ': work.sk;\n      row_max',
+        to: ': work.sk + 1;\n      row_max',
       },
       {
         what: 'the diagonal is off by one',
         file: forward,
-        from: 'row + 8 * r + diagonal + 1)',
-        to: 'row + 8 * r + diagonal + 2)',
+        from: 'min(work.sk, position[r] + 1)',
+        to: 'min(work.sk, position[r] + 2)',
       },
       {
         what: 'the mask stops one tile too early',
         file: forward,
-        from: '(work.row + diagonal + 1) / kKeys)',
-        to: '(work.row + diagonal + kKeys) / kKeys)',
+        from: 'max(work.row + diagonal + 1, 0)',
+        to: 'max(work.row + diagonal + kKeys, 0)',
+      },
+      {
+        what: 'the window is one key too wide',
+        file: forward,
+        from: 'beyond - args.window;',
+        to: 'beyond - args.window - 1;',
+      },
+      {
+        what: 'values of other sequences are not silenced',
+        file: forward,
+        from: 'if (rows < kKeys) clear_beyond(v.stage, rows);',
+        to: '',
+      },
+      {
+        what: 'rows of other sequences are overwritten',
+        file: forward,
+        from: 'if (args.cu_seqlens_q && first_row + 64 > work.sq) {',
+        to: 'if (false) {',
+      },
+      {
+        what: 'the counters of tiles are left behind',
+        file: forward,
+        from: 'args.tickets[0] = args.tickets[1] = 0;',
+        to: '{}',
       },
       {
         what: 'the descriptor of q and k steps too far',
@@ -244,7 +275,7 @@ const kernels: Kernel[] = [
 describe.concurrent.each(kernels)('$name', ({ name, variants, broken, faults }) => {
   it.each(Object.keys(variants))('%s is right under any schedule', async (variant) => {
     const file = await program(name, `${name} ${variant}`.replace(/ /g, '-'), variants[variant]!)
-    for (let seed = 1; seed <= 6; seed++) expect(await verdict(file, seed)).toMatch(/^ok: error/)
+    for (let seed = 1; seed <= 4; seed++) expect(await verdict(file, seed)).toMatch(/^ok: error/)
   })
 
   it.each(faults)('notices when $what', async (fault) => {

@@ -34,6 +34,12 @@ template <class T> T __shfl_xor_sync(unsigned lanes, T value, int mask) {
   return __shfl_sync(lanes, value, (threadIdx.x % 32) ^ mask);
 }
 
+inline int __any_sync(unsigned, bool value) {
+  int any = 0;
+  for (int lane = 0; lane < 32; ++lane) any |= __shfl_sync(~0u, static_cast<int>(value), lane);
+  return any;
+}
+
 namespace heddle::sm90 {
 
 using emulator::cta;
@@ -107,6 +113,17 @@ inline void stmatrix_x4(uint32_t address, uint32_t a, uint32_t b, uint32_t c, ui
   cta->meet_warp();
 }
 
+inline void store_zero(uint32_t address) {
+  const uint8_t zeros[16] = {};
+  cta->store(address, zeros, 16);
+}
+inline void copy_16_bytes(void* gmem, uint32_t address) { cta->load(gmem, address, 16); }
+inline int fetch_add(int* counter, int value) {
+  const int before = *counter;
+  *counter += value;
+  return before;
+}
+inline float reciprocal_approx(float x) { return 1 / x; }
 inline float exp2_approx(float x) { return std::exp2(x); }
 
 template <DType kType> uint32_t pack(float low, float high) {
