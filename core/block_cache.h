@@ -1,4 +1,5 @@
 #pragma once
+#include <algorithm>
 #include <cstddef>
 #include <map>
 #include <mutex>
@@ -20,7 +21,7 @@ class BlockCache {
     if (nbytes < smallest_ || nbytes > largest_) return 0;
     size_t step = 512;
     while (step * 8 < nbytes) step *= 2;
-    return (nbytes + step - 1) / step * step;
+    return std::max(nbytes + step - 1, step) / step * step;
   }
 
   // A block that was given, or null
