@@ -15,7 +15,7 @@ interface Service {
 let service: Promise<Service | undefined> | undefined
 
 function start(): Promise<Service | undefined> {
-  const script = join(process.cwd(), 'bench', 'peers', 'torch.py')
+  const script = join(process.cwd(), 'bench', 'peers', 'torch_kernels.py')
   const child = spawn('python3', [script], { stdio: ['pipe', 'pipe', 'ignore'] })
   const waiting: ((answer: unknown) => void)[] = []
   let ended = false
