@@ -35,6 +35,14 @@ export function largest(values: Numbers): number {
   return top
 }
 
+/** What makes a float32 result of a sum sensitive to the order of the sum. */
+export interface Sensitivity {
+  /** Sums are exponents of the result, and a unit counts as often as the largest of them is large. */
+  exponent?: number
+  /** The result is such a sum, whose terms are this large while it may be small. */
+  terms?: number
+}
+
 /**
  * The rule for every operator: at most twice the error of the plain computation in the same dtype, plus the format's
  * epsilon. Infinities must match exactly. A float32 sum depends on its order, which is worth a few units more.
@@ -45,11 +53,12 @@ export function expectClose(
   plain: Numbers,
   dtype: FloatDType,
   what: string,
+  { exponent = 0, terms = 2 ** -14 }: Sensitivity = {},
 ): void {
   expect(actual.length, what).toBe(expected.length)
+  const units = dtype === 'float32' ? 4 + exponent : 1
   const bound =
-    2 * maxError(plain, expected) +
-    (dtype === 'float32' ? 4 : 1) * epsilon[dtype] * Math.max(largest(expected), 2 ** -14)
+    2 * maxError(plain, expected) + units * epsilon[dtype] * Math.max(largest(expected), terms)
   const error = maxError(actual, expected)
   expect(error, `${what}: error ${error}, allowed ${bound}`).toBeLessThanOrEqual(bound)
 }

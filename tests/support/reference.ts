@@ -32,6 +32,8 @@ export interface Reference {
   /** The same with scores, probabilities and results rounded to the dtype: what plain code would give. */
   plain: Float64Array
   plainLse: Float64Array
+  /** The largest score, with every term of its sum taken by magnitude. */
+  terms: number
 }
 
 /** `lengths` gives each batch entry its own number of rows and keys. */
@@ -47,6 +49,7 @@ export function attentionReference(
   const plain = new Float64Array(out.length)
   const lse = new Float64Array(c.b * c.hq * c.sq).fill(Number.NEGATIVE_INFINITY)
   const plainLse = new Float64Array(lse.length).fill(Number.NEGATIVE_INFINITY)
+  let largest = 0
   for (let b = 0; b < c.b; b++) {
     const { sq, sk } = lengths(b)
     for (let h = 0; h < c.hq; h++) {
@@ -64,7 +67,13 @@ export function attentionReference(
           const accumulated = (x: number) => (rounded ? Math.fround(x) : x)
           const scores = seen.map((t) => {
             let dot = 0
-            for (let e = 0; e < c.d; e++) dot = accumulated(dot + q(b, i, h, e) * k(b, t, hk, e))
+            let size = 0
+            for (let e = 0; e < c.d; e++) {
+              const term = q(b, i, h, e) * k(b, t, hk, e)
+              dot = accumulated(dot + term)
+              size += Math.abs(term)
+            }
+            largest = Math.max(largest, size * c.scale)
             let score = r(dot) * c.scale
             if (c.softCap > 0) score = c.softCap * Math.tanh(score / c.softCap)
             if (c.slopes) score += c.slopes[h]! * (t - p)
@@ -93,7 +102,7 @@ export function attentionReference(
       }
     }
   }
-  return { out, lse, plain, plainLse }
+  return { out, lse, plain, plainLse, terms: largest }
 }
 
 export interface LightningCase {
