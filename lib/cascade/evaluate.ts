@@ -81,7 +81,7 @@ const unary: Readonly<Record<Exclude<FunctionName, 'pow' | 'max' | 'min'>, (x: n
     log1p: Math.log1p,
     tanh: Math.tanh,
     sigmoid: (x) => 1 / (1 + Math.exp(-x)),
-    relu: (x) => (x > 0 ? x : 0),
+    relu: (x) => Math.max(x, 0),
     softplus: (x) => Math.max(x, 0) + Math.log1p(Math.exp(-Math.abs(x))),
     abs: Math.abs,
     sqrt: Math.sqrt,
