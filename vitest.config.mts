@@ -3,11 +3,24 @@ import { defineConfig } from 'vitest/config'
 
 const root = fileURLToPath(new URL('.', import.meta.url))
 
+const timed = 'tests/native/loop.test.ts'
+
 export default defineConfig({
   resolve: { alias: { heddle: `${root}dist/index.mjs` } },
   test: {
-    include: ['tests/**/*.test.ts'],
-    exclude: ['tests/packaging/**'],
+    projects: [
+      {
+        extends: true,
+        test: {
+          name: 'all',
+          include: ['tests/**/*.test.ts'],
+          exclude: ['tests/packaging/**', timed],
+          sequence: { groupOrder: 0 },
+        },
+      },
+      // Alone, after the others: what is timed must not compete with them for the cores
+      { extends: true, test: { name: 'timed', include: [timed], sequence: { groupOrder: 1 } } },
+    ],
     pool: 'forks',
     testTimeout: 60_000,
     hookTimeout: 60_000,

@@ -26,7 +26,11 @@ std::string text_of(DTypes dtypes) {
 
 // How a message shows a JavaScript value
 std::string text_of(const Napi::Value& value) {
-  if (value.IsString()) return "\"" + value.As<Napi::String>().Utf8Value() + "\"";
+  if (value.IsString()) {
+    std::u16string text = value.As<Napi::String>().Utf16Value();
+    if (text.size() > 60) text = text.substr(0, 57) + u"…";
+    return "\"" + Napi::String::New(value.Env(), text).Utf8Value() + "\"";
+  }
   if (value.IsNumber() || value.IsBoolean() || value.IsNull() || value.IsBigInt())
     return value.ToString().Utf8Value();
   return value.IsFunction() ? "a function"

@@ -49,7 +49,7 @@ double Environment::add(StorageRef storage, const Tensor& view, bool owns) {
 TensorEntry& Environment::entry(double handle) {
   if (handle >= 0) {
     const double generation = std::floor(handle / kSlots), slot = handle - generation * kSlots;
-    if (slot < static_cast<double>(entries_.size())) {
+    if (slot < static_cast<double>(entries_.size()) && slot == std::floor(slot)) {
       TensorEntry& entry = entries_[static_cast<size_t>(slot)];
       if (entry.storage && entry.generation == generation) return entry;
     }
@@ -71,14 +71,14 @@ Backend& Environment::backend(Device device) {
     return *cpu_;
   }
   const auto index = static_cast<size_t>(device.index);
-  if (index >= cuda_.size()) cuda_.resize(index + 1);
-  if (!cuda_[index]) {
+  if (index >= cuda_.size() || !cuda_[index]) {
     const CudaStatus status = cuda_status();
     HEDDLE_CHECK(status.reason.empty(), kDevice, "device", "device ", text_of(device),
                  " cannot be used: ", status.reason, "; ", status.remedy);
     HEDDLE_CHECK(index < status.devices.size(), kDevice, "device",
                  "device must be cpu or cuda:0 to cuda:", status.devices.size() - 1, ", got ",
                  text_of(device));
+    if (index >= cuda_.size()) cuda_.resize(index + 1);
     cuda_[index] = make_cuda_backend(device.index);
   }
   return *cuda_[index];
@@ -104,7 +104,11 @@ void Environment::settle(napi_env env, napi_value, void* data, void* posted) {
   try {
     pending->settle_(env, pending->deferred_);
   } catch (const Napi::Error& error) {
-    pending->deferred_.Reject(error.Value());
+    try {
+      pending->deferred_.Reject(error.Value());
+    } catch (const Napi::Error&) {
+      // a worker that is being terminated takes no answer
+    }
   }
 }
 

@@ -11,14 +11,24 @@ namespace {
 
 double number(const Napi::Value& value) { return value.As<Napi::Number>().DoubleValue(); }
 
+constexpr double kLargest = 9007199254740991;  // beyond it doubles skip integers
+
+int64_t integer(const Napi::Value& value, double most, const char* argument) {
+  const double given = number(value);
+  HEDDLE_CHECK(given >= 0 && given <= most && given == std::floor(given), kArgument, argument,
+               argument, " must be an integer from 0 on, got ", given);
+  return static_cast<int64_t>(given);
+}
+
 Device device_of(const Napi::Value& kind, const Napi::Value& index) {
-  return {static_cast<Device::Kind>(number(kind)), static_cast<int>(number(index))};
+  const double which = number(kind), at = number(index);
+  HEDDLE_CHECK((which == 0 || which == 1) && at >= 0 && at < 1024 && at == std::floor(at), kDevice,
+               "device", "there is no such device");
+  return {static_cast<Device::Kind>(which), static_cast<int>(at)};
 }
 
 DType dtype_of(const Napi::Value& value) {
-  const double index = number(value);
-  HEDDLE_CHECK(index >= 0 && index < kDTypeCount, kDType, "dtype", "there is no such dtype");
-  return static_cast<DType>(index);
+  return static_cast<DType>(integer(value, kDTypeCount - 1, "dtype"));
 }
 
 // A contiguous tensor's view, with the product of its sizes checked
@@ -27,16 +37,14 @@ Tensor shape_of(const Napi::Value& value, DType dtype, Device device) {
   Tensor view;
   view.dtype = dtype;
   view.device = device;
-  view.rank = static_cast<int>(shape.Length());
-  HEDDLE_CHECK(view.rank <= kMaxRank, kShape, "shape", "shape must have at most ", kMaxRank,
-               " dimensions, got ", view.rank);
+  const uint32_t rank = shape.Length();
+  HEDDLE_CHECK(rank <= kMaxRank, kShape, "shape", "shape must have at most ", kMaxRank,
+               " dimensions, got ", rank);
+  view.rank = static_cast<int>(rank);
   bool overflow = false;
   int64_t product = static_cast<int64_t>(size_of(dtype)), count = 1;
   for (int i = 0; i < view.rank; ++i) {
-    const double size = number(shape[static_cast<uint32_t>(i)]);
-    HEDDLE_CHECK(size >= 0 && size <= 9007199254740991.0 && size == std::floor(size), kShape,
-                 "shape", "sizes must be integers from 0 on, got ", size);
-    view.shape[i] = static_cast<int64_t>(size);
+    view.shape[i] = integer(shape[static_cast<uint32_t>(i)], kLargest, "shape");
     overflow |= __builtin_mul_overflow(product, std::max<int64_t>(view.shape[i], 1), &product);
   }
   HEDDLE_CHECK(!overflow, kShape, "shape", "shape ", text_of(view),
@@ -73,7 +81,7 @@ struct Bytes {
 // that a script may redefine. The headers' element sizes stop before float16, so they are spelled
 // out.
 Bytes bytes_of(const Napi::Value& value) {
-  bool is_array = false, is_plain = false;
+  bool is_array = false, is_plain = false, is_detached = false;
   napi_is_typedarray(value.Env(), value, &is_array);
   HEDDLE_CHECK(is_array, kArgument, "data", "data must be a typed array");
   napi_typedarray_type type;
@@ -83,6 +91,8 @@ Bytes bytes_of(const Napi::Value& value) {
   napi_get_typedarray_info(value.Env(), value, &type, &length, &data, &buffer, &offset);
   napi_is_arraybuffer(value.Env(), buffer, &is_plain);
   HEDDLE_CHECK(is_plain, kArgument, "data", "data must not be shared memory; copy it first");
+  napi_is_detached_arraybuffer(value.Env(), buffer, &is_detached);
+  HEDDLE_CHECK(!is_detached, kArgument, "data", "data must not be detached");
   constexpr size_t kElementSizes[] = {1, 1, 1, 2, 2, 4, 4, 4, 8, 8, 8, 2};
   HEDDLE_CHECK(static_cast<size_t>(type) < std::size(kElementSizes), kArgument, "data",
                "data has elements of an unknown kind");
@@ -134,8 +144,8 @@ Napi::Value make_from(const Napi::CallbackInfo& info) {
   Environment& environment = Environment::of(info.Env());
   const Bytes bytes = bytes_of(info[0]);
   Tensor view = shape_of(info[2], dtype_of(info[1]), device_of(info[3], info[4]));
-  HEDDLE_CHECK(bytes.size == bytes_of(view), kShape, "data", "data must have ", bytes_of(view),
-               " bytes for shape ", text_of(view), ", got ", bytes.size);
+  HEDDLE_CHECK(bytes.size == bytes_of(view), kShape, "data", "data must have ", view.size(),
+               " elements for shape ", text_of(view), ", got ", bytes.size / size_of(view.dtype));
   Backend& backend = environment.backend(view.device);
   StorageRef storage = backend.allocate(bytes.size);
   view.data = storage->data;
@@ -150,20 +160,20 @@ Napi::Value make_from(const Napi::CallbackInfo& info) {
 
 Napi::Value make_view(const Napi::CallbackInfo& info) {
   Environment& environment = Environment::of(info.Env());
-  const TensorEntry& base = environment.entry(number(info[0]));
+  // A copy: reading the lists can run a script, which can release the tensor
+  const TensorEntry base = environment.entry(number(info[0]));
   Tensor view = shape_of(info[2], base.view.dtype, base.view.device);
   const auto strides = info[3].As<Napi::Array>();
   // The first and the last element must lie inside the memory
   const auto element = static_cast<int64_t>(size_of(view.dtype));
   int64_t last =
-      static_cast<int64_t>(number(info[1])) + static_cast<int64_t>(offset_of(base)) / element;
+      integer(info[1], kLargest, "offset") + static_cast<int64_t>(offset_of(base)) / element;
   view.data = static_cast<char*>(base.storage->data) + last * element;
-  bool fits = last >= 0;
+  bool fits = true;
   const bool any = view.size() > 0;
   for (int i = 0; i < view.rank; ++i) {
-    view.strides[i] = static_cast<int64_t>(number(strides[static_cast<uint32_t>(i)]));
+    view.strides[i] = integer(strides[static_cast<uint32_t>(i)], kLargest, "strides");
     int64_t reach;
-    fits = fits && view.strides[i] >= 0;
     if (any)
       fits = fits && !__builtin_mul_overflow(view.strides[i], view.shape[i] - 1, &reach) &&
              !__builtin_add_overflow(last, reach, &last);

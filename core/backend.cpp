@@ -41,6 +41,12 @@ void Call::poison_outputs(const Failure& failure) const {
   for (const StorageRef& output : outputs) output->poison(failure);
 }
 
+bool Call::empty() const {
+  for (const StorageRef& output : outputs)
+    if (output->nbytes) return false;
+  return true;
+}
+
 void Gate::open(Failure failure) {
   {
     std::lock_guard lock(mutex_);

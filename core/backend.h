@@ -54,6 +54,8 @@ struct Call {
   // The failure of anything that it reads, if there is one
   Failure inherited() const;
   void poison_outputs(const Failure& failure) const;
+  // Whether there is nothing to write
+  bool empty() const;
 
   const Operator& op;
   void* const arguments;

@@ -29,6 +29,7 @@ class CpuBackend final : public Backend {
     push([this, call = std::shared_ptr<Call>(std::move(call))] {
       if (stopping_) return;
       if (Failure failure = call->inherited()) return call->poison_outputs(failure);
+      if (call->empty()) return;
       CpuContext context(stopping_);
       try {
         call->op.cpu(call->arguments, context);

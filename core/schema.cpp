@@ -145,12 +145,11 @@ void Sizes::match(const Argument& argument, const Shape& shape, const Tensor& te
 }
 
 void Sizes::fill(const Argument& argument, const Shape& shape, Tensor& tensor) const {
+  const size_t rank = (shape.open ? leading_rank_ : 0) + shape.terms.size();
+  HEDDLE_CHECK(rank <= kMaxRank, kShape, argument.name.c_str(), argument.name,
+               " must have at most ", kMaxRank, " dimensions, got ", rank);
   tensor.rank = 0;
-  const auto push = [&](int64_t size) {
-    HEDDLE_CHECK(tensor.rank < kMaxRank, kShape, argument.name.c_str(), argument.name,
-                 " must have at most ", kMaxRank, " dimensions");
-    tensor.shape[tensor.rank++] = size;
-  };
+  const auto push = [&](int64_t size) { tensor.shape[tensor.rank++] = size; };
   if (shape.open)
     for (int i = 0; i < leading_rank_; ++i) push(leading_[i]);
   for (const Shape::Term& term : shape.terms) {

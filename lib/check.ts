@@ -1,5 +1,11 @@
 import { type HeddleError, refuse } from './errors.js'
 
+// The engine's own word for a typed array, whatever the array says of itself
+const arrayName: (this: unknown) => string | undefined = Object.getOwnPropertyDescriptor(
+  Object.getPrototypeOf(Uint8Array.prototype),
+  Symbol.toStringTag,
+)!.get!
+
 /** @internal How messages show a value: short, and never by running the caller's code. */
 export function show(value: unknown): string {
   if (typeof value === 'string')
@@ -8,6 +14,7 @@ export function show(value: unknown): string {
   if (typeof value === 'function') return 'a function'
   if (typeof value === 'symbol') return 'a symbol'
   if (value === null || typeof value !== 'object') return String(value)
+  if (ArrayBuffer.isView(value)) return `a ${arrayName.call(value) ?? 'DataView'}`
   return Array.isArray(value) ? `an array of ${value.length}` : 'an object'
 }
 
@@ -31,10 +38,11 @@ function distance(a: string, b: string): number {
 
 /** @internal The known word closest to a misspelled one, if any is close. */
 export function closest(word: string, known: Iterable<string>): string | undefined {
+  if (word.length > 40) return undefined
   let best: string | undefined
   let least = Math.max(2, Math.floor(word.length / 3)) + 1
   for (const candidate of known) {
-    const d = distance(word.toLowerCase().slice(0, 40), candidate.toLowerCase())
+    const d = distance(word.toLowerCase(), candidate.toLowerCase())
     if (d < least) [best, least] = [candidate, d]
   }
   return best
@@ -56,6 +64,22 @@ export function checkOptions(op: string, options: unknown, known: ReadonlySet<st
       `unknown option ${show(key)}${near === undefined ? '' : `; did you mean "${near}"?`}`,
     )
   }
+}
+
+/** @internal The elements of a list, each read once: what else a caller's array says of itself is not asked. */
+export function elements<T>(
+  op: string,
+  argument: string,
+  list: readonly unknown[] | ArrayLike<number>,
+  check: (value: unknown, index: number) => T,
+): T[] {
+  const length: unknown = list.length
+  if (typeof length !== 'number' || !(length >= 0 && length < 2 ** 32)) {
+    throw mustBe(op, argument, 'a list of fewer than 2^32 elements', list)
+  }
+  const values: T[] = []
+  for (let i = 0; i < length; i++) values.push(check(list[i], i))
+  return values
 }
 
 /** @internal */

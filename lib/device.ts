@@ -1,4 +1,5 @@
 import { checkInteger, mustBe } from './check.js'
+import { named } from './errors.js'
 import { addon } from './native.js'
 
 /** Where a tensor lives: `'cpu'`, or a GPU by number; `'cuda'` is short for `'cuda:0'`. */
@@ -114,7 +115,7 @@ export interface MemoryInfo {
  */
 export function memory(device: DeviceLike = 'cpu'): MemoryInfo {
   const { kind, index } = parseDevice('memory', device)
-  const [tensors, bytes, peakBytes] = addon().memory(kind, index)
+  const [tensors, bytes, peakBytes] = named('memory', () => addon().memory(kind, index))
   return { tensors, bytes, peakBytes }
 }
 
@@ -128,5 +129,5 @@ export function memory(device: DeviceLike = 'cpu'): MemoryInfo {
  */
 export function synchronize(device: DeviceLike = 'cpu'): Promise<void> {
   const { kind, index } = parseDevice('synchronize', device)
-  return addon().finish(kind, index)
+  return named('synchronize', () => addon().finish(kind, index))
 }

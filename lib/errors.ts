@@ -53,6 +53,17 @@ export class HeddleError extends Error {
   }
 }
 
+/** @internal Errors of the addon come under the name of the call that the user made. */
+export function named<T>(op: string, call: () => T, native = 'tensor'): T {
+  try {
+    return call()
+  } catch (error) {
+    if (!(error instanceof HeddleError) || error.op !== native || error.code === 'ERR_DISPOSED')
+      throw error
+    throw refuse(error.code, op, error.argument, error.message.slice(native.length + 2))
+  }
+}
+
 /** Builds the usual message, `<op>: <text>`, so that no caller repeats the operator's name. */
 export function refuse(
   code: ErrorCode,

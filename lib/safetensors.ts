@@ -2,7 +2,7 @@ import { type FileHandle, open, rename, rm } from 'node:fs/promises'
 import { checkInteger, checkOptions, mustBe, show } from './check.js'
 import type { DeviceLike } from './device.js'
 import { bytesPerElement, type DType } from './dtype.js'
-import { type HeddleError, refuse } from './errors.js'
+import { HeddleError, refuse } from './errors.js'
 import { checkTensor, Tensor } from './tensor.js'
 
 const names: Readonly<Record<string, DType>> = {
@@ -89,6 +89,38 @@ function isSize(value: unknown): value is number {
   return Number.isSafeInteger(value) && (value as number) >= 0
 }
 
+// The first name that an object of a valid JSON text has twice; parsing alone would keep the last of them
+function repeatedName(json: string): string | undefined {
+  const open: (Set<string> | undefined)[] = []
+  let names: Set<string> | undefined
+  let atName = false
+  for (let i = 0; i < json.length; i++) {
+    const character = json[i]
+    if (character === '{' || character === '[') {
+      names = character === '{' ? new Set() : undefined
+      open.push(names)
+      atName = true
+    } else if (character === '}' || character === ']') {
+      open.pop()
+      names = open.at(-1)
+    } else if (character === ':') atName = false
+    else if (character === ',') atName = true
+    else if (character === '"') {
+      const start = i
+      while (json[++i] !== '"') if (json[i] === '\\') i++
+      if (!names || !atName) continue
+      const name: string = JSON.parse(json.slice(start, i + 1))
+      if (names.has(name)) return name
+      names.add(name)
+    }
+  }
+  return undefined
+}
+
+function few(shape: readonly number[]): string {
+  return shape.length > 8 ? `${shape.slice(0, 8).join(', ')}, …` : shape.join(', ')
+}
+
 // Every size and offset of the header is checked before anything is allocated or read by it
 function parseHeader(
   path: string,
@@ -99,13 +131,13 @@ function parseHeader(
     refuse('ERR_ARGUMENT', 'safetensors', 'path', `${path} is no valid file: ${text}`)
   if (!isRecord(header)) throw broken('its header is no JSON object')
   const entries = new Map<string, Located>()
-  const metadata: Record<string, string> = {}
+  let metadata: Record<string, string> = {}
   for (const [name, entry] of Object.entries(header)) {
     if (name === '__metadata__') {
       if (!isRecord(entry) || Object.values(entry).some((text) => typeof text !== 'string')) {
         throw broken('__metadata__ must map names to strings')
       }
-      Object.assign(metadata, entry)
+      metadata = Object.fromEntries(Object.entries(entry as Record<string, string>))
       continue
     }
     if (!isRecord(entry)) throw broken(`entry ${show(name)} is no object`)
@@ -131,7 +163,7 @@ function parseHeader(
     }
     if (size !== undefined && nbytes !== end - begin) {
       throw broken(
-        `${show(name)} is ${dtype} [${shape.join(', ')}], ${nbytes} bytes, but has ${end - begin}`,
+        `${show(name)} is ${dtype} [${few(shape)}], ${nbytes} bytes, but has ${end - begin}`,
       )
     }
     entries.set(name, {
@@ -154,6 +186,22 @@ function parseHeader(
   if (at !== dataBytes)
     throw broken(`its tensors end at ${at}, but the file has ${dataBytes} bytes of data`)
   return { entries, metadata }
+}
+
+// A shape that no tensor can have is the fault of one entry, so its error names that
+function makeNamed(
+  what: string,
+  shape: readonly number[],
+  dtype: DType,
+  device: DeviceLike | undefined,
+): Tensor {
+  try {
+    return Tensor.make('safetensors', shape, dtype, device)
+  } catch (error) {
+    if (!(error instanceof HeddleError) || error.argument !== 'shape') throw error
+    const reason = error.message.slice('safetensors: '.length)
+    throw refuse(error.code, 'safetensors', 'name', `${what} cannot be loaded: ${reason}`)
+  }
 }
 
 /**
@@ -196,16 +244,23 @@ export async function openSafetensors(path: string): Promise<SafetensorsFile> {
     if (dataStart > stat.size) throw truncated()
     const text = Buffer.alloc(Number(length))
     await readFully(file, text, 8, truncated)
+    let json: string
     let header: unknown
     try {
-      header = JSON.parse(new TextDecoder('utf-8', { fatal: true }).decode(text))
+      json = new TextDecoder('utf-8', { fatal: true, ignoreBOM: true }).decode(text)
+      header = JSON.parse(json)
     } catch (cause) {
       throw broken(`its header is no JSON (${(cause as Error).message})`)
     }
+    const repeated = repeatedName(json)
+    if (repeated !== undefined) throw broken(`its header has ${show(repeated)} twice`)
     const { entries, metadata } = parseHeader(path, header, stat.size - dataStart)
 
+    let closed = false
     const load = async (name: string, options: LoadOptions = {}): Promise<Tensor> => {
       checkOptions('safetensors', options, loadOptions)
+      const disposed = () => refuse('ERR_DISPOSED', 'safetensors', undefined, `${path} was closed`)
+      if (closed) throw disposed()
       const entry = entries.get(name)
       if (!entry)
         throw refuse('ERR_ARGUMENT', 'safetensors', 'name', `${path} has no tensor ${show(name)}`)
@@ -214,14 +269,17 @@ export async function openSafetensors(path: string): Promise<SafetensorsFile> {
           'ERR_DTYPE',
           'safetensors',
           'name',
-          `${show(name)} has a dtype that tensors cannot have`,
+          `${show(name)} of ${path} has a dtype that tensors cannot have`,
         )
       const [count = 1, ...rest] = entry.shape
-      const [first, last] = options.rows ?? [0, count]
+      const { rows = [0, count] } = options
+      if (!Array.isArray(rows) || rows.length !== 2)
+        throw mustBe('safetensors', 'rows', 'two row numbers', rows)
+      const [first, last] = rows
       checkInteger('safetensors', 'rows[0]', first, 0, count)
       checkInteger('safetensors', 'rows[1]', last, first, count)
       const shape = entry.shape.length === 0 ? [] : [last - first, ...rest]
-      const tensor = Tensor.make('safetensors', shape, entry.dtype, options.device)
+      const tensor = makeNamed(`${show(name)} of ${path}`, shape, entry.dtype, options.device)
       try {
         const begin = dataStart + entry.begin + (count === 0 ? 0 : (entry.nbytes / count) * first)
         const buffer = Buffer.alloc(Math.min(chunkBytes, tensor.nbytes))
@@ -233,10 +291,13 @@ export async function openSafetensors(path: string): Promise<SafetensorsFile> {
         return tensor
       } catch (error) {
         tensor.dispose()
-        throw error
+        throw closed ? disposed() : error
       }
     }
-    const close = () => file.close()
+    const close = () => {
+      closed = true
+      return file.close()
+    }
     return { entries, metadata, load, close, [Symbol.asyncDispose]: close }
   } catch (error) {
     await file.close()
@@ -260,9 +321,19 @@ export async function writeSafetensors(
   if (typeof path !== 'string') throw mustBe('safetensors', 'path', 'a path', path)
   if (!isRecord(tensors)) throw mustBe('safetensors', 'tensors', 'an object of tensors', tensors)
   checkOptions('safetensors', options, new Set(['metadata']))
-  const header: Record<string, unknown> = options.metadata ? { __metadata__: options.metadata } : {}
+  const { metadata } = options
+  if (
+    metadata !== undefined &&
+    !(isRecord(metadata) && Object.values(metadata).every((text) => typeof text === 'string'))
+  )
+    throw mustBe('safetensors', 'metadata', 'an object of strings', metadata)
+  // a name may be __proto__
+  const header: Record<string, unknown> = Object.create(null)
+  if (metadata) header.__metadata__ = metadata
   let at = 0
   for (const [name, tensor] of Object.entries(tensors)) {
+    if (name === '__metadata__')
+      throw mustBe('safetensors', 'tensors', 'without one called "__metadata__"', tensors)
     checkTensor('safetensors', name, tensor)
     const dtype = Object.keys(names).find((key) => names[key] === tensor.dtype)
     header[name] = { dtype, shape: tensor.shape, data_offsets: [at, at + tensor.nbytes] }

@@ -25,11 +25,13 @@ function keep(value: unknown, inner: Tracked, outer: Tracked | undefined, seen: 
     return
   }
   const parts =
-    Array.isArray(value) || value instanceof Set
+    value instanceof Set
       ? value
       : value instanceof Map
         ? value.values()
-        : Object.getPrototypeOf(value) === Object.prototype || Object.getPrototypeOf(value) === null
+        : Array.isArray(value) ||
+            Object.getPrototypeOf(value) === Object.prototype ||
+            Object.getPrototypeOf(value) === null
           ? Object.values(value)
           : []
   for (const part of parts) keep(part, inner, outer, seen)

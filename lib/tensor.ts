@@ -1,5 +1,5 @@
 import { inspect } from 'node:util'
-import { checkInteger, checkOptions, mustBe, show } from './check.js'
+import { checkInteger, checkOptions, elements, mustBe, show } from './check.js'
 import { type Device, type DeviceLike, parseDevice } from './device.js'
 import {
   type AnyTypedArray,
@@ -13,7 +13,7 @@ import {
   hostArrays,
   isDType,
 } from './dtype.js'
-import { HeddleError, refuse } from './errors.js'
+import { named, refuse } from './errors.js'
 import { addon, run } from './native.js'
 import { track, untrack } from './scope.js'
 
@@ -33,6 +33,8 @@ export interface CreateOptions<D extends DType = DType> {
   device?: DeviceLike | undefined
 }
 
+const mostDimensions = 8
+
 // Tensors that are collected without dispose() give their memory back here, in time but not at a known time
 const abandoned = new FinalizationRegistry<number>((handle) => {
   try {
@@ -41,6 +43,20 @@ const abandoned = new FinalizationRegistry<number>((handle) => {
     // freed in another way, or the environment is closing
   }
 })
+
+function checkShape(op: string, shape: unknown, least: number): number[] {
+  if (!Array.isArray(shape)) throw mustBe(op, 'shape', 'an array of sizes', shape)
+  return elements(op, 'shape', shape, (size, i) => {
+    if (i === mostDimensions)
+      throw refuse(
+        'ERR_SHAPE',
+        op,
+        'shape',
+        `shape must have at most ${mostDimensions} dimensions, got ${shape.length}`,
+      )
+    return checkInteger(op, `shape[${i}]`, size, least)
+  })
+}
 
 function contiguousStrides(shape: readonly number[]): number[] {
   const strides = new Array<number>(shape.length)
@@ -86,6 +102,11 @@ export class Tensor<D extends DType = DType> {
     track(this)
   }
 
+  /** @internal What only looks like a tensor is none. */
+  static [Symbol.hasInstance](value: unknown): boolean {
+    return typeof value === 'object' && value !== null && #handle in value
+  }
+
   /** @internal Wraps what the addon made. */
   static adopt(handle: number, dtype: number, shape: number[], device: Device): Tensor {
     return new Tensor(handle, dtypes[dtype]!, shape, contiguousStrides(shape), device)
@@ -99,10 +120,7 @@ export class Tensor<D extends DType = DType> {
     device: DeviceLike | undefined,
     bytes?: ArrayBufferView,
   ): Tensor<D> {
-    if (!Array.isArray(shape)) throw mustBe(op, 'shape', 'an array of sizes', shape)
-    const sizes = Array.from(shape as unknown[], (size, i) =>
-      checkInteger(op, `shape[${i}]`, size, 0),
-    )
+    const sizes = checkShape(op, shape, 0)
     if (!isDType(dtype)) throw mustBe(op, 'dtype', `one of ${dtypes.join(', ')}`, dtype)
     const target = parseDevice(op, device)
     const number = dtypes.indexOf(dtype)
@@ -152,8 +170,10 @@ export class Tensor<D extends DType = DType> {
     return this.#handle === undefined
   }
 
-  #view(offset: number, shape: number[], strides: number[]): Tensor<D> {
-    const handle = named('view', () => addon().view(this.handle, offset, shape, strides))
+  #view(op: string, offset: number, shape: number[], strides: number[]): Tensor<D> {
+    // nothing lies anywhere, also where the offset would be outside
+    const start = shape.includes(0) ? 0 : offset
+    const handle = named(op, () => addon().view(this.handle, start, shape, strides))
     return new Tensor(handle, this.dtype, shape, strides, this.device)
   }
 
@@ -179,8 +199,8 @@ export class Tensor<D extends DType = DType> {
     }
     const first = clamp('start', start)
     const length = Math.max(clamp('end', end ?? size) - first, 0)
-    const offset = length === 0 ? 0 : first * this.strides[at]!
-    return this.#view(offset, this.shape.with(at, length), [...this.strides])
+    const offset = first * this.strides[at]!
+    return this.#view('slice', offset, this.shape.with(at, length), [...this.strides])
   }
 
   /** One element of one dimension, which disappears; without a copy. Negative indices count from the end. */
@@ -189,7 +209,7 @@ export class Tensor<D extends DType = DType> {
     const size = this.shape[at]!
     const chosen = checkInteger('select', 'index', index, -size, size - 1)
     const offset = (chosen < 0 ? chosen + size : chosen) * this.strides[at]!
-    return this.#view(offset, this.shape.toSpliced(at, 1), this.strides.toSpliced(at, 1))
+    return this.#view('select', offset, this.shape.toSpliced(at, 1), this.strides.toSpliced(at, 1))
   }
 
   /**
@@ -200,10 +220,8 @@ export class Tensor<D extends DType = DType> {
    * {@link Tensor.contiguous} first.
    */
   reshape(shape: readonly number[]): Tensor<D> {
-    if (!Array.isArray(shape)) throw mustBe('reshape', 'shape', 'an array of sizes', shape)
-    const sizes = Array.from(shape as unknown[], (size, i) =>
-      checkInteger('reshape', `shape[${i}]`, size, -1),
-    )
+    const sizes = checkShape('reshape', shape, -1)
+    const given = sizes.join(', ')
     const open = sizes.indexOf(-1)
     if (open >= 0) {
       const others = sizes.reduce((product, size, i) => (i === open ? product : product * size), 1)
@@ -217,10 +235,10 @@ export class Tensor<D extends DType = DType> {
         'ERR_SHAPE',
         'reshape',
         'shape',
-        `shape must have ${this.size} elements, got [${shape.join(', ')}] (the tensor is [${this.shape.join(', ')}])`,
+        `shape must have ${this.size} elements, got [${given}] (the tensor is [${this.shape.join(', ')}])`,
       )
     }
-    return this.#view(0, sizes, this.#restride(sizes))
+    return this.#view('reshape', 0, sizes, this.#restride(sizes))
   }
 
   // Strides under another shape: runs of dimensions that lie together in memory are split and joined freely
@@ -271,21 +289,21 @@ export class Tensor<D extends DType = DType> {
     const second = this.#dimension('transpose', 'b', b)
     const swap = (list: readonly number[]) =>
       list.with(first, list[second]!).with(second, list[first]!)
-    return this.#view(0, swap(this.shape), swap(this.strides))
+    return this.#view('transpose', 0, swap(this.shape), swap(this.strides))
   }
 
   /** Repeats dimensions of size 1, and adds leading ones, to reach a shape; without a copy. */
   expand(shape: readonly number[]): Tensor<D> {
-    if (!Array.isArray(shape)) throw mustBe('expand', 'shape', 'an array of sizes', shape)
-    const lead = shape.length - this.rank
-    const strides = shape.map((size, i) => {
+    const sizes = checkShape('expand', shape, 0)
+    const lead = sizes.length - this.rank
+    const strides = sizes.map((size, i) => {
       const own = this.shape[i - lead] ?? 1
       if (lead < 0 || (own !== size && own !== 1)) {
         throw refuse(
           'ERR_SHAPE',
           'expand',
           'shape',
-          `shape must extend [${this.shape.join(', ')}], got [${shape.join(', ')}]`,
+          `shape must extend [${this.shape.join(', ')}], got [${sizes.join(', ')}]`,
         )
       }
       return own === size && i >= lead ? this.strides[i - lead]! : 0
@@ -295,15 +313,17 @@ export class Tensor<D extends DType = DType> {
         'ERR_SHAPE',
         'expand',
         'shape',
-        `shape must have at least ${this.rank} dimensions, got ${shape.length}`,
+        `shape must have at least ${this.rank} dimensions, got ${sizes.length}`,
       )
     }
-    return this.#view(0, [...shape], strides)
+    return this.#view('expand', 0, sizes, strides)
   }
 
   /** A copy in row-major order, or another view of the same memory if it is so already. */
   contiguous(): Tensor<D> {
-    return this.isContiguous ? this.#view(0, [...this.shape], [...this.strides]) : this.clone()
+    return this.isContiguous
+      ? this.#view('contiguous', 0, [...this.shape], [...this.strides])
+      : this.clone()
   }
 
   /** A copy of its own, in row-major order. */
@@ -327,7 +347,8 @@ export class Tensor<D extends DType = DType> {
    */
   to(device: DeviceLike): Tensor<D> {
     const target = parseDevice('to', device)
-    if (target.device === this.device) return this.#view(0, [...this.shape], [...this.strides])
+    if (target.device === this.device)
+      return this.#view('to', 0, [...this.shape], [...this.strides])
     const source = this.contiguous()
     try {
       const handle = named('to', () => addon().transfer(source.handle, target.kind, target.index))
@@ -345,7 +366,16 @@ export class Tensor<D extends DType = DType> {
 
   /** Overwrites the elements with those of a tensor of the same shape on the same device, converting the dtype. */
   copyFrom(source: Tensor): this {
-    run('copy', { x: source, to: this })
+    checkTensor('copyFrom', 'source', source)
+    if (source.rank !== this.rank || source.shape.some((size, i) => size !== this.shape[i])) {
+      throw refuse(
+        'ERR_SHAPE',
+        'copyFrom',
+        'source',
+        `source must be [${this.shape.join(', ')}], got [${source.shape.join(', ')}]`,
+      )
+    }
+    named('copyFrom', () => run('copy', { x: source, to: this }), 'copy')
     return this
   }
 
@@ -366,20 +396,27 @@ export class Tensor<D extends DType = DType> {
   /** @internal Overwrites part of a contiguous tensor with raw bytes. */
   writeBytes(bytes: Uint8Array, offset: number): void {
     const size = bytesPerElement[this.dtype]
-    const part = this.#view(offset / size, [bytes.length / size], [1])
+    const part = this.#view('write', offset / size, [bytes.length / size], [1])
     addon().write(part.handle, bytes)
     part.dispose()
   }
 
-  #prepared(options: ReadOptions | undefined): { source: Tensor; temporary: boolean } {
+  #prepared(options: ReadOptions | undefined): {
+    source: Tensor
+    temporary: boolean
+    signal: AbortSignal | undefined
+  } {
     checkOptions('read', options, readOptions)
     const as = options?.as
     if (as !== undefined && as !== 'float32') throw mustBe('read', 'as', '"float32"', as)
+    const signal: unknown = options?.signal
+    if (signal !== undefined && !(signal instanceof AbortSignal))
+      throw mustBe('read', 'signal', 'an AbortSignal', signal)
     if (as === 'float32' && (this.dtype as DType) !== 'float32')
-      return { source: this.cast('float32'), temporary: true }
+      return { source: this.cast('float32'), temporary: true, signal }
     return this.isContiguous
-      ? { source: this, temporary: false }
-      : { source: this.clone(), temporary: true }
+      ? { source: this, temporary: false, signal }
+      : { source: this.clone(), temporary: true, signal }
   }
 
   /**
@@ -392,10 +429,10 @@ export class Tensor<D extends DType = DType> {
   read(options: ReadOptions & { as: 'float32' }): Promise<Float32Array<ArrayBuffer>>
   read(options?: ReadOptions): Promise<HostArray<D>>
   async read(options?: ReadOptions): Promise<unknown> {
-    const { source, temporary } = this.#prepared(options)
+    const { source, temporary, signal } = this.#prepared(options)
     try {
-      options?.signal?.throwIfAborted()
-      const bytes = await unlessAborted(addon().read(source.handle), options?.signal)
+      signal?.throwIfAborted()
+      const bytes = await unlessAborted(addon().read(source.handle), signal)
       return new hostArrays[source.dtype](bytes)
     } finally {
       if (temporary) source.dispose()
@@ -443,17 +480,6 @@ const readOptions: ReadonlySet<string> = new Set(['as', 'signal'])
 const createOptions: ReadonlySet<string> = new Set(['dtype', 'device'])
 const randnOptions: ReadonlySet<string> = new Set(['dtype', 'device', 'seed'])
 
-// Errors of the addon's tensor functions come under the name of the call that the user made
-function named<T>(op: string, call: () => T): T {
-  try {
-    return call()
-  } catch (error) {
-    if (!(error instanceof HeddleError) || error.op !== 'tensor' || error.code === 'ERR_DISPOSED')
-      throw error
-    throw refuse(error.code, op, error.argument, error.message.replace(/^tensor: /, ''))
-  }
-}
-
 async function unlessAborted<T>(promise: Promise<T>, signal: AbortSignal | undefined): Promise<T> {
   if (!signal) return promise
   let abort: (() => void) | undefined
@@ -469,6 +495,16 @@ async function unlessAborted<T>(promise: Promise<T>, signal: AbortSignal | undef
   }
 }
 
+// Whether the buffer under a typed array was transferred, or became too short for it
+function isStale(array: ArrayBufferView): boolean {
+  try {
+    Uint8Array.prototype.at.call(array, 0)
+    return false
+  } catch {
+    return true
+  }
+}
+
 // Host data as bytes and the dtype that those bytes have: the wanted one, or float32 to be converted on the device
 function hostValues(
   op: string,
@@ -476,24 +512,27 @@ function hostValues(
   wanted: DType | undefined,
 ): { bytes: AnyTypedArray; dtype: DType } {
   if (Array.isArray(data)) {
-    const bad = data.findIndex((value) => typeof value !== 'number')
-    if (bad >= 0) throw mustBe(op, `data[${bad}]`, 'a number', data[bad])
-    if (wanted === 'int64')
-      return {
-        bytes: BigInt64Array.from(data, (n) =>
-          BigInt(checkInteger(op, 'data', n, Number.MIN_SAFE_INTEGER)),
-        ),
-        dtype: wanted,
-      }
-    if (wanted === 'int32')
-      return {
-        bytes: Int32Array.from(data, (n) => checkInteger(op, 'data', n, -(2 ** 31), 2 ** 31 - 1)),
-        dtype: wanted,
-      }
-    return { bytes: Float32Array.from(data), dtype: 'float32' }
+    const values = elements(op, 'data', data, (value, i) => {
+      const argument = `data[${i}]`
+      if (wanted === 'int64') return checkInteger(op, argument, value, Number.MIN_SAFE_INTEGER)
+      if (wanted === 'int32') return checkInteger(op, argument, value, -(2 ** 31), 2 ** 31 - 1)
+      if (typeof value !== 'number') throw mustBe(op, argument, 'a number', value)
+      return value
+    })
+    if (wanted === 'int64') return { bytes: BigInt64Array.from(values, BigInt), dtype: wanted }
+    if (wanted === 'int32') return { bytes: Int32Array.from(values), dtype: wanted }
+    return { bytes: Float32Array.from(values), dtype: 'float32' }
   }
   if (!ArrayBuffer.isView(data) || data instanceof DataView) {
     throw mustBe(op, 'data', 'a typed array or an array of numbers', data)
+  }
+  if (isStale(data)) {
+    throw refuse(
+      'ERR_ARGUMENT',
+      op,
+      'data',
+      `data must be attached to memory, got ${show(data)} (its buffer was transferred or became too short)`,
+    )
   }
   const kind = Object.prototype.toString.call(data).slice(8, -1)
   const own = dtypeOfArray[kind]
@@ -509,7 +548,7 @@ function hostValues(
       'ERR_DTYPE',
       op,
       'data',
-      `data must be a ${carrier} or Float32Array for ${wanted}, got ${kind}`,
+      `data must be a ${carrier}${wanted === 'float32' ? '' : ' or Float32Array'} for ${wanted}, got ${kind}`,
     )
   }
   return { bytes: data as AnyTypedArray, dtype: wanted }
@@ -560,22 +599,33 @@ export function empty<D extends DType = 'float32'>(
   return Tensor.make('empty', shape, (options?.dtype ?? 'float32') as D, options?.device)
 }
 
+function filled<D extends DType = 'float32'>(
+  op: string,
+  shape: readonly number[],
+  value: number,
+  options: CreateOptions<D> | undefined,
+): Tensor<D> {
+  checkOptions(op, options, createOptions)
+  if (typeof value !== 'number') throw mustBe(op, 'value', 'a number', value)
+  const made = Tensor.make(op, shape, (options?.dtype ?? 'float32') as D, options?.device)
+  if (Number.isFinite(value)) run('fill', { to: made, value })
+  else {
+    const one = tensor([value], [], { device: made.device })
+    const repeated = one.expand(made.shape)
+    made.copyFrom(repeated)
+    repeated.dispose()
+    one.dispose()
+  }
+  return made
+}
+
 /** Makes a tensor of one value, converted to the dtype. */
 export function full<D extends DType = 'float32'>(
   shape: readonly number[],
   value: number,
   options?: CreateOptions<D>,
 ): Tensor<D> {
-  checkOptions('full', options, createOptions)
-  if (typeof value !== 'number') throw mustBe('full', 'value', 'a number', value)
-  const made = Tensor.make('full', shape, (options?.dtype ?? 'float32') as D, options?.device)
-  if (Number.isFinite(value)) run('fill', { to: made, value })
-  else {
-    const one = tensor([value], [1], { device: options?.device })
-    made.copyFrom(one.expand(made.shape))
-    one.dispose()
-  }
-  return made
+  return filled('full', shape, value, options)
 }
 
 /** Makes a tensor of zeros. */
@@ -583,7 +633,7 @@ export function zeros<D extends DType = 'float32'>(
   shape: readonly number[],
   options?: CreateOptions<D>,
 ): Tensor<D> {
-  return full(shape, 0, options)
+  return filled('zeros', shape, 0, options)
 }
 
 /**
@@ -600,7 +650,8 @@ export function randn<D extends FloatDType = 'float32'>(
   const made = Tensor.make('randn', shape, (options?.dtype ?? 'float32') as D, options?.device)
   const seed = options?.seed ?? Math.floor(Math.random() * Number.MAX_SAFE_INTEGER)
   try {
-    run('fill', { to: made, source: 'normal', seed: checkInteger('randn', 'seed', seed, 0) })
+    const from = checkInteger('randn', 'seed', seed, 0)
+    named('randn', () => run('fill', { to: made, source: 'normal', seed: from }), 'fill')
   } catch (error) {
     made.dispose()
     throw error

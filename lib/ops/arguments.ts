@@ -1,4 +1,4 @@
-import { checkInteger, mustBe, show } from '../check.js'
+import { checkInteger, elements, mustBe, show } from '../check.js'
 import type { Device } from '../device.js'
 import { refuse } from '../errors.js'
 import { Tensor, tensor } from '../tensor.js'
@@ -6,9 +6,14 @@ import { Tensor, tensor } from '../tensor.js'
 // Small arguments may be given as plain arrays. They become tensors beside the others and are put on `made`, which the
 // caller disposes of after the call. What a tensor holds is checked on its device instead.
 
-function numbers(op: string, argument: string, value: unknown): readonly unknown[] {
-  if (Array.isArray(value)) return value
-  if (value instanceof Float32Array || value instanceof Int32Array) return Array.from(value)
+function numbers(
+  op: string,
+  argument: string,
+  value: unknown,
+  check: (number: unknown, index: number) => number,
+): number[] {
+  if (Array.isArray(value) || value instanceof Float32Array || value instanceof Int32Array)
+    return elements(op, argument, value, check)
   throw mustBe(op, argument, 'a tensor or an array of numbers', value)
 }
 
@@ -32,9 +37,9 @@ export function vector(
   made: Tensor[],
 ): Tensor | undefined {
   if (value === undefined || value instanceof Tensor) return value
-  const values = numbers(op, argument, value).map((number, i) => {
+  const values = numbers(op, argument, value, (number, i) => {
     if (typeof number !== 'number' || !Number.isFinite(number)) {
-      throw mustBe(op, argument, 'finite numbers', `[${i}]: ${show(number)}`)
+      throw mustBe(op, `${argument}[${i}]`, 'a finite number', number)
     }
     return number
   })
@@ -50,7 +55,7 @@ export function lengths(
   made: Tensor[],
 ): Tensor | undefined {
   if (value === undefined || value instanceof Tensor) return value
-  const values = numbers(op, argument, value).map((number, i) =>
+  const values = numbers(op, argument, value, (number, i) =>
     checkInteger(op, `${argument}[${i}]`, number, 0, 2 ** 31 - 1),
   )
   return place(values, 'int32', device, made)
@@ -66,21 +71,21 @@ export function offsets(
   made: Tensor[],
 ): Tensor | undefined {
   if (value === undefined || value instanceof Tensor) return value
-  const values = numbers(op, argument, value)
-  const bad = values.findIndex(
-    (number, i) =>
-      !Number.isInteger(number) ||
-      (i === 0 ? number !== 0 : (number as number) < (values[i - 1] as number)),
-  )
-  if (bad >= 0 || values.length === 0 || values.at(-1) !== total) {
-    throw refuse(
+  const wrong = (got: string) =>
+    refuse(
       'ERR_ARGUMENT',
       op,
       argument,
-      `${argument} must start at 0, never descend and end at ${total}, got ${
-        bad >= 0 ? `${show(values[bad])} at index ${bad}` : `${show(values.at(-1))} at its end`
-      }`,
+      `${argument} must start at 0, never descend and end at ${total}, got ${got}`,
     )
-  }
-  return place(values as number[], 'int32', device, made)
+  let last = 0
+  const values = numbers(op, argument, value, (number, i) => {
+    if (typeof number !== 'number' || !Number.isInteger(number) || (i ? number < last : number))
+      throw wrong(`${show(number)} at index ${i}`)
+    last = number
+    return number
+  })
+  if (values.length === 0) throw wrong('no elements')
+  if (last !== total) throw wrong(`${last} at its end`)
+  return place(values, 'int32', device, made)
 }

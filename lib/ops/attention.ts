@@ -88,6 +88,7 @@ export function attention<D extends FloatDType>(
   options: AttentionOptions = {},
 ): AttentionResult<D> {
   checkTensor('attention', 'q', q)
+  checkTensor('attention', 'k', k)
   checkOptions('attention', options, known)
   const { slopes, sink, cuSeqlensQ, cuSeqlensK, cacheSeqlens, ...rest } = options
   const made: Tensor[] = []
@@ -100,7 +101,7 @@ export function attention<D extends FloatDType>(
       slopes: vector('attention', 'slopes', slopes, q.device, made),
       sink: vector('attention', 'sink', sink, q.device, made),
       cuSeqlensQ: offsets('attention', 'cuSeqlensQ', cuSeqlensQ, q.shape[1], q.device, made),
-      cuSeqlensK: offsets('attention', 'cuSeqlensK', cuSeqlensK, k?.shape?.[1], q.device, made),
+      cuSeqlensK: offsets('attention', 'cuSeqlensK', cuSeqlensK, k.shape[1], q.device, made),
       cacheSeqlens: lengths('attention', 'cacheSeqlens', cacheSeqlens, q.device, made),
     })
     return { out, lse } as AttentionResult<D>

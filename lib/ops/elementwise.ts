@@ -1,7 +1,11 @@
 import type { FloatDType } from '../dtype.js'
-import { refuse } from '../errors.js'
+import { named, refuse } from '../errors.js'
 import { run } from '../native.js'
 import { checkTensor, type Tensor } from '../tensor.js'
+
+function apply<D extends FloatDType>(op: string, x: Tensor<D>, y?: Tensor<D>): Tensor<D> {
+  return named(op, () => run('elementwise', { function: op, x, y })[0], 'elementwise') as Tensor<D>
+}
 
 // Both as views of their common shape, by the usual rules of broadcasting
 function binary<D extends FloatDType>(op: 'add' | 'mul', x: Tensor<D>, y: Tensor<D>): Tensor<D> {
@@ -30,7 +34,7 @@ function binary<D extends FloatDType>(op: 'add' | 'mul', x: Tensor<D>, y: Tensor
   const left = fits(x) ? x : x.expand(shape)
   const right = fits(y) ? y : y.expand(shape)
   try {
-    return run('elementwise', { function: op, x: left, y: right })[0] as Tensor<D>
+    return apply(op, left, right)
   } finally {
     if (left !== x) left.dispose()
     if (right !== y) right.dispose()
@@ -76,7 +80,7 @@ export function mul<D extends FloatDType>(x: Tensor<D>, y: Tensor<D>): Tensor<D>
  */
 export function silu<D extends FloatDType>(x: Tensor<D>): Tensor<D> {
   checkTensor('silu', 'x', x)
-  return run('elementwise', { function: 'silu', x })[0] as Tensor<D>
+  return apply('silu', x)
 }
 
 /**
@@ -90,5 +94,5 @@ export function silu<D extends FloatDType>(x: Tensor<D>): Tensor<D> {
  */
 export function sigmoid<D extends FloatDType>(x: Tensor<D>): Tensor<D> {
   checkTensor('sigmoid', 'x', x)
-  return run('elementwise', { function: 'sigmoid', x })[0] as Tensor<D>
+  return apply('sigmoid', x)
 }

@@ -170,8 +170,10 @@ function powersOfTwo(heads: number): number[] {
   return Array.from({ length: heads }, (_, h) => 2 ** ((-8 * (h + 1)) / heads))
 }
 
+const mostHeads = 65536
+
 function checkLayer(op: string, heads: number, layer: number, layers: number): void {
-  checkInteger(op, 'heads', heads, 1)
+  checkInteger(op, 'heads', heads, 1, mostHeads)
   checkInteger(op, 'layers', layers, 1)
   checkInteger(op, 'layer', layer, 0, layers - 1)
 }
@@ -186,7 +188,11 @@ function checkLayer(op: string, heads: number, layer: number, layers: number): v
  * console.log(alibiSlopes(8)[0]) // 0.5
  */
 export function alibiSlopes(heads: number, layer?: number, layers?: number): number[] {
-  checkLayer('alibiSlopes', heads, layer ?? 0, layers ?? Math.max(1, (layer ?? 0) + 1))
+  if (layers !== undefined) checkLayer('alibiSlopes', heads, layer ?? 0, layers)
+  else {
+    checkInteger('alibiSlopes', 'heads', heads, 1, mostHeads)
+    if (layer !== undefined) checkInteger('alibiSlopes', 'layer', layer, 0)
+  }
   const whole = 2 ** Math.floor(Math.log2(heads))
   const more = powersOfTwo(2 * whole).filter((_, i) => i % 2 === 0)
   const slopes = [...powersOfTwo(whole), ...more.slice(0, heads - whole)]

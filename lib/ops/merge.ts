@@ -1,6 +1,7 @@
-import { mustBe } from '../check.js'
+import { elements, mustBe } from '../check.js'
 import type { FloatDType } from '../dtype.js'
 import { run } from '../native.js'
+import { checkTensor } from '../tensor.js'
 import type { AttentionResult } from './attention.js'
 
 /** What {@link merge} computes from two parts A and B of one head. */
@@ -30,25 +31,32 @@ export function merge<D extends FloatDType>(
 ): AttentionResult<D> {
   if (!Array.isArray(parts) || parts.length === 0)
     throw mustBe('merge', 'parts', 'a list of results', parts)
-  parts.forEach((part, i) => {
+  const [first, ...others] = elements('merge', 'parts', parts, (part, i) => {
     if (part === null || typeof part !== 'object')
       throw mustBe('merge', `parts[${i}]`, 'a result { out, lse }', part)
-  })
-  const [first, ...others] = parts as [AttentionResult<D>, ...AttentionResult<D>[]]
+    const { out, lse } = part as AttentionResult<D>
+    checkTensor('merge', `parts[${i}].out`, out)
+    checkTensor('merge', `parts[${i}].lse`, lse)
+    return { out, lse }
+  }) as [AttentionResult<D>, ...AttentionResult<D>[]]
   if (others.length === 0) return { out: first.out.clone(), lse: first.lse.clone() }
   let total = first
   for (const part of others) {
-    const [out, lse] = run('merge', {
-      outA: total.out,
-      lseA: total.lse,
-      outB: part.out,
-      lseB: part.lse,
-    })
-    if (total !== first) {
-      total.out.dispose()
-      total.lse.dispose()
+    const before = total
+    try {
+      const [out, lse] = run('merge', {
+        outA: before.out,
+        lseA: before.lse,
+        outB: part.out,
+        lseB: part.lse,
+      })
+      total = { out, lse } as AttentionResult<D>
+    } finally {
+      if (before !== first) {
+        before.out.dispose()
+        before.lse.dispose()
+      }
     }
-    total = { out, lse } as AttentionResult<D>
   }
   return total
 }

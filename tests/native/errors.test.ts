@@ -1,0 +1,583 @@
+import {
+  add,
+  alibiSlopes,
+  attention,
+  cuda,
+  embed,
+  empty,
+  full,
+  glu,
+  lightning,
+  lightningDecode,
+  linear,
+  memory,
+  merge,
+  norm,
+  randn,
+  rope,
+  scope,
+  silu,
+  synchronize,
+  tensor,
+  zeros,
+} from 'heddle'
+import { describe, expect, it } from 'vitest'
+import { faultOf } from '../support/errors.js'
+import { failure } from '../support/failure.js'
+import { describeGpu } from '../support/gpu.js'
+
+// What users get wrong most, and what they are told
+
+type Wrong = [what: string, call: () => unknown, code: string, message: string | (() => string)]
+
+const heads = (s = 4, h = 4, d = 16) => zeros([1, s, h, d])
+const q = heads()
+const kv = heads(4, 2)
+const half = zeros([1, 4, 2, 16], { dtype: 'float16' })
+const fp8 = zeros([1, 4, 4, 16], { dtype: 'float8_e4m3fn' })
+const matrix = zeros([2, 3])
+const pages = { blockTable: zeros([1, 2], { dtype: 'int32' }), cacheSeqlens: [3] }
+
+const gone = zeros([2])
+gone.dispose()
+const detached = new Float32Array(4)
+structuredClone(detached.buffer, { transfer: [detached.buffer] })
+const shrunk = (() => {
+  const buffer = Reflect.construct(ArrayBuffer, [16, { maxByteLength: 64 }])
+  const array = new Float32Array(buffer, 0, 4)
+  buffer.resize(8)
+  return array
+})()
+const shared = new Float32Array(new SharedArrayBuffer(16))
+
+// Calls that the types forbid
+// biome-ignore lint/suspicious/noExplicitAny: that is the point
+const any = (value: unknown): any => value
+
+const wrong: Wrong[] = [
+  [
+    'no tensor',
+    () => attention(any([1]), q, q),
+    'ERR_ARGUMENT',
+    'attention: q must be a tensor, got an array of 1',
+  ],
+  [
+    'a missing tensor',
+    () => attention(q, kv, any(undefined)),
+    'ERR_ARGUMENT',
+    'attention: v is missing',
+  ],
+  [
+    'another dtype than q',
+    () => attention(any(q), any(half), any(half)),
+    'ERR_DTYPE',
+    'attention: k must be float32, got float16 (q is float32)',
+  ],
+  [
+    'a float8 tensor',
+    () => attention(any(fp8), any(fp8), any(fp8)),
+    'ERR_DTYPE',
+    'attention: q must be float32, float16 or bfloat16, got float8_e4m3fn',
+  ],
+  [
+    'an integer tensor',
+    () => silu(any(zeros([2], { dtype: 'int32' }))),
+    'ERR_DTYPE',
+    'silu: x must be float32, float16 or bfloat16, got int32',
+  ],
+  [
+    'one dimension too few',
+    () => attention(zeros([4, 4, 16]), kv, kv),
+    'ERR_SHAPE',
+    'attention: q must be [b, sq, hq, d], got [4, 4, 16] (it has 3 dimensions instead of 4)',
+  ],
+  [
+    'another head size',
+    () => attention(q, heads(4, 2, 32), kv),
+    'ERR_SHAPE',
+    'attention: k must be [b, sk, hk, d], got [1, 4, 2, 32] (d is 32, but q has d = 16)',
+  ],
+  [
+    'keys and values of other lengths',
+    () => attention(q, kv, heads(5, 2)),
+    'ERR_SHAPE',
+    'attention: v must be [b, sk, hk, dv], got [1, 5, 2, 16] (sk is 5, but k has sk = 4)',
+  ],
+  [
+    'heads that do not divide',
+    () => attention(q, heads(4, 3), heads(4, 3)),
+    'ERR_SHAPE',
+    'attention: hq must be a multiple of hk, got 4 and 3',
+  ],
+  [
+    'a head size that no kernel has',
+    () => attention(heads(4, 2, 12), heads(4, 2, 12), kv),
+    'ERR_SHAPE',
+    'attention: d must be a multiple of 8 up to 256, got 12',
+  ],
+  [
+    'a misspelled option',
+    () => attention(q, kv, kv, any({ casual: true })),
+    'ERR_ARGUMENT',
+    'attention: unknown option "casual"; did you mean "causal"?',
+  ],
+  [
+    'an option of nowhere',
+    () => attention(q, kv, kv, any({ dropout: 0.1 })),
+    'ERR_ARGUMENT',
+    'attention: unknown option "dropout"',
+  ],
+  [
+    'options that are none',
+    () => attention(q, kv, kv, any(true)),
+    'ERR_ARGUMENT',
+    'attention: options must be an object, got true',
+  ],
+  [
+    'a flag that is none',
+    () => attention(q, kv, kv, { causal: any(1) }),
+    'ERR_ARGUMENT',
+    'attention: causal must be a boolean, got 1',
+  ],
+  [
+    'a negative window',
+    () => attention(q, kv, kv, { window: -1 }),
+    'ERR_ARGUMENT',
+    'attention: window must be at least 1, got -1',
+  ],
+  [
+    'a window of 0',
+    () => attention(q, kv, kv, { window: 0 }),
+    'ERR_ARGUMENT',
+    'attention: window must be at least 1, got 0',
+  ],
+  [
+    'a fractional window',
+    () => attention(q, kv, kv, { window: 1.5 }),
+    'ERR_ARGUMENT',
+    'attention: window must be an integer, got 1.5',
+  ],
+  [
+    'a scale of NaN',
+    () => attention(q, kv, kv, { scale: Number.NaN }),
+    'ERR_ARGUMENT',
+    'attention: scale must be a finite number, got NaN',
+  ],
+  [
+    'a negative soft cap',
+    () => attention(q, kv, kv, { softCap: -1 }),
+    'ERR_ARGUMENT',
+    'attention: softCap must be at least 0, got -1',
+  ],
+  [
+    'a string for a number',
+    () => attention(q, kv, kv, { scale: any('0.1') }),
+    'ERR_ARGUMENT',
+    'attention: scale must be a finite number, got "0.1"',
+  ],
+  [
+    'too few slopes',
+    () => attention(q, kv, kv, { slopes: [1, 2] }),
+    'ERR_SHAPE',
+    'attention: slopes must be [hq], got [2] (hq is 2, but q has hq = 4)',
+  ],
+  [
+    'a slope of NaN',
+    () => attention(q, kv, kv, { slopes: [1, 2, Number.NaN, 4] }),
+    'ERR_ARGUMENT',
+    'attention: slopes[2] must be a finite number, got NaN',
+  ],
+  [
+    'a number for slopes',
+    () => attention(q, kv, kv, { slopes: any(2) }),
+    'ERR_ARGUMENT',
+    'attention: slopes must be a tensor or an array of numbers, got 2',
+  ],
+  [
+    'half of the lengths',
+    () => attention(q, kv, kv, { cuSeqlensQ: [0, 4] }),
+    'ERR_ARGUMENT',
+    'attention: cuSeqlensQ and cuSeqlensK must be given together',
+  ],
+  [
+    'lengths that end early',
+    () => attention(q, kv, kv, { cuSeqlensQ: [0, 3], cuSeqlensK: [0, 4] }),
+    'ERR_ARGUMENT',
+    'attention: cuSeqlensQ must start at 0, never descend and end at 4, got 3 at its end',
+  ],
+  [
+    'lengths that descend',
+    () => attention(q, kv, kv, { cuSeqlensQ: [0, 3, 2, 4], cuSeqlensK: [0, 4] }),
+    'ERR_ARGUMENT',
+    'attention: cuSeqlensQ must start at 0, never descend and end at 4, got 2 at index 2',
+  ],
+  [
+    'lengths of other counts',
+    () => attention(q, kv, kv, { cuSeqlensQ: [0, 4], cuSeqlensK: [0, 1, 4] }),
+    'ERR_SHAPE',
+    'attention: cuSeqlensK must be [n+1], got [3] (n is 2, but cuSeqlensQ has n = 1)',
+  ],
+  [
+    'lengths with a batch',
+    () => {
+      const two = zeros([2, 4, 2, 16])
+      return attention(two, two, two, { cuSeqlensQ: [0, 4], cuSeqlensK: [0, 4] })
+    },
+    'ERR_SHAPE',
+    'attention: b must be 1 with cuSeqlensQ, got 2',
+  ],
+  [
+    'packed and paged at once',
+    () => attention(q, kv, kv, { ...pages, cuSeqlensQ: [0, 4], cuSeqlensK: [0, 4] }),
+    'ERR_ARGUMENT',
+    'attention: blockTable cannot be combined with cuSeqlensQ',
+  ],
+  [
+    'pages without lengths',
+    () => attention(q, kv, kv, { blockTable: pages.blockTable }),
+    'ERR_ARGUMENT',
+    'attention: cacheSeqlens must be given with blockTable',
+  ],
+  [
+    'pages of a size that is none',
+    () => attention(q, heads(3, 2), heads(3, 2), pages),
+    'ERR_SHAPE',
+    'attention: the page size must be a power of two up to 256, got 3',
+  ],
+  ['no slopes', () => lightning(q, q, q, any({})), 'ERR_ARGUMENT', 'lightning: slopes is missing'],
+  [
+    'a chunk that is no power of two',
+    () => lightning(q, q, q, { slopes: alibiSlopes(4), chunkSize: 48 }),
+    'ERR_ARGUMENT',
+    'lightning: chunkSize must be a power of two, got 48',
+  ],
+  [
+    'a state of another size',
+    () => lightning(q, q, q, { slopes: alibiSlopes(4), initialState: zeros([1, 4, 16, 8]) }),
+    'ERR_SHAPE',
+    'lightning: initialState must be [b, hs, d, e], got [1, 4, 16, 8] (e is 8, but v has e = 16)',
+  ],
+  [
+    'too many tokens at once',
+    () =>
+      lightningDecode(
+        heads(17),
+        heads(17),
+        heads(17),
+        zeros([3, 4, 16, 16]),
+        tensor([0], [1], { dtype: 'int32' }),
+        { slopes: alibiSlopes(4) },
+      ),
+    'ERR_SHAPE',
+    'lightning.decode: s must be at most 16, got 17; longer runs belong to lightning',
+  ],
+  [
+    'heads below 1',
+    () => alibiSlopes(0),
+    'ERR_ARGUMENT',
+    'alibiSlopes: heads must be an integer from 1 to 65536, got 0',
+  ],
+  [
+    'nothing to merge',
+    () => merge([]),
+    'ERR_ARGUMENT',
+    'merge: parts must be a list of results, got an array of 0',
+  ],
+  [
+    'half a part',
+    () => merge([{ out: q, lse: any(undefined) }]),
+    'ERR_ARGUMENT',
+    'merge: parts[0].lse must be a tensor, got undefined',
+  ],
+  [
+    'weights the other way round',
+    () => linear(matrix, zeros([3, 4])),
+    'ERR_SHAPE',
+    'linear: weight must be [o, i], got [3, 4] (i is 4, but x has i = 3)',
+  ],
+  [
+    'a dtype that no result has',
+    () => linear(matrix, matrix, { dtype: any('int8') }),
+    'ERR_ARGUMENT',
+    'linear: dtype must be float32, float16 or bfloat16, got "int8"',
+  ],
+  [
+    'options in place of a weight',
+    () => norm(matrix, any({ eps: 1 })),
+    'ERR_ARGUMENT',
+    'norm: weight must be a tensor, got an object',
+  ],
+  [
+    'an odd number of channels to turn',
+    () => rope(q, { rotary: 3 }),
+    'ERR_ARGUMENT',
+    'rope: rotary must be even and at most d = 16, got 3',
+  ],
+  [
+    'a word that is no choice',
+    () => rope(q, { layout: any('neox') }),
+    'ERR_ARGUMENT',
+    'rope: layout must be half-split or interleaved, got "neox"',
+  ],
+  [
+    'gate and up of other sizes',
+    () => glu(matrix, zeros([2, 4])),
+    'ERR_SHAPE',
+    'glu: up must be [..., d], got [2, 4] (d is 4, but gate has d = 3)',
+  ],
+  [
+    'ids that are floats',
+    () => embed(any(matrix), matrix),
+    'ERR_DTYPE',
+    'embed: ids must be int32, int64 or uint8, got float32',
+  ],
+  [
+    'shapes that do not broadcast',
+    () => add(matrix, zeros([2])),
+    'ERR_SHAPE',
+    'add: y must broadcast with x, got [2] (x is [2, 3])',
+  ],
+  ['a disposed tensor', () => add(gone, gone), 'ERR_DISPOSED', 'tensor: this tensor was disposed'],
+  [
+    'a read of a disposed tensor',
+    () => gone.read(),
+    'ERR_DISPOSED',
+    'tensor: this tensor was disposed',
+  ],
+  [
+    'a view of a disposed tensor',
+    () => gone.slice(0, 0, 1),
+    'ERR_DISPOSED',
+    'tensor: this tensor was disposed',
+  ],
+  [
+    'a detached buffer',
+    () => tensor(detached),
+    'ERR_ARGUMENT',
+    'tensor: data must be attached to memory, got a Float32Array (its buffer was transferred or became too short)',
+  ],
+  [
+    'a buffer that became too short',
+    () => tensor(shrunk),
+    'ERR_ARGUMENT',
+    'tensor: data must be attached to memory, got a Float32Array (its buffer was transferred or became too short)',
+  ],
+  [
+    'a shared buffer',
+    () => tensor(shared),
+    'ERR_ARGUMENT',
+    'tensor: data must not be shared memory; copy it first',
+  ],
+  [
+    'too few values',
+    () => tensor([1, 2, 3], [2, 2]),
+    'ERR_SHAPE',
+    'tensor: data must have 4 elements for shape [2, 2], got 3',
+  ],
+  [
+    'an array of strings',
+    () => tensor(any(['1'])),
+    'ERR_ARGUMENT',
+    'tensor: data[0] must be a number, got "1"',
+  ],
+  [
+    'an integer that is none',
+    () => tensor([1.5], [1], { dtype: 'int32' }),
+    'ERR_ARGUMENT',
+    'tensor: data[0] must be an integer from -2147483648 to 2147483647, got 1.5',
+  ],
+  [
+    'doubles',
+    () => tensor(new Float64Array(2)),
+    'ERR_DTYPE',
+    'tensor: dtype must be given for a Float64Array',
+  ],
+  [
+    'bits of another dtype',
+    () => tensor(new Int32Array(2), [2], { dtype: 'float16' }),
+    'ERR_DTYPE',
+    'tensor: data must be a Uint16Array or Float32Array for float16, got Int32Array',
+  ],
+  [
+    'a dtype of elsewhere',
+    () => empty([2], { dtype: any('float64') }),
+    'ERR_ARGUMENT',
+    'empty: dtype must be one of float32, float16, bfloat16, float8_e4m3fn, float8_e5m2, int32, int64, uint8, bool, got "float64"',
+  ],
+  [
+    'a device of elsewhere',
+    () => empty([2], { device: any('gpu') }),
+    'ERR_ARGUMENT',
+    'empty: device must be "cpu", "cuda" or "cuda:N", got "gpu"',
+  ],
+  [
+    'a shape that is a number',
+    () => zeros(any(4)),
+    'ERR_ARGUMENT',
+    'zeros: shape must be an array of sizes, got 4',
+  ],
+  [
+    'a negative size',
+    () => zeros([2, -1]),
+    'ERR_ARGUMENT',
+    'zeros: shape[1] must be an integer at least 0, got -1',
+  ],
+  [
+    'a size beyond all memory',
+    () => empty([2 ** 50]),
+    'ERR_MEMORY',
+    () =>
+      `empty: cannot allocate 4503599627370496 bytes on cpu, where ${memory().bytes} bytes are in use; dispose tensors that are no longer needed`,
+  ],
+  [
+    'sizes whose product overflows',
+    () => empty([2 ** 40, 2 ** 40]),
+    'ERR_SHAPE',
+    'empty: shape [1099511627776, 1099511627776] has more bytes than can be addressed',
+  ],
+  [
+    'too many dimensions',
+    () => empty(Array(9).fill(1)),
+    'ERR_SHAPE',
+    'empty: shape must have at most 8 dimensions, got 9',
+  ],
+  [
+    'random integers',
+    () => randn([2], { dtype: any('int32') }),
+    'ERR_DTYPE',
+    'randn: dtype must be float32, float16 or bfloat16 for random numbers, got int32',
+  ],
+  [
+    'a value that is no number',
+    () => full([2], any('1')),
+    'ERR_ARGUMENT',
+    'full: value must be a number, got "1"',
+  ],
+  [
+    'a dimension that is not there',
+    () => matrix.slice(2, 0),
+    'ERR_ARGUMENT',
+    'slice: dimension must be an integer from -2 to 1, got 2',
+  ],
+  [
+    'an index that is not there',
+    () => matrix.select(0, 2),
+    'ERR_ARGUMENT',
+    'select: index must be an integer from -2 to 1, got 2',
+  ],
+  [
+    'another number of elements',
+    () => matrix.reshape([4, 2]),
+    'ERR_SHAPE',
+    'reshape: shape must have 6 elements, got [4, 2] (the tensor is [2, 3])',
+  ],
+  [
+    'a shape that only a copy has',
+    () => matrix.transpose(0, 1).reshape([6]),
+    'ERR_SHAPE',
+    'reshape: shape [6] would need a copy (the strides are [1, 3]); call contiguous() first',
+  ],
+  [
+    'a size that does not repeat',
+    () => matrix.expand([4, 3]),
+    'ERR_SHAPE',
+    'expand: shape must extend [2, 3], got [4, 3]',
+  ],
+  [
+    'a cast to nowhere',
+    () => matrix.cast(any('half')),
+    'ERR_ARGUMENT',
+    'cast: dtype must be one of float32, float16, bfloat16, float8_e4m3fn, float8_e5m2, int32, int64, uint8, bool, got "half"',
+  ],
+  [
+    'a copy from another shape',
+    () => matrix.copyFrom(zeros([3, 2])),
+    'ERR_SHAPE',
+    'copyFrom: source must be [2, 3], got [3, 2]',
+  ],
+  [
+    'values of another count',
+    () => matrix.write([1, 2]),
+    'ERR_SHAPE',
+    'write: data must have 6 elements for shape [2, 3], got 2',
+  ],
+  [
+    'a read as another dtype',
+    () => matrix.read(any({ as: 'float64' })),
+    'ERR_ARGUMENT',
+    'read: as must be "float32", got "float64"',
+  ],
+  [
+    'a signal that is none',
+    () => matrix.read({ signal: any(5) }),
+    'ERR_ARGUMENT',
+    'read: signal must be an AbortSignal, got 5',
+  ],
+  [
+    'a scope of nothing',
+    () => scope(any(undefined)),
+    'ERR_ARGUMENT',
+    'scope: body must be a function, got undefined',
+  ],
+  [
+    'memory of nowhere',
+    () => memory(any('disk')),
+    'ERR_ARGUMENT',
+    'memory: device must be "cpu", "cuda" or "cuda:N", got "disk"',
+  ],
+]
+
+describe('messages', () => {
+  it.each(wrong)('%s', async (_what, call, code, message) => {
+    const error = await failure(call)
+    expect(faultOf(error)).toBeUndefined()
+    expect(error.message).toBe(typeof message === 'string' ? message : message())
+    expect(error.code).toBe(code)
+  })
+})
+
+describe('a device that is not there', () => {
+  it.skipIf(cuda.available)('is refused with the reason and the remedy', async () => {
+    const { text, remedy } = cuda.reason!
+    for (const [op, call] of [
+      ['empty', () => empty([2], { device: 'cuda' })],
+      ['tensor', () => tensor([1], [1], { device: 'cuda:0' })],
+      ['to', () => matrix.to('cuda:0')],
+      ['memory', () => memory('cuda:0')],
+      ['synchronize', () => synchronize('cuda:0')],
+    ] as const) {
+      const error = await failure(call)
+      expect(error).toMatchObject({ code: 'ERR_DEVICE', op, argument: 'device' })
+      expect(error.message).toBe(`${op}: device cuda:0 cannot be used: ${text}; ${remedy}`)
+    }
+  })
+})
+
+describeGpu('tensors of two devices', () => {
+  it('are refused with the remedy', async () => {
+    const error = await failure(() => attention(q.to('cuda:0'), kv, kv))
+    expect(error).toMatchObject({ code: 'ERR_DEVICE', op: 'attention', argument: 'k' })
+    expect(error.message).toBe(
+      "attention: k is on cpu, but q is on cuda:0; move it with k.to('cuda:0')",
+    )
+  })
+})
+
+describe('errors of the device', () => {
+  const ids = tensor([0, 9], [2], { dtype: 'int32' })
+
+  it('reject the read, name the operator and follow what was made of it', async () => {
+    const rows = embed(ids, matrix)
+    const error = await failure(() => silu(add(rows, rows)).read())
+    expect(error).toMatchObject({ code: 'ERR_ARGUMENT', op: 'embed', argument: 'ids' })
+    expect(error.message).toBe('embed: ids must be at least 0 and below 2, got 9')
+    expect((await failure(() => rows.readSync())).message).toBe(error.message)
+  })
+
+  it('are of the one class, with a stack', async () => {
+    const error = await failure(() => embed(ids, matrix).read())
+    expect(error.name).toBe('HeddleError')
+    expect(error).toBeInstanceOf(Error)
+    expect(error.stack).toContain(error.message)
+  })
+})
