@@ -77,9 +77,10 @@ struct ForwardArgs {
   const int32_t *cu_seqlens_q, *cu_seqlens_k, *cache_seqlens;
   int64_t cu_q_stride, cu_k_stride, cache_stride;
   int sequences;
-  int dv;
+  int d, dv;
+  const uint16_t *q, *k, *v;
   uint16_t* out;
-  Strides out_strides;
+  Strides q_strides, k_strides, v_strides, out_strides;
   float* lse;  // [b, hq, sq]
   int* tickets;
 };
@@ -251,19 +252,22 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv>::kThreads), 1)
   auto release = [&](Barrier& empty) {
     if (lane == 0) empty.arrive();
   };
-  // softCap and slopes
-  auto map_scores = [&](int key) {
+  // softCap and slopes; `distance` is from the row to the key
+  auto map_score = [&](float product, int distance) {
     constexpr float kLog2e = 1.44269504f;
+    float score = product * args.scale;
+    if (args.soft_cap > 0) {
+      // tanh(x) = 1 - 2 / (exp(2x) + 1)
+      const float e = exp2_approx(score * (2 * kLog2e / args.soft_cap));
+      score = args.soft_cap * (1 - 2 * reciprocal_approx(e + 1));
+    }
+    return fmaf(slope_log2, static_cast<float>(distance), score * kLog2e);
+  };
+  auto map_scores = [&](int key) {
 #pragma unroll
     for (int i = 0; i < kKeys / 2; ++i) {
-      float score = acc_s[i] * args.scale;
-      if (args.soft_cap > 0) {
-        // tanh(x) = 1 - 2 / (exp(2x) + 1)
-        const float e = exp2_approx(score * (2 * kLog2e / args.soft_cap));
-        score = args.soft_cap * (1 - 2 * reciprocal_approx(e + 1));
-      }
       const int t = key + i / 4 * 8 + lane % 4 * 2 + i % 2;
-      acc_s[i] = fmaf(slope_log2, static_cast<float>(t - position[i / 2 % 2]), score * kLog2e);
+      acc_s[i] = map_score(acc_s[i], t - position[i / 2 % 2]);
     }
   };
   // acc_s becomes exp(S - row_max); what was summed before has to shrink
@@ -336,6 +340,47 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv>::kThreads), 1)
       store_zero(smem.v[stage].address(rows + i / kPieces, i % kPieces * 8));
     fence_async_smem();
     named_barrier_sync(4, 128 * kWarpgroups);
+  };
+
+  // Row `row` of a sequence again, by a warp and from the keys alone that it sees. Slow, and only
+  // for rows that are not a number: a weight of zero doesn't silence a masked value that is none.
+  auto write_seen = [&](const ForwardWork& work, int row, float lse_log2, auto& staged) {
+    const int at = row + work.sk - work.sq, end = min(work.sk, at + 1);
+    const int kv_head = work.head / args.group;
+    const auto base = [&](const uint16_t* x, const Strides& strides, int head, int64_t begin) {
+      return x + work.batch * strides.batch + head * strides.head + begin * strides.row;
+    };
+    const uint16_t* q = base(args.q, args.q_strides, work.head, work.q_begin + row);
+    const uint16_t* k = base(args.k, args.k_strides, kv_head, work.k_begin);
+    const uint16_t* v = base(args.v, args.v_strides, kv_head, work.k_begin);
+    float values[kDv / 32] = {};  // of columns lane, lane + 32, ...
+    for (int key = args.window ? max(at - args.window + 1, 0) : 0; key < end; key += 32) {
+      const int t = key + lane;
+      float weight = 0;
+      if (t < end) {
+        float product = 0;
+        for (int e = 0; e < args.d; ++e)
+          product =
+              fmaf(unpack<kType>(q[e]), unpack<kType>(k[t * args.k_strides.row + e]), product);
+        const float score = kMapped ? map_score(product, t - at) : product * args.scale_log2;
+        weight = exp2_approx(score - lse_log2);
+      }
+      for (int i = 0; i < min(32, end - key); ++i) {
+        const float shared = __shfl_sync(~0u, weight, i);
+#pragma unroll
+        for (int c = 0; c < kDv / 32; ++c) {
+          const int column = 32 * c + lane;
+          if (column < args.dv)
+            values[c] =
+                fmaf(shared, unpack<kType>(v[(key + i) * args.v_strides.row + column]), values[c]);
+        }
+      }
+    }
+    __syncwarp();
+#pragma unroll
+    for (int c = 0; c < kDv / 32; ++c)
+      store_16_bits(staged.address(row - work.row, 32 * c + lane / 8 * 8) + lane % 8 * 2,
+                    static_cast<uint16_t>(pack<kType>(values[c], 0)));
   };
 
   // once out has been read from there
@@ -424,6 +469,8 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv>::kThreads), 1)
 
     const int64_t lse_row =
         (static_cast<int64_t>(work.batch) * args.hq + work.head) * args.sq + work.q_begin;
+    float lse_log2[2];
+    int poisoned[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float sum = row_sum[r], factor = 1;
@@ -438,17 +485,23 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv>::kThreads), 1)
         sum = sum * factor + exp2_approx(sink_log2 - top);
         top_log2 = top;
       }
+      lse_log2[r] = sum == 0 ? -INFINITY : top_log2 + log2f(sum);
       if (lane % 4 == 0 && row + 8 * r < work.sq) {
         constexpr float kLn2 = 0.693147181f;
-        args.lse[lse_row + row + 8 * r] = sum == 0 ? -INFINITY : (top_log2 + log2f(sum)) * kLn2;
+        args.lse[lse_row + row + 8 * r] = lse_log2[r] * kLn2;
       }
       const float inverse = factor / sum;
+      float total = 0;
 #pragma unroll
       for (int i = 2 * r; i < kDv / 2; i += 4) {
         // a row without keys gives zero, whatever its masked values were
         acc_o[i] = empty ? 0 : acc_o[i] * inverse;
         acc_o[i + 1] = empty ? 0 : acc_o[i + 1] * inverse;
+        total += acc_o[i] + acc_o[i + 1];
       }
+      poisoned[r] = args.causal && total != total && row + 8 * r < work.sq;
+      poisoned[r] |= __shfl_xor_sync(~0u, poisoned[r], 1);
+      poisoned[r] |= __shfl_xor_sync(~0u, poisoned[r], 2);
     }
     // a warp's rows of q were read by its own products alone, so out may replace them
     auto& staged = smem.q[q.stage];
@@ -457,6 +510,14 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv>::kThreads), 1)
       stmatrix_x4(staged.address(own_row + lane % 16, i * 2 + lane / 16 * 8),
                   pack<kType>(acc_o[i], acc_o[i + 1]), pack<kType>(acc_o[i + 2], acc_o[i + 3]),
                   pack<kType>(acc_o[i + 4], acc_o[i + 5]), pack<kType>(acc_o[i + 6], acc_o[i + 7]));
+    if (__any_sync(~0u, poisoned[0] | poisoned[1])) {
+      for (int i = 0; i < 16; ++i) {
+        const int from = i % 8 * 4;
+        const float its_lse = __shfl_sync(~0u, i < 8 ? lse_log2[0] : lse_log2[1], from);
+        if (__shfl_sync(~0u, i < 8 ? poisoned[0] : poisoned[1], from))
+          write_seen(work, work.row + own_row + i, its_lse, staged);
+      }
+    }
     // every writer fences, before a copy reads this and before the next q overwrites it
     fence_async_smem();
     named_barrier_sync(8 + own, 128);
@@ -524,7 +585,14 @@ void launch_forward(const ForwardCall& call, cudaStream_t stream) {
   args.cu_k_stride = call.cu_k_stride;
   args.cache_stride = call.cache_stride;
   args.sequences = static_cast<int>(call.sequences);
+  args.d = static_cast<int>(call.d);
   args.dv = static_cast<int>(call.dv);
+  args.q = static_cast<const uint16_t*>(call.q);
+  args.k = static_cast<const uint16_t*>(call.k);
+  args.v = static_cast<const uint16_t*>(call.v);
+  args.q_strides = call.q_strides;
+  args.k_strides = call.k_strides;
+  args.v_strides = call.v_strides;
   args.out = static_cast<uint16_t*>(call.out);
   args.out_strides = call.out_strides;
   args.lse = call.lse;

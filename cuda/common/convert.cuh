@@ -56,16 +56,23 @@ __device__ inline uint8_t encode_fp8(double x, int e, int m, bool finite) {
   return sign | (code > last ? infinity : static_cast<uint8_t>(code));
 }
 
+// To f32 such that a second rounding, to fewer digits, decides as if it were the only one
+__device__ inline float round_to_odd(double x) {
+  const float down = __double2float_rz(x);
+  const bool exact = static_cast<double>(down) == x || !isfinite(down);
+  return exact ? down : __uint_as_float(__float_as_uint(down) | 1);
+}
+
 __device__ inline void store_double(char* p, DType dtype, double x) {
   switch (dtype) {
     case DType::kF32:
       *reinterpret_cast<float*>(p) = static_cast<float>(x);
       return;
     case DType::kF16:
-      *reinterpret_cast<F16*>(p) = __double2half(x);
+      *reinterpret_cast<F16*>(p) = __float2half_rn(round_to_odd(x));
       return;
     case DType::kBF16:
-      *reinterpret_cast<BF16*>(p) = __double2bfloat16(x);
+      *reinterpret_cast<BF16*>(p) = __float2bfloat16_rn(round_to_odd(x));
       return;
     case DType::kE4M3:
       *reinterpret_cast<uint8_t*>(p) = encode_fp8(x, 4, 3, true);

@@ -185,6 +185,10 @@ __device__ __forceinline__ void store_zero(uint32_t address) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(address), "r"(0) : "memory");
 }
 
+__device__ __forceinline__ void store_16_bits(uint32_t address, uint16_t bits) {
+  asm volatile("st.shared.b16 [%0], %1;" ::"r"(address), "h"(bits) : "memory");
+}
+
 // From shared to global memory, both aligned
 __device__ __forceinline__ void copy_16_bytes(void* gmem, uint32_t address) {
   uint32_t a, b, c, d;

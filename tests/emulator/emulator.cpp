@@ -90,8 +90,7 @@ uint8_t* Cta::async_view(uint32_t address, uint32_t nbytes) {
 void Cta::store(uint32_t address, const void* from, uint32_t nbytes) {
   async_view(address, nbytes);
   std::memcpy(smem_.data() + address, from, nbytes);
-  const auto* bytes = static_cast<const uint8_t*>(from);
-  self().stores.push_back({address, {bytes, bytes + nbytes}});
+  self().stores.push_back({address, nbytes});
 }
 
 void Cta::load(void* to, uint32_t address, uint32_t nbytes) {
@@ -100,8 +99,9 @@ void Cta::load(void* to, uint32_t address, uint32_t nbytes) {
 }
 
 void Cta::fence_async() {
-  for (const auto& [address, bytes] : self().stores)
-    std::memcpy(async_.data() + address, bytes.data(), bytes.size());
+  // what is there by now: another thread may have stored over it since
+  for (const auto& [address, nbytes] : self().stores)
+    std::memcpy(async_.data() + address, smem_.data() + address, nbytes);
   self().stores.clear();
 }
 

@@ -121,8 +121,8 @@ class Cta {
     std::vector<char> stack;
     bool done = false;
     std::function<bool()> blocked;
-    std::vector<std::pair<uint32_t, std::vector<uint8_t>>> stores;  // not fenced yet
-    std::vector<uint32_t> inits;                                    // not published yet
+    std::vector<std::pair<uint32_t, uint32_t>> stores;  // address and bytes, not fenced yet
+    std::vector<uint32_t> inits;                        // not published yet
     std::vector<Action> open_copies;
     std::vector<std::vector<Action>> copies;
     bool fenced = false;

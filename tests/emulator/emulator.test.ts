@@ -193,6 +193,12 @@ const kernels: Kernel[] = [
         to: '',
       },
       {
+        what: 'masked values that are no numbers leak into rows',
+        file: forward,
+        from: 'args.causal && total != total',
+        to: 'false && total != total',
+      },
+      {
         what: 'rows of other sequences are overwritten',
         file: forward,
         from: 'if (args.cu_seqlens_q && first_row + 64 > work.sq) {',
@@ -272,31 +278,42 @@ const kernels: Kernel[] = [
   },
 ]
 
-describe.concurrent.each(kernels)('$name', ({ name, variants, broken, faults }) => {
-  it.each(Object.keys(variants))('%s is right under any schedule', async (variant) => {
-    const file = await program(name, `${name} ${variant}`.replace(/ /g, '-'), variants[variant]!)
-    for (let seed = 1; seed <= 4; seed++) expect(await verdict(file, seed)).toMatch(/^ok: error/)
-  })
+// Programs share two cores with each other, and a machine may be busy with more
+const patience = 240_000
 
-  it.each(faults)('notices when $what', async (fault) => {
-    const source = readFileSync(join(root, 'cuda', fault.file), 'utf8')
-    expect(source.split(fault.from), 'places to break').toHaveLength(2)
-    const front = join(folder, `${name}-fault-${faults.indexOf(fault)}`)
-    rmSync(front, { recursive: true, force: true })
-    const copy = join(front, fault.file)
-    mkdirSync(dirname(copy), { recursive: true })
-    writeFileSync(copy, source.replace(fault.from, fault.to))
-    const file = await program(
-      name,
-      `${name}-fault-${faults.indexOf(fault)}/program`,
-      [...variants[broken]!, '-w', '-Wno-error'],
-      [front],
-    )
-    const verdicts: string[] = []
-    for (let seed = 1; seed <= 8 && !verdicts.at(-1)?.startsWith('caught'); seed++)
-      verdicts.push(await verdict(file, seed))
-    expect(verdicts.at(-1)).toMatch(/^caught: (fault|wrong): /)
-  })
+describe.concurrent.each(kernels)('$name', ({ name, variants, broken, faults }) => {
+  it.each(Object.keys(variants))(
+    '%s is right under any schedule',
+    async (variant) => {
+      const file = await program(name, `${name} ${variant}`.replace(/ /g, '-'), variants[variant]!)
+      for (let seed = 1; seed <= 4; seed++) expect(await verdict(file, seed)).toMatch(/^ok: error/)
+    },
+    patience,
+  )
+
+  it.each(faults)(
+    'notices when $what',
+    async (fault) => {
+      const source = readFileSync(join(root, 'cuda', fault.file), 'utf8')
+      expect(source.split(fault.from), 'places to break').toHaveLength(2)
+      const front = join(folder, `${name}-fault-${faults.indexOf(fault)}`)
+      rmSync(front, { recursive: true, force: true })
+      const copy = join(front, fault.file)
+      mkdirSync(dirname(copy), { recursive: true })
+      writeFileSync(copy, source.replace(fault.from, fault.to))
+      const file = await program(
+        name,
+        `${name}-fault-${faults.indexOf(fault)}/program`,
+        [...variants[broken]!, '-w', '-Wno-error'],
+        [front],
+      )
+      const verdicts: string[] = []
+      for (let seed = 1; seed <= 8 && !verdicts.at(-1)?.startsWith('caught'); seed++)
+        verdicts.push(await verdict(file, seed))
+      expect(verdicts.at(-1)).toMatch(/^caught: (fault|wrong): /)
+    },
+    patience,
+  )
 })
 
 it('the matrix instructions are those that their generator writes', () => {

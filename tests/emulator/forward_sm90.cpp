@@ -33,6 +33,7 @@ struct Case {
   std::vector<Sequence> packed = {};  // cuSeqlens, or
   std::vector<int64_t> cached = {};   // cacheSeqlens
   int processors = 1;
+  int64_t poisoned = -1;  // this key and its value are not numbers
 };
 
 // One more row and head than the kernel may touch, all of it NaN
@@ -76,6 +77,10 @@ double check(const Case& c, emulator::Random& random) {
   draw(q, c.sq, c.hq, d, 2);
   draw(k, c.sk, c.hk, d, 1);
   draw(v, c.sk, c.hk, dv, 1);
+  for (int64_t h = 0; c.poisoned >= 0 && h < c.hk; ++h) {
+    for (int64_t e = 0; e < d; ++e) k.at(0, c.poisoned, h, e) = 0x7fff;
+    for (int64_t e = 0; e < dv; ++e) v.at(0, c.poisoned, h, e) = 0x7fff;
+  }
   std::vector<float> lse(static_cast<size_t>(c.b * c.hq * c.sq), NAN);
   std::vector<float> slopes, sink;
   for (int64_t h = 0; h < c.hq; ++h) {
@@ -131,8 +136,9 @@ double check(const Case& c, emulator::Random& random) {
   const double unit = kType == DType::kBF16 ? 0x1p-8 : 0x1p-11;
   double worst = tickets[0] == 0 && tickets[1] == 0 ? 0 : INFINITY;
   const auto judge = [&](double actual, double expected, double allowed) {
-    const double error = actual == expected ? 0 : std::fabs(actual - expected) / allowed;
-    // NaN counts as wrong
+    const bool same = actual == expected || (std::isnan(actual) && std::isnan(expected));
+    const double error = same ? 0 : std::fabs(actual - expected) / allowed;
+    // otherwise NaN counts as wrong
     worst = error <= worst ? worst : std::isnan(error) ? INFINITY : error;
   };
   const auto judge_sequence = [&](int64_t b, int64_t q0, int64_t sq, int64_t k0, int64_t sk) {
@@ -158,7 +164,7 @@ double check(const Case& c, emulator::Random& random) {
         double sum = c.sink ? std::exp(sink[size_t(h)] - top) : 0;
         for (double& weight : weights) sum += weight = std::exp(weight - top);
         judge(lse[static_cast<size_t>((b * c.hq + h) * c.sq + q0 + i)],
-              sum > 0 ? top + std::log(sum) : -INFINITY, 1e-4);
+              sum == 0 ? -INFINITY : top + std::log(sum), 1e-4);
         for (int64_t e = 0; e < dv; ++e) {
           double value = 0, size = 0;
           for (size_t t = 0; t < weights.size(); ++t) {
@@ -199,6 +205,16 @@ const Case kCases[] = {
     {.b = 1, .sq = 129, .sk = 353, .hq = 2, .hk = 2, .mapped = true, .narrower = 24},
     {.b = 1, .sq = 385, .sk = 390, .hq = 1, .hk = 1, .causal = true},
     {.b = 1, .sq = 200, .sk = 600, .hq = 1, .hk = 1, .window = 150, .sink = true},
+    {.b = 1, .sq = 90, .sk = 100, .hq = 2, .hk = 1, .causal = true, .poisoned = 71},
+    {.b = 1,
+     .sq = 70,
+     .sk = 70,
+     .hq = 1,
+     .hk = 1,
+     .window = 20,
+     .mapped = true,
+     .narrower = 8,
+     .poisoned = 9},
     {.b = 1,
      .sq = 215,
      .sk = 275,

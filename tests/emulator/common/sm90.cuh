@@ -117,6 +117,7 @@ inline void store_zero(uint32_t address) {
   const uint8_t zeros[16] = {};
   cta->store(address, zeros, 16);
 }
+inline void store_16_bits(uint32_t address, uint16_t bits) { cta->store(address, &bits, 2); }
 inline void copy_16_bytes(void* gmem, uint32_t address) { cta->load(gmem, address, 16); }
 inline int fetch_add(int* counter, int value) {
   const int before = *counter;
