@@ -2,6 +2,7 @@
 
 #include "attention/forward_portable.cuh"
 #include "attention/forward_sm90.h"
+#include "attention/split_sm90.h"
 #include "core/registry.h"
 
 namespace heddle {
@@ -94,11 +95,11 @@ ForwardArgs portable_args(const Attention& op) {
   return args;
 }
 
-ForwardCall hopper_call(const Attention& op, const CudaContext& context) {
+SplitCall hopper_call(const Attention& op, const CudaContext& context) {
   const auto strides = [](const Tensor& x) {
     return Strides{x.strides[0], x.strides[1], x.strides[2]};
   };
-  ForwardCall call{};
+  SplitCall call{};
   call.dtype = op.q.dtype;
   call.b = op.q.shape[0];
   call.sq = op.q.shape[1];
@@ -132,19 +133,49 @@ ForwardCall hopper_call(const Attention& op, const CudaContext& context) {
   call.cache_seqlens = ints(op.cache_seqlens);
   call.cache_stride = op.cache_seqlens.strides[0];
   call.processors = context.processors;
+  if (op.block_table) {
+    call.block_table = ints(op.block_table);
+    call.table_row = op.block_table.strides[0];
+    call.table_column = op.block_table.strides[1];
+    call.pages = op.k.shape[0];
+    call.page_size = op.k.shape[1];
+    call.sk = op.block_table.shape[1] * call.page_size;
+  }
   return call;
 }
 
 const char* declines_hopper(const Attention& op, const CudaContext& context) {
   if (context.arch != 90) return "the GPU must be of compute capability 9.0";
-  if (op.block_table) return "blockTable must be left out";
   if (op.q.strides[3] != 1 || op.k.strides[3] != 1 || op.v.strides[3] != 1)
     return "q, k and v must be contiguous along d";
+  return nullptr;
+}
+
+const char* declines_split(const Attention& op, const CudaContext& context) {
+  if (const char* reason = declines_hopper(op, context)) return reason;
+  return declines_split_sm90(hopper_call(op, context));
+}
+
+void run_split(const Attention& op, CudaContext& context) {
+  SplitCall call = hopper_call(op, context);
+  const auto slots = static_cast<size_t>(2 * call.processors * kSplitRows);
+  const auto units = static_cast<size_t>(call.b * call.hk * split_row_tiles(call));
+  call.part_out = context.scratch<float>(slots * static_cast<size_t>(call.dv));
+  call.part_state = context.scratch<float2>(slots);
+  call.arrivals = context.scratch<int>(units);
+  HEDDLE_CUDA(cudaMemsetAsync(call.arrivals, 0, units * sizeof(int), context.stream));
+  split_sm90(call, context.stream);
+  context.launched("split_sm90_kernel");
+}
+
+const char* declines_forward(const Attention& op, const CudaContext& context) {
+  if (const char* reason = declines_hopper(op, context)) return reason;
+  if (op.block_table) return "blockTable must be left out";
   return declines_forward_sm90(hopper_call(op, context));
 }
 
-void run_hopper(const Attention& op, CudaContext& context) {
-  ForwardCall call = hopper_call(op, context);
+void run_forward(const Attention& op, CudaContext& context) {
+  SplitCall call = hopper_call(op, context);
   call.tickets = context.tickets();
   forward_sm90(call, context.stream);
   context.launched("forward_sm90_kernel");
@@ -181,7 +212,8 @@ void run_portable(const Attention& op, CudaContext& context) {
 }
 
 constexpr Variant<Attention> kVariants[] = {
-    {"sm90_wgmma", declines_hopper, run_hopper},
+    {"sm90_split", declines_split, run_split},
+    {"sm90_wgmma", declines_forward, run_forward},
     {"sm80_simt", declines_portable, run_portable},
 };
 

@@ -34,23 +34,27 @@ template <DType kType> void pick(const ForwardCall& call, cudaStream_t stream) {
 
 }  // namespace
 
-const char* declines_forward_sm90(const ForwardCall& call) {
-  constexpr int64_t kMost = int64_t{1} << 30;  // rows and tiles are counted in 32 bits
-  constexpr int64_t kFewRows = 8;
+const char* declines_addresses_sm90(const ForwardCall& call, int64_t blocks, int64_t rows) {
   if (call.dtype != DType::kF16 && call.dtype != DType::kBF16)
     return "dtype must be float16 or bfloat16";
   if (call.sk == 0) return "k must not be empty";
+  if (!addressable(call.q, call.q_strides, call.b, call.sq, call.hq) ||
+      !addressable(call.k, call.k_strides, blocks, rows, call.hk) ||
+      !addressable(call.v, call.v_strides, blocks, rows, call.hk) ||
+      !addressable(call.out, call.out_strides, call.b, call.sq, call.hq))
+    return "q, k, v and out must start at a multiple of 16 bytes, strides must be multiples of 8";
+  return nullptr;
+}
+
+const char* declines_forward_sm90(const ForwardCall& call) {
+  constexpr int64_t kMost = int64_t{1} << 30;  // rows and tiles are counted in 32 bits
+  constexpr int64_t kFewRows = 8;
   if (call.sq <= kFewRows) return "q must have more than 8 rows";
   // divided, since the product can overflow
   if (call.sq > kMost || call.sk > kMost ||
       call.sq / 64 + call.sequences + 1 > kMost / call.b / call.hq)
     return "q and k must have at most 2^30 rows and tiles";
-  if (!addressable(call.q, call.q_strides, call.b, call.sq, call.hq) ||
-      !addressable(call.k, call.k_strides, call.b, call.sk, call.hk) ||
-      !addressable(call.v, call.v_strides, call.b, call.sk, call.hk) ||
-      !addressable(call.out, call.out_strides, call.b, call.sq, call.hq))
-    return "q, k, v and out must start at a multiple of 16 bytes, strides must be multiples of 8";
-  return nullptr;
+  return declines_addresses_sm90(call, call.b, call.sk);
 }
 
 void forward_sm90(const ForwardCall& call, cudaStream_t stream) {

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "attention/forward_sm90.h"
+#include "attention/softmax_sm90.cuh"
 #include "common/sm90.cuh"
 #include "common/tensor_map.h"
 #include "common/tile.cuh"
@@ -133,6 +134,15 @@ template <int kQueries> struct ForwardOrder {
   }
 };
 
+// Rows of k or v of one head and sequence
+struct KeyRows {
+  const uint16_t* first;
+  int64_t stride;
+  __device__ __forceinline__ const uint16_t* operator()(int key) const {
+    return first + key * stride;
+  }
+};
+
 template <DType kType, int kD, int kDv, bool kMapped>
 __global__ void __launch_bounds__((ForwardTile<kD, kDv>::kThreads), 1)
     forward_sm90_kernel(const __grid_constant__ sm90::TensorMap gmem_q,
@@ -223,14 +233,11 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv>::kThreads), 1)
   raise_registers<Shape::kComputeRegisters>();
   const int own = warpgroup - 1, thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
   const int own_row = own * 64 + warp * 16;  // first of this warp's rows in the tile
-  // a thread holds pairs of columns of the rows lane / 4 and lane / 4 + 8 of its warp: element i is
-  // in row i / 2 % 2 of the two and in column 8 * (i / 4) + 2 * (lane % 4) + i % 2
   float acc_s[kKeys / 2], acc_o[kDv / 2];
   uint32_t frag_p[kKeys / 16][4];
-  float row_max[2], row_sum[2], shrink[2];
-  int position[2];  // of the row among the keys
-  int until[2];     // where the keys end that it sees
-  float slope_log2 = 0;
+  RowSoftmax rows;
+  RowBounds bounds;
+  ScoreMap map{args.scale, args.soft_cap, 0};
   // mapped scores are in log2 units already
   const float to_log2 = kMapped ? 1.f : args.scale_log2;
 
@@ -252,70 +259,11 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv>::kThreads), 1)
   auto release = [&](Barrier& empty) {
     if (lane == 0) empty.arrive();
   };
-  // softCap and slopes; `distance` is from the row to the key
-  auto map_score = [&](float product, int distance) {
-    constexpr float kLog2e = 1.44269504f;
-    float score = product * args.scale;
-    if (args.soft_cap > 0) {
-      // tanh(x) = 1 - 2 / (exp(2x) + 1)
-      const float e = exp2_approx(score * (2 * kLog2e / args.soft_cap));
-      score = args.soft_cap * (1 - 2 * reciprocal_approx(e + 1));
-    }
-    return fmaf(slope_log2, static_cast<float>(distance), score * kLog2e);
-  };
-  auto map_scores = [&](int key) {
-#pragma unroll
-    for (int i = 0; i < kKeys / 2; ++i) {
-      const int t = key + i / 4 * 8 + lane % 4 * 2 + i % 2;
-      acc_s[i] = map_score(acc_s[i], t - position[i / 2 % 2]);
-    }
-  };
-  // acc_s becomes exp(S - row_max); what was summed before has to shrink
+  // acc_s becomes exp(S - row_max); whether what was summed before has to shrink
   auto softmax = [&](int key, bool masked) {
-    if (kMapped) map_scores(key);
-    bool moved = false;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      if (masked) {
-        const int beyond = until[r] - key - lane % 4 * 2;
-#pragma unroll
-        for (int i = 2 * r; i < kKeys / 2; i += 4) {
-          if (i / 4 * 8 >= beyond) acc_s[i] = -INFINITY;
-          if (i / 4 * 8 + 1 >= beyond) acc_s[i + 1] = -INFINITY;
-        }
-        if (args.window) {
-          const int first = beyond - args.window;
-#pragma unroll
-          for (int i = 2 * r; i < kKeys / 2; i += 4) {
-            if (i / 4 * 8 < first) acc_s[i] = -INFINITY;
-            if (i / 4 * 8 + 1 < first) acc_s[i + 1] = -INFINITY;
-          }
-        }
-      }
-      float highest = row_max[r];
-#pragma unroll
-      for (int i = 2 * r; i < kKeys / 2; i += 4)
-        highest = fmaxf(highest, fmaxf(acc_s[i], acc_s[i + 1]));
-      highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 1));
-      highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 2));
-      // the reference may lag behind the maximum: weights up to 2^8 cost no digits
-      if ((highest - row_max[r]) * to_log2 <= 8) highest = row_max[r];
-      // no key so far: (-inf) - (-inf) would poison the row
-      const float base_log2 = highest == -INFINITY ? 0 : highest * to_log2;
-      const bool same = highest == row_max[r];
-      shrink[r] = same ? 1 : exp2_approx(row_max[r] * to_log2 - base_log2);
-      moved |= !same;
-      float sum = 0;
-#pragma unroll
-      for (int i = 2 * r; i < kKeys / 2; i += 4) {
-        acc_s[i] = exp2_approx(fmaf(acc_s[i], to_log2, -base_log2));
-        acc_s[i + 1] = exp2_approx(fmaf(acc_s[i + 1], to_log2, -base_log2));
-        sum += acc_s[i] + acc_s[i + 1];
-      }
-      row_sum[r] = fmaf(row_sum[r], shrink[r], sum);
-      row_max[r] = highest;
-    }
-    return __any_sync(~0u, moved) != 0;
+    if (kMapped) map_scores(acc_s, map, bounds, key, lane);
+    if (masked) mask_scores(acc_s, bounds, key, args.window, lane);
+    return rows.update(acc_s, to_log2);
   };
   // accumulators of 16 keys, packed in order, are an operand A
   auto pack_weights = [&] {
@@ -342,40 +290,24 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv>::kThreads), 1)
     named_barrier_sync(4, 128 * kWarpgroups);
   };
 
-  // Row `row` of a sequence again, by a warp and from the keys alone that it sees. Slow, and only
-  // for rows that are not a number: a weight of zero doesn't silence a masked value that is none.
+  // Row `row` of a sequence again, from the keys alone that it sees
   auto write_seen = [&](const ForwardWork& work, int row, float lse_log2, auto& staged) {
-    const int at = row + work.sk - work.sq, end = min(work.sk, at + 1);
-    const int kv_head = work.head / args.group;
+    const int at = row + work.sk - work.sq;
     const auto base = [&](const uint16_t* x, const Strides& strides, int head, int64_t begin) {
       return x + work.batch * strides.batch + head * strides.head + begin * strides.row;
     };
-    const uint16_t* q = base(args.q, args.q_strides, work.head, work.q_begin + row);
-    const uint16_t* k = base(args.k, args.k_strides, kv_head, work.k_begin);
-    const uint16_t* v = base(args.v, args.v_strides, kv_head, work.k_begin);
-    float values[kDv / 32] = {};  // of columns lane, lane + 32, ...
-    for (int key = args.window ? max(at - args.window + 1, 0) : 0; key < end; key += 32) {
-      const int t = key + lane;
-      float weight = 0;
-      if (t < end) {
-        float product = 0;
-        for (int e = 0; e < args.d; ++e)
-          product =
-              fmaf(unpack<kType>(q[e]), unpack<kType>(k[t * args.k_strides.row + e]), product);
-        const float score = kMapped ? map_score(product, t - at) : product * args.scale_log2;
-        weight = exp2_approx(score - lse_log2);
-      }
-      for (int i = 0; i < min(32, end - key); ++i) {
-        const float shared = __shfl_sync(~0u, weight, i);
-#pragma unroll
-        for (int c = 0; c < kDv / 32; ++c) {
-          const int column = 32 * c + lane;
-          if (column < args.dv)
-            values[c] =
-                fmaf(shared, unpack<kType>(v[(key + i) * args.v_strides.row + column]), values[c]);
-        }
-      }
-    }
+    const auto rows_of = [&](const uint16_t* x, const Strides& strides) {
+      return KeyRows{base(x, strides, work.head / args.group, work.k_begin), strides.row};
+    };
+    float values[kDv / 32] = {};
+    attend_seen<kType>(
+        values, base(args.q, args.q_strides, work.head, work.q_begin + row),
+        rows_of(args.k, args.k_strides), rows_of(args.v, args.v_strides), args.d, args.dv,
+        args.window ? max(at - args.window + 1, 0) : 0, min(work.sk, at + 1),
+        [&](float product, int key) {
+          return kMapped ? map(product, key - at) : product * args.scale_log2;
+        },
+        lse_log2, lane);
     __syncwarp();
 #pragma unroll
     for (int c = 0; c < kDv / 32; ++c)
@@ -404,13 +336,12 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv>::kThreads), 1)
     auto stage_of = [&](int j) { return Turn<kStages>(used + j); };
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      position[r] = row + 8 * r + diagonal;
-      until[r] = args.causal ? min(work.sk, position[r] + 1) : work.sk;
-      row_max[r] = -INFINITY;
-      row_sum[r] = 0;
+      bounds.position[r] = row + 8 * r + diagonal;
+      bounds.until[r] = args.causal ? min(work.sk, bounds.position[r] + 1) : work.sk;
     }
+    rows.clear();
     if (kMapped && args.slopes)
-      slope_log2 = args.slopes[work.head * args.slopes_stride] * 1.44269504f;
+      map.slope_log2 = args.slopes[work.head * args.slopes_stride] * kLog2e;
 #pragma unroll
     for (int i = 0; i < kDv / 2; ++i) acc_o[i] = 0;
 
@@ -430,7 +361,7 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv>::kThreads), 1)
       pack_weights();
       if (moved) {
 #pragma unroll
-        for (int i = 0; i < kDv / 2; ++i) acc_o[i] *= shrink[i / 2 % 2];
+        for (int i = 0; i < kDv / 2; ++i) acc_o[i] *= rows.shrink[i / 2 % 2];
       }
     };
 
@@ -443,10 +374,10 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv>::kThreads), 1)
     pack_weights();
     if (kBuffers > 1 && visit > 0) release_q(visit - 1);
     if (args.cu_seqlens_q || args.cache_seqlens) {
-      const int rows = max(work.sk - key_of(0), 0);
+      const int left = max(work.sk - key_of(0), 0);
       const Turn<kStages> v = stage_of(0);
       smem.v_full[v.stage].wait(v.parity);
-      if (rows < kKeys) clear_beyond(v.stage, rows);
+      if (left < kKeys) clear_beyond(v.stage, left);
     }
     // key tiles that the first row sees whole, and where the last row's window begins
     const int whole_end = (args.causal ? max(work.row + diagonal + 1, 0) : work.sk) / kKeys;
@@ -473,30 +404,17 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv>::kThreads), 1)
     int poisoned[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float sum = row_sum[r], factor = 1;
-      sum += __shfl_xor_sync(~0u, sum, 1);
-      sum += __shfl_xor_sync(~0u, sum, 2);
-      const bool empty = sum == 0;
-      float top_log2 = empty ? -INFINITY : row_max[r] * to_log2;
-      if (args.sink) {
-        const float sink_log2 = args.sink[work.head * args.sink_stride] * 1.44269504f;
-        const float top = fmaxf(top_log2, sink_log2);
-        factor = exp2_approx(top_log2 - top);
-        sum = sum * factor + exp2_approx(sink_log2 - top);
-        top_log2 = top;
-      }
-      lse_log2[r] = sum == 0 ? -INFINITY : top_log2 + log2f(sum);
-      if (lane % 4 == 0 && row + 8 * r < work.sq) {
-        constexpr float kLn2 = 0.693147181f;
-        args.lse[lse_row + row + 8 * r] = lse_log2[r] * kLn2;
-      }
-      const float inverse = factor / sum;
+      const RowEnd end(rows.row_max[r] * to_log2, rows.total(r),
+                       args.sink ? args.sink + work.head * args.sink_stride : nullptr);
+      lse_log2[r] = end.lse_log2;
+      if (lane % 4 == 0 && row + 8 * r < work.sq)
+        args.lse[lse_row + row + 8 * r] = end.lse_log2 * kLn2;
       float total = 0;
 #pragma unroll
       for (int i = 2 * r; i < kDv / 2; i += 4) {
         // a row without keys gives zero, whatever its masked values were
-        acc_o[i] = empty ? 0 : acc_o[i] * inverse;
-        acc_o[i + 1] = empty ? 0 : acc_o[i + 1] * inverse;
+        acc_o[i] = end.factor == 0 ? 0 : acc_o[i] * end.factor;
+        acc_o[i + 1] = end.factor == 0 ? 0 : acc_o[i + 1] * end.factor;
         total += acc_o[i] + acc_o[i + 1];
       }
       poisoned[r] = args.causal && total != total && row + 8 * r < work.sq;

@@ -37,6 +37,9 @@ void forward_sm90(const ForwardCall& call, cudaStream_t stream);
 // Why it cannot take a call, or null
 const char* declines_forward_sm90(const ForwardCall& call);
 
+// What no Hopper kernel can load, or null; k and v are `blocks` blocks of `rows` rows
+const char* declines_addresses_sm90(const ForwardCall& call, int64_t blocks, int64_t rows);
+
 // What forward_sm90 picks from, one instantiation file each. `kMapped` scores pass through softCap
 // and slopes, or a scale that is not positive.
 template <DType kType, int kD, int kDv, bool kMapped>

@@ -189,6 +189,17 @@ __device__ __forceinline__ void store_16_bits(uint32_t address, uint16_t bits) {
   asm volatile("st.shared.b16 [%0], %1;" ::"r"(address), "h"(bits) : "memory");
 }
 
+// From global to shared memory, both aligned
+__device__ __forceinline__ void store_16_bytes(uint32_t address, const void* gmem) {
+  uint32_t a, b, c, d;
+  asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(a), "=r"(b), "=r"(c), "=r"(d)
+               : "l"(gmem));
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c),
+               "r"(d)
+               : "memory");
+}
+
 // From shared to global memory, both aligned
 __device__ __forceinline__ void copy_16_bytes(void* gmem, uint32_t address) {
   uint32_t a, b, c, d;
@@ -205,6 +216,12 @@ __device__ __forceinline__ void copy_16_bytes(void* gmem, uint32_t address) {
 __device__ __forceinline__ int fetch_add(int* counter, int value) {
   return atomicAdd(counter, value);
 }
+
+// Orders this thread's accesses to global memory for all CTAs
+__device__ __forceinline__ void fence_gmem() { __threadfence(); }
+
+// What another CTA wrote, not what an older look at it left in the cache
+__device__ __forceinline__ float2 load_fresh(const float2* gmem) { return __ldcg(gmem); }
 
 __device__ __forceinline__ float reciprocal_approx(float x) {
   float y;

@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <limits>
+#include <numeric>
 
 heddle::emulator::Dim threadIdx{}, blockIdx{}, blockDim{}, gridDim{};
 
@@ -446,7 +447,13 @@ void Cta::execute(int warpgroup, Group& group) {
 void launch(int ctas, int threads, size_t smem_bytes, const std::function<void()>& kernel) {
   gridDim.x = ctas;
   blockDim.x = threads;
-  for (int block = 0; block < ctas; ++block) {
+  // in any order, for no CTA may rely on another one being first
+  std::vector<int> order(static_cast<size_t>(ctas));
+  std::iota(order.begin(), order.end(), 0);
+  Random random(next_seed++);
+  for (size_t i = order.size(); i > 1; --i)
+    std::swap(order[i - 1], order[random.below(static_cast<uint32_t>(i))]);
+  for (const int block : order) {
     blockIdx.x = block;
     Cta here(threads, smem_bytes, next_seed++);
     cta = &here;

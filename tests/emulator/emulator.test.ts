@@ -68,7 +68,9 @@ interface Kernel {
 }
 
 const forward = 'attention/forward_sm90.cuh'
+const softmax = 'attention/softmax_sm90.cuh'
 const linear = 'linear/linear_sm90.cuh'
+const split = 'attention/split_sm90.cuh'
 const tile = 'common/tile.cuh'
 const kernels: Kernel[] = [
   {
@@ -165,14 +167,14 @@ const kernels: Kernel[] = [
       {
         what: 'the mask of the tail lets one key through',
         file: forward,
-        from: ': work.sk;\n      row_max',
-        to: ': work.sk + 1;\n      row_max',
+        from: ': work.sk;\n    }\n    rows.clear',
+        to: ': work.sk + 1;\n    }\n    rows.clear',
       },
       {
         what: 'the diagonal is off by one',
         file: forward,
-        from: 'min(work.sk, position[r] + 1)',
-        to: 'min(work.sk, position[r] + 2)',
+        from: 'min(work.sk, bounds.position[r] + 1)',
+        to: 'min(work.sk, bounds.position[r] + 2)',
       },
       {
         what: 'the mask stops one tile too early',
@@ -182,14 +184,14 @@ const kernels: Kernel[] = [
       },
       {
         what: 'the window is one key too wide',
-        file: forward,
-        from: 'beyond - args.window;',
-        to: 'beyond - args.window - 1;',
+        file: softmax,
+        from: 'beyond - window;',
+        to: 'beyond - window - 1;',
       },
       {
         what: 'values of other sequences are not silenced',
         file: forward,
-        from: 'if (rows < kKeys) clear_beyond(v.stage, rows);',
+        from: 'if (left < kKeys) clear_beyond(v.stage, left);',
         to: '',
       },
       {
@@ -227,6 +229,83 @@ const kernels: Kernel[] = [
         file: tile,
         from: '^ row % 8)',
         to: '^ row % 4)',
+      },
+    ],
+  },
+  {
+    name: 'split_sm90',
+    variants: {
+      'kF16 d64': ['-DHEDDLE_DTYPE=kF16'],
+      'kBF16 d128': ['-DHEDDLE_D=128'],
+      'kF16 d256': ['-DHEDDLE_DTYPE=kF16', '-DHEDDLE_D=256'],
+    },
+    broken: 'kBF16 d128',
+    faults: [
+      {
+        what: 'keys are used before they arrived',
+        file: split,
+        from: 'smem.k_full[stage.stage].wait(stage.parity);',
+        to: '',
+      },
+      {
+        what: 'a tile is loaded before the last one was used',
+        file: split,
+        from: 'empty.wait(turn.parity ^ 1);',
+        to: '',
+      },
+      {
+        what: 'a stage is never given back',
+        file: split,
+        from: 'release(smem.v_empty[stage.stage]);',
+        to: '',
+      },
+      {
+        what: 'q is multiplied before it was fenced',
+        file: split,
+        from: 'fence_async_smem();\n    sync();',
+        to: 'sync();',
+      },
+      {
+        what: 'values behind the last key are not silenced',
+        file: split,
+        from: 'if (args.cache_seqlens && left < kKeys) {',
+        to: 'if (false) {',
+      },
+      {
+        what: 'every page is read from its first row',
+        file: split,
+        from: 'from = key % args.page_size;',
+        to: 'from = 0;',
+      },
+      {
+        what: 'the last part of a row is left out',
+        file: split,
+        from: 'cta <= last_cta; ++cta) {',
+        to: 'cta < last_cta; ++cta) {',
+      },
+      {
+        what: 'two parts lie in one place',
+        file: split,
+        from: '(work.unit_begin > plan.begin(total, cta, ctas) ? 1 : 0)',
+        to: '0',
+      },
+      {
+        what: 'the first to arrive adds up',
+        file: split,
+        from: 'smem.arrived == last_cta - first_cta',
+        to: 'smem.arrived == 0',
+      },
+      {
+        what: 'the mask is left out of one tile',
+        file: split,
+        from: 'key + kKeys > seen_end',
+        to: 'key > seen_end',
+      },
+      {
+        what: 'a query sees one key too many',
+        file: split,
+        from: 'min(work.sk, bounds.position[r] + 1)',
+        to: 'min(work.sk, bounds.position[r] + 2)',
       },
     ],
   },

@@ -20,6 +20,10 @@
 using std::max;
 using std::min;
 
+struct float2 {
+  float x, y;
+};
+
 inline void __syncthreads() { heddle::emulator::cta->named_sync(0, blockDim.x); }
 inline void __syncwarp() { heddle::emulator::cta->meet_warp(); }
 template <class T> T __shfl_sync(unsigned, T value, int lane) {
@@ -118,12 +122,15 @@ inline void store_zero(uint32_t address) {
   cta->store(address, zeros, 16);
 }
 inline void store_16_bits(uint32_t address, uint16_t bits) { cta->store(address, &bits, 2); }
+inline void store_16_bytes(uint32_t address, const void* gmem) { cta->store(address, gmem, 16); }
 inline void copy_16_bytes(void* gmem, uint32_t address) { cta->load(gmem, address, 16); }
 inline int fetch_add(int* counter, int value) {
   const int before = *counter;
   *counter += value;
   return before;
 }
+inline void fence_gmem() {}
+inline float2 load_fresh(const float2* gmem) { return *gmem; }
 inline float reciprocal_approx(float x) { return 1 / x; }
 inline float exp2_approx(float x) { return std::exp2(x); }
 

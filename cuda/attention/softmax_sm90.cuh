@@ -1,0 +1,163 @@
+#pragma once
+#include <cstdint>
+
+#include "common/sm90.cuh"
+
+// What happens to scores between the two products on Hopper. A thread of a warp holds pairs of
+// columns of rows lane / 4 and lane / 4 + 8 of its warp's 16: element i of an accumulator is in row
+// i / 2 % 2 of the two and in column 8 * (i / 4) + 2 * (lane % 4) + i % 2.
+namespace heddle::sm90 {
+
+inline constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
+
+// softCap and slopes, in log2 units; `distance` is from the row to the key
+struct ScoreMap {
+  float scale, soft_cap, slope_log2;
+
+  __device__ __forceinline__ float operator()(float product, int distance) const {
+    float score = product * scale;
+    if (soft_cap > 0) {
+      // tanh(x) = 1 - 2 / (exp(2x) + 1)
+      const float e = exp2_approx(score * (2 * kLog2e / soft_cap));
+      score = soft_cap * (1 - 2 * reciprocal_approx(e + 1));
+    }
+    return fmaf(slope_log2, static_cast<float>(distance), score * kLog2e);
+  }
+};
+
+// Where a thread's two rows stand among the keys, and where the keys end that they see
+struct RowBounds {
+  int position[2], until[2];
+};
+
+template <int kScores>
+__device__ __forceinline__ void map_scores(float (&acc)[kScores], const ScoreMap& map,
+                                           const RowBounds& rows, int key, int lane) {
+#pragma unroll
+  for (int i = 0; i < kScores; ++i) {
+    const int t = key + i / 4 * 8 + lane % 4 * 2 + i % 2;
+    acc[i] = map(acc[i], t - rows.position[i / 2 % 2]);
+  }
+}
+
+// Scores of keys that a row doesn't see; a window of 0 is all
+template <int kScores>
+__device__ __forceinline__ void mask_scores(float (&acc)[kScores], const RowBounds& rows, int key,
+                                            int window, int lane) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int beyond = rows.until[r] - key - lane % 4 * 2;
+#pragma unroll
+    for (int i = 2 * r; i < kScores; i += 4) {
+      if (i / 4 * 8 >= beyond) acc[i] = -INFINITY;
+      if (i / 4 * 8 + 1 >= beyond) acc[i + 1] = -INFINITY;
+    }
+    if (window) {
+      const int first = beyond - window;
+#pragma unroll
+      for (int i = 2 * r; i < kScores; i += 4) {
+        if (i / 4 * 8 < first) acc[i] = -INFINITY;
+        if (i / 4 * 8 + 1 < first) acc[i + 1] = -INFINITY;
+      }
+    }
+  }
+}
+
+// The softmax of a thread's two rows so far
+struct RowSoftmax {
+  float row_max[2], row_sum[2];
+  float shrink[2];  // of what was summed before the last update
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) row_max[r] = -INFINITY, row_sum[r] = 0;
+  }
+
+  // Scores become weights exp2(to_log2 * (score - row_max)); whether sums of before have to shrink
+  template <int kScores>
+  __device__ __forceinline__ bool update(float (&acc)[kScores], float to_log2) {
+    bool moved = false;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float highest = row_max[r];
+#pragma unroll
+      for (int i = 2 * r; i < kScores; i += 4) highest = fmaxf(highest, fmaxf(acc[i], acc[i + 1]));
+      highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 1));
+      highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 2));
+      // the reference may lag behind the maximum: weights up to 2^8 cost no digits
+      if ((highest - row_max[r]) * to_log2 <= 8) highest = row_max[r];
+      // no key so far: (-inf) - (-inf) would poison the row
+      const float base_log2 = highest == -INFINITY ? 0 : highest * to_log2;
+      const bool same = highest == row_max[r];
+      shrink[r] = same ? 1 : exp2_approx(row_max[r] * to_log2 - base_log2);
+      moved |= !same;
+      float sum = 0;
+#pragma unroll
+      for (int i = 2 * r; i < kScores; i += 4) {
+        acc[i] = exp2_approx(fmaf(acc[i], to_log2, -base_log2));
+        acc[i + 1] = exp2_approx(fmaf(acc[i + 1], to_log2, -base_log2));
+        sum += acc[i] + acc[i + 1];
+      }
+      row_sum[r] = fmaf(row_sum[r], shrink[r], sum);
+      row_max[r] = highest;
+    }
+    return __any_sync(~0u, moved) != 0;
+  }
+
+  // Over the four threads of a row
+  __device__ __forceinline__ float total(int r) const {
+    float sum = row_sum[r];
+    sum += __shfl_xor_sync(~0u, sum, 1);
+    return sum + __shfl_xor_sync(~0u, sum, 2);
+  }
+};
+
+// What is left to do with a row's sums
+struct RowEnd {
+  float lse_log2, factor;  // of the sum of values
+
+  // A sink's logit takes part in the normaliser alone
+  __device__ __forceinline__ RowEnd(float top_log2, float sum, const float* sink) {
+    // a row without keys gives zero
+    const bool empty = sum == 0;
+    float share = 1;
+    if (empty) top_log2 = -INFINITY;
+    if (sink) {
+      const float sink_log2 = *sink * kLog2e, top = fmaxf(top_log2, sink_log2);
+      share = exp2_approx(top_log2 - top);
+      sum = sum * share + exp2_approx(sink_log2 - top);
+      top_log2 = top;
+    }
+    lse_log2 = sum == 0 ? -INFINITY : top_log2 + log2f(sum);
+    factor = empty ? 0 : share / sum;
+  }
+};
+
+// Values of columns lane, lane + 32, ... of one row, by a warp and from the keys alone that the row
+// sees. Slow, and only for rows that came out as no number: a weight of zero doesn't silence a
+// masked value that is none. `key_at` and `value_at` give the rows of k and v.
+template <DType kType, int kColumns, class Rows, class Score>
+__device__ __forceinline__ void attend_seen(float (&values)[kColumns], const uint16_t* q,
+                                            const Rows& key_at, const Rows& value_at, int d, int dv,
+                                            int begin, int end, const Score& score_log2,
+                                            float lse_log2, int lane) {
+  for (int key = begin; key < end; key += 32) {
+    float weight = 0;
+    if (key + lane < end) {
+      const uint16_t* k = key_at(key + lane);
+      float product = 0;
+      for (int e = 0; e < d; ++e) product = fmaf(unpack<kType>(q[e]), unpack<kType>(k[e]), product);
+      weight = exp2_approx(score_log2(product, key + lane) - lse_log2);
+    }
+    for (int i = 0; i < min(32, end - key); ++i) {
+      const float shared = __shfl_sync(~0u, weight, i);
+      const uint16_t* v = value_at(key + i);
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c)
+        if (32 * c + lane < dv)
+          values[c] = fmaf(shared, unpack<kType>(v[32 * c + lane]), values[c]);
+    }
+  }
+}
+
+}  // namespace heddle::sm90

@@ -1,0 +1,522 @@
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+#include "attention/softmax_sm90.cuh"
+#include "attention/split_sm90.h"
+#include "common/sm90.cuh"
+#include "common/tensor_map.h"
+#include "common/tile.cuh"
+
+// Softmax attention for few rows over many keys, contiguous or in pages; the equation is that of
+// forward_sm90.cuh. Reading k and v once is the floor, so the rows of q that share a kv head, all
+// heads of its group and all queries, stand together in one operand of 64 rows.
+//
+// A unit is one such operand; its key tiles are numbered, and so are those of all units one after
+// another. Each CTA takes an equal run of these numbers, whatever the lengths on the device are:
+// one warp loads through a ring of stages, one warpgroup computes. Of a unit that several CTAs
+// share each leaves its sums in memory, and the last to arrive adds them up in the order of the
+// keys.
+namespace heddle {
+namespace {
+
+template <int kD> struct SplitTile {
+  static constexpr int kKeys = kD <= 128 ? 128 : 64;
+  static constexpr int kStages = kD == 64 ? 6 : 3;  // 192 KB on their way
+  static constexpr int kThreads = 160;
+  static constexpr int kWorks = 2;
+};
+
+// A run of key tiles of one unit, as the loading warp describes it
+struct SplitWork {
+  int batch;                   // or -1 after the last run
+  int kv_head, row_tile;       // of the unit
+  int sk;                      // keys of its sequence
+  int key_tile, key_tiles;     // of this run
+  int unit;                    // its number, and which of all key tiles are its own
+  int unit_begin, unit_tiles;  // counted over all units
+};
+
+template <int kD> struct SplitSmem {
+  using Shape = SplitTile<kD>;
+  sm90::Tile<kSplitRows, kD> q;
+  sm90::Tile<Shape::kKeys, kD> k[Shape::kStages], v[Shape::kStages];
+  SplitWork work[Shape::kWorks];
+  sm90::Barrier work_full[Shape::kWorks], work_empty[Shape::kWorks];
+  sm90::Barrier k_full[Shape::kStages], k_empty[Shape::kStages];
+  sm90::Barrier v_full[Shape::kStages], v_empty[Shape::kStages];
+  int poisoned[kSplitRows];  // rows that came out as no number
+  int arrived;
+};
+
+struct SplitArgs {
+  int b, sq, sk, hq, hk, group, row_tiles;
+  int d, dv;
+  float scale_log2, scale, soft_cap;
+  bool causal;  // or windowed
+  int window;   // 0 is all
+  const float *slopes, *sink;
+  int64_t slopes_stride, sink_stride;
+  const int32_t *cache_seqlens, *block_table;
+  int64_t cache_stride, table_row, table_column;
+  int pages, page_size, box;  // a copy moves `box` rows
+  const uint16_t *q, *k, *v;
+  uint16_t* out;
+  Strides q_strides, k_strides, v_strides, out_strides;
+  float* lse;
+  float* part_out;
+  float2* part_state;
+  int* arrivals;
+
+  __device__ __forceinline__ int keys(int batch) const {
+    if (!cache_seqlens) return sk;
+    return min(max(cache_seqlens[batch * cache_stride], 0), sk);  // nothing is out of bounds
+  }
+};
+
+// Which key tiles of which unit a CTA takes
+template <int kKeys> struct SplitPlan {
+  const SplitArgs& args;
+
+  // The first tile that a row of this sequence sees, and how many there are until the last
+  __device__ __forceinline__ int first(int keys) const {
+    return args.window ? max(keys - args.sq - args.window + 1, 0) / kKeys : 0;
+  }
+  // A sequence without keys visits a tile all the same, fully masked
+  __device__ __forceinline__ int count(int keys) const {
+    return max((keys + kKeys - 1) / kKeys - first(keys), 1);
+  }
+  __device__ __forceinline__ int units() const { return args.hk * args.row_tiles; }
+  // Of all units, by a warp
+  __device__ __forceinline__ int total(int lane) const {
+    int sum = 0;
+    for (int batch = lane; batch < args.b; batch += 32) sum += count(args.keys(batch));
+    for (int lanes = 1; lanes < 32; lanes *= 2) sum += __shfl_xor_sync(~0u, sum, lanes);
+    return sum * units();
+  }
+  // CTA c of n begins at tile begin(c); tile x belongs to CTA owner(x)
+  __device__ __forceinline__ static int begin(int total, int c, int n) {
+    return static_cast<int>(static_cast<int64_t>(total) * c / n);
+  }
+  __device__ __forceinline__ static int owner(int total, int x, int n) {
+    return static_cast<int>(((x + int64_t{1}) * n - 1) / total);
+  }
+};
+
+// Rows of k or v of one kv head and sequence, through the block table if there is one
+struct SplitRows {
+  const SplitArgs& args;
+  const uint16_t* data;
+  const Strides& strides;
+  int batch, kv_head;
+  __device__ __forceinline__ const uint16_t* operator()(int key) const {
+    int64_t block = batch;
+    if (args.block_table) {
+      block = args.block_table[batch * args.table_row + key / args.page_size * args.table_column];
+      block = min(max(block, int64_t{0}), int64_t{args.pages - 1});
+      key %= args.page_size;
+    }
+    return data + block * strides.batch + key * strides.row + kv_head * strides.head;
+  }
+};
+
+template <DType kType, int kD>
+__global__ void __launch_bounds__(SplitTile<kD>::kThreads, 1)
+    split_sm90_kernel(const __grid_constant__ sm90::TensorMap gmem_k,
+                      const __grid_constant__ sm90::TensorMap gmem_v, const SplitArgs args) {
+  using namespace sm90;
+  using Shape = SplitTile<kD>;
+  constexpr int kKeys = Shape::kKeys, kStages = Shape::kStages, kWorks = Shape::kWorks;
+  auto& smem = shared_memory<SplitSmem<kD>>();
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kWorks; ++i) {
+      smem.work_full[i].init(1);
+      smem.work_empty[i].init(4);
+    }
+    for (int stage = 0; stage < kStages; ++stage) {
+      smem.k_full[stage].init(1);
+      smem.v_full[stage].init(1);
+      smem.k_empty[stage].init(4);
+      smem.v_empty[stage].init(4);
+    }
+    fence_barrier_init();
+  }
+  __syncthreads();
+
+  const SplitPlan<kKeys> plan{args};
+  const int total = plan.total(lane);
+  // no CTA without tiles stands between two that share a unit
+  const int ctas = min(static_cast<int>(gridDim.x), total);
+
+  if (warp == 4) {
+    if (lane == 0) {
+      prefetch(gmem_k);
+      prefetch(gmem_v);
+    }
+    const int cta = min(static_cast<int>(blockIdx.x), ctas);
+    const int end = plan.begin(total, min(cta + 1, ctas), ctas);
+    int at = plan.begin(total, cta, ctas);
+    int batch = 0, before = 0;  // tiles of the sequences before
+    uint32_t visit = 0, loaded = 0;
+    auto publish = [&](const SplitWork& work) {
+      const Turn<kWorks> turn(visit++);
+      if (lane == 0) {
+        smem.work_empty[turn.stage].wait(turn.parity ^ 1);
+        smem.work[turn.stage] = work;
+        smem.work_full[turn.stage].arrive();
+      }
+      __syncwarp();
+    };
+    while (at < end) {
+      const int sk = args.keys(batch), tiles = plan.count(sk);
+      if (at >= before + tiles * plan.units()) {
+        before += tiles * plan.units();
+        ++batch;
+        continue;
+      }
+      const int inside = (at - before) / tiles, first = (at - before) % tiles;
+      SplitWork work;
+      work.batch = batch;
+      work.kv_head = inside / args.row_tiles;
+      work.row_tile = inside % args.row_tiles;
+      work.sk = sk;
+      work.key_tile = plan.first(sk) + first;
+      work.key_tiles = min(tiles - first, end - at);
+      work.unit = batch * plan.units() + inside;
+      work.unit_begin = before + inside * tiles;
+      work.unit_tiles = tiles;
+      publish(work);
+      for (int j = 0; j < work.key_tiles; ++j, ++loaded) {
+        const Turn<kStages> turn(loaded);
+        auto load = [&](auto& tile, Barrier& full, Barrier& empty, const TensorMap& map) {
+          empty.wait(turn.parity ^ 1);
+          if (lane == 0) full.arrive_expect(tile.kBytes);
+          __syncwarp();
+          for (int row = lane * args.box; row < kKeys; row += 32 * args.box) {
+            const int key = (work.key_tile + j) * kKeys + row;
+            // what lies outside arrives as zeros: pages behind the last key are not looked at
+            int block = batch, from = key;
+            if (args.block_table) {
+              block = key < sk ? args.block_table[batch * args.table_row +
+                                                  key / args.page_size * args.table_column]
+                               : args.pages;
+              from = key % args.page_size;
+            }
+            for (int column = 0; column < kD; column += 64)
+              copy_to_smem(tile.panel(column) + row * 128, map, full, column, from, work.kv_head,
+                           block, args.row_tiles > 1 ? Keep::kNormal : Keep::kShortly);
+          }
+        };
+        load(smem.k[turn.stage], smem.k_full[turn.stage], smem.k_empty[turn.stage], gmem_k);
+        load(smem.v[turn.stage], smem.v_full[turn.stage], smem.v_empty[turn.stage], gmem_v);
+      }
+      at += work.key_tiles;
+    }
+    SplitWork last{};
+    last.batch = -1;
+    publish(last);
+    return;
+  }
+
+  const int thread = threadIdx.x;
+  float acc_s[kKeys / 2], acc_o[kD / 2];
+  uint32_t frag_p[kKeys / 16][4] = {};
+  RowSoftmax rows;
+  RowBounds bounds;
+  ScoreMap map[2] = {{args.scale, args.soft_cap, 0}, {args.scale, args.soft_cap, 0}};
+  const bool mapped = args.soft_cap > 0 || args.slopes || !(args.scale_log2 > 0);
+  // mapped scores are in log2 units already
+  const float to_log2 = mapped ? 1.f : args.scale_log2;
+  const int all_rows = args.sq * args.group;
+
+  auto sync = [&] { named_barrier_sync(1, 128); };
+  auto release = [&](Barrier& empty) {
+    if (lane == 0) empty.arrive();
+  };
+
+  uint32_t used = 0;
+  for (uint32_t visit = 0;; ++visit) {
+    const Turn<kWorks> turn(visit);
+    smem.work_full[turn.stage].wait(turn.parity);
+    const SplitWork work = smem.work[turn.stage];
+    __syncwarp();
+    release(smem.work_empty[turn.stage]);
+    if (work.batch < 0) break;
+    const int key_tiles = __shfl_sync(~0u, work.key_tiles, 0);
+
+    const int first_row = work.row_tile * kSplitRows,
+              rows_here = min(all_rows - first_row, kSplitRows);
+    auto query_of = [&](int row) { return (first_row + row) / args.group; };
+    auto head_of = [&](int row) {
+      return work.kv_head * args.group + (first_row + row) % args.group;
+    };
+    auto q_of = [&](int row) {
+      return args.q + work.batch * args.q_strides.batch + query_of(row) * args.q_strides.row +
+             head_of(row) * args.q_strides.head;
+    };
+    auto out_of = [&](int row) {
+      return args.out + work.batch * args.out_strides.batch + query_of(row) * args.out_strides.row +
+             head_of(row) * args.out_strides.head;
+    };
+    auto lse_of = [&](int row) {
+      return args.lse + (static_cast<int64_t>(work.batch) * args.hq + head_of(row)) * args.sq +
+             query_of(row);
+    };
+    auto position_of = [&](int row) { return query_of(row) + work.sk - args.sq; };
+    auto sink_of = [&](int row) {
+      return args.sink ? args.sink + head_of(row) * args.sink_stride : nullptr;
+    };
+    auto map_of = [&](int row) {
+      return ScoreMap{args.scale, args.soft_cap,
+                      args.slopes ? args.slopes[head_of(row) * args.slopes_stride] * kLog2e : 0};
+    };
+
+    // the run before has done its products with q, and all have read `arrived`
+    sync();
+    for (int i = thread; i < kSplitRows * kD / 8; i += 128) {
+      const int row = i / (kD / 8), column = i % (kD / 8) * 8;
+      if (row < rows_here && column < args.d) {
+        store_16_bytes(smem.q.address(row, column), q_of(row) + column);
+      } else {
+        store_zero(smem.q.address(row, column));
+      }
+    }
+    if (thread < kSplitRows) smem.poisoned[thread] = 0;
+    fence_async_smem();
+    sync();
+
+    // a warp whose rows don't exist only takes part in the products
+    const bool idle = warp * 16 >= rows_here;
+    const int row = warp * 16 + lane / 4;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int mine = min(row + 8 * r, rows_here - 1);
+      bounds.position[r] = position_of(mine);
+      bounds.until[r] = args.causal ? min(work.sk, bounds.position[r] + 1) : work.sk;
+      if (mapped) map[r] = map_of(mine);
+    }
+    rows.clear();
+#pragma unroll
+    for (int i = 0; i < kD / 2; ++i) acc_o[i] = 0;
+    // keys that every row sees
+    const int seen_end = args.causal ? min(work.sk, position_of(0) + 1) : work.sk;
+    const int seen_begin = args.window ? position_of(rows_here - 1) - args.window + 1 : 0;
+
+#pragma unroll 1
+    for (int j = 0; j < key_tiles; ++j, ++used) {
+      const Turn<kStages> stage(used);
+      const int key = (work.key_tile + j) * kKeys;
+      smem.k_full[stage.stage].wait(stage.parity);
+      wgmma_fence(acc_s);
+#pragma unroll
+      for (int d = 0; d < kD; d += 16)
+        wgmma<kType, Major::kK>(acc_s, smem.q.k_major(0, d), smem.k[stage.stage].k_major(0, d),
+                                d > 0);
+      wgmma_commit();
+      wgmma_wait<0>(acc_s);
+      release(smem.k_empty[stage.stage]);
+      if (!idle) {
+        if (mapped) {
+#pragma unroll
+          for (int i = 0; i < kKeys / 2; ++i) {
+            const int t = key + i / 4 * 8 + lane % 4 * 2 + i % 2, r = i / 2 % 2;
+            acc_s[i] = map[r](acc_s[i], t - bounds.position[r]);
+          }
+        }
+        if (key < seen_begin || key + kKeys > seen_end)
+          mask_scores(acc_s, bounds, key, args.window, lane);
+        if (rows.update(acc_s, to_log2)) {
+#pragma unroll
+          for (int i = 0; i < kD / 2; ++i) acc_o[i] *= rows.shrink[i / 2 % 2];
+        }
+#pragma unroll
+        for (int i = 0; i < kKeys / 4; ++i)
+          frag_p[i / 4][i % 4] = pack<kType>(acc_s[2 * i], acc_s[2 * i + 1]);
+      }
+      smem.v_full[stage.stage].wait(stage.parity);
+      // a cache may hold anything behind its last key, and zero weights don't silence NaN
+      const int left = max(work.sk - key, 0);
+      if (args.cache_seqlens && left < kKeys) {
+        for (int i = thread; i < (kKeys - left) * (kD / 8); i += 128)
+          store_zero(smem.v[stage.stage].address(left + i / (kD / 8), i % (kD / 8) * 8));
+        fence_async_smem();
+        sync();
+      }
+      wgmma_fence(acc_o);
+#pragma unroll
+      for (int k = 0; k < kKeys; k += 16)
+        wgmma<kType, Major::kMN>(acc_o, frag_p[k / 16], smem.v[stage.stage].mn_major(k), true);
+      wgmma_commit();
+      wgmma_wait<0>(acc_o);
+      release(smem.v_empty[stage.stage]);
+    }
+
+    // Two elements of a row that is done
+    auto write = [&](int to, int column, float a, float b, const RowEnd& end) {
+      a = end.factor == 0 ? 0 : a * end.factor;
+      b = end.factor == 0 ? 0 : b * end.factor;
+      if (args.causal && (a != a || b != b)) smem.poisoned[to] = 1;
+      const uint32_t both = pack<kType>(a, b);
+      *reinterpret_cast<uint32_t*>(out_of(to) + column) = both;
+      if (column == 0) *lse_of(to) = end.lse_log2 * kLn2;
+    };
+
+    if (key_tiles == work.unit_tiles) {
+      if (!idle) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          const int mine = row + 8 * r;
+          const float sum = rows.total(r);
+          const RowEnd end(rows.row_max[r] * to_log2, sum,
+                           mine < rows_here ? sink_of(mine) : nullptr);
+          if (mine >= rows_here) continue;
+#pragma unroll
+          for (int i = 2 * r; i < kD / 2; i += 4) {
+            const int column = i / 4 * 8 + lane % 4 * 2;
+            if (column < args.dv) write(mine, column, acc_o[i], acc_o[i + 1], end);
+          }
+        }
+      }
+    } else {
+      // the unit that a CTA begins inside of is its first, another one its second
+      auto slot_of = [&](int cta) {
+        return 2 * cta + (work.unit_begin > plan.begin(total, cta, ctas) ? 1 : 0);
+      };
+      const int first_cta = plan.owner(total, work.unit_begin, ctas);
+      const int last_cta = plan.owner(total, work.unit_begin + work.unit_tiles - 1, ctas);
+      const int64_t slot = slot_of(static_cast<int>(blockIdx.x));
+      if (!idle) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          const int mine = row + 8 * r;
+          const float sum = rows.total(r);
+          if (mine >= rows_here) continue;
+          const int64_t at = slot * kSplitRows + mine;
+          if (lane % 4 == 0) args.part_state[at] = {rows.row_max[r] * to_log2, sum};
+#pragma unroll
+          for (int i = 2 * r; i < kD / 2; i += 4) {
+            const int column = i / 4 * 8 + lane % 4 * 2;
+            if (column < args.dv)
+              *reinterpret_cast<float2*>(args.part_out + at * args.dv + column) = {acc_o[i],
+                                                                                   acc_o[i + 1]};
+          }
+        }
+      }
+      // all have written before the arrival says so, and the last reads what the others wrote
+      fence_gmem();
+      sync();
+      if (thread == 0) {
+        smem.arrived = fetch_add(&args.arrivals[work.unit], 1);
+        fence_gmem();
+      }
+      sync();
+      if (smem.arrived == last_cta - first_cta) {
+        for (int i = thread; i < rows_here * (args.dv / 2); i += 128) {
+          const int mine = i / (args.dv / 2), column = i % (args.dv / 2) * 2;
+          auto at = [&](int cta) { return int64_t{slot_of(cta)} * kSplitRows + mine; };
+          float top = -INFINITY;
+          for (int cta = first_cta; cta <= last_cta; ++cta)
+            top = fmaxf(top, load_fresh(args.part_state + at(cta)).x);
+          float sum = 0, a = 0, b = 0;
+          for (int cta = first_cta; cta <= last_cta; ++cta) {
+            const float2 state = load_fresh(args.part_state + at(cta));
+            if (state.y == 0) continue;
+            const float weight = exp2_approx(state.x - top);
+            const float2 values = load_fresh(
+                reinterpret_cast<const float2*>(args.part_out + at(cta) * args.dv + column));
+            sum += weight * state.y;
+            a += weight * values.x;
+            b += weight * values.y;
+          }
+          write(mine, column, a, b, RowEnd(top, sum, sink_of(mine)));
+        }
+      }
+    }
+
+    if (args.causal) {
+      sync();
+      for (int mine = warp; mine < rows_here; mine += 4) {
+        if (!smem.poisoned[mine]) continue;
+        const int position = position_of(mine);
+        const ScoreMap its_map = map_of(mine);
+        float values[kD / 32] = {};
+        attend_seen<kType>(
+            values, q_of(mine), SplitRows{args, args.k, args.k_strides, work.batch, work.kv_head},
+            SplitRows{args, args.v, args.v_strides, work.batch, work.kv_head}, args.d, args.dv,
+            args.window ? max(position - args.window + 1, 0) : 0, min(work.sk, position + 1),
+            [&](float product, int key) {
+              return mapped ? its_map(product, key - position) : product * args.scale_log2;
+            },
+            *lse_of(mine) * kLog2e, lane);
+#pragma unroll
+        for (int c = 0; c < kD / 32; ++c)
+          if (32 * c + lane < args.dv)
+            out_of(mine)[32 * c + lane] = static_cast<uint16_t>(pack<kType>(values[c], 0));
+      }
+    }
+  }
+}
+
+template <DType kType, int kD> void launch_split(const SplitCall& call, cudaStream_t stream) {
+  using Shape = SplitTile<kD>;
+  SplitArgs args{};
+  args.b = static_cast<int>(call.b);
+  args.sq = static_cast<int>(call.sq);
+  args.sk = static_cast<int>(call.sk);
+  args.hq = static_cast<int>(call.hq);
+  args.hk = static_cast<int>(call.hk);
+  args.group = static_cast<int>(call.hq / call.hk);
+  args.row_tiles = static_cast<int>(split_row_tiles(call));
+  args.d = static_cast<int>(call.d);
+  args.dv = static_cast<int>(call.dv);
+  args.scale_log2 = call.scale * sm90::kLog2e;
+  args.scale = call.scale;
+  args.soft_cap = call.soft_cap;
+  args.causal = call.causal || call.window;
+  args.window = static_cast<int>(std::min<int64_t>(call.window, INT32_MAX / 2));
+  args.slopes = call.slopes;
+  args.sink = call.sink;
+  args.slopes_stride = call.slopes_stride;
+  args.sink_stride = call.sink_stride;
+  args.cache_seqlens = call.cache_seqlens;
+  args.block_table = call.block_table;
+  args.cache_stride = call.cache_stride;
+  args.table_row = call.table_row;
+  args.table_column = call.table_column;
+  args.pages = static_cast<int>(call.pages);
+  args.page_size = static_cast<int>(call.page_size);
+  args.box = call.block_table ? std::min(args.page_size, Shape::kKeys) : Shape::kKeys;
+  args.q = static_cast<const uint16_t*>(call.q);
+  args.k = static_cast<const uint16_t*>(call.k);
+  args.v = static_cast<const uint16_t*>(call.v);
+  args.out = static_cast<uint16_t*>(call.out);
+  args.q_strides = call.q_strides;
+  args.k_strides = call.k_strides;
+  args.v_strides = call.v_strides;
+  args.out_strides = call.out_strides;
+  args.lse = call.lse;
+  args.part_out = call.part_out;
+  args.part_state = call.part_state;
+  args.arrivals = call.arrivals;
+  const auto map = [&](const void* data, int64_t d, const Strides& strides) {
+    const int64_t rows = call.block_table ? call.page_size : call.sk;
+    const int64_t blocks = call.block_table ? call.pages : call.b;
+    return make_tensor_map(kType, data,
+                           {d, rows, call.hk, blocks, strides.row, strides.head, strides.batch},
+                           args.box);
+  };
+  launch<split_sm90_kernel<kType, kD>>(
+      {call.processors, Shape::kThreads, sm90::shared_memory_bytes<SplitSmem<kD>>(), stream},
+      map(call.k, call.d, call.k_strides), map(call.v, call.dv, call.v_strides), args);
+}
+
+}  // namespace
+
+template <DType kType, int kD> void launch_split_sm90(const SplitCall& call, cudaStream_t stream) {
+  launch_split<kType, kD>(call, stream);
+}
+
+}  // namespace heddle

@@ -1,0 +1,33 @@
+#pragma once
+#include "attention/forward_sm90.h"
+
+namespace heddle {
+
+// A call of the kernel that splits keys among CTAs: few rows of q, or keys and values in pages
+struct SplitCall : ForwardCall {
+  // [b, max_pages] or null; k and v are [pages, page_size, hk, d] then, and sk what the table holds
+  const int32_t* block_table;
+  int64_t table_row, table_column, pages, page_size;
+  // For runs of keys that are not all of a row's, two a CTA
+  float* part_out;     // [2 * processors, 64, dv]
+  float2* part_state;  // [2 * processors, 64]: row_max in log2 units and row_sum
+  int* arrivals;       // at zero, one per part of q that shares its keys
+};
+
+inline constexpr int kSplitRows = 64;
+
+// Rows of q that share a kv head, and how many CTAs' worth of 64 they are
+inline int64_t split_row_tiles(const ForwardCall& call) {
+  return (call.sq * (call.hq / call.hk) + kSplitRows - 1) / kSplitRows;
+}
+
+// Softmax attention on Hopper's matrix instructions, bound by reading the keys once
+void split_sm90(const SplitCall& call, cudaStream_t stream);
+
+// Why it cannot take a call, or null
+const char* declines_split_sm90(const SplitCall& call);
+
+// What split_sm90 picks from, one instantiation file each
+template <DType kType, int kD> void launch_split_sm90(const SplitCall& call, cudaStream_t stream);
+
+}  // namespace heddle

@@ -1,0 +1,5 @@
+#include "attention/split_sm90.cuh"
+
+namespace heddle {
+template void launch_split_sm90<DType::kBF16, 128>(const SplitCall&, cudaStream_t);
+}  // namespace heddle
