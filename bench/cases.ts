@@ -27,6 +27,18 @@ export interface Case {
   inputs: readonly Tensor[]
 }
 
+/** 0 to n - 1 in another order, always the same. */
+function shuffled(n: number): number[] {
+  const list = Array.from({ length: n }, (_, i) => i)
+  let state = 1
+  for (let i = n - 1; i > 0; i--) {
+    state = (Math.imul(state, 1664525) + 1013904223) >>> 0
+    const j = state % (i + 1)
+    ;[list[i], list[j]] = [list[j]!, list[i]!]
+  }
+  return list
+}
+
 /** How to make the case of an operator's problem. */
 export const operators: Readonly<Record<string, (problem: Problem, device: Device) => Case>> = {
   attention(problem, device) {
@@ -35,9 +47,26 @@ export const operators: Readonly<Record<string, (problem: Problem, device: Devic
     const [hk, dv] = [size('hk', hq), size('dv', d)]
     const causal = flags.has('causal')
     const window = size('window', 0) || undefined
+    const page = size('page', 0)
     const make = (seed: number, shape: number[]) => randn(shape, { seed, dtype, device })
-    const [q, k, v] = [make(1, [b, sq, hq, d]), make(2, [b, sk, hk, d]), make(3, [b, sk, hk, dv])]
-    const options = { causal, ...(window ? { window } : {}) }
+    // keys of one batch entry, or pages of them that lie in no order
+    const blocks = page ? [(b * sk) / page, page] : [b, sk]
+    const [q, k, v] = [
+      make(1, [b, sq, hq, d]),
+      make(2, [...blocks, hk, d]),
+      make(3, [...blocks, hk, dv]),
+    ]
+    const pages = shuffled(page ? blocks[0]! : 0)
+    const options = {
+      causal,
+      ...(window ? { window } : {}),
+      ...(page
+        ? {
+            blockTable: tensor(pages, [b, sk / page], { dtype: 'int32', device }),
+            cacheSeqlens: tensor(new Array<number>(b).fill(sk), [b], { dtype: 'int32', device }),
+          }
+        : {}),
+    }
     const sees = (row: number) => {
       const at = sk - sq + row
       const end = causal || window ? Math.min(at + 1, sk) : sk
@@ -60,10 +89,15 @@ export const operators: Readonly<Record<string, (problem: Problem, device: Devic
         const read = async (x: Tensor, h: number) =>
           x.select(0, batch).select(1, h).read({ as: 'float32' })
         const keyHead = Math.floor(head / (hq / hk))
+        // all pages of the head, or the keys of the batch entry
+        const readKeys = (x: Tensor) =>
+          page ? x.select(2, keyHead).read({ as: 'float32' }) : read(x, keyHead)
+        const rowOf = (t: number) =>
+          page ? pages[(batch * sk + t - (t % page)) / page]! * page + (t % page) : t
         const [qs, ks, vs, os] = [
           await read(q, head),
-          await read(k, keyHead),
-          await read(v, keyHead),
+          await readKeys(k),
+          await readKeys(v),
           await read(out, head),
         ]
         let [worst, top] = [0, 0]
@@ -72,7 +106,7 @@ export const operators: Readonly<Record<string, (problem: Problem, device: Devic
           const scores: number[] = []
           for (let t = from; t < to; t++) {
             let dot = 0
-            for (let e = 0; e < d; e++) dot += qs[row * d + e]! * ks[t * d + e]!
+            for (let e = 0; e < d; e++) dot += qs[row * d + e]! * ks[rowOf(t) * d + e]!
             scores.push(dot / Math.sqrt(d))
           }
           const most = scores.reduce((a, x) => Math.max(a, x), Number.NEGATIVE_INFINITY)
@@ -80,7 +114,7 @@ export const operators: Readonly<Record<string, (problem: Problem, device: Devic
           for (let f = 0; f < dv; f++) {
             let value = 0
             scores.forEach((score, j) => {
-              value += (Math.exp(score - most) / sum) * vs[(from + j) * dv + f]!
+              value += (Math.exp(score - most) / sum) * vs[rowOf(from + j) * dv + f]!
             })
             worst = Math.max(worst, Math.abs(value - os[row * dv + f]!))
             top = Math.max(top, Math.abs(value))
@@ -258,6 +292,10 @@ export const suites: Readonly<Record<'cpu' | 'cuda', readonly string[]>> = {
     'attention:b1 sq4096 sk4096 hq16 hk16 d96 bf16 causal',
     'attention:b1 sq4096 sk4096 hq16 hk16 d128 bf16 causal window1024',
     'attention:b8 sq1 sk32768 hq32 hk8 d128 bf16',
+    'attention:b8 sq1 sk32768 hq32 hk8 d128 bf16 page64',
+    'attention:b32 sq1 sk8192 hq32 hk8 d128 bf16 page16',
+    'attention:b1 sq1 sk131072 hq32 hk8 d128 bf16',
+    'attention:b1 sq1 sk4096 hq32 hk8 d128 bf16',
     'lightning:b4 h32 s2048 d128 e128 bf16',
     'lightning.decode:b64 h64 d128 e128 bf16',
     'linear:m8192 n8192 k8192 bf16',
