@@ -295,7 +295,7 @@ export const suites: Readonly<Record<'cpu' | 'cuda', readonly string[]>> = {
     'attention:b8 sq1 sk32768 hq32 hk8 d128 bf16 page64',
     'attention:b32 sq1 sk8192 hq32 hk8 d128 bf16 page16',
     'attention:b1 sq1 sk131072 hq32 hk8 d128 bf16',
-    'attention:b1 sq1 sk4096 hq32 hk8 d128 bf16',
+    'attention:b1 sq1 sk4096 hq32 hk8 d128 bf16 graph',
     'lightning:b4 h32 s2048 d128 e128 bf16',
     'lightning.decode:b64 h64 d128 e128 bf16',
     'linear:m8192 n8192 k8192 bf16',

@@ -3,7 +3,7 @@ import { mkdirSync, writeFileSync } from 'node:fs'
 import { availableParallelism, cpus } from 'node:os'
 import { join } from 'node:path'
 import { parseArgs } from 'node:util'
-import { cuda, type Device, randn, silu } from 'heddle'
+import { cuda, type Device, graph, randn, silu } from 'heddle'
 import { type Case, operators, suites } from './cases.js'
 import { repeatsFor, summarise, timeRound } from './measure.js'
 import { onnxruntime } from './peers/onnxruntime.js'
@@ -48,7 +48,14 @@ function make(text: string): Case {
   const problem = parseProblem(text)
   const operator = operators[problem.operator]
   if (!operator) throw new Error(`bench: no such operator, "${problem.operator}"`)
-  return operator(problem, device)
+  const made = operator(problem, device)
+  if (!problem.flags.has('graph')) return made
+  const step = graph(made.run)
+  const run = () => {
+    step.replay()
+    return []
+  }
+  return { ...made, run }
 }
 
 async function best(text: string): Promise<{ ms: number; made: Case }> {

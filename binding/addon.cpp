@@ -4,6 +4,7 @@
 
 #include "binding/call.h"
 #include "binding/environment.h"
+#include "binding/graph.h"
 #include "binding/tensors.h"
 
 namespace heddle {
@@ -47,6 +48,10 @@ Napi::Object load(Napi::Env env, Napi::Object exports) {
   add<read_sync>(exports, "readSync");
   add<finish>(exports, "finish");
   add<release>(exports, "release");
+  add<begin_graph>(exports, "beginGraph");
+  add<end_graph>(exports, "endGraph");
+  add<replay_graph>(exports, "replayGraph");
+  add<release_graph>(exports, "releaseGraph");
   add<memory>(exports, "memory");
   add<cuda>(exports, "cuda");
   return exports;

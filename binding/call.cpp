@@ -173,7 +173,12 @@ class Marshal {
                    text_of(argument.dtype.any), ", got ", name_of(view.dtype));
     }
     tensor(argument) = view;
-    (argument.kind == Argument::kInout ? call_->outputs : call_->inputs).push_back(entry.storage);
+    if (argument.kind == Argument::kInout) {
+      call_->outputs.push_back(entry.storage);
+      ++call_->updated;
+    } else {
+      call_->inputs.push_back(entry.storage);
+    }
   }
 
   DType output_dtype(const Argument& argument) {
@@ -211,7 +216,9 @@ class Marshal {
       output.view = view;
       call_->outputs.push_back(output.storage);
     }
-    backend.launch(std::move(call_));
+    const std::shared_ptr<Call> call = std::move(call_);
+    backend.launch(call);
+    if (environment_.recording) environment_.recording->push_back(call);
 
     const napi_env env = info_.Env();
     napi_value array;

@@ -26,6 +26,15 @@ void Environment::close(void* data) {
     if (backend) backend->stop();
   napi_release_threadsafe_function(self->done_, napi_tsfn_abort);
   self->entries_.clear();
+  self->recording.reset();
+  self->graphs.clear();
+}
+
+void Environment::not_recording() const {
+  HEDDLE_CHECK(
+      !recording, kUnsupported, "",
+      "a graph cannot hold this, as it happens outside of the device's queue; do it before "
+      "or after graph()");
 }
 
 double Environment::add(StorageRef storage, const Tensor& view, bool owns) {

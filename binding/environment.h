@@ -2,7 +2,9 @@
 #include <napi.h>
 
 #include <functional>
+#include <map>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "core/backend.h"
@@ -53,6 +55,11 @@ class Environment {
   Napi::Error to_js(const Error& error);
 
   Napi::FunctionReference error_class;
+  // The calls of a graph that is being made
+  std::optional<std::vector<std::shared_ptr<Call>>> recording;
+  // Refuses what only happens once while a graph is being made
+  void not_recording() const;
+  std::map<double, std::unique_ptr<Graph>> graphs;
 
  private:
   static void close(void* self);

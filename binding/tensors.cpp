@@ -186,6 +186,7 @@ Napi::Value make_view(const Napi::CallbackInfo& info) {
 
 Napi::Value transfer(const Napi::CallbackInfo& info) {
   Environment& environment = Environment::of(info.Env());
+  environment.not_recording();
   const TensorEntry from = contiguous(environment, info[0]);
   Tensor view = from.view;
   view.device = device_of(info[1], info[2]);
@@ -204,7 +205,9 @@ Napi::Value transfer(const Napi::CallbackInfo& info) {
 }
 
 Napi::Value write(const Napi::CallbackInfo& info) {
-  const TensorEntry& to = contiguous(Environment::of(info.Env()), info[0]);
+  Environment& environment = Environment::of(info.Env());
+  environment.not_recording();
+  const TensorEntry& to = contiguous(environment, info[0]);
   const Bytes bytes = bytes_of(info[1]);
   HEDDLE_CHECK(bytes.size == bytes_of(to.view), kShape, "data", "data must have ",
                bytes_of(to.view), " bytes, got ", bytes.size);
@@ -215,6 +218,7 @@ Napi::Value write(const Napi::CallbackInfo& info) {
 
 Napi::Value read(const Napi::CallbackInfo& info) {
   Environment& environment = Environment::of(info.Env());
+  environment.not_recording();
   const TensorEntry& from = contiguous(environment, info[0]);
   const size_t nbytes = bytes_of(from.view);
   Backend& backend = *from.storage->backend;
@@ -244,6 +248,7 @@ Napi::Value read(const Napi::CallbackInfo& info) {
 
 Napi::Value read_sync(const Napi::CallbackInfo& info) {
   Environment& environment = Environment::of(info.Env());
+  environment.not_recording();
   const TensorEntry& from = contiguous(environment, info[0]);
   const size_t nbytes = bytes_of(from.view);
   Backend& backend = *from.storage->backend;
@@ -258,6 +263,7 @@ Napi::Value read_sync(const Napi::CallbackInfo& info) {
 
 Napi::Value finish(const Napi::CallbackInfo& info) {
   Environment& environment = Environment::of(info.Env());
+  environment.not_recording();
   Backend& backend = environment.backend(device_of(info[0], info[1]));
   const auto deferred = Napi::Promise::Deferred::New(info.Env());
   Environment::Pending* pending = environment.defer(deferred);

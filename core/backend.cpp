@@ -22,6 +22,11 @@ void Storage::poison(Failure failure) {
   if (!failure_) failure_ = std::move(failure);
 }
 
+void Storage::renew() {
+  std::lock_guard lock(mutex_);
+  failure_ = nullptr;
+}
+
 Call::Call(const Operator& op)
     : op(op), arguments(::operator new(op.size, std::align_val_t(op.alignment))) {
   op.construct(arguments);
@@ -30,11 +35,15 @@ Call::Call(const Operator& op)
 Call::~Call() { ::operator delete(arguments, std::align_val_t(op.alignment)); }
 
 Failure Call::inherited() const {
-  // What is updated in place is read as well
-  for (const auto* storages : {&inputs, &outputs})
-    for (const StorageRef& storage : *storages)
-      if (Failure failure = storage->failure()) return failure;
+  for (const StorageRef& input : inputs)
+    if (Failure failure = input->failure()) return failure;
+  for (size_t i = 0; i < updated; ++i)
+    if (Failure failure = outputs[i]->failure()) return failure;
   return nullptr;
+}
+
+void Call::renew_outputs() const {
+  for (size_t i = updated; i < outputs.size(); ++i) outputs[i]->renew();
 }
 
 void Call::poison_outputs(const Failure& failure) const {
@@ -73,6 +82,27 @@ StorageRef Backend::allocate(size_t nbytes) {
       static_cast<int64_t>(nbytes);
   if (now > memory.peak_bytes.load(std::memory_order_relaxed)) memory.peak_bytes.store(now);
   return std::make_shared<Storage>(shared_from_this(), data, nbytes);
+}
+
+namespace {
+
+class LaunchGraph final : public Graph {
+ public:
+  LaunchGraph(std::shared_ptr<Backend> backend, std::vector<std::shared_ptr<Call>> calls)
+      : backend_(std::move(backend)), calls_(std::move(calls)) {}
+  void replay() override {
+    for (const auto& call : calls_) backend_->launch(call);
+  }
+
+ private:
+  const std::shared_ptr<Backend> backend_;
+  const std::vector<std::shared_ptr<Call>> calls_;
+};
+
+}  // namespace
+
+std::unique_ptr<Graph> Backend::capture(std::vector<std::shared_ptr<Call>> calls) {
+  return std::make_unique<LaunchGraph>(shared_from_this(), std::move(calls));
 }
 
 size_t physical_memory() {

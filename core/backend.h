@@ -29,6 +29,7 @@ class Storage {
   Failure failure() const;
   // Keeps the first failure
   void poison(Failure failure);
+  void renew();
 
   const std::shared_ptr<Backend> backend;
   void* const data;
@@ -54,12 +55,15 @@ struct Call {
   // The failure of anything that it reads, if there is one
   Failure inherited() const;
   void poison_outputs(const Failure& failure) const;
+  // Forgets why the last run of this call left nothing useful
+  void renew_outputs() const;
   // Whether there is nothing to write
   bool empty() const;
 
   const Operator& op;
   void* const arguments;
   std::vector<StorageRef> inputs, outputs;
+  size_t updated = 0;  // so many outputs, the first ones, are read as well
 };
 
 // Opens once, for one side of a transfer to wait on the other
@@ -78,6 +82,14 @@ class Gate {
 // Bytes of host memory that any thread may hold
 using HostBuffer = std::shared_ptr<void>;
 
+// Calls that were made once, to be made again together
+class Graph {
+ public:
+  virtual ~Graph() = default;
+  // Enqueues them all; returns at once
+  virtual void replay() = 0;
+};
+
 struct MemoryCount {
   std::atomic<int64_t> tensors{0}, bytes{0}, peak_bytes{0};
 };
@@ -90,7 +102,9 @@ class Backend : public std::enable_shared_from_this<Backend> {
   virtual ~Backend() = default;
 
   StorageRef allocate(size_t nbytes);
-  virtual void launch(std::unique_ptr<Call> call) = 0;
+  virtual void launch(std::shared_ptr<Call> call) = 0;
+  // The graph holds the memory of all tensors that the calls use
+  virtual std::unique_ptr<Graph> capture(std::vector<std::shared_ptr<Call>> calls);
   virtual HostBuffer host_buffer(size_t nbytes) = 0;
   // Host to device; with a gate, once that has opened
   virtual void upload(StorageRef to, size_t offset, size_t nbytes, HostBuffer from,

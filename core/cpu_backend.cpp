@@ -24,11 +24,12 @@ class CpuBackend final : public Backend {
     blocks_.clear([](void* block) { std::free(block); });
   }
 
-  void launch(std::unique_ptr<Call> call) override {
+  void launch(std::shared_ptr<Call> call) override {
     for (const StorageRef& output : call->outputs) output->producer = call->op.name.c_str();
-    push([this, call = std::shared_ptr<Call>(std::move(call))] {
+    push([this, call = std::move(call)] {
       if (stopping_) return;
       if (Failure failure = call->inherited()) return call->poison_outputs(failure);
+      call->renew_outputs();
       if (call->empty()) return;
       CpuContext context(stopping_);
       try {

@@ -5,6 +5,8 @@ export type { AnyTypedArray, DType, DTypeOf, FloatDType, HostArray, HostArrays }
 export { bytesPerElement, dtypes } from './dtype.js'
 export type { ErrorCode, ErrorDetails } from './errors.js'
 export { HeddleError } from './errors.js'
+export type { Graph } from './graph.js'
+export { graph } from './graph.js'
 export * from './ops/attention.js'
 export * from './ops/elementwise.js'
 export * from './ops/embed.js'

@@ -62,6 +62,11 @@ export interface Addon {
   readSync(handle: number): ArrayBuffer
   finish(kind: number, index: number): Promise<void>
   release(handle: number): void
+  beginGraph(): void
+  endGraph(keep: true): number
+  endGraph(keep: false): undefined
+  replayGraph(graph: number): void
+  releaseGraph(graph: number): void
   memory(kind: number, index: number): [tensors: number, bytes: number, peakBytes: number]
   cuda(): NativeCuda
 }

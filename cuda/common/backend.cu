@@ -78,28 +78,35 @@ class CudaBackend final : public Backend {
     cudaStreamDestroy(stream_);
   }
 
-  void launch(std::unique_ptr<Call> call) override {
+  void launch(std::shared_ptr<Call> call) override {
     check_lost();
     if (const Failure failure = call->inherited()) return call->poison_outputs(failure);
     cudaSetDevice(device.index);
     sweep();
-    CudaContext context(stream_, info_, *fault_pool_, tickets_, call->op.name.c_str());
+    enqueue(*call);
+  }
+
+  std::unique_ptr<Graph> capture(std::vector<std::shared_ptr<Call>> calls) override {
+    check_lost();
+    cudaSetDevice(device.index);
+    // relaxed: an operator may ask for page-locked memory on its way
+    HEDDLE_CUDA(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeRelaxed));
+    cudaGraph_t graph = nullptr;
+    cudaGraphExec_t made = nullptr;
     try {
-      call->op.cuda(call->arguments, context);
-    } catch (const Error& error) {
-      if (error.code == Code::kCuda) lose(error, call->op.name.c_str());
+      for (const auto& call : calls) enqueue(*call);
+    } catch (...) {
+      cudaStreamEndCapture(stream_, &graph);
+      if (graph) cudaGraphDestroy(graph);
+      cudaGetLastError();
       throw;
     }
-    // Whatever is computed from a faulty tensor is faulty as well
-    std::vector<std::shared_ptr<const int>> faults = std::move(context.faults);
-    for (const StorageRef& input : call->inputs)
-      faults.insert(faults.end(), input->faults.begin(), input->faults.end());
-    for (const StorageRef& output : call->outputs) {
-      output->producer = call->op.name.c_str();
-      for (const auto& fault : faults)
-        if (std::find(output->faults.begin(), output->faults.end(), fault) == output->faults.end())
-          output->faults.push_back(fault);
-    }
+    HEDDLE_CUDA(cudaStreamEndCapture(stream_, &graph));
+    const cudaError_t status = cudaGraphInstantiate(&made, graph, 0);
+    cudaGraphDestroy(graph);
+    if (status != cudaSuccess) fail_cuda(status, "cudaGraphInstantiate");
+    return std::make_unique<CudaGraph>(std::static_pointer_cast<CudaBackend>(shared_from_this()),
+                                       std::move(calls), made);
   }
 
   HostBuffer host_buffer(size_t nbytes) override { return pinned_->take(nbytes); }
@@ -199,6 +206,52 @@ class CudaBackend final : public Backend {
     HostBuffer to;
     std::function<void(Failure)> done;
   };
+
+  class CudaGraph final : public Graph {
+   public:
+    CudaGraph(std::shared_ptr<CudaBackend> backend, std::vector<std::shared_ptr<Call>> calls,
+              cudaGraphExec_t graph)
+        : backend_(std::move(backend)), calls_(std::move(calls)), graph_(graph) {}
+    ~CudaGraph() override {
+      cudaSetDevice(backend_->device.index);
+      cudaGraphExecDestroy(graph_);  // what runs is finished first
+    }
+    void replay() override {
+      backend_->check_lost();
+      cudaSetDevice(backend_->device.index);
+      backend_->sweep();
+      for (const auto& call : calls_) {
+        call->renew_outputs();
+        if (const Failure failure = call->inherited()) call->poison_outputs(failure);
+      }
+      HEDDLE_CUDA(cudaGraphLaunch(graph_, backend_->stream_));
+    }
+
+   private:
+    const std::shared_ptr<CudaBackend> backend_;
+    const std::vector<std::shared_ptr<Call>> calls_;
+    const cudaGraphExec_t graph_;
+  };
+
+  void enqueue(const Call& call) {
+    CudaContext context(stream_, info_, *fault_pool_, tickets_, call.op.name.c_str());
+    try {
+      call.op.cuda(call.arguments, context);
+    } catch (const Error& error) {
+      if (error.code == Code::kCuda) lose(error, call.op.name.c_str());
+      throw;
+    }
+    // Whatever is computed from a faulty tensor is faulty as well
+    std::vector<std::shared_ptr<const int>> faults = std::move(context.faults);
+    for (const StorageRef& input : call.inputs)
+      faults.insert(faults.end(), input->faults.begin(), input->faults.end());
+    for (const StorageRef& output : call.outputs) {
+      output->producer = call.op.name.c_str();
+      for (const auto& fault : faults)
+        if (std::find(output->faults.begin(), output->faults.end(), fault) == output->faults.end())
+          output->faults.push_back(fault);
+    }
+  }
 
   void clear_blocks() {
     blocks_.clear([this](void* block) { cudaFreeAsync(block, stream_); });
