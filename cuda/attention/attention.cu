@@ -14,8 +14,8 @@ extern template void forward_portable<float>(const ForwardArgs&, dim3, size_t, C
 namespace {
 
 // Looks at everything that only the device knows before the kernel relies on it
-__global__ void attention_check_kernel(ForwardArgs p, int64_t table_pages) {
-  HEDDLE_EACH(i, max(p.sequences + 1, p.b)) {
+__global__ void attention_check_kernel(ForwardArgs p, int64_t table_pages, int64_t count) {
+  HEDDLE_EACH(i, count) {
     bool good = true;
     if (p.cu_seqlens_q && i <= p.sequences) {
       const auto check = [&](const int32_t* offsets, int64_t stride, int64_t total) {
@@ -27,14 +27,17 @@ __global__ void attention_check_kernel(ForwardArgs p, int64_t table_pages) {
       check(p.cu_seqlens_q, p.cu_q_stride, p.sq);
       check(p.cu_seqlens_k, p.cu_k_stride, p.sk);
     }
-    if (p.cache_seqlens && i < p.b) {
-      const int64_t keys = p.cache_seqlens[i * p.cache_stride];
-      good &= keys >= 0 && keys <= p.sk;
-      if (p.block_table)
-        for (int64_t page = 0; page < table_pages && page * p.page_size < keys; ++page) {
-          const int64_t entry = p.block_table[i * p.table_row + page * p.table_column];
+    if (p.cache_seqlens) {
+      // one thread a page
+      const int64_t batch = i / max(table_pages, int64_t{1}), page = i - batch * table_pages;
+      if (batch < p.b) {
+        const int64_t keys = p.cache_seqlens[batch * p.cache_stride];
+        good &= keys >= 0 && keys <= p.sk;
+        if (p.block_table && page < table_pages && page * p.page_size < keys) {
+          const int64_t entry = p.block_table[batch * p.table_row + page * p.table_column];
           good &= entry >= 0 && entry < p.pages;
         }
+      }
     }
     if (!good) *p.fault = 1;
   }
@@ -49,8 +52,10 @@ void check_lengths(const Attention& op, const ForwardArgs& lengths, CudaContext&
           ? "cuSeqlensQ and cuSeqlensK must start at 0, never descend and end at the totals"
       : op.block_table ? "cacheSeqlens and blockTable must be inside the pages"
                        : "cacheSeqlens must be from 0 to sk");
-  attention_check_kernel<<<blocks_for(std::max(args.sequences + 1, args.b), context), kThreads, 0,
-                           context.stream>>>(args, op.block_table ? op.block_table.shape[1] : 0);
+  const int64_t pages = op.block_table ? op.block_table.shape[1] : 0;
+  const int64_t count = std::max(args.sequences + 1, args.b * std::max<int64_t>(pages, 1));
+  attention_check_kernel<<<blocks_for(count, context), kThreads, 0, context.stream>>>(args, pages,
+                                                                                      count);
   context.launched("attention_check_kernel");
 }
 

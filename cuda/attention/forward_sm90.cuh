@@ -160,7 +160,8 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv>::kThreads), 1)
   if (threadIdx.x == 0) {
     for (int buffer = 0; buffer < kBuffers; ++buffer) {
       smem.q_full[buffer].init(1);
-      smem.q_empty[buffer].init(kWarpgroups);
+      // each warp has read what the tile is, and each warpgroup's out was stored
+      smem.q_empty[buffer].init(kWarpgroups * 5);
     }
     for (int stage = 0; stage < kStages; ++stage) {
       smem.k_full[stage].init(1);
@@ -329,6 +330,8 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv>::kThreads), 1)
     smem.q_full[q.stage].wait(q.parity);
     const ForwardWork work = smem.work[q.stage];
     if (work.row < 0) break;
+    __syncwarp();
+    release(smem.q_empty[q.stage]);
     const int row = work.row + own_row + lane / 4, diagonal = work.sk - work.sq;
     const int key_end = __shfl_sync(~0u, work.key_end, 0);
     const int key_tiles = __shfl_sync(~0u, work.key_tiles, 0);

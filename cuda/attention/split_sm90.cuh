@@ -414,24 +414,36 @@ __global__ void __launch_bounds__(SplitTile<kD>::kThreads, 1)
       }
       sync();
       if (smem.arrived == last_cta - first_cta) {
-        for (int i = thread; i < rows_here * (args.dv / 2); i += 128) {
-          const int mine = i / (args.dv / 2), column = i % (args.dv / 2) * 2;
+        const int pieces = args.dv / 4;
+        for (int i = thread; i < rows_here * pieces; i += 128) {
+          const int mine = i / pieces, column = i % pieces * 4;
           auto at = [&](int cta) { return int64_t{slot_of(cta)} * kSplitRows + mine; };
+          // unrolled, as every look at memory takes long and none depends on another
           float top = -INFINITY;
+#pragma unroll 8
           for (int cta = first_cta; cta <= last_cta; ++cta)
             top = fmaxf(top, load_fresh(args.part_state + at(cta)).x);
-          float sum = 0, a = 0, b = 0;
+          const float base = top == -INFINITY ? 0 : top;
+          float sum = 0;
+          float4 total_v{};
+#pragma unroll 8
           for (int cta = first_cta; cta <= last_cta; ++cta) {
             const float2 state = load_fresh(args.part_state + at(cta));
-            if (state.y == 0) continue;
-            const float weight = exp2_approx(state.x - top);
-            const float2 values = load_fresh(
-                reinterpret_cast<const float2*>(args.part_out + at(cta) * args.dv + column));
+            const float4 values = load_fresh(
+                reinterpret_cast<const float4*>(args.part_out + at(cta) * args.dv + column));
+            // values of a part without keys may be anything
+            const float weight = state.y == 0 ? 0 : exp2_approx(state.x - base);
             sum += weight * state.y;
-            a += weight * values.x;
-            b += weight * values.y;
+            if (weight != 0) {
+              total_v.x = fmaf(weight, values.x, total_v.x);
+              total_v.y = fmaf(weight, values.y, total_v.y);
+              total_v.z = fmaf(weight, values.z, total_v.z);
+              total_v.w = fmaf(weight, values.w, total_v.w);
+            }
           }
-          write(mine, column, a, b, RowEnd(top, sum, sink_of(mine)));
+          const RowEnd end(top, sum, sink_of(mine));
+          write(mine, column, total_v.x, total_v.y, end);
+          write(mine, column + 2, total_v.z, total_v.w, end);
         }
       }
     }

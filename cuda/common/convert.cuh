@@ -115,8 +115,12 @@ __device__ inline void store_integer(char* p, DType dtype, int64_t x) {
     case DType::kBool:
       *reinterpret_cast<uint8_t*>(p) = x != 0;
       return;
-    default:
-      return store_double(p, dtype, static_cast<double>(x));
+    default: {
+      // by way of f32 rounded to odd, since not even f64 holds every int64
+      const float down = __ll2float_rz(x);
+      const bool exact = __float2ll_rz(down) == x;
+      return store_double(p, dtype, exact ? down : __uint_as_float(__float_as_uint(down) | 1));
+    }
   }
 }
 

@@ -221,7 +221,7 @@ __device__ __forceinline__ int fetch_add(int* counter, int value) {
 __device__ __forceinline__ void fence_gmem() { __threadfence(); }
 
 // What another CTA wrote, not what an older look at it left in the cache
-__device__ __forceinline__ float2 load_fresh(const float2* gmem) { return __ldcg(gmem); }
+template <class T> __device__ __forceinline__ T load_fresh(const T* gmem) { return __ldcg(gmem); }
 
 __device__ __forceinline__ float reciprocal_approx(float x) {
   float y;

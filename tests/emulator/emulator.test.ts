@@ -280,8 +280,8 @@ const kernels: Kernel[] = [
       {
         what: 'the last part of a row is left out',
         file: split,
-        from: 'cta <= last_cta; ++cta) {',
-        to: 'cta < last_cta; ++cta) {',
+        from: 'cta <= last_cta; ++cta) {\n            const float2 state',
+        to: 'cta < last_cta; ++cta) {\n            const float2 state',
       },
       {
         what: 'two parts lie in one place',

@@ -53,6 +53,7 @@ keep(
     causal: true,
   }),
 )
+keep(attention(draw([3, 1, 8, 128]), draw([3, 1500, 2, 128]), draw([3, 1500, 2, 128])))
 const packed = draw([1, 150, 2, 128])
 const cu = [0, 1, 1, 70, 150]
 keep(attention(packed, packed, packed, { causal: true, cuSeqlensQ: cu, cuSeqlensK: cu }))

@@ -23,6 +23,9 @@ using std::min;
 struct float2 {
   float x, y;
 };
+struct float4 {
+  float x, y, z, w;
+};
 
 inline void __syncthreads() { heddle::emulator::cta->named_sync(0, blockDim.x); }
 inline void __syncwarp() { heddle::emulator::cta->meet_warp(); }
@@ -130,7 +133,7 @@ inline int fetch_add(int* counter, int value) {
   return before;
 }
 inline void fence_gmem() {}
-inline float2 load_fresh(const float2* gmem) { return *gmem; }
+template <class T> T load_fresh(const T* gmem) { return *gmem; }
 inline float reciprocal_approx(float x) { return 1 / x; }
 inline float exp2_approx(float x) { return std::exp2(x); }
 
