@@ -1,3 +1,4 @@
+import { checkInteger, mustBe } from '../check.js'
 import { broken } from './error.js'
 import {
   type Access,
@@ -15,7 +16,7 @@ import {
   visitExprs,
   visitPredicate,
 } from './ir.js'
-import { plainVariable, stepOf } from './validate.js'
+import { indivisible, plainVariable, stepOf } from './validate.js'
 
 /** A dense array with a shape, axes as the cascade writes them. */
 export interface DenseArray {
@@ -119,7 +120,10 @@ class Evaluation {
     readonly scalars: Readonly<Record<string, number>>,
     readonly options: EvaluateOptions,
   ) {
-    this.#limit = options.maxPoints ?? 1e9
+    const { maxPoints = 1e9 } = options
+    if (typeof maxPoints !== 'number' || !(maxPoints >= 1))
+      throw mustBe('cascade', 'maxPoints', 'a number from 1 on', maxPoints)
+    this.#limit = maxPoints
     const all = statementsOf(ir.steps)
     this.#first = all[0]!.out.span
     for (const name of ir.inputs) this.#input(name)
@@ -128,6 +132,7 @@ class Evaluation {
       if (typeof scalars[name] !== 'number') throw this.#missing(name, 'scalar')
     }
     this.#checkMasks(all)
+    this.#checkPoints()
     for (const statement of all) this.#allocate(statement)
   }
 
@@ -156,8 +161,20 @@ class Evaluation {
   }
 
   #missing(name: string, what: string) {
-    const at = statementsOf(this.ir.steps).find(({ src }) => src.text.includes(name))
-    return broken('CAS004', `${what} ${name} was not given`, at?.out.span ?? this.#first, name)
+    return broken('CAS004', `${what} ${name} was not given`, this.#placeOf(name), name)
+  }
+
+  // Where the text first mentions a name
+  #placeOf(name: string): Span {
+    let place: Span | undefined
+    const look = (one: Expr) => {
+      if ((one.kind === 'access' || one.kind === 'name') && one.name === name) place ??= one.span
+    }
+    for (const { expr, where } of statementsOf(this.ir.steps)) {
+      visitExprs(expr, look)
+      if (where) visitPredicate(where, look)
+    }
+    return place ?? this.#first
   }
 
   #input(name: string): void {
@@ -193,7 +210,7 @@ class Evaluation {
     for (const [rank, size] of this.ir.ranks)
       if (size !== undefined) learn(rank, size, 'its declaration', this.#first)
     for (const [rank, size] of Object.entries(this.options.sizes ?? {}))
-      learn(rank, size, 'sizes', this.#first)
+      learn(rank, checkInteger('cascade', `sizes.${rank}`, size, 0), 'sizes', this.#first)
     const fromAccess = (access: Access) => {
       const { name, indices, span } = access
       if (!this.ir.inputs.includes(name)) return
@@ -226,14 +243,7 @@ class Evaluation {
           span,
           rankOf(variable),
         )
-      if (whole.size % size !== 0 && !tailMask) {
-        throw broken(
-          'CAS008',
-          `split ${variable} by ${size} with ${rankOf(variable)}=${whole.size}: add "tail mask"`,
-          span,
-          rankOf(variable),
-        )
-      }
+      if (whole.size % size !== 0 && !tailMask) throw indivisible(variable, size, whole.size, span)
       learn(rankOf(inner), size, 'its split', span)
       learn(rankOf(outer), Math.ceil(whole.size / size), 'its split', span)
     }
@@ -279,6 +289,21 @@ class Evaluation {
     }
   }
 
+  // Before anything is allocated: a tensor has no more coordinates than its statement has points
+  #checkPoints(): void {
+    for (const step of this.ir.steps) {
+      for (const statement of 'body' in step ? step.body : [step]) {
+        const { out, reduce } = statement
+        const variables = new Set(reduce?.over)
+        for (const index of out.indices) for (const name of variablesOf(index)) variables.add(name)
+        if ('body' in step) variables.add(step.variable)
+        let points = 1
+        for (const name of variables) points *= this.#size(rankOf(name), out.span)
+        if (points > this.#limit) throw this.#tooLarge(out, [...variables], points)
+      }
+    }
+  }
+
   #allocate({ out }: Statement): void {
     if (this.#stores.has(out.name)) return
     const all = statementsOf(this.ir.steps).filter((one) => one.out.name === out.name)
@@ -299,17 +324,12 @@ class Evaluation {
       return iterative ? size + 1 : size
     })
     const points = shape.reduce((product, size) => product * size, 1)
-    if (points > this.#limit) throw this.#tooLarge(out, points)
     this.#stores.set(out.name, store(new Float64Array(points), shape))
   }
 
-  #tooLarge(out: Access, points: number) {
-    const ranks = out.indices
-      .flatMap((index) => (index.kind === 'pin' ? [index.name] : [...variablesOf(index)]))
-      .map(rankOf)
-    const largest =
-      ranks.sort((a, b) => (this.#sizes.get(b)?.size ?? 0) - (this.#sizes.get(a)?.size ?? 0))[0] ??
-      out.name
+  #tooLarge(out: Access, variables: readonly string[], points: number) {
+    const size = (rank: string) => this.#sizes.get(rank)?.size ?? 0
+    const largest = variables.map(rankOf).reduce((a, b) => (size(b) > size(a) ? b : a))
     const short = (n: number) => n.toExponential(1).replace('e+', 'e').replace('.0e', 'e')
     return broken(
       'CAS012',
@@ -331,8 +351,6 @@ class Evaluation {
     const slots = new Map<string, number>(loops.map((name, i) => [name, i]))
     if (iterated !== undefined) slots.set(iterated, loops.length)
     const sizes = loops.map((name) => this.#size(rankOf(name), out.span))
-    const points = sizes.reduce((product, size) => product * size, 1)
-    if (points > this.#limit) throw this.#tooLarge(out, points)
 
     const state: State = { at: new Int32Array(loops.length + 1), empty: false }
     const target = this.#stores.get(out.name)!
@@ -341,6 +359,8 @@ class Evaluation {
     const test = where ? this.#predicate(where, slots) : undefined
     const leftOnly =
       where !== undefined && [...namesIn(where)].every((name) => !over.includes(name))
+    const tail = this.#tail(slots)
+    const whole = tail?.variables.every((name) => !over.includes(name))
     const { at } = state
     const depth = left.size
 
@@ -350,10 +370,14 @@ class Evaluation {
       if (empty) target.present ??= new Uint8Array(target.data.length).fill(1)
       if (target.present) target.present[offset] = empty ? 0 : 1
     }
+    const both = (a: Test | undefined, b: Test | undefined): Test | undefined =>
+      a && b ? (state) => a(state) && b(state) : (a ?? b)
+    const outer = both(leftOnly ? test : undefined, whole ? tail?.test : undefined)
+    const inner = both(leftOnly ? undefined : test, whole ? undefined : tail?.test)
     const point = reduce
-      ? this.#reduction(reduce.op, compute, test, leftOnly, sizes, depth, state, put)
+      ? this.#reduction(reduce.op, compute, outer, inner, sizes, depth, state, put)
       : () => {
-          if (test && !test(state)) return put(0, true)
+          if (outer && !outer(state)) return put(0, true)
           state.empty = false
           const value = compute(state)
           put(state.empty ? 0 : value, state.empty)
@@ -375,11 +399,26 @@ class Evaluation {
     }
   }
 
+  // The points behind the end of a rank that a split with a tail has rounded up
+  #tail(slots: ReadonlyMap<string, number>): { test: Test; variables: string[] } | undefined {
+    const tails = this.ir.splits.flatMap(({ variable, outer, inner, size, tailMask }) => {
+      const [a, b] = [slots.get(outer), slots.get(inner)]
+      const whole = this.#sizes.get(rankOf(variable))!.size
+      if (!tailMask || whole % size === 0 || a === undefined || b === undefined) return []
+      return [{ a, b, size, whole, names: [outer, inner] }]
+    })
+    if (tails.length === 0) return undefined
+    return {
+      test: ({ at }) => tails.every(({ a, b, size, whole }) => at[a]! * size + at[b]! < whole),
+      variables: tails.flatMap(({ names }) => names),
+    }
+  }
+
   #reduction(
     op: Reducer,
     compute: Compute,
-    test: Test | undefined,
-    leftOnly: boolean,
+    outer: Test | undefined,
+    visible: Test | undefined,
     sizes: readonly number[],
     from: number,
     state: State,
@@ -397,7 +436,7 @@ class Evaluation {
           inner(level + 1)
           continue
         }
-        if (test && !leftOnly && !test(state)) continue
+        if (visible && !visible(state)) continue
         state.empty = false
         const value = compute(state)
         if (state.empty) continue
@@ -412,7 +451,7 @@ class Evaluation {
       }
     }
     return () => {
-      if (leftOnly && test && !test(state)) return put(0, true)
+      if (outer && !outer(state)) return put(0, true)
       total = op === 'logsumexp' ? 0 : identities[op]
       scale = Number.NEGATIVE_INFINITY
       if (from <= last) inner(from)
@@ -474,7 +513,10 @@ class Evaluation {
     const size = this.#sizes.get(name)?.size
     if (size !== undefined) return () => size
     const scalar = this.scalars[name]
-    if (scalar === undefined) throw this.#missing(name, /^[A-Z]/.test(name) ? 'rank' : 'scalar')
+    if (scalar === undefined)
+      throw this.ir.scalars.includes(name)
+        ? this.#missing(name, 'scalar')
+        : broken('CAS003', `rank ${name} has no size; give it in sizes`, span, name)
     return () => scalar
   }
 
@@ -527,7 +569,7 @@ class Evaluation {
       let offset = 0
       for (const { at, size, stride } of parts) {
         const i = at(state)
-        if (!(i >= 0 && i < size)) return -1
+        if (!(i >= 0 && i < size && Number.isInteger(i))) return -1
         offset += i * stride
       }
       return offset

@@ -10,6 +10,7 @@ export type {
   Access,
   CascadeIR,
   Expr,
+  Family,
   FunctionName,
   Index,
   Iteration,
@@ -42,6 +43,13 @@ export interface Cascade {
   toString(): string
 }
 
+function literal(value: string | number): string {
+  if (typeof value === 'string') return value
+  if (typeof value !== 'number' || Number.isNaN(value))
+    throw mustBe('cascade', 'values', 'strings and numbers', value)
+  return String(value).replace('Infinity', 'inf')
+}
+
 const known: ReadonlySet<string> = new Set<keyof EvaluateOptions>(['sizes', 'maxPoints', 'keep'])
 
 /**
@@ -67,7 +75,7 @@ export function cascade(
     typeof text === 'string'
       ? text
       : Array.isArray(text)
-        ? String.raw({ raw: text }, ...values)
+        ? String.raw({ raw: text }, ...values.map(literal))
         : undefined
   if (whole === undefined) throw mustBe('cascade', 'text', 'a string', text)
   const ir = validate(parse(whole))
@@ -82,6 +90,8 @@ export function cascade(
       checkOptions('cascade', options, known)
       if (inputs === null || typeof inputs !== 'object')
         throw mustBe('cascade', 'inputs', 'an object of tensors', inputs)
+      if (scalars === null || typeof scalars !== 'object')
+        throw mustBe('cascade', 'scalars', 'an object of numbers', scalars)
       return evaluate(ir, inputs, scalars, options)
     },
     toString: () => print(ir),

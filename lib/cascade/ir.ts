@@ -83,11 +83,19 @@ export interface Split {
   span: Span
 }
 
+/** A rank and the variables that run over it, outermost first; more than one where it is split. */
+export interface Family {
+  name: string
+  levels: readonly string[]
+}
+
 /** A parsed and checked cascade. */
 export interface CascadeIR {
   /** Declared sizes; undefined for one that is known at run time. */
   ranks: ReadonlyMap<string, number | undefined>
   splits: readonly Split[]
+  /** Every rank that the text iterates, in order of first use. */
+  families: readonly Family[]
   steps: readonly (Statement | Iteration)[]
   /** Tensors that the text reads and does not produce, in order of first use. */
   inputs: readonly string[]

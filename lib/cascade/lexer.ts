@@ -31,7 +31,7 @@ export function tokenize(text: string): Token[] {
     const { space, line: separator, number, name, symbol } = match.groups
     if (space !== undefined) continue
     const word = match[0]
-    const span: Span = [line, column, word.length]
+    const span: Span = [line, column, word === '\n' ? 0 : word.length]
     if (separator !== undefined) {
       if (depth === 0) tokens.push({ kind: 'break', text: word, span })
       if (word === '\n') {

@@ -52,8 +52,11 @@ function printPredicate(predicate: Predicate, outer = 0): string {
 
 function printStatement({ out, reduce, expr, where, init }: Statement): string {
   const over = reduce && reduce.over.length > 0 ? `${reduce.op}(${reduce.over.join(',')}) ` : ''
+  // After several variables a minus would be taken for a subtraction from max(a, b)
+  const body = printExpr(expr)
+  const value = over !== '' && body.startsWith('-') ? `(${body})` : body
   const limit = where ? `   where ${printPredicate(where)}` : ''
-  return `${init ? 'init ' : ''}${printAccess(out)} = ${over}${printExpr(expr)}${limit}`
+  return `${init ? 'init ' : ''}${printAccess(out)} = ${over}${value}${limit}`
 }
 
 /** @internal The cascade as text that parses back to itself. */

@@ -3,10 +3,13 @@ import {
   type Access,
   type CascadeIR,
   type Expr,
+  type Family,
   type Index,
   type Iteration,
   type Reducer,
+  rankOf,
   type Span,
+  type Split,
   type Statement,
   statementsOf,
   visitAccesses,
@@ -32,7 +35,8 @@ export function stepOf(index: Index, variable: string): number | undefined {
   return a.kind === 'name' && a.name === variable && b.kind === 'number' ? b.value : undefined
 }
 
-function readsOf(statement: Statement): Access[] {
+/** @internal Every access that a statement reads, those of its predicate and of indices included. */
+export function readsOf(statement: Statement): Access[] {
   const reads: Access[] = []
   const add = (access: Access) => reads.push(access)
   visitAccesses(statement.expr, add)
@@ -43,6 +47,10 @@ function readsOf(statement: Statement): Access[] {
   }
   return reads
 }
+
+// Whether an index is the last of a variable's rank: its name alone
+const isLast = (index: Index, variable: string): boolean =>
+  index.kind === 'expr' && index.expr.kind === 'name' && index.expr.name === rankOf(variable)
 
 const list = (names: readonly string[]) => `[${names.join(',')}]`
 
@@ -89,6 +97,7 @@ export function validate(syntax: Syntax): CascadeIR {
     for (const name of reduce?.over ?? []) if (!variables.includes(name)) variables.push(name)
   }
 
+  checkSplits(splits, ranks)
   checkRanks(all)
   checkIterations(syntax.steps, all)
   const inputs = checkOrder(syntax.steps, produced)
@@ -116,6 +125,9 @@ export function validate(syntax: Syntax): CascadeIR {
     })
   }
 
+  const families = familiesOf(splits, variables)
+  const sized = new Set([...ranks.keys(), ...families.map(({ name }) => name)])
+  for (const { levels } of families) for (const level of levels) sized.add(rankOf(level))
   const read = new Set<string>()
   const scalars: string[] = []
   for (const { expr, where } of all) {
@@ -123,13 +135,85 @@ export function validate(syntax: Syntax): CascadeIR {
       if (one.kind === 'access') read.add(one.name)
       if (one.kind !== 'name' || variables.includes(one.name)) return
       if (produced.has(one.name)) read.add(one.name)
-      else if (/^[a-z]/.test(one.name) && !scalars.includes(one.name)) scalars.push(one.name)
+      else if (!sized.has(one.name) && !scalars.includes(one.name)) scalars.push(one.name)
     }
     visitExprs(expr, bare)
     if (where) visitPredicate(where, bare)
   }
   const outputs = [...produced].filter((name) => !read.has(name))
-  return { ranks, splits, steps, inputs, outputs, scalars, variables }
+  return { ranks, splits, families, steps, inputs, outputs, scalars, variables }
+}
+
+function checkSplits(
+  splits: readonly Split[],
+  ranks: ReadonlyMap<string, number | undefined>,
+): void {
+  const line = new Map<string, number>()
+  for (const { variable, outer, inner, size, tailMask, span } of splits) {
+    if (new Set([variable, outer, inner]).size < 3) {
+      throw broken(
+        'CAS001',
+        `line ${span[0]}: split ${variable} needs three different variables, got ${variable}, ${outer} and ${inner}`,
+        span,
+        rankOf(variable),
+      )
+    }
+    // a part may be split again, but nothing twice, and nothing is part of two
+    for (const [name, what] of [
+      [variable, 'is split'],
+      [outer, 'is part of a split'],
+      [inner, 'is part of a split'],
+    ] as const) {
+      const before = line.get(`${name} ${what}`)
+      if (before !== undefined) {
+        throw broken(
+          'CAS004',
+          `${name} ${what} on line ${before} and again on line ${span[0]}`,
+          span,
+          rankOf(name),
+        )
+      }
+      line.set(`${name} ${what}`, span[0])
+    }
+    for (let at = outer, steps = 0; ; steps++) {
+      const next = splits.find((one) => one.variable === at)
+      if (!next) break
+      if (steps > splits.length || next.outer === variable || next.inner === variable) {
+        throw broken(
+          'CAS011',
+          `${variable} -> ${at} -> ${variable} split each other; the parts of a split need new names`,
+          span,
+          rankOf(variable),
+        )
+      }
+      at = next.outer
+    }
+    const whole = ranks.get(rankOf(variable))
+    if (whole !== undefined && whole % size !== 0 && !tailMask)
+      throw indivisible(variable, size, whole, span)
+  }
+}
+
+/** @internal */
+export function indivisible(variable: string, size: number, whole: number, span: Span) {
+  return broken(
+    'CAS008',
+    `split ${variable} by ${size} with ${rankOf(variable)}=${whole}: add "tail mask"`,
+    span,
+    rankOf(variable),
+  )
+}
+
+// A split rank is one family with its parts as levels; every other variable is a family of its own
+function familiesOf(splits: readonly Split[], variables: readonly string[]): Family[] {
+  const parts = new Map(splits.map((split) => [split.variable, split]))
+  const within = new Set(splits.flatMap(({ outer, inner }) => [outer, inner]))
+  const levels = (variable: string): string[] => {
+    const split = parts.get(variable)
+    return split ? [...levels(split.outer), ...levels(split.inner)] : [variable]
+  }
+  const roots = [...variables, ...parts.keys()].filter((name) => !within.has(name))
+  return [...new Set(roots)].map((name) => ({ name: rankOf(name), levels: levels(name) }))
 }
 
 function checkRanks(all: readonly Statement[]): void {
@@ -165,9 +249,25 @@ function checkIterations(steps: Syntax['steps'], all: readonly Statement[]): voi
   for (const step of steps) {
     if (!('body' in step)) continue
     const { variable, body } = step
-    for (const { out } of body) {
+    for (const { out, init } of body) {
+      if (init) {
+        throw broken(
+          'CAS007',
+          `init of ${out.name} stands inside iterate ${variable}, where it would run at every step; put it in front`,
+          out.span,
+          out.name,
+        )
+      }
       out.indices.forEach((index, at) => {
         const ahead = stepOf(index, variable)
+        if (ahead === undefined && plainVariable(index) === undefined) {
+          throw broken(
+            'CAS007',
+            `${out.name} is written at an index that is neither a plain variable nor ${variable}+1`,
+            out.span,
+            out.name,
+          )
+        }
         if (ahead === undefined || ahead === 0) return
         if (ahead !== 1) {
           throw broken(
@@ -200,6 +300,14 @@ function checkIterations(steps: Syntax['steps'], all: readonly Statement[]): voi
       for (const access of readsOf(statement)) {
         for (const index of access.indices) {
           const ahead = stepOf(index, variable)
+          if (iterative.has(access.name) && isLast(index, variable)) {
+            throw broken(
+              'CAS007',
+              `${access.name} is read at ${rankOf(variable)} inside iterate ${variable}, where its last value is not there yet; read it after the iteration`,
+              access.span,
+              access.name,
+            )
+          }
           if (iterative.has(access.name) && ahead !== undefined && ahead > 1) {
             throw broken(
               'CAS007',
@@ -219,10 +327,27 @@ function checkOrder(steps: Syntax['steps'], produced: ReadonlySet<string>): stri
   const inputs: string[] = []
   const done = new Map<string, Statement>()
   const depends = new Map<string, Set<string>>()
-  for (const statement of statementsOf(steps)) {
-    const set = depends.get(statement.out.name) ?? new Set()
-    for (const { name } of readsOf(statement)) if (produced.has(name)) set.add(name)
-    depends.set(statement.out.name, set)
+  // What a step of an iteration reads of the step before is no dependency within the step
+  const iterative = (step: Iteration) =>
+    new Set(
+      step.body
+        .filter(({ out }) => out.indices.some((index) => stepOf(index, step.variable) === 1))
+        .map(({ out }) => out.name),
+    )
+  const previous = (access: Access, step: Iteration | undefined, states: ReadonlySet<string>) =>
+    step !== undefined &&
+    states.has(access.name) &&
+    access.indices.some((index) => stepOf(index, step.variable) === 0)
+  for (const step of steps) {
+    const iteration = 'body' in step ? step : undefined
+    const states = iteration ? iterative(iteration) : new Set<string>()
+    for (const statement of 'body' in step ? step.body : [step]) {
+      const set = depends.get(statement.out.name) ?? new Set()
+      for (const access of readsOf(statement)) {
+        if (produced.has(access.name) && !previous(access, iteration, states)) set.add(access.name)
+      }
+      depends.set(statement.out.name, set)
+    }
   }
   const cycleFrom = (start: string): string[] | undefined => {
     const walk = (name: string, path: string[]): string[] | undefined => {
@@ -236,14 +361,21 @@ function checkOrder(steps: Syntax['steps'], produced: ReadonlySet<string>): stri
     }
     return walk(start, [start])
   }
+  let states: ReadonlySet<string> = new Set()
+  const stepped = new Set<string>()
   const visit = (statement: Statement, iteration: Iteration | undefined) => {
     for (const access of readsOf(statement)) {
       if (!produced.has(access.name)) {
         if (!inputs.includes(access.name)) inputs.push(access.name)
         continue
       }
-      if (done.has(access.name)) continue
-      const cycle = iteration ? undefined : cycleFrom(access.name)
+      const ahead =
+        iteration !== undefined &&
+        states.has(access.name) &&
+        !stepped.has(access.name) &&
+        access.indices.some((index) => stepOf(index, iteration.variable) === 1)
+      if (done.has(access.name) && !ahead) continue
+      const cycle = cycleFrom(access.name)
       if (cycle) {
         throw broken(
           'CAS011',
@@ -284,11 +416,15 @@ function checkOrder(steps: Syntax['steps'], produced: ReadonlySet<string>): stri
         )
       }
     }
+    if (iteration) stepped.add(out.name)
     done.set(out.name, statement)
   }
   for (const step of steps) {
-    if ('body' in step) for (const statement of step.body) visit(statement, step)
-    else visit(step, undefined)
+    if ('body' in step) {
+      states = iterative(step)
+      stepped.clear()
+      for (const statement of step.body) visit(statement, step)
+    } else visit(step, undefined)
   }
   return inputs
 }
