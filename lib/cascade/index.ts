@@ -1,10 +1,18 @@
 import { checkOptions, mustBe } from '../check.js'
+import { type Analysis, type AnalyzeOptions, analyze } from './analyze.js'
 import { type DenseArray, type DenseResult, type EvaluateOptions, evaluate } from './evaluate.js'
 import type { CascadeIR } from './ir.js'
 import { parse } from './parse.js'
 import { print } from './print.js'
 import { validate } from './validate.js'
 
+export type {
+  Analysis,
+  AnalysisWarning,
+  AnalyzeOptions,
+  EinsumWork,
+  LiveTensor,
+} from './analyze.js'
 export type { DenseArray, DenseResult, EvaluateOptions } from './evaluate.js'
 export type {
   Access,
@@ -20,6 +28,9 @@ export type {
   Split,
   Statement,
 } from './ir.js'
+export type { Machine, MachineName } from './machine.js'
+export type { PassStep, RankPasses } from './passes.js'
+export type { Suggestion } from './suggest.js'
 
 /** A cascade of einsums: what a mechanism computes, as text that can be checked and run. */
 export interface Cascade {
@@ -39,6 +50,13 @@ export interface Cascade {
     scalars?: Readonly<Record<string, number>>,
     options?: EvaluateOptions,
   ): Record<string, DenseResult>
+  /**
+   * What the text tells of its cost: passes over each rank with the reasons, what stays live, operations by unit, traffic,
+   * a lower bound of the time on a machine, and rewrites that need fewer passes. See docs/design/cascade.md.
+   *
+   * @throws HeddleError `CAS003` or `CAS008` if sizes do not go together, `CAS010` if a mask is a float tensor.
+   */
+  analyze(options?: AnalyzeOptions): Analysis
   /** The text in the usual form; it parses back to the same cascade. */
   toString(): string
 }
@@ -94,6 +112,7 @@ export function cascade(
         throw mustBe('cascade', 'scalars', 'an object of numbers', scalars)
       return evaluate(ir, inputs, scalars, options)
     },
+    analyze: (options: AnalyzeOptions = {}) => analyze(ir, options),
     toString: () => print(ir),
   })
 }

@@ -2,7 +2,8 @@ import type { Access, CascadeIR, Expr, Index, Predicate, Statement } from './ir.
 
 const precedence = { '+': 1, '-': 1, '*': 2, '/': 2 } as const
 
-function printExpr(expr: Expr, outer = 0): string {
+/** @internal */
+export function printExpr(expr: Expr, outer = 0): string {
   switch (expr.kind) {
     case 'number':
       return expr.value === Number.POSITIVE_INFINITY ? 'inf' : String(expr.value)
@@ -35,7 +36,8 @@ function printAccess({ name, indices }: Access): string {
   return indices.length === 0 ? name : `${name}[${indices.map(printIndex).join(',')}]`
 }
 
-function printPredicate(predicate: Predicate, outer = 0): string {
+/** @internal */
+export function printPredicate(predicate: Predicate, outer = 0): string {
   switch (predicate.kind) {
     case 'compare':
       return `${printExpr(predicate.a)} ${predicate.op} ${printExpr(predicate.b)}`
@@ -60,7 +62,11 @@ function printStatement({ out, reduce, expr, where, init }: Statement): string {
 }
 
 /** @internal The cascade as text that parses back to itself. */
-export function print({ ranks, splits, steps }: CascadeIR): string {
+export function print({
+  ranks,
+  splits,
+  steps,
+}: Pick<CascadeIR, 'ranks' | 'splits' | 'steps'>): string {
   const lines: string[] = []
   for (const [name, size] of ranks) lines.push(`rank ${name} = ${size ?? '?'}`)
   for (const { variable, outer, inner, size, tailMask } of splits) {
