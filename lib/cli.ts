@@ -3,6 +3,7 @@ import { readFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { parseArgs } from 'node:util'
 import { checkInteger, closest } from './check.js'
+import { analyzeFile, report } from './cli/analyze.js'
 import { examine, findingLines } from './cli/doctor.js'
 import { evaluate, evaluationTable } from './cli/eval.js'
 import { chooseDevice, chooseDType, loadModel } from './cli/model.js'
@@ -19,9 +20,12 @@ const usage = `heddle: attention kernels for Node.js
                   [--device D] [--dtype T] continues a text
   heddle eval --model DIR --set FILE:NAME [--limit N] [--device D] [--dtype T] [--json]
                                            bits per byte and recall on a set of texts
+  heddle analyze FILE [--size M=8192,P=8192] [--scalar off=0] [--dtype T] [--machine NAME]
+                  [--svg OUT] [--json]     passes, cost and rewrites of a cascade of einsums
   heddle --version | --help
 
 D is cpu, cuda or cuda:N (the first GPU there is, else cpu); T is float32, float16 or bfloat16.
+NAME is h200, h100, a100 or cpu.
 `
 
 type Values = Record<string, string | boolean | undefined>
@@ -36,6 +40,10 @@ const options = {
   'max-tokens': { type: 'string' },
   temperature: { type: 'string' },
   seed: { type: 'string' },
+  size: { type: 'string' },
+  scalar: { type: 'string' },
+  machine: { type: 'string' },
+  svg: { type: 'string' },
   json: { type: 'boolean' },
   help: { type: 'boolean', short: 'h' },
   version: { type: 'boolean', short: 'v' },
@@ -76,7 +84,10 @@ function randomFrom(seed: number): () => number {
   }
 }
 
-const commands: Record<string, (values: Values) => Promise<number>> = {
+// Commands that take a file take nothing else without a name
+const withFile: ReadonlySet<string> = new Set(['analyze'])
+
+const commands: Record<string, (values: Values, file: string | undefined) => Promise<number>> = {
   async doctor(values) {
     const findings = await examine()
     const failed = findings.some(({ status }) => status === 'FAIL')
@@ -160,6 +171,21 @@ const commands: Record<string, (values: Values) => Promise<number>> = {
     print(values.json ? JSON.stringify(evaluation, null, 2) : evaluationTable(evaluation))
     return 0
   },
+
+  async analyze(values, file) {
+    const op = 'analyze'
+    if (file === undefined) throw refuse('ERR_ARGUMENT', op, 'file', 'the file is missing')
+    const result = await analyzeFile({
+      file,
+      sizes: text(values, op, 'size'),
+      scalars: text(values, op, 'scalar'),
+      dtype: text(values, op, 'dtype'),
+      machine: text(values, op, 'machine'),
+      svg: text(values, op, 'svg'),
+    })
+    print(values.json ? JSON.stringify(result.analysis, null, 2) : report(result))
+    return 0
+  },
 }
 
 async function main(args: string[]): Promise<number> {
@@ -185,9 +211,10 @@ async function main(args: string[]): Promise<number> {
     const hint = near ? `; did you mean "${near}"?` : '; heddle --help lists them'
     throw refuse('ERR_ARGUMENT', 'heddle', 'command', `unknown command "${name}"${hint}`)
   }
-  if (more.length > 0)
-    throw refuse('ERR_ARGUMENT', name, undefined, `unexpected argument "${more[0]}"`)
-  return command(values)
+  const [file, ...rest] = withFile.has(name) ? more : [undefined, ...more]
+  if (rest.length > 0)
+    throw refuse('ERR_ARGUMENT', name, undefined, `unexpected argument "${rest[0]}"`)
+  return command(values, file)
 }
 
 main(process.argv.slice(2)).then(

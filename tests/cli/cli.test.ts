@@ -1,6 +1,8 @@
 import { spawnSync } from 'node:child_process'
+import { mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
+import { tmpdir } from 'node:os'
 import { join } from 'node:path'
-import { describe, expect, it } from 'vitest'
+import { afterAll, describe, expect, it } from 'vitest'
 
 const root = join(__dirname, '../..')
 const model = join(root, 'examples/byte-lm')
@@ -128,6 +130,11 @@ describe('heddle', () => {
     ],
     [['doctor', 'now'], /doctor: unexpected argument "now"/],
     [['--nonsense'], /heddle: .*nonsense/],
+    [['analyze'], /analyze: the file is missing/],
+    [['analyze', '/nowhere/x.cascade'], /analyze: cannot read "\/nowhere\/x.cascade" \(ENOENT/],
+    [['analyze', __filename, 'more'], /analyze: unexpected argument "more"/],
+    [['analyze', __filename, '--size', 'M'], /analyze: size must be a list such as M=8192/],
+    [['analyze', __filename, '--size', 'M=-1'], /analyze: size M must be an integer at least 0/],
   ])('%j is refused', (args, message) => {
     const { status, stdout, stderr } = heddle(...args)
     expect(stderr).toMatch(message)
@@ -140,5 +147,96 @@ describe('heddle', () => {
     expect(heddle()).toMatchObject({ status: 2, stderr: '' })
     expect(heddle('--help')).toMatchObject({ status: 0 })
     expect(heddle('--version').stdout).toMatch(/^\d+\.\d+\.\d+\n$/)
+  })
+})
+
+describe('heddle analyze', () => {
+  const folder = mkdtempSync(join(tmpdir(), 'heddle-analyze-'))
+  afterAll(() => rmSync(folder, { recursive: true, force: true }))
+  const file = (name: string, text: string) => {
+    const path = join(folder, name)
+    writeFileSync(path, text)
+    return path
+  }
+  const softmax = file(
+    'softmax.cascade',
+    `QK[m,p] = sum(e) Q[e,p] * K[e,m] * scale
+     GM[p]   = max(m) QK[m,p]
+     SN[m,p] = exp(QK[m,p] - GM[p])
+     SD[p]   = sum(m) SN[m,p]
+     A[m,p]  = SN[m,p] / SD[p]
+     AV[f,p] = A[m,p] * V[f,m]
+     Z[p]    = if(AV[f,p] < 1 && 1 > 0, 1, 2)`,
+  )
+  const sizes = ['--size', 'E=128,F=128,M=8192,P=8192']
+
+  it('prints tables, reasons and rewrites', () => {
+    const { status, stdout, stderr } = heddle('analyze', softmax, ...sizes, '--machine', 'h200')
+    expect(stderr).toBe('')
+    expect(status).toBe(0)
+    expect(stdout).toMatch(/^M +3 +m:3 +QK:3 K:3 SN:2 A:1 V:1$/m)
+    expect(stdout).toMatch(/^QK +1 +tensor +17\.2 G/m)
+    expect(stdout).toContain('QK read by GM; GM complete only after all m; SN reads QK again')
+    expect(stdout).toContain('defer-division: M: 3 -> 2 passes')
+    expect(stdout).toMatch(/us at least on h200, bound by tensor/)
+    expect(heddle('analyze', softmax).stdout).toContain('unknown without the sizes of')
+  })
+
+  it('prints the analysis as JSON', () => {
+    const { stdout } = heddle('analyze', softmax, ...sizes, '--json')
+    const { passes, bytes, suggestions } = JSON.parse(stdout)
+    expect(passes.M.headline).toBe(3)
+    expect(bytes.minimal).toBe(3 * 128 * 8192 * 2 + 8192 * 2)
+    expect(suggestions[0].rule).toBe('defer-division')
+  })
+
+  it('draws the graph: every tensor a box, no two of which overlap, one colour for each pass', () => {
+    const out = join(folder, 'softmax.svg')
+    expect(heddle('analyze', softmax, '--svg', out).status).toBe(0)
+    const svg = readFileSync(out, 'utf8')
+    const boxes = [
+      ...svg.matchAll(
+        /<g><rect x="([\d.]+)" y="([\d.]+)" width="([\d.]+)" height="([\d.]+)" rx="\d+" fill="(#\w+)"[^>]*\/><text[^>]*>([^<]*)</g,
+      ),
+    ].map(([, x, y, width, height, fill, text]) => ({
+      x: Number(x),
+      y: Number(y),
+      width: Number(width),
+      height: Number(height),
+      fill: fill!,
+      text: text!,
+    }))
+    expect(boxes.map(({ text }) => text.split('[')[0]).sort()).toEqual(
+      ['A', 'AV', 'GM', 'K', 'Q', 'QK', 'SD', 'SN', 'V', 'Z'].sort(),
+    )
+    const fillOf = (name: string) => boxes.find(({ text }) => text.split('[')[0] === name)!.fill
+    expect(fillOf('QK')).toBe(fillOf('GM'))
+    expect(new Set(['QK', 'SN', 'A'].map(fillOf)).size).toBe(3)
+    const [, width, height] = /viewBox="0 0 ([\d.]+) ([\d.]+)"/.exec(svg)!.map(Number)
+    for (const a of boxes) {
+      expect(a.x >= 0 && a.x + a.width <= width! && a.y + a.height <= height!).toBe(true)
+      for (const b of boxes) {
+        const apart =
+          a === b ||
+          a.x + a.width <= b.x ||
+          b.x + b.width <= a.x ||
+          a.y + a.height <= b.y ||
+          b.y + b.height <= a.y
+        expect(apart, `${a.text} on ${b.text}`).toBe(true)
+      }
+    }
+    // two barriers over m, and text that would be markup is none
+    expect(svg.match(/stroke-dasharray="7 4"/g)!.length).toBeGreaterThanOrEqual(3)
+    expect(svg).toContain('&#60; 1 &#38;&#38; 1 &#62; 0')
+    expect(svg).not.toMatch(/NaN|undefined/)
+  })
+
+  it('names file, line and column of what is wrong', () => {
+    const bad = file('bad.cascade', 'A[m] = B[m]\nSN[m] exp(A[m])\n')
+    expect(heddle('analyze', bad)).toEqual({
+      status: 1,
+      stdout: '',
+      stderr: `analyze: ${bad}:2:7: line 2: expected '=' after 'SN[m]'\n`,
+    })
   })
 })
