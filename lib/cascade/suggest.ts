@@ -830,11 +830,33 @@ function runningForm(ir: CascadeIR, plan: Plan, tile: number): Draft {
     ...ahead,
     ...init,
     { variable: outer, body, span: nowhere },
-    ...after.map((one) => {
-      const result = results.get(one.out.name)
-      return result ? statement(one.out, result) : one
-    }),
+    ...inPlace(ir, after, results),
   ])
+}
+
+// What only renames a final state is read where it stands
+function inPlace(
+  ir: CascadeIR,
+  after: readonly Statement[],
+  results: ReadonlyMap<string, Expr>,
+): Statement[] {
+  const named = new Map(after.map(({ out }) => [out.name, plainNames(out.indices)?.join()]))
+  const inlined = new Map<string, Access>()
+  for (const [tensor, result] of results) {
+    const reads = after.flatMap(readsOf).filter(({ name: read }) => read === tensor)
+    const same = reads.every(({ indices }) => plainNames(indices)?.join() === named.get(tensor))
+    if (result.kind === 'access' && same && reads.length > 0 && !ir.outputs.includes(tensor))
+      inlined.set(tensor, result)
+  }
+  const change = (expr: Expr) => (expr.kind === 'access' ? inlined.get(expr.name) : undefined)
+  return after
+    .filter(({ out }) => !inlined.has(out.name))
+    .map((one) => {
+      const result = results.get(one.out.name)
+      return result
+        ? statement(one.out, rewrite(result, change))
+        : { ...one, expr: rewrite(one.expr, change) }
+    })
 }
 
 // A sum that is relative to the maximum, made relative to what the text subtracts

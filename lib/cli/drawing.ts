@@ -41,7 +41,7 @@ export function drawing(ir: CascadeIR, { passes }: Analysis): string {
   const edges: { from: string; to: string; kind: string }[] = []
   const add = (key: string, text: string, fill: string, input: boolean, layer: number) => {
     const shown = text.length > longest ? `${text.slice(0, longest - 1)}…` : text
-    const width = Math.max(40, shown.length * charWidth + 16)
+    const width = Math.round(Math.max(40, shown.length * charWidth + 16))
     boxes.set(key, { key, text: shown, fill, input, layer, x: 0, y: 0, width })
   }
   for (const node of nodes) {

@@ -531,8 +531,11 @@ describe('text', () => {
         }
         try {
           const printed = cascade(text).toString()
-          if (run % 16 === 0 && cascade(printed).toString() !== printed)
-            throw new Error(`prints what does not parse back: ${text}`)
+          if (run % 16 === 0) {
+            if (cascade(printed).toString() !== printed)
+              throw new Error(`prints what does not parse back: ${text}`)
+            cascade(text).analyze()
+          }
           read++
         } catch (error) {
           const { code, span, message } = error as HeddleError
