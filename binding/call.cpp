@@ -192,6 +192,12 @@ class Marshal {
       if (rule.any.has(static_cast<DType>(i))) return static_cast<DType>(i);
   }
 
+  bool is_wanted(const Argument& output) {
+    if (output.wanted.empty()) return true;
+    const Argument& by = *op_.schema.find(output.wanted);
+    return by.is_tensor() ? bool(tensor(by)) : call_->member<bool>(by.offset);
+  }
+
   Napi::Value launch() {
     const bool cpu = device_.kind == Device::kCpu;
     HEDDLE_CHECK(cpu ? bool(op_.cpu) : bool(op_.cuda), kUnsupported, "",
@@ -205,8 +211,7 @@ class Marshal {
     for (const Argument& argument : op_.schema.arguments) {
       if (!argument.is_output()) continue;
       Output& output = outputs.emplace_back();
-      if (!argument.flag.empty() && !call_->member<bool>(op_.schema.find(argument.flag)->offset))
-        continue;
+      if (!is_wanted(argument)) continue;
       Tensor& view = tensor(argument);
       sizes_.fill(argument, shape_of(argument), view);
       view.dtype = output_dtype(argument);

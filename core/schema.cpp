@@ -47,8 +47,8 @@ Argument& Argument::when(const char* argument, const char* other) {
   return *this;
 }
 
-Argument& Argument::only_if(const char* flag_name) {
-  flag = camel_case(flag_name);
+Argument& Argument::only_if(const char* argument) {
+  wanted = camel_case(argument);
   return *this;
 }
 

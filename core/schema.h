@@ -45,7 +45,7 @@ struct Argument {
   int like = -1;          // position of the argument whose dtype this one has
   std::string condition;  // the shape below holds when this argument is present
   Shape conditional_shape;
-  std::string flag;  // outputs only: allocated when this flag is set
+  std::string wanted;  // outputs only: allocated when this flag is set or this tensor is given
   double initial = 0, least = -std::numeric_limits<double>::infinity(),
          most = std::numeric_limits<double>::infinity();
   bool open = false;  // `least` itself is excluded
@@ -57,7 +57,7 @@ struct Argument {
 
   // With another argument present, the shape is this one instead
   Argument& when(const char* argument, const char* shape);
-  Argument& only_if(const char* flag_name);
+  Argument& only_if(const char* argument);
   Argument& at_least(double value) { return least = value, *this; }
   Argument& above(double value) { return least = value, open = true, *this; }
   Argument& at_most(double value) { return most = value, *this; }

@@ -32,6 +32,54 @@ struct Sequence {
   int64_t position(int64_t query) const { return sk - sq + query; }
 };
 
+inline int32_t entry(const Tensor& tensor, int64_t i) {
+  return tensor.as<int32_t>()[i * tensor.strides[0]];
+}
+
+inline void check_cu_seqlens(const Tensor& cu_seqlens, const char* argument, const char* size,
+                             int64_t total) {
+  const int64_t n = cu_seqlens.shape[0] - 1;
+  HEDDLE_CHECK(n >= 0, kShape, argument, argument, " must have at least one entry, got none");
+  HEDDLE_CHECK(entry(cu_seqlens, 0) == 0, kArgument, argument, argument, " must start at 0, got ",
+               entry(cu_seqlens, 0));
+  for (int64_t i = 0; i < n; ++i)
+    HEDDLE_CHECK(entry(cu_seqlens, i) <= entry(cu_seqlens, i + 1), kArgument, argument, argument,
+                 " must be ascending, got ", entry(cu_seqlens, i), " before ",
+                 entry(cu_seqlens, i + 1));
+  HEDDLE_CHECK(entry(cu_seqlens, n) == total, kArgument, argument, argument, " must end at ", size,
+               " = ", total, ", got ", entry(cu_seqlens, n));
+}
+
+// Checks what only the data tells: offsets, lengths and pages
+inline std::vector<Sequence> find_sequences(const Attention& op) {
+  std::vector<Sequence> sequences;
+  if (op.cu_seqlens_q) {
+    check_cu_seqlens(op.cu_seqlens_q, "cuSeqlensQ", "sq", op.q.shape[1]);
+    check_cu_seqlens(op.cu_seqlens_k, "cuSeqlensK", "sk", op.k.shape[1]);
+    for (int64_t i = 0; i + 1 < op.cu_seqlens_q.shape[0]; ++i) {
+      const int64_t q = entry(op.cu_seqlens_q, i), k = entry(op.cu_seqlens_k, i);
+      sequences.push_back(
+          {0, q, entry(op.cu_seqlens_q, i + 1) - q, k, entry(op.cu_seqlens_k, i + 1) - k});
+    }
+    return sequences;
+  }
+  const Tensor& table = op.block_table;
+  const int64_t page = op.k.shape[1], capacity = table ? table.shape[1] * page : page;
+  for (int64_t b = 0; b < op.q.shape[0]; ++b) {
+    const int64_t sk = op.cache_seqlens ? entry(op.cache_seqlens, b) : capacity;
+    HEDDLE_CHECK(sk >= 0 && sk <= capacity, kArgument, "cacheSeqlens",
+                 "cacheSeqlens must be from 0 to ", capacity, ", got ", sk, " at ", b);
+    for (int64_t i = 0; table && i * page < sk; ++i) {
+      const int32_t at = table.as<int32_t>()[b * table.strides[0] + i * table.strides[1]];
+      HEDDLE_CHECK(at >= 0 && at < op.k.shape[0], kArgument, "blockTable",
+                   "blockTable must name one of ", op.k.shape[0],
+                   " pages where keys are in use, got ", at, " at [", b, ", ", i, "]");
+    }
+    sequences.push_back({b, 0, op.q.shape[1], 0, sk});
+  }
+  return sequences;
+}
+
 // Some rows of one kv head over some of its keys: what one thread does at a time
 struct Part {
   const Sequence* sequence;

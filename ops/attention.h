@@ -71,4 +71,41 @@ struct Attention {
   }
 };
 
+// The gradients of a call of attention from the call itself, its results and the gradient of out:
+// it has the same options, except that keys do not come in pages
+struct AttentionBackward : Attention {
+  static constexpr const char* kName = "attention.backward";
+  Tensor dout;                // [b, sq, hq, dv], as out
+  Tensor dq;                  // [b, sq, hq, d]
+  Tensor dk, dv;              // [b, sk, hk, d] and [b, sk, hk, dv]
+  Tensor dsink;               // [hq] f32, where there is a sink
+  Tensor dslopes;             // [hq] f32, where there are slopes
+  bool deterministic = true;  // sums have one order; otherwise it may change from call to call
+
+  template <class Schema> static void describe(Schema& schema) {
+    using Op = AttentionBackward;
+    schema.input("q", &Op::q, "b sq hq d", kFloats);
+    schema.input("k", &Op::k, "b sk hk d", like("q"));
+    schema.input("v", &Op::v, "b sk hk dv", like("q"));
+    schema.input("out", &Op::out, "b sq hq dv", like("q"));
+    schema.input("lse", &Op::lse, "b hq sq", kF32);
+    schema.input("dout", &Op::dout, "b sq hq dv", like("q"));
+    schema.optional("cu_seqlens_q", &Op::cu_seqlens_q, "n+1", kI32);
+    schema.optional("cu_seqlens_k", &Op::cu_seqlens_k, "n+1", kI32);
+    schema.optional("cache_seqlens", &Op::cache_seqlens, "b", kI32);
+    schema.optional("slopes", &Op::slopes, "hq", kF32);
+    schema.optional("sink", &Op::sink, "hq", kF32);
+    schema.number("scale", &Op::scale, std::numeric_limits<double>::quiet_NaN());
+    schema.number("soft_cap", &Op::soft_cap, 0).at_least(0);
+    schema.integer("window", &Op::window, 0).at_least(1);
+    schema.flag("causal", &Op::causal);
+    schema.flag("deterministic", &Op::deterministic, true);
+    schema.output("dq", &Op::dq, "b sq hq d", like("q"));
+    schema.output("dk", &Op::dk, "b sk hk d", like("q"));
+    schema.output("dv", &Op::dv, "b sk hk dv", like("q"));
+    schema.output("dsink", &Op::dsink, "hq", kF32).only_if("sink");
+    schema.output("dslopes", &Op::dslopes, "hq", kF32).only_if("slopes");
+  }
+};
+
 }  // namespace heddle

@@ -109,3 +109,106 @@ export function attention<D extends FloatDType>(
     for (const tensor of made) tensor.dispose()
   }
 }
+
+/** Options of {@link attentionBackward}: those of the forward call. */
+export interface AttentionBackwardOptions extends Omit<AttentionOptions, 'blockTable'> {
+  /**
+   * Whether the same call gives the same bits every time, `true` if left out. Without it the order of sums is free, which
+   * is faster on some GPUs.
+   */
+  deterministic?: boolean | undefined
+}
+
+/** What {@link attentionBackward} returns. */
+export interface AttentionGradients<D extends FloatDType = FloatDType> {
+  /** [b, sq, hq, d], the dtype of q. */
+  dq: Tensor<D>
+  /** [b, sk, hk, d], summed over the query heads of a group; zero for a key that no row sees. */
+  dk: Tensor<D>
+  /** [b, sk, hk, dv]. */
+  dv: Tensor<D>
+  /** [hq], f32; only with `sink`. */
+  dsink: Tensor<'float32'> | undefined
+  /** [hq], f32; only with `slopes`. */
+  dslopes: Tensor<'float32'> | undefined
+}
+
+/** What {@link attentionBackward} computes for one head, in the terms of {@link attentionDefinition}. */
+export const attentionBackwardDefinition = `
+  P[p,m]  = exp(S[p,m] - LSE[p])             where m <= p + off
+  DP[p,m] = sum(f) DO[p,f] * V[m,f]
+  D[p]    = sum(f) DO[p,f] * O[p,f]
+  DS[p,m] = P[p,m] * (DP[p,m] - D[p])
+  DQ[p,e] = sum(m) DS[p,m] * K[m,e] * scale
+  DK[m,e] = sum(p) DS[p,m] * Q[p,e] * scale
+  DV[m,f] = sum(p) P[p,m] * DO[p,f]`
+
+const knownToBackward: ReadonlySet<string> = new Set<keyof AttentionBackwardOptions>([
+  'causal',
+  'window',
+  'scale',
+  'softCap',
+  'slopes',
+  'sink',
+  'cuSeqlensQ',
+  'cuSeqlensK',
+  'cacheSeqlens',
+  'deterministic',
+])
+
+/**
+ * Gradients of {@link attention}, also reachable as `attention.backward`: scores are computed again from q, k and `lse`, as
+ * {@link attentionBackwardDefinition} says, so nothing of the size [sq, sk] is ever stored. A row that sees no key gives
+ * and gets nothing.
+ *
+ * @param q [b, sq, hq, d]; q, k, v and options are those of the call of {@link attention}.
+ * @param out [b, sq, hq, dv], as {@link attention} returned it.
+ * @param lse [b, hq, sq], as {@link attention} returned it.
+ * @param dout [b, sq, hq, dv]: gradient of `out`, same dtype.
+ * @throws HeddleError `ERR_SHAPE`, `ERR_DTYPE`, `ERR_DEVICE` or `ERR_ARGUMENT` at the call; reading rejects if the contents
+ * of `cuSeqlensQ`, `cuSeqlensK` or `cacheSeqlens` are out of range.
+ * @example
+ * import { attention, attentionBackward, randn } from 'heddle'
+ * const [q, k, v, dout] = [1, 2, 3, 4].map((seed) => randn([1, 128, 8, 64], { seed }))
+ * const { out, lse } = attention(q, k, v, { causal: true })
+ * const { dq, dk, dv } = attentionBackward(q, k, v, out, lse, dout, { causal: true })
+ * console.log(dq.shape, dk.shape, dv.shape) // [1, 128, 8, 64] three times
+ */
+export function attentionBackward<D extends FloatDType>(
+  q: Tensor<D>,
+  k: Tensor<D>,
+  v: Tensor<D>,
+  out: Tensor<D>,
+  lse: Tensor<'float32'>,
+  dout: Tensor<D>,
+  options: AttentionBackwardOptions = {},
+): AttentionGradients<D> {
+  const op = 'attention.backward'
+  checkTensor(op, 'q', q)
+  checkTensor(op, 'k', k)
+  checkOptions(op, options, knownToBackward)
+  const { slopes, sink, cuSeqlensQ, cuSeqlensK, cacheSeqlens, ...rest } = options
+  const made: Tensor[] = []
+  try {
+    const [dq, dk, dv, dsink, dslopes] = run(op, {
+      q,
+      k,
+      v,
+      out,
+      lse,
+      dout,
+      ...rest,
+      slopes: vector(op, 'slopes', slopes, q.device, made),
+      sink: vector(op, 'sink', sink, q.device, made),
+      cuSeqlensQ: offsets(op, 'cuSeqlensQ', cuSeqlensQ, q.shape[1], q.device, made),
+      cuSeqlensK: offsets(op, 'cuSeqlensK', cuSeqlensK, k.shape[1], q.device, made),
+      cacheSeqlens: lengths(op, 'cacheSeqlens', cacheSeqlens, q.device, made),
+    })
+    return { dq, dk, dv, dsink, dslopes } as AttentionGradients<D>
+  } finally {
+    for (const tensor of made) tensor.dispose()
+  }
+}
+
+/** The same as {@link attentionBackward}. */
+attention.backward = attentionBackward

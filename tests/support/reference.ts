@@ -105,6 +105,146 @@ export function attentionReference(
   return { out, lse, plain, plainLse, terms: largest }
 }
 
+/** Gradients of one call, each as long as its tensor. */
+export interface Gradients {
+  dq: Float64Array
+  dk: Float64Array
+  dv: Float64Array
+  dsink: Float64Array
+  dslopes: Float64Array
+}
+
+export interface GradientReference {
+  exact: Gradients
+  /** With scores, probabilities, their gradients and results rounded to the dtype. */
+  plain: Gradients
+  /** The largest sum of each gradient, with every term of it taken by magnitude. */
+  sizes: Record<keyof Gradients, number>
+  /** The largest score taken so. */
+  exponent: number
+}
+
+/** Gradients of sum(out * dout), by the chain rule row after row. */
+export function attentionGradients(
+  c: AttentionCase,
+  q: Read,
+  k: Read,
+  v: Read,
+  dout: Read,
+  dtype: FloatDType,
+  lengths: (b: number) => { sq: number; sk: number } = () => c,
+): GradientReference {
+  const zeros = (): Gradients => ({
+    dq: new Float64Array(c.b * c.sq * c.hq * c.d),
+    dk: new Float64Array(c.b * c.sk * c.hk * c.d),
+    dv: new Float64Array(c.b * c.sk * c.hk * c.dv),
+    dsink: new Float64Array(c.hq),
+    dslopes: new Float64Array(c.hq),
+  })
+  const [exact, plain, size] = [zeros(), zeros(), zeros()]
+  let exponent = 0
+  const line = (read: Read, b: number, row: number, head: number, n: number) =>
+    Float64Array.from({ length: n }, (_, e) => read(b, row, head, e))
+  for (let b = 0; b < c.b; b++) {
+    const { sq, sk } = lengths(b)
+    for (let h = 0; h < c.hq; h++) {
+      const hk = Math.floor(h / (c.hq / c.hk))
+      const keys = Array.from({ length: sk }, (_, t) => line(k, b, t, hk, c.d))
+      const values = Array.from({ length: sk }, (_, t) => line(v, b, t, hk, c.dv))
+      for (let i = 0; i < sq; i++) {
+        const p = sk - sq + i
+        const seen: number[] = []
+        for (let t = 0; t < sk; t++) {
+          if (c.causal && t > p) continue
+          if (c.window !== undefined && (t > p || t <= p - c.window)) continue
+          seen.push(t)
+        }
+        if (seen.length === 0) continue
+        const query = line(q, b, i, h, c.d)
+        const gradient = line(dout, b, i, h, c.dv)
+        for (const rounded of [false, true]) {
+          const r = (x: number) => (rounded ? round(x, dtype) : x)
+          const to = rounded ? plain : exact
+          const product = (x: Float64Array, y: Float64Array) => {
+            let sum = 0
+            for (let e = 0; e < x.length; e++) sum += x[e]! * y[e]!
+            return sum
+          }
+          const magnitude = (x: Float64Array, y: Float64Array) => {
+            let sum = 0
+            for (let e = 0; e < x.length; e++) sum += Math.abs(x[e]! * y[e]!)
+            return sum
+          }
+          const slopes: number[] = []
+          const scores = seen.map((t) => {
+            let score = r(product(query, keys[t]!)) * c.scale
+            if (!rounded) exponent = Math.max(exponent, magnitude(query, keys[t]!) * c.scale)
+            let slope = 1
+            if (c.softCap > 0) {
+              const bent = Math.tanh(score / c.softCap)
+              slope = 1 - bent * bent
+              score = c.softCap * bent
+            }
+            slopes.push(slope)
+            if (c.slopes) score += c.slopes[h]! * (t - p)
+            return r(score)
+          })
+          const sink = c.sink?.[h]
+          const top = Math.max(...scores, sink ?? Number.NEGATIVE_INFINITY)
+          const weights = scores.map((score) => Math.exp(score - top))
+          const sinkWeight = sink === undefined ? 0 : Math.exp(sink - top)
+          const sum = weights.reduce((a, w) => a + w, sinkWeight)
+          const out = new Float64Array(c.dv)
+          weights.forEach((w, j) => {
+            for (let f = 0; f < c.dv; f++) out[f]! += r(w / sum) * values[seen[j]!]![f]!
+          })
+          for (let f = 0; f < c.dv; f++) out[f] = r(out[f]!)
+          const delta = product(out, gradient)
+          const deltaSize = magnitude(out, gradient)
+          to.dsink[h]! -= (sinkWeight / sum) * delta
+          if (!rounded) size.dsink[h]! += (sinkWeight / sum) * deltaSize
+          const atQ = ((b * c.sq + i) * c.hq + h) * c.d
+          seen.forEach((t, j) => {
+            const weight = r(weights[j]! / sum)
+            const dscore = weight * (r(product(gradient, values[t]!)) - delta)
+            const dscoreSize = weight * (magnitude(gradient, values[t]!) + deltaSize)
+            to.dslopes[h]! += dscore * (t - p)
+            if (!rounded) size.dslopes[h]! += dscoreSize * Math.abs(t - p)
+            const ds = r(dscore * slopes[j]!)
+            const dsSize = dscoreSize * slopes[j]! * Math.abs(c.scale)
+            const atK = ((b * c.sk + t) * c.hk + hk) * c.d
+            const atV = ((b * c.sk + t) * c.hk + hk) * c.dv
+            for (let e = 0; e < c.d; e++) {
+              to.dq[atQ + e]! += ds * keys[t]![e]! * c.scale
+              to.dk[atK + e]! += ds * query[e]! * c.scale
+              if (rounded) continue
+              size.dq[atQ + e]! += dsSize * Math.abs(keys[t]![e]!)
+              size.dk[atK + e]! += dsSize * Math.abs(query[e]!)
+            }
+            for (let f = 0; f < c.dv; f++) {
+              to.dv[atV + f]! += weight * gradient[f]!
+              if (!rounded) size.dv[atV + f]! += Math.abs(weight * gradient[f]!)
+            }
+          })
+        }
+      }
+    }
+  }
+  for (const name of ['dq', 'dk', 'dv'] as const)
+    plain[name].forEach((x, i) => {
+      plain[name][i] = round(x, dtype)
+    })
+  const most = (x: Float64Array) => x.reduce((a, y) => Math.max(a, y), 0)
+  const sizes = {
+    dq: most(size.dq),
+    dk: most(size.dk),
+    dv: most(size.dv),
+    dsink: most(size.dsink),
+    dslopes: most(size.dslopes),
+  }
+  return { exact, plain, sizes, exponent }
+}
+
 export interface LightningCase {
   b: number
   s: number
