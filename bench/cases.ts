@@ -1,6 +1,7 @@
 import {
   alibiSlopes,
   attention,
+  attentionBackward,
   bytesPerElement,
   type Device,
   lightning,
@@ -39,42 +40,48 @@ function shuffled(n: number): number[] {
   return list
 }
 
+/** Sizes and mask of an attention problem. */
+function attentionProblem({ dtype, size, flags }: Problem, device: Device) {
+  const [b, sq, sk, hq, d] = [size('b'), size('sq'), size('sk'), size('hq'), size('d')]
+  const [hk, dv] = [size('hk', hq), size('dv', d)]
+  const causal = flags.has('causal')
+  const window = size('window', 0) || undefined
+  const page = size('page', 0)
+  const make = (seed: number, shape: number[]) => randn(shape, { seed, dtype, device })
+  // keys of one batch entry, or pages of them that lie in no order
+  const blocks = page ? [(b * sk) / page, page] : [b, sk]
+  const [q, k, v] = [
+    make(1, [b, sq, hq, d]),
+    make(2, [...blocks, hk, d]),
+    make(3, [...blocks, hk, dv]),
+  ]
+  const pages = shuffled(page ? blocks[0]! : 0)
+  const options = {
+    causal,
+    ...(window ? { window } : {}),
+    ...(page
+      ? {
+          blockTable: tensor(pages, [b, sk / page], { dtype: 'int32', device }),
+          cacheSeqlens: tensor(new Array<number>(b).fill(sk), [b], { dtype: 'int32', device }),
+        }
+      : {}),
+  }
+  const sees = (row: number) => {
+    const at = sk - sq + row
+    const end = causal || window ? Math.min(at + 1, sk) : sk
+    return [Math.max(window ? at - window + 1 : 0, 0), Math.max(end, 0)] as const
+  }
+  let pairs = 0
+  for (let row = 0; row < sq; row++) pairs += Math.max(sees(row)[1] - sees(row)[0], 0)
+  return { b, sq, sk, hq, hk, d, dv, q, k, v, make, options, sees, pairs, page, pages }
+}
+
 /** How to make the case of an operator's problem. */
 export const operators: Readonly<Record<string, (problem: Problem, device: Device) => Case>> = {
   attention(problem, device) {
-    const { dtype, size, flags } = problem
-    const [b, sq, sk, hq, d] = [size('b'), size('sq'), size('sk'), size('hq'), size('d')]
-    const [hk, dv] = [size('hk', hq), size('dv', d)]
-    const causal = flags.has('causal')
-    const window = size('window', 0) || undefined
-    const page = size('page', 0)
-    const make = (seed: number, shape: number[]) => randn(shape, { seed, dtype, device })
-    // keys of one batch entry, or pages of them that lie in no order
-    const blocks = page ? [(b * sk) / page, page] : [b, sk]
-    const [q, k, v] = [
-      make(1, [b, sq, hq, d]),
-      make(2, [...blocks, hk, d]),
-      make(3, [...blocks, hk, dv]),
-    ]
-    const pages = shuffled(page ? blocks[0]! : 0)
-    const options = {
-      causal,
-      ...(window ? { window } : {}),
-      ...(page
-        ? {
-            blockTable: tensor(pages, [b, sk / page], { dtype: 'int32', device }),
-            cacheSeqlens: tensor(new Array<number>(b).fill(sk), [b], { dtype: 'int32', device }),
-          }
-        : {}),
-    }
-    const sees = (row: number) => {
-      const at = sk - sq + row
-      const end = causal || window ? Math.min(at + 1, sk) : sk
-      return [Math.max(window ? at - window + 1 : 0, 0), Math.max(end, 0)] as const
-    }
-    let pairs = 0
-    for (let row = 0; row < sq; row++) pairs += Math.max(sees(row)[1] - sees(row)[0], 0)
-    const element = bytesPerElement[dtype]
+    const { b, sq, sk, hq, hk, d, dv, q, k, v, options, sees, pairs, page, pages } =
+      attentionProblem(problem, device)
+    const element = bytesPerElement[problem.dtype]
     return {
       inputs: [q, k, v],
       flops: 2 * b * hq * pairs * (d + dv),
@@ -123,6 +130,93 @@ export const operators: Readonly<Record<string, (problem: Problem, device: Devic
         out.dispose()
         lse.dispose()
         return worst / top
+      },
+    }
+  },
+
+  'attention.backward'(problem, device) {
+    const sizes = attentionProblem(problem, device)
+    const { b, sq, sk, hq, hk, d, dv, q, k, v, make, sees, pairs } = sizes
+    const options = { ...sizes.options, deterministic: !problem.flags.has('atomic') }
+    const dout = make(4, [b, sq, hq, dv])
+    const { out, lse } = attention(q, k, v, sizes.options)
+    const run = () => attentionBackward(q, k, v, out, lse, dout, options)
+    const element = bytesPerElement[problem.dtype]
+    return {
+      inputs: [q, k, v, out, lse, dout],
+      flops: 2 * b * hq * pairs * (3 * d + 2 * dv),
+      bytes: element * b * (2 * sq * hq * (d + dv) + 2 * sk * hk * (d + dv)) + 4 * b * hq * sq,
+      run() {
+        const { dq, dk, dv } = run()
+        return [dq, dk, dv]
+      },
+      async check() {
+        const gradients = run()
+        const read = async (x: Tensor, head: number) =>
+          x
+            .select(0, b - 1)
+            .select(1, head)
+            .read({ as: 'float32' })
+        const group = hq / hk
+        const [ks, vs, dks, dvs] = [
+          await read(k, hk - 1),
+          await read(v, hk - 1),
+          await read(gradients.dk, hk - 1),
+          await read(gradients.dv, hk - 1),
+        ]
+        const scale = 1 / Math.sqrt(d)
+        const dot = (x: Float32Array, i: number, y: Float32Array, j: number, n: number) => {
+          let sum = 0
+          for (let e = 0; e < n; e++) sum += x[i * n + e]! * y[j * n + e]!
+          return sum
+        }
+        const few = (n: number) => [0, Math.floor(n / 3), n - 1]
+        const keys = few(sk).map((t) => ({ t, dk: new Float64Array(d), dv: new Float64Array(dv) }))
+        const largest = { dq: 0, dk: 0, dv: 0 }
+        const worst = { dq: 0, dk: 0, dv: 0 }
+        const compare = (name: 'dq' | 'dk' | 'dv', exact: Float64Array, got: Float32Array) =>
+          exact.forEach((x, e) => {
+            largest[name] = Math.max(largest[name], Math.abs(x))
+            worst[name] = Math.max(worst[name], Math.abs(x - got[e]!))
+          })
+        for (let head = hq - group; head < hq; head++) {
+          const [qs, os, gs, dqs] = [
+            await read(q, head),
+            await read(out, head),
+            await read(dout, head),
+            await read(gradients.dq, head),
+          ]
+          const ls = await lse
+            .select(0, b - 1)
+            .select(0, head)
+            .read()
+          const pair = (row: number, t: number) => {
+            const p = Math.exp(dot(qs, row, ks, t, d) * scale - ls[row]!)
+            return { p, ds: p * (dot(gs, row, vs, t, dv) - dot(gs, row, os, row, dv)) * scale }
+          }
+          for (const row of few(sq)) {
+            const dq = new Float64Array(d)
+            for (let [t, end] = sees(row); t < end; t++) {
+              const { ds } = pair(row, t)
+              for (let e = 0; e < d; e++) dq[e]! += ds * ks[t * d + e]!
+            }
+            compare('dq', dq, dqs.subarray(row * d))
+          }
+          for (const key of keys)
+            for (let row = 0; row < sq; row++) {
+              const [from, to] = sees(row)
+              if (key.t < from || key.t >= to) continue
+              const { p, ds } = pair(row, key.t)
+              for (let e = 0; e < d; e++) key.dk[e]! += ds * qs[row * d + e]!
+              for (let f = 0; f < dv; f++) key.dv[f]! += p * gs[row * dv + f]!
+            }
+        }
+        for (const key of keys) {
+          compare('dk', key.dk, dks.subarray(key.t * d))
+          compare('dv', key.dv, dvs.subarray(key.t * dv))
+        }
+        for (const tensor of Object.values(gradients)) tensor?.dispose()
+        return Math.max(worst.dq / largest.dq, worst.dk / largest.dk, worst.dv / largest.dv)
       },
     }
   },
@@ -278,6 +372,7 @@ export const suites: Readonly<Record<'cpu' | 'cuda', readonly string[]>> = {
     'attention:b1 sq2048 sk2048 hq8 hk8 d64 f32 causal',
     'attention:b1 sq2048 sk2048 hq8 hk8 d64 f32',
     'attention:b1 sq1 sk16384 hq8 hk2 d128 f32',
+    'attention.backward:b1 sq2048 sk2048 hq8 hk8 d64 f32 causal',
     'lightning:b1 h8 s4096 d64 e64 f32',
     'lightning.decode:b8 h8 d64 e64 f32',
     'linear:m512 n768 k256 f32',
@@ -296,6 +391,10 @@ export const suites: Readonly<Record<'cpu' | 'cuda', readonly string[]>> = {
     'attention:b32 sq1 sk8192 hq32 hk8 d128 bf16 page16',
     'attention:b1 sq1 sk131072 hq32 hk8 d128 bf16',
     'attention:b1 sq1 sk4096 hq32 hk8 d128 bf16 graph',
+    'attention.backward:b4 sq4096 sk4096 hq16 hk16 d128 bf16',
+    'attention.backward:b4 sq4096 sk4096 hq16 hk16 d128 bf16 causal',
+    'attention.backward:b4 sq4096 sk4096 hq32 hk32 d64 bf16 causal',
+    'attention.backward:b2 sq8192 sk8192 hq16 hk4 d128 bf16 causal',
     'lightning:b4 h32 s2048 d128 e128 bf16',
     'lightning.decode:b64 h64 d128 e128 bf16',
     'linear:m8192 n8192 k8192 bf16',

@@ -110,6 +110,8 @@ template <class T> class Backward {
         };
         load_row(a, row(out), out.strides[3], problem_.dv);
         load_row(b, row(dout), dout.strides[3], problem_.dv);
+        // out of an empty row is 0, whatever dout holds
+        for (int64_t e = 0; e < problem_.dv; ++e) b[e] = a[e] == 0 ? 0 : b[e];
         const int64_t at = (batch * heads + head) * tokens + token;
         const float natural = lse.as<float>()[batch * lse.strides[0] + head * lse.strides[1] +
                                               token * lse.strides[2]];
@@ -130,9 +132,8 @@ template <class T> class Backward {
       for (int64_t batch = 0; batch < op_.lse.shape[0]; ++batch)
         for (int64_t token = 0; token < tokens; ++token) {
           const int64_t at = (batch * heads + head) * tokens + token;
-          // out is zero in a row without keys, whatever dout holds
-          const double weight = std::exp2(sink - static_cast<double>(rows_.lse_log2[at]));
-          if (weight < 1) sum -= weight * static_cast<double>(rows_.delta[at]);
+          sum -= std::exp2(sink - static_cast<double>(rows_.lse_log2[at])) *
+                 static_cast<double>(rows_.delta[at]);
         }
       op_.dsink.as<float>()[head] = static_cast<float>(sum);
     });

@@ -21,6 +21,7 @@ def attention(problem):
             with sdpa_kernel(backend):
                 return functional.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=hq != hk)
 
+        run.inputs = (q, k, v)
         return run
 
     def flex():
@@ -32,7 +33,9 @@ def attention(problem):
 
         mask = create_block_mask(sees, None, None, sq, sk) if causal or window else None
         compiled = torch.compile(flex_attention, dynamic=False)
-        return lambda: compiled(q, k, v, block_mask=mask, enable_gqa=hq != hk)
+        run = lambda: compiled(q, k, v, block_mask=mask, enable_gqa=hq != hk)
+        run.inputs = (q, k, v)
+        return run
 
     peers = {}
     # PyTorch aligns causal masks to the top left, so only squares compare
@@ -44,13 +47,29 @@ def attention(problem):
     return peers
 
 
+def attention_backward(problem):
+    peers = attention(problem)
+
+    def backward(prepare):
+        def make():
+            run = prepare()
+            inputs = [x.requires_grad_() for x in run.inputs]
+            out = run()
+            gradient = torch.randn_like(out)
+            return lambda: torch.autograd.grad(out, inputs, gradient, retain_graph=True)
+
+        return make
+
+    return {name: backward(prepare) for name, prepare in peers.items()}
+
+
 def linear(problem):
     draw = lambda *shape: torch.randn(*shape, dtype=DTYPES[problem["dtype"]], device="cuda")
     x, weight = draw(problem["m"], problem["k"]), draw(problem["n"], problem["k"])
     return {"cublas": lambda: lambda: functional.linear(x, weight)}
 
 
-PROBLEMS = {"attention": attention, "linear": linear}
+PROBLEMS = {"attention": attention, "attention.backward": attention_backward, "linear": linear}
 
 
 def milliseconds(run, times):

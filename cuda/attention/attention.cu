@@ -43,7 +43,11 @@ __global__ void attention_check_kernel(ForwardArgs p, int64_t table_pages, int64
   }
 }
 
-// Enqueues the look at lengths and pages
+const int32_t* ints(const Tensor& x) { return x ? x.as<int32_t>() : nullptr; }
+const float* floats(const Tensor& x) { return x ? x.as<float>() : nullptr; }
+
+}  // namespace
+
 void check_lengths(const Attention& op, const ForwardArgs& lengths, CudaContext& context) {
   if (!op.cu_seqlens_q && !op.cache_seqlens) return;
   ForwardArgs args = lengths;
@@ -58,9 +62,6 @@ void check_lengths(const Attention& op, const ForwardArgs& lengths, CudaContext&
                                                                                       count);
   context.launched("attention_check_kernel");
 }
-
-const int32_t* ints(const Tensor& x) { return x ? x.as<int32_t>() : nullptr; }
-const float* floats(const Tensor& x) { return x ? x.as<float>() : nullptr; }
 
 ForwardArgs portable_args(const Attention& op) {
   const Tensor &q = op.q, &k = op.k, &v = op.v;
@@ -99,6 +100,8 @@ ForwardArgs portable_args(const Attention& op) {
   args.causal = op.causal;
   return args;
 }
+
+namespace {
 
 SplitCall hopper_call(const Attention& op, const CudaContext& context) {
   const auto strides = [](const Tensor& x) {

@@ -48,7 +48,12 @@ struct ForwardArgs {
   int* fault;
 };
 
-// What one CTA works on. `row0` counts from the sequence's first row.
+ForwardArgs portable_args(const Attention& op);
+
+// Enqueues the look at lengths and pages, which only the device knows
+void check_lengths(const Attention& op, const ForwardArgs& lengths, CudaContext& context);
+
+// What one CTA works on. `row0` counts from the sequence's first row, or key.
 struct Place {
   int64_t batch, q_begin, sq, k_begin, sk, row0;
   bool any;
@@ -58,24 +63,24 @@ __device__ inline int64_t clamp_to(int64_t x, int64_t least, int64_t most) {
   return min(max(x, least), most);
 }
 
-// Packed sequences have unequal numbers of tiles: the CTA counts through them to find its own.
-// Offsets are clamped, so that wrong ones, which the check kernel reports, lead nowhere outside.
-__device__ inline Place find_place(const ForwardArgs& p, int64_t tile) {
+// Packed sequences have unequal numbers of tiles: the CTA counts through them to find its own, a
+// tile of rows or, on request, of keys. Offsets are clamped, so that wrong ones, which the check
+// kernel reports, lead nowhere outside.
+__device__ inline Place find_place(const ForwardArgs& p, int64_t tile, bool keys = false) {
   if (!p.cu_seqlens_q) {
-    const int64_t tiles = (p.sq + kRowTile - 1) / kRowTile, batch = tile / tiles;
+    const int64_t tiles = ((keys ? p.sk : p.sq) + kRowTile - 1) / kRowTile, batch = tile / tiles;
     const int64_t sk =
         p.cache_seqlens ? clamp_to(p.cache_seqlens[batch * p.cache_stride], 0, p.sk) : p.sk;
     return {batch, 0, p.sq, 0, sk, tile % tiles * kRowTile, true};
   }
   for (int64_t i = 0; i < p.sequences; ++i) {
-    const int64_t begin = clamp_to(p.cu_seqlens_q[i * p.cu_q_stride], 0, p.sq);
-    const int64_t end = clamp_to(p.cu_seqlens_q[(i + 1) * p.cu_q_stride], begin, p.sq);
-    const int64_t tiles = (end - begin + kRowTile - 1) / kRowTile;
-    if (tile < tiles) {
-      const int64_t k_begin = clamp_to(p.cu_seqlens_k[i * p.cu_k_stride], 0, p.sk);
-      const int64_t k_end = clamp_to(p.cu_seqlens_k[(i + 1) * p.cu_k_stride], k_begin, p.sk);
-      return {0, begin, end - begin, k_begin, k_end - k_begin, tile * kRowTile, true};
-    }
+    const int64_t q_begin = clamp_to(p.cu_seqlens_q[i * p.cu_q_stride], 0, p.sq);
+    const int64_t q_end = clamp_to(p.cu_seqlens_q[(i + 1) * p.cu_q_stride], q_begin, p.sq);
+    const int64_t k_begin = clamp_to(p.cu_seqlens_k[i * p.cu_k_stride], 0, p.sk);
+    const int64_t k_end = clamp_to(p.cu_seqlens_k[(i + 1) * p.cu_k_stride], k_begin, p.sk);
+    const int64_t tiles = ((keys ? k_end - k_begin : q_end - q_begin) + kRowTile - 1) / kRowTile;
+    if (tile < tiles)
+      return {0, q_begin, q_end - q_begin, k_begin, k_end - k_begin, tile * kRowTile, true};
     tile -= tiles;
   }
   return {0, 0, 0, 0, 0, 0, false};

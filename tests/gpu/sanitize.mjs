@@ -4,6 +4,7 @@ import {
   add,
   alibiSlopes,
   attention,
+  attentionBackward,
   embed,
   full,
   glu,
@@ -25,6 +26,11 @@ let seed = 0
 const draw = (shape, dtype = 'bfloat16') => randn(shape, { seed: seed++, dtype, device })
 const results = []
 const keep = (made) => results.push(...(made.lse ? [made.out, made.lse] : [made]))
+const differentiate = (q, k, v, options) => {
+  const { out, lse } = attention(q, k, v, options)
+  const { dq, dk, dv, dsink, dslopes } = attentionBackward(q, k, v, out, lse, out, options)
+  results.push(...[out, lse, dq, dk, dv, dsink, dslopes].filter((made) => made !== undefined))
+}
 
 for (const dtype of ['bfloat16', 'float16', 'float32'])
   for (const d of [64, 128, 256, 40])
@@ -34,7 +40,7 @@ for (const dtype of ['bfloat16', 'float16', 'float32'])
         draw([2, 257, 2, d], dtype),
         draw([2, 257, 2, d], dtype),
       ]
-      keep(attention(q, k, v, { causal }))
+      differentiate(q, k, v, { causal })
       const options = {
         causal,
         window: 70,
@@ -42,7 +48,7 @@ for (const dtype of ['bfloat16', 'float16', 'float32'])
         slopes: alibiSlopes(4),
         sink: [0, 1, 2, 3],
       }
-      if (d < 256) keep(attention(q, k, v, options))
+      if (d < 256) differentiate(q, k, v, options)
     }
 const pages = draw([9, 16, 2, 64])
 const blockTable = tensor([3, 1, 8, 0, 2, 7], [2, 3], { dtype: 'int32', device })
@@ -56,7 +62,7 @@ keep(
 keep(attention(draw([3, 1, 8, 128]), draw([3, 1500, 2, 128]), draw([3, 1500, 2, 128])))
 const packed = draw([1, 150, 2, 128])
 const cu = [0, 1, 1, 70, 150]
-keep(attention(packed, packed, packed, { causal: true, cuSeqlensQ: cu, cuSeqlensK: cu }))
+differentiate(packed, packed, packed, { causal: true, cuSeqlensQ: cu, cuSeqlensK: cu })
 const slopes = alibiSlopes(4)
 for (const dtype of ['bfloat16', 'float32']) {
   const x = draw([1, 150, 4, 72], dtype)

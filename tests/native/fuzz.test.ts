@@ -265,6 +265,23 @@ const targets: readonly Target[] = [
     },
   },
   {
+    name: 'attentionBackward',
+    call: heddle.attentionBackward,
+    args: () => [...heads(), floats(1, 4, 2, 8), floats(1, 2, 4), floats(1, 4, 2, 8)],
+    options: {
+      causal: () => true,
+      window: () => 2,
+      scale: () => 0.5,
+      softCap: () => 3,
+      slopes: () => [0.5, 0.25],
+      sink: () => floats(2),
+      cuSeqlensQ: () => [0, 1, 4],
+      cuSeqlensK: () => ints(0, 1, 4),
+      cacheSeqlens: () => [3],
+      deterministic: () => false,
+    },
+  },
+  {
     name: 'lightning',
     call: heddle.lightning,
     args: heads,

@@ -1,0 +1,252 @@
+#pragma once
+#include "attention/forward_portable.cuh"
+
+// Gradients of attention with every option on any GPU from sm_80 on, in f32 arithmetic:
+//
+//   P = exp(s - lse)    dS = P (dout . v - delta) s'(q . k) scale    delta = dout . out
+//   dq = sum over keys of dS k    dk = sum over rows of dS q    dv = sum over rows of P dout
+//
+// One kernel, launched twice: a CTA of 128 threads owns 32 rows of a head, or 32 keys of a kv head,
+// and walks 16 tokens of the other side at a time. Scores are computed in both launches, seven
+// products instead of five, so that every sum has one owner and one order. Four threads share an
+// owned token: each computes 4 of its 16 scores and keeps a quarter of its sums in registers.
+namespace heddle {
+
+constexpr int kOtherTile = 16, kOthersPerThread = kOtherTile / kRowThreads;
+
+struct BackwardArgs {
+  ForwardArgs call;
+  Heads out, dout;
+  void *dq, *dk, *dv;      // as q, k and v, contiguous
+  float *dsink, *dslopes;  // [hq] or null
+  const float* lse;
+  int64_t lse_batch, lse_head, lse_token;
+  // Of each row, [b, hq, sq]. lse is +inf where the row is empty: its weights are then 0
+  float *row_lse, *row_delta;
+  float* row_dslope;  // sum of dS (t - p) before the scale; null without slopes
+};
+
+// One warp per row
+template <class T> __global__ void attention_delta_kernel(BackwardArgs p) {
+  const ForwardArgs& call = p.call;
+  const int lane = threadIdx.x % 32;
+  const int64_t rows = call.b * call.hq * call.sq,
+                warps = static_cast<int64_t>(gridDim.x) * (blockDim.x / 32);
+  for (int64_t row = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32; row < rows; row += warps) {
+    const int64_t token = row % call.sq, head = row / call.sq % call.hq,
+                  batch = row / call.sq / call.hq;
+    const auto at = [&](const Heads& x, int e) {
+      return to_float(static_cast<const T*>(
+          x.data)[batch * x.batch + token * x.token + head * x.head + e * x.element]);
+    };
+    float sum = 0;
+    // out of an empty row is 0, whatever dout holds
+    for (int e = lane; e < call.dv; e += 32)
+      if (const float out = at(p.out, e); out != 0) sum = fmaf(out, at(p.dout, e), sum);
+    sum = warp_sum(sum);
+    if (lane != 0) continue;
+    const float lse = p.lse[batch * p.lse_batch + head * p.lse_head + token * p.lse_token];
+    p.row_lse[row] = lse == -INFINITY ? INFINITY : lse;
+    p.row_delta[row] = sum;
+  }
+}
+
+template <class T, bool kOwnsKeys>
+__global__ void __launch_bounds__(kAttentionThreads) attention_gradient_kernel(BackwardArgs args) {
+  const ForwardArgs& p = args.call;
+  extern __shared__ float smem[];
+  const int width = p.d + 1, width_v = p.dv + 1;
+  float* smem_own = smem;                               // [32, d + 1] of q or k
+  float* smem_own_v = smem_own + kRowTile * width;      // [32, dv + 1] of dout or v
+  float* smem_other = smem_own_v + kRowTile * width_v;  // [16, d + 1] of k or q
+  float* smem_other_v = smem_other + kOtherTile * width;
+
+  const Place place = find_place(p, blockIdx.x, kOwnsKeys);
+  if (!place.any) return;
+  const int64_t group = p.hq / p.hk;
+  const int64_t kv_head = kOwnsKeys ? blockIdx.y : blockIdx.y / group;
+  const int64_t off = place.sk - place.sq;
+  const int thread = threadIdx.x, own = thread / kRowThreads, part = thread % kRowThreads;
+
+  // Tokens of q or dout, or of k or v, as f32; zeros where there are none
+  const auto load = [&](float* to, const Heads& x, bool keys, int64_t head, int64_t first,
+                        int count, int size) {
+    const int64_t begin = keys ? place.k_begin : place.q_begin, end = keys ? place.sk : place.sq;
+    const T* from =
+        static_cast<const T*>(x.data) + place.batch * x.batch + begin * x.token + head * x.head;
+    for (int i = thread; i < count * size; i += kAttentionThreads) {
+      const int r = i / size, e = i % size;
+      to[r * (size + 1) + e] =
+          first + r < end ? to_float(from[(first + r) * x.token + e * x.element]) : 0;
+    }
+  };
+
+  // Tokens of the other side that some owned token meets
+  int64_t first = 0, last = kOwnsKeys ? place.sq : place.sk;
+  const int64_t low = place.row0, high = place.row0 + kRowTile - 1;
+  if (kOwnsKeys) {
+    if (p.causal || p.window) first = max(first, low - off);
+    if (p.window) last = min(last, high + p.window - off);
+  } else {
+    if (p.causal || p.window) last = min(last, high + off + 1);
+    if (p.window) first = max(first, low + off - p.window + 1);
+  }
+
+  float acc[kMostColumns] = {};                    // dq or dk
+  float acc_v[kOwnsKeys ? kMostColumns : 1] = {};  // dv
+  float dslope = 0;
+  const int64_t first_head = kOwnsKeys ? kv_head * group : blockIdx.y;
+  const int64_t last_head = first_head + (kOwnsKeys ? group : 1);
+  if (kOwnsKeys) {
+    load(smem_own, p.k, true, kv_head, place.row0, kRowTile, p.d);
+    load(smem_own_v, p.v, true, kv_head, place.row0, kRowTile, p.dv);
+  } else {
+    load(smem_own, p.q, false, first_head, place.row0, kRowTile, p.d);
+    load(smem_own_v, args.dout, false, first_head, place.row0, kRowTile, p.dv);
+  }
+
+  for (int64_t head = first_head; head < last_head; ++head) {
+    const float slope = p.slopes ? p.slopes[head * p.slopes_stride] : 0;
+    for (int64_t other0 = first; other0 < last; other0 += kOtherTile) {
+      __syncthreads();
+      if (kOwnsKeys) {
+        load(smem_other, p.q, false, head, other0, kOtherTile, p.d);
+        load(smem_other_v, args.dout, false, head, other0, kOtherTile, p.dv);
+      } else {
+        load(smem_other, p.k, true, kv_head, other0, kOtherTile, p.d);
+        load(smem_other_v, p.v, true, kv_head, other0, kOtherTile, p.dv);
+      }
+      __syncthreads();
+
+      // -1 marks a pair that does not meet, whatever its tokens hold
+      float weight[kOthersPerThread], dscore[kOthersPerThread];
+#pragma unroll
+      for (int j = 0; j < kOthersPerThread; ++j) {
+        const int c = part + kRowThreads * j;
+        const int64_t mine = place.row0 + own, its = other0 + c;
+        const int64_t query = kOwnsKeys ? its : mine, t = kOwnsKeys ? mine : its;
+        const int64_t position = query + off;
+        weight[j] = -1;
+        dscore[j] = 0;
+        if (query >= place.sq || t >= place.sk || its >= last) continue;
+        if ((p.causal || p.window) && t > position) continue;
+        if (p.window && t <= position - p.window) continue;
+        float s = 0, dp = 0;
+        for (int e = 0; e < p.d; ++e)
+          s = fmaf(smem_own[own * width + e], smem_other[c * width + e], s);
+        for (int e = 0; e < p.dv; ++e)
+          dp = fmaf(smem_own_v[own * width_v + e], smem_other_v[c * width_v + e], dp);
+        s *= p.scale;
+        float derivative = p.scale;
+        if (p.soft_cap > 0) {
+          const float bent = tanhf(s / p.soft_cap);
+          derivative *= 1 - bent * bent;
+          s = p.soft_cap * bent;
+        }
+        const auto distance = static_cast<float>(t - position);
+        if (p.slopes) s = fmaf(slope, distance, s);
+        const int64_t row = (place.batch * p.hq + head) * p.sq + place.q_begin + query;
+        weight[j] = expf(s - args.row_lse[row]);
+        const float ds = weight[j] * (dp - args.row_delta[row]);
+        dslope = fmaf(ds, distance, dslope);
+        dscore[j] = ds * derivative;
+      }
+
+#pragma unroll
+      for (int j = 0; j < kOthersPerThread; ++j)
+#pragma unroll 1
+        for (int i = 0; i < kRowThreads; ++i) {
+          const int c = i + kRowThreads * j, from = (thread % 32 & ~(kRowThreads - 1)) + i;
+          const float p_c = __shfl_sync(~0u, weight[j], from);
+          const float ds_c = __shfl_sync(~0u, dscore[j], from);
+          if (p_c < 0) continue;
+#pragma unroll
+          for (int f = 0; f < kMostColumns; ++f) {
+            const int column = part + kRowThreads * f;
+            if (column < p.d) acc[f] = fmaf(ds_c, smem_other[c * width + column], acc[f]);
+            if constexpr (kOwnsKeys)
+              if (column < p.dv) acc_v[f] = fmaf(p_c, smem_other_v[c * width_v + column], acc_v[f]);
+          }
+        }
+    }
+  }
+
+  dslope += __shfl_xor_sync(~0u, dslope, 1);
+  dslope += __shfl_xor_sync(~0u, dslope, 2);
+  // Keys behind the length of a cache exist, and nothing meets them
+  const int64_t token = place.row0 + own;
+  const int64_t tokens = kOwnsKeys ? p.sk : p.sq;
+  const int64_t exist = !kOwnsKeys ? place.sq : p.cu_seqlens_q ? place.sk : p.sk;
+  if (token >= exist) return;
+  const int64_t row = place.batch * tokens + (kOwnsKeys ? place.k_begin : place.q_begin) + token;
+  const int64_t at = row * (kOwnsKeys ? p.hk : p.hq) + blockIdx.y;
+  T* const sum = static_cast<T*>(kOwnsKeys ? args.dk : args.dq) + at * p.d;
+#pragma unroll
+  for (int f = 0; f < kMostColumns; ++f) {
+    const int column = part + kRowThreads * f;
+    if (column < p.d) sum[column] = from_float<T>(acc[f]);
+    if constexpr (kOwnsKeys)
+      if (column < p.dv) (static_cast<T*>(args.dv) + at * p.dv)[column] = from_float<T>(acc_v[f]);
+  }
+  if (!kOwnsKeys && args.row_dslope && part == 0)
+    args.row_dslope[(place.batch * p.hq + first_head) * p.sq + place.q_begin + token] = dslope;
+}
+
+// What each head's sink and slope get: one CTA per head, in one order. The sink is a key whose
+// value is zero, its dS is -P delta.
+template <int kSize> __global__ void attention_heads_kernel(BackwardArgs p) {
+  __shared__ double smem_sink[kSize], smem_slope[kSize];
+  const ForwardArgs& call = p.call;
+  const int64_t head = blockIdx.x;
+  double dsink = 0, dslope = 0;
+  for (int64_t i = threadIdx.x; i < call.b * call.sq; i += kSize) {
+    const int64_t row = (i / call.sq * call.hq + head) * call.sq + i % call.sq;
+    if (p.dsink)
+      dsink -= expf(call.sink[head * call.sink_stride] - p.row_lse[row]) * p.row_delta[row];
+    if (p.row_dslope) dslope += p.row_dslope[row];
+  }
+  smem_sink[threadIdx.x] = dsink;
+  smem_slope[threadIdx.x] = dslope;
+  for (int step = kSize / 2; step > 0; step /= 2) {
+    __syncthreads();
+    if (threadIdx.x < step) {
+      smem_sink[threadIdx.x] += smem_sink[threadIdx.x + step];
+      smem_slope[threadIdx.x] += smem_slope[threadIdx.x + step];
+    }
+  }
+  if (threadIdx.x != 0) return;
+  if (p.dsink) p.dsink[head] = static_cast<float>(smem_sink[0]);
+  if (p.dslopes) p.dslopes[head] = static_cast<float>(smem_slope[0]);
+}
+
+template <class T> void backward_portable(const BackwardArgs& args, CudaContext& context) {
+  const ForwardArgs& call = args.call;
+  const int64_t rows = call.b * call.hq * call.sq;
+  const auto tiles = [&](int64_t size) {
+    return static_cast<unsigned>(call.cu_seqlens_q ? size / kRowTile + call.sequences + 1
+                                                   : call.b * ((size + kRowTile - 1) / kRowTile));
+  };
+  const size_t smem_bytes =
+      sizeof(float) * static_cast<size_t>((kRowTile + kOtherTile) * (call.d + call.dv + 2));
+  const auto launch_gradient = [&](auto* kernel, unsigned count, int64_t heads) {
+    if (count == 0) return;
+    HEDDLE_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                     static_cast<int>(smem_bytes)));
+    kernel<<<dim3(count, static_cast<unsigned>(heads)), kAttentionThreads, smem_bytes,
+             context.stream>>>(args);
+    context.launched("attention_gradient_kernel");
+  };
+  if (rows > 0) {
+    attention_delta_kernel<T>
+        <<<blocks_for(rows * 32, context), kThreads, 0, context.stream>>>(args);
+    context.launched("attention_delta_kernel");
+    launch_gradient(attention_gradient_kernel<T, false>, tiles(call.sq), call.hq);
+  }
+  launch_gradient(attention_gradient_kernel<T, true>, tiles(call.sk), call.hk);
+  if (!args.dsink && !args.dslopes) return;
+  attention_heads_kernel<kThreads>
+      <<<static_cast<unsigned>(call.hq), kThreads, 0, context.stream>>>(args);
+  context.launched("attention_heads_kernel");
+}
+
+}  // namespace heddle
