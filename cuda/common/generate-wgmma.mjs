@@ -5,6 +5,7 @@
 // A from shared memory or registers, layout of B, and the widths N in use
 const shapes = [
   { a: 'smem', b: 'kK', widths: [64, 80, 112, 128, 256] },
+  { a: 'smem', b: 'kMN', widths: [64, 128] },
   { a: 'registers', b: 'kMN', widths: [64, 96, 128, 192, 256] },
 ]
 const types = { kF16: 'f16', kBF16: 'bf16' }

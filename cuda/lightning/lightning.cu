@@ -2,6 +2,7 @@
 
 #include "common/elements.cuh"
 #include "core/registry.h"
+#include "lightning/forward_sm90.h"
 
 // The chunk form on any GPU from sm_80 on, in f32 arithmetic; cpu/lightning.cpp has its formulas. A
 // CTA of 256 threads owns one output head of one sequence and 32 columns of its values, walks the
@@ -129,7 +130,73 @@ __global__ void __launch_bounds__(kScanThreads) lightning_scan_kernel(ScanArgs p
           smem_state[i * kColumns + f];
 }
 
-void run(const Lightning& op, CudaContext& context) {
+int* scan_fault(const Lightning& op, CudaContext& context) {
+  return context.fault(op.cu_seqlens
+                           ? "cuSeqlens must start at 0, never descend and end at s, and slopes be "
+                             "finite and at least 0"
+                           : "slopes must be finite and at least 0");
+}
+
+int64_t sequences_of(const Lightning& op) {
+  return op.cu_seqlens ? op.cu_seqlens.shape[0] - 1 : op.q.shape[0];
+}
+
+ScanCall hopper_call(const Lightning& op, const CudaContext& context) {
+  const LightningHeads heads(op.q, op.k, op.v, op.slopes);
+  const auto strides = [](const Tensor& x) {
+    return ScanStrides{x.strides[0], x.strides[1], x.strides[2]};
+  };
+  ScanCall call{};
+  call.dtype = op.q.dtype;
+  call.b = op.q.shape[0];
+  call.s = op.q.shape[1];
+  call.d = op.q.shape[3];
+  call.e = op.v.shape[3];
+  call.hq = heads.q;
+  call.hk = heads.k;
+  call.hv = heads.v;
+  call.heads = heads.out;
+  call.hs = heads.states;
+  call.q = op.q.data;
+  call.k = op.k.data;
+  call.v = op.v.data;
+  call.out = op.out.data;
+  call.q_strides = strides(op.q);
+  call.k_strides = strides(op.k);
+  call.v_strides = strides(op.v);
+  call.scale = static_cast<float>(op.scale);
+  call.slopes = op.slopes.as<float>();
+  call.slopes_stride = op.slopes.strides[0];
+  call.cu_seqlens = op.cu_seqlens ? op.cu_seqlens.as<int32_t>() : nullptr;
+  call.cu_stride = op.cu_seqlens.strides[0];
+  call.sequences = sequences_of(op);
+  call.initial_state = op.initial_state ? op.initial_state.as<float>() : nullptr;
+  std::copy_n(op.initial_state.strides, 4, call.initial_strides);
+  call.state = op.state ? op.state.as<float>() : nullptr;
+  call.processors = context.processors;
+  return call;
+}
+
+const char* declines_hopper(const Lightning& op, const CudaContext& context) {
+  if (context.arch != 90) return "the GPU must be of compute capability 9.0";
+  if (op.q.strides[3] != 1 || op.k.strides[3] != 1 || op.v.strides[3] != 1)
+    return "q, k and v must be contiguous along d";
+  return declines_scan_sm90(hopper_call(op, context));
+}
+
+void run_hopper(const Lightning& op, CudaContext& context) {
+  ScanCall call = hopper_call(op, context);
+  const ScanPlan plan = plan_scan_sm90(call);
+  if (plan.summed > 0)
+    call.summaries = context.scratch<float>(static_cast<size_t>(plan.summary_size(call)));
+  call.fault = scan_fault(op, context);
+  scan_sm90(call, plan, context.stream);
+  context.launched("lightning_sm90_kernel");
+}
+
+const char* declines_portable(const Lightning&, const CudaContext&) { return nullptr; }
+
+void run_portable(const Lightning& op, CudaContext& context) {
   const LightningHeads heads(op.q, op.k, op.v, op.slopes);
   const auto small = [](int64_t x) { return static_cast<int>(x); };
   ScanArgs args{Strided(op.q),
@@ -143,7 +210,7 @@ void run(const Lightning& op, CudaContext& context) {
                 op.out.data,
                 op.state ? op.state.as<float>() : nullptr,
                 op.q.shape[1],
-                op.cu_seqlens ? op.cu_seqlens.shape[0] - 1 : op.q.shape[0],
+                sequences_of(op),
                 small(heads.q),
                 small(heads.k),
                 small(heads.v),
@@ -154,11 +221,8 @@ void run(const Lightning& op, CudaContext& context) {
                 op.q.shape[3] > 128 ? 16 : 32,
                 static_cast<float>(op.scale),
                 bool(op.initial_state),
-                context.fault(op.cu_seqlens ? "cuSeqlens must start at 0, never descend and end at "
-                                              "s, and slopes be finite and at least 0"
-                                            : "slopes must be finite and at least 0")};
+                scan_fault(op, context)};
   const int64_t tasks = args.sequences * heads.out * ((args.e + kColumns - 1) / kColumns);
-  if (tasks == 0) return;
   HEDDLE_CHECK(tasks < INT32_MAX, kUnsupported, "q",
                "q has too many heads and sequences for one call");
   const size_t smem_bytes =
@@ -172,6 +236,15 @@ void run(const Lightning& op, CudaContext& context) {
     kernel<<<static_cast<unsigned>(tasks), kScanThreads, smem_bytes, context.stream>>>(args);
   });
   context.launched("lightning_scan_kernel");
+}
+
+constexpr Variant<Lightning> kVariants[] = {
+    {"sm90_wgmma", declines_hopper, run_hopper},
+    {"sm80_simt", declines_portable, run_portable},
+};
+
+void run(const Lightning& op, CudaContext& context) {
+  if (op.out.size() > 0 || op.state) run_variants(kVariants, op, context);
 }
 
 struct DecodeArgs {

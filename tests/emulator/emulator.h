@@ -186,7 +186,7 @@ class Cta {
 // The CTA that runs, and what CUDA tells its threads
 extern Cta* cta;
 
-// Runs CTAs one after the other
+// Runs CTAs one after the other, from the first or from the last
 void launch(int ctas, int threads, size_t smem_bytes, const std::function<void()>& kernel);
 
 // Seeds every launch that follows

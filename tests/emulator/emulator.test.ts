@@ -71,6 +71,7 @@ const forward = 'attention/forward_sm90.cuh'
 const softmax = 'attention/softmax_sm90.cuh'
 const linear = 'linear/linear_sm90.cuh'
 const split = 'attention/split_sm90.cuh'
+const scan = 'lightning/forward_sm90.cuh'
 const tile = 'common/tile.cuh'
 const kernels: Kernel[] = [
   {
@@ -352,6 +353,110 @@ const kernels: Kernel[] = [
         file: linear,
         from: 'smem.x[0].kBytes + smem.weight[0].kBytes',
         to: 'smem.weight[0].kBytes',
+      },
+    ],
+  },
+  {
+    name: 'lightning_sm90',
+    variants: Object.fromEntries(
+      [
+        ['kBF16', 64, 64],
+        ['kF16', 128, 128],
+        ['kBF16', 192, 64],
+        ['kBF16', 256, 64],
+      ].map(([dtype, d, e]) => [
+        `${dtype} d${d} e${e}`,
+        [
+          ...['-Wall', '-Wextra', '-Werror'],
+          ...[`-DHEDDLE_DTYPE=${dtype}`, `-DHEDDLE_D=${d}`, `-DHEDDLE_E=${e}`],
+        ],
+      ]),
+    ),
+    broken: 'kBF16 d64 e64',
+    faults: [
+      {
+        what: 'a chunk is loaded before the last one was used',
+        file: scan,
+        from: 'smem.empty[turn.stage].wait(turn.parity ^ 1);\n        Barrier& full = smem.full[turn.stage];\n        full.arrive_expect(2 *',
+        to: 'Barrier& full = smem.full[turn.stage];\n        full.arrive_expect(2 *',
+      },
+      {
+        what: 'scores are multiplied before q and k arrived',
+        file: scan,
+        from: 'smem.full[turn.stage].wait(turn.parity);\n      if (clears',
+        to: 'if (clears',
+      },
+      {
+        what: 'the image is overwritten while it is read',
+        file: scan,
+        from: 'named_barrier_sync(kImageEmpty, kConsumers);',
+        to: 'named_barrier_arrive(kImageEmpty, kConsumers);',
+      },
+      {
+        what: 'the image is not fenced',
+        file: scan,
+        from: 'fence_async_smem();\n    named_barrier_arrive(kImageFull',
+        to: 'named_barrier_arrive(kImageFull',
+      },
+      {
+        what: 'out is copied before all have written it',
+        file: scan,
+        from: 'named_barrier_sync(kOut, 128);',
+        to: '',
+      },
+      {
+        what: 'a buffer of out is overwritten while it is copied',
+        file: scan,
+        from: 'if (thread == 0) wait_copies_read<1>();',
+        to: '',
+      },
+      {
+        what: 'scores are read before their product is done',
+        file: scan,
+        from: 'wgmma_wait<0>(acc_p);\n        pack_scores();',
+        to: 'pack_scores();\n        wgmma_wait<0>(acc_p);',
+      },
+      {
+        what: 'the last chunk decays as if it were whole',
+        file: scan,
+        from: 'if (last && tail != 0) {',
+        to: 'if (false) {',
+      },
+      {
+        what: 'a token is carried one step too far',
+        file: scan,
+        from: 'static_cast<float>(row + 8 * r + 1)',
+        to: 'static_cast<float>(row + 8 * r)',
+      },
+      {
+        what: 'the residue of the keys is dropped',
+        file: scan,
+        from: 'low - low_of(pair), high - high_of(pair)',
+        to: '0, 0',
+      },
+      {
+        what: 'summaries are combined in the wrong order',
+        file: scan,
+        from: 'place.slot - before * place.distance',
+        to: 'place.slot - (place.segment + 1 - before) * place.distance',
+      },
+      {
+        what: 'a part of a summary decays from the end of the segment',
+        file: scan,
+        from: 'kChunk * chunk)));',
+        to: 'kChunk * chunk + tokens * (args.parts - 1 - part))));',
+      },
+      {
+        what: 'tokens of the next sequence are not silenced',
+        file: scan,
+        from: 'if (clears && chunk + 1 == chunks) clear_beyond(turn.stage);',
+        to: 'if (clears && chunk + 1 == chunks && wanted) named_barrier_sync(kCleared, kConsumers);',
+      },
+      {
+        what: 'rows of the next sequence are overwritten',
+        file: scan,
+        from: 'if (clears && !more) {',
+        to: 'if (false) {',
       },
     ],
   },

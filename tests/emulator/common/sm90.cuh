@@ -120,6 +120,20 @@ inline void stmatrix_x4(uint32_t address, uint32_t a, uint32_t b, uint32_t c, ui
   cta->meet_warp();
 }
 
+inline void ldmatrix_x4_transposed(uint32_t address, uint32_t (&to)[4]) {
+  const int lane = threadIdx.x % 32;
+  for (int i = 0; i < 4; ++i) {
+    uint16_t pair[2];
+    // this lane gets two elements of column lane / 4 of each matrix
+    for (int j = 0; j < 2; ++j) {
+      const uint32_t row = cta->exchange(address, 8 * i + lane % 4 * 2 + j);
+      cta->load(&pair[j], row + static_cast<uint32_t>(lane / 4) * 2, 2);
+    }
+    std::memcpy(&to[i], pair, 4);
+  }
+  cta->meet_warp();
+}
+
 inline void store_zero(uint32_t address) {
   const uint8_t zeros[16] = {};
   cta->store(address, zeros, 16);

@@ -1,0 +1,111 @@
+#include "lightning/forward_sm90.h"
+
+#include <algorithm>
+
+namespace heddle {
+namespace {
+
+constexpr int64_t kChunk = 64;
+
+int64_t parts_of(int64_t size, int64_t part) { return (size + part - 1) / part; }
+
+// Rows of S that a kernel has for d
+int64_t rows_for(int64_t d) { return d <= 64 ? 64 : parts_of(d, 64) * 64; }
+
+// What a tensor map can describe
+bool addressable(const void* data, const ScanStrides& strides, int64_t b, int64_t s, int64_t h,
+                 int64_t d) {
+  const auto fits = [](int64_t size, int64_t stride) {
+    return size == 1 || (stride > 0 && stride % 8 == 0 && stride < int64_t{1} << 39);
+  };
+  return d % 8 == 0 && reinterpret_cast<uintptr_t>(data) % 16 == 0 && fits(b, strides.batch) &&
+         fits(s, strides.row) && fits(h, strides.head);
+}
+
+template <DType kType> void pick(const ScanCall& call, const ScanPlan& plan, cudaStream_t stream) {
+  switch (rows_for(call.d)) {
+    case 64:
+      return launch_scan_sm90<kType, 64, 64>(call, plan, stream);
+    case 128:
+      return plan.columns == 128 ? launch_scan_sm90<kType, 128, 128>(call, plan, stream)
+                                 : launch_scan_sm90<kType, 128, 64>(call, plan, stream);
+    case 192:
+      return launch_scan_sm90<kType, 192, 64>(call, plan, stream);
+    default:
+      return launch_scan_sm90<kType, 256, 64>(call, plan, stream);
+  }
+}
+
+}  // namespace
+
+int64_t ScanPlan::summary_size(const ScanCall& call) const {
+  return summed * call.heads * slices * parts * rows_for(call.d) * columns;
+}
+
+// A CTA works through its segment one chunk after the other, so the time is that of the longest
+// segment once every multiprocessor has one.
+ScanPlan plan_scan_sm90(const ScanCall& call) {
+  const int64_t tokens = call.cu_seqlens ? call.s / std::max<int64_t>(call.sequences, 1) : call.s;
+  const int64_t states = call.heads * call.sequences;
+  // S has registers for 128 by 128 numbers
+  const bool wide = rows_for(call.d) == 128 && call.e > 64;
+  ScanPlan plan{};
+  plan.columns = wide ? 128 : 64;
+  int64_t ctas = states * parts_of(call.e, plan.columns);
+  int64_t segments = call.processors / std::max<int64_t>(ctas, 1);
+  // Segments read k and v twice: worth it where most of the chip has nothing to do otherwise, or
+  // where what a second reading costs is little beside the chain of chunks. None is shorter than
+  // the summaries before it take to read.
+  constexpr int64_t kShortest = 8 * kChunk;
+  segments = std::min(segments, tokens / kShortest);
+  if (tokens < (segments >= 4 ? 4096 : 16384)) segments = 1;
+  // Halves of e read q and k twice, mostly from L2
+  if (wide && segments <= 1 && 2 * ctas <= call.processors) {
+    plan.columns = 64;
+    ctas = states * parts_of(call.e, plan.columns);
+  }
+  plan.slices = static_cast<int>(parts_of(call.e, plan.columns));
+  plan.parts = 1;
+  if (segments <= 1) {
+    plan.segments = 1;
+    plan.segment = static_cast<int>((call.s / kChunk + 1) * kChunk);
+    plan.slots = call.sequences;
+    return plan;
+  }
+  // Summaries are of one segment less, so there is room for more than one CTA to each
+  while (2 * plan.parts * ctas * (segments - 1) <= call.processors && plan.parts < 8)
+    plan.parts *= 2;
+  const int64_t unit = kChunk * plan.parts;
+  plan.segment = static_cast<int>(parts_of(parts_of(tokens, segments), unit) * unit);
+  plan.segments = static_cast<int>(parts_of(tokens, plan.segment));
+  plan.slots =
+      call.cu_seqlens ? call.s / plan.segment + call.sequences : call.sequences * plan.segments;
+  plan.summed = call.cu_seqlens ? plan.slots : plan.slots - call.sequences;
+  return plan;
+}
+
+const char* declines_scan_sm90(const ScanCall& call) {
+  constexpr int64_t kMost = int64_t{1} << 30;  // tokens and CTAs are counted in 32 bits
+  constexpr int64_t kFewTokens = 16;
+  if (call.dtype != DType::kF16 && call.dtype != DType::kBF16)
+    return "dtype must be float16 or bfloat16";
+  if (call.s < kFewTokens) return "q must have at least 16 tokens";
+  // a slot per 64 tokens and sequence, at most four slices, at most eight parts
+  if (call.s > kMost || call.heads > kMost / 32 ||
+      call.s / kChunk + 1 > kMost / 32 / call.heads / std::max<int64_t>(call.sequences, 1))
+    return "q must have at most 2^30 tokens and CTAs";
+  const int64_t row = call.heads * call.e;
+  if (!addressable(call.q, call.q_strides, call.b, call.s, call.hq, call.d) ||
+      !addressable(call.k, call.k_strides, call.b, call.s, call.hk, call.d) ||
+      !addressable(call.v, call.v_strides, call.b, call.s, call.hv, call.e) ||
+      !addressable(call.out, {call.s * row, row, call.e}, call.b, call.s, call.heads, call.e))
+    return "d, e and strides must be multiples of 8, q, k and v start at a multiple of 16 bytes";
+  return nullptr;
+}
+
+void scan_sm90(const ScanCall& call, const ScanPlan& plan, cudaStream_t stream) {
+  call.dtype == DType::kF16 ? pick<DType::kF16>(call, plan, stream)
+                            : pick<DType::kBF16>(call, plan, stream);
+}
+
+}  // namespace heddle

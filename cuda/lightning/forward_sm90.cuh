@@ -1,0 +1,641 @@
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+#include "common/sm90.cuh"
+#include "common/tensor_map.h"
+#include "common/tile.cuh"
+#include "lightning/forward_sm90.h"
+
+// Lightning attention in f16 or bf16, by chunks of m = 64 tokens, fewer at the end:
+//
+//   P = scale lambda^(i - j) Q[i,:] . K[j,:]             where j <= i
+//   O = P V + scale lambda^(i + 1) Q S                   S before the chunk
+//   S = lambda^m S + (lambda^(m - 1 - j) K[j,:])^T V
+//
+// A CTA owns one head of the output, kE columns of v and a segment of a sequence. Warpgroup 0 loads
+// q, k and v of a chunk at a time into a ring. Warpgroup 1 makes P and O; P of the next chunk is
+// multiplied behind P V of this one. The others hold S in f32 registers, each some of its rows, and
+// leave its image in 16 bits in shared memory for Q S. Segments but the first begin with the
+// summaries of those before, which a kernel that reads k and v alone has made. Sizes that are
+// smaller than the tile's are filled with zeros by the copies.
+namespace heddle {
+namespace {
+
+constexpr int kChunk = 64;
+
+template <int kD, int kE> struct ScanShape {
+  // one warpgroup has registers for 64 by 192 numbers of S
+  static constexpr int kStateGroups = kD * kE > 192 * 64 ? 2 : 1;
+  static constexpr int kTiles = kD / 64 / kStateGroups;  // of 64 rows of S per warpgroup
+  static constexpr int kConsumers = 128 * (1 + kStateGroups);
+  static constexpr int kThreads = 128 + kConsumers;
+  // the 512 registers per lane that a CTA has
+  static constexpr int kOutRegisters = kStateGroups == 1 ? 240 : kE == 128 ? 184 : 144;
+  static constexpr int kStateRegisters = kStateGroups == 1 ? 240 : kE == 128 ? 152 : 168;
+  // as many as fit beside the image and two tiles of out
+  static constexpr int kStages = kD == 256 ? 2 : kD + kE <= 192 ? 4 : 3;
+};
+
+template <int kD, int kE> struct ScanSmem {
+  using Shape = ScanShape<kD, kE>;
+  sm90::Tile<kChunk, kD> q[Shape::kStages], k[Shape::kStages];
+  sm90::Tile<kChunk, kE> v[Shape::kStages];
+  sm90::Tile<kD, kE> image;
+  sm90::Tile<kChunk, kE> out[2];
+  sm90::Barrier full[Shape::kStages], empty[Shape::kStages];
+};
+
+template <int kD, int kE> struct SummarySmem {
+  static constexpr int kGroups = kD == 64 ? 1 : kD == 192 ? 3 : 2;
+  static constexpr int kStages = kD == 256 ? 5 : kD + kE <= 192 ? 8 : 6;
+  sm90::Tile<kChunk, kD> k[kStages];
+  sm90::Tile<kChunk, kE> v[kStages];
+  sm90::Barrier full[kStages], empty[kStages];
+};
+
+struct ScanArgs {
+  int tokens, heads, d, e;
+  int share_q, share_k, share_v, share_state;  // heads of out that read the same
+  int slices, segment, segments, parts, slots, sequences;
+  float scale;
+  const float* slopes;
+  int64_t slopes_stride;
+  const int32_t* cu_seqlens;
+  int64_t cu_stride;
+  const float* initial_state;
+  int64_t initial_strides[4];
+  float* state;
+  float* summaries;  // [slots, heads, slices, parts, kD, kE], a thread's numbers together
+  uint16_t* out;
+  int* fault;
+};
+
+// The segment of a sequence that a CTA works on
+struct ScanPlace {
+  int sequence, batch, begin, length;  // tokens of the segment
+  int segment;
+  bool last;     // of its sequence
+  int slot;      // -1: there is none
+  int distance;  // in slots from one segment of the sequence to the next
+};
+
+__device__ __forceinline__ ScanPlace place_of(const ScanArgs& args, int slot) {
+  ScanPlace place{0, 0, 0, 0, 0, true, -1, 1};
+  int begin = 0, end = args.tokens;
+  if (args.cu_seqlens) {
+    // nothing is out of bounds, whatever the offsets say
+    const auto offset = [&](int i) { return args.cu_seqlens[i * args.cu_stride]; };
+    bool good = offset(0) == 0 && offset(args.sequences) == args.tokens;
+    for (int before = 0, sequence = 0; sequence < args.sequences; ++sequence) {
+      good = good && offset(sequence) <= offset(sequence + 1);
+      begin = min(max(offset(sequence), 0), args.tokens);
+      end = max(min(offset(sequence + 1), args.tokens), begin);
+      const int here = max((end - begin + args.segment - 1) / args.segment, 1);
+      if (place.slot < 0 && slot < before + here) {
+        place.sequence = sequence;
+        place.segment = slot - before;
+        place.slot = slot;
+        break;
+      }
+      before += here;
+    }
+    // the last slot has seen all of them
+    if (!good && threadIdx.x == 0) *args.fault = 1;
+    if (place.slot < 0) return place;
+  } else {
+    place.sequence = place.batch = slot % args.sequences;
+    place.segment = slot / args.sequences;
+    place.slot = slot;
+    place.distance = args.sequences;
+  }
+  place.begin = begin + place.segment * args.segment;
+  place.length = min(args.segment, end - place.begin);
+  place.last = place.begin + place.length == end;
+  return place;
+}
+
+// Some rows of S, 64 at a time, and the keys of a chunk as operands
+template <DType kType, int kTiles, int kE, bool kPrecise> struct CarriedState {
+  // element i is in row i / 2 % 2 * 8 + lane / 4 of the warp's 16 and in column
+  // 8 * (i / 4) + 2 * (lane % 4) + i % 2
+  float acc[kTiles][kE / 2];
+  float decay[4][4];  // of tokens 16 * step + 2 * (lane % 4) + {0, 1, 8, 9}
+  uint32_t frag_k[kTiles][4][4];
+  uint32_t rest_k[kPrecise ? kTiles : 1][4][4];  // what rounding takes away from frag_k
+
+  // Keys decay towards the end of a chunk of `tokens`
+  __device__ __forceinline__ void set_decay(float slope_log2, int tokens, int lane) {
+#pragma unroll
+    for (int step = 0; step < 4; ++step)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int token = 16 * step + lane % 4 * 2 + j % 2 + j / 2 * 8;
+        // keys beyond the end are zero
+        decay[step][j] = exp2f(-slope_log2 * static_cast<float>(max(tokens - 1 - token, 0)));
+      }
+  }
+
+  // `k` starts at this warp's columns
+  __device__ __forceinline__ void load_keys(uint32_t k) {
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile)
+#pragma unroll
+      for (int step = 0; step < 4; ++step)
+        sm90::ldmatrix_x4_transposed(k + tile * kChunk * 128 + step * 16 * 128, frag_k[tile][step]);
+  }
+
+  __device__ __forceinline__ void decay_keys(float factor) {
+    using namespace sm90;
+#pragma unroll
+    for (int step = 0; step < 4; ++step)
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          uint32_t& pair = frag_k[tile][step][i];
+          const float low = low_of(pair) * (decay[step][i / 2 * 2] * factor);
+          const float high = high_of(pair) * (decay[step][i / 2 * 2 + 1] * factor);
+          pair = pack<kType>(low, high);
+          if (kPrecise)
+            rest_k[kPrecise ? tile : 0][step][i] =
+                pack<kType>(low - low_of(pair), high - high_of(pair));
+        }
+  }
+
+  // S += K^T V
+  __device__ __forceinline__ void update(const sm90::Tile<kChunk, kE>& v) {
+    using namespace sm90;
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) wgmma_fence(acc[tile]);
+#pragma unroll
+    for (int step = 0; step < 4; ++step)
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        wgmma<kType, Major::kMN>(acc[tile], frag_k[tile][step], v.mn_major(16 * step), true);
+        if (kPrecise)
+          wgmma<kType, Major::kMN>(acc[tile], rest_k[kPrecise ? tile : 0][step],
+                                   v.mn_major(16 * step), true);
+      }
+    wgmma_commit();
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) wgmma_wait<0>(acc[tile]);
+  }
+
+ private:
+  static __device__ __forceinline__ float low_of(uint32_t pair) {
+    return sm90::unpack<kType>(static_cast<uint16_t>(pair));
+  }
+  static __device__ __forceinline__ float high_of(uint32_t pair) {
+    return sm90::unpack<kType>(static_cast<uint16_t>(pair >> 16));
+  }
+};
+
+// Address of this lane's row for load_keys: matrices are 8 tokens by 8 of the warp's 16 columns
+template <int kD>
+__device__ __forceinline__ uint32_t keys_address(const sm90::Tile<kChunk, kD>& k, int column,
+                                                 int lane) {
+  return k.address(lane % 8 + lane / 16 * 8, column + lane / 8 % 2 * 8);
+}
+
+template <DType kType, int kD, int kE, bool kPrecise>
+__global__ void __launch_bounds__((ScanShape<kD, kE>::kThreads), 1)
+    lightning_sm90_kernel(const __grid_constant__ sm90::TensorMap gmem_q,
+                          const __grid_constant__ sm90::TensorMap gmem_k,
+                          const __grid_constant__ sm90::TensorMap gmem_v,
+                          const __grid_constant__ sm90::TensorMap gmem_out, const ScanArgs args) {
+  using namespace sm90;
+  using Shape = ScanShape<kD, kE>;
+  constexpr int kStages = Shape::kStages, kTiles = Shape::kTiles, kConsumers = Shape::kConsumers;
+  // named barriers: the image holds S before the next chunk; it has been read; out is written; rows
+  // behind the end are cleared
+  constexpr int kImageFull = 1, kImageEmpty = 2, kOut = 3, kCleared = 4;
+  auto& smem = shared_memory<ScanSmem<kD, kE>>();
+  // the same in all lanes, which the compiler cannot know of threadIdx
+  const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
+
+  int index = blockIdx.x;
+  const int head = index % args.heads;
+  index /= args.heads;
+  const int slice = index % args.slices;
+  const ScanPlace place = place_of(args, index / args.slices);
+  if (place.slot < 0) return;
+  const int chunks = (place.length + kChunk - 1) / kChunk, tail = place.length % kChunk;
+  const bool wanted = args.state && place.last && head % args.share_state == 0;
+  // behind the end of a packed sequence the next one begins
+  const bool clears = args.cu_seqlens && tail != 0;
+
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < kStages; ++stage) {
+      smem.full[stage].init(1);
+      smem.empty[stage].init(kConsumers / 32);
+    }
+    fence_barrier_init();
+  }
+  __syncthreads();
+
+  if (warpgroup == 0) {
+    lower_registers<24>();
+    if (threadIdx.x < 32 && elect_one()) {
+      prefetch(gmem_q);
+      prefetch(gmem_k);
+      prefetch(gmem_v);
+      prefetch(gmem_out);
+      // slices of one head meet in L2
+      const Keep keep = args.slices > 1 ? Keep::kNormal : Keep::kShortly;
+      for (int chunk = 0; chunk < chunks; ++chunk) {
+        const Turn<kStages> turn(chunk);
+        smem.empty[turn.stage].wait(turn.parity ^ 1);
+        Barrier& full = smem.full[turn.stage];
+        full.arrive_expect(2 * smem.k[0].kBytes + smem.v[0].kBytes);
+        const int row = place.begin + chunk * kChunk;
+        smem.k[turn.stage].load(gmem_k, full, row, head / args.share_k, place.batch, keep);
+        for (int column = 0; column < kE; column += 64)
+          copy_to_smem(smem.v[turn.stage].panel(column), gmem_v, full, slice * kE + column, row,
+                       head / args.share_v, place.batch, keep);
+        smem.q[turn.stage].load(gmem_q, full, row, head / args.share_q, place.batch, keep);
+      }
+    }
+    return;
+  }
+
+  const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
+  const float slope = args.slopes[head / args.share_state * args.slopes_stride];
+  if (!(slope >= 0 && slope < INFINITY) && thread == 0) *args.fault = 1;
+  const float slope_log2 = slope * 1.44269504f;
+  auto release = [&](uint32_t stage) {
+    if (lane == 0) smem.empty[stage].arrive();
+  };
+
+  if (warpgroup == 1) {
+    raise_registers<Shape::kOutRegisters>();
+    if (chunks == 0) return;
+    float acc_p[kChunk / 2], acc_o[kE / 2];
+    float decay[kChunk / 2];  // of acc_p, scale included: the same in every chunk
+    float carried[2];         // what S decays by until a row, scale included
+    uint32_t frag_p[4][4];
+    const int row = warp * 16 + lane / 4;
+#pragma unroll
+    for (int i = 0; i < kChunk / 2; ++i) {
+      const int distance = row + i / 2 % 2 * 8 - (i / 4 * 8 + lane % 4 * 2 + i % 2);
+      decay[i] =
+          distance < 0 ? 0 : args.scale * exp2_approx(-slope_log2 * static_cast<float>(distance));
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+      carried[r] = args.scale * exp2_approx(-slope_log2 * static_cast<float>(row + 8 * r + 1));
+
+    // zero weights don't silence what is not a number
+    auto clear_beyond = [&](uint32_t stage) {
+      constexpr int kPieces = (kD + kE) / 8;
+      for (int i = thread; i < (kChunk - tail) * kPieces; i += 128) {
+        const int beyond = tail + i / kPieces, column = i % kPieces * 8;
+        store_zero(column < kD ? smem.k[stage].address(beyond, column)
+                               : smem.v[stage].address(beyond, column - kD));
+      }
+      fence_async_smem();
+      if (wanted) {
+        named_barrier_sync(kCleared, kConsumers);
+      } else {
+        named_barrier_sync(kCleared, 128);
+      }
+    };
+    auto issue_scores = [&](int chunk) {
+      const Turn<kStages> turn(chunk);
+      smem.full[turn.stage].wait(turn.parity);
+      if (clears && chunk + 1 == chunks) clear_beyond(turn.stage);
+      wgmma_fence(acc_p);
+#pragma unroll
+      for (int d = 0; d < kD; d += 16)
+        wgmma<kType, Major::kK>(acc_p, smem.q[turn.stage].k_major(0, d),
+                                smem.k[turn.stage].k_major(0, d), d > 0);
+      wgmma_commit();
+    };
+    // mask, decay and scale are one factor
+    auto pack_scores = [&] {
+#pragma unroll
+      for (int i = 0; i < kChunk / 4; ++i)
+        frag_p[i / 4][i % 4] =
+            pack<kType>(acc_p[2 * i] * decay[2 * i], acc_p[2 * i + 1] * decay[2 * i + 1]);
+    };
+    auto step = [&](int chunk, bool more) {
+      const Turn<kStages> turn(chunk);
+      // the buffer of out that is written next was read two chunks ago
+      if (thread == 0) wait_copies_read<1>();
+      __syncwarp();
+      named_barrier_sync(kImageFull, kConsumers);
+      wgmma_fence(acc_o);
+#pragma unroll
+      for (int d = 0; d < kD; d += 16)
+        wgmma<kType, Major::kMN>(acc_o, smem.q[turn.stage].k_major(0, d), smem.image.mn_major(d),
+                                 d > 0);
+      wgmma_commit();
+      wgmma_wait<0>(acc_o);
+      if (more) named_barrier_arrive(kImageEmpty, kConsumers);
+#pragma unroll
+      for (int i = 0; i < kE / 2; ++i) acc_o[i] *= carried[i / 2 % 2];
+      wgmma_fence(acc_o);
+#pragma unroll
+      for (int j = 0; j < kChunk; j += 16)
+        wgmma<kType, Major::kMN>(acc_o, frag_p[j / 16], smem.v[turn.stage].mn_major(j), true);
+      wgmma_commit();
+      if (more) {
+        issue_scores(chunk + 1);
+        wgmma_wait<1>(acc_o);
+      } else {
+        wgmma_wait<0>(acc_o);
+      }
+      release(turn.stage);
+      auto& staged = smem.out[chunk % 2];
+#pragma unroll
+      for (int i = 0; i < kE / 2; i += 8)
+        stmatrix_x4(staged.address(warp * 16 + lane % 16, i * 2 + lane / 16 * 8),
+                    pack<kType>(acc_o[i], acc_o[i + 1]), pack<kType>(acc_o[i + 2], acc_o[i + 3]),
+                    pack<kType>(acc_o[i + 4], acc_o[i + 5]),
+                    pack<kType>(acc_o[i + 6], acc_o[i + 7]));
+      fence_async_smem();
+      named_barrier_sync(kOut, 128);
+      const int token = place.begin + chunk * kChunk;
+      if (clears && !more) {
+        for (int i = thread; i < tail * kE / 8; i += 128) {
+          const int r = i / (kE / 8), column = i % (kE / 8) * 8;
+          if (slice * kE + column < args.e)
+            copy_16_bytes(args.out +
+                              (static_cast<int64_t>(token + r) * args.heads + head) * args.e +
+                              slice * kE + column,
+                          staged.address(r, column));
+        }
+      } else if (thread == 0) {
+        for (int column = 0; column < kE; column += 64)
+          copy_to_gmem(gmem_out, staged.panel(column), slice * kE + column, token, head,
+                       place.batch);
+        commit_copies();
+      }
+      __syncwarp();
+      if (more) {
+        wgmma_wait<0>(acc_p);
+        pack_scores();
+      }
+    };
+
+    issue_scores(0);
+    wgmma_wait<0>(acc_p);
+    pack_scores();
+#pragma unroll 1
+    for (int chunk = 0; chunk + 1 < chunks; ++chunk) step(chunk, true);
+    // apart, so that no product is issued under a condition
+    step(chunks - 1, false);
+    // shared memory must outlive the copies that read it
+    if (thread == 0) wait_copies_read<0>();
+    return;
+  }
+
+  raise_registers<Shape::kStateRegisters>();
+  CarriedState<kType, kTiles, kE, kPrecise> carry;
+  const int tile0 = (warpgroup - 2) * kTiles;  // of 64 rows of S
+  const int64_t state_head = head / args.share_state;
+  // body(number, row and column of S)
+  auto each = [&](const auto& body) {
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile)
+#pragma unroll
+      for (int i = 0; i < kE / 2; ++i)
+        body(carry.acc[tile][i], (tile0 + tile) * 64 + warp * 16 + lane / 4 + i / 2 % 2 * 8,
+             slice * kE + i / 4 * 8 + lane % 4 * 2 + i % 2);
+  };
+  each([&](float& number, int, int) { number = 0; });
+  if (args.initial_state) {
+    const float* initial = args.initial_state + place.sequence * args.initial_strides[0] +
+                           state_head * args.initial_strides[1];
+    each([&](float& number, int row, int column) {
+      if (row < args.d && column < args.e)
+        number = initial[row * args.initial_strides[2] + column * args.initial_strides[3]];
+    });
+  }
+  if (place.segment > 0) {
+    const int part = args.segment / args.parts;
+    const float keep = static_cast<float>(exp(-static_cast<double>(slope) * part));
+    for (int before = place.segment; before > 0; --before) {
+      const int64_t slot = place.slot - before * place.distance;
+      const float* summary =
+          args.summaries +
+          ((slot * args.heads + head) * args.slices + slice) * args.parts * (kD * kE) + thread * 4;
+#pragma unroll 1
+      for (int i = 0; i < args.parts; ++i, summary += kD * kE)
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile)
+#pragma unroll
+          for (int j = 0; j < kE / 2; j += 4) {
+            const float4 x = *reinterpret_cast<const float4*>(
+                summary + ((tile0 + tile) * (kE / 8) + j / 4) * 512);
+            float* acc = &carry.acc[tile][j];
+            acc[0] = fmaf(acc[0], keep, x.x);
+            acc[1] = fmaf(acc[1], keep, x.y);
+            acc[2] = fmaf(acc[2], keep, x.z);
+            acc[3] = fmaf(acc[3], keep, x.w);
+          }
+    }
+  }
+  auto write_image = [&] {
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      const int row = (tile0 + tile) * 64 + warp * 16 + lane % 16;
+      const float(&acc)[kE / 2] = carry.acc[tile];
+#pragma unroll
+      for (int i = 0; i < kE / 2; i += 8)
+        stmatrix_x4(smem.image.address(row, i * 2 + lane / 16 * 8), pack<kType>(acc[i], acc[i + 1]),
+                    pack<kType>(acc[i + 2], acc[i + 3]), pack<kType>(acc[i + 4], acc[i + 5]),
+                    pack<kType>(acc[i + 6], acc[i + 7]));
+    }
+    // writers fence before the matrix instructions of another warpgroup read
+    fence_async_smem();
+    named_barrier_arrive(kImageFull, kConsumers);
+  };
+  if (chunks > 0) write_image();
+  carry.set_decay(slope_log2, kChunk, lane);
+  float keep = static_cast<float>(exp(-static_cast<double>(slope) * kChunk));
+#pragma unroll 1
+  for (int chunk = 0; chunk < chunks; ++chunk) {
+    const bool last = chunk + 1 == chunks;
+    if (last && !wanted) break;  // nobody needs S after it
+    const Turn<kStages> turn(chunk);
+    if (last && tail != 0) {
+      carry.set_decay(slope_log2, tail, lane);
+      keep = static_cast<float>(exp(-static_cast<double>(slope) * tail));
+    }
+    smem.full[turn.stage].wait(turn.parity);
+    if (last && clears) named_barrier_sync(kCleared, kConsumers);
+    carry.load_keys(keys_address(smem.k[turn.stage], tile0 * 64 + warp * 16, lane));
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile)
+#pragma unroll
+      for (int i = 0; i < kE / 2; ++i) carry.acc[tile][i] *= keep;
+    carry.decay_keys(1);
+    carry.update(smem.v[turn.stage]);
+    release(turn.stage);
+    if (!last) {
+      named_barrier_sync(kImageEmpty, kConsumers);
+      write_image();
+    }
+  }
+  if (wanted)
+    each([&](float number, int row, int column) {
+      const int64_t state = place.sequence * (args.heads / args.share_state) + state_head;
+      if (row < args.d && column < args.e)
+        args.state[(state * args.d + row) * args.e + column] = number;
+    });
+}
+
+// X = sum of lambda^(n - 1 - j) k_j^T v_j over the n tokens j of a part of a segment. Chunks go
+// from the last to the first: decays are powers of their distance from the end, S is never scaled,
+// the tokens that the scan begins with are read last and are still in L2, and once lambda^distance
+// is below 2^-60 the rest cannot change any digit.
+template <DType kType, int kD, int kE, bool kPrecise>
+__global__ void __launch_bounds__((128 + 128 * SummarySmem<kD, kE>::kGroups), 1)
+    lightning_summary_sm90_kernel(const __grid_constant__ sm90::TensorMap gmem_k,
+                                  const __grid_constant__ sm90::TensorMap gmem_v,
+                                  const ScanArgs args) {
+  using namespace sm90;
+  using Smem = SummarySmem<kD, kE>;
+  constexpr int kStages = Smem::kStages, kGroups = Smem::kGroups, kTiles = kD / 64 / kGroups;
+  auto& smem = shared_memory<Smem>();
+  const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
+
+  int index = blockIdx.x;
+  const int head = index % args.heads;
+  index /= args.heads;
+  const int slice = index % args.slices;
+  index /= args.slices;
+  const int part = index % args.parts;
+  const ScanPlace place = place_of(args, index / args.parts);
+  if (place.slot < 0 || place.last) return;
+
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < kStages; ++stage) {
+      smem.full[stage].init(1);
+      smem.empty[stage].init(4 * kGroups);
+    }
+    fence_barrier_init();
+  }
+  __syncthreads();
+
+  const float slope_log2 = args.slopes[head / args.share_state * args.slopes_stride] * 1.44269504f;
+  const int tokens = args.segment / args.parts, end = place.begin + (part + 1) * tokens;
+  int chunks = tokens / kChunk;
+  constexpr float kCutLog2 = 60;
+  const float reach = kCutLog2 / (kChunk * slope_log2);  // infinite without decay
+  if (reach < static_cast<float>(chunks)) chunks = min(chunks, static_cast<int>(reach) + 1);
+
+  if (warpgroup == 0) {
+    if (threadIdx.x < 32 && elect_one()) {
+      prefetch(gmem_k);
+      prefetch(gmem_v);
+      for (int chunk = 0; chunk < chunks; ++chunk) {
+        const Turn<kStages> turn(chunk);
+        smem.empty[turn.stage].wait(turn.parity ^ 1);
+        Barrier& full = smem.full[turn.stage];
+        full.arrive_expect(smem.k[0].kBytes + smem.v[0].kBytes);
+        const int row = end - (chunk + 1) * kChunk;
+        smem.k[turn.stage].load(gmem_k, full, row, head / args.share_k, place.batch, Keep::kNormal);
+        for (int column = 0; column < kE; column += 64)
+          copy_to_smem(smem.v[turn.stage].panel(column), gmem_v, full, slice * kE + column, row,
+                       head / args.share_v, place.batch, Keep::kNormal);
+      }
+    }
+    return;
+  }
+
+  const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
+  const int tile0 = (warpgroup - 1) * kTiles;
+  CarriedState<kType, kTiles, kE, kPrecise> carry;
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile)
+#pragma unroll
+    for (int i = 0; i < kE / 2; ++i) carry.acc[tile][i] = 0;
+  carry.set_decay(slope_log2, kChunk, lane);
+#pragma unroll 1
+  for (int chunk = 0; chunk < chunks; ++chunk) {
+    const Turn<kStages> turn(chunk);
+    smem.full[turn.stage].wait(turn.parity);
+    carry.load_keys(keys_address(smem.k[turn.stage], tile0 * 64 + warp * 16, lane));
+    carry.decay_keys(exp2f(-slope_log2 * static_cast<float>(kChunk * chunk)));
+    carry.update(smem.v[turn.stage]);
+    if (lane == 0) smem.empty[turn.stage].arrive();
+  }
+  float* summary =
+      args.summaries +
+      (((static_cast<int64_t>(place.slot) * args.heads + head) * args.slices + slice) * args.parts +
+       part) *
+          (kD * kE) +
+      thread * 4;
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile)
+#pragma unroll
+    for (int j = 0; j < kE / 2; j += 4) {
+      const float* acc = &carry.acc[tile][j];
+      *reinterpret_cast<float4*>(summary + ((tile0 + tile) * (kE / 8) + j / 4) * 512) =
+          float4{acc[0], acc[1], acc[2], acc[3]};
+    }
+}
+
+template <DType kType, int kD, int kE, bool kPrecise>
+void launch_scan(const ScanCall& call, const ScanPlan& plan, cudaStream_t stream) {
+  const auto map = [&](const void* data, int64_t d, int64_t h, const ScanStrides& strides) {
+    return make_tensor_map(
+        kType, data, {d, call.s, h, call.b, strides.row, strides.head, strides.batch}, kChunk);
+  };
+  const auto small = [](int64_t x) { return static_cast<int>(x); };
+  ScanArgs args{};
+  args.tokens = small(call.s);
+  args.heads = small(call.heads);
+  args.d = small(call.d);
+  args.e = small(call.e);
+  args.share_q = small(call.heads / call.hq);
+  args.share_k = small(call.heads / call.hk);
+  args.share_v = small(call.heads / call.hv);
+  args.share_state = small(call.heads / call.hs);
+  args.slices = plan.slices;
+  args.segment = plan.segment;
+  args.segments = plan.segments;
+  args.parts = plan.parts;
+  args.slots = small(plan.slots);
+  args.sequences = small(call.sequences);
+  args.scale = call.scale;
+  args.slopes = call.slopes;
+  args.slopes_stride = call.slopes_stride;
+  args.cu_seqlens = call.cu_seqlens;
+  args.cu_stride = call.cu_stride;
+  args.initial_state = call.initial_state;
+  std::copy_n(call.initial_strides, 4, args.initial_strides);
+  args.state = call.state;
+  args.summaries = call.summaries;
+  args.out = static_cast<uint16_t*>(call.out);
+  args.fault = call.fault;
+  const auto gmem_q = map(call.q, call.d, call.hq, call.q_strides);
+  const auto gmem_k = map(call.k, call.d, call.hk, call.k_strides);
+  const auto gmem_v = map(call.v, call.e, call.hv, call.v_strides);
+  const int64_t row = call.heads * call.e;
+  const auto gmem_out = map(call.out, call.e, call.heads, {call.s * row, row, call.e});
+  const int64_t pairs = call.heads * plan.slices;
+  if (plan.summed > 0)
+    launch<lightning_summary_sm90_kernel<kType, kD, kE, kPrecise>>(
+        {small(pairs * plan.summed * plan.parts), 128 + 128 * SummarySmem<kD, kE>::kGroups,
+         sm90::shared_memory_bytes<SummarySmem<kD, kE>>(), stream},
+        gmem_k, gmem_v, args);
+  launch<lightning_sm90_kernel<kType, kD, kE, kPrecise>>(
+      {small(pairs * plan.slots), ScanShape<kD, kE>::kThreads,
+       sm90::shared_memory_bytes<ScanSmem<kD, kE>>(), stream},
+      gmem_q, gmem_k, gmem_v, gmem_out, args);
+}
+
+}  // namespace
+
+template <DType kType, int kD, int kE>
+void launch_scan_sm90(const ScanCall& call, const ScanPlan& plan, cudaStream_t stream) {
+  // a state that is handed on keeps its digits, which takes one product more
+  call.state ? launch_scan<kType, kD, kE, true>(call, plan, stream)
+             : launch_scan<kType, kD, kE, false>(call, plan, stream);
+}
+
+}  // namespace heddle

@@ -1,0 +1,240 @@
+// The Hopper scan on the emulator, against the recurrence in float64
+#include "lightning/forward_sm90.cuh"
+
+#include <cstdio>
+#include <cstdlib>
+#include <vector>
+
+namespace heddle {
+namespace {
+
+#ifndef HEDDLE_D
+#define HEDDLE_D 64
+#endif
+#ifndef HEDDLE_E
+#define HEDDLE_E 64
+#endif
+#ifndef HEDDLE_DTYPE
+#define HEDDLE_DTYPE kBF16
+#endif
+constexpr int kD = HEDDLE_D, kE = HEDDLE_E;
+constexpr DType kType = DType::HEDDLE_DTYPE;
+
+struct Case {
+  int64_t b, s, hq, hk, hv, hs;
+  bool initial = false, state = false;
+  int segment = 0, parts = 1;
+  int64_t narrower = 0;              // by how much d and e are smaller than the kernel's
+  int slices = 1;                    // times kE
+  std::vector<int64_t> packed = {};  // lengths for cuSeqlens, garbage after each but the last
+};
+
+// One more token and head than the kernel may touch, all of it NaN
+struct Array {
+  Array(int64_t b, int64_t s, int64_t h, int64_t d, bool gaps)
+      : strides{(s + gaps) * (h + gaps) * d, (h + gaps) * d, d},
+        bits(static_cast<size_t>(b * strides.batch + 8 + strides.row), 0x7fff) {
+    while (reinterpret_cast<uintptr_t>(bits.data() + shift) % 16 != 0) ++shift;
+  }
+  uint16_t& at(int64_t b, int64_t s, int64_t h, int64_t i) {
+    return data()[b * strides.batch + s * strides.row + h * strides.head + i];
+  }
+  double value(int64_t b, int64_t s, int64_t h, int64_t i) {
+    return emulator::decode(kType, at(b, s, h, i));
+  }
+  uint16_t* data() { return bits.data() + shift; }
+
+  ScanStrides strides;
+  std::vector<uint16_t> bits;
+  size_t shift = 0;
+};
+
+float normal(emulator::Random& random) {
+  float sum = 0;
+  for (int i = 0; i < 12; ++i) sum += static_cast<float>(random.below(1 << 16)) / 65536.f;
+  return sum - 6;
+}
+
+// √(Σ(x - y)² / Σ y²); NaN and infinities stay
+struct Error {
+  double difference = 0, norm = 0;
+  void add(double actual, double expected) {
+    difference += (actual - expected) * (actual - expected);
+    norm += expected * expected;
+  }
+  double relative() const {
+    const double error = std::sqrt(difference / std::max(norm, 1e-300));
+    return std::isnan(error) ? INFINITY : error;
+  }
+};
+
+constexpr float kSlopes[] = {0.f, 0.004f, 0.1f, 0.9f, 8.f, 200.f};
+
+double check(const Case& c, emulator::Random& random) {
+  const int64_t d = kD - c.narrower, e = kE * c.slices - c.narrower;
+  const int64_t heads = std::max(c.hq, c.hv);
+  const auto sequences = c.packed.empty() ? c.b : static_cast<int64_t>(c.packed.size());
+  Array q(c.b, c.s, c.hq, d, true), k(c.b, c.s, c.hk, d, true), v(c.b, c.s, c.hv, e, true),
+      out(c.b, c.s, heads, e, false);
+  const auto draw = [&](Array& to, int64_t h, int64_t size, float scale) {
+    for (int64_t b = 0; b < c.b; ++b)
+      for (int64_t t = 0; t < c.s; ++t)
+        for (int64_t j = 0; j < h; ++j)
+          for (int64_t i = 0; i < size; ++i)
+            to.at(b, t, j, i) = emulator::encode(kType, scale * normal(random));
+  };
+  draw(q, c.hq, d, 1);
+  draw(k, c.hk, d, 0.3f);
+  draw(v, c.hv, e, 1);
+  std::vector<int32_t> offsets{0};
+  for (const int64_t length : c.packed)
+    offsets.push_back(offsets.back() + static_cast<int32_t>(length));
+  std::vector<float> slopes, initial, state(static_cast<size_t>(sequences * c.hs * d * e + 1), NAN);
+  for (int64_t h = 0; h < c.hs; ++h)
+    slopes.push_back(c.segment ? kSlopes[1 + random.below(2)] : kSlopes[random.below(6)]);
+  for (int64_t i = 0; i < sequences * c.hs * d * e; ++i) initial.push_back(normal(random));
+  int fault = 0;
+
+  ScanCall call{};
+  call.dtype = kType;
+  call.b = c.b;
+  call.s = c.s;
+  call.d = d;
+  call.e = e;
+  call.hq = c.hq;
+  call.hk = c.hk;
+  call.hv = c.hv;
+  call.heads = heads;
+  call.hs = c.hs;
+  call.q = q.data();
+  call.k = k.data();
+  call.v = v.data();
+  call.out = out.data();
+  call.q_strides = q.strides;
+  call.k_strides = k.strides;
+  call.v_strides = v.strides;
+  call.scale = 0.7f;
+  call.slopes = slopes.data();
+  call.slopes_stride = 1;
+  call.cu_seqlens = c.packed.empty() ? nullptr : offsets.data();
+  call.cu_stride = 1;
+  call.sequences = sequences;
+  call.initial_state = c.initial ? initial.data() : nullptr;
+  const int64_t strides[4] = {c.hs * d * e, d * e, e, 1};
+  std::copy_n(strides, 4, call.initial_strides);
+  call.state = c.state ? state.data() : nullptr;
+  call.processors = 4;
+  call.fault = &fault;
+  ScanPlan plan{};
+  plan.columns = kE;
+  plan.slices = c.slices;
+  plan.parts = c.parts;
+  plan.segment = c.segment ? c.segment : static_cast<int>(c.s / 64 + 1) * 64;
+  plan.segments = static_cast<int>((c.s + plan.segment - 1) / plan.segment);
+  plan.slots = c.packed.empty() ? c.b * plan.segments : c.s / plan.segment + sequences;
+  plan.summed = c.segment == 0 ? 0 : c.packed.empty() ? plan.slots - c.b : plan.slots;
+  std::vector<float> summaries(
+      static_cast<size_t>(plan.summed * heads * plan.slices * plan.parts * kD * kE + 4), NAN);
+  call.summaries = summaries.data();
+  while (reinterpret_cast<uintptr_t>(call.summaries) % 16 != 0) ++call.summaries;
+  launch_scan_sm90<kType, kD, kE>(call, plan, nullptr);
+
+  double worst = fault ? INFINITY : 0;
+  for (int64_t n = 0; n < sequences; ++n) {
+    const int64_t b = c.packed.empty() ? n : 0;
+    const int64_t begin = c.packed.empty() ? 0 : offsets[size_t(n)];
+    const int64_t end = c.packed.empty() ? c.s : offsets[size_t(n) + 1];
+    for (int64_t h = 0; h < heads; ++h) {
+      const int64_t hs = h / (heads / c.hs);
+      const double lambda = std::exp(-double{slopes[size_t(hs)]});
+      const auto at = static_cast<size_t>((n * c.hs + hs) * d * e);
+      std::vector<double> S(static_cast<size_t>(d * e), 0);
+      if (c.initial) std::copy_n(initial.begin() + static_cast<int64_t>(at), d * e, S.begin());
+      Error out_error, state_error;
+      for (int64_t t = begin; t < end; ++t) {
+        std::vector<double> row(static_cast<size_t>(e), 0);
+        for (int64_t i = 0; i < d; ++i)
+          for (int64_t f = 0; f < e; ++f) {
+            double& cell = S[static_cast<size_t>(i * e + f)];
+            cell = lambda * cell +
+                   k.value(b, t, h / (heads / c.hk), i) * v.value(b, t, h / (heads / c.hv), f);
+            row[size_t(f)] += 0.7f * q.value(b, t, h / (heads / c.hq), i) * cell;
+          }
+        for (int64_t f = 0; f < e; ++f) out_error.add(out.value(b, t, h, f), row[size_t(f)]);
+      }
+      for (int64_t i = 0; c.state && i < d * e; ++i)
+        state_error.add(state[at + static_cast<size_t>(i)], S[static_cast<size_t>(i)]);
+      worst = std::max(worst, out_error.relative() / (kType == DType::kBF16 ? 5e-3 : 1e-3));
+      worst = std::max(worst, state_error.relative() / 1e-5);
+    }
+  }
+  // nothing beside what exists was written
+  for (auto i = out.shift + static_cast<size_t>(c.b * out.strides.batch); i < out.bits.size(); ++i)
+    if (out.bits[i] != 0x7fff) worst = INFINITY;
+  if (!std::isnan(state.back())) worst = INFINITY;
+  return worst;
+}
+
+#if HEDDLE_D == 64
+const Case kCases[] = {
+    {.b = 2,
+     .s = 200,
+     .hq = 1,
+     .hk = 1,
+     .hv = 1,
+     .hs = 1,
+     .initial = true,
+     .state = true,
+     .segment = 128,
+     .parts = 2},
+    {.b = 1, .s = 1, .hq = 1, .hk = 1, .hv = 1, .hs = 1, .state = true},
+    {.b = 1, .s = 320, .hq = 1, .hk = 1, .hv = 1, .hs = 1, .state = true},
+    {.b = 1, .s = 128, .hq = 2, .hk = 1, .hv = 1, .hs = 1, .initial = true, .state = true},
+    {.b = 1, .s = 70, .hq = 1, .hk = 1, .hv = 2, .hs = 2, .narrower = 24, .slices = 2},
+    {.b = 1,
+     .s = 163,
+     .hq = 1,
+     .hk = 1,
+     .hv = 1,
+     .hs = 1,
+     .initial = true,
+     .state = true,
+     .segment = 64,
+     .packed = {0, 1, 130, 32}},
+};
+#else
+// wider kernels differ in sizes alone
+const Case kCases[] = {
+    {.b = 1,
+     .s = 140,
+     .hq = 1,
+     .hk = 1,
+     .hv = 1,
+     .hs = 1,
+     .initial = true,
+     .state = true,
+     .segment = 64,
+     .narrower = 8},
+};
+#endif
+
+}  // namespace
+}  // namespace heddle
+
+int main(int argc, char** argv) {
+  using namespace heddle;
+  const uint64_t first = argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 1;
+  emulator::seed(first);
+  emulator::Random random(first);
+  double worst = 0;
+  for (const Case& c : kCases) {
+    const double error = check(c, random);
+    if (!(error <= 1)) {
+      std::printf("wrong: case %d: %g times the error allowed\n", static_cast<int>(&c - kCases),
+                  error);
+      return 1;
+    }
+    worst = std::max(worst, error);
+  }
+  std::printf("error: %g of what is allowed\n", worst);
+}
