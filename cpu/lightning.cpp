@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "core/registry.h"
+#include "cpu/lightning_backward.h"
 #include "cpu/lightning_scan.h"
 #include "cpu/lightning_step.h"
 
@@ -20,7 +21,7 @@ double log2_decay(const Tensor& slopes, int64_t head) {
 }
 
 // Long ones first
-std::vector<ScanSequence> sequences_of(const Lightning& op) {
+template <class Op> std::vector<ScanSequence> sequences_of(const Op& op) {
   std::vector<ScanSequence> sequences;
   const int64_t tokens = op.q.shape[1];
   if (!op.cu_seqlens) {
@@ -46,12 +47,24 @@ std::vector<ScanSequence> sequences_of(const Lightning& op) {
   return sequences;
 }
 
-void run(const Lightning& op, CpuContext& context) {
-  const std::vector<ScanSequence> sequences = sequences_of(op);
+template <class Op> std::vector<Powers> powers_of(const Op& op) {
   std::vector<Powers> powers;
   for (int64_t head = 0; head < op.slopes.shape[0]; ++head)
     powers.emplace_back(log2_decay(op.slopes, head), op.chunk_size);
+  return powers;
+}
+
+void run(const Lightning& op, CpuContext& context) {
+  const std::vector<ScanSequence> sequences = sequences_of(op);
+  const std::vector<Powers> powers = powers_of(op);
   dispatch_float(op.q.dtype, [&]<class T>(T) { Scan<T>(op, sequences, powers, context).run(); });
+}
+
+void run(const LightningBackward& op, CpuContext& context) {
+  const std::vector<ScanSequence> sequences = sequences_of(op);
+  const std::vector<Powers> powers = powers_of(op);
+  dispatch_float(op.q.dtype,
+                 [&]<class T>(T) { Gradients<T>(op, sequences, powers, context).run(); });
 }
 
 std::vector<int64_t> slots_of(const LightningDecode& op) {
@@ -93,6 +106,7 @@ void run(const LightningDecode& op, CpuContext& context) {
 }
 
 HEDDLE_REGISTER(Lightning);
+HEDDLE_REGISTER(LightningBackward);
 HEDDLE_REGISTER(LightningDecode);
 
 }  // namespace

@@ -17,6 +17,8 @@ struct LightningHeads {
         out(std::max(this->q, this->v)),
         states(slopes.shape[0]) {}
   int64_t of(int64_t heads, int64_t head) const { return head / (out / heads); }
+  // Heads of the output that share what k has of them
+  int64_t group() const { return k ? out / k : 0; }
 
   void validate() const {
     const bool values_share = q == k && k > 0 && v % k == 0,
@@ -46,6 +48,7 @@ struct Lightning {
   Tensor state;          // as initial_state, after the last token
   double scale = 1;
   int64_t chunk_size = 64;  // tokens whose pairs are computed directly; changes rounding only
+  int precision = 0;        // 1: nothing between inputs and outputs has fewer digits than f32
   bool output_final_state = false;
 
   template <class Schema> static void describe(Schema& schema) {
@@ -58,6 +61,7 @@ struct Lightning {
         .when("cu_seqlens", "n hs d e");
     schema.number("scale", &Lightning::scale, 1);
     schema.integer("chunk_size", &Lightning::chunk_size, 64).at_least(16).at_most(256);
+    schema.choice("precision", &Lightning::precision, {"default", "high"});
     schema.flag("output_final_state", &Lightning::output_final_state);
     schema.output("out", &Lightning::out, "b s hq|hv e", like("q"));
     schema.output("state", &Lightning::state, "b hs d e", kF32)
@@ -65,15 +69,67 @@ struct Lightning {
         .only_if("output_final_state");
   }
 
-  void validate() const {
-    LightningHeads(q, k, v, slopes).validate();
-    const int64_t d = q.shape[3], e = v.shape[3];
+  void validate() const { validate_scan(*this); }
+
+  // What the scan and its backward ask for
+  template <class Op> static void validate_scan(const Op& op) {
+    LightningHeads(op.q, op.k, op.v, op.slopes).validate();
+    const int64_t d = op.q.shape[3], e = op.v.shape[3];
     HEDDLE_CHECK(d >= 1 && d <= 256, kShape, "q", "d must be from 1 to 256, got ", d);
     HEDDLE_CHECK(e >= 1 && e <= 256, kShape, "v", "e must be from 1 to 256, got ", e);
-    HEDDLE_CHECK((chunk_size & (chunk_size - 1)) == 0, kArgument, "chunkSize",
-                 "chunkSize must be a power of two, got ", chunk_size);
-    HEDDLE_CHECK(!cu_seqlens || q.shape[0] == 1, kShape, "q", "b must be 1 with cuSeqlens, got ",
-                 q.shape[0]);
+    HEDDLE_CHECK((op.chunk_size & (op.chunk_size - 1)) == 0, kArgument, "chunkSize",
+                 "chunkSize must be a power of two, got ", op.chunk_size);
+    HEDDLE_CHECK(!op.cu_seqlens || op.q.shape[0] == 1, kShape, "q",
+                 "b must be 1 with cuSeqlens, got ", op.q.shape[0]);
+  }
+};
+
+// The gradients of a scan. With R_n = dstate, or 0, and G_t what S_t adds to the loss:
+//   G_t = R_t + scale q_t^T dout_t,  R_{t-1} = lambda G_t,  dinitial_state = R_0
+//   dq_t = scale dout_t S_t^T,  dk_t = v_t G_t^T,  dv_t = k_t G_t
+struct LightningBackward {
+  static constexpr const char* kName = "lightning.backward";
+  Tensor q, k, v, slopes, cu_seqlens, initial_state;  // as for the scan
+  Tensor dout;                                        // [b, s, max(hq, hv), e]
+  Tensor dstate;                                      // as initial_state
+  Tensor dq, dk, dv;                                  // as q, k, v
+  Tensor dinitial_state;                              // as initial_state
+  Tensor dslopes;                                     // [hs] f32
+  double scale = 1;
+  int64_t chunk_size = 64;
+  int precision = 0;
+  bool output_dinitial_state = false, output_dslopes = false;
+
+  template <class Schema> static void describe(Schema& schema) {
+    using Op = LightningBackward;
+    schema.input("q", &Op::q, "b s hq d", kFloats);
+    schema.input("k", &Op::k, "b s hk d", like("q"));
+    schema.input("v", &Op::v, "b s hv e", like("q"));
+    schema.input("dout", &Op::dout, "b s ho e", like("q"));
+    schema.input("slopes", &Op::slopes, "hs", kF32);
+    schema.optional("cu_seqlens", &Op::cu_seqlens, "n+1", kI32);
+    schema.optional("initial_state", &Op::initial_state, "b hs d e", kF32)
+        .when("cu_seqlens", "n hs d e");
+    schema.optional("dstate", &Op::dstate, "b hs d e", kF32).when("cu_seqlens", "n hs d e");
+    schema.number("scale", &Op::scale, 1);
+    schema.integer("chunk_size", &Op::chunk_size, 64).at_least(16).at_most(256);
+    schema.choice("precision", &Op::precision, {"default", "high"});
+    schema.flag("output_dinitial_state", &Op::output_dinitial_state);
+    schema.flag("output_dslopes", &Op::output_dslopes);
+    schema.output("dq", &Op::dq, "b s hq d", like("q"));
+    schema.output("dk", &Op::dk, "b s hk d", like("q"));
+    schema.output("dv", &Op::dv, "b s hv e", like("q"));
+    schema.output("dinitial_state", &Op::dinitial_state, "b hs d e", kF32)
+        .when("cu_seqlens", "n hs d e")
+        .only_if("output_dinitial_state");
+    schema.output("dslopes", &Op::dslopes, "hs", kF32).only_if("output_dslopes");
+  }
+
+  void validate() const {
+    Lightning::validate_scan(*this);
+    const int64_t heads = LightningHeads(q, k, v, slopes).out;
+    HEDDLE_CHECK(dout.shape[2] == heads, kShape, "dout",
+                 "dout must have as many heads as the output, ", heads, ", got ", dout.shape[2]);
   }
 };
 

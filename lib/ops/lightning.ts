@@ -29,6 +29,11 @@ export interface LightningOptions {
   cuSeqlens?: Tensor<'int32'> | readonly number[] | undefined
   /** Tokens that are computed together, a power of two from 16 to 256. Changes speed and rounding only. */
   chunkSize?: number | undefined
+  /**
+   * With `'high'` nothing between inputs and outputs has fewer digits than f32. By default f16 and bf16 inputs may meet
+   * decays, pairs and states that were rounded to their dtype; final states keep their digits either way.
+   */
+  precision?: 'default' | 'high' | undefined
 }
 
 /** What {@link lightning} returns. */
@@ -46,6 +51,7 @@ const known: ReadonlySet<string> = new Set<keyof LightningOptions>([
   'outputFinalState',
   'cuSeqlens',
   'chunkSize',
+  'precision',
 ])
 
 /**
@@ -100,6 +106,88 @@ export function lightning<D extends FloatDType>(
     for (const tensor of made) tensor.dispose()
   }
 }
+
+/** Options of {@link lightningBackward}: those of the forward call, and what its final state is worth. */
+export interface LightningBackwardOptions
+  extends Pick<
+    LightningOptions,
+    'slopes' | 'scale' | 'initialState' | 'cuSeqlens' | 'chunkSize' | 'precision'
+  > {
+  /** Gradient of the final state, f32, shaped as it; zeros if left out. */
+  dstate?: Tensor<'float32'> | undefined
+  /** Whether to return the gradient of the slopes. */
+  outputDslopes?: boolean | undefined
+}
+
+/** What {@link lightningBackward} returns. */
+export interface LightningGradients<D extends FloatDType = FloatDType> {
+  /** Shaped as q. */
+  dq: Tensor<D>
+  /** Shaped as k. */
+  dk: Tensor<D>
+  /** Shaped as v. */
+  dv: Tensor<D>
+  /** Shaped as the initial state, f32; only if there was one. */
+  dinitialState: Tensor<'float32'> | undefined
+  /** [hs] f32; only with `outputDslopes`. */
+  dslopes: Tensor<'float32'> | undefined
+}
+
+const knownToBackward: ReadonlySet<string> = new Set<keyof LightningBackwardOptions>([
+  'slopes',
+  'scale',
+  'initialState',
+  'cuSeqlens',
+  'chunkSize',
+  'precision',
+  'dstate',
+  'outputDslopes',
+])
+
+/**
+ * The gradients of {@link lightning}, which nothing of the forward call but its arguments is needed for. Heads that share
+ * a tensor add up in f32. Bitwise the same from run to run.
+ *
+ * @param q [b, s, hq, d]; k and v as for {@link lightning}, with the same options.
+ * @param dout [b, s, max(hq, hv), e], the gradient of `out`, same dtype.
+ * @throws HeddleError `ERR_SHAPE`, `ERR_DTYPE`, `ERR_DEVICE` or `ERR_ARGUMENT` at the call.
+ * @example
+ * import { alibiSlopes, lightningBackward, randn } from 'heddle'
+ * const [q, k, v, dout] = [1, 2, 3, 4].map((seed) => randn([1, 256, 8, 64], { seed }))
+ * const { dq, dk, dv } = lightningBackward(q, k, v, dout, { slopes: alibiSlopes(8) })
+ * console.log(dq.shape, dk.shape, dv.shape)
+ */
+export function lightningBackward<D extends FloatDType>(
+  q: Tensor<D>,
+  k: Tensor<D>,
+  v: Tensor<D>,
+  dout: Tensor<D>,
+  options: LightningBackwardOptions,
+): LightningGradients<D> {
+  const op = 'lightning.backward'
+  checkTensor(op, 'q', q)
+  checkOptions(op, options, knownToBackward)
+  const { slopes, cuSeqlens, ...rest } = options ?? {}
+  const made: Tensor[] = []
+  try {
+    const [dq, dk, dv, dinitialState, dslopes] = run(op, {
+      q,
+      k,
+      v,
+      dout,
+      ...rest,
+      slopes: vector(op, 'slopes', slopes, q.device, made),
+      cuSeqlens: offsets(op, 'cuSeqlens', cuSeqlens, q.shape[1], q.device, made),
+      outputDinitialState: rest.initialState !== undefined,
+    })
+    return { dq, dk, dv, dinitialState, dslopes } as LightningGradients<D>
+  } finally {
+    for (const tensor of made) tensor.dispose()
+  }
+}
+
+/** {@link lightningBackward} by another name. */
+lightning.backward = lightningBackward
 
 /** Options of {@link lightningDecode}. */
 export interface LightningDecodeOptions {

@@ -8,6 +8,7 @@ import {
   full,
   glu,
   lightning,
+  lightningBackward,
   lightningDecode,
   linear,
   memory,
@@ -256,6 +257,18 @@ const wrong: Wrong[] = [
     () => lightning(q, q, q, { slopes: alibiSlopes(4), initialState: zeros([1, 4, 16, 8]) }),
     'ERR_SHAPE',
     'lightning: initialState must be [b, hs, d, e], got [1, 4, 16, 8] (e is 8, but v has e = 16)',
+  ],
+  [
+    'a gradient with the heads of the keys',
+    () => lightningBackward(q, q, q, heads(4, 2), { slopes: alibiSlopes(4) }),
+    'ERR_SHAPE',
+    'lightning.backward: dout must have as many heads as the output, 4, got 2',
+  ],
+  [
+    'an unknown precision',
+    () => lightning(q, q, q, { slopes: alibiSlopes(4), precision: any('low') }),
+    'ERR_ARGUMENT',
+    'lightning: precision must be default or high, got "low"',
   ],
   [
     'too many tokens at once',

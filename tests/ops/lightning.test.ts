@@ -89,6 +89,25 @@ describeDevices('lightning', (device) => {
       }
     })
 
+    it('rounds but once with high precision', async () => {
+      const rng = random(25)
+      const once = { float32: 1e-5, float16: 2.5e-4, bfloat16: 2e-3 }
+      for (let n = 0; n < 12; n++) {
+        const c = drawCase(rng)
+        const { q, k, v, reads } = await draw(rng, c, dtype, device)
+        const segments = Array.from({ length: c.b }, (_, b) => [b, 0, c.s, b] as const)
+        const reference = lightningReference(c, ...reads, undefined, segments)
+        const { out, state } = lightning(q, k, v, {
+          slopes: c.slopes,
+          scale: c.scale,
+          outputFinalState: true,
+          precision: 'high',
+        })
+        close(await out.read({ as: 'float32' }), reference.out, once[dtype], JSON.stringify(c))
+        close(await state.read(), reference.state, 5e-6, `state ${JSON.stringify(c)}`)
+      }
+    })
+
     it('keeps packed sequences apart, empty ones too', async () => {
       const rng = random(21)
       for (let n = 0; n < 10; n++) {
@@ -192,6 +211,37 @@ describeDevices('lightning', (device) => {
           at += size
         }
         close(await state.read(), reference.state, bounds.float32, `state ${JSON.stringify(c)}`)
+      }
+    })
+
+    it('agrees on long sequences with few heads', async () => {
+      const rng = random(26)
+      const long = [
+        { s: 4133, d: 64, e: 64 },
+        { s: 4500, d: 128, e: 128 },
+        { s: 14001, d: 40, e: 64, sizes: [9000, 1, 5000] },
+      ]
+      for (const { sizes, ...size } of long) {
+        const slopes = [Math.fround(rng.pick([0, 0.0005, 0.01, 0.5]))]
+        const c = { b: 1, hq: 1, hk: 1, hv: 1, hs: 1, scale: 1, slopes, ...size }
+        const { q, k, v, reads } = await draw(rng, c, dtype, device)
+        const cuSeqlens = sizes?.reduce((list, length) => [...list, list.at(-1)! + length], [0])
+        const segments = (sizes ?? [c.s]).map(
+          (length, i) => [0, cuSeqlens?.[i] ?? 0, (cuSeqlens?.[i] ?? 0) + length, i] as const,
+        )
+        const initial = rng.normals(segments.length * c.d * c.e)
+        const reference = lightningReference(c, ...reads, initial, segments)
+        for (const outputFinalState of [false, true]) {
+          const { out, state } = lightning(q, k, v, {
+            slopes,
+            cuSeqlens,
+            outputFinalState,
+            initialState: tensor(initial, [segments.length, 1, c.d, c.e], { device }),
+          })
+          const what = `${JSON.stringify(c)} ${sizes}`
+          close(await out.read({ as: 'float32' }), reference.out, bounds[dtype], `out ${what}`)
+          if (state) close(await state.read(), reference.state, bounds.float32, `state ${what}`)
+        }
       }
     })
 

@@ -294,3 +294,73 @@ export function lightningReference(
   }
   return { out, state }
 }
+
+export interface LightningGradients {
+  dq: Float64Array
+  dk: Float64Array
+  dv: Float64Array
+  dinitial: Float64Array
+  dslopes: Float64Array
+}
+
+/** The gradients of the sum of out times `dout` and the final state times `dstate`, token by token. */
+export function lightningGradients(
+  c: LightningCase,
+  q: Read,
+  k: Read,
+  v: Read,
+  dout: Read,
+  initial: ArrayLike<number> | undefined,
+  dstate: ArrayLike<number> | undefined,
+  segments: readonly (readonly [b: number, from: number, to: number, state: number])[],
+): LightningGradients {
+  const ho = Math.max(c.hq, c.hv)
+  const dq = new Float64Array(c.b * c.s * c.hq * c.d)
+  const dk = new Float64Array(c.b * c.s * c.hk * c.d)
+  const dv = new Float64Array(c.b * c.s * c.hv * c.e)
+  const dinitial = new Float64Array(segments.length * c.hs * c.d * c.e)
+  const dslopes = new Float64Array(c.hs)
+  const size = c.d * c.e
+  for (const [b, from, to, index] of segments) {
+    for (let o = 0; o < ho; o++) {
+      const head = (heads: number) => Math.floor(o / (ho / heads))
+      const hs = head(c.hs)
+      const decay = Math.exp(-c.slopes[hs]!)
+      const at = (index * c.hs + hs) * size
+      // the states before each token, then the one behind the last
+      const states = [Float64Array.from({ length: size }, (_, i) => initial?.[at + i] ?? 0)]
+      for (let t = from; t < to; t++) {
+        const before = states.at(-1)!
+        states.push(
+          before.map((x, i) => {
+            const row = Math.floor(i / c.e)
+            return decay * x + k(b, t, head(c.hk), row) * v(b, t, head(c.hv), i % c.e)
+          }),
+        )
+      }
+      // heads that share a state have its gradient once
+      const first = o % (ho / c.hs) === 0
+      const R = Float64Array.from({ length: size }, (_, i) => (first && dstate?.[at + i]) || 0)
+      for (let t = to - 1; t >= from; t--) {
+        const [before, after] = [states[t - from]!, states[t - from + 1]!]
+        for (let i = 0; i < c.d; i++) {
+          for (let f = 0; f < c.e; f++) {
+            const gradient = c.scale * dout(b, t, o, f)
+            const cell = i * c.e + f
+            R[cell] = R[cell]! + gradient * q(b, t, head(c.hq), i)
+            const atK = ((b * c.s + t) * c.hk + head(c.hk)) * c.d + i
+            const atQ = ((b * c.s + t) * c.hq + head(c.hq)) * c.d + i
+            const atV = ((b * c.s + t) * c.hv + head(c.hv)) * c.e + f
+            dq[atQ] = dq[atQ]! + gradient * after[cell]!
+            dk[atK] = dk[atK]! + R[cell]! * v(b, t, head(c.hv), f)
+            dv[atV] = dv[atV]! + R[cell]! * k(b, t, head(c.hk), i)
+            dslopes[hs] = dslopes[hs]! - decay * R[cell]! * before[cell]!
+            R[cell] = decay * R[cell]!
+          }
+        }
+      }
+      for (let i = 0; i < size; i++) dinitial[at + i] = dinitial[at + i]! + R[i]!
+    }
+  }
+  return { dq, dk, dv, dinitial, dslopes }
+}
