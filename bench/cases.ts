@@ -5,6 +5,7 @@ import {
   bytesPerElement,
   type Device,
   lightning,
+  lightningBackward,
   lightningDecode,
   linear,
   norm,
@@ -261,6 +262,50 @@ export const operators: Readonly<Record<string, (problem: Problem, device: Devic
     }
   },
 
+  'lightning.backward'(problem, device) {
+    const { dtype, size } = problem
+    const [b, h, s, d] = [size('b'), size('h'), size('s'), size('d')]
+    const e = size('e', d)
+    const make = (seed: number, last: number) => randn([b, s, h, last], { seed, dtype, device })
+    const [q, k, v, dout] = [make(1, d), make(2, d), make(3, e), make(4, e)]
+    const rates = alibiSlopes(h)
+    const slopes = tensor(rates, undefined, { device })
+    return {
+      inputs: [q, k, v, dout],
+      flops: b * h * s * (6 * 64 * (d + e) + 10 * d * e),
+      // k, v and dout for dq, then q, k, v and dout for dk and dv
+      bytes: bytesPerElement[dtype] * b * h * s * 5 * (d + e),
+      run: () => {
+        const { dq, dk, dv } = lightningBackward(q, k, v, dout, { slopes })
+        return [dq, dk, dv]
+      },
+      async check() {
+        const { dq, dk, dv } = lightningBackward(q, k, v, dout, { slopes })
+        const read = (x: Tensor) =>
+          x
+            .select(0, b - 1)
+            .select(1, h - 1)
+            .read({ as: 'float32' })
+        const [qs, ks, gs, vs] = [await read(q), await read(k), await read(dout), await read(dv)]
+        const decay = Math.exp(-rates[h - 1]!)
+        const column = e - 1
+        const carried = new Float64Array(d)
+        let [worst, top] = [0, 0]
+        for (let t = s - 1; t >= 0; t--) {
+          let value = 0
+          for (let i = 0; i < d; i++) {
+            carried[i] = decay * carried[i]! + qs[t * d + i]! * gs[t * e + column]!
+            value += ks[t * d + i]! * carried[i]!
+          }
+          worst = Math.max(worst, Math.abs(value - vs[t * e + column]!))
+          top = Math.max(top, Math.abs(value))
+        }
+        for (const gradient of [dq, dk, dv]) gradient.dispose()
+        return worst / top
+      },
+    }
+  },
+
   'lightning.decode'(problem, device) {
     const { dtype, size } = problem
     const [b, h, d] = [size('b'), size('h'), size('d')]
@@ -374,6 +419,7 @@ export const suites: Readonly<Record<'cpu' | 'cuda', readonly string[]>> = {
     'attention:b1 sq1 sk16384 hq8 hk2 d128 f32',
     'attention.backward:b1 sq2048 sk2048 hq8 hk8 d64 f32 causal',
     'lightning:b1 h8 s4096 d64 e64 f32',
+    'lightning.backward:b1 h8 s4096 d64 e64 f32',
     'lightning.decode:b8 h8 d64 e64 f32',
     'linear:m512 n768 k256 f32',
     'linear:m1 n4096 k4096 f32',
@@ -395,7 +441,19 @@ export const suites: Readonly<Record<'cpu' | 'cuda', readonly string[]>> = {
     'attention.backward:b4 sq4096 sk4096 hq16 hk16 d128 bf16 causal',
     'attention.backward:b4 sq4096 sk4096 hq32 hk32 d64 bf16 causal',
     'attention.backward:b2 sq8192 sk8192 hq16 hk4 d128 bf16 causal',
+    'lightning:b4 h32 s512 d128 e128 bf16',
     'lightning:b4 h32 s2048 d128 e128 bf16',
+    'lightning:b4 h32 s8192 d128 e128 bf16',
+    'lightning:b4 h32 s32768 d128 e128 bf16',
+    'lightning:b1 h16 s8192 d128 e128 bf16',
+    'lightning:b1 h16 s32768 d128 e128 bf16',
+    'lightning:b1 h64 s4096 d128 e128 bf16',
+    'lightning:b1 h64 s131072 d128 e128 bf16',
+    'lightning.backward:b4 h32 s8192 d128 e128 bf16',
+    'lightning.backward:b4 h32 s32768 d128 e128 bf16',
+    'lightning.backward:b1 h16 s32768 d128 e128 bf16',
+    'lightning.decode:b1 h64 d128 e128 bf16',
+    'lightning.decode:b16 h64 d128 e128 bf16',
     'lightning.decode:b64 h64 d128 e128 bf16',
     'linear:m8192 n8192 k8192 bf16',
     'linear:m1 n8192 k8192 bf16',

@@ -9,6 +9,7 @@ import {
   full,
   glu,
   lightning,
+  lightningBackward,
   lightningDecode,
   linear,
   merge,
@@ -64,6 +65,23 @@ const packed = draw([1, 150, 2, 128])
 const cu = [0, 1, 1, 70, 150]
 differentiate(packed, packed, packed, { causal: true, cuSeqlensQ: cu, cuSeqlensK: cu })
 const slopes = alibiSlopes(4)
+for (const [d, e] of [
+  [64, 64],
+  [128, 128],
+  [136, 72],
+  [256, 40],
+]) {
+  const [q, k, v] = [draw([1, 150, 4, d]), draw([1, 150, 4, d]), draw([1, 150, 4, e])]
+  const initialState = randn([4, 4, d, e], { seed: seed++, device })
+  const options = { slopes, initialState, cuSeqlens: cu }
+  results.push(...Object.values(lightning(q, k, v, { ...options, outputFinalState: true })))
+  const dout = draw([1, 150, 4, e])
+  const gradients = lightningBackward(q, k, v, dout, { ...options, outputDslopes: true })
+  results.push(...Object.values(gradients))
+}
+// few heads and a long sequence: segments side by side
+const long = draw([1, 4200, 1, 64])
+keep(lightning(long, long, long, { slopes: [0.01] }).out)
 for (const dtype of ['bfloat16', 'float32']) {
   const x = draw([1, 150, 4, 72], dtype)
   keep(lightning(x, x, x, { slopes, cuSeqlens: cu }).out)
