@@ -127,8 +127,9 @@ template <class T> void run_typed(const Attention& op, CpuContext& context) {
   }
   const size_t workers = static_cast<size_t>(context.threads());
   const size_t state_floats = State::floats(most_rows, problem.dv);
-  const size_t work_floats = std::max(TileKernel<T>::floats(most_rows, problem.d, problem.dv),
-                                      RowKernel<T>::floats(problem.d, problem.dv));
+  const size_t work_floats =
+      std::max(TileKernel<T, RunKeys<T>>::floats(most_rows, problem.d, problem.dv),
+               RowKernel<T>::floats(problem.d, problem.dv));
   const Scratch<float> states(split ? all_states : workers * state_floats),
       work(workers * work_floats);
 
@@ -139,10 +140,12 @@ template <class T> void run_typed(const Attention& op, CpuContext& context) {
     float* result =
         states.data() + (split ? state_at[index] : static_cast<size_t>(worker) * state_floats);
     const State state = State::at(result, part.rows, problem.dv);
-    if (part.rows <= RowKernel<T>::kMaxRows) {
+    if (op.masked) {
+      TileKernel<T, MaskKeys<T>>(problem, part, memory).run(state);
+    } else if (part.rows <= RowKernel<T>::kMaxRows) {
       RowKernel<T>(problem, part, memory).run(state);
     } else {
-      TileKernel<T>(problem, part, memory).run(state);
+      TileKernel<T, RunKeys<T>>(problem, part, memory).run(state);
     }
     if (!split) finish(problem, part, result);
   });

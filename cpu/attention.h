@@ -29,6 +29,7 @@ struct Range {
 // A sequence of the batch, or of a packed batch
 struct Sequence {
   int64_t batch, q_begin, sq, k_begin, sk;
+  int64_t index;  // among all sequences of the call
   int64_t position(int64_t query) const { return sk - sq + query; }
 };
 
@@ -59,7 +60,7 @@ inline std::vector<Sequence> find_sequences(const Attention& op) {
     for (int64_t i = 0; i + 1 < op.cu_seqlens_q.shape[0]; ++i) {
       const int64_t q = entry(op.cu_seqlens_q, i), k = entry(op.cu_seqlens_k, i);
       sequences.push_back(
-          {0, q, entry(op.cu_seqlens_q, i + 1) - q, k, entry(op.cu_seqlens_k, i + 1) - k});
+          {0, q, entry(op.cu_seqlens_q, i + 1) - q, k, entry(op.cu_seqlens_k, i + 1) - k, i});
     }
     return sequences;
   }
@@ -75,7 +76,7 @@ inline std::vector<Sequence> find_sequences(const Attention& op) {
                    "blockTable must name one of ", op.k.shape[0],
                    " pages where keys are in use, got ", at, " at [", b, ", ", i, "]");
     }
-    sequences.push_back({b, 0, op.q.shape[1], 0, sk});
+    sequences.push_back({b, 0, op.q.shape[1], 0, sk, b});
   }
   return sequences;
 }

@@ -1,5 +1,5 @@
 #pragma once
-#include "cpu/attention.h"
+#include "cpu/attention_keys.h"
 #include "cpu/multiply.h"
 
 // Attention of many rows at a time, with a row in each lane:
@@ -10,13 +10,14 @@
 //
 // Both products read K and V as they stand and leave rows in lanes, so that maxima, sums and masks
 // need no exchange between lanes; only Q and O are transposed, once. A part's rows form panels of
-// kTileCols, which share each loaded tile of keys but have bounds of their own: on the diagonal a
-// panel stops at the last key that it sees.
+// kTileCols, which share each loaded tile of keys but look at it on their own: on the diagonal a
+// panel stops at the last key that it sees. Keys is the iteration space, a policy of
+// attention_keys.h.
 namespace heddle {
 namespace HEDDLE_ISA_NAMESPACE {
 namespace attention {
 
-template <class T> class TileKernel {
+template <class T, class Keys> class TileKernel {
  public:
   static size_t floats(int64_t rows, int64_t d, int64_t dv) {
     const int64_t padded = (rows + kTileCols - 1) / kTileCols * kTileCols;
@@ -26,7 +27,7 @@ template <class T> class TileKernel {
   }
 
   TileKernel(const Problem<T>& problem, const Part& part, float* memory)
-      : problem_(problem), part_(part), d_(problem.d), dv_(problem.dv) {
+      : problem_(problem), part_(part), keys_(problem, part), d_(problem.d), dv_(problem.dv) {
     const auto take = [&](int64_t count) { return std::exchange(memory, memory + count); };
     for (int64_t row = 0; row < part.rows; row += kTileCols) {
       Panel& panel = panels_.emplace_back();
@@ -45,8 +46,8 @@ template <class T> class TileKernel {
     tile_v_ = take(kTileKeys * dv_);
     scores_ = take((kTileKeys + kTileRows) * kTileCols);
     distance_ = take(kTileCols);
-    first_ = reinterpret_cast<int32_t*>(take(kTileCols));
-    last_ = reinterpret_cast<int32_t*>(take(kTileCols));
+    low_ = reinterpret_cast<int32_t*>(take(kTileCols));
+    high_ = reinterpret_cast<int32_t*>(take(kTileCols));
   }
 
   void run(const State& state) {
@@ -54,11 +55,9 @@ template <class T> class TileKernel {
     const Tokens<T> k(problem.op.k, problem.op.block_table, *part_.sequence, part_.head);
     const Tokens<T> v(problem.op.v, problem.op.block_table, *part_.sequence, part_.head);
     for (Panel& panel : panels_) start(panel);
-    for (int64_t t = part_.keys.begin; t < part_.keys.end; t += kTileKeys) {
-      const Range tile{t, std::min(t + kTileKeys, part_.keys.end)};
-      k.load(tile_k_, d_, tile, d_);
-      v.load(tile_v_, dv_, tile, dv_);
-      const Range next{tile.end, std::min(tile.end + kTileKeys, part_.keys.end)};
+    keys_.each([&](const KeyTile& tile, Range next) {
+      load_tile(k, tile_k_, d_, tile);
+      load_tile(v, tile_v_, dv_, tile);
       k.prefetch(next, d_);
       v.prefetch(next, dv_);
       for (Panel& panel : panels_) {
@@ -66,7 +65,7 @@ template <class T> class TileKernel {
         if (panel.vecs == 2) step<2>(panel, tile);
         if (panel.vecs == 1) step<1>(panel, tile);
       }
-    }
+    });
     for (Panel& panel : panels_) {
       transpose(state.acc + panel.first * dv_, dv_, panel.acc, panel.vecs * kLanes, dv_,
                 panel.rows);
@@ -81,10 +80,15 @@ template <class T> class TileKernel {
     int vecs = 0;
     float *q = nullptr, *acc = nullptr;  // [d, vecs * kLanes], [dv, vecs * kLanes]
     float *row_max = nullptr, *row_sum = nullptr, *slope = nullptr;  // [vecs * kLanes]
-    Range any{}, all{};  // keys that at least one row sees; keys that all rows see
-    Range seen[kTileCols];
+    typename Keys::Panel keys;
     int64_t position[kTileCols];
   };
+
+  static void load_tile(const Tokens<T>& tokens, float* to, int64_t width, const KeyTile& tile) {
+    if (!tile.list) return tokens.load(to, width, tile.range, width);
+    for (int64_t i = 0; i < tile.count(); ++i, to += width)
+      tokens.load(to, width, {tile.list[i], tile.list[i] + 1}, width);
+  }
 
   // Lanes past the last row repeat its bounds and have a q of zeros
   int64_t row_of(const Panel& panel, int64_t lane) const {
@@ -98,29 +102,28 @@ template <class T> class TileKernel {
       problem_.load_q(rows_ + i * d_, part_, panel.first + i);
     transpose(panel.q, width, rows_, d_, width, d_);
     std::fill_n(panel.acc, width * dv_, 0.f);
-    panel.any = {part_.keys.end, part_.keys.begin};
-    panel.all = part_.keys;
+    int64_t rows[kTileCols];
     for (int64_t i = 0; i < width; ++i) {
-      problem_.start(part_, row_of(panel, i), panel.row_max[i], panel.row_sum[i]);
-      panel.slope[i] = problem_.slope_of(part_, row_of(panel, i));
-      const Range seen = panel.seen[i] = problem_.visible(part_, row_of(panel, i));
-      panel.position[i] = problem_.position_of(part_, row_of(panel, i));
-      panel.any = {std::min(panel.any.begin, seen.begin), std::max(panel.any.end, seen.end)};
-      panel.all = {std::max(panel.all.begin, seen.begin), std::min(panel.all.end, seen.end)};
+      rows[i] = row_of(panel, i);
+      problem_.start(part_, rows[i], panel.row_max[i], panel.row_sum[i]);
+      panel.slope[i] = problem_.slope_of(part_, rows[i]);
+      panel.position[i] = problem_.position_of(part_, rows[i]);
     }
+    keys_.start(panel.keys, rows, width);
   }
 
   // Takes the keys of the tile that the panel sees into its sums; N is panel.vecs
-  template <int N> void step(Panel& panel, Range tile) {
-    const Range keys{std::max(tile.begin, panel.any.begin), std::min(tile.end, panel.any.end)};
-    const int64_t count = keys.end - keys.begin;
+  template <int N> void step(Panel& panel, const KeyTile& tile) {
+    uint64_t words[kTileCols];
+    const Look look = keys_.look(panel.keys, tile, N * kLanes, words);
+    const int64_t count = look.last - look.first;
     if (count <= 0) return;
-    const float* tile_k = tile_k_ + (keys.begin - tile.begin) * d_;
-    const float* tile_v = tile_v_ + (keys.begin - tile.begin) * dv_;
-    const bool masked = keys.begin < panel.all.begin || keys.end > panel.all.end;
+    const float* tile_k = tile_k_ + look.first * d_;
+    const float* tile_v = tile_v_ + look.first * dv_;
+    const bool masked = look.masked;
 
     compute_scores<N>(scores_, tile_k, panel.q, count, d_);
-    if (masked || !problem_.plain) finish_scores<N>(panel, keys, masked);
+    if (masked || !problem_.plain) finish_scores<N>(panel, tile, look, words);
 
     Vec row_max[N], sum[N];
     float factor[N * kLanes];
@@ -174,29 +177,35 @@ template <class T> class TileKernel {
     }
   }
 
-  // Soft cap, slopes and mask; leaves each row's bounds in first_ and last_, from keys.begin on
-  template <int N> void finish_scores(const Panel& panel, Range keys, bool masked) {
+  // Soft cap, slopes and mask; leaves in low_ and high_ which keys each row sees, from look.first
+  // on
+  template <int N>
+  void finish_scores(const Panel& panel, const KeyTile& tile, const Look& look,
+                     const uint64_t* words) {
+    const int64_t start = tile.key(look.first);
     for (int64_t i = 0; i < N * kLanes; ++i) {
-      first_[i] =
-          static_cast<int32_t>(std::clamp(panel.seen[i].begin, keys.begin, keys.end) - keys.begin);
-      last_[i] =
-          static_cast<int32_t>(std::clamp(panel.seen[i].end, keys.begin, keys.end) - keys.begin);
-      distance_[i] = static_cast<float>(keys.begin - panel.position[i]);
+      if (look.masked) {
+        low_[i] = static_cast<int32_t>(words[i] >> look.first);
+        high_[i] = static_cast<int32_t>(words[i] >> look.first >> 32);
+      }
+      distance_[i] = static_cast<float>(start - panel.position[i]);
     }
-    for (int64_t t = 0; t < keys.end - keys.begin; ++t)
+    for (int64_t t = 0; t < look.last - look.first; ++t) {
+      const auto step = static_cast<float>(tile.key(look.first + t) - start);
       for (int n = 0; n < N; ++n) {
         float* at = scores_ + (t * N + n) * kLanes;
         Vec s = load(at);
         if (!problem_.plain)
           s = problem_.score(s, load(panel.slope + n * kLanes),
-                             load(distance_ + n * kLanes) + static_cast<float>(t));
-        store(at, masked ? (sees(t, n) ? s : splat(-INFINITY)) : s);
+                             load(distance_ + n * kLanes) + step);
+        store(at, look.masked ? (sees(t, n) ? s : splat(-INFINITY)) : s);
       }
+    }
   }
 
   Mask sees(int64_t t, int n) const {
-    const Int key = splat_int(static_cast<int32_t>(t));
-    return (key >= load_int(first_ + n * kLanes)) & (key < load_int(last_ + n * kLanes));
+    const Int word = load_int((t < 32 ? low_ : high_) + n * kLanes);
+    return (word >> static_cast<int>(t & 31) & 1) != 0;
   }
 
   // A masked key has p = 0, but 0 * NaN would leak from its value
@@ -224,10 +233,11 @@ template <class T> class TileKernel {
 
   const Problem<T>& problem_;
   const Part& part_;
+  Keys keys_;
   const int64_t d_, dv_;
   std::vector<Panel> panels_;
   float *rows_, *tile_k_, *tile_v_, *scores_, *distance_;
-  int32_t *first_, *last_;
+  int32_t *low_, *high_;
 };
 
 }  // namespace attention

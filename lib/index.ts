@@ -7,6 +7,15 @@ export type { ErrorCode, ErrorDetails } from './errors.js'
 export { HeddleError } from './errors.js'
 export type { Graph } from './graph.js'
 export { graph } from './graph.js'
+export type {
+  MaskOptions,
+  PaddedLists,
+  PaddedTokens,
+  RowLists,
+  SvgOptions,
+  TokenLists,
+} from './mask.js'
+export { Mask } from './mask.js'
 export * from './mechanisms/minimax.js'
 export * from './mechanisms/transnormer.js'
 export * from './ops/attention.js'

@@ -3,10 +3,11 @@
 #include <limits>
 
 #include "core/schema.h"
+#include "ops/mask.h"
 
 namespace heddle {
 
-struct Attention {
+struct Attention : MaskArguments {
   static constexpr const char* kName = "attention";
   Tensor q;              // [b, sq, hq, d]
   Tensor k, v;           // [b, sk, hk, d] and [b, sk, hk, dv], or pages of them
@@ -39,6 +40,7 @@ struct Attention {
     schema.number("soft_cap", &Attention::soft_cap, 0).at_least(0);
     schema.integer("window", &Attention::window, 0).at_least(1);
     schema.flag("causal", &Attention::causal);
+    describe_mask<Attention>(schema);
     schema.output("out", &Attention::out, "b sq hq dv", like("q"));
     schema.output("lse", &Attention::lse, "b hq sq", kF32);
   }
@@ -66,6 +68,10 @@ struct Attention {
       HEDDLE_CHECK(page >= 1 && page <= 256 && (page & (page - 1)) == 0, kShape, "k",
                    "the page size must be a power of two up to 256, got ", page);
     }
+    HEDDLE_CHECK(!masked || window == 0, kArgument, "window",
+                 "window cannot be combined with mask");
+    validate_mask(q.shape[1], block_table ? block_table.shape[1] * k.shape[1] : k.shape[1], hq, hk,
+                  cu_seqlens_q ? cu_seqlens_q.shape[0] - 1 : 0);
     if (std::isnan(scale)) scale = 1 / std::sqrt(static_cast<double>(d));
     HEDDLE_CHECK(std::isfinite(scale), kArgument, "scale", "scale must be finite, got ", scale);
   }

@@ -98,6 +98,8 @@ ForwardArgs portable_args(const Attention& op) {
   args.scale = static_cast<float>(op.scale);
   args.soft_cap = static_cast<float>(op.soft_cap);
   args.causal = op.causal;
+  args.masked = op.masked;
+  args.mask = op.mask_view(args.sq, args.hq);
   return args;
 }
 
@@ -154,6 +156,7 @@ SplitCall hopper_call(const Attention& op, const CudaContext& context) {
 
 const char* declines_hopper(const Attention& op, const CudaContext& context) {
   if (context.arch != 90) return "the GPU must be of compute capability 9.0";
+  if (op.masked) return "mask must be left out";
   if (op.q.strides[3] != 1 || op.k.strides[3] != 1 || op.v.strides[3] != 1)
     return "q, k and v must be contiguous along d";
   return nullptr;

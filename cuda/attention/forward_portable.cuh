@@ -12,7 +12,8 @@
 // A CTA of 128 threads owns 32 query rows of one head and walks its keys 32 at a time. Rows of q
 // stay in shared memory; k and v of a tile take turns in one buffer. Four threads share a row: each
 // computes 8 of its 32 scores and keeps a quarter of its output in registers. With splits, several
-// CTAs share a row's keys and a second kernel joins them.
+// CTAs share a row's keys and a second kernel joins them. Under a mask a row's keys of a tile are
+// bits of one word, and a tile that no row sees anything of is not loaded.
 namespace heddle {
 
 constexpr int kRowTile = 32, kKeyTile = 32, kRowThreads = 4;
@@ -44,7 +45,8 @@ struct ForwardArgs {
   int64_t b, sq, sk, hq, hk, sequences, pages, page_size, window;
   int d, dv, splits;
   float scale, soft_cap;
-  bool causal;
+  bool causal, masked;
+  MaskView mask;
   int* fault;
 };
 
@@ -55,7 +57,7 @@ void check_lengths(const Attention& op, const ForwardArgs& lengths, CudaContext&
 
 // What one CTA works on. `row0` counts from the sequence's first row, or key.
 struct Place {
-  int64_t batch, q_begin, sq, k_begin, sk, row0;
+  int64_t batch, q_begin, sq, k_begin, sk, row0, sequence;
   bool any;
 };
 
@@ -71,7 +73,7 @@ __device__ inline Place find_place(const ForwardArgs& p, int64_t tile, bool keys
     const int64_t tiles = ((keys ? p.sk : p.sq) + kRowTile - 1) / kRowTile, batch = tile / tiles;
     const int64_t sk =
         p.cache_seqlens ? clamp_to(p.cache_seqlens[batch * p.cache_stride], 0, p.sk) : p.sk;
-    return {batch, 0, p.sq, 0, sk, tile % tiles * kRowTile, true};
+    return {batch, 0, p.sq, 0, sk, tile % tiles * kRowTile, batch, true};
   }
   for (int64_t i = 0; i < p.sequences; ++i) {
     const int64_t q_begin = clamp_to(p.cu_seqlens_q[i * p.cu_q_stride], 0, p.sq);
@@ -80,10 +82,10 @@ __device__ inline Place find_place(const ForwardArgs& p, int64_t tile, bool keys
     const int64_t k_end = clamp_to(p.cu_seqlens_k[(i + 1) * p.cu_k_stride], k_begin, p.sk);
     const int64_t tiles = ((keys ? k_end - k_begin : q_end - q_begin) + kRowTile - 1) / kRowTile;
     if (tile < tiles)
-      return {0, q_begin, q_end - q_begin, k_begin, k_end - k_begin, tile * kRowTile, true};
+      return {0, q_begin, q_end - q_begin, k_begin, k_end - k_begin, tile * kRowTile, i, true};
     tile -= tiles;
   }
-  return {0, 0, 0, 0, 0, 0, false};
+  return {0, 0, 0, 0, 0, 0, 0, false};
 }
 
 // Where key `t` of a sequence stands, or null if its page does not exist
@@ -133,12 +135,26 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_portable_kernel(F
   const int64_t begin = first + split * share * kKeyTile;
   const int64_t end = min(last, begin + share * kKeyTile);
 
+  MaskRow mask_row{};
+  if (p.masked)
+    mask_row = p.mask.row(
+        place.batch, place.sequence,
+        p.cu_seqlens_q ? first_block_row(place.q_begin, place.sequence, p.mask.block_q) : 0,
+        place.q_begin, head, min(query, place.sq - 1), place.sk - place.sq,
+        p.causal ? clamp_to(position + 1, 0, place.sk) : place.sk);
+
   const float slope = p.slopes ? p.slopes[head * p.slopes_stride] : 0;
   // row_max starts at a large negative finite number: (-inf) - (-inf) would poison empty rows
   float row_max = -1e30f, row_sum = 0;
   float acc[kMostColumns] = {};
 
   for (int64_t t0 = begin; t0 < end; t0 += kKeyTile) {
+    uint32_t seen = ~0u;
+    if (p.masked) {
+      seen = exists ? static_cast<uint32_t>(p.mask.seen(mask_row, t0)) : 0;
+      // All threads take the same turn, as the loads below wait for each other
+      if (!__syncthreads_or(seen != 0)) continue;
+    }
     const auto load = [&](const Heads& x, int width) {
       __syncthreads();
       for (int i = thread; i < kKeyTile * width; i += kAttentionThreads) {
@@ -163,7 +179,7 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_portable_kernel(F
       if (p.soft_cap > 0) s = p.soft_cap * tanhf(s / p.soft_cap);
       if (p.slopes) s += slope * static_cast<float>(t - position);
       const bool visible = exists && t < end && (!(p.causal || p.window) || t <= position) &&
-                           (!p.window || t > position - p.window);
+                           (!p.window || t > position - p.window) && (seen >> c & 1);
       score[j] = visible ? s : -INFINITY;
       if (visible) tile_max = s > tile_max || isnan(s) ? s : tile_max;
     }

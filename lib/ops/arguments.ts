@@ -1,6 +1,7 @@
 import { checkInteger, elements, mustBe, show } from '../check.js'
 import type { Device } from '../device.js'
 import { refuse } from '../errors.js'
+import { checkMask, type Mask } from '../mask.js'
 import { Tensor, tensor } from '../tensor.js'
 
 // Small arguments may be given as plain arrays. They become tensors beside the others and are put on `made`, which the
@@ -88,4 +89,34 @@ export function offsets(
   if (values.length === 0) throw wrong('no elements')
   if (last !== total) throw wrong(`${last} at its end`)
   return place(values, 'int32', device, made)
+}
+
+/** @internal A mask as operators take it. */
+export function maskArguments(
+  op: string,
+  mask: Mask | undefined,
+  causal: boolean | undefined,
+): Record<string, unknown> {
+  if (mask === undefined) return {}
+  checkMask(op, mask)
+  if (causal !== undefined && causal !== mask.causal) {
+    throw refuse(
+      'ERR_ARGUMENT',
+      op,
+      'causal',
+      `causal must be as the mask has it, ${mask.causal}, got ${show(causal)}`,
+    )
+  }
+  return {
+    masked: true,
+    causal: mask.causal,
+    maskBlocks: mask.blocks,
+    maskColumns: mask.columns,
+    maskDiagonals: mask.diagonals,
+    maskBounds: mask.bounds,
+    maskBlockQ: mask.block[0],
+    maskBlockK: mask.block[1],
+    maskWindow: mask.window,
+    maskSinkTokens: mask.sinkTokens,
+  }
 }

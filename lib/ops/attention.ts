@@ -1,8 +1,9 @@
 import { checkOptions } from '../check.js'
 import type { FloatDType } from '../dtype.js'
+import type { Mask } from '../mask.js'
 import { run } from '../native.js'
 import { checkTensor, type Tensor } from '../tensor.js'
-import { lengths, offsets, vector } from './arguments.js'
+import { lengths, maskArguments, offsets, vector } from './arguments.js'
 
 /**
  * What {@link attention} computes for one head, with `off = sk - sq`: row p stands at position p + off. In float64 this
@@ -41,6 +42,11 @@ export interface AttentionOptions {
   blockTable?: Tensor<'int32'> | undefined
   /** [b], i32: how many keys each sequence of the batch has; what lies behind them is not read. */
   cacheSeqlens?: Tensor<'int32'> | readonly number[] | undefined
+  /**
+   * Which keys each query sees. Whether it is causal and its packed sequences come with it; a window is part of it
+   * (`mask.union`), not beside it.
+   */
+  mask?: Mask | undefined
 }
 
 /** What {@link attention} returns. */
@@ -62,6 +68,7 @@ const known: ReadonlySet<string> = new Set<keyof AttentionOptions>([
   'cuSeqlensK',
   'blockTable',
   'cacheSeqlens',
+  'mask',
 ])
 
 /**
@@ -90,7 +97,8 @@ export function attention<D extends FloatDType>(
   checkTensor('attention', 'q', q)
   checkTensor('attention', 'k', k)
   checkOptions('attention', options, known)
-  const { slopes, sink, cuSeqlensQ, cuSeqlensK, cacheSeqlens, ...rest } = options
+  const { slopes, sink, cacheSeqlens, mask, ...rest } = options
+  const { cuSeqlensQ = mask?.cuSeqlensQ, cuSeqlensK = mask?.cuSeqlensK } = options
   const made: Tensor[] = []
   try {
     const [out, lse] = run('attention', {
@@ -98,6 +106,7 @@ export function attention<D extends FloatDType>(
       k,
       v,
       ...rest,
+      ...maskArguments('attention', mask, options.causal),
       slopes: vector('attention', 'slopes', slopes, q.device, made),
       sink: vector('attention', 'sink', sink, q.device, made),
       cuSeqlensQ: offsets('attention', 'cuSeqlensQ', cuSeqlensQ, q.shape[1], q.device, made),

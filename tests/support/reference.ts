@@ -17,6 +17,8 @@ export interface AttentionCase {
   softCap: number
   slopes: readonly number[] | undefined
   sink: readonly number[] | undefined
+  /** Whether query i of a head sees key t, beside causality and the window; everything if left out. */
+  sees?: (b: number, head: number, i: number, t: number) => boolean
 }
 
 type Read = (b: number, row: number, head: number, i: number) => number
@@ -60,6 +62,7 @@ export function attentionReference(
         for (let t = 0; t < sk; t++) {
           if (c.causal && t > p) continue
           if (c.window !== undefined && (t > p || t <= p - c.window)) continue
+          if (c.sees && !c.sees(b, h, i, t)) continue
           seen.push(t)
         }
         for (const rounded of [false, true]) {

@@ -1,0 +1,676 @@
+import { checkInteger, checkOptions, mustBe } from './check.js'
+import type { DeviceLike } from './device.js'
+import { named, refuse } from './errors.js'
+import { run } from './native.js'
+import { checkTensor, type Tensor, tensor, zeros } from './tensor.js'
+
+/** What a mask is about, beside its lists. */
+export interface MaskOptions {
+  /** Queries, those of one call: blocks of queries count from the first of them. */
+  sq: number
+  /** Keys, `sq` of them if left out. Query i stands at `sk - sq + i`. */
+  sk?: number | undefined
+  /** Queries and keys per block, 128 if left out; one number stands for both. Keys: 16, 32, 64 or 128. */
+  block?: number | readonly [number, number] | undefined
+  /** Whether a row sees nothing beyond its own position, inside blocks too; true if left out. */
+  causal?: boolean | undefined
+  /** Where the mask lives, `'cpu'` if left out. Lists that are tensors stay where they are. */
+  device?: DeviceLike | undefined
+  /** Where each packed sequence of queries begins, then the total; with `cuSeqlensK`. */
+  cuSeqlensQ?: readonly number[] | undefined
+  /** Where each packed sequence of keys begins, then the total. */
+  cuSeqlensK?: readonly number[] | undefined
+}
+
+/** Blocks in lists of one width per row. */
+export interface PaddedLists {
+  /** [b, heads, rows of blocks], i32: how many entries are read. */
+  count: Tensor<'int32'>
+  /** [b, heads, rows of blocks, width], i32, in any order; what stands behind the count may be anything. */
+  index: Tensor<'int32'>
+}
+
+/** Blocks in lists one after the other (CSR). */
+export interface RowLists {
+  /** [b * heads * rows of blocks + 1], i32: where each row begins in `column`. */
+  rowPtr: Tensor<'int32'>
+  /** [listed], i32. */
+  column: Tensor<'int32'>
+}
+
+/** Single keys and distances, the same for every query of a head. */
+export interface TokenLists {
+  /** Keys that every query sees. */
+  columns?: PaddedTokens | readonly number[] | undefined
+  /** Distances, from 0 on, at which every query sees a key: 0 is its own. */
+  diagonals?: PaddedTokens | readonly number[] | undefined
+}
+
+/** Token lists that differ from head to head. */
+export interface PaddedTokens {
+  /** [b, heads], i32; with packed sequences one row per sequence. */
+  count: Tensor<'int32'>
+  /** [b, heads, width], i32. */
+  index: Tensor<'int32'>
+}
+
+/** How {@link Mask.svg} draws. */
+export interface SvgOptions {
+  /** Which head of the mask, 0 if left out. */
+  head?: number | undefined
+  /** Which sequence, 0 if left out. */
+  sequence?: number | undefined
+  /** Width of the picture in pixels, 192 if left out. */
+  size?: number | undefined
+}
+
+/**
+ * Which keys each query sees: a value that selectors return and `attention` takes. A key is seen if a listed block, a column,
+ * a diagonal, the window or the sink tokens name it, once however many do, and if causality and the bounds of its row allow
+ * it. Lists live on the device; making and joining masks waits for nothing.
+ */
+export interface Mask {
+  /** Sequences of the batch: `b`, or as many as are packed. */
+  readonly sequences: number
+  /** 1 (shared by all), hk (by the queries of a kv head) or hq. */
+  readonly heads: number
+  readonly sq: number
+  readonly sk: number
+  readonly block: readonly [number, number]
+  readonly causal: boolean
+  /** Keys that a row sees beside its lists, counted back from its own position; 0 is none. */
+  readonly window: number
+  /** First keys that every row sees beside its lists. */
+  readonly sinkTokens: number
+  /** [b, heads, rows of blocks, words], i32: a bit per block, 32 to a word, the lowest first. */
+  readonly blocks: Tensor<'int32'> | undefined
+  /** [b, heads, words], i32: a bit per key. */
+  readonly columns: Tensor<'int32'> | undefined
+  /** [b, heads, words], i32: a bit per distance. */
+  readonly diagonals: Tensor<'int32'> | undefined
+  /** [b, sq, 2], i32: the first key that a query may see, and the one behind the last. */
+  readonly bounds: Tensor<'int32'> | undefined
+  readonly cuSeqlensQ: readonly number[] | undefined
+  readonly cuSeqlensK: readonly number[] | undefined
+  /** How many (query, key) pairs are visible, over all heads and sequences. */
+  count(): Promise<number>
+  /** Visible pairs over those of the same shape without lists: causal pairs, or all where the mask is not causal. */
+  density(): Promise<number>
+  /** [sequences, heads, sq, sk] as bytes of 0 and 1, packed sequences at the start of their rows. For small masks. */
+  toDense(): Promise<Uint8Array>
+  /** What at least one of two masks sees. They agree in shape, block and causality. */
+  union(other: Mask): Mask
+  /** What both of two masks see: lists of blocks with such lists, windows with windows, documents with anything. */
+  intersect(other: Mask): Mask
+  /** One head as a picture, dark where much is seen. */
+  svg(options?: SvgOptions): Promise<string>
+  dispose(): void
+  [Symbol.dispose](): void
+}
+
+/** @internal What a mask is made of. */
+export type MaskParts = Pick<
+  Mask,
+  | 'sequences'
+  | 'heads'
+  | 'sq'
+  | 'sk'
+  | 'block'
+  | 'causal'
+  | 'window'
+  | 'sinkTokens'
+  | 'blocks'
+  | 'columns'
+  | 'diagonals'
+  | 'bounds'
+  | 'cuSeqlensQ'
+  | 'cuSeqlensK'
+>
+
+const words = (bits: number) => Math.ceil(bits / 32)
+const largestDense = 2 ** 28
+
+function checkParts(options: MaskOptions): MaskParts & { device: DeviceLike } {
+  checkOptions('mask', options, knownOptions)
+  if (options === undefined) throw mustBe('mask', 'options', 'an object', options)
+  const sq = checkInteger('mask', 'sq', options.sq, 0)
+  const sk = checkInteger('mask', 'sk', options.sk ?? sq, 0)
+  const { block: given = 128, causal = true, device = 'cpu', cuSeqlensQ, cuSeqlensK } = options
+  if (typeof causal !== 'boolean') throw mustBe('mask', 'causal', 'a boolean', causal)
+  const pair = typeof given === 'number' ? [given, given] : given
+  if (!Array.isArray(pair) || pair.length !== 2)
+    throw mustBe('mask', 'block', 'a size or a pair of sizes', given)
+  const block = [
+    checkInteger('mask', 'block', pair[0], 16, 1024),
+    checkInteger('mask', 'block', pair[1], 16, 128),
+  ] as const
+  if (block[0] % 16 !== 0) throw mustBe('mask', 'block', 'a multiple of 16 for queries', block[0])
+  if (!Number.isInteger(Math.log2(block[1])))
+    throw mustBe('mask', 'block', 'a power of two for keys', block[1])
+  if ((cuSeqlensQ === undefined) !== (cuSeqlensK === undefined)) {
+    throw refuse(
+      'ERR_ARGUMENT',
+      'mask',
+      'cuSeqlensQ',
+      'cuSeqlensQ and cuSeqlensK must be given together',
+    )
+  }
+  return {
+    sequences: cuSeqlensQ ? cuSeqlensQ.length - 1 : 1,
+    heads: 1,
+    sq,
+    sk,
+    block,
+    causal,
+    window: 0,
+    sinkTokens: 0,
+    blocks: undefined,
+    columns: undefined,
+    diagonals: undefined,
+    bounds: undefined,
+    cuSeqlensQ,
+    cuSeqlensK,
+    device,
+  }
+}
+
+const knownOptions: ReadonlySet<string> = new Set<keyof MaskOptions>([
+  'sq',
+  'sk',
+  'block',
+  'causal',
+  'device',
+  'cuSeqlensQ',
+  'cuSeqlensK',
+])
+
+/** @internal Rows of blocks and columns of blocks of a mask's table. */
+export function blockTable(parts: MaskParts): { rows: number; columns: number } {
+  const { sq, sk, block, cuSeqlensQ, sequences } = parts
+  return {
+    rows: cuSeqlensQ ? Math.floor(sq / block[0]) + sequences : Math.ceil(sq / block[0]),
+    columns: Math.ceil(sk / block[1]),
+  }
+}
+
+type Lists = {
+  dense?: Tensor
+  count?: Tensor
+  index?: Tensor
+  rowPtr?: Tensor
+  column?: Tensor
+  flat?: Tensor
+}
+
+function pack(
+  shape: readonly [b: number, heads: number, rows: number, columns: number],
+  device: DeviceLike,
+  ...lists: Lists[]
+): Tensor<'int32'> {
+  const [b, heads, rows, columns] = shape
+  const blocks = zeros([b, heads, rows, words(columns)], { dtype: 'int32', device })
+  try {
+    for (const list of lists)
+      named('mask', () => run('mask.pack', { blocks, columns, ...list }), 'mask.pack')
+    return blocks
+  } catch (error) {
+    blocks.dispose()
+    throw error
+  }
+}
+
+function fromTable(
+  options: MaskOptions,
+  b: number,
+  heads: number,
+  device: DeviceLike,
+  ...lists: Lists[]
+): Mask {
+  const parts = checkParts(options)
+  const { rows, columns } = blockTable(parts)
+  const blocks = pack([b, heads, rows, columns], device, ...lists)
+  return makeMask({ ...parts, sequences: parts.cuSeqlensQ ? parts.sequences : b, heads, blocks })
+}
+
+function tokenBits(
+  name: string,
+  lists: PaddedTokens | readonly number[] | undefined,
+  parts: MaskParts,
+  device: DeviceLike,
+): Tensor<'int32'> | undefined {
+  if (lists === undefined) return undefined
+  const made: Tensor[] = []
+  try {
+    let { count, index } = lists as PaddedTokens
+    if (Array.isArray(lists)) {
+      const values = lists.length === 0 ? [0] : lists
+      index = tensor(values, [1, 1, values.length], { dtype: 'int32', device })
+      count = tensor([lists.length], [1, 1], { dtype: 'int32', device })
+      made.push(count, index)
+    }
+    checkTensor('mask', `${name}.count`, count)
+    checkTensor('mask', `${name}.index`, index)
+    const [b = 0, heads = 0, width = 0] = index.shape
+    const shaped = {
+      count: count.reshape([b, heads, 1]),
+      index: index.reshape([b, heads, 1, width]),
+    }
+    made.push(...Object.values(shaped))
+    const bits = pack([b, heads, 1, Math.max(parts.sk, 1)], index.device, shaped)
+    made.push(bits)
+    const shape = [b, heads, bits.shape[3]!]
+    return Array.isArray(lists) && parts.sequences > 1
+      ? bits.reshape([1, 1, shape[2]!]).expand([parts.sequences, 1, shape[2]!]).contiguous()
+      : bits.reshape(shape)
+  } finally {
+    for (const one of made) one.dispose()
+  }
+}
+
+/** Makes masks of lists in the formats that kernels and selectors of the field exchange. */
+export const Mask = {
+  /**
+   * A mask of a table of blocks.
+   *
+   * @param table [b, heads, rows of blocks, columns of blocks], bool or uint8; anything but 0 lists a block.
+   * @throws HeddleError `ERR_SHAPE` or `ERR_ARGUMENT` at the call.
+   * @example
+   * import { Mask, tensor } from 'heddle'
+   * const table = tensor(new Uint8Array([1, 0, 1, 1]), [1, 1, 2, 2])
+   * const mask = Mask.fromBlocks(table, { sq: 128, block: 64 })
+   * console.log(await mask.density()) // 1
+   */
+  fromBlocks(table: Tensor<'bool' | 'uint8'>, options: MaskOptions): Mask {
+    checkTensor('mask', 'table', table)
+    const [b = 0, heads = 0] = table.shape
+    return fromTable(options, b, heads, table.device, { dense: table })
+  },
+
+  /**
+   * A mask of padded lists; several stand for their union, as in peers that list full and partial blocks apart. Blocks that
+   * causality cuts are cut wherever they are listed.
+   *
+   * @throws HeddleError at the call; reading what a mask gave rejects if an entry that counts is no block of the row.
+   * @example
+   * import { Mask, tensor } from 'heddle'
+   * const int32 = (values: number[], shape: number[]) => tensor(values, shape, { dtype: 'int32' })
+   * const lists = { count: int32([1, 2], [1, 1, 2]), index: int32([0, -1, 1, 0], [1, 1, 2, 2]) }
+   * const mask = Mask.fromLists(lists, { sq: 256 })
+   * console.log(await mask.count()) // 256 * 257 / 2
+   */
+  fromLists(lists: PaddedLists | readonly PaddedLists[], options: MaskOptions): Mask {
+    const all = (Array.isArray(lists) ? lists : [lists]) as readonly PaddedLists[]
+    const first = all[0]
+    if (!first) throw mustBe('mask', 'lists', 'at least one list', lists)
+    for (const { count, index } of all) {
+      checkTensor('mask', 'count', count)
+      checkTensor('mask', 'index', index)
+    }
+    const [b = 0, heads = 0] = first.index.shape
+    return fromTable(
+      options,
+      b,
+      heads,
+      first.index.device,
+      ...all.map(({ count, index }) => ({ count, index })),
+    )
+  },
+
+  /**
+   * A mask of lists one after the other (CSR), for `b` sequences and `heads` heads.
+   *
+   * @throws HeddleError as {@link Mask.fromLists} does.
+   */
+  fromRows(lists: RowLists, options: MaskOptions & { b?: number; heads?: number }): Mask {
+    checkTensor('mask', 'rowPtr', lists?.rowPtr)
+    checkTensor('mask', 'column', lists.column)
+    const { b = 1, heads = 1, ...rest } = options
+    checkInteger('mask', 'b', b, 0)
+    checkInteger('mask', 'heads', heads, 1)
+    return fromTable(rest, b, heads, lists.rowPtr.device, {
+      rowPtr: lists.rowPtr,
+      column: lists.column,
+    })
+  },
+
+  /**
+   * A mask of flat pairs, `row of blocks * columns of blocks + column`.
+   *
+   * @param pairs [b, heads, most], i32; entries outside the table, such as the padding at the end, are skipped.
+   */
+  fromPairs(pairs: Tensor<'int32'>, options: MaskOptions): Mask {
+    checkTensor('mask', 'pairs', pairs)
+    const [b = 0, heads = 0] = pairs.shape
+    return fromTable(options, b, heads, pairs.device, { flat: pairs })
+  },
+
+  /**
+   * A mask of single keys and distances: vertical lines and slashes. Arrays hold for all heads.
+   *
+   * @example
+   * import { attention, Mask, randn } from 'heddle'
+   * const [q, k, v] = [1, 2, 3].map((seed) => randn([1, 256, 2, 64], { seed }))
+   * const mask = Mask.fromTokens({ columns: [0, 1, 77], diagonals: [0, 1, 2, 16] }, { sq: 256 })
+   * const { out } = attention(q, k, v, { mask })
+   */
+  fromTokens(lists: TokenLists, options: MaskOptions): Mask {
+    const parts = checkParts(options)
+    const given = [lists?.columns, lists?.diagonals].find((one) => one && !Array.isArray(one))
+    const device = given ? (given as PaddedTokens).index.device : parts.device
+    const columns = tokenBits('columns', lists?.columns, parts, device)
+    const diagonals = tokenBits('diagonals', lists?.diagonals, parts, device)
+    const [b = 1, heads = 1] = (columns ?? diagonals)?.shape ?? []
+    return makeMask({
+      ...parts,
+      sequences: parts.cuSeqlensQ ? parts.sequences : b,
+      heads,
+      columns,
+      diagonals,
+    })
+  },
+
+  /** The last `window` keys of every row, its own included, and the first `sinkTokens` keys of the sequence. */
+  fromWindow(range: { window?: number; sinkTokens?: number }, options: MaskOptions): Mask {
+    const window = checkInteger('mask', 'window', range?.window ?? 0, 0)
+    const sinkTokens = checkInteger('mask', 'sinkTokens', range?.sinkTokens ?? 0, 0)
+    return makeMask({ ...checkParts(options), window, sinkTokens })
+  },
+
+  /**
+   * Every row sees its own document only.
+   *
+   * @param starts Where each document begins, ascending from 0, then the total of tokens.
+   */
+  fromDocuments(starts: readonly number[], options: MaskOptions): Mask {
+    const parts = checkParts(options)
+    const { sq, sk } = parts
+    if (!Array.isArray(starts) || starts[0] !== 0 || starts.at(-1) !== sk)
+      throw mustBe('mask', 'starts', `a list from 0 to sk = ${sk}`, starts)
+    const bounds = new Int32Array(2 * sq)
+    for (let document = 0; document + 1 < starts.length; document++) {
+      const from = checkInteger('mask', `starts[${document}]`, starts[document], 0, sk)
+      const to = checkInteger('mask', `starts[${document + 1}]`, starts[document + 1], from, sk)
+      for (let p = Math.max(from, sk - sq); p < to; p++) bounds.set([from, to], 2 * (p - (sk - sq)))
+    }
+    const made = tensor(bounds, [1, sq, 2], { dtype: 'int32', device: parts.device })
+    return makeMask({ ...parts, sinkTokens: sk, bounds: made })
+  },
+}
+
+function isMask(value: unknown): value is Mask {
+  return value !== null && typeof value === 'object' && made.has(value)
+}
+const made = new WeakSet<object>()
+
+/** @internal Refuses what is no mask. */
+export function checkMask(op: string, value: unknown): asserts value is Mask {
+  if (!isMask(value)) throw mustBe(op, 'mask', 'a mask', value)
+}
+
+/** @internal A mask of its parts. */
+export function makeMask(given: MaskParts): Mask {
+  const { sequences, heads, sq, sk, block, causal, window, sinkTokens } = given
+  const { blocks, columns, diagonals, bounds, cuSeqlensQ, cuSeqlensK } = given
+  const parts: MaskParts = {
+    ...{ sequences, heads, sq, sk, block, causal, window, sinkTokens },
+    ...{ blocks, columns, diagonals, bounds, cuSeqlensQ, cuSeqlensK },
+  }
+  const dispose = () => {
+    for (const one of [blocks, columns, diagonals, bounds]) one?.dispose()
+  }
+  const mask: Mask = {
+    ...parts,
+    async count() {
+      return visible(await readRows(parts))
+    },
+    async density() {
+      const rows = await readRows(parts)
+      const every = { ...parts, blocks: undefined, columns: undefined, diagonals: undefined }
+      const all = visible(
+        await readRows({ ...every, heads: 1, bounds: undefined, window: 0, sinkTokens: sk }),
+      )
+      return all === 0 ? 0 : visible(rows) / (all * heads)
+    },
+    async toDense() {
+      if (sequences * heads * sq * sk > largestDense)
+        throw refuse(
+          'ERR_UNSUPPORTED',
+          'mask',
+          'mask',
+          `mask must have at most ${largestDense} pairs to be dense, got ${sequences * heads * sq * sk}`,
+        )
+      const dense = new Uint8Array(sequences * heads * sq * sk)
+      const rows = await readRows(parts)
+      rows.each((sequence, head, query, runs) => {
+        const at = ((sequence * heads + head) * sq + query) * sk
+        for (let i = 0; i < runs.length; i += 2) dense.fill(1, at + runs[i]!, at + runs[i + 1]!)
+      })
+      return dense
+    },
+    union: (other) => combine(parts, other, false),
+    intersect: (other) => combine(parts, other, true),
+    async svg(options = {}) {
+      return draw(await readRows(parts), parts, options)
+    },
+    dispose,
+    [Symbol.dispose]: dispose,
+  }
+  made.add(mask)
+  return mask
+}
+
+function join(
+  a: Tensor<'int32'> | undefined,
+  b: Tensor<'int32'> | undefined,
+  shape: readonly number[] | undefined,
+  intersect: boolean,
+): Tensor<'int32'> | undefined {
+  const first = a ?? b
+  if (!first || !shape) return undefined
+  if (intersect && !(a && b)) return undefined
+  const joined = first.expand(shape).clone()
+  if (a && b)
+    named('mask', () => run('mask.combine', { bits: joined, other: b.expand(shape), intersect }))
+  return joined
+}
+
+// Only sets of one kind meet in an intersection: (blocks or window) and (blocks or window) is not of that form
+function kinds(parts: MaskParts): string[] {
+  const { blocks, columns, diagonals, window, sinkTokens, sk, bounds } = parts
+  if (bounds && sinkTokens >= sk) return []
+  return Object.entries({
+    blocks,
+    columns,
+    diagonals,
+    window: window > 0,
+    sinkTokens: sinkTokens > 0,
+  })
+    .filter(([, there]) => there)
+    .map(([kind]) => kind)
+}
+
+function combine(a: MaskParts, other: Mask, intersect: boolean): Mask {
+  checkMask('mask', other)
+  const b: MaskParts = other
+  const disagree = (what: string, x: unknown, y: unknown) =>
+    refuse('ERR_ARGUMENT', 'mask', 'other', `other must have ${what} ${x}, got ${y}`)
+  for (const key of ['sq', 'sk', 'causal'] as const)
+    if (a[key] !== b[key]) throw disagree(key, a[key], b[key])
+  if (`${a.cuSeqlensQ}` !== `${b.cuSeqlensQ}` || `${a.cuSeqlensK}` !== `${b.cuSeqlensK}`)
+    throw disagree('the packed sequences', a.cuSeqlensQ, b.cuSeqlensQ)
+  if (a.blocks && b.blocks && `${a.block}` !== `${b.block}`)
+    throw disagree('block', a.block, b.block)
+  for (const key of ['heads', 'sequences'] as const)
+    if (a[key] !== b[key] && a[key] !== 1 && b[key] !== 1) throw disagree(key, a[key], b[key])
+  const [mine, theirs] = [kinds(a), kinds(b)]
+  const documents = mine.length === 0 || theirs.length === 0
+  if (a.bounds && b.bounds && !documents)
+    throw disagree('no bounds of rows beside lists', 'of its own', 'some')
+  if (!intersect && (a.bounds || b.bounds))
+    throw disagree('no bounds of rows', 'in a union', 'some')
+  if (intersect && !documents && (mine.length > 1 || theirs.length > 1 || mine[0] !== theirs[0])) {
+    throw disagree('one kind of lists,', mine.join(' and '), theirs.join(' and '))
+  }
+  const sequences = Math.max(a.sequences, b.sequences)
+  const heads = Math.max(a.heads, b.heads)
+  const shape = (tensor: Tensor | undefined) =>
+    tensor && [tensor.rank === 4 && a.cuSeqlensQ ? 1 : sequences, heads, ...tensor.shape.slice(2)]
+  // What only one of them restricts is taken from the other
+  const source = documents ? (mine.length === 0 ? b : a) : undefined
+  const lists = (key: 'blocks' | 'columns' | 'diagonals') =>
+    source && intersect
+      ? join(source[key], undefined, shape(source[key]), false)
+      : join(a[key], b[key], shape(a[key] ?? b[key]), intersect)
+  const number = (key: 'window' | 'sinkTokens') =>
+    source && intersect
+      ? source[key]
+      : intersect
+        ? Math.min(a[key], b[key])
+        : Math.max(a[key], b[key])
+  return makeMask({
+    ...a,
+    sequences,
+    heads,
+    block: a.blocks ? a.block : b.block,
+    blocks: lists('blocks'),
+    columns: lists('columns'),
+    diagonals: lists('diagonals'),
+    bounds: (a.bounds ?? b.bounds)?.clone(),
+    window: number('window'),
+    sinkTokens: number('sinkTokens'),
+  })
+}
+
+type Visit = (sequence: number, head: number, query: number, runs: readonly number[]) => void
+
+interface HostRows {
+  lengths: readonly { sq: number; sk: number }[]
+  /** Runs of keys that a query sees: from, to (excluded), from, to, ascending and apart. */
+  runs(sequence: number, head: number, query: number): number[]
+  each(visit: Visit): void
+}
+
+// Brings a mask to the host, where its rows are runs of keys
+async function readRows(parts: MaskParts): Promise<HostRows> {
+  const { sequences, heads, sq, sk, block, causal, window, sinkTokens } = parts
+  const read = (tensor: Tensor<'int32'> | undefined) => tensor?.read()
+  const [blocks, columns, diagonals, bounds] = await Promise.all([
+    read(parts.blocks),
+    read(parts.columns),
+    read(parts.diagonals),
+    read(parts.bounds),
+  ])
+  const { cuSeqlensQ: cuQ, cuSeqlensK: cuK } = parts
+  const table = blockTable(parts)
+  const rowWords = parts.blocks?.shape[3] ?? 0
+  const tokenWords = parts.columns?.shape[2] ?? parts.diagonals?.shape[2] ?? 0
+  const places = Array.from({ length: sequences }, (_, i) => ({
+    batch: cuQ ? 0 : i,
+    from: cuQ ? cuQ[i]! : 0,
+    firstRow: cuQ ? Math.floor(cuQ[i]! / block[0]) + i : 0,
+    sq: cuQ ? cuQ[i + 1]! - cuQ[i]! : sq,
+    sk: cuK ? cuK[i + 1]! - cuK[i]! : sk,
+  }))
+  const bit = (set: Int32Array, at: number) => (set[at >> 5]! >> (at & 31)) & 1
+  const runs = (sequence: number, head: number, query: number) => {
+    const place = places[sequence]!
+    const p = place.sk - place.sq + query
+    let [begin, end] = [0, causal ? Math.min(p + 1, place.sk) : place.sk]
+    if (bounds) {
+      const at = (place.batch * sq + place.from + query) * 2
+      begin = Math.max(begin, bounds[at]!)
+      end = Math.min(end, bounds[at + 1]!)
+    }
+    const found: [number, number][] = []
+    if (sinkTokens > 0) found.push([0, sinkTokens])
+    if (window > 0) found.push([p - window + 1, p + 1])
+    if (blocks) {
+      const row =
+        ((place.batch * heads + head) * table.rows +
+          place.firstRow +
+          Math.floor(query / block[0])) *
+        rowWords
+      for (let c = 0; c * block[1] < end; c++)
+        if (bit(blocks, row * 32 + c)) found.push([c * block[1], (c + 1) * block[1]])
+    }
+    const line = (sequence * heads + head) * tokenWords * 32
+    for (let t = begin; (columns || diagonals) && t < end; t++) {
+      const distance = p - t
+      if (
+        (columns && bit(columns, line + t)) ||
+        (diagonals &&
+          distance >= 0 &&
+          distance < tokenWords * 32 &&
+          bit(diagonals, line + distance))
+      )
+        found.push([t, t + 1])
+    }
+    found.sort((x, y) => x[0] - y[0])
+    const merged: number[] = []
+    for (const [first, last] of found) {
+      const [from, to] = [Math.max(first, begin), Math.min(last, end)]
+      if (from >= to) continue
+      const before = merged.at(-1) ?? -1
+      if (merged.length > 0 && from <= before) merged[merged.length - 1] = Math.max(before, to)
+      else merged.push(from, to)
+    }
+    return merged
+  }
+  const each = (visit: Visit) => {
+    for (let sequence = 0; sequence < sequences; sequence++)
+      for (let head = 0; head < heads; head++)
+        for (let query = 0; query < places[sequence]!.sq; query++)
+          visit(sequence, head, query, runs(sequence, head, query))
+  }
+  return { lengths: places, runs, each }
+}
+
+function visible(rows: HostRows): number {
+  let total = 0
+  rows.each((_sequence, _head, _query, runs) => {
+    for (let i = 0; i < runs.length; i += 2) total += runs[i + 1]! - runs[i]!
+  })
+  return total
+}
+
+// Cells of at most 96 to a side, each as dark as a few of its rows see of its keys
+function draw(rows: HostRows, parts: MaskParts, options: SvgOptions): string {
+  const head = checkInteger('mask', 'head', options.head ?? 0, 0, Math.max(parts.heads - 1, 0))
+  const sequence = checkInteger(
+    'mask',
+    'sequence',
+    options.sequence ?? 0,
+    0,
+    Math.max(parts.sequences - 1, 0),
+  )
+  const size = checkInteger('mask', 'size', options.size ?? 192, 1, 4096)
+  const { sq, sk } = rows.lengths[sequence]!
+  const [high, wide] = [Math.min(96, Math.max(sq, 1)), Math.min(96, Math.max(sk, 1))]
+  const rects: string[] = []
+  for (let y = 0; y < high; y++) {
+    const [from, to] = [Math.floor((y * sq) / high), Math.floor(((y + 1) * sq) / high)]
+    const step = Math.max(Math.floor((to - from) / 4), 1)
+    const seen = new Float64Array(wide)
+    let sampled = 0
+    for (let query = from; query < to; query += step, sampled++) {
+      const runs = rows.runs(sequence, head, query)
+      for (let i = 0; i < runs.length; i += 2) {
+        const [first, last] = [(runs[i]! * wide) / sk, (runs[i + 1]! * wide) / sk]
+        for (let x = Math.floor(first); x < last; x++)
+          seen[x]! += Math.min(last, x + 1) - Math.max(first, x)
+      }
+    }
+    for (let x = 0; x < wide; ) {
+      const shade = Math.round((4 * seen[x]!) / Math.max(sampled, 1))
+      let until = x + 1
+      while (until < wide && Math.round((4 * seen[until]!) / Math.max(sampled, 1)) === shade)
+        until++
+      if (shade > 0)
+        rects.push(
+          `<rect x="${x}" y="${y}" width="${until - x}" height="1" fill-opacity="${shade / 4}"/>`,
+        )
+      x = until
+    }
+  }
+  return `<svg xmlns="http://www.w3.org/2000/svg" width="${size}" height="${Math.round((size * high) / wide)}" viewBox="0 0 ${wide} ${high}" shape-rendering="crispEdges"><rect width="${wide}" height="${high}" fill="#f3f1ea"/><g fill="#1f4e79">${rects.join('')}</g></svg>`
+}

@@ -1,0 +1,475 @@
+import { attention, type Device, type FloatDType, Mask, merge, type Tensor, tensor } from 'heddle'
+import { describe, expect, it } from 'vitest'
+import { expectClose, maxError } from '../support/compare.js'
+import { describeDevices, floats } from '../support/devices.js'
+import { failure } from '../support/failure.js'
+import { type Random, random, sample } from '../support/random.js'
+import { type AttentionCase, attentionReference, reader } from '../support/reference.js'
+
+const lengths = [1, 17, 63, 64, 65, 130, 257]
+
+interface Draw {
+  b: number
+  heads: number
+  sq: number
+  sk: number
+  block: readonly [number, number]
+  causal: boolean
+  /** [b][head][row of blocks][column] */
+  table: boolean[][][][] | undefined
+  columns: Set<number>[][] | undefined
+  diagonals: Set<number>[][] | undefined
+  window: number
+  sinkTokens: number
+}
+
+function drawMask(rng: Random, b: number, heads: number, sq: number, sk: number): Draw {
+  const block = [rng.pick([16, 64, 64, 128]), rng.pick([16, 32, 64, 128])] as const
+  const share = rng.pick([0, 0.1, 0.3, 0.6])
+  const [rows, columns] = [Math.ceil(sq / block[0]), Math.ceil(sk / block[1])]
+  const each = <T>(make: () => T) =>
+    Array.from({ length: b }, () => Array.from({ length: heads }, make))
+  const tokens = () =>
+    new Set(Array.from({ length: rng.pick([0, 1, 5, 40]) }, () => rng.below(Math.max(sk, 1))))
+  return {
+    ...{ b, heads, sq, sk, block, causal: rng.chance(0.7) },
+    table: rng.chance(0.8)
+      ? each(() =>
+          Array.from({ length: rows }, () =>
+            Array.from({ length: columns }, () => rng.chance(share)),
+          ),
+        )
+      : undefined,
+    columns: rng.chance(0.4) ? each(tokens) : undefined,
+    diagonals: rng.chance(0.4) ? each(tokens) : undefined,
+    window: rng.chance(0.3) ? rng.pick([1, 20, 100]) : 0,
+    sinkTokens: rng.chance(0.3) ? rng.pick([1, 4, 70]) : 0,
+  }
+}
+
+function sees(m: Draw, b: number, head: number, i: number, t: number): boolean {
+  const p = m.sk - m.sq + i
+  if (m.causal && t > p) return false
+  const listed = (sets: Set<number>[][] | undefined, x: number) =>
+    sets?.[b]?.[head]?.has(x) ?? false
+  return (
+    (m.table?.[b]?.[head]?.[Math.floor(i / m.block[0])]?.[Math.floor(t / m.block[1])] ?? false) ||
+    listed(m.columns, t) ||
+    listed(m.diagonals, p - t) ||
+    (t <= p && t > p - m.window) ||
+    t < m.sinkTokens
+  )
+}
+
+type Format = 'table' | 'padded' | 'split' | 'rows' | 'pairs'
+const formats: Format[] = ['table', 'padded', 'split', 'rows', 'pairs']
+
+function shuffled<T>(rng: Random, list: readonly T[]): T[] {
+  return list
+    .map((value) => [rng.next(), value] as const)
+    .sort((x, y) => x[0] - y[0])
+    .map(([, value]) => value)
+}
+
+function blockMask(rng: Random, m: Draw, format: Format, device: Device): Mask {
+  const options = { sq: m.sq, sk: m.sk, block: m.block, causal: m.causal, device }
+  const [rows, columns] = [Math.ceil(m.sq / m.block[0]), Math.ceil(m.sk / m.block[1])]
+  const int32 = (values: number[], shape: number[]) =>
+    tensor(values, shape, { dtype: 'int32', device })
+  const lists = m.table!.flat(2).map((row) =>
+    shuffled(
+      rng,
+      row.flatMap((listed, c) => (listed ? [c] : [])),
+    ),
+  )
+  const shape = [m.b, m.heads, rows]
+  const padded = (of: number[][]) => {
+    const width = Math.max(1, ...of.map((list) => list.length)) + 1
+    const index = of.flatMap((list) => [
+      ...list,
+      ...Array.from({ length: width - list.length }, () => rng.pick([-1, 2 ** 31 - 1, 0])),
+    ])
+    const count = of.map((list) => list.length)
+    return { count: int32(count, shape), index: int32(index, [...shape, width]) }
+  }
+  switch (format) {
+    case 'table':
+      return Mask.fromBlocks(
+        tensor(Uint8Array.from(m.table!.flat(3), Number), [...shape, columns], { device }),
+        options,
+      )
+    case 'padded':
+      return Mask.fromLists(padded(lists), options)
+    case 'split':
+      return Mask.fromLists(
+        [
+          padded(lists.map((list) => list.filter((_, i) => i % 2 === 0))),
+          padded(lists.map((list) => list.filter((_, i) => i % 2 === 1))),
+        ],
+        options,
+      )
+    case 'rows': {
+      const rowPtr = lists.reduce((all, list) => [...all, all.at(-1)! + list.length], [0])
+      const column = lists.flat()
+      return Mask.fromRows(
+        { rowPtr: int32(rowPtr, [rowPtr.length]), column: int32(column, [column.length]) },
+        { ...options, b: m.b, heads: m.heads },
+      )
+    }
+    default: {
+      const flat = m.table!.flatMap((heads) =>
+        heads.map((table) => table.flat().flatMap((listed, i) => (listed ? [i] : []))),
+      )
+      const most = Math.max(...flat.map((list) => list.length)) + 2
+      const all = flat.flatMap((list) => [
+        ...list,
+        ...new Array(most - list.length).fill(rows * columns),
+      ])
+      return Mask.fromPairs(int32(all, [m.b, m.heads, most]), options)
+    }
+  }
+}
+
+function maskOf(rng: Random, m: Draw, device: Device): Mask {
+  const options = { sq: m.sq, sk: m.sk, block: m.block, causal: m.causal, device }
+  const lists = (sets: Set<number>[][]) => {
+    const flat = sets.flat().map((set) => [...set])
+    const width = Math.max(1, ...flat.map((list) => list.length))
+    const index = flat.flatMap((list) => [...list, ...new Array(width - list.length).fill(-7)])
+    return {
+      count: tensor(
+        flat.map((list) => list.length),
+        [m.b, m.heads],
+        { dtype: 'int32', device },
+      ),
+      index: tensor(index, [m.b, m.heads, width], { dtype: 'int32', device }),
+    }
+  }
+  let mask = Mask.fromWindow({ window: m.window, sinkTokens: m.sinkTokens }, options)
+  if (m.table) mask = mask.union(blockMask(rng, m, rng.pick(formats), device))
+  if (m.columns || m.diagonals) {
+    mask = mask.union(
+      Mask.fromTokens(
+        {
+          columns: m.columns && lists(m.columns),
+          diagonals: m.diagonals && lists(m.diagonals),
+        },
+        options,
+      ),
+    )
+  }
+  return mask
+}
+
+const plainCase = (rng: Random): AttentionCase => {
+  const hk = rng.pick([1, 2])
+  const d = rng.pick([16, 64, 128])
+  return {
+    b: rng.pick([1, 2]),
+    sq: rng.pick(lengths),
+    sk: rng.pick(lengths),
+    hq: hk * rng.pick([1, 2, 4]),
+    hk,
+    d,
+    dv: rng.chance(0.2) ? 72 : d,
+    causal: true,
+    window: undefined,
+    scale: 1 / Math.sqrt(d),
+    softCap: rng.chance(0.2) ? 5 : 0,
+    slopes: undefined,
+    sink: undefined,
+  }
+}
+
+async function inputs(rng: Random, c: AttentionCase, dtype: FloatDType, device: Device) {
+  const q = await sample(rng, [c.b, c.sq, c.hq, c.d], dtype, device)
+  const k = await sample(rng, [c.b, c.sk, c.hk, c.d], dtype, device)
+  const v = await sample(rng, [c.b, c.sk, c.hk, c.dv], dtype, device)
+  return { q, k, v }
+}
+
+async function bytes(result: Tensor): Promise<Buffer> {
+  const values = await result.read()
+  return Buffer.from(values.buffer, values.byteOffset, values.byteLength)
+}
+
+describeDevices('attention over a mask', (device) => {
+  describe.each(floats)('%s', (dtype) => {
+    it('agrees with float64 on random masks of every kind', async () => {
+      const rng = random(70)
+      for (let n = 0; n < 30; n++) {
+        const c = plainCase(rng)
+        if (rng.chance(0.3)) {
+          c.slopes = Array.from(rng.normals(c.hq), (x) => Math.fround(Math.abs(x) * 0.1))
+          c.sink = Array.from(rng.normals(c.hq))
+        }
+        const m = drawMask(rng, c.b, rng.pick([1, c.hk, c.hq]), c.sq, c.sk)
+        c.causal = m.causal
+        c.sees = (b, head, i, t) => sees(m, b, Math.floor(head / (c.hq / m.heads)), i, t)
+        const { q, k, v } = await inputs(rng, c, dtype, device)
+        const reference = attentionReference(
+          c,
+          reader(q.values, c.sq, c.hq, c.d),
+          reader(k.values, c.sk, c.hk, c.d),
+          reader(v.values, c.sk, c.hk, c.dv),
+          dtype,
+        )
+        const mask = maskOf(rng, m, device)
+        const what = `${JSON.stringify(c)} ${JSON.stringify({ ...m, table: undefined })}`
+        const dense = await mask.toDense()
+        for (let i = 0; i < dense.length; i++) {
+          const [t, row] = [i % c.sk, Math.floor(i / c.sk)]
+          const head = Math.floor(row / c.sq) % mask.heads
+          const b = Math.floor(row / c.sq / mask.heads)
+          const expected = sees(m, b, head, row % c.sq, t) ? 1 : 0
+          if (dense[i] !== expected) expect(dense[i], `${i} of ${what}`).toBe(expected)
+        }
+        const result = attention(q.tensor, k.tensor, v.tensor, {
+          mask,
+          scale: c.scale,
+          softCap: c.softCap,
+          ...(c.slopes && { slopes: c.slopes }),
+          ...(c.sink && { sink: c.sink }),
+        })
+        const { terms } = reference
+        expectClose(
+          await result.out.read({ as: 'float32' }),
+          reference.out,
+          reference.plain,
+          dtype,
+          `${what} out`,
+          { exponent: terms },
+        )
+        const lse = await result.lse.read()
+        for (let i = 0; i < lse.length; i++)
+          if (reference.lse[i] === Number.NEGATIVE_INFINITY)
+            expect(lse[i], what).toBe(Number.NEGATIVE_INFINITY)
+        expectClose(lse, reference.lse, reference.plainLse, 'float32', `${what} lse`, { terms })
+      }
+    }, 300_000)
+
+    it('is the same for every format, order and head axis of one mask', async () => {
+      const rng = random(71)
+      const c = { ...plainCase(rng), b: 2, sq: 130, sk: 257, hq: 4, hk: 2 }
+      const m = { ...drawMask(rng, c.b, 2, c.sq, c.sk), columns: undefined, diagonals: undefined }
+      const rows = Math.ceil(m.sq / m.block[0])
+      const columns = Math.ceil(m.sk / m.block[1])
+      const table = Array.from({ length: 2 }, () =>
+        Array.from({ length: 2 }, () =>
+          Array.from({ length: rows }, () =>
+            Array.from({ length: columns }, () => rng.chance(0.4)),
+          ),
+        ),
+      )
+      const { q, k, v } = await inputs(rng, c, dtype, device)
+      const results: Buffer[] = []
+      for (const format of formats) {
+        const mask = blockMask(rng, { ...m, table }, format, device)
+        results.push(await bytes(attention(q.tensor, k.tensor, v.tensor, { mask }).out))
+      }
+      const perHead = table.map((heads) => heads.flatMap((one) => [one, one]))
+      const mask = blockMask(rng, { ...m, heads: 4, table: perHead }, 'padded', device)
+      results.push(await bytes(attention(q.tensor, k.tensor, v.tensor, { mask }).out))
+      for (const one of results) expect(Buffer.compare(one, results[0]!)).toBe(0)
+    })
+
+    it('equals dense where everything is listed', async () => {
+      const rng = random(72)
+      for (const causal of [true, false]) {
+        const c = { ...plainCase(rng), b: 1, sq: 200, sk: 313, hq: 2, hk: 1 }
+        const { q, k, v } = await inputs(rng, c, dtype, device)
+        const dense = attention(q.tensor, k.tensor, v.tensor, { causal })
+        const table = tensor(new Uint8Array(4 * 5).fill(1), [1, 1, 4, 5], { device })
+        const mask = Mask.fromBlocks(table, { sq: 200, sk: 313, block: 64, causal })
+        const listed = attention(q.tensor, k.tensor, v.tensor, { mask })
+        if (device === 'cpu')
+          expect(Buffer.compare(await bytes(listed.out), await bytes(dense.out))).toBe(0)
+        const expected = await dense.out.read({ as: 'float32' })
+        const error = maxError(await listed.out.read({ as: 'float32' }), expected)
+        expect(error).toBeLessThan(dtype === 'bfloat16' ? 0.05 : 0.005)
+        expect(await mask.density()).toBe(1)
+      }
+    })
+
+    it('reads nothing of blocks that are not listed', async () => {
+      const rng = random(73)
+      const c = { ...plainCase(rng), b: 1, sq: 256, sk: 256, hq: 2, hk: 2, d: 64, dv: 64 }
+      const { q, k, v } = await inputs(rng, c, dtype, device)
+      const listed = Uint8Array.from({ length: 16 }, (_, i) => (i % 4 === 1 ? 0 : 1))
+      const mask = Mask.fromBlocks(tensor(listed, [1, 1, 4, 4], { device }), {
+        sq: 256,
+        block: 64,
+      })
+      const clean = await bytes(attention(q.tensor, k.tensor, v.tensor, { mask }).out)
+      for (const one of [k, v])
+        one.tensor
+          .slice(1, 64, 128)
+          .copyFrom(tensor([Number.NaN], [1], { device }).expand([1, 64, 2, 64]))
+      const dirty = await bytes(attention(q.tensor, k.tensor, v.tensor, { mask }).out)
+      expect(Buffer.compare(clean, dirty)).toBe(0)
+    })
+  })
+
+  it('keeps packed sequences apart', async () => {
+    const rng = random(74)
+    for (let n = 0; n < 6; n++) {
+      const c = { ...plainCase(rng), b: 1, softCap: 0 }
+      const parts = Array.from({ length: 3 }, () => {
+        const sk = rng.pick([0, 4, 65, 150])
+        return { sk, sq: Math.min(rng.pick([1, 64, 100]), sk) }
+      })
+      const starts = (sizes: number[]) =>
+        sizes.reduce((list, size) => [...list, list.at(-1)! + size], [0])
+      const cuSeqlensQ = starts(parts.map(({ sq }) => sq))
+      const cuSeqlensK = starts(parts.map(({ sk }) => sk))
+      c.sq = cuSeqlensQ.at(-1)!
+      c.sk = cuSeqlensK.at(-1)!
+      const { q, k, v } = await inputs(rng, c, 'float32', device)
+      const [bq, bk] = [rng.pick([16, 64]), rng.pick([16, 64])]
+      const rows = Math.floor(c.sq / bq) + 3
+      const columns = Math.ceil(c.sk / bk)
+      const table = Uint8Array.from({ length: rows * columns }, () => (rng.chance(0.5) ? 1 : 0))
+      const block = [bq, bk] as const
+      const mask = Mask.fromBlocks(tensor(table, [1, 1, rows, columns], { device }), {
+        ...{ sq: c.sq, sk: c.sk, block, cuSeqlensQ, cuSeqlensK },
+      }).union(
+        Mask.fromTokens(
+          { columns: [3].filter((x) => x < c.sk), diagonals: [0, 9].filter((x) => x < c.sk) },
+          { sq: c.sq, sk: c.sk, block, cuSeqlensQ, cuSeqlensK, device },
+        ),
+      )
+      const packed = attention(q.tensor, k.tensor, v.tensor, { mask })
+      for (const [i, { sq, sk }] of parts.entries()) {
+        const own = (of: Tensor<FloatDType>, cu: number[]) => of.slice(1, cu[i]!, cu[i + 1])
+        const first = Math.floor(cuSeqlensQ[i]! / bq) + i
+        const [ownRows, ownColumns] = [Math.ceil(sq / bq), Math.ceil(sk / bk)]
+        const ownTable = Uint8Array.from(
+          { length: ownRows * ownColumns },
+          (_, at) => table[(first + Math.floor(at / ownColumns)) * columns + (at % ownColumns)]!,
+        )
+        const options = { sq, sk, block, device }
+        const single = Mask.fromBlocks(
+          tensor(ownTable, [1, 1, ownRows, ownColumns], { device }),
+          options,
+        ).union(
+          Mask.fromTokens(
+            { columns: sk > 3 ? [3] : [], diagonals: [0, 9].filter((x) => x < sk) },
+            options,
+          ),
+        )
+        const alone = attention(
+          own(q.tensor, cuSeqlensQ),
+          own(k.tensor, cuSeqlensK),
+          own(v.tensor, cuSeqlensK),
+          { mask: single },
+        )
+        const error = maxError(
+          await own(packed.out, cuSeqlensQ).read({ as: 'float32' }),
+          await alone.out.read({ as: 'float32' }),
+        )
+        expect(error, JSON.stringify({ parts, i, block })).toBeLessThan(1e-5)
+      }
+    }
+  })
+
+  it('splits into parts that merge', async () => {
+    const rng = random(75)
+    const c = { ...plainCase(rng), b: 1, sq: 100, sk: 200, d: 64, dv: 64, hq: 2, hk: 1 }
+    const { q, k, v } = await inputs(rng, c, 'float32', device)
+    const whole = Uint8Array.from({ length: 2 * 4 }, () => (rng.chance(0.6) ? 1 : 0))
+    const side = whole.map((listed) => (rng.chance(0.5) ? listed : 0))
+    const other = whole.map((listed, i) => listed - side[i]!)
+    const run = (table: Uint8Array) =>
+      attention(q.tensor, k.tensor, v.tensor, {
+        mask: Mask.fromBlocks(tensor(table, [1, 1, 2, 4], { device }), {
+          sq: 100,
+          sk: 200,
+          block: 64,
+        }),
+      })
+    const joined = merge([run(side), run(other)])
+    const expected = run(whole)
+    expect(maxError(await joined.out.read(), await expected.out.read())).toBeLessThan(1e-5)
+    expect(maxError(await joined.lse.read(), await expected.lse.read())).toBeLessThan(1e-5)
+  })
+
+  it('counts the visible keys in lse where all keys are zero', async () => {
+    const rng = random(76)
+    const m = drawMask(rng, 1, 2, 130, 257)
+    const zero = (s: number) => tensor(new Float32Array(s * 2 * 16), [1, s, 2, 16], { device })
+    const { lse } = attention(zero(130), zero(257), zero(257), { mask: maskOf(rng, m, device) })
+    const values = await lse.read()
+    for (let at = 0; at < values.length; at++) {
+      let keys = 0
+      for (let t = 0; t < 257; t++) if (sees(m, 0, Math.floor(at / 130), at % 130, t)) keys++
+      expect(Math.round(Math.exp(values[at]!))).toBe(keys)
+    }
+  })
+
+  it('sees documents and windows as they are defined', async () => {
+    const starts = [0, 50, 50, 131, 200]
+    const options = { sq: 170, sk: 200, device }
+    const documents = Mask.fromDocuments(starts, options)
+    const window = Mask.fromWindow({ window: 20, sinkTokens: 3 }, options)
+    const both = documents.intersect(window)
+    const document = (t: number) => starts.findLastIndex((start) => start <= t)
+    const [a, b, c] = await Promise.all([documents.toDense(), window.toDense(), both.toDense()])
+    for (let i = 0; i < 170; i++)
+      for (let t = 0; t < 200; t++) {
+        const p = 30 + i
+        const same = t <= p && document(t) === document(p)
+        const near = t <= p && (t > p - 20 || t < 3)
+        expect([a[i * 200 + t], b[i * 200 + t], c[i * 200 + t]], `${i} ${t}`).toEqual(
+          [same, near, same && near].map(Number),
+        )
+      }
+    const rng = random(77)
+    const q = await sample(rng, [1, 170, 2, 16], 'float32', device)
+    const k = await sample(rng, [1, 200, 2, 16], 'float32', device)
+    const whole = await attention(q.tensor, k.tensor, k.tensor, { mask: documents }).out.read()
+    const last = await attention(
+      q.tensor.slice(1, 101),
+      k.tensor.slice(1, 131),
+      k.tensor.slice(1, 131),
+      {
+        causal: true,
+      },
+    ).out.read()
+    expect(maxError(whole.subarray(101 * 32), last)).toBeLessThan(1e-5)
+  })
+
+  it('refuses lists that do not fit, at the call or at the read', async () => {
+    const q = tensor(new Float32Array(128 * 16), [1, 128, 1, 16], { device })
+    const int32 = (values: number[], shape: number[]) =>
+      tensor(values, shape, { dtype: 'int32', device })
+    const lists = (count: number, index: number[]) => ({
+      count: int32([count, 0], [1, 1, 2]),
+      index: int32([...index, 0, 0], [1, 1, 2, 2]),
+    })
+    const options = { sq: 128, block: 64 }
+    for (const bad of [lists(2, [0, 2]), lists(1, [-1, 0]), lists(3, [0, 1]), lists(-1, [0, 1])]) {
+      const error = await failure(() =>
+        attention(q, q, q, { mask: Mask.fromLists(bad, options) }).out.read(),
+      )
+      expect(error.message).toMatch(/^mask\.pack: (index|count) must/)
+    }
+    const mask = Mask.fromLists(lists(1, [0, 0]), options)
+    const wrong = await failure(() =>
+      attention(q.slice(1, 0, 60), q, q, { mask: Mask.fromLists(lists(1, [0, 0]), options) }),
+    )
+    expect(wrong.message).toMatch(/^attention: mask must have 1 rows of blocks, got 2/)
+    expect((await failure(() => attention(q, q, q, { mask, causal: false }))).message).toBe(
+      'attention: causal must be as the mask has it, true, got false',
+    )
+    expect((await failure(() => attention(q, q, q, { mask, window: 3 }))).message).toBe(
+      'attention: window cannot be combined with mask',
+    )
+  })
+
+  it('draws itself', async () => {
+    const mask = Mask.fromWindow({ window: 40, sinkTokens: 8 }, { sq: 300, device })
+    const picture = await mask.svg({ size: 100 })
+    expect(picture).toMatch(/^<svg .*<\/svg>$/)
+    expect(picture.match(/<rect/g)!.length).toBeGreaterThan(90)
+  })
+})
