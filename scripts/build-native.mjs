@@ -1,6 +1,8 @@
 // `cmake-js build` with two of its habits mended: it forgets new --CD options once a cache exists, and it leaves the
 // number of jobs to make, which means one.
+//   --cuda-if-gpu   leaves CUDA out of a first build on a machine without a GPU, which takes a third of the time
 import { spawnSync } from 'node:child_process'
+import { existsSync } from 'node:fs'
 import { createRequire } from 'node:module'
 import { availableParallelism } from 'node:os'
 import { dirname, join } from 'node:path'
@@ -11,7 +13,12 @@ const cli = join(
   dirname(createRequire(import.meta.url).resolve('cmake-js/package.json')),
   'bin/cmake-js',
 )
-const args = process.argv.slice(2)
+const given = process.argv.slice(2)
+const args = given.filter((arg) => arg !== '--cuda-if-gpu')
+if (args.length < given.length && !existsSync(join(root, 'build', 'CMakeCache.txt'))) {
+  const driver = ['/proc/driver/nvidia/version', '/dev/nvidiactl', '/dev/dxg']
+  if (!driver.some(existsSync)) args.push('--CDHEDDLE_CUDA=OFF')
+}
 
 function cmake(command) {
   const jobs = process.env.CMAKE_BUILD_PARALLEL_LEVEL ?? String(availableParallelism())
