@@ -39,6 +39,7 @@ Napi::Object load(Napi::Env env, Napi::Object exports) {
   add<init>(exports, "init");
   add<operators_to_js>(exports, "operators");
   add<run>(exports, "run");
+  add<explain>(exports, "explain");
   add<make_empty>(exports, "empty");
   add<make_from>(exports, "from");
   add<make_view>(exports, "view");

@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "binding/environment.h"
+#include "core/explain.h"
 
 namespace heddle {
 namespace {
@@ -58,6 +59,42 @@ class Marshal {
         sizes_(op.schema) {}
 
   Napi::Value run() {
+    read_arguments();
+    return launch();
+  }
+
+  Napi::Value explain() {
+    read_arguments();
+    for (const Argument& argument : op_.schema.arguments)
+      if (argument.is_output() && is_wanted(argument)) describe_output(argument);
+    Explanation explanation;
+    const Explain variants = device_.kind == Device::kCuda ? find_explain(op_.name) : nullptr;
+    if (variants) {
+      const CudaStatus status = cuda_status();
+      explanation =
+          variants(call_->arguments, status.devices.at(static_cast<size_t>(device_.index)));
+    } else {
+      check_implemented();
+      explanation.variant = device_.kind == Device::kCpu ? kIsaNames[op_.cpu.isa] : "cuda";
+    }
+    const Napi::Env env = info_.Env();
+    Napi::Array declined = Napi::Array::New(env);
+    for (const auto& [variant, reason] : explanation.declined) {
+      Napi::Object entry = Napi::Object::New(env);
+      entry["variant"] = variant;
+      entry["reason"] = reason;
+      declined[declined.Length()] = entry;
+    }
+    Napi::Object result = Napi::Object::New(env);
+    result["variant"] = explanation.variant
+                            ? Napi::Value(Napi::String::New(env, explanation.variant))
+                            : env.Undefined();
+    result["declined"] = declined;
+    return result;
+  }
+
+ private:
+  void read_arguments() {
     size_t position = 1;
     for (const Argument& argument : op_.schema.arguments) {
       if (argument.is_output()) continue;
@@ -76,10 +113,8 @@ class Marshal {
       if (argument.is_tensor() && !argument.is_output() && tensor(argument))
         sizes_.match(argument, shape_of(argument), tensor(argument));
     if (op_.validate) op_.validate(call_->arguments);
-    return launch();
   }
 
- private:
   Tensor& tensor(const Argument& argument) { return call_->member<Tensor>(argument.offset); }
 
   const Shape& shape_of(const Argument& argument) {
@@ -198,10 +233,23 @@ class Marshal {
     return by.is_tensor() ? bool(tensor(by)) : call_->member<bool>(by.offset);
   }
 
-  Napi::Value launch() {
+  void check_implemented() const {
     const bool cpu = device_.kind == Device::kCpu;
     HEDDLE_CHECK(cpu ? bool(op_.cpu) : bool(op_.cuda), kUnsupported, "",
                  "there is no implementation for ", heddle::text_of(device_));
+  }
+
+  // Its shape, without memory
+  Tensor& describe_output(const Argument& argument) {
+    Tensor& view = tensor(argument);
+    sizes_.fill(argument, shape_of(argument), view);
+    view.dtype = output_dtype(argument);
+    view.device = device_;
+    return view;
+  }
+
+  Napi::Value launch() {
+    check_implemented();
     Backend& backend = environment_.backend(device_);
     struct Output {
       StorageRef storage;
@@ -212,10 +260,7 @@ class Marshal {
       if (!argument.is_output()) continue;
       Output& output = outputs.emplace_back();
       if (!is_wanted(argument)) continue;
-      Tensor& view = tensor(argument);
-      sizes_.fill(argument, shape_of(argument), view);
-      view.dtype = output_dtype(argument);
-      view.device = device_;
+      Tensor& view = describe_output(argument);
       output.storage = backend.allocate(static_cast<size_t>(view.size()) * size_of(view.dtype));
       view.data = output.storage->data;
       output.view = view;
@@ -290,16 +335,28 @@ Napi::Value operators_to_js(const Napi::CallbackInfo& info) {
   return list;
 }
 
-Napi::Value run(const Napi::CallbackInfo& info) {
+namespace {
+
+template <class Body> Napi::Value marshalled(const Napi::CallbackInfo& info, const Body& body) {
   const uint32_t index = info[0].As<Napi::Number>().Uint32Value();
   const auto& all = operators();
   HEDDLE_CHECK(index < all.size(), kArgument, "", "there is no such operator");
   try {
-    return Marshal(Environment::of(info.Env()), *all[index], info).run();
+    return body(Marshal(Environment::of(info.Env()), *all[index], info));
   } catch (Error& error) {
     if (error.op.empty()) error.op = all[index]->name;
     throw;
   }
+}
+
+}  // namespace
+
+Napi::Value run(const Napi::CallbackInfo& info) {
+  return marshalled(info, [](Marshal&& call) { return call.run(); });
+}
+
+Napi::Value explain(const Napi::CallbackInfo& info) {
+  return marshalled(info, [](Marshal&& call) { return call.explain(); });
 }
 
 }  // namespace heddle

@@ -10,4 +10,8 @@ Napi::Value operators_to_js(const Napi::CallbackInfo& info);
 // ...shape] of each output in turn, -1 for one that was not asked for
 Napi::Value run(const Napi::CallbackInfo& info);
 
+// explain(operator, ...arguments as for run): {variant, declined: [{variant, reason}]} of the call
+// that run would make
+Napi::Value explain(const Napi::CallbackInfo& info);
+
 }  // namespace heddle

@@ -5,6 +5,7 @@ export type { AnyTypedArray, DType, DTypeOf, FloatDType, HostArray, HostArrays }
 export { bytesPerElement, dtypes } from './dtype.js'
 export type { ErrorCode, ErrorDetails } from './errors.js'
 export { HeddleError } from './errors.js'
+export { type Explanation, explain } from './explain.js'
 export type { Graph } from './graph.js'
 export { graph } from './graph.js'
 export type {

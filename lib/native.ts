@@ -31,6 +31,14 @@ export interface Schema {
   cuda: boolean
 }
 
+/** What `explain` returns. */
+export interface Explanation {
+  /** The variant that the call would run, `undefined` if all decline; on the CPU the instruction set. */
+  variant: string | undefined
+  /** Better variants that do not take the call, best first, and why. */
+  declined: { variant: string; reason: string }[]
+}
+
 /** @internal What the addon knows of CUDA on this machine. */
 export interface NativeCuda {
   built: boolean
@@ -47,6 +55,7 @@ export interface Addon {
   init(errorClass: typeof HeddleError): void
   operators(): Schema[]
   run(operator: number, ...args: unknown[]): number[]
+  explain(operator: number, ...args: unknown[]): Explanation
   empty(dtype: number, shape: readonly number[], kind: number, index: number): number
   from(
     bytes: ArrayBufferView,
@@ -105,6 +114,26 @@ export function operatorSchemas(): readonly Schema[] {
   return schemas
 }
 
+// Thrown in place of running an operator while its call is explained
+class Explained {
+  constructor(readonly explanation: Explanation) {}
+}
+let explaining = false
+
+/** @internal Makes a call up to its first operator, which is explained instead of run. */
+export function explainCall(call: () => unknown): Explanation | undefined {
+  explaining = true
+  try {
+    call()
+  } catch (error) {
+    if (error instanceof Explained) return error.explanation
+    throw error
+  } finally {
+    explaining = false
+  }
+  return undefined
+}
+
 /**
  * @internal Runs a native operator on named arguments and returns its outputs in the schema's order, `undefined` where one
  * was not asked for. Arguments that the schema does not have are ignored: callers check their options first.
@@ -121,6 +150,7 @@ export function run(name: string, named: Record<string, unknown>): (Tensor | und
     device = value.device
     return value.handle
   })
+  if (explaining) throw new Explained(native.explain(entry.index, ...args))
   const results = native.run(entry.index, ...args)
   const outputs: (Tensor | undefined)[] = []
   for (let i = 0; i < results.length; ) {

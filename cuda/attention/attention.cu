@@ -234,6 +234,7 @@ void run(const Attention& op, CudaContext& context) {
 }
 
 HEDDLE_REGISTER(Attention);
+HEDDLE_EXPLAIN(Attention, kVariants);
 
 }  // namespace
 }  // namespace heddle

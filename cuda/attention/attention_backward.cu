@@ -49,6 +49,7 @@ void run(const AttentionBackward& op, CudaContext& context) {
 }
 
 HEDDLE_REGISTER(AttentionBackward);
+HEDDLE_EXPLAIN(AttentionBackward, kVariants);
 
 }  // namespace
 }  // namespace heddle

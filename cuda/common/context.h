@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "core/backend.h"
+#include "core/explain.h"
 
 // Turns a CUDA error into ours, with the call that met it
 #define HEDDLE_CUDA(call)                                           \
@@ -104,4 +105,27 @@ void run_variants(const Variant<Op> (&table)[N], const Op& op, CudaContext& cont
        concat("no kernel takes this call on sm_", context.arch, " (", reasons, ")"));
 }
 
+// Which variant of a table would run, without a stream: nothing is enqueued or allocated
+template <class Op, const auto& kTable>
+Explanation explain_variants(const void* arguments, const DeviceInfo& device) {
+  FaultPool pool;
+  int* tickets = nullptr;
+  const CudaContext context(nullptr, device, pool, tickets, Op::kName);
+  Explanation explanation;
+  for (const Variant<Op>& variant : kTable) {
+    const char* reason = variant.declines(*static_cast<const Op*>(arguments), context);
+    if (!reason) {
+      explanation.variant = variant.name;
+      break;
+    }
+    explanation.declined.push_back({variant.name, reason});
+  }
+  return explanation;
+}
+
 }  // namespace heddle
+
+// Lets `explain` see a table of variants, beside HEDDLE_REGISTER
+#define HEDDLE_EXPLAIN(Op, table)                                           \
+  [[maybe_unused]] static const bool HEDDLE_JOIN(explained_, __COUNTER__) = \
+      ::heddle::register_explain(Op::kName, ::heddle::explain_variants<Op, table>)

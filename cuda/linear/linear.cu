@@ -162,6 +162,7 @@ void run(const Linear& op, CudaContext& context) {
 }
 
 HEDDLE_REGISTER(Linear);
+HEDDLE_EXPLAIN(Linear, kVariants);
 
 }  // namespace
 }  // namespace heddle

@@ -1,0 +1,66 @@
+import { attention, attentionBackward, explain, linear, memory, norm, randn, zeros } from 'heddle'
+import { describe, expect, it } from 'vitest'
+import { operatorSchemas } from '../../lib/native.js'
+import { describeDevices } from '../support/devices.js'
+
+describeDevices('explain', (device) => {
+  const draw = (shape: number[], dtype: 'float32' | 'bfloat16' = 'bfloat16') =>
+    randn(shape, { dtype, device })
+
+  it('names what would run and leaves no trace', () => {
+    const [q, k] = [draw([1, 64, 4, 64]), draw([1, 64, 2, 64])]
+    const before = memory(device)
+    const { variant, declined } = explain(attention, q, k, k, {
+      causal: true,
+      sink: [1, 2, 3, 4],
+      cuSeqlensQ: [0, 64],
+      cuSeqlensK: [0, 64],
+    })
+    if (device === 'cpu') {
+      expect(variant).toBe(operatorSchemas().find(({ name }) => name === 'attention')!.cpu)
+      expect(declined).toEqual([])
+    } else {
+      const names = [...declined.map((entry) => entry.variant), variant]
+      expect(names).toEqual(['sm90_wgmma', 'sm80_simt'].slice(0, names.length))
+    }
+    expect(memory(device).tensors).toBe(before.tensors)
+    expect(memory(device).bytes).toBe(before.bytes)
+  })
+
+  it('says why a faster kernel does not take a call', () => {
+    const q = draw([1, 64, 4, 64], 'float32')
+    const { variant, declined } = explain(attention, q, q, q)
+    if (device === 'cpu') return expect(declined).toEqual([])
+    expect(variant).toBe('sm80_simt')
+    expect(declined).toHaveLength(1)
+    expect(declined[0]!.variant).toBe('sm90_wgmma')
+    expect(declined[0]!.reason).toMatch(/must be/)
+  })
+
+  it('takes every operator, with several arguments or options', () => {
+    const [x, w] = [draw([8, 16]), draw([4, 16])]
+    expect(explain(linear, x, w).variant).toBeTypeOf('string')
+    expect(explain(norm, x, undefined).variant).toBeTypeOf('string')
+    const q = draw([1, 8, 2, 16])
+    const lse = zeros([1, 2, 8], { device })
+    expect(explain(attentionBackward, q, q, q, q, lse, q, { window: 3 }).variant).toBeTypeOf(
+      'string',
+    )
+  })
+
+  it('checks what the call would check, and runs again afterwards', async () => {
+    const q = draw([1, 8, 2, 16])
+    expect(() => explain(attention, q, draw([1, 8, 2, 24]), q)).toThrow(
+      'attention: k must be [b, sk, hk, d]',
+    )
+    const { out } = attention(q, q, q)
+    expect((await out.read({ as: 'float32' })).every(Number.isFinite)).toBe(true)
+  })
+})
+
+describe('explain', () => {
+  it('refuses what is no operator', () => {
+    expect(() => explain('attention' as never)).toThrow('explain: operator must be a function')
+    expect(() => explain(() => 1)).toThrow('explain: operator must be one that runs a kernel')
+  })
+})
