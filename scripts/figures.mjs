@@ -26,7 +26,13 @@ const section = ({ device, date, commit, copyTBps, productTflops, enqueueMicrose
     `${Math.round(row.roofShare * 100)} %`,
     ...peers.map((peer) => (row.peers[peer] ? `${(row.peers[peer] / row.ms).toFixed(2)} x` : '')),
   ])
-  const table = [head, head.map((_, i) => (i === 0 ? '---' : '---:')), ...lines]
+  // as the formatter lays it out
+  const widths = head.map((_, i) => Math.max(...[head, ...lines].map((cells) => cells[i].length)))
+  const padded = [head, ...lines].map((cells) =>
+    cells.map((cell, i) => (i === 0 ? cell.padEnd(widths[i]) : cell.padStart(widths[i]))),
+  )
+  const rule = widths.map((width, i) => (i === 0 ? '-'.repeat(width) : `${'-'.repeat(width - 1)}:`))
+  const table = [padded[0], rule, ...padded.slice(1)]
   return [
     `**${device}**, ${date}, at ${commit}. In the same run a copy moved ${(copyTBps * 1000).toPrecision(3)} GB/s and a large matrix`,
     `product reached ${productTflops.toPrecision(3)} TFLOP/s; enqueueing the smallest operator took ${enqueueMicroseconds.toFixed(1)} µs. A peer's column is`,
