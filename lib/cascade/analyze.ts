@@ -159,7 +159,7 @@ class Analyzer {
       machine: this.#machine.name,
     }
     if (advise) {
-      analysis.suggestions = suggest(this.ir, analysis, this.#machine.tile, (ir) =>
+      analysis.suggestions = suggest(this.ir, analysis, this.#machine.tile, this.#sizes, (ir) =>
         analyze(ir, this.options, false),
       )
     }
@@ -514,7 +514,39 @@ class Analyzer {
         })
       }
     }
+    for (const { node, variable } of this.#sweptByStep()) {
+      warnings.push({
+        code: 'CAS032',
+        message: `${node.name} sweeps ${variable} again in every step of ${node.iteration}; passes count one step`,
+        span: node.statement.out.span,
+      })
+    }
     return warnings
+  }
+
+  // Reductions inside an iteration over what does not change with it, if the next step waits for their result
+  *#sweptByStep(): Generator<{ node: Node; variable: string }> {
+    const { nodes } = this.#graph
+    for (const node of nodes) {
+      const { iteration } = node
+      if (iteration === undefined) continue
+      const body = nodes.filter((one) => one.iteration === iteration)
+      const waiting = new Set([node.name])
+      for (let size = 0; size < waiting.size; ) {
+        size = waiting.size
+        for (const { name, ins } of body)
+          if (ins.some(({ tensor }) => waiting.has(tensor))) waiting.add(name)
+      }
+      // reached by its own result, so through the state
+      if (!node.ins.some(({ tensor }) => waiting.has(tensor))) continue
+      const variable = [...node.variables].find(
+        (v) =>
+          v !== iteration &&
+          !indexedBy(node.out, v) &&
+          node.ins.some((use) => indexedBy(use, v) && !indexedBy(use, iteration)),
+      )
+      if (variable !== undefined) yield { node, variable }
+    }
   }
 }
 

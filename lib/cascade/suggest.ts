@@ -41,10 +41,11 @@ export function suggest(
   ir: CascadeIR,
   before: Analysis,
   tile: number,
+  sizes: ReadonlyMap<string, number>,
   analyze: (ir: CascadeIR) => Analysis,
 ): Suggestion[] {
   const suggestions: Suggestion[] = []
-  for (const { rule, draft, effect, rank } of candidates(ir, before, tile)) {
+  for (const { rule, draft, effect, rank } of candidates(ir, before, tile, sizes)) {
     const rewritten = print(withoutUnread(ir, draft))
     let after: Analysis
     try {
@@ -94,7 +95,12 @@ function withoutUnread(ir: CascadeIR, draft: Draft): Draft {
   }
 }
 
-function* candidates(ir: CascadeIR, before: Analysis, tile: number): Generator<Candidate> {
+function* candidates(
+  ir: CascadeIR,
+  before: Analysis,
+  tile: number,
+  sizes: ReadonlyMap<string, number>,
+): Generator<Candidate> {
   const deferred = deferDivision(ir)
   if (deferred) yield { rule: 'defer-division', ...deferred }
   for (const { name, levels } of ir.families) {
@@ -120,7 +126,11 @@ function* candidates(ir: CascadeIR, before: Analysis, tile: number): Generator<C
         draft: mergedForm(ir, plan, tile),
         effect: `parts of ${tile} along ${variable} run side by side, and results of size ${name}1 are merged`,
       }
-    } else if (plan.shifted.length === 0 && plan.before.length > 0) {
+    } else if (
+      plan.shifted.length === 0 &&
+      plan.before.length > 0 &&
+      !((sizes.get(name) ?? Number.POSITIVE_INFINITY) <= tile)
+    ) {
       yield {
         rule: 'partition',
         rank: name,
@@ -421,6 +431,8 @@ function precomputeDelta(ir: CascadeIR, variable: string): Omit<Candidate, 'rule
     const { factors, divisors } = productOf(one.expr)
     const left = plainNames(one.out.indices)
     if (factors.length !== 2 || divisors.length > 0 || !left) continue
+    // a result in its own right is computed here; only what another sweep waits for comes from elsewhere
+    if (ir.outputs.includes(one.out.name)) continue
     for (const [weight, grad] of [factors, [...factors].reverse()] as [Expr, Expr][]) {
       if (weight.kind !== 'access' || grad.kind !== 'access') continue
       const from = producer(grad.name)

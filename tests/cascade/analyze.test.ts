@@ -206,6 +206,73 @@ describe('passes of published algorithms', () => {
     })
   })
 
+  it('a search by bisection sweeps the scores in every step, and says so', () => {
+    const text = `
+      ${scores}
+      HI[p] = max(m) QK[m,p]
+      init TAU[i=0,p] = HI[p] - 1
+      iterate i {
+        Z[i,p]     = sum(m) relu(QK[m,p] - TAU[i,p])
+        TAU[i+1,p] = TAU[i,p] + if(Z[i,p] >= 1, 1, 0) * exp2(-i - 1)
+      }
+      A[m,p]  = relu(QK[m,p] - TAU[I,p])
+      AV[f,p] = sum(m) A[m,p] * V[f,m]`
+    const { passes, warnings } = cascade(text).analyze()
+    expect(passes.M!.perTensor).toEqual({ K: 3, QK: 3, A: 1, V: 1 })
+    expect(warnings).toEqual([
+      {
+        code: 'CAS032',
+        message: 'Z sweeps m again in every step of i; passes count one step',
+        span: [7, 9, 6],
+      },
+    ])
+    expect(cascade(onePass).analyze().warnings).toEqual([])
+  })
+
+  it.each([
+    [
+      'softplus with re-weighting',
+      'A[m,p] = softplus(QK[m,p])\nD[p] = sum(m) A[m,p]\nR[m,p] = relu(A[m,p] / D[p] * n - 1)\nC[m,p] = pow(R[m,p], 15)\nS[p] = sum(m) C[m,p]\nW[f,p] = sum(m) C[m,p] * V[f,m]\nAV[f,p] = W[f,p] / S[p]',
+      2,
+    ],
+    [
+      'heads mixed after the softmax',
+      `GM[h,p] = max(m) QK[h,m,p]
+      SN[h,m,p] = exp(QK[h,m,p] - GM[h,p])
+      SD[h,p]   = sum(m) SN[h,m,p]
+      A[h,m,p]  = SN[h,m,p] / SD[h,p]
+      B[g,m,p]  = sum(h) W[g,h] * A[h,m,p]
+      AV[g,f,p] = sum(m) B[g,m,p] * V[g,f,m]`,
+      3,
+    ],
+    [
+      'Nystrom',
+      `GA[p] = max(l) FA[p,l]\nEA[p,l] = exp(FA[p,l] - GA[p])\nDA[p] = sum(l) EA[p,l]
+      FB[l,m] = sum(e) QL[l,e] * K[m,e]\nGB[l] = max(m) FB[l,m]\nEB[l,m] = exp(FB[l,m] - GB[l])
+      DB[l] = sum(m) EB[l,m]\nWV[l,f] = sum(m) EB[l,m] * V[m,f]\nX[l,f] = WV[l,f] / DB[l]
+      Y[p,f] = sum(l) EA[p,l] * X[l,f]\nO[p,f] = Y[p,f] / DA[p]`,
+      2,
+    ],
+    [
+      'Performer',
+      `KV[e,f] = sum(m) PK[e,m] * V[f,m]\nKS[e] = sum(m) PK[e,m]
+      N[f,p] = sum(e) PQ[e,p] * KV[e,f]\nD[p] = sum(e) PQ[e,p] * KS[e]\nAV[f,p] = N[f,p] / D[p]`,
+      1,
+    ],
+    [
+      'a selective state space',
+      `init H[m=0,d,n] = 0
+      iterate m {
+        G[m,d]     = softplus(X[m,d])
+        H[m+1,d,n] = exp(min(G[m,d] * A[d,n], 0)) * H[m,d,n] + G[m,d] * B[m,n] * X[m,d]
+        Y[m,d]     = sum(n) C[m,n] * H[m+1,d,n]
+      }`,
+      1,
+    ],
+  ] as const)('%s', (_, text, passes) => {
+    expect(passesOf(text, 'M').headline).toBe(passes)
+  })
+
   it('two layers read the first one twice, as keys and as queries', () => {
     const text = `
       X[f,p]  = sum(m) A[m,p] * V[f,m]

@@ -534,7 +534,7 @@ describe('text', () => {
           if (run % 16 === 0) {
             if (cascade(printed).toString() !== printed)
               throw new Error(`prints what does not parse back: ${text}`)
-            cascade(text).analyze()
+            if (run % 64 === 0) cascade(text).analyze()
           }
           read++
         } catch (error) {
@@ -555,7 +555,7 @@ describe('text', () => {
       Error.stackTraceLimit = trace
     }
     expect(read).toBeGreaterThan(1000)
-  })
+  }, 240_000)
 
   it('survives deep nesting', () => {
     for (const text of [

@@ -129,6 +129,26 @@ const rows: readonly (readonly [
     [1, 1],
   ],
   [
+    'one query, batches',
+    `S[b,m] = sum(e) Qb[b,e] * Kb[b,e,m]
+     GM[b]  = max(m) S[b,m]
+     SN[b,m] = exp(S[b,m] - GM[b])
+     SD[b]  = sum(m) SN[b,m]
+     AV[b,f] = sum(m) SN[b,m] * Vb[b,f,m] / SD[b]`,
+    ['defer-division', 'split-kv'],
+    [3, 2, 1],
+  ],
+  [
+    'one query, no ranks at all',
+    `S[m] = sum(e) q[e] * K[e,m]
+     GM = max(m) S[m]
+     SN[m] = exp(S[m] - GM)
+     SD = sum(m) SN[m]
+     AV[f] = sum(m) SN[m] * V[f,m] / SD`,
+    ['defer-division', 'iterate-max'],
+    [3, 2, 1],
+  ],
+  [
     'differential attention',
     `SA[m,p] = sum(e) Q[e,p] * K[e,m] * scale
      SB[m,p] = sum(e) Q2[e,p] * K2[e,m] * scale
@@ -150,6 +170,10 @@ const shapes: Readonly<Record<string, readonly string[]>> = {
   A: ['M'],
   B: ['M'],
   gate: ['M'],
+  q: ['E'],
+  Qb: ['B', 'E'],
+  Kb: ['B', 'E', 'M'],
+  Vb: ['B', 'F', 'M'],
 }
 
 function inputsOf(names: readonly string[], sizes: Record<string, number>) {
@@ -218,7 +242,7 @@ describe('suggestions', () => {
             for (const [rank, { headline }] of Object.entries(before.passes))
               expect(after.passes[rank]?.headline ?? 1).toBeLessThanOrEqual(headline)
             for (const M of [1, 3, 4, 9, 16])
-              expectSame(text, rewritten, { E: 2, F: 3, M, P: 1 + rng.below(7) })
+              expectSame(text, rewritten, { B: 2, E: 2, F: 3, M, P: 1 + rng.below(7) })
             return rewritten
           })
         })
