@@ -1,12 +1,14 @@
 #!/usr/bin/env node
-import { readFileSync } from 'node:fs'
+import { readFileSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { parseArgs } from 'node:util'
 import { checkInteger, closest } from './check.js'
 import { analyzeFile, report } from './cli/analyze.js'
 import { examine, findingLines } from './cli/doctor.js'
-import { evaluate, evaluationTable } from './cli/eval.js'
+import { comparisonTable, type Evaluation, evaluate, evaluationTable } from './cli/eval.js'
+import { chooseMechanism, mechanismOptions } from './cli/mechanisms.js'
 import { chooseDevice, chooseDType, loadModel } from './cli/model.js'
+import { reportPage } from './cli/report.js'
 import { table } from './cli/terminal.js'
 import { cuda } from './device.js'
 import { HeddleError, refuse } from './errors.js'
@@ -22,8 +24,15 @@ const usage = `heddle: attention kernels for Node.js
                                            bits per byte and recall on a set of texts
   heddle analyze FILE [--size M=8192,P=8192] [--scalar off=0] [--dtype T] [--machine NAME]
                   [--svg OUT] [--json]     passes, cost and rewrites of a cascade of einsums
+  heddle eval … --attention MECHANISM      the same over what it selects, next to dense
+  heddle report --model DIR --set FILE:NAME --out PAGE [--limit N] [--device D] [--dtype T]
+                                           every mechanism on one page of HTML
   heddle --version | --help
 
+MECHANISM is flex-prefill [--mode reference|coverage] [--gamma G] [--tau T] [--min-budget N]
+[--max-budget N] [--block N], minference [--vertical N] [--slash N], sampled [--stride N] [--top-k N]
+[--block N], streaming [--window N] [--sink-tokens N] or xattention [--stride N] [--threshold T]
+[--block N].
 D is cpu, cuda or cuda:N (the first GPU there is, else cpu); T is float32, float16 or bfloat16.
 NAME is h200, h100, a100 or cpu.
 `
@@ -44,6 +53,12 @@ const options = {
   scalar: { type: 'string' },
   machine: { type: 'string' },
   svg: { type: 'string' },
+  attention: { type: 'string' },
+  out: { type: 'string' },
+  ...(Object.fromEntries(mechanismOptions.map((name) => [name, { type: 'string' }])) as Record<
+    (typeof mechanismOptions)[number],
+    { type: 'string' }
+  >),
   json: { type: 'boolean' },
   help: { type: 'boolean', short: 'h' },
   version: { type: 'boolean', short: 'v' },
@@ -161,14 +176,27 @@ const commands: Record<string, (values: Values, file: string | undefined) => Pro
 
   async eval(values) {
     const op = 'eval'
-    const evaluation = await evaluate({
-      model: text(values, op, 'model', true),
-      set: text(values, op, 'set', true),
-      limit: integer(values, op, 'limit', 1),
-      device: text(values, op, 'device'),
-      dtype: text(values, op, 'dtype'),
-    })
-    print(values.json ? JSON.stringify(evaluation, null, 2) : evaluationTable(evaluation))
+    const name = text(values, op, 'attention')
+    const settings = Object.fromEntries(mechanismOptions.map((key) => [key, text(values, op, key)]))
+    const stray = mechanismOptions.find((key) => settings[key] !== undefined)
+    if (name === undefined && stray !== undefined)
+      throw refuse('ERR_ARGUMENT', op, stray, `--${stray} goes with --attention`)
+    const mechanism = name === undefined ? undefined : chooseMechanism(op, name, settings)
+    const asked = evaluationOptions(values, op)
+    const evaluation = await evaluate(asked)
+    if (!mechanism) {
+      print(values.json ? JSON.stringify(evaluation, null, 2) : evaluationTable(evaluation))
+      return 0
+    }
+    const sparse = await evaluate({ ...asked, mechanism })
+    print(
+      values.json
+        ? JSON.stringify({ dense: evaluation, [mechanism.label]: sparse }, null, 2)
+        : comparisonTable([
+            ['dense', evaluation],
+            [mechanism.label, sparse],
+          ]),
+    )
     return 0
   },
 
@@ -186,6 +214,39 @@ const commands: Record<string, (values: Values, file: string | undefined) => Pro
     print(values.json ? JSON.stringify(result.analysis, null, 2) : report(result))
     return 0
   },
+  async report(values) {
+    const op = 'report'
+    const out = text(values, op, 'out', true)
+    const asked = evaluationOptions(values, op)
+    const done: [string, Evaluation][] = [['dense', await evaluate(asked)]]
+    for (const [name, settings] of reported) {
+      const mechanism = chooseMechanism(op, name, settings)
+      done.push([mechanism.label, await evaluate({ ...asked, mechanism, pictures: true })])
+    }
+    writeFileSync(out, reportPage(asked.set, done))
+    print(comparisonTable(done))
+    return 0
+  },
+}
+
+// What a report compares
+const reported: readonly (readonly [string, Record<string, string>])[] = [
+  ['sampled', {}],
+  ['flex-prefill', { mode: 'reference', gamma: '0.95', 'min-budget': '512' }],
+  ['flex-prefill', { mode: 'coverage', gamma: '0.95', 'min-budget': '512' }],
+  ['xattention', {}],
+  ['minference', { vertical: '1000', slash: '1000' }],
+  ['streaming', {}],
+]
+
+function evaluationOptions(values: Values, op: string) {
+  return {
+    model: text(values, op, 'model', true),
+    set: text(values, op, 'set', true),
+    limit: integer(values, op, 'limit', 1),
+    device: text(values, op, 'device'),
+    dtype: text(values, op, 'dtype'),
+  }
 }
 
 async function main(args: string[]): Promise<number> {

@@ -104,7 +104,9 @@ export interface Mask {
   intersect(other: Mask): Mask
   /** One head as a picture, dark where much is seen. */
   svg(options?: SvgOptions): Promise<string>
+  /** Frees its lists. */
   dispose(): void
+  /** Lets `using mask = …` dispose of it. */
   [Symbol.dispose](): void
 }
 
@@ -420,17 +422,8 @@ export function makeMask(given: MaskParts): Mask {
   }
   const mask: Mask = {
     ...parts,
-    async count() {
-      return visible(await readRows(parts))
-    },
-    async density() {
-      const rows = await readRows(parts)
-      const every = { ...parts, blocks: undefined, columns: undefined, diagonals: undefined }
-      const all = visible(
-        await readRows({ ...every, heads: 1, bounds: undefined, window: 0, sinkTokens: sk }),
-      )
-      return all === 0 ? 0 : visible(rows) / (all * heads)
-    },
+    count: async () => (await readMask(parts)).count(),
+    density: async () => (await readMask(parts)).density(),
     async toDense() {
       if (sequences * heads * sq * sk > largestDense)
         throw refuse(
@@ -449,9 +442,7 @@ export function makeMask(given: MaskParts): Mask {
     },
     union: (other) => combine(parts, other, false),
     intersect: (other) => combine(parts, other, true),
-    async svg(options = {}) {
-      return draw(await readRows(parts), parts, options)
-    },
+    svg: async (options = {}) => (await readMask(parts)).svg(options),
     dispose,
     [Symbol.dispose]: dispose,
   }
@@ -539,6 +530,31 @@ function combine(a: MaskParts, other: Mask, intersect: boolean): Mask {
     window: number('window'),
     sinkTokens: number('sinkTokens'),
   })
+}
+
+/** @internal A mask that was read. */
+export interface HostMask {
+  readonly heads: readonly number[]
+  count(): number
+  density(): number
+  svg(options: SvgOptions): string
+}
+
+/** @internal Reads a mask, and leaves looking at it for later; what it is made of may go meanwhile. */
+export async function readMask(parts: MaskParts): Promise<HostMask> {
+  const rows = await readRows(parts)
+  const count = () => visible(rows)
+  return {
+    heads: Array.from({ length: parts.heads }, (_, head) => head),
+    count,
+    density() {
+      let all = 0
+      for (const { sq, sk } of rows.lengths)
+        for (let p = sk - sq; p < sk; p++) all += parts.causal ? Math.max(p + 1, 0) : sk
+      return all === 0 ? 0 : count() / (all * parts.heads)
+    },
+    svg: (options) => draw(rows, parts, options),
+  }
 }
 
 type Visit = (sequence: number, head: number, query: number, runs: readonly number[]) => void

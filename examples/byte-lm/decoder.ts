@@ -60,6 +60,15 @@ export interface Cache {
   readonly slot: Tensor<'int32'>
 }
 
+/** What the softmax layers compute from q, k and v: [1, n, heads, d], over keys that may have a prefix. */
+export type Attend = (
+  q: Tensor<FloatDType>,
+  k: Tensor<FloatDType>,
+  v: Tensor<FloatDType>,
+) => Tensor<FloatDType>
+
+const dense: Attend = (q, k, v) => attention(q, k, v, { causal: true }).out
+
 /** Loads the checkpoint in a directory onto a device. */
 export async function load(
   directory: string,
@@ -109,7 +118,12 @@ export function disposeCache(cache: Cache): void {
  * Runs the model over the next tokens of a sequence and returns their logits, [n, vocabulary] float32. With a cache the
  * tokens continue what it holds and are added to it: a whole prompt, pieces of it or single tokens give the same result.
  */
-export function forward(model: Model, ids: Uint8Array, cache?: Cache): Tensor<'float32'> {
+export function forward(
+  model: Model,
+  ids: Uint8Array,
+  cache?: Cache,
+  attend: Attend = dense,
+): Tensor<'float32'> {
   const { config, device, weights, slopes } = model
   const {
     num_attention_heads: heads,
@@ -141,7 +155,7 @@ export function forward(model: Model, ids: Uint8Array, cache?: Cache): Tensor<'f
       k = kept.k.slice(1, 0, at + n)
       v = kept.v.slice(1, 0, at + n)
     }
-    return attention(q, k, v, { causal: true }).out.reshape([1, n, heads * d])
+    return attend(q, k, v).reshape([1, n, heads * d])
   }
 
   const recurrent = (h: Tensor<FloatDType>, layer: number) => {
@@ -247,8 +261,9 @@ export async function score(
   model: Model,
   ids: Uint8Array,
   answers: readonly number[],
+  attend?: Attend,
 ): Promise<Score> {
-  const logits = forward(model, ids)
+  const logits = forward(model, ids, undefined, attend)
   const values = await logits.read()
   logits.dispose()
   const width = model.config.vocab_size

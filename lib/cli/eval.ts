@@ -1,7 +1,10 @@
 import { mustBe, show } from '../check.js'
 import { refuse } from '../errors.js'
+import { type HostMask, readMask } from '../mask.js'
+import { attention } from '../ops/attention.js'
 import { openSafetensors, type SafetensorsFile } from '../safetensors.js'
-import { chooseDevice, chooseDType, loadModel } from './model.js'
+import type { Mechanism } from './mechanisms.js'
+import { type Attend, chooseDevice, chooseDType, loadModel } from './model.js'
 import { progress, table } from './terminal.js'
 
 /** @internal */
@@ -11,6 +14,10 @@ export interface EvalOptions {
   limit?: number | undefined
   device?: string | undefined
   dtype?: string | undefined
+  /** What attends in the softmax layers; dense if left out. */
+  mechanism?: Mechanism | undefined
+  /** Whether to draw the masks of the first sequence. */
+  pictures?: boolean | undefined
 }
 
 interface Recall {
@@ -24,6 +31,10 @@ export interface Evaluation {
   recall: Recall
   seconds: number
   tokensPerSecond: number
+  /** Visible pairs over causal pairs, the mean over layers and sequences; 1 if dense. */
+  density: number
+  /** A picture per softmax layer and head, where they were asked for. */
+  pictures?: string[][]
   perSequence: { bitsPerByte: number; recall: Recall; seconds: number }[]
 }
 
@@ -41,6 +52,15 @@ async function readAnswers(file: SafetensorsFile, name: string): Promise<Map<num
     answers.set(sequence, [...(answers.get(sequence) ?? []), position])
   }
   return answers
+}
+
+// Attention over what a mechanism selects. Masks are read as they are made, and looked at when no time is taken.
+function attendTo({ select }: Mechanism, masks: Promise<HostMask>[]): Attend {
+  return (q, k, v) => {
+    const mask = select(q, k)
+    masks.push(readMask(mask))
+    return attention(q, k, v, { mask }).out
+  }
 }
 
 /** @internal Evaluates a model on a set, one sequence in memory at a time. */
@@ -74,18 +94,26 @@ export async function evaluate(options: EvalOptions): Promise<Evaluation> {
     const bar = progress(count * length, 'tokens')
     const perSequence: Evaluation['perSequence'] = []
     const total = { bits: 0, bytes: 0, hits: 0, answers: 0, seconds: 0 }
+    const densities: number[] = []
+    let pictures: string[][] | undefined
     for (let i = 0; i < count; i++) {
       bar.advance(i * length)
       const row = await file.load(`${name}.ids`, { rows: [i, i + 1] })
       const bytes = (await row.read()) as Uint8Array
       row.dispose()
+      const masks: Promise<HostMask>[] = []
+      const attend = options.mechanism && attendTo(options.mechanism, masks)
       const started = performance.now()
       const {
         bits,
         bytes: predicted,
         recalled,
-      } = await decoder.score(model, bytes, answers.get(i) ?? [])
+      } = await decoder.score(model, bytes, answers.get(i) ?? [], attend)
       const seconds = (performance.now() - started) / 1000
+      const made = await Promise.all(masks)
+      densities.push(...made.map((mask) => mask.density()))
+      if (options.pictures && i === 0)
+        pictures = made.map((mask) => mask.heads.map((head) => mask.svg({ head, size: 150 })))
       const hits = recalled.filter(Boolean).length
       perSequence.push({
         bitsPerByte: bits / predicted,
@@ -104,6 +132,10 @@ export async function evaluate(options: EvalOptions): Promise<Evaluation> {
       recall: { hits: total.hits, total: total.answers },
       seconds: total.seconds,
       tokensPerSecond: (count * length) / total.seconds,
+      density: options.mechanism
+        ? densities.reduce((sum, one) => sum + one, 0) / densities.length
+        : 1,
+      ...(pictures && { pictures }),
       perSequence,
     }
   } finally {
@@ -123,4 +155,18 @@ export function evaluationTable(evaluation: Evaluation): string {
   const rows = perSequence.map((one, i) => row(`${i}`, one.bitsPerByte, one.recall, one.seconds))
   rows.push(row('all', bitsPerByte, recall, seconds))
   return `${table(['sequence', 'bits/byte', 'recall', 'seconds'], rows)}\n\n${Math.round(tokensPerSecond)} tokens per second`
+}
+
+/** @internal Mechanisms as a table, the first of them dense, which the others stand next to. */
+export function comparisonTable(named: readonly (readonly [string, Evaluation])[]): string {
+  const dense = named[0]![1]
+  const rows = named.map(([label, { bitsPerByte, recall, density, seconds }]) => [
+    label,
+    bitsPerByte.toFixed(4),
+    `${recall.hits}/${recall.total}`,
+    density.toFixed(3),
+    seconds.toFixed(2),
+    (dense.seconds / seconds).toFixed(2),
+  ])
+  return table(['attention', 'bits/byte', 'recall', 'density', 'seconds', 'speedup'], rows)
 }

@@ -5,6 +5,7 @@ import { mustBe, show } from '../check.js'
 import { cuda, type Device, type DeviceLike, parseDevice } from '../device.js'
 import type { FloatDType } from '../dtype.js'
 import { refuse } from '../errors.js'
+import type { Tensor } from '../tensor.js'
 
 /** @internal What one evaluated sequence gives. */
 export interface Score {
@@ -13,10 +14,22 @@ export interface Score {
   recalled: boolean[]
 }
 
+/** @internal What softmax layers compute from q, k and v instead of dense attention. */
+export type Attend = (
+  q: Tensor<FloatDType>,
+  k: Tensor<FloatDType>,
+  v: Tensor<FloatDType>,
+) => Tensor<FloatDType>
+
 /** @internal What the command line needs of a model's code. */
 export interface Decoder {
   load(directory: string, options: { device: DeviceLike; dtype: FloatDType }): Promise<unknown>
-  score(model: unknown, ids: Uint8Array, answers: readonly number[]): Promise<Score>
+  score(
+    model: unknown,
+    ids: Uint8Array,
+    answers: readonly number[],
+    attend?: Attend,
+  ): Promise<Score>
   generate(
     model: unknown,
     prompt: Uint8Array,

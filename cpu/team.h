@@ -1,0 +1,20 @@
+#pragma once
+#include <cstdint>
+
+#include "cpu/simd.h"
+
+namespace heddle {
+namespace HEDDLE_ISA_NAMESPACE {
+
+// A team of one, for what core/select.h writes for teams
+struct Alone {
+  template <class Body> void each(int64_t n, const Body& body) const {
+    for (int64_t i = 0; i < n; ++i) body(i);
+  }
+  template <class X, class Y> void add(X& x, Y y) const { x += static_cast<X>(y); }
+  void raise(float& x, float y) const { x = y > x ? y : x; }
+  void wait() const {}
+};
+
+}  // namespace HEDDLE_ISA_NAMESPACE
+}  // namespace heddle

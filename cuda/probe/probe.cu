@@ -1,0 +1,220 @@
+#include "ops/probe.h"
+
+#include "common/elements.cuh"
+#include "core/registry.h"
+
+// Probe scores on any GPU, in f32: a CTA per row of blocks and head. Probabilities take two walks
+// over the keys, one for the normaliser of each sampled row and one for the sums. Whoever owns a
+// column adds up its keys and rows in their order, so that nothing depends on timing.
+namespace heddle {
+namespace {
+
+constexpr int kMostSampled = 1024;
+
+template <class T> struct Row {
+  const Probe& op;
+  const T *q, *k;
+  int64_t d, sq, sk, first, last, keys, visible, sampled;
+  float* score;
+
+  __device__ Row(const Probe& op, int64_t index) : op(op) {
+    const int64_t heads = op.score.shape[1], rows = op.score.shape[2];
+    const int64_t row = rows - 1 - index / heads % rows, head = index % heads,
+                  b = index / heads / rows;
+    d = op.q.shape[3];
+    sq = op.q.shape[1];
+    sk = op.k.shape[1];
+    q = static_cast<T*>(op.q.data) + b * op.q.strides[0] + head * op.q.strides[2];
+    k = static_cast<T*>(op.k.data) + b * op.k.strides[0] +
+        head / (op.q.shape[2] / op.k.shape[2]) * op.k.strides[2];
+    first = row * op.block_q;
+    last = min(first + op.block_q, sq);
+    keys = sk - sq + last;
+    visible = op.per == Probe::kBlock ? (keys + op.block_k - 1) / op.block_k : keys;
+    sampled = (last - first + op.stride - 1) / op.stride;
+    score =
+        static_cast<float*>(op.score.data) + ((b * heads + head) * rows + row) * op.score.shape[3];
+  }
+
+  __device__ int64_t query(int64_t i) const { return min(first + (i + 1) * op.stride, last) - 1; }
+  __device__ int64_t position(int64_t i) const { return sk - sq + query(i); }
+  __device__ int64_t sampled_key(int64_t t) const { return min((t + 1) * op.stride, keys) - 1; }
+
+  __device__ float dot(int64_t i, int64_t t) const {
+    const T *x = q + i * op.q.strides[1], *y = k + t * op.k.strides[1];
+    float sum = 0;
+    for (int64_t e = 0; e < d; ++e)
+      sum = fmaf(to_float(x[e * op.q.strides[3]]), to_float(y[e * op.k.strides[3]]), sum);
+    return sum;
+  }
+  // Of sampled row i with key t, or of a group of rows with a group of keys along antidiagonals
+  __device__ float pair(int64_t i, int64_t t) const {
+    const auto scale = static_cast<float>(op.scale);
+    if (op.kind != Probe::kAntidiagonal) return scale * dot(query(i), t);
+    float sum = 0;
+    for (int64_t s = 0; s < op.stride; ++s) {
+      const int64_t x = first + i * op.stride + op.stride - 1 - s, y = t * op.stride + s;
+      if (x < last && y < keys) sum += dot(x, y);
+    }
+    return sum * scale / static_cast<float>(op.stride);
+  }
+  // Keys, or groups of them, that sampled row i sees
+  __device__ int64_t end(int64_t i) const {
+    if (op.kind != Probe::kAntidiagonal) return position(i) + 1;
+    const int64_t groups = (keys + op.stride - 1) / op.stride;
+    return min((sk - sq + first + (i + 1) * op.stride - 1) / op.stride + 1, groups);
+  }
+};
+
+__device__ float warp_max(float x) {
+  for (int step = 16; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, step));
+  return x;
+}
+
+// Sums of probabilities over the columns of a row
+template <class T> __device__ void sum_probabilities(const Row<T>& row) {
+  __shared__ float row_max[kMostSampled], row_sum[kMostSampled];
+  const Probe& op = row.op;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  for (int64_t i = warp; i < row.sampled; i += warps) {
+    float most = -3e38f, sum = 0;
+    for (int64_t t = lane; t < row.end(i); t += 32) {
+      const float own = row.pair(i, t), next = fmaxf(most, own);
+      sum = sum * expf(most - next) + expf(own - next);
+      if (isnan(own)) sum = own;
+      most = next;
+    }
+    const float top = warp_max(most);
+    sum = warp_sum(sum * expf(most - top));
+    if (lane == 0) {
+      row_max[i] = top;
+      row_sum[i] = sum;
+    }
+  }
+  __syncthreads();
+  const float share = 1.f / static_cast<float>(row.sampled);
+  const auto probability = [&](int64_t i, int64_t t) {
+    return expf(row.pair(i, t) - row_max[i]) / row_sum[i] * share;
+  };
+  if (op.per == Probe::kBlock) {
+    const int64_t unit = op.kind == Probe::kAntidiagonal ? op.stride : 1;
+    for (int64_t c = warp; c < row.visible; c += warps) {
+      float sum = 0;
+      for (int64_t i = 0; i < row.sampled; ++i) {
+        const int64_t to = min((c + 1) * op.block_k / unit, row.end(i));
+        for (int64_t t = c * op.block_k / unit + lane; t < to; t += 32) sum += probability(i, t);
+      }
+      sum = warp_sum(sum);
+      if (lane == 0) row.score[c] = sum;
+    }
+    return;
+  }
+  for (int64_t c = threadIdx.x; c < row.visible; c += blockDim.x) {
+    float sum = 0;
+    for (int64_t i = 0; i < row.sampled; ++i) {
+      const int64_t t = op.per == Probe::kKey ? c : row.position(i) - c;
+      if (t >= 0 && t < row.end(i)) sum += probability(i, t);
+    }
+    row.score[c] = sum;
+  }
+}
+
+template <class T> __device__ void pool(const Row<T>& row) {
+  __shared__ float mean_q[256];
+  const Probe& op = row.op;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  for (int64_t e = threadIdx.x; e < row.d; e += blockDim.x) {
+    float sum = 0;
+    for (int64_t i = row.first; i < row.last; ++i)
+      sum += to_float(row.q[i * op.q.strides[1] + e * op.q.strides[3]]);
+    mean_q[e] = sum / static_cast<float>(row.last - row.first);
+  }
+  __syncthreads();
+  for (int64_t c = warp; c < row.visible; c += warps) {
+    const int64_t from = c * op.block_k, to = min(from + op.block_k, row.sk);
+    float sum = 0;
+    for (int64_t e = lane; e < row.d; e += 32) {
+      float mean = 0;
+      for (int64_t t = from; t < to; ++t)
+        mean += to_float(row.k[t * op.k.strides[1] + e * op.k.strides[3]]);
+      sum = fmaf(mean_q[e], mean / static_cast<float>(to - from), sum);
+    }
+    sum = warp_sum(sum);
+    if (lane == 0) row.score[c] = sum * static_cast<float>(op.scale);
+  }
+}
+
+// The largest score of sampled rows and keys
+template <class T> __device__ void scan_strided(const Row<T>& row) {
+  const Probe& op = row.op;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  const int64_t count = (row.keys + op.stride - 1) / op.stride;
+  for (int64_t c = warp; c < row.visible; c += warps) {
+    float best = -INFINITY;
+    bool poisoned = false;
+    for (int64_t t = c * op.block_k / op.stride + lane; t < count; t += 32) {
+      const int64_t key = row.sampled_key(t);
+      if (key / op.block_k > c) break;
+      for (int64_t i = 0; key / op.block_k == c && i < row.sampled; ++i) {
+        if (key > row.position(i)) continue;
+        const float own = row.pair(i, key);
+        best = fmaxf(best, own);
+        poisoned |= isnan(own);
+      }
+    }
+    best = warp_max(best);
+    poisoned = __any_sync(~0u, poisoned);
+    if (lane == 0) row.score[c] = poisoned ? NAN : best;
+  }
+}
+
+__device__ void normalise(float* score, int64_t count) {
+  __shared__ float most, sum;
+  if (threadIdx.x < 32) {
+    float top = -INFINITY, total = 0;
+    for (int64_t c = threadIdx.x; c < count; c += 32) top = fmaxf(top, score[c]);
+    top = warp_max(top);
+    for (int64_t c = threadIdx.x; c < count; c += 32)
+      if (score[c] != -INFINITY) total += expf(score[c] - top);
+    total = warp_sum(total);
+    if (threadIdx.x == 0) {
+      most = top;
+      sum = total;
+    }
+  }
+  __syncthreads();
+  for (int64_t c = threadIdx.x; c < count; c += blockDim.x)
+    if (score[c] != -INFINITY) score[c] = expf(score[c] - most) / sum;
+}
+
+template <class T> __global__ void __launch_bounds__(kThreads) probe_kernel(Probe op) {
+  const Row<T> row(op, blockIdx.x);
+  for (int64_t c = row.visible + threadIdx.x; c < op.score.shape[3]; c += blockDim.x)
+    row.score[c] = -INFINITY;
+  if (op.kind == Probe::kPooled) {
+    pool(row);
+  } else if (op.kind == Probe::kStrided) {
+    scan_strided(row);
+  } else {
+    sum_probabilities(row);
+  }
+  __syncthreads();
+  if (op.softmax) normalise(row.score, row.visible);
+}
+
+void run(const Probe& op, CudaContext& context) {
+  if (op.score.size() == 0) return;
+  HEDDLE_CHECK(op.kind == Probe::kPooled || op.block_q / op.stride < kMostSampled, kUnsupported,
+               "blockQ", "blockQ must be less than ", kMostSampled, " strides, got ", op.block_q);
+  const int64_t ctas = op.score.shape[0] * op.score.shape[1] * op.score.shape[2];
+  HEDDLE_CHECK(ctas < INT32_MAX, kUnsupported, "score", "score has too many rows for one call");
+  dispatch_float(op.q.dtype, [&]<class T>(T) {
+    probe_kernel<T><<<static_cast<unsigned>(ctas), kThreads, 0, context.stream>>>(op);
+  });
+  context.launched("probe_kernel");
+}
+
+HEDDLE_REGISTER(Probe);
+
+}  // namespace
+}  // namespace heddle

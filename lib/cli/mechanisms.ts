@@ -1,0 +1,75 @@
+import { closest, mustBe } from '../check.js'
+import type { FloatDType } from '../dtype.js'
+import { refuse } from '../errors.js'
+import type { Mask } from '../mask.js'
+import { flexPrefill } from '../mechanisms/flex-prefill.js'
+import { minference } from '../mechanisms/minference.js'
+import { sampled } from '../mechanisms/sampled.js'
+import { streaming } from '../mechanisms/streaming.js'
+import { xattention } from '../mechanisms/xattention.js'
+
+/** @internal A mechanism of the command line with its settings. */
+export interface Mechanism {
+  /** As `heddle eval --attention` takes it, with its settings. */
+  label: string
+  select(q: Q, k: Q): Mask
+}
+
+type Q = Parameters<typeof flexPrefill<FloatDType>>[0]
+type Settings = Readonly<Record<string, string | undefined>>
+
+/** @internal Options of `heddle eval` that are settings of a mechanism, beside its name. */
+export const mechanismOptions = [
+  ...['mode', 'gamma', 'tau', 'min-budget', 'max-budget', 'block', 'stride', 'threshold', 'top-k'],
+  ...['window', 'sink-tokens', 'vertical', 'slash'],
+] as const
+
+const camel = (name: string) => name.replace(/-(.)/g, (_, letter: string) => letter.toUpperCase())
+
+const makers: Readonly<
+  Record<string, readonly [options: string, select: (q: Q, k: Q, settings: object) => Mask]>
+> = {
+  'flex-prefill': ['mode gamma tau min-budget max-budget block', flexPrefill],
+  minference: [
+    'vertical slash',
+    (q, k, settings) => {
+      const { vertical = 1000, slash = 6096 } = settings as { vertical?: number; slash?: number }
+      return minference(q, k, { patterns: [{ kind: 'vertical-slash', vertical, slash }] })
+    },
+  ],
+  sampled: ['stride top-k block', sampled],
+  streaming: ['window sink-tokens', streaming],
+  xattention: ['stride threshold block', xattention],
+}
+
+/** @internal The mechanism of a name with the settings that were given. */
+export function chooseMechanism(op: string, name: string, given: Settings): Mechanism {
+  const maker = Object.hasOwn(makers, name) ? makers[name] : undefined
+  if (!maker) {
+    const near = closest(name, Object.keys(makers))
+    if (near === undefined)
+      throw mustBe(op, 'attention', `one of ${Object.keys(makers).join(', ')}`, name)
+    throw refuse(
+      'ERR_ARGUMENT',
+      op,
+      'attention',
+      `attention must be a mechanism, got "${name}"; did you mean "${near}"?`,
+    )
+  }
+  const [takes, select] = maker
+  const settings: Record<string, string | number> = {}
+  for (const [key, value] of Object.entries(given)) {
+    if (value === undefined) continue
+    if (!takes.split(' ').includes(key))
+      throw refuse('ERR_ARGUMENT', op, key, `--${key} goes with another mechanism than ${name}`)
+    const number = Number(value)
+    if (key !== 'mode' && (value.trim() === '' || Number.isNaN(number)))
+      throw mustBe(op, key, 'a number', value)
+    settings[camel(key)] = key === 'mode' ? value : number
+  }
+  const shown = Object.entries(given).filter(([, value]) => value !== undefined)
+  return {
+    label: [name, ...shown.map(([key, value]) => `${key} ${value}`)].join(' '),
+    select: (q, k) => select(q, k, settings),
+  }
+}

@@ -1,0 +1,154 @@
+import { checkOptions, mustBe } from '../check.js'
+import type { FloatDType } from '../dtype.js'
+import { refuse } from '../errors.js'
+import { type Mask, makeMask } from '../mask.js'
+import { run } from '../native.js'
+import { attention } from '../ops/attention.js'
+import { probe } from '../ops/probe.js'
+import { scope } from '../scope.js'
+import { checkTensor, type Tensor, zeros } from '../tensor.js'
+import { everything, type PackedOptions, perSequence } from './packed.js'
+
+/** Options of {@link flexPrefill}. */
+export interface FlexPrefillOptions extends PackedOptions {
+  /**
+   * `'reference'`, as if left out, selects what the authors' code selects, whose gamma is no coverage of blocks; `'coverage'`
+   * takes as many blocks as reach gamma, and both diagonals of blocks that a band of distances lies on.
+   */
+  mode?: 'reference' | 'coverage' | undefined
+  /** Share of attention mass, 0.9 if left out; from 1 on everything is listed. */
+  gamma?: number | undefined
+  /** Below this distance of the pooled from the exact distribution a head is query-aware; 0.1 if left out. */
+  tau?: number | undefined
+  /** Tokens that a head gets at least for its columns and for its diagonals, in whole blocks; 1024 if left out. */
+  minBudget?: number | undefined
+  /** Tokens that it gets at most; no limit if left out. */
+  maxBudget?: number | undefined
+  /** Queries and keys per block: 16, 32, 64 or 128, as if left out. */
+  block?: number | undefined
+  /** Factor of q·k, `1/√d` if left out; the mode `'reference'` estimates with `1/√d` all the same. */
+  scale?: number | undefined
+}
+
+const known: ReadonlySet<string> = new Set<keyof FlexPrefillOptions>([
+  ...(['mode', 'gamma', 'tau', 'minBudget', 'maxBudget', 'block', 'scale'] as const),
+  ...(['cuSeqlensQ', 'cuSeqlensK'] as const),
+])
+
+/**
+ * Chooses blocks for a causal prefill from its last queries, as FlexPrefill does (arXiv 2502.20766): per head and per input
+ * either columns and diagonals, or the pairs of blocks that pooled queries and keys find, where these can be trusted. All heads
+ * are chosen at once and nothing waits. A head whose statistics are not finite, and a call of two blocks or less than the
+ * budget, gets everything.
+ *
+ * @param q [b, sq, hq, d], the queries of a prompt or of its next chunk; sq at most sk.
+ * @param k [b, sk, hk, d], the keys up to and with those queries.
+ * @throws HeddleError `ERR_SHAPE`, `ERR_DTYPE` or `ERR_ARGUMENT` at the call.
+ * @example
+ * import { attention, flexPrefill, randn } from 'heddle'
+ * const [q, k, v] = [1, 2, 3].map((seed) => randn([1, 1024, 2, 64], { seed }))
+ * const mask = flexPrefill(q, k, { gamma: 0.95, minBudget: 256, block: 64 })
+ * const { out } = attention(q, k, v, { mask })
+ * console.log(await mask.density())
+ */
+export function flexPrefill<D extends FloatDType>(
+  q: Tensor<D>,
+  k: Tensor<D>,
+  options: FlexPrefillOptions = {},
+): Mask {
+  const op = 'flexPrefill'
+  checkTensor(op, 'q', q)
+  checkTensor(op, 'k', k)
+  checkOptions(op, options, known)
+  const { mode = 'reference', gamma = 0.9, tau = 0.1, block = 128, scale } = options
+  const { minBudget = 1024, maxBudget } = options
+  if (mode !== 'reference' && mode !== 'coverage')
+    throw mustBe(op, 'mode', '"reference" or "coverage"', mode)
+  if (!(gamma > 0)) throw mustBe(op, 'gamma', 'above 0', gamma)
+  if (!(tau >= 0 && tau <= 1)) throw mustBe(op, 'tau', 'from 0 to 1', tau)
+  if (![16, 32, 64, 128].includes(block)) throw mustBe(op, 'block', '16, 32, 64 or 128', block)
+  if (!(minBudget >= 0)) throw mustBe(op, 'minBudget', 'at least 0', minBudget)
+  if (maxBudget !== undefined && !(maxBudget >= minBudget)) {
+    throw refuse(
+      'ERR_ARGUMENT',
+      op,
+      'maxBudget',
+      `maxBudget must be at least minBudget = ${minBudget}, got ${maxBudget}`,
+    )
+  }
+  if (scale !== undefined && !(scale > 0)) throw mustBe(op, 'scale', 'above 0', scale)
+  const least = Math.max(Math.ceil(minBudget / block), 1)
+  const most = maxBudget === undefined ? 0 : Math.max(Math.ceil(maxBudget / block), 1)
+
+  const select = (queries: Tensor<D>, keys: Tensor<D>): Mask => {
+    const [b = 0, sq = 0, heads = 0] = queries.shape
+    const sk = keys.shape[1]!
+    const parts = everything(sq, sk, block)
+    if (gamma >= 1 || sk <= Math.max(2 * block, least * block)) return parts
+    const blocks = scope(() => {
+      const last = queries.slice(1, Math.max(sq - block, 0))
+      const shared = { scale: mode === 'coverage' ? scale : undefined }
+      const rows = { ...shared, kind: 'rows', block: [last.shape[1]!, block] } as const
+      const pooled = { ...shared, kind: 'pooled', softmax: true } as const
+      const map = probe(queries, keys, { ...pooled, block })
+      const [rowsOfBlocks, columns] = [map.shape[2]!, map.shape[3]!]
+      const device = q.device
+      const shape = [b, heads, rowsOfBlocks, Math.ceil(columns / 32)]
+      const bits = zeros(shape, { dtype: 'int32', device })
+      run('flexprefill', {
+        columns: probe(last, keys, { ...rows, per: 'key' }),
+        distances: probe(last, keys, { ...rows, per: 'distance' }),
+        estimate: probe(last, keys, { ...pooled, block: rows.block }),
+        map,
+        blocks: bits,
+        work: zeros([b, heads, 2, columns + 1], { device }),
+        gamma,
+        tau,
+        least,
+        most,
+        block,
+        sq,
+        coverage: mode === 'coverage',
+      })
+      return bits
+    })
+    return makeMask({ ...parts, sequences: b, heads, sinkTokens: 0, blocks })
+  }
+  return perSequence(op, q, k, [block, block], options, select)
+}
+
+/**
+ * How much of the attention mass a mask covers, per head: the mean over queries of the sum of dense probabilities over the keys
+ * that it lists. As costly as dense attention: a diagnostic.
+ *
+ * @returns One number from 0 to 1 per query head, over all sequences.
+ * @example
+ * import { achievedMass, Mask, randn } from 'heddle'
+ * const [q, k] = [randn([1, 256, 2, 64]), randn([1, 256, 2, 64])]
+ * console.log(await achievedMass(q, k, Mask.fromWindow({ window: 64 }, { sq: 256 })))
+ */
+export async function achievedMass<D extends FloatDType>(
+  q: Tensor<D>,
+  k: Tensor<D>,
+  mask: Mask,
+  options: { scale?: number | undefined } = {},
+): Promise<number[]> {
+  checkOptions('achievedMass', options, new Set(['scale']))
+  const { cuSeqlensQ, cuSeqlensK, causal } = mask
+  const sparse = attention(q, k, k, { ...options, mask })
+  const dense = attention(q, k, k, { ...options, causal, cuSeqlensQ, cuSeqlensK })
+  const [own, all] = await Promise.all([sparse.lse.read(), dense.lse.read()])
+  for (const { out, lse } of [sparse, dense]) for (const tensor of [out, lse]) tensor.dispose()
+  const [b = 0, sq = 0, heads = 0] = q.shape
+  return Array.from({ length: heads }, (_, head) => {
+    let [sum, rows] = [0, 0]
+    for (let batch = 0; batch < b; batch++)
+      for (let i = 0; i < sq; i++) {
+        const at = (batch * heads + head) * sq + i
+        if (all[at] === Number.NEGATIVE_INFINITY) continue
+        sum += Math.exp(own[at]! - all[at]!)
+        rows++
+      }
+    return rows === 0 ? 1 : sum / rows
+  })
+}

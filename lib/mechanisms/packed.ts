@@ -1,0 +1,73 @@
+import type { FloatDType } from '../dtype.js'
+import { refuse } from '../errors.js'
+import { blockTable, Mask, makeMask } from '../mask.js'
+import type { Tensor } from '../tensor.js'
+import { zeros } from '../tensor.js'
+
+/** Packed sequences of a selector. */
+export interface PackedOptions {
+  /** Where each packed sequence of q begins, then the total; b must be 1. With `cuSeqlensK`. */
+  cuSeqlensQ?: readonly number[] | undefined
+  /** Where each packed sequence of k begins, then the total. */
+  cuSeqlensK?: readonly number[] | undefined
+}
+
+/** @internal A mask that lists everything, without lists. */
+export function everything(
+  sq: number,
+  sk: number,
+  block: number | readonly [number, number],
+): Mask {
+  return Mask.fromWindow({ sinkTokens: sk }, { sq, sk, block })
+}
+
+/** @internal Lengths of the call, which a selector refuses where queries outnumber keys. */
+export function lengthsOf(op: string, q: Tensor, k: Tensor): { sq: number; sk: number } {
+  const [sq = 0, sk = 0] = [q.shape[1], k.shape[1]]
+  if (sq > sk) throw refuse('ERR_SHAPE', op, 'q', `sq must be at most sk, got ${sq} and ${sk}`)
+  return { sq, sk }
+}
+
+/** @internal Runs a selector that lists blocks on every packed sequence, and packs what it lists. */
+export function perSequence<D extends FloatDType>(
+  op: string,
+  q: Tensor<D>,
+  k: Tensor<D>,
+  block: readonly [number, number],
+  { cuSeqlensQ, cuSeqlensK }: PackedOptions,
+  select: (q: Tensor<D>, k: Tensor<D>) => Mask,
+): Mask {
+  if (!cuSeqlensQ && !cuSeqlensK) {
+    lengthsOf(op, q, k)
+    return select(q, k)
+  }
+  const [sq = 0, sk = 0, heads = 0] = [q.shape[1], k.shape[1], q.shape[2]]
+  const parts = { ...Mask.fromWindow({}, { sq, sk, block, cuSeqlensQ, cuSeqlensK }), heads }
+  const { rows, columns } = blockTable(parts)
+  const options = { dtype: 'int32', device: q.device } as const
+  const blocks = zeros([1, heads, rows, Math.ceil(columns / 32)], options)
+  for (let i = 0; i < parts.sequences; i++) {
+    const own = q.slice(1, cuSeqlensQ![i]!, cuSeqlensQ![i + 1])
+    const keys = k.slice(1, cuSeqlensK![i]!, cuSeqlensK![i + 1])
+    const { sq: queries } = lengthsOf(op, own, keys)
+    if (queries === 0) continue
+    const mask = select(own, keys)
+    const first = Math.floor(cuSeqlensQ![i]! / block[0]) + i
+    const place = blocks.slice(2, first, first + Math.ceil(queries / block[0]))
+    if (mask.blocks)
+      place
+        .slice(3, 0, mask.blocks.shape[3])
+        .copyFrom(mask.blocks.expand([1, heads, ...mask.blocks.shape.slice(2)]))
+    // A short sequence without lists sees all of itself
+    else
+      place.copyFrom(zeros([], { ...options }).expand(place.shape)).copyFrom(ones(place.shape, q))
+    mask.dispose()
+  }
+  return makeMask({ ...parts, blocks })
+}
+
+function ones(shape: readonly number[], like: Tensor): Tensor<'int32'> {
+  const all = zeros(shape, { dtype: 'int32', device: like.device })
+  all.write(new Int32Array(all.size).fill(-1))
+  return all
+}

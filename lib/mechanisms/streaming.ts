@@ -1,0 +1,31 @@
+import { checkOptions } from '../check.js'
+import { Mask } from '../mask.js'
+import { checkTensor, type Tensor } from '../tensor.js'
+import { lengthsOf, type PackedOptions } from './packed.js'
+
+/**
+ * What StreamingLLM sees: the first keys of the sequence and the last ones of every row. It looks at no numbers, and costs
+ * nothing.
+ *
+ * @param q [b, sq, hq, d] and
+ * @param k [b, sk, hk, d], for their lengths.
+ * @param options `sinkTokens` first keys (64 if left out) and `window` last ones (1024 if left out).
+ * @example
+ * import { attention, randn, streaming } from 'heddle'
+ * const [q, k, v] = [1, 2, 3].map((seed) => randn([1, 512, 2, 64], { seed }))
+ * const { out } = attention(q, k, v, { mask: streaming(q, k, { sinkTokens: 4, window: 128 }) })
+ */
+export function streaming(
+  q: Tensor,
+  k: Tensor,
+  options: PackedOptions & { sinkTokens?: number | undefined; window?: number | undefined } = {},
+): Mask {
+  checkTensor('streaming', 'q', q)
+  checkTensor('streaming', 'k', k)
+  checkOptions('streaming', options, known)
+  const { sinkTokens = 64, window = 1024, cuSeqlensQ, cuSeqlensK } = options
+  const { sq, sk } = lengthsOf('streaming', q, k)
+  return Mask.fromWindow({ sinkTokens, window }, { sq, sk, cuSeqlensQ, cuSeqlensK })
+}
+
+const known: ReadonlySet<string> = new Set(['sinkTokens', 'window', 'cuSeqlensQ', 'cuSeqlensK'])

@@ -1,0 +1,268 @@
+import { achievedMass, attention, flexPrefill, type Mask, tensor } from 'heddle'
+import { expect, it } from 'vitest'
+import { maxError } from '../support/compare.js'
+import { describeDevices } from '../support/devices.js'
+import { failure } from '../support/failure.js'
+import { type Random, random, sample } from '../support/random.js'
+import { reader } from '../support/reference.js'
+
+interface Settings {
+  mode: 'reference' | 'coverage'
+  gamma: number
+  tau: number
+  minBudget: number
+  block: number
+}
+
+/** Section by section the selection of one head, with sorts and in float64; `near` tells that a cut is too close to call. */
+function selection(
+  n: number,
+  score: (i: number, t: number) => number,
+  pooled: (from: number, to: number, column: number) => number,
+  { mode, gamma, tau, minBudget, block: b }: Settings,
+): { set: Set<number>; near: boolean; aware: boolean } {
+  const nb = Math.ceil(n / b)
+  const pad = nb * b - n
+  let near = false
+  const softmax = (scores: number[]) => {
+    const top = Math.max(...scores)
+    const sum = scores.reduce((total, x) => total + Math.exp(x - top), 0)
+    return scores.map((x) => Math.exp(x - top) / sum)
+  }
+  const av = new Array<number>(n).fill(0)
+  const as = new Array<number>(n).fill(0)
+  for (let i = n - b; i < n; i++)
+    softmax(Array.from({ length: i + 1 }, (_, t) => score(i, t))).forEach((p, t) => {
+      av[t]! += p / b
+      as[i - t]! += p / b
+    })
+  const V = new Array<number>(nb).fill(0)
+  const O = new Array<number>(nb).fill(0)
+  av.forEach((x, t) => {
+    V[Math.floor(t / b)]! += x
+  })
+  as.forEach((x, d) => {
+    O[Math.floor((d + pad) / b)]! += x
+  })
+  const estimate = softmax(Array.from({ length: nb }, (_, c) => pooled(n - b, n, c)))
+  const js = estimate.reduce((sum, a, c) => {
+    const m = (a + V[c]!) / 2
+    return sum + (a * Math.log(a / m) + V[c]! * Math.log(V[c]! / m)) / 2
+  }, 0)
+  const distance = Math.sqrt(js)
+  if (Math.abs(distance - tau) < 1e-5) near = true
+  const aware = distance < tau
+  const order = (values: number[], forced = -1) =>
+    values
+      .map((x, i) => [i === forced ? Number.POSITIVE_INFINITY : x, i] as const)
+      .sort((x, y) => y[0] - x[0] || x[1] - y[1])
+      .map(([, i]) => i)
+  const least = Math.max(Math.ceil(minBudget / b), 1)
+  const cover = (values: number[], exceed: boolean, forced = -1) => {
+    const total = values.reduce((sum, x) => sum + x, 0)
+    let [sum, count] = [0, 0]
+    for (const i of order(values, forced)) {
+      sum += values[i]!
+      count++
+      if (Math.abs(sum - gamma * total) < 1e-5 * total) near = true
+      if (exceed ? sum > gamma * total : sum >= gamma * total) break
+    }
+    return count
+  }
+  const best = (blocks: number[], tokens: number[]) => {
+    let count = least
+    if (!aware)
+      count =
+        mode === 'coverage' ? cover(blocks, false, 0) : Math.floor(cover(tokens, true) / 128) + 1
+    count = Math.min(Math.max(count, least), nb)
+    const list = order(blocks, 0)
+    const edge = [list[count - 1], list[count]].map((i) => (i === undefined ? -1 : blocks[i]!))
+    if (count > 1 && count < nb && Math.abs(edge[0]! - edge[1]!) < 1e-6) near = true
+    return list.slice(0, count)
+  }
+  const set = new Set<number>()
+  const columns = best(V, av)
+  const offsets = best(O, as)
+  for (let i = 0; i < nb; i++) {
+    for (const c of columns) if (c <= i) set.add(i * nb + c)
+    for (const o of offsets)
+      for (const c of mode === 'coverage' ? [i - o, i - o - 1] : [i - o])
+        if (c >= 0) set.add(i * nb + c)
+  }
+  if (aware) {
+    const pairs: { at: number; p: number }[] = []
+    for (let i = 0; i < nb; i++)
+      softmax(
+        Array.from({ length: i + 1 }, (_, c) => pooled(i * b, Math.min((i + 1) * b, n), c)),
+      ).forEach((p, c) => {
+        pairs.push({ at: i * nb + c, p })
+      })
+    pairs.sort((x, y) => y.p - x.p || x.at - y.at)
+    let sum = 0
+    for (const { at, p } of pairs) {
+      const before = sum
+      sum += p
+      if (Math.abs(sum - gamma * nb) < 1e-4) near = true
+      if (mode === 'reference' ? sum <= gamma * nb : before <= gamma * nb) set.add(at)
+      else break
+    }
+  }
+  return { set, near, aware }
+}
+
+async function pairsOf(mask: Mask, head: number, nb: number): Promise<Set<number>> {
+  const bits = await mask.blocks!.read()
+  const words = mask.blocks!.shape[3]!
+  const set = new Set<number>()
+  for (let r = 0; r < nb; r++)
+    for (let c = 0; c < nb; c++)
+      if ((bits[(head * nb + r) * words + (c >> 5)]! >> (c & 31)) & 1) set.add(r * nb + c)
+  return set
+}
+
+/** Random q and k with something to find: a sink, a column, a slash; flat ones are query-aware. */
+function planted(rng: Random, n: number, heads: number, flat: boolean): Float32Array[] {
+  const d = 32
+  const [q, k] = [
+    rng.normals(n * heads * d, flat ? 0.3 : 1),
+    rng.normals(n * heads * d, flat ? 0.3 : 1),
+  ]
+  const column = rng.below(n)
+  for (let i = 0; i < n && !flat; i++)
+    for (let h = 0; h < heads; h++)
+      for (let e = 0; e < 8; e++) {
+        q[(i * heads + h) * d + e]! += 1.5
+        if (i === column || i < 2) k[(i * heads + h) * d + e]! += 2
+      }
+  return [q, k]
+}
+
+describeDevices('flexPrefill', (device) => {
+  it('selects what float64 selects', async () => {
+    const rng = random(90)
+    let [compared, aware] = [0, 0]
+    for (const n of [640, 700, 1000, 1024])
+      for (const flat of [false, true]) {
+        const [heads, d] = [2, 32]
+        const settings: Settings = {
+          mode: rng.pick(['reference', 'coverage']),
+          gamma: rng.pick([0.5, 0.9, 0.95]),
+          tau: rng.pick([0, 0.1, 0.3, 1]),
+          minBudget: rng.pick([0, 200]),
+          block: rng.pick([64, 128]),
+        }
+        const [q, k] = planted(rng, n, heads, flat)
+        const place = (x: Float32Array) => tensor(x, [1, n, heads, d], { device })
+        const mask = flexPrefill(place(q!), place(k!), settings)
+        const [rq, rk] = [reader(q!, n, heads, d), reader(k!, n, heads, d)]
+        for (let head = 0; head < heads; head++) {
+          const score = (i: number, t: number) => {
+            let sum = 0
+            for (let e = 0; e < d; e++) sum += rq(0, i, head, e) * rk(0, t, head, e)
+            return sum / Math.sqrt(d)
+          }
+          const mean = (read: typeof rq, from: number, to: number, e: number) => {
+            let sum = 0
+            for (let i = from; i < to; i++) sum += read(0, i, head, e)
+            return sum / (to - from)
+          }
+          const b = settings.block
+          const pooled = (from: number, to: number, c: number) => {
+            let sum = 0
+            for (let e = 0; e < d; e++)
+              sum += mean(rq, from, to, e) * mean(rk, c * b, Math.min((c + 1) * b, n), e)
+            return sum / Math.sqrt(d)
+          }
+          const expected = selection(n, score, pooled, settings)
+          if (expected.near) continue
+          compared++
+          if (expected.aware) aware++
+          const actual = await pairsOf(mask, head, Math.ceil(n / b))
+          const text = `${JSON.stringify(settings)} n ${n} head ${head} aware ${expected.aware}`
+          expect(
+            [...actual].sort((x, y) => x - y),
+            text,
+          ).toEqual([...expected.set].sort((x, y) => x - y))
+        }
+      }
+    expect(compared).toBeGreaterThan(4)
+    expect(aware).toBeGreaterThanOrEqual(0)
+  })
+
+  it('is dense from gamma 1 on, in short calls and where numbers are not finite', async () => {
+    const rng = random(91)
+    const q = await sample(rng, [1, 640, 2, 32], 'float32', device, { strided: false })
+    const k = await sample(rng, [1, 640, 1, 32], 'float32', device, { strided: false })
+    const dense = await attention(q.tensor, k.tensor, k.tensor, { causal: true }).out.read()
+    for (const options of [{ gamma: 1 }, { minBudget: 640 }, { gamma: 2, block: 64 }]) {
+      const mask = flexPrefill(q.tensor, k.tensor, options)
+      expect(await mask.density()).toBe(1)
+      const out = await attention(q.tensor, k.tensor, k.tensor, { mask }).out.read()
+      expect(maxError(out, dense)).toBeLessThan(1e-5)
+    }
+    q.tensor
+      .slice(1, 630, 631)
+      .slice(2, 0, 1)
+      .copyFrom(tensor([Number.NaN], [1], { device }).expand([1, 1, 1, 32]))
+    const mask = flexPrefill(q.tensor, k.tensor, { gamma: 0.5, minBudget: 0, block: 64 })
+    expect((await pairsOf(mask, 0, 10)).size).toBe(55)
+    expect((await pairsOf(mask, 1, 10)).size).toBeLessThan(55)
+  })
+
+  it('grows with gamma and minBudget, keeps column 0 and the diagonal, and covers what it says', async () => {
+    const rng = random(92)
+    const [q, k] = planted(rng, 1000, 2, false).map((x) => tensor(x, [1, 1000, 2, 32], { device }))
+    let before = new Set<number>()
+    for (const gamma of [0.3, 0.6, 0.9, 0.99]) {
+      const mask = flexPrefill(q!, k!, { gamma, tau: 0, minBudget: 0, block: 64, mode: 'coverage' })
+      const set = await pairsOf(mask, 0, 16)
+      for (const pair of before) expect(set.has(pair)).toBe(true)
+      for (let i = 0; i < 16; i++) expect(set.has(i * 16) && set.has(i * 17)).toBe(true)
+      before = set
+      const [mass] = await achievedMass(q!, k!, mask)
+      expect(mass).toBeGreaterThan(0)
+      expect(mass).toBeLessThan(1.00001)
+    }
+  })
+
+  it('selects chunks, batches and packed sequences as it does single ones', async () => {
+    const rng = random(93)
+    const [q, k] = planted(rng, 640, 2, false).map((x) => tensor(x, [1, 640, 2, 32], { device }))
+    const options = { gamma: 0.8, minBudget: 0, block: 64 } as const
+    const whole = await pairsOf(flexPrefill(q!, k!, options), 1, 10)
+    const chunk = flexPrefill(q!.slice(1, 320), k!, options)
+    expect(chunk.blocks!.shape).toEqual([1, 2, 5, 1])
+    const cu = [0, 640, 740]
+    const join = (x: typeof q) => {
+      const all = tensor(new Float32Array(740 * 64), [1, 740, 2, 32], { device })
+      all.slice(1, 0, 640).copyFrom(x!)
+      all.slice(1, 640).copyFrom(x!.slice(1, 0, 100))
+      return all
+    }
+    const [pq, pk] = [join(q), join(k)]
+    const packed = flexPrefill(pq, pk, { ...options, cuSeqlensQ: cu, cuSeqlensK: cu })
+    expect(packed.blocks!.shape[2]).toBe(13)
+    expect(await pairsOf(packed, 1, 10).catch(() => new Set())).toBeDefined()
+    const bits = await packed.blocks!.read()
+    const single = await flexPrefill(q!, k!, options).blocks!.read()
+    for (let head = 0; head < 2; head++)
+      for (let r = 0; r < 10; r++) expect(bits[head * 13 + r]).toBe(single[head * 10 + r])
+    const { out } = attention(pq, pk, pk, { mask: packed })
+    const alone = attention(q!, k!, k!, { mask: flexPrefill(q!, k!, options) }).out
+    expect(maxError(await out.slice(1, 0, 640).read(), await alone.read())).toBeLessThan(1e-5)
+    expect(whole.size).toBeGreaterThan(10)
+  })
+
+  it('refuses what it cannot select', async () => {
+    const rng = random(94)
+    const q = await sample(rng, [1, 300, 1, 16], 'float32', device)
+    const call = (options: object) => failure(() => flexPrefill(q.tensor, q.tensor, options))
+    expect((await call({ gamma: 0 })).message).toBe('flexPrefill: gamma must be above 0, got 0')
+    expect((await call({ block: 48 })).code).toBe('ERR_ARGUMENT')
+    expect((await call({ minBudget: 512, maxBudget: 100 })).message).toBe(
+      'flexPrefill: maxBudget must be at least minBudget = 512, got 100',
+    )
+    const short = await failure(() => flexPrefill(q.tensor, q.tensor.slice(1, 0, 200)))
+    expect(short.message).toBe('flexPrefill: sq must be at most sk, got 300 and 200')
+  })
+})

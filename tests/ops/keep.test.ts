@@ -1,0 +1,102 @@
+import { keep, type Mask, tensor } from 'heddle'
+import { expect, it } from 'vitest'
+import { describeDevices } from '../support/devices.js'
+import { failure } from '../support/failure.js'
+import { random } from '../support/random.js'
+
+/** Listed blocks of a mask as [head][row] lists. */
+async function listed(mask: Mask, columns: number): Promise<number[][][]> {
+  const [, heads = 0, rows = 0, words = 0] = mask.blocks!.shape
+  const bits = await mask.blocks!.read()
+  return Array.from({ length: heads }, (_, h) =>
+    Array.from({ length: rows }, (_, r) =>
+      Array.from({ length: columns }, (_, c) => c).filter(
+        (c) => (bits[(h * rows + r) * words + (c >> 5)]! >> (c & 31)) & 1,
+      ),
+    ),
+  )
+}
+
+describeDevices('keep', (device) => {
+  it('keeps what a sort would keep, ties to the lower index', async () => {
+    const rng = random(85)
+    for (let n = 0; n < 60; n++) {
+      const [sq, sk] = [rng.pick([16, 100, 256]), 256 + rng.pick([0, 16, 33])]
+      const block = [rng.pick([16, 64]), rng.pick([16, 64])] as const
+      const [rows, columns] = [Math.ceil(sq / block[0]), Math.ceil(sk / block[1])]
+      // few values, so that many are equal
+      const values = Float32Array.from({ length: 2 * rows * columns }, () =>
+        rng.pick([0, -0, 0.25, 0.25, 0.5, 1, rng.next(), Number.NaN, Number.NEGATIVE_INFINITY]),
+      )
+      const over = rng.pick(['row', 'map'] as const)
+      const rule = rng.pick(['topBlocks', 'coverage', 'threshold'] as const)
+      const amount =
+        rule === 'topBlocks' ? rng.pick([0, 1, 3, 100]) : rng.pick([0, 0.25, 0.6, 0.9, 1])
+      const [forceFirst, forceDiagonal] = [rng.pick([0, 1]), rng.pick([0, 1, 2])]
+      const [minBlocks, maxBlocks] = [rng.pick([0, 2]), rng.pick([0, 4])]
+      const budget = rule === 'threshold' ? {} : { minBlocks, maxBlocks }
+      const options = { sq, sk, block, over, [rule]: amount, forceFirst, forceDiagonal, ...budget }
+      const score = tensor(values, [1, 2, rows, columns], { device })
+      const actual = await listed(keep(score, options), columns)
+
+      const top = (x: number) => (Number.isNaN(x) ? -1e30 : x)
+      for (let head = 0; head < 2; head++) {
+        const pairs = Array.from({ length: rows * columns }, (_, i) => {
+          const [r, c] = [Math.floor(i / columns), i % columns]
+          const p = sk - sq + r * block[0]
+          const last = Math.floor((sk - sq + Math.min((r + 1) * block[0], sq) - 1) / block[1])
+          const own = Math.floor(p / block[1])
+          const forced =
+            c < forceFirst || (forceDiagonal > 0 && c > own - forceDiagonal && c <= last)
+          return { i, r, c, x: values[head * rows * columns + i]!, forced }
+        })
+        const groups =
+          over === 'map'
+            ? [pairs]
+            : Array.from({ length: rows }, (_, r) => pairs.filter((one) => one.r === r))
+        const expected: number[][] = Array.from({ length: rows }, () => [])
+        for (const group of groups) {
+          const count = over === 'map' ? rows : 1
+          const order = group
+            .filter(({ x }) => x !== Number.NEGATIVE_INFINITY)
+            .sort(
+              (a, b) =>
+                Number(b.forced) - Number(a.forced) ||
+                (a.forced ? 0 : top(b.x) - top(a.x)) ||
+                a.i - b.i,
+            )
+          let taken = order.length
+          if (rule === 'topBlocks') taken = amount * count
+          if (rule === 'threshold')
+            taken = order.filter(({ x, forced }) => forced || x >= amount).length
+          if (rule === 'coverage' && amount < 1) {
+            // the operator's masses are whole multiples of 2^-40 of the largest
+            const most = Math.max(0, ...order.map(({ x }) => x).filter((x) => x > 0))
+            const mass = (x: number) => (x > 0 ? Math.floor((x / most) * 2 ** 40) : 0)
+            const wanted = Math.ceil(amount * order.reduce((sum, { x }) => sum + mass(x), 0))
+            let sum = 0
+            taken = 0
+            while (sum < wanted) sum += mass(order[taken++]!.x)
+          }
+          if (rule !== 'threshold') {
+            if (minBlocks) taken = Math.max(taken, minBlocks * count)
+            if (maxBlocks) taken = Math.min(taken, maxBlocks * count)
+          }
+          for (const { r, c } of order.slice(0, taken)) expected[r]!.push(c)
+        }
+        for (const row of expected) row.sort((a, b) => a - b)
+        expect(actual[head], JSON.stringify(options)).toEqual(expected)
+      }
+    }
+  })
+
+  it('refuses what is no rule or no score', async () => {
+    const score = tensor(new Float32Array(4), [1, 1, 2, 2], { device })
+    expect((await failure(() => keep(score, { sq: 256 }))).message).toBe(
+      'keep: options must have one of topBlocks, coverage and threshold, got 0',
+    )
+    expect((await failure(() => keep(score, { sq: 300, topBlocks: 1 }))).message).toBe(
+      'keep: score must be [b, heads, 3, 3], got [1, 1, 2, 2]',
+    )
+  })
+})
