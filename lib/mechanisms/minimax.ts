@@ -10,11 +10,11 @@ import { checkTensor, type Tensor } from '../tensor.js'
 
 /** The weights of a {@link minimax} layer, each [outputs, inputs] as {@link linear} takes them. */
 export interface MinimaxWeights<D extends FloatDType = FloatDType> {
-  /** [h 3 d, model]: per head its queries, keys and values. */
+  /** Per head its queries, keys and values, [h 3 d, model]. */
   qkv: Tensor<D>
   /** [h d, model]. */
   gate: Tensor<D>
-  /** [h d]: the gain of the norm. */
+  /** The gain of the norm, [h d]. */
   norm: Tensor<D>
   /** [model, h d]. */
   out: Tensor<D>
