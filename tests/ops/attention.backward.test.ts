@@ -316,6 +316,25 @@ describeDevices('attention.backward', (device) => {
       })
     })
 
+    it('takes nothing from rows that see no key, whatever dout holds there', async () => {
+      const rng = random(27)
+      const draw = async (tokens: number) =>
+        (await sample(rng, [1, tokens, 2, 64], dtype, device, { strided: false })).tensor
+      const [q, k, v, dout] = [await draw(70), await draw(20), await draw(20), await draw(70)]
+      // rows 0 to 49 stand before the first key
+      dout.slice(1, 0, 50).copyFrom(tensor([Number.NaN], [1], { device }).expand([1, 50, 2, 64]))
+      const options = { causal: true, sink: [0.5, -1], slopes: [0.1, 0.2] }
+      const { out, lse } = attention(q, k, v, options)
+      const result = attentionBackward(q, k, v, out, lse, dout, options)
+      for (const gradient of Object.values(result)) {
+        const values = await (gradient as Tensor).read({ as: 'float32' })
+        expect([...values].some(Number.isNaN)).toBe(false)
+      }
+      const dq = await result.dq.read({ as: 'float32' })
+      expect(dq.subarray(0, 50 * 128).every((x) => x === 0)).toBe(true)
+      expect(dq.subarray(50 * 128).some((x) => x !== 0)).toBe(true)
+    })
+
     it('is the same every time', async () => {
       const rng = random(26)
       const shapes = [4, 2, 2, 4].map((heads) => [2, 300, heads, 64])
