@@ -6,19 +6,24 @@ import {
   attention,
   attentionBackward,
   embed,
+  flexPrefill,
   full,
   glu,
   lightning,
   lightningBackward,
   lightningDecode,
   linear,
+  Mask,
   merge,
+  minference,
   norm,
   randn,
   rope,
+  sampled,
   silu,
   synchronize,
   tensor,
+  xattention,
   zeros,
 } from 'heddle'
 
@@ -99,6 +104,23 @@ for (const dtype of ['bfloat16', 'float32']) {
   keep(rope(x))
   keep(add(silu(wide), wide))
   keep(embed(tensor([0, 49, 7], [3], { dtype: 'int32', device }), draw([50, 24], dtype)))
+}
+for (const dtype of ['bfloat16', 'float32']) {
+  const [q, k] = [draw([1, 333, 4, 72], dtype), draw([1, 401, 2, 72], dtype)]
+  const over = (mask) => keep(attention(q, k, k, { mask }))
+  const options = { gamma: 0.7, minBudget: 0, block: 64 }
+  for (const mode of ['reference', 'coverage']) over(flexPrefill(q, k, { ...options, mode }))
+  over(sampled(q, k, { topK: 100 }))
+  over(xattention(q, k, { block: 64 }))
+  over(minference(q, k, { patterns: [{ kind: 'vertical-slash', vertical: 40, slash: 110 }] }))
+  const int32 = (values, shape) => tensor(values, shape, { dtype: 'int32', device })
+  const lists = {
+    count: int32([1, 0, 2], [1, 1, 3]),
+    index: int32([3, -1, 0, 0, 1, 2], [1, 1, 3, 2]),
+  }
+  const shape = { sq: 333, sk: 401, device }
+  over(Mask.fromLists(lists, shape).union(Mask.fromWindow({ window: 9, sinkTokens: 2 }, shape)))
+  over(Mask.fromDocuments([0, 100, 401], shape))
 }
 keep(full([1001], 3, { device }).cast('float8_e4m3fn').cast('float16'))
 await synchronize(device)
