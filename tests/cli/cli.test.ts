@@ -125,6 +125,15 @@ describe('heddle', () => {
       /eval: device must be "cpu", "cuda" or "cuda:N"/,
     ],
     [
+      ['eval', '--model', model, '--set', `${set}:dev4k`, '--attention', 'flexprefill'],
+      /eval: attention must be a mechanism, got "flexprefill"; did you mean "flex-prefill"\?/,
+    ],
+    [
+      ['eval', '--attention', 'streaming', '--gamma', '1'],
+      /eval: --gamma goes with another mechanism than streaming/,
+    ],
+    [['eval', '--gamma', '1'], /eval: --gamma goes with --attention/],
+    [
       ['generate', '--model', model, '--prompt', ''],
       /generate: prompt must have at least one byte/,
     ],
