@@ -140,7 +140,7 @@ function planted(rng: Random, n: number, heads: number, flat: boolean): Float32A
 describeDevices('flexPrefill', (device) => {
   it('selects what float64 selects', async () => {
     const rng = random(90)
-    let [compared, aware] = [0, 0]
+    let compared = 0
     for (const n of [640, 700, 1000, 1024])
       for (const flat of [false, true]) {
         const [heads, d] = [2, 32]
@@ -176,7 +176,6 @@ describeDevices('flexPrefill', (device) => {
           const expected = selection(n, score, pooled, settings)
           if (expected.near) continue
           compared++
-          if (expected.aware) aware++
           const actual = await pairsOf(mask, head, Math.ceil(n / b))
           const text = `${JSON.stringify(settings)} n ${n} head ${head} aware ${expected.aware}`
           expect(
@@ -186,7 +185,6 @@ describeDevices('flexPrefill', (device) => {
         }
       }
     expect(compared).toBeGreaterThan(4)
-    expect(aware).toBeGreaterThanOrEqual(0)
   })
 
   it('is dense from gamma 1 on, in short calls and where numbers are not finite', async () => {
@@ -242,7 +240,6 @@ describeDevices('flexPrefill', (device) => {
     const [pq, pk] = [join(q), join(k)]
     const packed = flexPrefill(pq, pk, { ...options, cuSeqlensQ: cu, cuSeqlensK: cu })
     expect(packed.blocks!.shape[2]).toBe(13)
-    expect(await pairsOf(packed, 1, 10).catch(() => new Set())).toBeDefined()
     const bits = await packed.blocks!.read()
     const single = await flexPrefill(q!, k!, options).blocks!.read()
     for (let head = 0; head < 2; head++)
