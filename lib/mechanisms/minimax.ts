@@ -51,7 +51,7 @@ const known: ReadonlySet<string> = new Set<keyof MinimaxOptions>([
  * @throws HeddleError `ERR_SHAPE`, `ERR_DTYPE`, `ERR_DEVICE` or `ERR_ARGUMENT` at the call.
  * @example
  * import { full, minimax, randn } from 'heddle'
- * const draw = (...shape) => randn(shape, { seed: shape[0] })
+ * const draw = (...shape: number[]) => randn(shape, { seed: shape[0] })
  * const weights = {
  *   qkv: draw(96, 32), gate: draw(32, 32), norm: full([32], 1), out: draw(32, 32),
  * }

@@ -56,7 +56,7 @@ const known: ReadonlySet<string> = new Set<keyof TransnormerOptions>([
  * @throws HeddleError `ERR_SHAPE`, `ERR_DTYPE`, `ERR_DEVICE` or `ERR_ARGUMENT` at the call.
  * @example
  * import { randn, transnormer } from 'heddle'
- * const draw = (...shape) => randn(shape, { seed: shape[0] })
+ * const draw = (...shape: number[]) => randn(shape, { seed: shape[0] })
  * const weights = {
  *   qkvu: draw(128, 32), out: draw(32, 32), gate: draw(64, 32), up: draw(64, 32), down: draw(32, 64),
  * }

@@ -4,7 +4,7 @@ import { run } from '../native.js'
 import { checkTensor, empty, type Tensor } from '../tensor.js'
 
 /** What {@link probe} computes by its kind, for a row r of query blocks and a block c of keys; p is the position of a query. */
-export const probeDefinition = `
+export const probeFormulas = `
   pooled        score[r,c] = scale * (mean of q over r) . (mean of k over c)
   strided       score[r,c] = max of scale * q[i] . k[t]    where i in sampled(r), t in sampled(c), t <= p(i)
   rows          score[r,c] = mean over i in sampled(r) of sum over t in c of softmax(scale * q[i] . k)[t]
@@ -13,7 +13,7 @@ export const probeDefinition = `
 
 /** Options of {@link probe}. */
 export interface ProbeOptions {
-  /** Which proxy: `'pooled'` if left out. {@link probeDefinition} defines them. */
+  /** Which proxy: `'pooled'` if left out. {@link probeFormulas} defines them. */
   kind?: 'pooled' | 'strided' | 'rows' | 'antidiagonal' | undefined
   /** Queries and keys per block, 128 if left out; one number stands for both. */
   block?: number | readonly [number, number] | undefined
@@ -45,7 +45,7 @@ export function blockPair(op: string, block: unknown): readonly [number, number]
 }
 
 /**
- * Proxy scores of a causal attention map, by which {@link keep} selects: {@link probeDefinition}. What a row of blocks cannot
+ * Proxy scores of a causal attention map, by which {@link keep} selects: {@link probeFormulas}. What a row of blocks cannot
  * see is -inf.
  *
  * @param q [b, sq, hq, d]; sq at most sk, query i stands at sk - sq + i.
