@@ -141,16 +141,6 @@ async function main(): Promise<void> {
   )
 
   const rows: Row[] = []
-  for (const text of chosen) {
-    const row = await measure(text, roof)
-    rows.push(row)
-    const peers = Object.entries(row.peers).map(
-      ([peer, ms]) => `, ${(ms / row.ms).toFixed(2)}x the speed of ${peer}`,
-    )
-    log(
-      `${row.case}: ${row.ms.toFixed(4)} ms ±${(row.spread * 100).toFixed(1)} %, ${row.tflops.toFixed(3)} TFLOP/s, ${row.gbps.toFixed(1)} GB/s, ${(row.roofShare * 100).toFixed(0)} % of the roof, error ${row.error.toExponential(1)}${peers.join('')}`,
-    )
-  }
   let commit = process.env.HEDDLE_COMMIT ?? 'unknown'
   try {
     commit = execFileSync('git', ['rev-parse', '--short', 'HEAD'], {
@@ -171,12 +161,25 @@ async function main(): Promise<void> {
     enqueueMicroseconds,
     rows,
   }
-  if (values.json) process.stdout.write(`${JSON.stringify(result, null, 2)}\n`)
-  if (values.out) {
+  // after every row, so that what was measured outlasts an interruption
+  const save = () => {
+    if (!values.out) return
     mkdirSync(values.out, { recursive: true })
     const short = gpu ? (/\b([A-Z]\d+)\b/.exec(gpu.name)?.[1] ?? 'gpu').toLowerCase() : 'cpu'
     writeFileSync(join(values.out, `${short}.json`), `${JSON.stringify(result, null, 2)}\n`)
   }
+  for (const text of chosen) {
+    const row = await measure(text, roof)
+    rows.push(row)
+    save()
+    const peers = Object.entries(row.peers).map(
+      ([peer, ms]) => `, ${(ms / row.ms).toFixed(2)}x the speed of ${peer}`,
+    )
+    log(
+      `${row.case}: ${row.ms.toFixed(4)} ms ±${(row.spread * 100).toFixed(1)} %, ${row.tflops.toFixed(3)} TFLOP/s, ${row.gbps.toFixed(1)} GB/s, ${(row.roofShare * 100).toFixed(0)} % of the roof, error ${row.error.toExponential(1)}${peers.join('')}`,
+    )
+  }
+  if (values.json) process.stdout.write(`${JSON.stringify(result, null, 2)}\n`)
 }
 
 main()
