@@ -381,12 +381,12 @@ __global__ void __launch_bounds__(SplitTile<kD>::kThreads, 1)
         }
       }
     } else {
-      // the unit that a CTA begins inside of is its first, another one its second
-      auto slot_of = [&](int cta) {
-        return 2 * cta + (work.unit_begin > plan.begin(total, cta, ctas) ? 1 : 0);
-      };
       const int first_cta = plan.owner(total, work.unit_begin, ctas);
       const int last_cta = plan.owner(total, work.unit_begin + work.unit_tiles - 1, ctas);
+      // a CTA that begins inside of a unit or with it leaves its sums in its first place; only the
+      // unit's first CTA may have begun with another one
+      const int late = work.unit_begin > plan.begin(total, first_cta, ctas) ? 1 : 0;
+      auto slot_of = [&](int cta) { return 2 * cta + (cta == first_cta ? late : 0); };
       const int64_t slot = slot_of(static_cast<int>(blockIdx.x));
       if (!idle) {
 #pragma unroll

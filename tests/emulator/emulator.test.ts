@@ -287,7 +287,7 @@ const kernels: Kernel[] = [
       {
         what: 'two parts lie in one place',
         file: split,
-        from: '(work.unit_begin > plan.begin(total, cta, ctas) ? 1 : 0)',
+        from: '(cta == first_cta ? late : 0)',
         to: '0',
       },
       {

@@ -7,8 +7,8 @@ import {
   tensor,
 } from 'heddle'
 import { describe, expect, it } from 'vitest'
-import { expectClose } from '../support/compare.js'
-import { describeDevices, floats } from '../support/devices.js'
+import { expectClose, largest, maxError } from '../support/compare.js'
+import { describeDevices, epsilon, floats } from '../support/devices.js'
 import { type Random, random, sample } from '../support/random.js'
 import {
   type AttentionCase,
@@ -286,8 +286,11 @@ describeDevices('attention.backward', (device) => {
       poison(k.tensor)
       poison(v.tensor)
       const [dirtyQ] = await gradients()
-      // rows before the first NaN do not see it, those from it on do
-      expect(dirtyQ.subarray(0, 50 * row)).toEqual(cleanQ.subarray(0, 50 * row))
+      // rows before the first NaN do not see it, those from it on do; the forward call may have computed the former in
+      // another way, so that out and what follows from it was rounded differently
+      expect(
+        maxError(dirtyQ.subarray(0, 50 * row), cleanQ.subarray(0, 50 * row)),
+      ).toBeLessThanOrEqual(4 * epsilon[dtype] * largest(cleanQ))
       expect(dirtyQ.subarray(50 * row).every(Number.isNaN)).toBe(true)
     })
 
