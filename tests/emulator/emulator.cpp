@@ -111,10 +111,20 @@ void Cta::fence_async() {
 void Cta::enter() {
   cta->kernel_();
   cta->self().done = true;
-  swapcontext(&cta->self().context, &cta->scheduler_);
+  _longjmp(cta->scheduler_, 1);
 }
 
-void Cta::yield() { swapcontext(&self().context, &scheduler_); }
+// Contexts only begin threads: to swap them asks the system for the signal mask each time
+void Cta::yield() {
+  if (_setjmp(self().place) == 0) _longjmp(scheduler_, 1);
+}
+
+void Cta::resume(Thread& thread) {
+  if (_setjmp(scheduler_) != 0) return;
+  if (thread.started) _longjmp(thread.place, 1);
+  thread.started = true;
+  setcontext(&thread.context);
+}
 
 void Cta::wait_until(std::function<bool()> condition) {
   if (condition()) {
@@ -133,7 +143,6 @@ void Cta::run(const std::function<void()>& kernel) {
     getcontext(&thread->context);
     thread->context.uc_stack.ss_sp = thread->stack.data();
     thread->context.uc_stack.ss_size = thread->stack.size();
-    thread->context.uc_link = &scheduler_;
     makecontext(&thread->context, enter, 0);
   }
   const auto count = static_cast<uint32_t>(threads_.size());
@@ -156,7 +165,7 @@ void Cta::run(const std::function<void()>& kernel) {
       current_ = static_cast<int>(at);
       threadIdx.x = current_;
       ran = true;
-      swapcontext(&scheduler_, &thread.context);
+      resume(thread);
       if (thread.done) --left;
     }
     if (!ran && idle) fault("deadlock, " + std::to_string(left) + " threads wait");

@@ -1,4 +1,5 @@
 #pragma once
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cmath>
@@ -118,6 +119,8 @@ class Cta {
   };
   struct Thread {
     ucontext_t context;
+    jmp_buf place;
+    bool started = false;
     std::vector<char> stack;
     bool done = false;
     std::function<bool()> blocked;
@@ -156,6 +159,7 @@ class Cta {
 
   static void enter();
   void yield();
+  void resume(Thread& thread);
   void wait_until(std::function<bool()> condition);
   void meet(Meeting& meeting, int threads, const char* what);
   uint8_t* async_view(uint32_t address, uint32_t nbytes);
@@ -179,7 +183,7 @@ class Cta {
   std::vector<uint32_t> exchanged_;
   std::vector<Action> arriving_;  // copies into shared memory
   std::function<void()> kernel_;
-  ucontext_t scheduler_;
+  jmp_buf scheduler_;
   int current_ = 0;
 };
 

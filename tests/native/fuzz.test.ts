@@ -629,6 +629,7 @@ describe('the addon by itself', () => {
               const result = raw[name]!(...args)
               if (result instanceof Promise) pending.push(result.catch(() => {}))
               if (name === 'release') live = live.filter((handle) => handle !== args[0])
+              else if (name === 'endGraph') raw.releaseGraph!(result)
               else if (typeof result === 'number') live.push(result)
               else if (name === 'run') raw.release!((result as number[])[0])
             } catch (error) {
@@ -641,6 +642,11 @@ describe('the addon by itself', () => {
       { numRuns: 30_000, seed },
     )
     await Promise.all(pending)
+    try {
+      raw.endGraph!(false)
+    } catch {
+      // none was begun since the last one ended
+    }
     for (const handle of live) raw.release!(handle)
     expect(thrown).toBeGreaterThan(10_000)
     await synchronize()
