@@ -22,8 +22,8 @@ export default defineConfig({
       { extends: true, test: { name: 'timed', include: [timed], sequence: { groupOrder: 1 } } },
     ],
     pool: 'forks',
-    testTimeout: 60_000,
-    hookTimeout: 60_000,
+    testTimeout: 120_000,
+    hookTimeout: 120_000,
     // The built package is loaded by Node itself: one module instance for tests, workers and children
     server: { deps: { external: [/\/dist\/[^/]+\.m?js$/] } },
     reporters: process.env.HEDDLE_TEST_REPORT

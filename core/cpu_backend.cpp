@@ -64,12 +64,13 @@ class CpuBackend final : public Backend {
 
   void download(StorageRef from, size_t offset, size_t nbytes, HostBuffer to,
                 std::function<void(Failure)> done) override {
-    push([=, this, done = std::move(done)] {
+    push([=, this, done = std::move(done)]() mutable {
       // Another device may wait for this copy, so it is answered even at the end
       if (stopping_)
         return done(std::make_shared<Error>(Code::kDisposed, "", "the device was closed"));
       const Failure failure = from->failure();
       if (!failure) std::memcpy(to.get(), static_cast<const char*>(from->data) + offset, nbytes);
+      from.reset();  // who is answered finds its memory counted
       done(failure);
     });
   }

@@ -11,6 +11,7 @@ export interface Graph<T> {
   replay(): T
   /** Gives back the memory that only the graph needs; its tensors in `result` stay. */
   dispose(): void
+  /** {@link Graph.dispose} at the end of a `using` block. */
   [Symbol.dispose](): void
 }
 

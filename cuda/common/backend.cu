@@ -305,7 +305,9 @@ class CudaBackend final : public Backend {
         std::lock_guard lock(mutex_);
         events_.push_back(download.event);
       }
-      download.done(failure_of(download));
+      const Failure failure = failure_of(download);
+      download.from.reset();  // who is answered finds its memory counted
+      download.done(failure);
     }
   }
 

@@ -605,6 +605,7 @@ describe('the addon by itself', () => {
   const names = Object.keys(raw).filter((name) => name !== 'init')
 
   it('throws on garbage and keeps working', async () => {
+    await synchronize()
     const before = memory()
     let live: number[] = []
     const pending: Promise<unknown>[] = []
