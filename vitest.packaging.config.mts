@@ -5,6 +5,7 @@ const config = mergeConfig(
   base,
   defineConfig({ test: { testTimeout: 600_000, hookTimeout: 1_200_000 } }),
 )
-config.test = { ...config.test, include: ['tests/packaging/**/*.test.ts'], exclude: [] }
+const { projects: _, ...test } = config.test
+config.test = { ...test, include: ['tests/packaging/**/*.test.ts'], exclude: [] }
 
 export default config
