@@ -2,9 +2,9 @@
 #include <string>
 #include <vector>
 
-#include "core/backend.h"
-
 namespace heddle {
+
+struct DeviceInfo;
 
 // Which way of running an operator a call would take, and why not the better ones
 struct Explanation {

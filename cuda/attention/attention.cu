@@ -3,6 +3,7 @@
 #include "attention/forward_portable.cuh"
 #include "attention/forward_sm90.h"
 #include "attention/split_sm90.h"
+#include "common/variants.h"
 #include "core/registry.h"
 
 namespace heddle {

@@ -1,4 +1,5 @@
 #include "attention/backward_portable.cuh"
+#include "common/variants.h"
 #include "core/registry.h"
 
 namespace heddle {

@@ -1,11 +1,8 @@
 #pragma once
-#include <cuda_runtime.h>
-
-#include <atomic>
 #include <cstddef>
 #include <cstdint>
 
-#include "common/context.h"
+#include "common/check.h"
 
 namespace heddle {
 
@@ -15,19 +12,15 @@ struct Launch {
   cudaStream_t stream;
 };
 
+// Once a device: lets a kernel have more shared memory than the few bytes that need no asking.
+// `ready` is the kernel's own and remembers the devices.
+void allow_shared_memory(const void* kernel, size_t smem_bytes, uint64_t& ready);
+
 // Enqueues a kernel that keeps its tiles in dynamic shared memory. Every call of one kernel asks
 // for the same amount.
 template <auto kKernel, class... Args> void launch(const Launch& launch, const Args&... args) {
-  static std::atomic<uint64_t> ready{0};  // a bit per device; beyond 64 it is done every time
-  int device = 0;
-  HEDDLE_CUDA(cudaGetDevice(&device));
-  const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
-  if (!(ready.load(std::memory_order_relaxed) & bit)) {
-    HEDDLE_CUDA(cudaFuncSetAttribute(reinterpret_cast<const void*>(kKernel),
-                                     cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                     static_cast<int>(launch.smem_bytes)));
-    ready.fetch_or(bit, std::memory_order_relaxed);
-  }
+  static uint64_t ready = 0;
+  allow_shared_memory(reinterpret_cast<const void*>(kKernel), launch.smem_bytes, ready);
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(launch.ctas));
   config.blockDim = dim3(static_cast<unsigned>(launch.threads));

@@ -1,5 +1,6 @@
 #include "ops/lightning.h"
 
+#include "common/variants.h"
 #include "core/registry.h"
 #include "lightning/forward_sm90.h"
 #include "lightning/scan_portable.cuh"

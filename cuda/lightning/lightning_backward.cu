@@ -1,3 +1,4 @@
+#include "common/variants.h"
 #include "core/registry.h"
 #include "lightning/scan_portable.cuh"
 

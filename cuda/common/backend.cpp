@@ -3,7 +3,7 @@
 #include <map>
 #include <thread>
 
-#include "common/context.h"
+#include "common/call_context.h"
 #include "core/block_cache.h"
 
 namespace heddle {
@@ -234,7 +234,7 @@ class CudaBackend final : public Backend {
   };
 
   void enqueue(const Call& call) {
-    CudaContext context(stream_, info_, *fault_pool_, tickets_, call.op.name.c_str());
+    CallContext context(stream_, info_, *fault_pool_, tickets_, call.op.name.c_str());
     try {
       call.op.cuda(call.arguments, context);
     } catch (const Error& error) {
