@@ -29,13 +29,21 @@ export interface Case {
   inputs: readonly Tensor[]
 }
 
+/** The same numbers from 0 to 1 from the same seed. */
+function numbersFrom(seed: number): () => number {
+  let state = seed
+  return () => {
+    state = (Math.imul(state, 1664525) + 1013904223) >>> 0
+    return state / 2 ** 32
+  }
+}
+
 /** 0 to n - 1 in another order, always the same. */
 function shuffled(n: number): number[] {
   const list = Array.from({ length: n }, (_, i) => i)
-  let state = 1
+  const draw = numbersFrom(1)
   for (let i = n - 1; i > 0; i--) {
-    state = (Math.imul(state, 1664525) + 1013904223) >>> 0
-    const j = state % (i + 1)
+    const j = Math.floor(draw() * (i + 1))
     ;[list[i], list[j]] = [list[j]!, list[i]!]
   }
   return list
@@ -48,45 +56,62 @@ function attentionProblem({ dtype, size, flags }: Problem, device: Device) {
   const causal = flags.has('causal')
   const window = size('window', 0) || undefined
   const page = size('page', 0)
+  // how many keys each batch entry has: all, or from 1,024 on as the seed draws them
+  const ragged = size('ragged', 0)
+  const draw = numbersFrom(ragged)
+  const lengths = Array.from({ length: b }, () =>
+    ragged ? 1024 + Math.floor(draw() * (sk - 1023)) : sk,
+  )
   const make = (seed: number, shape: number[]) => randn(shape, { seed, dtype, device })
   // keys of one batch entry, or pages of them that lie in no order
-  const blocks = page ? [(b * sk) / page, page] : [b, sk]
+  const entries = page ? Math.ceil(sk / page) : 0
+  const held = lengths.map((keys) => (page ? Math.ceil(keys / page) : 0))
+  const blocks = page ? [held.reduce((sum, n) => sum + n, 0), page] : [b, sk]
   const [q, k, v] = [
     make(1, [b, sq, hq, d]),
     make(2, [...blocks, hk, d]),
     make(3, [...blocks, hk, dv]),
   ]
-  const pages = shuffled(page ? blocks[0]! : 0)
+  const drawn = shuffled(page ? blocks[0]! : 0)
+  // which page holds a row of the batch entry; entries behind the last row are never read
+  const tables = held.map((n) => [...drawn.splice(0, n), ...new Array<number>(entries - n).fill(0)])
   const options = {
     causal,
     ...(window ? { window } : {}),
     ...(page
       ? {
-          blockTable: tensor(pages, [b, sk / page], { dtype: 'int32', device }),
-          cacheSeqlens: tensor(new Array<number>(b).fill(sk), [b], { dtype: 'int32', device }),
+          blockTable: tensor(tables.flat(), [b, entries], { dtype: 'int32', device }),
         }
       : {}),
+    ...(page || ragged ? { cacheSeqlens: tensor(lengths, [b], { dtype: 'int32', device }) } : {}),
   }
-  const sees = (row: number) => {
-    const at = sk - sq + row
-    const end = causal || window ? Math.min(at + 1, sk) : sk
+  // keys that a row of the last batch entry, or of one with so many keys, sees
+  const sees = (row: number, keys = lengths[b - 1]!) => {
+    const at = keys - sq + row
+    const end = causal || window ? Math.min(at + 1, keys) : keys
     return [Math.max(window ? at - window + 1 : 0, 0), Math.max(end, 0)] as const
   }
   let pairs = 0
-  for (let row = 0; row < sq; row++) pairs += Math.max(sees(row)[1] - sees(row)[0], 0)
-  return { b, sq, sk, hq, hk, d, dv, q, k, v, make, options, sees, pairs, page, pages }
+  for (const keys of lengths)
+    for (let row = 0; row < sq; row++) {
+      const [from, to] = sees(row, keys)
+      pairs += Math.max(to - from, 0)
+    }
+  const keys = lengths.reduce((sum, n) => sum + n, 0)
+  const table = tables[b - 1]!
+  return { b, sq, sk, hq, hk, d, dv, q, k, v, make, options, sees, pairs, keys, page, table }
 }
 
 /** How to make the case of an operator's problem. */
 export const operators: Readonly<Record<string, (problem: Problem, device: Device) => Case>> = {
   attention(problem, device) {
-    const { b, sq, sk, hq, hk, d, dv, q, k, v, options, sees, pairs, page, pages } =
+    const { b, sq, hq, hk, d, dv, q, k, v, options, sees, pairs, keys, page, table } =
       attentionProblem(problem, device)
     const element = bytesPerElement[problem.dtype]
     return {
       inputs: [q, k, v],
-      flops: 2 * b * hq * pairs * (d + dv),
-      bytes: element * b * (sq * hq * (d + dv) + sk * hk * (d + dv)) + 4 * b * hq * sq,
+      flops: 2 * hq * pairs * (d + dv),
+      bytes: element * (d + dv) * (b * sq * hq + keys * hk) + 4 * b * hq * sq,
       run() {
         const { out, lse } = attention(q, k, v, options)
         return [out, lse]
@@ -100,8 +125,7 @@ export const operators: Readonly<Record<string, (problem: Problem, device: Devic
         // all pages of the head, or the keys of the batch entry
         const readKeys = (x: Tensor) =>
           page ? x.select(2, keyHead).read({ as: 'float32' }) : read(x, keyHead)
-        const rowOf = (t: number) =>
-          page ? pages[(batch * sk + t - (t % page)) / page]! * page + (t % page) : t
+        const rowOf = (t: number) => (page ? table[Math.floor(t / page)]! * page + (t % page) : t)
         const [qs, ks, vs, os] = [
           await read(q, head),
           await readKeys(k),
@@ -145,7 +169,7 @@ export const operators: Readonly<Record<string, (problem: Problem, device: Devic
     const element = bytesPerElement[problem.dtype]
     return {
       inputs: [q, k, v, out, lse, dout],
-      flops: 2 * b * hq * pairs * (3 * d + 2 * dv),
+      flops: 2 * hq * pairs * (3 * d + 2 * dv),
       bytes: element * b * (2 * sq * hq * (d + dv) + 2 * sk * hk * (d + dv)) + 4 * b * hq * sq,
       run() {
         const { dq, dk, dv } = run()
@@ -426,21 +450,46 @@ export const suites: Readonly<Record<'cpu' | 'cuda', readonly string[]>> = {
     'norm:m4096 d1024 f32',
   ],
   cuda: [
+    'attention:b16 sq1024 sk1024 hq16 hk16 d128 bf16',
     'attention:b4 sq4096 sk4096 hq16 hk16 d128 bf16',
+    'attention:b2 sq8192 sk8192 hq16 hk16 d128 bf16',
+    'attention:b1 sq16384 sk16384 hq16 hk16 d128 bf16',
+    'attention:b1 sq32768 sk32768 hq16 hk16 d128 bf16',
+    'attention:b16 sq1024 sk1024 hq16 hk16 d128 bf16 causal',
     'attention:b4 sq4096 sk4096 hq16 hk16 d128 bf16 causal',
+    'attention:b1 sq16384 sk16384 hq16 hk16 d128 bf16 causal',
+    'attention:b1 sq32768 sk32768 hq16 hk16 d128 bf16 causal',
+    'attention:b4 sq4096 sk4096 hq32 hk32 d64 bf16',
+    'attention:b1 sq32768 sk32768 hq32 hk32 d64 bf16',
+    'attention:b4 sq4096 sk4096 hq32 hk32 d64 bf16 causal',
     'attention:b2 sq8192 sk8192 hq32 hk32 d64 bf16 causal',
+    'attention:b1 sq32768 sk32768 hq32 hk32 d64 bf16 causal',
     'attention:b2 sq8192 sk8192 hq8 hk8 d256 bf16',
-    'attention:b1 sq4096 sk4096 hq16 hk16 d96 bf16 causal',
-    'attention:b1 sq4096 sk4096 hq16 hk16 d128 bf16 causal window1024',
+    'attention:b2 sq8192 sk8192 hq21 hk21 d96 bf16',
+    'attention:b2 sq8192 sk8192 hq10 hk10 d192 bf16',
+    'attention:b2 sq8192 sk8192 hq8 hk8 d256 bf16 causal',
+    'attention:b2 sq8192 sk8192 hq21 hk21 d96 bf16 causal',
+    'attention:b2 sq8192 sk8192 hq10 hk10 d192 bf16 causal',
+    'attention:b1 sq32768 sk32768 hq16 hk16 d128 bf16 causal window1024',
+    'attention:b1 sq4096 sk4096 hq32 hk32 d128 bf16 causal',
     'attention:b8 sq1 sk32768 hq32 hk8 d128 bf16',
     'attention:b8 sq1 sk32768 hq32 hk8 d128 bf16 page64',
+    'attention:b32 sq1 sk8192 hq32 hk8 d128 bf16',
     'attention:b32 sq1 sk8192 hq32 hk8 d128 bf16 page16',
     'attention:b1 sq1 sk131072 hq32 hk8 d128 bf16',
+    'attention:b64 sq1 sk65536 hq32 hk8 d128 bf16 page64 ragged1',
     'attention:b1 sq1 sk4096 hq32 hk8 d128 bf16 graph',
     'attention.backward:b4 sq4096 sk4096 hq16 hk16 d128 bf16',
     'attention.backward:b4 sq4096 sk4096 hq16 hk16 d128 bf16 causal',
+    'attention.backward:b1 sq16384 sk16384 hq16 hk16 d128 bf16',
+    'attention.backward:b1 sq16384 sk16384 hq16 hk16 d128 bf16 causal',
+    'attention.backward:b4 sq4096 sk4096 hq32 hk32 d64 bf16',
     'attention.backward:b4 sq4096 sk4096 hq32 hk32 d64 bf16 causal',
+    'attention.backward:b1 sq16384 sk16384 hq32 hk32 d64 bf16',
+    'attention.backward:b1 sq16384 sk16384 hq32 hk32 d64 bf16 causal',
+    'attention.backward:b2 sq8192 sk8192 hq16 hk16 d128 bf16 causal',
     'attention.backward:b2 sq8192 sk8192 hq16 hk4 d128 bf16 causal',
+    'attention.backward:b1 sq16384 sk16384 hq16 hk16 d128 bf16 causal atomic',
     'lightning:b4 h32 s512 d128 e128 bf16',
     'lightning:b4 h32 s2048 d128 e128 bf16',
     'lightning:b4 h32 s8192 d128 e128 bf16',

@@ -1,4 +1,4 @@
-import { type Device, synchronize, type Tensor } from 'heddle'
+import { type Device, elapsed, type Tensor, zeros } from 'heddle'
 
 /** Milliseconds of each of several rounds. */
 export interface Timing {
@@ -16,20 +16,20 @@ export function summarise(rounds: readonly number[]): Timing {
   return { ms, spread: (at(0.75) - at(0.25)) / 2 / ms }
 }
 
+function enqueue(run: () => Tensor[], times: number): void {
+  for (let i = 0; i < times; i++) for (const made of run()) made.dispose()
+}
+
 /**
- * Times one round of a function that enqueues work: as often as fits the budget, one wait at the end. Memory is handed back
- * between calls as a program would, so allocation is part of it.
+ * Times one round of a function that enqueues work: several times over between two points of the device's queue. Memory is
+ * handed back between calls as a program would, so allocation is part of it.
  */
 export async function timeRound(
   run: () => Tensor[],
   device: Device,
   times: number,
 ): Promise<number> {
-  await synchronize(device)
-  const started = performance.now()
-  for (let i = 0; i < times; i++) for (const made of run()) made.dispose()
-  await synchronize(device)
-  return (performance.now() - started) / times
+  return (await elapsed(() => enqueue(run, times), device)) / times
 }
 
 /** How often to repeat a run so that a round takes about `budget` milliseconds. */
@@ -38,6 +38,28 @@ export async function repeatsFor(
   device: Device,
   budget: number,
 ): Promise<number> {
+  await timeRound(run, device, 1) // the first call makes what later ones find
   const once = await timeRound(run, device, 1)
   return Math.max(1, Math.min(Math.round(budget / Math.max(once, 0.001)), 2000))
+}
+
+/**
+ * Times single runs, each after a copy that pushes everything else out of the caches. The device is still busy with that
+ * copy while the run is enqueued, so what enqueueing takes does not count here.
+ */
+export async function timeCold(
+  run: () => Tensor[],
+  device: Device,
+  times: number,
+): Promise<number[]> {
+  const bytes = device === 'cpu' ? 2 ** 27 : 2 ** 29
+  const [from, to] = [zeros([bytes / 4], { device }), zeros([bytes / 4], { device })]
+  const samples: number[] = []
+  for (let i = 0; i < times; i++) {
+    to.copyFrom(from)
+    samples.push(await elapsed(() => enqueue(run, 1), device))
+  }
+  from.dispose()
+  to.dispose()
+  return samples
 }

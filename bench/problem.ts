@@ -1,4 +1,4 @@
-import type { FloatDType } from 'heddle'
+import { type FloatDType, HeddleError } from 'heddle'
 
 // Problem strings such as `attention:b1 sq2048 sk2048 hq8 hk8 d64 f32 causal`: an operator, sizes as letters with a
 // number, a dtype and flags. A result can be repeated from its string alone.
@@ -8,6 +8,10 @@ const dtypes: Readonly<Record<string, FloatDType>> = {
   f16: 'float16',
   bf16: 'bfloat16',
 }
+
+/** An error of the kind that the command line shows without a stack. */
+export const refuse = (text: string) =>
+  new HeddleError('ERR_ARGUMENT', `bench: ${text}`, { op: 'bench', argument: 'problem' })
 
 /** A problem string taken apart. */
 export interface Problem {
@@ -22,7 +26,7 @@ export interface Problem {
 /** Takes a problem string apart. */
 export function parseProblem(text: string): Problem {
   const match = /^([a-z.]+):(.+)$/.exec(text.trim())
-  if (!match) throw new Error(`bench: a problem must be operator:sizes, got "${text}"`)
+  if (!match) throw refuse(`a problem must be operator:sizes, got "${text}"`)
   const sizes = new Map<string, number>()
   const flags = new Set<string>()
   let dtype: FloatDType = 'float32'
@@ -35,7 +39,7 @@ export function parseProblem(text: string): Problem {
   }
   const size = (name: string, fallback?: number) => {
     const value = sizes.get(name) ?? fallback
-    if (value === undefined) throw new Error(`bench: "${text}" lacks the size ${name}`)
+    if (value === undefined) throw refuse(`"${text}" lacks the size ${name}`)
     return value
   }
   return { text: text.trim(), operator: match[1]!, dtype, flags, size }

@@ -2,21 +2,23 @@ import { execFileSync } from 'node:child_process'
 import { mkdirSync, writeFileSync } from 'node:fs'
 import { availableParallelism, cpus } from 'node:os'
 import { join } from 'node:path'
-import { parseArgs } from 'node:util'
-import { cuda, type Device, graph, randn, silu } from 'heddle'
+import { attention, cuda, type Device, graph, randn, silu, synchronize, type Tensor } from 'heddle'
 import { type Case, operators, suites } from './cases.js'
-import { repeatsFor, summarise, timeRound } from './measure.js'
+import { repeatsFor, summarise, timeCold, timeRound } from './measure.js'
 import { onnxruntime } from './peers/onnxruntime.js'
 import { stopTorch, torch } from './peers/torch.js'
-import { parseProblem } from './problem.js'
+import { parseProblem, refuse } from './problem.js'
 
-// npm run bench [-- problem or operator ...] [--device D] [--rounds N] [--out DIR]
-// Ours and every peer that is present take turns, round by round, so that a clock that drifts drifts for all.
+// Behind `heddle bench`. Ours and every peer that is present take turns, round by round, so that a clock that drifts drifts
+// for all.
 
 interface Row {
   case: string
+  /** Back to back, with caches as they are. */
   ms: number
   spread: number
+  /** One at a time, with nothing of it in any cache. */
+  coldMs: number
   tflops: number
   gbps: number
   /** The time that the roofs measured in this run would allow, over the time taken. */
@@ -25,29 +27,27 @@ interface Row {
   peers: Record<string, number>
 }
 
-const { values, positionals } = parseArgs({
-  allowPositionals: true,
-  options: {
-    device: { type: 'string' },
-    rounds: { type: 'string' },
-    out: { type: 'string' },
-    json: { type: 'boolean' },
-  },
-})
-const device = (values.device ?? (cuda.available ? 'cuda:0' : 'cpu')) as Device
-const kind = device === 'cpu' ? 'cpu' : 'cuda'
-const rounds = Number(values.rounds ?? 9)
-const budget = kind === 'cpu' ? 200 : 50 // milliseconds a round
-const threads = Number(process.env.HEDDLE_THREADS ?? availableParallelism())
-
-function log(line: string): void {
-  if (!values.json) process.stdout.write(`${line}\n`)
+/** What to measure, and how. */
+export interface BenchOptions {
+  /** Problem strings, or names of operators for all that the suite has of them; none is the whole suite. */
+  problems: readonly string[]
+  device: Device
+  rounds: number
+  /** The folder for the results file. */
+  out?: string | undefined
+  /** Takes a line of text for people. */
+  log(line: string): void
 }
 
-function make(text: string): Case {
+function make(text: string, device: Device): Case {
   const problem = parseProblem(text)
-  const operator = operators[problem.operator]
-  if (!operator) throw new Error(`bench: no such operator, "${problem.operator}"`)
+  const operator = Object.hasOwn(operators, problem.operator)
+    ? operators[problem.operator]
+    : undefined
+  if (!operator)
+    throw refuse(
+      `the operator of a problem must be one of ${Object.keys(operators).join(', ')}, got "${problem.operator}"`,
+    )
   const made = operator(problem, device)
   if (!problem.flags.has('graph')) return made
   const step = graph(made.run)
@@ -58,34 +58,63 @@ function make(text: string): Case {
   return { ...made, run }
 }
 
-async function best(text: string): Promise<{ ms: number; made: Case }> {
-  const made = make(text)
-  const times = await repeatsFor(made.run, device, budget)
+const roundMilliseconds = (device: Device) => (device === 'cpu' ? 200 : 50)
+
+async function best(text: string, device: Device): Promise<{ ms: number; made: Case }> {
+  const made = make(text, device)
+  const times = await repeatsFor(made.run, device, roundMilliseconds(device))
   let ms = Number.POSITIVE_INFINITY
   for (let i = 0; i < 5; i++) ms = Math.min(ms, await timeRound(made.run, device, times))
+  for (const input of made.inputs) input.dispose()
   return { ms, made }
 }
 
-// Enqueueing alone, in microseconds: the smallest operator there is, without waiting for it
-async function enqueueCost(): Promise<number> {
-  const x = randn([8], { seed: 1, device })
+// Enqueueing alone, in microseconds of the JavaScript thread, without waiting for it
+async function enqueueCost(run: () => Tensor[], device: Device): Promise<number> {
   let least = Number.POSITIVE_INFINITY
   for (let round = 0; round < 20; round++) {
     const started = performance.now()
-    for (let i = 0; i < 500; i++) silu(x).dispose()
+    for (let i = 0; i < 500; i++) for (const made of run()) made.dispose()
     least = Math.min(least, ((performance.now() - started) / 500) * 1000)
-    await x.read()
+    await synchronize(device)
   }
   return least
 }
 
-async function measure(text: string, roof: { copy: number; product: number }): Promise<Row> {
+interface Roof {
+  /** Bytes a second of a large copy. */
+  copy: number
+  /** Operations a second of a large matrix product. */
+  product: number
+}
+
+async function measureRoof(device: Device): Promise<Roof> {
+  const cpu = device === 'cpu'
+  const copy = await best(cpu ? 'copy:n33554432' : 'copy:n536870912', device)
+  const wide = cpu ? 'linear:m1024 n1024 k1024 f32' : 'linear:m8192 n8192 k8192 bf16'
+  const product = await best(wide, device)
+  // the roof of products is the best that anything here reaches
+  if (!cpu)
+    for (const peer of await torch(parseProblem(wide)))
+      product.ms = Math.min(product.ms, await peer.round(20))
+  return {
+    copy: (copy.made.bytes / copy.ms) * 1000,
+    product: (product.made.flops / product.ms) * 1000,
+  }
+}
+
+async function measure(
+  text: string,
+  roof: Roof,
+  { device, rounds }: BenchOptions,
+  threads: number,
+): Promise<Row> {
   const problem = parseProblem(text)
-  const made = make(text)
+  const made = make(text, device)
   const error = await made.check()
-  const times = await repeatsFor(made.run, device, budget)
+  const times = await repeatsFor(made.run, device, roundMilliseconds(device))
   const peers =
-    kind === 'cpu' ? await onnxruntime(problem, made.inputs, threads) : await torch(problem)
+    device === 'cpu' ? await onnxruntime(problem, made.inputs, threads) : await torch(problem)
   const ours: number[] = []
   const theirs = peers.map((): number[] => [])
   for (let round = 0; round <= rounds; round++) {
@@ -97,12 +126,14 @@ async function measure(text: string, roof: { copy: number; product: number }): P
     if (round > 0) ours.push(own) // the first one warms up
   }
   const { ms, spread } = summarise(ours)
+  const coldMs = summarise(await timeCold(made.run, device, 2 * rounds)).ms
   const least = Math.max(made.flops / roof.product, made.bytes / roof.copy) * 1000
   for (const input of made.inputs) input.dispose()
   return {
     case: problem.text,
     ms,
     spread,
+    coldMs,
     tflops: made.flops / ms / 1e9,
     gbps: made.bytes / ms / 1e6,
     roofShare: least / ms,
@@ -111,80 +142,84 @@ async function measure(text: string, roof: { copy: number; product: number }): P
   }
 }
 
-async function main(): Promise<void> {
-  const suite = suites[kind]
-  const chosen =
-    positionals.length === 0
-      ? suite
-      : positionals.flatMap((name) =>
-          name.includes(':') ? [name] : suite.filter((text) => text.startsWith(`${name}:`)),
-        )
-  if (chosen.length === 0) throw new Error(`bench: nothing to run for ${positionals.join(', ')}`)
-
-  const copy = await best(kind === 'cpu' ? 'copy:n33554432' : 'copy:n536870912')
-  const wide = kind === 'cpu' ? 'linear:m1024 n1024 k1024 f32' : 'linear:m8192 n8192 k8192 bf16'
-  const product = await best(wide)
-  // the roof of products is the best that anything here reaches
-  if (kind === 'cuda')
-    for (const peer of await torch(parseProblem(wide)))
-      product.ms = Math.min(product.ms, await peer.round(20))
-  const roof = {
-    copy: (copy.made.bytes / copy.ms) * 1000,
-    product: (product.made.flops / product.ms) * 1000,
-  }
-  for (const input of [...copy.made.inputs, ...product.made.inputs]) input.dispose()
-  const enqueueMicroseconds = await enqueueCost()
-  const gpu = cuda.devices.find((one) => one.device === device)
-  const name = gpu?.name ?? `${cpus()[0]?.model.trim()}, ${threads} threads`
-  log(
-    `${name}: copies at ${(roof.copy / 1e9).toFixed(1)} GB/s, a matrix product at ${(roof.product / 1e12).toFixed(3)} TFLOP/s, enqueue ${enqueueMicroseconds.toFixed(2)} µs`,
-  )
-
-  const rows: Row[] = []
-  let commit = process.env.HEDDLE_COMMIT ?? 'unknown'
+function commitHere(): string {
   try {
-    commit = execFileSync('git', ['rev-parse', '--short', 'HEAD'], {
+    return execFileSync('git', ['rev-parse', '--short', 'HEAD'], {
       encoding: 'utf8',
       stdio: ['ignore', 'pipe', 'ignore'],
     }).trim()
   } catch {
-    // no checkout
+    return process.env.HEDDLE_COMMIT ?? 'unknown' // no checkout
   }
-  const result = {
-    device: name,
-    driver: cuda.driver,
-    node: process.version,
-    date: new Date().toISOString().slice(0, 10),
-    commit,
-    copyTBps: roof.copy / 1e12,
-    productTflops: roof.product / 1e12,
-    enqueueMicroseconds,
-    rows,
-  }
-  // after every row, so that what was measured outlasts an interruption
-  const save = () => {
-    if (!values.out) return
-    mkdirSync(values.out, { recursive: true })
-    const short = gpu ? (/\b([A-Z]\d+)\b/.exec(gpu.name)?.[1] ?? 'gpu').toLowerCase() : 'cpu'
-    writeFileSync(join(values.out, `${short}.json`), `${JSON.stringify(result, null, 2)}\n`)
-  }
-  for (const text of chosen) {
-    const row = await measure(text, roof)
-    rows.push(row)
-    save()
-    const peers = Object.entries(row.peers).map(
-      ([peer, ms]) => `, ${(ms / row.ms).toFixed(2)}x the speed of ${peer}`,
-    )
-    log(
-      `${row.case}: ${row.ms.toFixed(4)} ms ±${(row.spread * 100).toFixed(1)} %, ${row.tflops.toFixed(3)} TFLOP/s, ${row.gbps.toFixed(1)} GB/s, ${(row.roofShare * 100).toFixed(0)} % of the roof, error ${row.error.toExponential(1)}${peers.join('')}`,
-    )
-  }
-  if (values.json) process.stdout.write(`${JSON.stringify(result, null, 2)}\n`)
 }
 
-main()
-  .catch((error: unknown) => {
-    process.stderr.write(`${(error as Error).stack}\n`)
-    process.exitCode = 1
-  })
-  .finally(stopTorch)
+/** Measures problems and returns what a results file holds. */
+export async function bench(options: BenchOptions): Promise<object> {
+  const { device, log, problems, out } = options
+  const suite = suites[device === 'cpu' ? 'cpu' : 'cuda']
+  const chosen =
+    problems.length === 0
+      ? suite
+      : problems.flatMap((name) => {
+          if (name.includes(':')) return [name]
+          const found = suite.filter((text) => text.startsWith(`${name}:`))
+          if (found.length > 0) return found
+          const names = [...new Set(suite.map((text) => text.slice(0, text.indexOf(':'))))]
+          throw refuse(
+            `a problem must be operator:sizes or one of ${names.join(', ')}, got "${name}"`,
+          )
+        })
+  for (const text of chosen) parseProblem(text)
+  const gpu = cuda.devices.find((one) => one.device === device)
+  if (device !== 'cpu' && !gpu)
+    throw refuse(
+      `device must be one of this machine, got "${device}"; heddle doctor says what is missing`,
+    )
+  const threads = Number(process.env.HEDDLE_THREADS ?? availableParallelism())
+  const name = gpu?.name ?? `${cpus()[0]?.model.trim()}, ${threads} threads`
+  try {
+    const roof = await measureRoof(device)
+    const small = randn([8], { seed: 1, device })
+    const enqueueMicroseconds = await enqueueCost(() => [silu(small)], device)
+    const [q, k, v] = [1, 2, 3].map((seed) => randn([1, 16, 8, 64], { seed, device }))
+    const attentionMicroseconds = await enqueueCost(() => {
+      const { out, lse } = attention(q!, k!, v!)
+      return [out, lse]
+    }, device)
+    log(
+      `${name}: copies at ${(roof.copy / 1e9).toFixed(1)} GB/s, a matrix product at ${(roof.product / 1e12).toFixed(3)} TFLOP/s, enqueueing the smallest operator takes ${enqueueMicroseconds.toFixed(2)} µs, attention ${attentionMicroseconds.toFixed(2)} µs`,
+    )
+    const rows: Row[] = []
+    const result = {
+      device: name,
+      driver: cuda.driver,
+      node: process.version,
+      date: new Date().toISOString().slice(0, 10),
+      commit: commitHere(),
+      copyTBps: roof.copy / 1e12,
+      productTflops: roof.product / 1e12,
+      enqueueMicroseconds,
+      attentionMicroseconds,
+      rows,
+    }
+    for (const text of chosen) {
+      const row = await measure(text, roof, options, threads)
+      rows.push(row)
+      // after every row, so that what was measured outlasts an interruption
+      if (out) {
+        mkdirSync(out, { recursive: true })
+        const short = gpu ? (/\b([A-Z]\d+)\b/.exec(gpu.name)?.[1] ?? 'gpu').toLowerCase() : 'cpu'
+        writeFileSync(join(out, `${short}.json`), `${JSON.stringify(result, null, 2)}\n`)
+      }
+      const peers = Object.entries(row.peers).map(
+        ([peer, ms]) => `, ${(ms / row.ms).toFixed(2)}x the speed of ${peer}`,
+      )
+      log(
+        `${row.case}: ${row.ms.toFixed(4)} ms ±${(row.spread * 100).toFixed(1)} %, cold ${row.coldMs.toFixed(4)} ms, ${row.tflops.toFixed(3)} TFLOP/s, ${row.gbps.toFixed(1)} GB/s, ${(row.roofShare * 100).toFixed(0)} % of the roof, error ${row.error.toExponential(1)}${peers.join('')}`,
+      )
+    }
+    return result
+  } finally {
+    await stopTorch()
+  }
+}

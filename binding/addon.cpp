@@ -48,6 +48,8 @@ Napi::Object load(Napi::Env env, Napi::Object exports) {
   add<read>(exports, "read");
   add<read_sync>(exports, "readSync");
   add<finish>(exports, "finish");
+  add<begin_span>(exports, "beginSpan");
+  add<end_span>(exports, "endSpan");
   add<release>(exports, "release");
   add<begin_graph>(exports, "beginGraph");
   add<end_graph>(exports, "endGraph");

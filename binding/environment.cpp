@@ -28,6 +28,7 @@ void Environment::close(void* data) {
   self->entries_.clear();
   self->recording.reset();
   self->graphs.clear();
+  self->spans.clear();
 }
 
 void Environment::not_recording() const {

@@ -60,6 +60,12 @@ class Environment {
   // Refuses what only happens once while a graph is being made
   void not_recording() const;
   std::map<double, std::unique_ptr<Graph>> graphs;
+  // Where measured spans began
+  struct Span {
+    Device device;
+    std::shared_ptr<Mark> from;
+  };
+  std::map<double, Span> spans;
 
  private:
   static void close(void* self);

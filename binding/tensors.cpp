@@ -1,6 +1,7 @@
 #include "binding/tensors.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 
@@ -261,23 +262,58 @@ Napi::Value read_sync(const Napi::CallbackInfo& info) {
                nbytes);
 }
 
-Napi::Value finish(const Napi::CallbackInfo& info) {
-  Environment& environment = Environment::of(info.Env());
-  environment.not_recording();
-  Backend& backend = environment.backend(device_of(info[0], info[1]));
+namespace {
+
+// A promise of what `result` says once all is done that the device was given so far
+template <class Result>
+Napi::Value when_done(Environment& environment, Backend& backend, const Napi::CallbackInfo& info,
+                      Result result) {
   const auto deferred = Napi::Promise::Deferred::New(info.Env());
   Environment::Pending* pending = environment.defer(deferred);
   backend.download(
       backend.allocate(0), 0, 0, backend.host_buffer(0), [=, &environment](Failure failure) {
         pending->post([=, &environment](Napi::Env env, Napi::Promise::Deferred promise) {
-          if (failure) {
-            promise.Reject(environment.to_js(*failure).Value());
-          } else {
-            promise.Resolve(env.Undefined());
+          try {
+            if (failure) throw Error(*failure);
+            promise.Resolve(result(env));
+          } catch (const Error& error) {
+            promise.Reject(environment.to_js(error).Value());
           }
         });
       });
   return deferred.Promise();
+}
+
+}  // namespace
+
+Napi::Value finish(const Napi::CallbackInfo& info) {
+  Environment& environment = Environment::of(info.Env());
+  environment.not_recording();
+  return when_done(environment, environment.backend(device_of(info[0], info[1])), info,
+                   [](Napi::Env env) { return env.Undefined(); });
+}
+
+Napi::Value begin_span(const Napi::CallbackInfo& info) {
+  Environment& environment = Environment::of(info.Env());
+  environment.not_recording();
+  const Device device = device_of(info[0], info[1]);
+  static std::atomic<int64_t> count{0};
+  const auto handle = static_cast<double>(++count);
+  environment.spans[handle] = {device, environment.backend(device).mark()};
+  return Napi::Number::New(info.Env(), handle);
+}
+
+Napi::Value end_span(const Napi::CallbackInfo& info) {
+  Environment& environment = Environment::of(info.Env());
+  environment.not_recording();
+  const auto span = environment.spans.extract(number(info[0]));
+  HEDDLE_CHECK(!span.empty(), kDisposed, "", "this span has ended");
+  const auto [device, from] = span.mapped();
+  Backend& backend = environment.backend(device);
+  const std::shared_ptr<Mark> to = backend.mark();
+  return when_done(environment, backend, info, [from = from, to](Napi::Env env) -> Napi::Value {
+    return Napi::Number::New(env, to->milliseconds_since(*from));
+  });
 }
 
 Napi::Value release(const Napi::CallbackInfo& info) {

@@ -14,9 +14,11 @@ Napi::Value transfer(
 Napi::Value write(const Napi::CallbackInfo& info);  // (handle, bytes); contiguous only
 Napi::Value read(
     const Napi::CallbackInfo& info);  // (handle): promise of an ArrayBuffer; contiguous only
-Napi::Value read_sync(const Napi::CallbackInfo& info);  // (handle): ArrayBuffer; contiguous only
-Napi::Value finish(const Napi::CallbackInfo& info);     // (kind, index): promise
-Napi::Value release(const Napi::CallbackInfo& info);    // (handle)
+Napi::Value read_sync(const Napi::CallbackInfo& info);   // (handle): ArrayBuffer; contiguous only
+Napi::Value finish(const Napi::CallbackInfo& info);      // (kind, index): promise
+Napi::Value begin_span(const Napi::CallbackInfo& info);  // (kind, index): handle
+Napi::Value end_span(const Napi::CallbackInfo& info);    // (handle): promise of milliseconds
+Napi::Value release(const Napi::CallbackInfo& info);     // (handle)
 Napi::Value memory(const Napi::CallbackInfo& info);  // (kind, index): [tensors, bytes, peak bytes]
 Napi::Value cuda(const Napi::CallbackInfo& info);    // what is known of CUDA here
 

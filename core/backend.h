@@ -90,6 +90,14 @@ class Graph {
   virtual void replay() = 0;
 };
 
+// A point in a device's queue
+class Mark {
+ public:
+  virtual ~Mark() = default;
+  // Between an earlier mark of the same device and this one, once the queue has passed both
+  virtual double milliseconds_since(const Mark& earlier) const = 0;
+};
+
 struct MemoryCount {
   std::atomic<int64_t> tensors{0}, bytes{0}, peak_bytes{0};
 };
@@ -105,6 +113,7 @@ class Backend : public std::enable_shared_from_this<Backend> {
   virtual void launch(std::shared_ptr<Call> call) = 0;
   // The graph holds the memory of all tensors that the calls use
   virtual std::unique_ptr<Graph> capture(std::vector<std::shared_ptr<Call>> calls);
+  virtual std::shared_ptr<Mark> mark() = 0;
   virtual HostBuffer host_buffer(size_t nbytes) = 0;
   // Host to device; with a gate, once that has opened
   virtual void upload(StorageRef to, size_t offset, size_t nbytes, HostBuffer from,

@@ -3,6 +3,7 @@
 #endif
 
 #include <algorithm>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
@@ -44,6 +45,12 @@ class CpuBackend final : public Backend {
         call->poison_outputs(error);
       }
     });
+  }
+
+  std::shared_ptr<Mark> mark() override {
+    auto mark = std::make_shared<TimeMark>();
+    push([mark] { mark->passed = std::chrono::steady_clock::now(); });
+    return mark;
   }
 
   HostBuffer host_buffer(size_t nbytes) override {
@@ -107,6 +114,14 @@ class CpuBackend final : public Backend {
   }
 
  private:
+  struct TimeMark final : Mark {
+    double milliseconds_since(const Mark& earlier) const override {
+      const auto from = static_cast<const TimeMark&>(earlier).passed;
+      return std::chrono::duration<double, std::milli>(passed - from).count();
+    }
+    std::chrono::steady_clock::time_point passed;
+  };
+
   using Work = std::function<void()>;
   static constexpr size_t kHugePage = size_t{2} << 20;
 

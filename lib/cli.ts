@@ -1,6 +1,7 @@
 #!/usr/bin/env node
 import { readFileSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
+import { pathToFileURL } from 'node:url'
 import { parseArgs } from 'node:util'
 import { checkInteger, closest } from './check.js'
 import { analyzeFile, report } from './cli/analyze.js'
@@ -10,7 +11,7 @@ import { chooseMechanism, mechanismOptions } from './cli/mechanisms.js'
 import { chooseDevice, chooseDType, loadModel } from './cli/model.js'
 import { reportPage } from './cli/report.js'
 import { table } from './cli/terminal.js'
-import { cuda } from './device.js'
+import { cuda, type Device } from './device.js'
 import { HeddleError, refuse } from './errors.js'
 import { operatorSchemas } from './native.js'
 
@@ -27,6 +28,10 @@ const usage = `heddle: attention kernels for Node.js
   heddle eval … --attention MECHANISM      the same over what it selects, next to dense
   heddle report --model DIR --set FILE:NAME --out PAGE [--limit N] [--device D] [--dtype T]
                                            every mechanism on one page of HTML
+  heddle bench [PROBLEM…] [--device D] [--rounds N] [--out DIR] [--json]
+                                           time, share of the roof and peers; a problem is a string such as
+                                           'attention:b1 sq8192 sk8192 hq16 hk16 d128 bf16 causal' or the
+                                           name of an operator
   heddle --version | --help
 
 MECHANISM is flex-prefill [--mode reference|coverage] [--gamma G] [--tau T] [--min-budget N]
@@ -36,6 +41,17 @@ MECHANISM is flex-prefill [--mode reference|coverage] [--gamma G] [--tau T] [--m
 D is cpu, cuda or cuda:N (the first GPU there is, else cpu); T is float32, float16 or bfloat16.
 NAME is h200, h100, a100 or cpu.
 `
+
+// bench/ is compiled beside lib/
+interface Bench {
+  bench(options: {
+    problems: readonly string[]
+    device: Device
+    rounds: number
+    out: string | undefined
+    log(line: string): void
+  }): Promise<object>
+}
 
 type Values = Record<string, string | boolean | undefined>
 
@@ -55,6 +71,7 @@ const options = {
   svg: { type: 'string' },
   attention: { type: 'string' },
   out: { type: 'string' },
+  rounds: { type: 'string' },
   ...(Object.fromEntries(mechanismOptions.map((name) => [name, { type: 'string' }])) as Record<
     (typeof mechanismOptions)[number],
     { type: 'string' }
@@ -99,10 +116,10 @@ function randomFrom(seed: number): () => number {
   }
 }
 
-// Commands that take a file take nothing else without a name
-const withFile: ReadonlySet<string> = new Set(['analyze'])
+// How many words a command takes without a name; the others take none
+const most: Readonly<Record<string, number>> = { analyze: 1, bench: Number.POSITIVE_INFINITY }
 
-const commands: Record<string, (values: Values, file: string | undefined) => Promise<number>> = {
+const commands: Record<string, (values: Values, words: readonly string[]) => Promise<number>> = {
   async doctor(values) {
     const findings = await examine()
     const failed = findings.some(({ status }) => status === 'FAIL')
@@ -200,7 +217,7 @@ const commands: Record<string, (values: Values, file: string | undefined) => Pro
     return 0
   },
 
-  async analyze(values, file) {
+  async analyze(values, [file]) {
     const op = 'analyze'
     if (file === undefined) throw refuse('ERR_ARGUMENT', op, 'file', 'the file is missing')
     const result = await analyzeFile({
@@ -214,6 +231,21 @@ const commands: Record<string, (values: Values, file: string | undefined) => Pro
     print(values.json ? JSON.stringify(result.analysis, null, 2) : report(result))
     return 0
   },
+
+  async bench(values, problems) {
+    const op = 'bench'
+    const { bench }: Bench = await import(pathToFileURL(join(__dirname, 'bench/run.js')).href)
+    const result = await bench({
+      problems,
+      device: chooseDevice(op, text(values, op, 'device')),
+      rounds: integer(values, op, 'rounds', 1) ?? 9,
+      out: text(values, op, 'out'),
+      log: values.json ? () => {} : print,
+    })
+    if (values.json) print(JSON.stringify(result, null, 2))
+    return 0
+  },
+
   async report(values) {
     const op = 'report'
     const out = text(values, op, 'out', true)
@@ -272,10 +304,10 @@ async function main(args: string[]): Promise<number> {
     const hint = near ? `; did you mean "${near}"?` : '; heddle --help lists them'
     throw refuse('ERR_ARGUMENT', 'heddle', 'command', `unknown command "${name}"${hint}`)
   }
-  const [file, ...rest] = withFile.has(name) ? more : [undefined, ...more]
-  if (rest.length > 0)
-    throw refuse('ERR_ARGUMENT', name, undefined, `unexpected argument "${rest[0]}"`)
-  return command(values, file)
+  const stray = more[most[name] ?? 0]
+  if (stray !== undefined)
+    throw refuse('ERR_ARGUMENT', name, undefined, `unexpected argument "${stray}"`)
+  return command(values, more)
 }
 
 main(process.argv.slice(2)).then(

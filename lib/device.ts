@@ -131,3 +131,33 @@ export function synchronize(device: DeviceLike = 'cpu'): Promise<void> {
   const { kind, index } = parseDevice('synchronize', device)
   return named('synchronize', () => addon().finish(kind, index))
 }
+
+/**
+ * Measures how long a device takes for what a function enqueues: the time between two points of its queue, on a GPU by two
+ * events. The queue may still be busy with earlier work, which does not count.
+ *
+ * @returns A promise of milliseconds, which resolves when that work is done.
+ * @throws HeddleError `ERR_ARGUMENT` if `body` is not a synchronous function, `ERR_UNSUPPORTED` inside of `graph`, and
+ * whatever it throws itself. The promise rejects with `ERR_CUDA` if the device failed.
+ * @example
+ * import { attention, elapsed, randn } from 'heddle'
+ * const [q, k, v] = [randn([1, 256, 8, 64]), randn([1, 256, 8, 64]), randn([1, 256, 8, 64])]
+ * console.log(`${await elapsed(() => attention(q, k, v))} ms`)
+ */
+export function elapsed(body: () => unknown, device: DeviceLike = 'cpu'): Promise<number> {
+  if (typeof body !== 'function') throw mustBe('elapsed', 'body', 'a function', body)
+  const { kind, index } = parseDevice('elapsed', device)
+  const native = addon()
+  const span = named('elapsed', () => native.beginSpan(kind, index))
+  try {
+    const result = body()
+    if (result instanceof Promise) {
+      result.catch(() => {}) // what it awaits is none of ours
+      throw mustBe('elapsed', 'body', 'a synchronous function', body)
+    }
+  } catch (error) {
+    native.endSpan(span).catch(() => {})
+    throw error
+  }
+  return named('elapsed', () => native.endSpan(span))
+}

@@ -1,6 +1,6 @@
 export * from './cascade/index.js'
 export type { CudaDevice, CudaInfo, CudaReason, Device, DeviceLike, MemoryInfo } from './device.js'
-export { cuda, memory, synchronize } from './device.js'
+export { cuda, elapsed, memory, synchronize } from './device.js'
 export type { AnyTypedArray, DType, DTypeOf, FloatDType, HostArray, HostArrays } from './dtype.js'
 export { bytesPerElement, dtypes } from './dtype.js'
 export type { ErrorCode, ErrorDetails } from './errors.js'

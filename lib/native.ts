@@ -70,6 +70,8 @@ export interface Addon {
   read(handle: number): Promise<ArrayBuffer>
   readSync(handle: number): ArrayBuffer
   finish(kind: number, index: number): Promise<void>
+  beginSpan(kind: number, index: number): number
+  endSpan(span: number): Promise<number>
   release(handle: number): void
   beginGraph(): void
   endGraph(keep: true): number

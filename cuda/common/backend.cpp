@@ -109,6 +109,14 @@ class CudaBackend final : public Backend {
                                        std::move(calls), made);
   }
 
+  std::shared_ptr<Mark> mark() override {
+    check_lost();
+    cudaSetDevice(device.index);
+    auto mark = std::make_shared<EventMark>();
+    HEDDLE_CUDA(cudaEventRecord(mark->event, stream_));
+    return mark;
+  }
+
   HostBuffer host_buffer(size_t nbytes) override { return pinned_->take(nbytes); }
 
   void upload(StorageRef to, size_t offset, size_t nbytes, HostBuffer from,
@@ -205,6 +213,18 @@ class CudaBackend final : public Backend {
     StorageRef from;
     HostBuffer to;
     std::function<void(Failure)> done;
+  };
+
+  struct EventMark final : Mark {
+    EventMark() { HEDDLE_CUDA(cudaEventCreate(&event)); }
+    ~EventMark() override { cudaEventDestroy(event); }
+    double milliseconds_since(const Mark& earlier) const override {
+      float milliseconds = 0;
+      HEDDLE_CUDA(
+          cudaEventElapsedTime(&milliseconds, static_cast<const EventMark&>(earlier).event, event));
+      return milliseconds;
+    }
+    cudaEvent_t event;
   };
 
   class CudaGraph final : public Graph {

@@ -52,6 +52,29 @@ describe('heddle', () => {
     expect(heddle('info').stdout).toContain('lightning.decode')
   })
 
+  it('bench measures a problem from its string and checks the result', () => {
+    const problem = 'attention:b2 sq1 sk1100 hq4 hk2 d64 f32 page16 ragged3'
+    const args = ['bench', problem, '--device', 'cpu', '--rounds', '2']
+    const { status, stdout, stderr } = heddle(...args, '--json')
+    expect(stderr).toBe('')
+    expect(status).toBe(0)
+    const { rows, copyTBps, productTflops } = JSON.parse(stdout)
+    expect(rows).toHaveLength(1)
+    expect(rows[0].case).toBe(problem)
+    for (const value of [copyTBps, productTflops, rows[0].ms, rows[0].coldMs, rows[0].gbps])
+      expect(value).toBeGreaterThan(0)
+    expect(rows[0].error).toBeLessThan(1e-5)
+    for (const [text, message] of [
+      ['attention:b1', 'bench: "attention:b1" lacks the size sq'],
+      ['nothing:b1', 'bench: the operator of a problem must be one of attention,'],
+      ['nothing', 'bench: a problem must be operator:sizes or one of attention,'],
+    ] as const) {
+      const refused = heddle('bench', text, '--device', 'cpu')
+      expect(refused.status).toBe(2)
+      expect(refused.stderr).toContain(message)
+    }
+  }, 60_000)
+
   it('eval prints the figures of a set', () => {
     const args = [
       'eval',

@@ -90,8 +90,10 @@ describe('the tarball', () => {
     const paths = packed.files.map(({ path }) => path)
     const tops = new Set(paths.map((path) => path.split('/')[0]))
     const allowed =
-      `CHANGELOG.md CMakeLists.txt LICENSE README.md binding core cpu cuda dist examples exports.map lib ops
-      package.json prebuilds scripts tsconfig.examples.json tsconfig.json`.split(/\s+/)
+      `CHANGELOG.md CMakeLists.txt LICENSE README.md bench binding core cpu cuda dist examples exports.map lib ops
+      package.json prebuilds scripts tsconfig.bench.json tsconfig.examples.json tsconfig.json`.split(
+        /\s+/,
+      )
     expect([...tops].filter((top) => !allowed.includes(top!))).toEqual([])
     for (const path of [
       'dist/index.js',
@@ -108,7 +110,12 @@ describe('the tarball', () => {
       'prebuilds/linux-x64/heddle.glibc.node',
     ])
       expect(paths).toContain(path)
-    for (const path of ['dist/examples/byte-lm/decoder.js', 'prebuilds/linux-x64/manifest.json'])
+    for (const path of [
+      'dist/examples/byte-lm/decoder.js',
+      'dist/bench/run.js',
+      'bench/peers/torch_kernels.py',
+      'prebuilds/linux-x64/manifest.json',
+    ])
       expect(paths).toContain(path)
     expect(
       paths.filter((path) => /\.(safetensors|tgz|log)$|(^|\/)(tests|node_modules)\//.test(path)),
