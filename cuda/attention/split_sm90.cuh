@@ -414,6 +414,7 @@ __global__ void __launch_bounds__(SplitTile<kD>::kThreads, 1)
       }
       sync();
       if (smem.arrived == last_cta - first_cta) {
+        if (thread == 0) args.arrivals[work.unit] = 0;
         const int pieces = args.dv / 4;
         for (int i = thread; i < rows_here * pieces; i += 128) {
           const int mine = i / pieces, column = i % pieces * 4;

@@ -11,7 +11,7 @@ struct SplitCall : ForwardCall {
   // For runs of keys that are not all of a row's, two a CTA
   float* part_out;     // [2 * processors, 64, dv]
   float2* part_state;  // [2 * processors, 64]: row_max in log2 units and row_sum
-  int* arrivals;       // at zero, one per part of q that shares its keys
+  int* arrivals;       // at zero and left so, one per part of q that shares its keys
 };
 
 inline constexpr int kSplitRows = 64;

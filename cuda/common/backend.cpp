@@ -74,7 +74,7 @@ class CudaBackend final : public Backend {
     stop();
     for (cudaEvent_t event : events_) cudaEventDestroy(event);
     clear_blocks();
-    if (tickets_) cudaFreeAsync(tickets_, stream_);
+    counters_.clear(stream_);
     cudaStreamDestroy(stream_);
   }
 
@@ -254,7 +254,7 @@ class CudaBackend final : public Backend {
   };
 
   void enqueue(const Call& call) {
-    CallContext context(stream_, info_, *fault_pool_, tickets_, call.op.name.c_str());
+    CallContext context(stream_, info_, *fault_pool_, counters_, call.op.name.c_str());
     try {
       call.op.cuda(call.arguments, context);
     } catch (const Error& error) {
@@ -373,7 +373,7 @@ class CudaBackend final : public Backend {
   BlockCache blocks_{0, size_t{4} << 20, size_t{256} << 20};
   const std::shared_ptr<FaultPool> fault_pool_ = std::make_shared<FaultPool>();
   cudaStream_t stream_ = nullptr;
-  int* tickets_ = nullptr;
+  Counters counters_;
   std::deque<Upload> uploads_;  // only touched by the environment's thread
 
   std::mutex mutex_;

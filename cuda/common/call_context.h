@@ -15,12 +15,12 @@ struct Fault {
   const char* text;
 };
 
-// Hands out fault words. One that comes back is cleared in stream order when it is taken again, so
-// a kernel that is still about to set it for its former owner cannot disturb the next.
+// Hands out fault words. One that comes back may yet be set by a kernel of its former owner, so the
+// next must clear or set it in stream order.
 class FaultPool : public std::enable_shared_from_this<FaultPool> {
  public:
   ~FaultPool();
-  std::shared_ptr<Fault> take(cudaStream_t stream);
+  std::shared_ptr<Fault> take();
 
  private:
   std::mutex mutex_;
@@ -28,26 +28,39 @@ class FaultPool : public std::enable_shared_from_this<FaultPool> {
   std::vector<Fault*> free_;
 };
 
+// Counters of a stream that kernels find and leave at zero. Graphs may know all that were ever
+// handed out, so none is freed before the stream ends.
+class Counters {
+ public:
+  int* take(size_t count, cudaStream_t stream);
+  void clear(cudaStream_t stream);
+
+ private:
+  std::vector<int*> blocks_;  // the last is the largest
+  size_t size_ = 0;
+};
+
 // The context of a call that a backend enqueues
 class CallContext final : public CudaContext {
  public:
-  CallContext(cudaStream_t stream, const DeviceInfo& device, FaultPool& pool, int*& tickets,
+  CallContext(cudaStream_t stream, const DeviceInfo& device, FaultPool& pool, Counters& counters,
               const char* op)
       : CudaContext(stream, device.arch, device.processors),
         pool_(pool),
-        tickets_(tickets),
+        counters_(counters),
         op_(op) {}
   ~CallContext() override;
 
   int* fault(const char* text) override;
-  int* tickets() override;
+  int* verdict(const char* text) override;
+  int* counters(size_t count) override;
 
   std::vector<std::shared_ptr<const int>> faults;
 
  private:
   void* scratch_bytes(size_t nbytes) override;
   FaultPool& pool_;
-  int*& tickets_;
+  Counters& counters_;
   const char* op_;
   std::vector<void*> scratch_;
 };

@@ -1,5 +1,6 @@
 #include "common/context.h"
 
+#include <algorithm>
 #include <atomic>
 
 #include "common/call_context.h"
@@ -18,7 +19,7 @@ FaultPool::~FaultPool() {
   for (void* block : blocks_) cudaFreeHost(block);
 }
 
-std::shared_ptr<Fault> FaultPool::take(cudaStream_t stream) {
+std::shared_ptr<Fault> FaultPool::take() {
   constexpr int kBlock = 256;
   Fault* fault;
   {
@@ -32,7 +33,6 @@ std::shared_ptr<Fault> FaultPool::take(cudaStream_t stream) {
     fault = free_.back();
     free_.pop_back();
   }
-  HEDDLE_CUDA(cudaMemsetAsync(&fault->word, 0, sizeof fault->word, stream));
   return {fault, [pool = shared_from_this()](Fault* used) {
             std::lock_guard lock(pool->mutex_);
             pool->free_.push_back(used);
@@ -50,27 +50,46 @@ void* CallContext::scratch_bytes(size_t nbytes) {
   return memory;
 }
 
-int* CallContext::tickets() {
-  if (!tickets_) {
-    HEDDLE_CUDA(cudaMallocAsync(&tickets_, 2 * sizeof(int), stream));
-    HEDDLE_CUDA(cudaMemsetAsync(tickets_, 0, 2 * sizeof(int), stream));
+int* Counters::take(size_t count, cudaStream_t stream) {
+  if (count > size_) {
+    const size_t size = std::max<size_t>({1024, 2 * size_, count});
+    int* block;
+    HEDDLE_CUDA(cudaMallocAsync(&block, size * sizeof(int), stream));
+    blocks_.push_back(block);
+    HEDDLE_CUDA(cudaMemsetAsync(block, 0, size * sizeof(int), stream));
+    size_ = size;
   }
-  return tickets_;
+  return blocks_.back();
 }
 
-int* CallContext::fault(const char* text) {
-  const std::shared_ptr<Fault> fault = pool_.take(stream);
+void Counters::clear(cudaStream_t stream) {
+  for (int* block : blocks_) cudaFreeAsync(block, stream);
+  blocks_.clear();
+  size_ = 0;
+}
+
+int* CallContext::counters(size_t count) { return counters_.take(count, stream); }
+
+int* CallContext::verdict(const char* text) {
+  const std::shared_ptr<Fault> fault = pool_.take();
   fault->op = op_;
   fault->text = text;
   faults.emplace_back(fault, &fault->word);
   return &fault->word;
 }
 
+int* CallContext::fault(const char* text) {
+  int* word = verdict(text);
+  HEDDLE_CUDA(cudaMemsetAsync(word, 0, sizeof *word, stream));
+  return word;
+}
+
 IdleContext::IdleContext(const DeviceInfo& device)
     : CudaContext(nullptr, device.arch, device.processors) {}
 
 void* IdleContext::scratch_bytes(size_t) { fail(Code::kUnsupported, "", "nothing runs here"); }
-int* IdleContext::tickets() { fail(Code::kUnsupported, "", "nothing runs here"); }
+int* IdleContext::counters(size_t) { fail(Code::kUnsupported, "", "nothing runs here"); }
+int* IdleContext::verdict(const char*) { fail(Code::kUnsupported, "", "nothing runs here"); }
 int* IdleContext::fault(const char*) { fail(Code::kUnsupported, "", "nothing runs here"); }
 
 void allow_shared_memory(const void* kernel, size_t smem_bytes, uint64_t& ready) {

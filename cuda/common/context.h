@@ -23,8 +23,11 @@ class CudaContext {
   // this text on read, as does everything computed from them.
   virtual int* fault(const char* text) = 0;
 
-  // Two counters of the stream. A kernel finds them at zero and leaves them so.
-  virtual int* tickets() = 0;
+  // The same, for a kernel that always sets the word, to 0 or 1: it need not be cleared before
+  virtual int* verdict(const char* text) = 0;
+
+  // Counters of the stream. A kernel finds them at zero and leaves them so.
+  virtual int* counters(size_t count) = 0;
 
   // After a launch: a configuration that the device refuses throws here, with the kernel's name
   void launched(const char* kernel) const;

@@ -65,6 +65,17 @@ struct Strided {
   }
 };
 
+// 16 bytes of elements, as one load or store moves them
+template <class T> struct alignas(16) Wide {
+  static constexpr int kCount = 16 / sizeof(T);
+  T values[kCount];
+
+  // Whether rows of d elements that begin `stride` after another can be moved like this
+  static bool fits(const void* data, int64_t d, int64_t stride) {
+    return d % kCount == 0 && stride % kCount == 0 && reinterpret_cast<uintptr_t>(data) % 16 == 0;
+  }
+};
+
 constexpr int kThreads = 256;
 
 // CTAs of kThreads for a loop over `count` elements

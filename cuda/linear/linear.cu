@@ -80,6 +80,38 @@ template <class T, class Out> __global__ void linear_rows_kernel(PortableArgs p)
   }
 }
 
+// The same by 16 bytes, all rows at once: reading the weights is the floor
+template <class T, class Out>
+__global__ void linear_rows_wide_kernel(PortableArgs p, int64_t x_row) {
+  constexpr int kCount = Wide<T>::kCount;
+  const int lane = threadIdx.x % 32;
+  const int64_t c = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
+  if (c >= p.outputs) return;
+  const auto* weight =
+      reinterpret_cast<const Wide<T>*>(static_cast<const T*>(p.weight) + c * p.weight_row);
+  const auto* x = reinterpret_cast<const Wide<T>*>(p.x.data);
+  float sum[kFewRows] = {};
+#pragma unroll 4
+  for (int64_t i = lane; i < p.inputs / kCount; i += 32) {
+    const Wide<T> wide = weight[i];
+#pragma unroll
+    for (int r = 0; r < kFewRows; ++r) {
+      if (r >= p.rows) break;
+      const Wide<T> values = x[r * x_row / kCount + i];
+#pragma unroll
+      for (int e = 0; e < kCount; ++e)
+        sum[r] = fmaf(to_float(values.values[e]), to_float(wide.values[e]), sum[r]);
+    }
+  }
+  const float bias = p.bias ? to_float(static_cast<const T*>(p.bias)[c * p.bias_stride]) : 0;
+#pragma unroll
+  for (int r = 0; r < kFewRows; ++r) {
+    const float total = warp_sum(sum[r]);
+    if (lane == 0 && r < p.rows)
+      static_cast<Out*>(p.out)[r * p.outputs + c] = from_float<Out>(total + bias);
+  }
+}
+
 // From one row of [..., i] to the next, or 0 if they don't follow each other regularly
 int64_t row_stride(const Tensor& x) {
   int64_t stride = 0, rows = 1;
@@ -142,6 +174,13 @@ void run_portable(const Linear& op, CudaContext& context) {
     dispatch_float(op.out.dtype, [&]<class Out>(Out) {
       if (args.rows <= kFewRows) {
         const auto blocks = static_cast<unsigned>((outputs + 7) / 8);
+        const int64_t x_row = row_stride(op.x);
+        if (op.x.strides[op.x.rank - 1] == 1 && op.weight.strides[1] == 1 &&
+            (args.rows == 1 || x_row > 0) && Wide<T>::fits(op.x.data, inputs, x_row) &&
+            Wide<T>::fits(args.weight, inputs, args.weight_row)) {
+          linear_rows_wide_kernel<T, Out><<<blocks, 256, 0, context.stream>>>(args, x_row);
+          return;
+        }
         linear_rows_kernel<T, Out><<<blocks, 256, 0, context.stream>>>(args);
       } else {
         const int64_t tiles = (args.rows + kTile - 1) / kTile * ((outputs + kTile - 1) / kTile);

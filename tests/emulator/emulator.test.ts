@@ -243,6 +243,12 @@ const kernels: Kernel[] = [
     broken: 'kBF16 d128',
     faults: [
       {
+        what: 'the counters of arrivals are left behind',
+        file: split,
+        from: 'if (thread == 0) args.arrivals[work.unit] = 0;',
+        to: '',
+      },
+      {
         what: 'keys are used before they arrived',
         file: split,
         from: 'smem.k_full[stage.stage].wait(stage.parity);',
