@@ -419,28 +419,23 @@ __global__ void __launch_bounds__(SplitTile<kD>::kThreads, 1)
         for (int i = thread; i < rows_here * pieces; i += 128) {
           const int mine = i / pieces, column = i % pieces * 4;
           auto at = [&](int cta) { return int64_t{slot_of(cta)} * kSplitRows + mine; };
-          // unrolled, as every look at memory takes long and none depends on another
-          float top = -INFINITY;
-#pragma unroll 8
-          for (int cta = first_cta; cta <= last_cta; ++cta)
-            top = fmaxf(top, load_fresh(args.part_state + at(cta)).x);
-          const float base = top == -INFINITY ? 0 : top;
-          float sum = 0;
+          float top = -INFINITY, sum = 0;
           float4 total_v{};
+          // unrolled, as every look at memory takes long and none depends on another
 #pragma unroll 8
           for (int cta = first_cta; cta <= last_cta; ++cta) {
             const float2 state = load_fresh(args.part_state + at(cta));
             const float4 values = load_fresh(
                 reinterpret_cast<const float4*>(args.part_out + at(cta) * args.dv + column));
-            // values of a part without keys may be anything
-            const float weight = state.y == 0 ? 0 : exp2_approx(state.x - base);
-            sum += weight * state.y;
-            if (weight != 0) {
-              total_v.x = fmaf(weight, values.x, total_v.x);
-              total_v.y = fmaf(weight, values.y, total_v.y);
-              total_v.z = fmaf(weight, values.z, total_v.z);
-              total_v.w = fmaf(weight, values.w, total_v.w);
-            }
+            if (state.y == 0) continue;  // without keys, so values may be anything
+            const float higher = fmaxf(top, state.x), base = higher == -INFINITY ? 0 : higher;
+            const float shrink = exp2_approx(top - base), weight = exp2_approx(state.x - base);
+            top = higher;
+            sum = sum * shrink + weight * state.y;
+            total_v.x = fmaf(weight, values.x, total_v.x * shrink);
+            total_v.y = fmaf(weight, values.y, total_v.y * shrink);
+            total_v.z = fmaf(weight, values.z, total_v.z * shrink);
+            total_v.w = fmaf(weight, values.w, total_v.w * shrink);
           }
           const RowEnd end(top, sum, sink_of(mine));
           write(mine, column, total_v.x, total_v.y, end);

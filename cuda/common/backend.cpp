@@ -75,6 +75,7 @@ class CudaBackend final : public Backend {
     for (cudaEvent_t event : events_) cudaEventDestroy(event);
     clear_blocks();
     counters_.clear(stream_);
+    scratch_.clear(stream_);
     cudaStreamDestroy(stream_);
   }
 
@@ -254,7 +255,7 @@ class CudaBackend final : public Backend {
   };
 
   void enqueue(const Call& call) {
-    CallContext context(stream_, info_, *fault_pool_, counters_, call.op.name.c_str());
+    CallContext context(stream_, info_, *fault_pool_, counters_, scratch_, call.op.name.c_str());
     try {
       call.op.cuda(call.arguments, context);
     } catch (const Error& error) {
@@ -374,6 +375,7 @@ class CudaBackend final : public Backend {
   const std::shared_ptr<FaultPool> fault_pool_ = std::make_shared<FaultPool>();
   cudaStream_t stream_ = nullptr;
   Counters counters_;
+  Scratch scratch_;
   std::deque<Upload> uploads_;  // only touched by the environment's thread
 
   std::mutex mutex_;

@@ -40,15 +40,31 @@ class Counters {
   size_t size_ = 0;
 };
 
+// Memory that every call of a stream uses anew. Graphs may know all blocks that were ever made.
+class Scratch {
+ public:
+  void restart() { used_ = 0; }
+  // Null for what is too large to keep
+  void* take(size_t nbytes, cudaStream_t stream);
+  void clear(cudaStream_t stream);
+
+ private:
+  std::vector<void*> blocks_;  // the last is the largest
+  size_t size_ = 0, used_ = 0;
+};
+
 // The context of a call that a backend enqueues
 class CallContext final : public CudaContext {
  public:
   CallContext(cudaStream_t stream, const DeviceInfo& device, FaultPool& pool, Counters& counters,
-              const char* op)
+              Scratch& scratch, const char* op)
       : CudaContext(stream, device.arch, device.processors),
         pool_(pool),
         counters_(counters),
-        op_(op) {}
+        scratch_(scratch),
+        op_(op) {
+    scratch.restart();
+  }
   ~CallContext() override;
 
   int* fault(const char* text) override;
@@ -61,8 +77,9 @@ class CallContext final : public CudaContext {
   void* scratch_bytes(size_t nbytes) override;
   FaultPool& pool_;
   Counters& counters_;
+  Scratch& scratch_;
   const char* op_;
-  std::vector<void*> scratch_;
+  std::vector<void*> large_;
 };
 
 }  // namespace heddle

@@ -40,14 +40,38 @@ std::shared_ptr<Fault> FaultPool::take() {
 }
 
 CallContext::~CallContext() {
-  for (void* memory : scratch_) cudaFreeAsync(memory, stream);
+  for (void* memory : large_) cudaFreeAsync(memory, stream);
 }
 
 void* CallContext::scratch_bytes(size_t nbytes) {
-  void* memory;
-  HEDDLE_CUDA(cudaMallocAsync(&memory, nbytes ? nbytes : 1, stream));
-  scratch_.push_back(memory);
+  void* memory = scratch_.take(nbytes, stream);
+  if (memory) return memory;
+  HEDDLE_CUDA(cudaMallocAsync(&memory, nbytes, stream));
+  large_.push_back(memory);
   return memory;
+}
+
+void* Scratch::take(size_t nbytes, cudaStream_t stream) {
+  constexpr size_t kAlignment = 256, kMost = size_t{64} << 20;
+  nbytes = (nbytes + kAlignment - 1) / kAlignment * kAlignment;
+  if (nbytes > kMost) return nullptr;
+  if (used_ + nbytes > size_) {
+    const size_t size = std::max(std::min(2 * size_, kMost), std::max(nbytes, size_t{1} << 20));
+    void* block;
+    HEDDLE_CUDA(cudaMallocAsync(&block, size, stream));
+    blocks_.push_back(block);
+    size_ = size;
+    used_ = 0;
+  }
+  void* memory = static_cast<char*>(blocks_.back()) + used_;
+  used_ += nbytes;
+  return memory;
+}
+
+void Scratch::clear(cudaStream_t stream) {
+  for (void* block : blocks_) cudaFreeAsync(block, stream);
+  blocks_.clear();
+  size_ = used_ = 0;
 }
 
 int* Counters::take(size_t count, cudaStream_t stream) {
