@@ -48,6 +48,19 @@ HEDDLE_HD inline uint64_t reverse_bits(uint64_t x) {
   return x >> 32 | x << 32;
 }
 
+// Every bit of x, as far as there is room, 2^log2 times in a row
+HEDDLE_HD inline uint64_t repeat_bits(uint64_t x, int log2) {
+  for (; log2 > 0; --log2) {
+    x = (x & 0xffff) | (x & 0xffff0000u) << 16;
+    x = (x | x << 8) & 0x00ff00ff00ff00ffu;
+    x = (x | x << 4) & 0x0f0f0f0f0f0f0f0fu;
+    x = (x | x << 2) & 0x3333333333333333u;
+    x = (x | x << 1) & 0x5555555555555555u;
+    x |= x << 1;
+  }
+  return x;
+}
+
 // What one query of one head sees
 struct MaskRow {
   const int32_t *blocks, *columns, *diagonals;  // null where the mask has none
@@ -87,6 +100,12 @@ struct MaskView {
   HEDDLE_HD uint64_t block_bits(const MaskRow& row, int64_t t0) const {
     const int64_t first = t0 >> block_k_log2;
     const uint64_t listed = bits_at(row.blocks, block_words, first);
+    if (block_k_log2 < 6) {
+      const int skipped = static_cast<int>(t0 & ((1 << block_k_log2) - 1));
+      const uint64_t runs = repeat_bits(listed, block_k_log2) >> skipped;
+      if (skipped == 0) return runs;
+      return runs | repeat_bits(listed >> (64 >> block_k_log2), block_k_log2) << (64 - skipped);
+    }
     uint64_t seen = 0;
     for (int64_t c = first; c << block_k_log2 < t0 + 64; ++c)
       if (listed >> (c - first) & 1)

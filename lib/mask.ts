@@ -10,7 +10,7 @@ export interface MaskOptions {
   sq: number
   /** Keys, `sq` of them if left out. Query i stands at `sk - sq + i`. */
   sk?: number | undefined
-  /** Queries and keys per block, 128 if left out; one number stands for both. Keys: 16, 32, 64 or 128. */
+  /** Queries and keys per block, 128 if left out; one number stands for both. Keys: a power of two up to 128. */
   block?: number | readonly [number, number] | undefined
   /** Whether a row sees nothing beyond its own position, inside blocks too; true if left out. */
   causal?: boolean | undefined
@@ -143,10 +143,11 @@ function checkParts(options: MaskOptions): MaskParts & { device: DeviceLike } {
   if (!Array.isArray(pair) || pair.length !== 2)
     throw mustBe('mask', 'block', 'a size or a pair of sizes', given)
   const block = [
-    checkInteger('mask', 'block', pair[0], 16, 1024),
-    checkInteger('mask', 'block', pair[1], 16, 128),
+    checkInteger('mask', 'block', pair[0], 1, 1024),
+    checkInteger('mask', 'block', pair[1], 1, 128),
   ] as const
-  if (block[0] % 16 !== 0) throw mustBe('mask', 'block', 'a multiple of 16 for queries', block[0])
+  if (block[0] % 16 !== 0 && !Number.isInteger(Math.log2(block[0])))
+    throw mustBe('mask', 'block', 'a power of two or a multiple of 16 for queries', block[0])
   if (!Number.isInteger(Math.log2(block[1])))
     throw mustBe('mask', 'block', 'a power of two for keys', block[1])
   if ((cuSeqlensQ === undefined) !== (cuSeqlensK === undefined)) {

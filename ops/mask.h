@@ -25,8 +25,8 @@ struct MaskArguments {
     schema.optional("mask_diagonals", &Op::mask_diagonals, "b hm tw", kI32)
         .when("cu_seqlens_q", "n hm tw");
     schema.optional("mask_bounds", &Op::mask_bounds, "b sq 2", kI32);
-    schema.integer("mask_block_q", &Op::mask_block_q, 128).at_least(16).at_most(1024);
-    schema.integer("mask_block_k", &Op::mask_block_k, 128).at_least(16).at_most(128);
+    schema.integer("mask_block_q", &Op::mask_block_q, 128).at_least(1).at_most(1024);
+    schema.integer("mask_block_k", &Op::mask_block_k, 128).at_least(1).at_most(128);
     schema.integer("mask_window", &Op::mask_window, 0).at_least(0);
     schema.integer("mask_sink_tokens", &Op::mask_sink_tokens, 0).at_least(0);
     schema.flag("masked", &Op::masked);
@@ -46,9 +46,11 @@ struct MaskArguments {
     for (const Tensor* tensor : {&mask_blocks, &mask_columns, &mask_diagonals, &mask_bounds})
       HEDDLE_CHECK(!*tensor || tensor->contiguous(), kShape, "mask",
                    "mask must not be made of strided tensors, got ", text_of(*tensor));
-    HEDDLE_CHECK(mask_block_q % 16 == 0, kArgument, "mask",
-                 "mask must have query blocks of a multiple of 16, got ", mask_block_q);
-    HEDDLE_CHECK(std::has_single_bit(static_cast<uint64_t>(mask_block_k)), kArgument, "mask",
+    const auto power = [](int64_t x) { return std::has_single_bit(static_cast<uint64_t>(x)); };
+    HEDDLE_CHECK(mask_block_q % 16 == 0 || power(mask_block_q), kArgument, "mask",
+                 "mask must have query blocks of a power of two or a multiple of 16, got ",
+                 mask_block_q);
+    HEDDLE_CHECK(power(mask_block_k), kArgument, "mask",
                  "mask must have key blocks of a power of two, got ", mask_block_k);
     if (mask_blocks) {
       const int64_t rows =

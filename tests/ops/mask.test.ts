@@ -24,7 +24,7 @@ interface Draw {
 }
 
 function drawMask(rng: Random, b: number, heads: number, sq: number, sk: number): Draw {
-  const block = [rng.pick([16, 64, 64, 128]), rng.pick([16, 32, 64, 128])] as const
+  const block = [rng.pick([1, 16, 64, 64, 128]), rng.pick([1, 2, 4, 8, 16, 32, 64, 128])] as const
   const share = rng.pick([0, 0.1, 0.3, 0.6])
   const [rows, columns] = [Math.ceil(sq / block[0]), Math.ceil(sk / block[1])]
   const each = <T>(make: () => T) =>
