@@ -13,6 +13,12 @@ struct Alone {
   }
   template <class X, class Y> void add(X& x, Y y) const { x += static_cast<X>(y); }
   void raise(float& x, float y) const { x = y > x ? y : x; }
+  void raise(uint32_t& x, uint32_t y) const { x = y > x ? y : x; }
+  template <class Chosen, class Place>
+  void compact(int64_t n, const Chosen& chosen, const Place& place) const {
+    for (int64_t i = 0, at = 0; i < n; ++i)
+      if (chosen(i)) place(i, at++);
+  }
   void wait() const {}
 };
 

@@ -36,12 +36,13 @@ export function perSequence<D extends FloatDType>(
   block: readonly [number, number],
   { cuSeqlensQ, cuSeqlensK }: PackedOptions,
   select: (q: Tensor<D>, k: Tensor<D>) => Mask,
+  heads: number = q.shape[2] ?? 0,
 ): Mask {
   if (!cuSeqlensQ && !cuSeqlensK) {
     lengthsOf(op, q, k)
     return select(q, k)
   }
-  const [sq = 0, sk = 0, heads = 0] = [q.shape[1], k.shape[1], q.shape[2]]
+  const [sq = 0, sk = 0] = [q.shape[1], k.shape[1]]
   const parts = { ...Mask.fromWindow({}, { sq, sk, block, cuSeqlensQ, cuSeqlensK }), heads }
   const { rows, columns } = blockTable(parts)
   const options = { dtype: 'int32', device: q.device } as const

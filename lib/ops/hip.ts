@@ -1,0 +1,382 @@
+import { checkInteger, checkOptions, mustBe } from '../check.js'
+import type { FloatDType } from '../dtype.js'
+import { refuse } from '../errors.js'
+import { type Mask, makeMask } from '../mask.js'
+import { lengthsOf, type PackedOptions, perSequence } from '../mechanisms/packed.js'
+import { run } from '../native.js'
+import { checkTensor, empty, type Tensor, zeros } from '../tensor.js'
+import { lengths } from './arguments.js'
+
+/** One scan over chunks of keys, of several that {@link hip} takes; the first looks at all of them. */
+export interface HipStage {
+  /** Keys per chunk, a power of two; the last stage's are the blocks that are listed. */
+  chunk: number
+  /** How many tokens enter from the stage before; left out in the first stage and only there. */
+  topK?: number | undefined
+  /** Queries per list, 64 if left out. */
+  block?: number | undefined
+  /** Of how many queries in a row the mean is looked at. */
+  stride: number
+}
+
+/** Who shares a list: nobody, the query heads of a kv head, or all heads. */
+export type HipHeadMode = 'head' | 'kv_group' | 'all'
+
+/** Options of {@link hip}. What is said of defaults holds without `stages`, and in brackets with them. */
+export interface HipOptions extends PackedOptions {
+  /** Keys that a list names beside sink tokens and window: 512 (2048). */
+  topK?: number | undefined
+  /** Queries and keys per block, [64, 2]: powers of two, up to 128 and 64. Stages have their own. */
+  block?: readonly [number, number] | undefined
+  /** Every how manieth query of a block and key of a block is looked at, the last of each: [2, 1]. Stages have their own. */
+  stride?: readonly [number, number] | undefined
+  /** Keys that a row sees beside its list, back from its own: 256 (1024). */
+  window?: number | undefined
+  /** First keys that every row sees: 16, or a block where that is more (256). */
+  sinkTokens?: number | undefined
+  /** `'head'` (`'all'`). */
+  headMode?: HipHeadMode | undefined
+  /** Which block stands for an interval, `'center'` if left out. Not with stages. */
+  representative?: 'center' | 'first' | undefined
+  /** Scans instead of halving: what InfiniteHiP does. {@link hipStages} are its own. */
+  stages?: readonly HipStage[] | undefined
+  /** [b, maxPages], i32: k is pages `[pages, pageSize, hk, d]`, as {@link attention} takes them. Goes with `cacheSeqlens`. */
+  blockTable?: Tensor<'int32'> | undefined
+  /** [b], i32: how many keys each sequence has, at least sq. */
+  cacheSeqlens?: Tensor<'int32'> | readonly number[] | undefined
+}
+
+/** What {@link hipLists} returns. */
+export interface HipLists {
+  /** [b, heads, rows of blocks, topK / block of keys], i32: first keys of blocks, ascending; 2^31 - 1 behind the last. */
+  index: Tensor<'int32'>
+  /** [b, heads, rows of blocks], i32: how many are listed. */
+  count: Tensor<'int32'>
+}
+
+/** The stages of InfiniteHiP's released code. */
+export const hipStages: readonly HipStage[] = [
+  { chunk: 256, stride: 4 },
+  { chunk: 32, stride: 4, topK: 32768 },
+  { chunk: 8, stride: 1, topK: 8192 },
+]
+
+const known: ReadonlySet<string> = new Set<keyof HipOptions>([
+  ...(['topK', 'block', 'stride', 'window', 'sinkTokens', 'headMode', 'representative'] as const),
+  ...(['stages', 'blockTable', 'cacheSeqlens', 'cuSeqlensQ', 'cuSeqlensK'] as const),
+])
+
+/** @internal Options of `hip` with what was left out, checked. */
+export interface HipSettings {
+  topK: number
+  block: readonly [number, number]
+  window: number
+  sinkTokens: number
+  headMode: HipHeadMode
+  /** What each call of the operator does: one for halves, one a stage. */
+  calls: readonly { width: number; arguments: Record<string, unknown> }[]
+}
+
+const isPower = (x: unknown, most: number): x is number =>
+  Number.isInteger(x) &&
+  (x as number) >= 1 &&
+  (x as number) <= most &&
+  Number.isInteger(Math.log2(x as number))
+
+/** @internal */
+export function hipSettings(op: string, options: HipOptions): HipSettings {
+  checkOptions(op, options, known)
+  const { stages, representative = 'center' } = options
+  const rule = (argument: string, text: string, value: unknown) => mustBe(op, argument, text, value)
+  const power = (argument: string, value: unknown, most: number): number => {
+    if (isPower(value, most)) return value
+    throw rule(argument, `a power of two up to ${most}`, value)
+  }
+  const pair = (argument: string, value: unknown): readonly [number, number] => {
+    if (Array.isArray(value) && value.length === 2) return value as unknown as [number, number]
+    throw rule(argument, 'a pair, of queries and of keys', value)
+  }
+  const multiple = (argument: string, value: unknown, of: number, what: string): number => {
+    if (Number.isInteger(value) && (value as number) > 0 && (value as number) % of === 0)
+      return value as number
+    throw rule(argument, `a multiple of ${what}, ${of}`, value)
+  }
+  const strideOf = (argument: string, value: unknown, block: number): number => {
+    if (Number.isInteger(value) && (value as number) >= 1 && block % (value as number) === 0)
+      return value as number
+    throw rule(argument, `a divisor of the block of ${block}`, value)
+  }
+  const { headMode = stages ? 'all' : 'head' } = options
+  if (headMode !== 'head' && headMode !== 'kv_group' && headMode !== 'all')
+    throw rule('headMode', '"head", "kv_group" or "all"', headMode)
+  if (representative !== 'center' && representative !== 'first')
+    throw rule('representative', '"center" or "first"', representative)
+  const window = checkInteger(op, 'window', options.window ?? (stages ? 1024 : 256), 1)
+
+  const finish = (
+    block: readonly [number, number],
+    topK: number,
+    sinkTokens: number,
+    calls: HipSettings['calls'],
+  ): HipSettings => {
+    if (!Number.isInteger(sinkTokens) || sinkTokens < 0 || sinkTokens % block[1] !== 0)
+      throw rule('sinkTokens', `a multiple of the block of keys, ${block[1]}`, sinkTokens)
+    const shared = { window, sinkTokens }
+    return {
+      ...{ topK, block, window, sinkTokens, headMode },
+      calls: calls.map((call) => ({ ...call, arguments: { ...call.arguments, ...shared } })),
+    }
+  }
+
+  if (!stages) {
+    const [blockQ, blockK] = pair('block', options.block ?? [64, 2])
+    power('block[0]', blockQ, 128)
+    power('block[1]', blockK, 64)
+    const [strideQ, strideK] = pair('stride', options.stride ?? [Math.min(2, blockQ), 1])
+    strideOf('stride[0]', strideQ, blockQ)
+    strideOf('stride[1]', strideK, blockK)
+    const topK = multiple('topK', options.topK ?? 512, blockK, 'the block of keys')
+    const call = { kind: 'halves', representative, blockQ, blockK, strideQ, strideK }
+    return finish([blockQ, blockK], topK, options.sinkTokens ?? Math.max(16, blockK), [
+      { width: topK / blockK, arguments: call },
+    ])
+  }
+
+  for (const name of ['block', 'stride', 'representative'] as const)
+    if (options[name] !== undefined)
+      throw refuse('ERR_ARGUMENT', op, name, `${name} cannot be combined with stages`)
+  if (!Array.isArray(stages) || stages.length === 0)
+    throw rule('stages', 'a list of stages', stages)
+  const last = stages.at(-1) as HipStage
+  const topK = multiple('topK', options.topK ?? 2048, last.chunk, 'the last chunk')
+  const kept = (stage: number) => (stages[stage + 1] ? stages[stage + 1]!.topK! : topK)
+  stages.forEach((stage: HipStage, i) => {
+    const at = `stages[${i}]`
+    const before = stages[i - 1] as HipStage | undefined
+    power(`${at}.chunk`, stage?.chunk, i === stages.length - 1 ? 64 : 32768)
+    power(`${at}.block`, stage.block ?? 64, 128)
+    strideOf(`${at}.stride`, stage.stride, stage.block ?? 64)
+    if (!before) {
+      if (stage.topK !== undefined)
+        throw rule(`${at}.topK`, 'left out in the first stage, which looks at all keys', stage.topK)
+      return
+    }
+    if (stage.chunk > before.chunk)
+      throw rule(`${at}.chunk`, `at most that of the stage before, ${before.chunk}`, stage.chunk)
+    if ((stage.block ?? 64) > (before.block ?? 64))
+      throw rule(
+        `${at}.block`,
+        `at most that of the stage before, ${before.block ?? 64}`,
+        stage.block,
+      )
+    multiple(`${at}.topK`, stage.topK, before.chunk, 'the chunk before')
+    if (before.topK !== undefined && stage.topK! > before.topK)
+      throw rule(`${at}.topK`, `at most that of the stage before, ${before.topK}`, stage.topK)
+  })
+  if (last.topK !== undefined && last.topK < topK)
+    throw rule('topK', `at most what enters the last stage, ${last.topK}`, topK)
+  return finish(
+    [last.block ?? 64, last.chunk],
+    topK,
+    options.sinkTokens ?? 256,
+    stages.map((stage: HipStage, i) => ({
+      width: kept(i) / stage.chunk,
+      arguments: {
+        kind: 'stage',
+        blockQ: stage.block ?? 64,
+        blockK: stage.chunk,
+        strideQ: stage.stride,
+        ...(i > 0 && { fromBlockQ: stages[i - 1]!.block ?? 64, fromBlockK: stages[i - 1]!.chunk }),
+      },
+    })),
+  )
+}
+
+/** @internal Where the keys of a search stand. */
+export interface HipKeys<D extends FloatDType = FloatDType> {
+  q: Tensor<D>
+  k: Tensor<D>
+  blockTable?: Tensor<'int32'> | undefined
+  cacheSeqlens?: Tensor | undefined
+}
+
+const listHeads = (headMode: HipHeadMode, { q, k }: HipKeys): number =>
+  headMode === 'all' ? 1 : headMode === 'kv_group' ? k.shape[2]! : q.shape[2]!
+
+/** @internal Keys that a sequence may have. */
+export const keysOf = ({ k, blockTable }: HipKeys): number =>
+  blockTable ? (blockTable.shape[1] ?? 0) * (k.shape[1] ?? 0) : (k.shape[1] ?? 0)
+
+/**
+ * @internal Lists of every call from `first` on; those before are given. With `bits` the last call adds what it lists to them.
+ */
+export function searchHip(
+  keys: HipKeys,
+  { headMode, calls }: HipSettings,
+  given: readonly HipLists[] = [],
+  blocks?: Tensor<'int32'>,
+): HipLists[] {
+  const { q, k, ...place } = keys
+  const lists = [...given]
+  try {
+    for (const { width, arguments: call } of calls.slice(given.length)) {
+      const before = lists.at(-1)
+      const heads = listHeads(headMode, keys)
+      const shape = [q.shape[0]!, heads, Math.ceil(q.shape[1]! / (call.blockQ as number))]
+      const made = { dtype: 'int32', device: q.device } as const
+      const own = { index: empty([...shape, width], made), count: empty(shape, made) }
+      lists.push(own)
+      run('hip', {
+        ...{ q, k, ...place, ...call, ...own },
+        fromIndex: before?.index,
+        fromCount: before?.count,
+        blocks: lists.length === calls.length ? blocks : undefined,
+      })
+    }
+    return lists
+  } catch (error) {
+    for (const one of lists.slice(given.length)) disposeLists(one)
+    throw error
+  }
+}
+
+/** @internal */
+export function disposeLists({ index, count }: HipLists): void {
+  index.dispose()
+  count.dispose()
+}
+
+function checkKeys<D extends FloatDType>(
+  op: string,
+  q: Tensor<D>,
+  k: Tensor<D>,
+  { blockTable, cacheSeqlens }: HipOptions,
+  made: Tensor[],
+): HipKeys<D> {
+  checkTensor(op, 'q', q)
+  checkTensor(op, 'k', k)
+  const keys = {
+    ...{ q, k, blockTable },
+    cacheSeqlens: lengths(op, 'cacheSeqlens', cacheSeqlens, q.device, made),
+  }
+  if (!blockTable) lengthsOf(op, q, k)
+  return keys
+}
+
+/**
+ * The lists of {@link hip} themselves, for kernels that walk lists. `cuSeqlensQ` and `cuSeqlensK` are not taken here.
+ *
+ * @throws HeddleError as {@link hip} does.
+ * @example
+ * import { hipLists, randn } from 'heddle'
+ * const [q, k] = [randn([1, 1024, 4, 64]), randn([1, 1024, 2, 64])]
+ * const { index, count } = hipLists(q, k, { topK: 128, block: [64, 8] })
+ * console.log(index.shape, count.shape) // [1, 4, 16, 16] [1, 4, 16]
+ */
+export function hipLists<D extends FloatDType>(
+  q: Tensor<D>,
+  k: Tensor<D>,
+  options: HipOptions = {},
+): HipLists {
+  const op = 'hipLists'
+  const settings = hipSettings(op, options)
+  if (options.cuSeqlensQ || options.cuSeqlensK)
+    throw refuse('ERR_ARGUMENT', op, 'cuSeqlensQ', 'cuSeqlensQ is not taken here; hip takes it')
+  const made: Tensor[] = []
+  try {
+    const lists = searchHip(checkKeys(op, q, k, options, made), settings)
+    for (const one of lists.slice(0, -1)) disposeLists(one)
+    return lists.at(-1)!
+  } finally {
+    for (const tensor of made) tensor.dispose()
+  }
+}
+
+/**
+ * Which keys a row of query blocks is likely to attend, found by looking at few of them: hierarchically pruned attention
+ * (arXiv 2406.09827, and with `stages` arXiv 2502.08910). Without stages the best of `topK / block` intervals are kept and
+ * cut in two until they are blocks; with stages, chunks are ranked by a descent inside each, and the best are cut up for the
+ * next stage. A row also sees `sinkTokens` first keys and its `window`. Rows of a block share a list, so a row's list may
+ * depend on later rows of its block, never on keys behind `window` of the block's last row.
+ *
+ * Ties go to the lower key. Neither a positive scale nor a soft cap of {@link attention} changes a list, so none is taken.
+ *
+ * @param q [b, sq, hq, d]; query i stands at sk - sq + i, so a chunk of a prompt has its list from all keys before.
+ * @param k [b, sk, hk, d], or pages of it.
+ * @throws HeddleError `ERR_SHAPE`, `ERR_DTYPE` or `ERR_ARGUMENT` at the call; reading rejects if `cacheSeqlens` or
+ * `blockTable` are out of range.
+ * @example
+ * import { attention, hip, randn } from 'heddle'
+ * const [q, k, v] = [1, 2, 3].map((seed) => randn([1, 1024, 2, 64], { seed }))
+ * const mask = hip(q, k, { topK: 128, window: 64 })
+ * const { out } = attention(q, k, v, { mask })
+ * console.log(await mask.density())
+ */
+export function hip<D extends FloatDType>(
+  q: Tensor<D>,
+  k: Tensor<D>,
+  options: HipOptions = {},
+): Mask {
+  const op = 'hip'
+  const settings = hipSettings(op, options)
+  const { block, window, sinkTokens } = settings
+  const made: Tensor[] = []
+  try {
+    const keys = checkKeys(op, q, k, options, made)
+    const { cuSeqlensQ, cuSeqlensK, blockTable } = options
+    const packed = cuSeqlensQ ?? cuSeqlensK
+    if (packed && (blockTable || options.cacheSeqlens))
+      throw refuse(
+        'ERR_ARGUMENT',
+        op,
+        'cuSeqlensQ',
+        'cuSeqlensQ cannot be combined with cacheSeqlens',
+      )
+    if (!packed) return maskOf(keys, settings)
+    const select = (own: Tensor<D>, of: Tensor<D>) => maskOf({ q: own, k: of }, settings)
+    const heads = listHeads(settings.headMode, keys)
+    const mask = perSequence(op, q, k, block, options, select, heads)
+    return makeMask({ ...mask, window, sinkTokens })
+  } finally {
+    for (const tensor of made) tensor.dispose()
+  }
+}
+
+/** @internal The mask of a search; with `given` lists of its first calls. */
+export function maskOf(keys: HipKeys, settings: HipSettings): Mask {
+  const { q } = keys
+  const { headMode, block } = settings
+  const [b = 0, sq = 0] = q.shape
+  const sk = keysOf(keys)
+  const heads = listHeads(headMode, keys)
+  const shape = [b, heads, Math.ceil(sq / block[0]), Math.ceil(Math.ceil(sk / block[1]) / 32)]
+  const blocks = zeros(shape, { dtype: 'int32', device: q.device })
+  try {
+    for (const lists of searchHip(keys, settings, [], blocks)) disposeLists(lists)
+    return hipMask(keys, settings, blocks, settings.window)
+  } catch (error) {
+    blocks.dispose()
+    throw error
+  }
+}
+
+/** @internal Bits of lists beside a window and sink tokens. */
+export function hipMask(
+  keys: HipKeys,
+  settings: HipSettings,
+  blocks: Tensor<'int32'>,
+  window: number,
+): Mask {
+  const { block, sinkTokens } = settings
+  return makeMask({
+    ...{
+      sequences: keys.q.shape[0]!,
+      heads: blocks.shape[1]!,
+      sq: keys.q.shape[1]!,
+      sk: keysOf(keys),
+    },
+    ...{ block, causal: true, window, sinkTokens, blocks },
+    ...{ columns: undefined, diagonals: undefined, bounds: undefined },
+    ...{ cuSeqlensQ: undefined, cuSeqlensK: undefined },
+  })
+}

@@ -1,0 +1,102 @@
+#pragma once
+#include <bit>
+
+#include "core/schema.h"
+
+namespace heddle {
+
+// Lists of key blocks that a row of query blocks is likely to attend, found by looking at few keys.
+// A row looks for them among the keys from `sink_tokens` on that its last query has left behind
+// `window`; a list is ascending. Neither a scale nor a soft cap changes one.
+//
+//   halves   the whole search: intervals of blocks, of which the best are kept and cut in two
+//            until they are single blocks (HiP)
+//   stage    one of several: chunks, of all keys or cut from those of `from`, of which the best by
+//            a descent inside each are kept (InfiniteHiP)
+struct Hip {
+  static constexpr const char* kName = "hip";
+  enum Kind { kHalves, kStage };
+  enum Representative { kCenter, kFirst };
+  Tensor q;              // [b, sq, hq, d]
+  Tensor k;              // [b, sk, hk, d], or pages of it
+  Tensor block_table;    // [b, max_pages] i32: which page holds which part of a sequence
+  Tensor cache_seqlens;  // [b] i32: keys in use, at least sq
+  Tensor from_index;     // [b, hm, rows, width] i32: what the stage before kept
+  Tensor from_count;     // [b, hm, rows] i32
+  Tensor index;          // [b, hm, rows, width] i32: first keys of blocks, then INT32_MAX
+  Tensor count;          // [b, hm, rows] i32
+  Tensor blocks;         // [b, hm, rows, words] i32: what is listed is added as bits of a mask
+  int kind = kHalves, representative = kCenter;
+  int64_t block_q = 64, block_k = 2;
+  int64_t stride_q = 2, stride_k = 1;  // halves look at the last query and key of each so many;
+                                       // a stage at means of so many queries
+  int64_t from_block_q = 0, from_block_k = 0;  // blocks of `from`
+  int64_t window = 256, sink_tokens = 16;
+
+  template <class Schema> static void describe(Schema& schema) {
+    schema.input("q", &Hip::q, "b sq hq d", kFloats);
+    schema.input("k", &Hip::k, "b sk hk d", like("q")).when("block_table", "pages page_size hk d");
+    schema.optional("block_table", &Hip::block_table, "b max_pages", kI32);
+    schema.optional("cache_seqlens", &Hip::cache_seqlens, "b", kI32);
+    schema.optional("from_index", &Hip::from_index, "b hm from_rows from_width", kI32);
+    schema.optional("from_count", &Hip::from_count, "b hm from_rows", kI32);
+    schema.inout("index", &Hip::index, "b hm rows width", kI32);
+    schema.inout("count", &Hip::count, "b hm rows", kI32);
+    schema.optional("blocks", &Hip::blocks, "b hm rows words", kI32);
+    schema.choice("kind", &Hip::kind, {"halves", "stage"});
+    schema.choice("representative", &Hip::representative, {"center", "first"});
+    schema.integer("block_q", &Hip::block_q, 64).at_least(1).at_most(128);
+    schema.integer("block_k", &Hip::block_k, 2).at_least(1).at_most(32768);
+    schema.integer("stride_q", &Hip::stride_q, 2).at_least(1).at_most(128);
+    schema.integer("stride_k", &Hip::stride_k, 1).at_least(1).at_most(64);
+    schema.integer("from_block_q", &Hip::from_block_q, 0).at_least(1).at_most(128);
+    schema.integer("from_block_k", &Hip::from_block_k, 0).at_least(1).at_most(32768);
+    schema.integer("window", &Hip::window, 256).at_least(1);
+    schema.integer("sink_tokens", &Hip::sink_tokens, 16).at_least(0);
+  }
+
+  int64_t keys() const { return block_table ? block_table.shape[1] * k.shape[1] : k.shape[1]; }
+  // Chunks that a row of a stage scores at most
+  int64_t most_chunks() const {
+    return from_index ? from_index.shape[3] * (from_block_k / block_k)
+                      : (keys() + block_k - 1) / block_k;
+  }
+
+  void validate() const {
+    const int64_t sq = q.shape[1], hq = q.shape[2], hk = k.shape[2], d = q.shape[3];
+    const auto power = [](int64_t x) { return std::has_single_bit(static_cast<uint64_t>(x)); };
+    HEDDLE_CHECK(hk > 0 && hq % hk == 0, kShape, "k", "hq must be a multiple of hk, got ", hq,
+                 " and ", hk);
+    HEDDLE_CHECK(d >= 1 && d <= 256, kShape, "q", "d must be from 1 to 256, got ", d);
+    HEDDLE_CHECK(sq <= keys(), kShape, "q", "sq must be at most sk, got ", sq, " and ", keys());
+    HEDDLE_CHECK(keys() < int64_t{1} << 30, kUnsupported, "k", "sk must be less than 2^30, got ",
+                 keys());
+    HEDDLE_CHECK(!block_table || (cache_seqlens && power(k.shape[1]) && k.shape[1] <= 256), kShape,
+                 "k", "pages must be of a power of two keys up to 256, with cacheSeqlens, got ",
+                 k.shape[1]);
+    HEDDLE_CHECK(power(block_q) && power(block_k), kArgument, "block",
+                 "block must be of powers of two, got ", block_q, " and ", block_k);
+    HEDDLE_CHECK(block_q % stride_q == 0 && block_k % stride_k == 0, kArgument, "stride",
+                 "stride must divide the block, got ", stride_q, " and ", stride_k);
+    const int64_t heads = index.shape[1], rows = (sq + block_q - 1) / block_q;
+    HEDDLE_CHECK(heads == 1 || heads == hk || heads == hq, kShape, "index",
+                 "index must have 1, hk or hq heads, got ", heads);
+    HEDDLE_CHECK(index.shape[2] == rows && index.shape[3] >= 1, kShape, "index", "index must have ",
+                 rows, " rows, got ", text_of(index));
+    for (const Tensor* tensor : {&from_index, &from_count, &index, &count, &blocks})
+      HEDDLE_CHECK(!*tensor || tensor->contiguous(), kShape, "index", "lists must be contiguous");
+    HEDDLE_CHECK(bool(from_index) == bool(from_count) && (!from_index || kind == kStage), kArgument,
+                 "fromIndex", "fromIndex and fromCount must be given together, to a stage");
+    if (from_index)
+      HEDDLE_CHECK(from_block_q % block_q == 0 && from_block_k % block_k == 0 &&
+                       from_index.shape[2] == (sq + from_block_q - 1) / from_block_q,
+                   kArgument, "fromIndex",
+                   "fromIndex must have blocks that contain those of index");
+    if (blocks)
+      HEDDLE_CHECK(sink_tokens % block_k == 0 && blocks.shape[3] * 32 * block_k >= keys(), kShape,
+                   "blocks", "blocks must have a bit for every block of keys, got ",
+                   text_of(blocks));
+  }
+};
+
+}  // namespace heddle
