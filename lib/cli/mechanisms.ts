@@ -3,10 +3,12 @@ import type { FloatDType } from '../dtype.js'
 import { refuse } from '../errors.js'
 import type { Mask } from '../mask.js'
 import { flexPrefill } from '../mechanisms/flex-prefill.js'
+import { infiniteHip } from '../mechanisms/infinite-hip.js'
 import { minference } from '../mechanisms/minference.js'
 import { sampled } from '../mechanisms/sampled.js'
 import { streaming } from '../mechanisms/streaming.js'
 import { xattention } from '../mechanisms/xattention.js'
+import { hip } from '../ops/hip.js'
 
 /** @internal A mechanism of the command line with its settings. */
 export interface Mechanism {
@@ -21,15 +23,29 @@ type Settings = Readonly<Record<string, string | undefined>>
 /** @internal Options of `heddle eval` that are settings of a mechanism, beside its name. */
 export const mechanismOptions = [
   ...['mode', 'gamma', 'tau', 'min-budget', 'max-budget', 'block', 'stride', 'threshold', 'top-k'],
-  ...['window', 'sink-tokens', 'vertical', 'slash'],
+  ...['window', 'sink-tokens', 'vertical', 'slash', 'head-mode', 'representative'],
 ] as const
 
 const camel = (name: string) => name.replace(/-(.)/g, (_, letter: string) => letter.toUpperCase())
+
+const texts: ReadonlySet<string> = new Set(['mode', 'head-mode', 'representative'])
+
+// One number stands for the keys of a block, and for the stride of queries
+const halves = (q: Q, k: Q, settings: object) => {
+  const { block, stride, ...rest } = settings as { block?: number; stride?: number }
+  return hip(q, k, {
+    ...rest,
+    ...(block !== undefined && { block: [64, block] }),
+    ...(stride !== undefined && { stride: [stride, 1] }),
+  })
+}
 
 const makers: Readonly<
   Record<string, readonly [options: string, select: (q: Q, k: Q, settings: object) => Mask]>
 > = {
   'flex-prefill': ['mode gamma tau min-budget max-budget block', flexPrefill],
+  hip: ['top-k block stride window sink-tokens head-mode representative', halves],
+  'infinite-hip': ['top-k window sink-tokens head-mode', infiniteHip],
   minference: [
     'vertical slash',
     (q, k, settings) => {
@@ -63,9 +79,10 @@ export function chooseMechanism(op: string, name: string, given: Settings): Mech
     if (!takes.split(' ').includes(key))
       throw refuse('ERR_ARGUMENT', op, key, `--${key} goes with another mechanism than ${name}`)
     const number = Number(value)
-    if (key !== 'mode' && (value.trim() === '' || Number.isNaN(number)))
+    const isText = texts.has(key)
+    if (!isText && (value.trim() === '' || Number.isNaN(number)))
       throw mustBe(op, key, 'a number', value)
-    settings[camel(key)] = key === 'mode' ? value : number
+    settings[camel(key)] = isText ? value : number
   }
   const shown = Object.entries(given).filter(([, value]) => value !== undefined)
   return {

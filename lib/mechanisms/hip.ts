@@ -1,0 +1,356 @@
+import { checkInteger, mustBe } from '../check.js'
+import type { FloatDType } from '../dtype.js'
+import { refuse } from '../errors.js'
+import { type AttentionResult, attention } from '../ops/attention.js'
+import {
+  disposeLists,
+  type HipLists,
+  type HipOptions,
+  type HipSettings,
+  hip,
+  hipMask,
+  hipSettings,
+  searchHip,
+} from '../ops/hip.js'
+import { untrack } from '../scope.js'
+import { checkTensor, empty, type Tensor, zeros } from '../tensor.js'
+
+/** Settings of {@link hip} that halve intervals, by what they trade. */
+export const hipPresets = {
+  /** The paper's: the smallest budget, and the fastest. */
+  smallBudget: { topK: 512, block: [64, 2], stride: [2, 1], window: 256, sinkTokens: 16 },
+  /** Four times the keys and every query looked at, for answers that hang on few keys. */
+  largeBudget: { topK: 2048, block: [64, 2], stride: [1, 1], window: 256, sinkTokens: 16 },
+  /** Longer blocks and lists that the query heads of a kv head share: a quarter of the looking, at some loss. */
+  sharedLists: {
+    topK: 1024,
+    block: [64, 8],
+    stride: [2, 1],
+    window: 256,
+    sinkTokens: 16,
+    headMode: 'kv_group',
+  },
+} as const satisfies Record<string, HipOptions>
+
+/** Options of {@link hipAttention}. */
+export interface HipAttentionOptions extends HipOptions {
+  /** Which layer of the model calls; with `layers`. */
+  layer?: number | undefined
+  /** What other layers do: `'dense'`, or options that replace those given here. */
+  layers?: Readonly<Record<number, 'dense' | HipOptions>> | undefined
+  /**
+   * How many last rows of a call see everything, where it has at least twice as many: answers begin there. None if left out,
+   * 64 with stages.
+   */
+  denseTailRows?: number | undefined
+  /** Up to how many keys a call is dense; if left out, as many as every row would see anyway. */
+  denseThreshold?: number | undefined
+  /** Factor of q·k, `1/√d` if left out. */
+  scale?: number | undefined
+  /** Scores become `softCap * tanh(score / softCap)`. */
+  softCap?: number | undefined
+}
+
+/** When {@link hipDecoder} makes the lists of three stages again, by what it trades. */
+export const hipRefresh = {
+  /** The paper's. */
+  often: [16, 8, 4],
+  /** The released code's, and taken where nothing else is said. */
+  usual: [32, 16, 8],
+  /** For speed, at some loss. */
+  rarely: [96, 24, 8],
+} as const
+
+const ownOptions = [
+  'layer',
+  'layers',
+  'denseTailRows',
+  'denseThreshold',
+  'scale',
+  'softCap',
+] as const
+
+/** Splits options into those of `hip` and the others, of which only `names` may be there. */
+function split<N extends string>(
+  options: object,
+  names: readonly N[],
+): [hip: HipOptions, own: Record<N, unknown>] {
+  const own = {} as Record<N, unknown>
+  const rest: Record<string, unknown> = {}
+  for (const [key, value] of Object.entries(options))
+    if ((names as readonly string[]).includes(key)) own[key as N] = value
+    else rest[key] = value
+  return [rest, own]
+}
+
+/**
+ * Attention of one layer of a prompt, or of its next chunk, over what {@link hip} lists: the layers that are said to be dense
+ * are, and so are the last rows and short prompts.
+ *
+ * @param q [b, sq, hq, d].
+ * @param k [b, sk, hk, d]; sq at most sk.
+ * @param v [b, sk, hk, dv].
+ * @throws HeddleError as {@link hip} and {@link attention} do.
+ * @example
+ * import { hipAttention, hipPresets, randn } from 'heddle'
+ * const [q, k, v] = [1, 2, 3].map((seed) => randn([1, 2048, 2, 64], { seed }))
+ * const layers = { 0: 'dense', 1: 'dense', 2: 'dense' } as const
+ * const { out } = hipAttention(q, k, v, { ...hipPresets.smallBudget, layer: 5, layers })
+ */
+export function hipAttention<D extends FloatDType>(
+  q: Tensor<D>,
+  k: Tensor<D>,
+  v: Tensor<D>,
+  options: HipAttentionOptions = {},
+): AttentionResult<D> {
+  const op = 'hipAttention'
+  checkTensor(op, 'q', q)
+  checkTensor(op, 'k', k)
+  if (options === null || typeof options !== 'object')
+    throw mustBe(op, 'options', 'an object', options)
+  const [shared] = split(options, ownOptions)
+  const { layer = 0, layers = {}, scale, softCap } = options
+  checkInteger(op, 'layer', layer, 0)
+  const mode = layers[layer]
+  if (mode !== undefined && mode !== 'dense' && (mode === null || typeof mode !== 'object'))
+    throw mustBe(op, `layers[${layer}]`, '"dense" or options', mode)
+  const searched = { ...shared, ...(mode === 'dense' ? {} : mode) }
+  const { topK, window, sinkTokens } = hipSettings(op, searched)
+  const tail = checkInteger(
+    op,
+    'denseTailRows',
+    options.denseTailRows ?? (searched.stages ? 64 : 0),
+    0,
+  )
+  const threshold = checkInteger(
+    op,
+    'denseThreshold',
+    options.denseThreshold ?? topK + window + sinkTokens,
+    0,
+  )
+  const { blockTable, cacheSeqlens, cuSeqlensQ, cuSeqlensK } = searched
+  const place = { scale, softCap, blockTable, cacheSeqlens }
+  const [b = 0, sq = 0, hq = 0] = q.shape
+  const sk = blockTable ? blockTable.shape[1]! * k.shape[1]! : k.shape[1]!
+  const isDense = mode === 'dense' || (sk <= threshold && !cuSeqlensQ)
+  if (isDense) return attention(q, k, v, { ...place, causal: true, cuSeqlensQ, cuSeqlensK })
+
+  const sparse = (rows: Tensor<D>, keys: Tensor<D>, values: Tensor<D>) => {
+    using mask = hip(rows, keys, searched)
+    return attention(rows, keys, values, { ...place, mask })
+  }
+  if (tail === 0 || sq < 2 * tail || cuSeqlensQ) return sparse(q, k, v)
+  if (blockTable || cacheSeqlens)
+    throw refuse(
+      'ERR_ARGUMENT',
+      op,
+      'denseTailRows',
+      'denseTailRows cannot be combined with cacheSeqlens',
+    )
+  using head = q.slice(1, 0, sq - tail)
+  using last = q.slice(1, sq - tail)
+  using keys = k.slice(1, 0, sk - tail)
+  using values = v.slice(1, 0, sk - tail)
+  const parts = [sparse(head, keys, values), attention(last, k, v, { ...place, causal: true })]
+  const out = empty([b, sq, hq, v.shape[3]!], { dtype: q.dtype, device: q.device })
+  const lse = empty([b, hq, sq], { device: q.device })
+  for (const [i, part] of parts.entries()) {
+    const [from, to] = i === 0 ? [0, sq - tail] : [sq - tail, sq]
+    using rows = out.slice(1, from, to)
+    using sums = lse.slice(2, from, to)
+    rows.copyFrom(part.out)
+    sums.copyFrom(part.lse)
+    part.out.dispose()
+    part.lse.dispose()
+  }
+  return { out, lse }
+}
+
+/** Options of {@link hipDecoder}. */
+export interface HipDecoderOptions
+  extends Omit<HipOptions, 'cuSeqlensQ' | 'cuSeqlensK' | 'blockTable' | 'cacheSeqlens'> {
+  /**
+   * After how many tokens lists are made again: 8 if left out. With stages one number for each, none larger than the one
+   * before, and [32, 16, 8] for three stages: a stage takes up what the stage before listed last.
+   */
+  refresh?: number | readonly number[] | undefined
+  /**
+   * Whether keys that leave the window before the next list can name them stay in sight, true if left out. The released
+   * code loses them.
+   */
+  freezeWindowStart?: boolean | undefined
+  /** Factor of q·k, `1/√d` if left out. */
+  scale?: number | undefined
+  /** Scores become `softCap * tanh(score / softCap)`. */
+  softCap?: number | undefined
+}
+
+/** What {@link hipDecoder} makes: the lists of one layer for one sequence. */
+export interface HipDecoder {
+  /** Tokens decoded so far. */
+  readonly tokens: number
+  /**
+   * Attention of the next tokens.
+   *
+   * @param q [b, n, hq, d], n tokens in a row, up to 128: one, or a guess at several.
+   * @param k [b, sk, hk, d], all keys up to and with theirs.
+   * @param v [b, sk, hk, dv].
+   */
+  attend<D extends FloatDType>(q: Tensor<D>, k: Tensor<D>, v: Tensor<D>): AttentionResult<D>
+  /** Has the next call make all lists again, as after a guess whose keys were taken back. */
+  reset(): void
+  /** Frees the lists. */
+  dispose(): void
+  /** Lets `using decoder = …` dispose of it. */
+  [Symbol.dispose](): void
+}
+
+function checkRefresh(
+  op: string,
+  given: number | readonly number[] | undefined,
+  stages: number | undefined,
+): number[] {
+  const fallback =
+    stages === undefined ? 8 : stages === 3 ? hipRefresh.usual : new Array<number>(stages).fill(8)
+  const list = given ?? fallback
+  const all = (Array.isArray(list) ? list : [list]) as number[]
+  if (all.length !== (stages ?? 1))
+    throw mustBe(
+      op,
+      'refresh',
+      stages === undefined ? 'one number' : `one number for each of ${stages} stages`,
+      given,
+    )
+  all.forEach((interval, i) => {
+    checkInteger(op, 'refresh', interval, 1)
+    if (i > 0 && interval > all[i - 1]!)
+      throw refuse(
+        'ERR_ARGUMENT',
+        op,
+        'refresh',
+        `refresh must never grow, got ${interval} after ${all[i - 1]}`,
+      )
+  })
+  return all
+}
+
+/**
+ * Decoding of one sequence in one layer over the lists of {@link hip}, which stand for some tokens before they are made
+ * again. The first call makes all of them. Dispose of it with its sequence.
+ *
+ * @throws HeddleError `ERR_ARGUMENT` at the call.
+ * @example
+ * import { hipDecoder, randn } from 'heddle'
+ * const [k, v] = [randn([1, 1024, 2, 64]), randn([1, 1024, 2, 64])]
+ * using decoder = hipDecoder({ topK: 128, refresh: 4 })
+ * for (let length = 1001; length <= 1024; length++) {
+ *   const [keys, values] = [k.slice(1, 0, length), v.slice(1, 0, length)]
+ *   const { out } = decoder.attend(randn([1, 1, 8, 64]), keys, values)
+ * }
+ */
+export function hipDecoder(options: HipDecoderOptions = {}): HipDecoder {
+  const op = 'hipDecoder'
+  if (options === null || typeof options !== 'object')
+    throw mustBe(op, 'options', 'an object', options)
+  const [searched, own] = split(options, ['refresh', 'freezeWindowStart', 'scale', 'softCap'])
+  for (const name of ['cuSeqlensQ', 'cuSeqlensK', 'blockTable', 'cacheSeqlens'] as const)
+    if (searched[name] !== undefined)
+      throw refuse(
+        'ERR_ARGUMENT',
+        op,
+        name,
+        `${name} is not taken here: a decoder is one sequence's`,
+      )
+  const { stages } = searched
+  const settingsOf = (rows: number) => {
+    // One block holds the rows of the call
+    const block = 2 ** Math.ceil(Math.log2(rows))
+    const strideOf = (stride: number) => Math.min(stride, block)
+    if (stages) {
+      const fitted = stages.map((stage) => ({ ...stage, block, stride: strideOf(stage.stride) }))
+      return hipSettings(op, { ...searched, stages: fitted })
+    }
+    const [, keys] = searched.block ?? [64, 2]
+    const [queries, stride] = searched.stride ?? [2, 1]
+    return hipSettings(op, {
+      ...searched,
+      block: [block, keys],
+      stride: [strideOf(queries), stride],
+    })
+  }
+  hipSettings(op, searched)
+  const refresh = checkRefresh(op, options.refresh, stages?.length)
+  const { freezeWindowStart = true, scale, softCap } = own as HipDecoderOptions
+  if (typeof freezeWindowStart !== 'boolean')
+    throw mustBe(op, 'freezeWindowStart', 'a boolean', freezeWindowStart)
+
+  let tokens = 0
+  let lists: HipLists[] = []
+  let blocks: Tensor<'int32'> | undefined
+  let listedAt = 0
+
+  // The first stage that one of the next n tokens has to begin at; as many as there are if none
+  const restart = (n: number) => {
+    if (tokens === 0 || !blocks) return 0
+    const at = refresh.findIndex(
+      (interval) => Math.floor((tokens + n - 1) / interval) > Math.floor((tokens - 1) / interval),
+    )
+    return at < 0 ? refresh.length : at
+  }
+  const forget = () => {
+    for (const one of lists) disposeLists(one)
+    blocks?.dispose()
+    lists = []
+    blocks = undefined
+  }
+  // Keys have come since, and with them words of bits
+  const lengthen = (words: number) => {
+    const old = blocks!
+    if (old.shape[3] === words) return old
+    const longer = zeros([...old.shape.slice(0, 3), words], { dtype: 'int32', device: old.device })
+    using place = longer.slice(3, 0, old.shape[3]!)
+    place.copyFrom(old)
+    old.dispose()
+    return longer
+  }
+
+  return {
+    get tokens() {
+      return tokens
+    },
+    attend(q, k, v) {
+      checkTensor(op, 'q', q)
+      checkTensor(op, 'k', k)
+      const [b = 0, n = 0] = q.shape
+      checkInteger(op, 'q.shape[1]', n, 1, 128)
+      const settings: HipSettings = settingsOf(n)
+      const sk = k.shape[1]!
+      const words = Math.ceil(sk / settings.block[1] / 32)
+      const first = restart(n)
+      if (first < refresh.length) {
+        const kept = lists.slice(0, first)
+        const heads =
+          settings.headMode === 'all' ? 1 : settings.headMode === 'head' ? q.shape[2]! : k.shape[2]!
+        const found = zeros([b, heads, 1, words], { dtype: 'int32', device: q.device })
+        const next = searchHip({ q, k }, settings, kept, found)
+        for (const one of lists.slice(first)) disposeLists(one)
+        blocks?.dispose()
+        ;[lists, blocks, listedAt] = [next, found, sk]
+      }
+      blocks = lengthen(words)
+      // They outlive the scope of this call
+      for (const one of [blocks, ...lists.flatMap(({ index, count }) => [index, count])])
+        untrack(one)
+      tokens += n
+      const drift = freezeWindowStart ? sk - listedAt : 0
+      const mask = hipMask({ q, k }, settings, blocks, settings.window + drift)
+      return attention(q, k, v, { mask, scale, softCap })
+    },
+    reset() {
+      forget()
+      tokens = 0
+    },
+    dispose: forget,
+    [Symbol.dispose]: forget,
+  }
+}

@@ -1,0 +1,356 @@
+import { join } from 'node:path'
+import {
+  attention,
+  hip,
+  hipAttention,
+  hipDecoder,
+  hipLists,
+  hipStages,
+  infiniteHip,
+  Mask,
+  merge,
+  openSafetensors,
+  type Tensor,
+  tensor,
+} from 'heddle'
+import { expect, it } from 'vitest'
+import {
+  type Attend,
+  disposeCache,
+  forward,
+  load,
+  newCache,
+} from '../../examples/byte-lm/decoder.js'
+import { maxError } from '../support/compare.js'
+import { describeDevices } from '../support/devices.js'
+import { failure } from '../support/failure.js'
+import { random, sample } from '../support/random.js'
+
+const range = (n: number) => Array.from({ length: n }, (_, i) => i)
+
+describeDevices('hip mechanisms', (device) => {
+  it('leave the layers and rows dense that are to be', async () => {
+    const rng = random(320)
+    const [q, k, v] = [
+      await sample(rng, [1, 200, 4, 32], 'float32', device),
+      await sample(rng, [1, 300, 2, 32], 'float32', device),
+      await sample(rng, [1, 300, 2, 16], 'float32', device),
+    ].map(({ tensor }) => tensor) as [Tensor<'float32'>, Tensor<'float32'>, Tensor<'float32'>]
+    const small = { topK: 16, block: [16, 2], window: 16, sinkTokens: 4, softCap: 8 } as const
+    const { softCap, ...searched } = small
+    const dense = attention(q, k, v, { causal: true, softCap })
+    const sparse = attention(q, k, v, { mask: hip(q, k, searched), softCap })
+    const [all, few] = [await dense.out.read(), await sparse.out.read()]
+    expect(maxError(all, few)).toBeGreaterThan(1e-2)
+    const of = async (options: Parameters<typeof hipAttention>[3]) =>
+      await hipAttention(q, k, v, options).out.read()
+    expect(await of(small)).toEqual(few)
+    const layers = { 0: 'dense', 3: { ...searched, topK: 400 } } as const
+    expect(await of({ ...small, layers })).toEqual(all)
+    expect(await of({ ...small, layers, layer: 1 })).toEqual(few)
+    expect(maxError(await of({ ...small, layers, layer: 3 }), all)).toBeLessThan(1e-5)
+    expect(await of({ ...small, denseThreshold: 300 })).toEqual(all)
+    expect(await of({ ...small, denseTailRows: 101 })).toEqual(few)
+    // 160 rows are whole blocks of 16
+    const tail = hipAttention(q, k, v, { ...small, denseTailRows: 40 })
+    const [out, lse] = [await tail.out.read(), await tail.lse.read()]
+    const cut = 160 * 4 * 16
+    expect(maxError(out.slice(0, cut), few.slice(0, cut))).toBeLessThan(1e-6)
+    expect(maxError(out.slice(cut), all.slice(cut))).toBeLessThan(1e-6)
+    const [a, b] = [await dense.lse.read(), await sparse.lse.read()]
+    expect(
+      maxError(
+        lse,
+        a.map((x, i) => (i % 200 < 160 ? b[i]! : x)),
+      ),
+    ).toBeLessThan(1e-6)
+  })
+
+  it('decode as a search of every token, and lose nothing in between', async () => {
+    const rng = random(321)
+    const [T, d] = [420, 16]
+    const k = await sample(rng, [1, T, 2, d], 'float32', device, { strided: false })
+    const v = await sample(rng, [1, T, 2, d], 'float32', device, { strided: false })
+    const q = await sample(rng, [1, T, 4, d], 'float32', device, { strided: false })
+    const at = (x: Tensor, to: number, n = to) => x.slice(1, to - n, to) as Tensor<'float32'>
+    const base = { topK: 32, window: 16, sinkTokens: 8 }
+    const stages = [
+      { chunk: 32, stride: 4 },
+      { chunk: 4, stride: 1, topK: 128 },
+    ]
+    for (const own of [{ ...base, block: [64, 2] } as const, { ...base, stages }]) {
+      const single =
+        'stages' in own
+          ? { ...own, stages: stages.map((stage) => ({ ...stage, block: 1, stride: 1 })) }
+          : ({ ...own, block: [1, 2], stride: [1, 1] } as const)
+      const parts = 'stages' in own ? 2 : 1
+      using always = hipDecoder({ ...own, refresh: parts === 2 ? [1, 1] : 1 })
+      using lazy = hipDecoder({ ...own, refresh: parts === 2 ? [6, 3] : 3 })
+      using losing = hipDecoder({
+        ...own,
+        refresh: parts === 2 ? [6, 3] : 3,
+        freezeWindowStart: false,
+      })
+      let kept = hipLists(at(q.tensor, 380, 1), at(k.tensor, 380), single)
+      let listedAt = 0
+      for (let n = 0; n < 14; n++) {
+        const sk = 380 + n
+        const [x, y, z] = [at(q.tensor, sk, 1), at(k.tensor, sk), at(v.tensor, sk)]
+        const exact = attention(x, y, z, { mask: hip(x, y, single) })
+        const out = await always.attend(x, y, z).out.read()
+        expect(out).toEqual(await exact.out.read())
+        expect(always.tokens).toBe(n + 1)
+        if (parts === 1 && n % 3 === 0) {
+          kept = hipLists(x, y, single)
+          listedAt = sk
+        }
+        for (const [decoder, frozen] of [
+          [lazy, true],
+          [losing, false],
+        ] as const) {
+          const { out, lse } = decoder.attend(x, y, z)
+          if (parts === 2) continue
+          // each head attends what it listed, the sink tokens and its window
+          const [starts, all] = [await kept.index.read(), await kept.count.read()]
+          for (const head of range(4)) {
+            const seen = new Set(range(8))
+            for (let t = (frozen ? listedAt : sk) - 16; t < sk; t++) seen.add(t)
+            for (let i = 0; i < all[head]!; i++)
+              for (const j of [0, 1])
+                if (starts[head * 16 + i]! + j < sk) seen.add(starts[head * 16 + i]! + j)
+            expect(seen.size).toBeLessThanOrEqual(8 + 16 + (frozen ? 2 : 0) + 32)
+            const list = [...seen].sort((a, b) => a - b)
+            const pick = async (from: Tensor, h: number) => {
+              const values = await from.read({ as: 'float32' })
+              return tensor(
+                list.flatMap((t) =>
+                  Array.from(values.subarray((t * 2 + h) * d, (t * 2 + h + 1) * d)),
+                ),
+                [1, list.length, 1, d],
+                { device },
+              )
+            }
+            const kv = Math.floor(head / 2)
+            const one = attention(x.slice(2, head, head + 1), await pick(y, kv), await pick(z, kv))
+            expect(
+              maxError(await out.slice(2, head, head + 1).read(), await one.out.read()),
+            ).toBeLessThan(1e-5)
+            expect(
+              maxError(await lse.slice(1, head, head + 1).read(), await one.lse.read()),
+            ).toBeLessThan(1e-5)
+          }
+        }
+      }
+      const before = await lazy
+        .attend(at(q.tensor, 394, 1), at(k.tensor, 394), at(v.tensor, 394))
+        .out.read()
+      lazy.reset()
+      expect(lazy.tokens).toBe(0)
+      const after = await lazy
+        .attend(at(q.tensor, 394, 1), at(k.tensor, 394), at(v.tensor, 394))
+        .out.read()
+      const fresh = hip(at(q.tensor, 394, 1), at(k.tensor, 394), single)
+      expect(after).toEqual(
+        await attention(at(q.tensor, 394, 1), at(k.tensor, 394), at(v.tensor, 394), {
+          mask: fresh,
+        }).out.read(),
+      )
+      expect(after).not.toEqual(before)
+    }
+  })
+
+  it('take up a search at the stage whose turn it is', async () => {
+    const stages = [
+      { chunk: 64, stride: 1 },
+      { chunk: 16, stride: 1, topK: 256 },
+      { chunk: 4, stride: 1, topK: 64 },
+    ]
+    // Chunks 2, 4, 6 and 8 of 64 keys enter the second stage, chunk 2 the third, and its first 16 keys are listed
+    const hot = (t: number) => [2, 4, 6, 8].includes(((t - 64) / 64) >> 0)
+    const key = (x: number) => [x, 0, 0, 0, 0, 0, 0, 0]
+    const q = tensor(key(1), [1, 1, 1, 8], { device })
+    const cases = [
+      { refresh: [4, 2, 1], first: 64 + 5 * 64, keys: 64, found: 4 },
+      { refresh: [4, 2, 1], first: 64 + 4 * 64, keys: 64, found: 2 },
+      { refresh: [4, 2, 1], first: 64 + 2 * 64 + 16, keys: 16, found: 1 },
+      { refresh: [4, 2, 2], first: 64 + 2 * 64 + 16, keys: 16, found: 2 },
+    ]
+    for (const { refresh, first, keys, found } of cases) {
+      const k = tensor(
+        range(800).flatMap((t) => key(hot(t) ? 1 : -5)),
+        [1, 800, 1, 8],
+        { device },
+      )
+      const v = tensor(new Float32Array(6400), [1, 800, 1, 8], { device })
+      using decoder = hipDecoder({
+        topK: 16,
+        window: 16,
+        sinkTokens: 64,
+        stages,
+        refresh,
+        scale: 1,
+      })
+      const sees: number[] = []
+      for (let n = 0; n < 6; n++) {
+        if (n === 1) {
+          k.slice(1, first, first + keys).write(
+            Float32Array.from(range(keys).flatMap(() => key(30))),
+          )
+          v.slice(1, first, first + keys).write(new Float32Array(keys * 8).fill(1))
+        }
+        const at = 790 + n
+        const { out } = decoder.attend(q, k.slice(1, 0, at), v.slice(1, 0, at))
+        if ((await out.read())[0]! > 0.99) sees.push(n)
+      }
+      expect(sees, JSON.stringify({ refresh, first })).toEqual(range(6).slice(found))
+    }
+  })
+
+  it('take several tokens at a time', async () => {
+    const rng = random(323)
+    const make = (n: number, h: number) =>
+      tensor(rng.normals(n * h * 16), [1, n, h, 16], { device })
+    const [q, k, v] = [make(40, 4), make(340, 2), make(340, 2)]
+    const options = { topK: 32, block: [64, 2], window: 16, sinkTokens: 8 } as const
+    using decoder = hipDecoder({ ...options, refresh: 1 })
+    for (const [from, to] of [
+      [0, 1],
+      [1, 4],
+      [4, 9],
+      [9, 40],
+    ] as const) {
+      const [x, y, z] = [q.slice(1, from, to), k.slice(1, 0, 300 + to), v.slice(1, 0, 300 + to)]
+      const block = 2 ** Math.ceil(Math.log2(to - from))
+      const mask = hip(x, y, { ...options, block: [block, 2], stride: [Math.min(2, block), 1] })
+      expect(await decoder.attend(x, y, z).out.read()).toEqual(
+        await attention(x, y, z, { mask }).out.read(),
+      )
+    }
+    expect(decoder.tokens).toBe(40)
+  })
+
+  it('give the same however the keys are split', async () => {
+    const rng = random(324)
+    const make = (n: number, h: number) =>
+      tensor(rng.normals(n * h * 16), [1, n, h, 16], { device })
+    const [q, k, v] = [make(1, 4), make(340, 2), make(340, 2)]
+    const mask = hip(q, k, { topK: 32, block: [1, 2], stride: [1, 1], window: 16, sinkTokens: 8 })
+    const whole = attention(q, k, v, { mask })
+    const dense = await mask.toDense()
+    const int32 = (values: number[], shape: number[]) =>
+      tensor(values, shape, { dtype: 'int32', device })
+    for (const splits of [1, 3, 7, 40]) {
+      const parts = range(splits).map((split) => {
+        const [from, to] = [split, split + 1].map((x) => Math.floor((x * 340) / splits)) as [
+          number,
+          number,
+        ]
+        const seen = range(4).map((head) =>
+          range(to - from).filter((t) => dense[head * 340 + from + t]),
+        )
+        const index = seen.flatMap((list) => range(to - from).map((i) => list[i] ?? -1))
+        const columns = {
+          count: int32(
+            seen.map((list) => list.length),
+            [1, 4],
+          ),
+          index: int32(index, [1, 4, to - from]),
+        }
+        const own = Mask.fromTokens({ columns }, { sq: 1, sk: to - from, causal: false })
+        return attention(q, k.slice(1, from, to), v.slice(1, from, to), { mask: own })
+      })
+      // a split of nothing changes nothing
+      if (splits === 40) {
+        const empty = await Promise.all(parts.map(({ lse }) => lse.read()))
+        expect(empty.some((lse) => lse.includes(Number.NEGATIVE_INFINITY))).toBe(true)
+      }
+      const joined = merge(parts)
+      expect(maxError(await joined.out.read(), await whole.out.read())).toBeLessThan(1e-6)
+      expect(maxError(await joined.lse.read(), await whole.lse.read())).toBeLessThan(1e-6)
+    }
+  })
+
+  it('refuse what they cannot do', async () => {
+    const cases = [
+      [
+        () => hipDecoder({ refresh: 0 }),
+        'hipDecoder: refresh must be an integer at least 1, got 0',
+      ],
+      [
+        () => hipDecoder({ refresh: [8, 4] }),
+        'hipDecoder: refresh must be one number, got an array of 2',
+      ],
+      [
+        () => hipDecoder({ stages: hipStages, refresh: [8, 16, 4] }),
+        'hipDecoder: refresh must never grow, got 16 after 8',
+      ],
+      [
+        () => hipDecoder({ cacheSeqlens: [1] } as never),
+        "hipDecoder: cacheSeqlens is not taken here: a decoder is one sequence's",
+      ],
+      [
+        () => hipDecoder({ topK: 7 }),
+        'hipDecoder: topK must be a multiple of the block of keys, 2, got 7',
+      ],
+    ] as const
+    for (const [call, message] of cases) expect((await failure(call)).message).toBe(message)
+    const q = tensor(new Float32Array(129 * 8), [1, 129, 1, 8], { device })
+    expect((await failure(() => hipDecoder().attend(q, q, q))).message).toBe(
+      'hipDecoder: q.shape[1] must be an integer from 1 to 128, got 129',
+    )
+  })
+
+  it('answer what is asked of byte-lm, token by token', async () => {
+    const directory = join(__dirname, '..', '..', 'examples', 'byte-lm')
+    const model = await load(directory, { device })
+    const file = await openSafetensors(join(directory, 'eval-dev.safetensors'))
+    const ids = (await (await file.load('dev4k.ids')).read()) as Uint8Array
+    const pairs = (await (await file.load('dev4k.answers')).read()) as Int32Array
+    await file.close()
+    const searched = { topK: 256, window: 128, sinkTokens: 64, stages: hipStages } as const
+    const prompt: Attend = (q, k, v) =>
+      attention(q, k, v, { mask: infiniteHip(q, k, searched) }).out
+    const softmaxLayers = model.config.attention.filter((kind) => kind === 'softmax').length
+
+    // Reads the document up to an answer, gives that token by token, and reads on
+    const answered = async (document: number, refresh?: number): Promise<number[]> => {
+      const text = ids.subarray(document * 4096, (document + 1) * 4096)
+      const answers = range(pairs.length / 2)
+        .filter((i) => pairs[2 * i] === document)
+        .map((i) => pairs[2 * i + 1]!)
+      const cache = newCache(model, text.length)
+      const right: number[] = []
+      let read = 0
+      for (const at of answers.sort((a, b) => a - b)) {
+        forward(model, text.subarray(read, at - 1), cache, prompt).dispose()
+        const decoders = range(refresh ? softmaxLayers : 0).map(() =>
+          hipDecoder({ ...searched, refresh: [refresh!, refresh!, refresh!] }),
+        )
+        let hits = 0
+        for (let t = at - 1; t < at + 4; t++) {
+          let layer = 0
+          const step: Attend = (q, k, v) => decoders[layer++]!.attend(q, k, v).out
+          const logits = forward(model, text.subarray(t, t + 1), cache, refresh ? step : prompt)
+          const row = await logits.read()
+          logits.dispose()
+          hits += Number(row.indexOf(Math.max(...row)) === text[t + 1])
+        }
+        if (hits === 5) right.push(at)
+        for (const decoder of decoders) decoder.dispose()
+        read = at + 4
+      }
+      disposeCache(cache)
+      return right
+    }
+    let [always, seldom, all] = [0, 0, 0]
+    for (const document of [0, 1]) {
+      const whole = await answered(document)
+      expect(await answered(document, 1)).toEqual(whole)
+      always += whole.length
+      seldom += (await answered(document, 8)).length
+      all += 8
+    }
+    expect(seldom).toBeGreaterThanOrEqual(always - 1)
+    expect(always).toBeGreaterThanOrEqual(all - 1)
+  }, 120000)
+})
