@@ -2,6 +2,7 @@ import { checkOptions, mustBe } from '../check.js'
 import { type Analysis, type AnalyzeOptions, analyze } from './analyze.js'
 import { type DenseArray, type DenseResult, type EvaluateOptions, evaluate } from './evaluate.js'
 import type { CascadeIR } from './ir.js'
+import { type CompileOptions, compile, type Plan } from './lower.js'
 import { parse } from './parse.js'
 import { print } from './print.js'
 import { validate } from './validate.js'
@@ -28,6 +29,7 @@ export type {
   Split,
   Statement,
 } from './ir.js'
+export type { CompileOptions, Plan, PlanExplanation, Scalars } from './lower.js'
 export type { Machine, MachineName } from './machine.js'
 export type { PassStep, RankPasses } from './passes.js'
 export type { Suggestion } from './suggest.js'
@@ -57,6 +59,20 @@ export interface Cascade {
    * @throws HeddleError `CAS003` or `CAS008` if sizes do not go together, `CAS010` if a mask is a float tensor.
    */
   analyze(options?: AnalyzeOptions): Analysis
+  /**
+   * The operator of the library that computes the text, as a function of tensors: its kernels, its errors, its speed. Texts
+   * that compute the same (with a maximum or without, divided late or early, split or iterated) get the same operator.
+   *
+   * @example
+   * import { attentionDefinition, cascade, explain, randn } from 'heddle'
+   * const [q, k, v] = [1, 2, 3].map((seed) => randn([1, 128, 8, 64], { seed }))
+   * const plan = cascade(attentionDefinition).compile()
+   * const { O, LSE } = plan(q, k, v, { scale: 0.125 })
+   * console.log(plan.explain().slots, explain(plan, q, k, v).variant)
+   * @throws HeddleError `CAS020` if no kernel computes it, `CAS021` if it takes several passes besides, `CAS022` if an
+   * operator has the form but not this mask, scale or distance.
+   */
+  compile(options?: CompileOptions): Plan
   /** The text in the usual form; it parses back to the same cascade. */
   toString(): string
 }
@@ -97,6 +113,7 @@ export function cascade(
         : undefined
   if (whole === undefined) throw mustBe('cascade', 'text', 'a string', text)
   const ir = validate(parse(whole))
+  let plan: Plan | undefined
   return Object.freeze({
     text: whole,
     ir,
@@ -113,6 +130,10 @@ export function cascade(
       return evaluate(ir, inputs, scalars, options)
     },
     analyze: (options: AnalyzeOptions = {}) => analyze(ir, options),
+    compile(options: CompileOptions = {}) {
+      plan ??= compile(ir, options)
+      return plan
+    },
     toString: () => print(ir),
   })
 }

@@ -1,0 +1,735 @@
+import {
+  type Access,
+  type CascadeIR,
+  type Expr,
+  type FunctionName,
+  type Index,
+  type Predicate,
+  type Reducer,
+  rankOf,
+  type Statement,
+} from './ir.js'
+import { plainVariable, stepOf } from './validate.js'
+
+// What a cascade computes, apart from how: every output as one expression of the inputs, in a form that does not depend on
+// the order of statements, loops, factors and summands.
+//
+//   form   = sum of terms            term = number * product of atoms to some power
+//   atom   = name | access | function of forms | reduction of a form | sum of several terms, where it is no factor
+//
+// Three identities make the shifted, deferred, split and iterated texts of one mechanism the same form:
+//
+//   exp(a) exp(b) = exp(a + b)               and what of `a` a reduction does not run over leaves its sum as a factor, so
+//                                            that a maximum that was subtracted cancels between dividend and divisor
+//   sum(m) sum(k) x = sum(m,k) x             levels of a split rank become the rank again
+//   R[i+1] = A[i] + R[i] g(i) / g(i+1)       has R[i] = sum(u < i) A[u] g(u+1) / g(i), if R starts at 0 or g is known
+
+/** @internal A sum of terms. Equal keys mean equal values. */
+export interface Form {
+  terms: readonly Term[]
+  key: string
+  free: ReadonlySet<string>
+  height: number
+}
+
+/** @internal */
+export interface Term {
+  coefficient: number
+  factors: readonly Factor[]
+  /** Of the factors alone. */
+  key: string
+}
+
+/** @internal */
+export interface Factor {
+  atom: Atom
+  power: number
+}
+
+interface Common {
+  key: string
+  /** Index variables, scalars and ranks that it depends on, and tensors with brackets behind their name. */
+  free: ReadonlySet<string>
+  /** How deep reductions stand inside each other: it names what they bind. */
+  height: number
+}
+
+/** @internal */
+export type Atom = Common &
+  (
+    | { kind: 'name'; name: string }
+    | { kind: 'access'; name: string; indices: readonly Form[] }
+    | { kind: 'call'; fn: FunctionName; args: readonly Form[] }
+    | { kind: 'if'; test: Condition; yes: Form; no: Form }
+    | {
+        kind: 'reduce'
+        op: Reducer
+        over: readonly string[]
+        body: Form
+        where: readonly Condition[]
+      }
+    | { kind: 'sum'; form: Form }
+  )
+
+/** @internal A form that is at most 0, or is or is not 0, or a combination of such. */
+export type Condition = Common &
+  (
+    | { kind: '<=' | '==' | '!='; form: Form }
+    | { kind: 'or' | 'and' | 'not'; parts: readonly Condition[] }
+  )
+
+// A condition or atom without what follows from it
+type Bare<T> = T extends unknown ? Omit<T, keyof Common> : never
+
+const most = 64 // terms that a product is multiplied out to
+
+function unite(parts: readonly Pick<Common, 'free' | 'height'>[], bound: readonly string[] = []) {
+  const free = new Set<string>()
+  let height = 0
+  for (const part of parts) {
+    for (const name of part.free) if (!bound.includes(name)) free.add(name)
+    height = Math.max(height, part.height)
+  }
+  return { free, height: height + bound.length }
+}
+
+const byKey = (a: { key: string }, b: { key: string }) => (a.key < b.key ? -1 : 1)
+
+/** @internal */
+export function formOf(terms: Iterable<Term>): Form {
+  const sorted = [...terms].filter(({ coefficient }) => coefficient !== 0).sort(byKey)
+  const key = sorted
+    .map(({ coefficient, key }) =>
+      key === '' ? `${coefficient}` : coefficient === 1 ? key : `${coefficient} ${key}`,
+    )
+    .join(' + ')
+  const atoms = sorted.flatMap(({ factors }) => factors.map(({ atom }) => atom))
+  return { terms: sorted, key: key || '0', ...unite(atoms) }
+}
+
+/** @internal */
+export function termOf(coefficient: number, factors: readonly Factor[]): Term {
+  const sorted = factors.filter(({ power }) => power !== 0)
+  sorted.sort((a, b) => byKey(a.atom, b.atom))
+  const key = sorted
+    .map(({ atom, power }) => (power === 1 ? atom.key : `${atom.key}^${power}`))
+    .join(' ')
+  return { coefficient, factors: sorted, key }
+}
+
+/** @internal */
+export const number = (value: number): Form => formOf([termOf(value, [])])
+
+/** @internal */
+export function atomForm(atom: Atom): Form {
+  return formOf([termOf(1, [{ atom, power: 1 }])])
+}
+
+/** @internal */
+export function name(text: string): Form {
+  return atomForm({ kind: 'name', name: text, key: text, free: new Set([text]), height: 0 })
+}
+
+function access(tensor: string, indices: readonly Form[]): Form {
+  const key = `${tensor}[${indices.map((index) => index.key).join(',')}]`
+  const { free, height } = unite(indices)
+  free.add(`${tensor}[]`)
+  return atomForm({ kind: 'access', name: tensor, indices, key, free, height })
+}
+
+/** @internal The number that a form is, if it is one. */
+export function numberIn({ terms }: Form): number | undefined {
+  if (terms.length === 0) return 0
+  return terms.length === 1 && terms[0]!.factors.length === 0 ? terms[0]!.coefficient : undefined
+}
+
+/** @internal */
+export function plus(...forms: readonly Form[]): Form {
+  const sums = new Map<string, Term>()
+  for (const { terms } of forms)
+    for (const term of terms) {
+      const coefficient = (sums.get(term.key)?.coefficient ?? 0) + term.coefficient
+      sums.set(term.key, { ...term, coefficient })
+    }
+  return formOf(sums.values())
+}
+
+/** @internal What an exponential is of. */
+export const argument = (atom: Atom): Form | undefined =>
+  atom.kind === 'call' && atom.fn === 'exp' ? atom.args[0] : undefined
+
+// Exponentials of a product are one
+function product(a: Term, b: Term): Form {
+  const powers = new Map<string, Factor>()
+  const exponents: Form[] = []
+  for (const { atom, power } of [...a.factors, ...b.factors]) {
+    const exponent = argument(atom)
+    if (exponent) exponents.push(times(number(power), exponent))
+    else {
+      const before = powers.get(atom.key)?.power ?? 0
+      powers.set(atom.key, { atom, power: before + power })
+    }
+  }
+  const coefficient = a.coefficient * b.coefficient
+  // A sum to the power of one is a sum again
+  const sums = [...powers.values()].filter(({ atom, power }) => atom.kind === 'sum' && power === 1)
+  if (exponents.length < 2 && sums.length === 0) {
+    const rest = exponents.length === 1 ? exponential(exponents[0]!).terms[0]!.factors : []
+    return formOf([termOf(coefficient, [...powers.values(), ...rest])])
+  }
+  for (const { atom } of sums) powers.delete(atom.key)
+  let result = formOf([termOf(coefficient, [...powers.values()])])
+  if (exponents.length > 0) result = times(result, exponential(plus(...exponents)))
+  for (const { atom } of sums) if (atom.kind === 'sum') result = times(result, atom.form)
+  return result
+}
+
+/** @internal */
+export function times(a: Form, b: Form): Form {
+  if (a.terms.length * b.terms.length > most) {
+    const wrap = (form: Form) => (form.terms.length > 1 ? wrapped(form) : form)
+    return plus(product(wrap(a).terms[0]!, wrap(b).terms[0]!))
+  }
+  return plus(...a.terms.flatMap((x) => b.terms.map((y) => product(x, y))))
+}
+
+function wrapped(form: Form): Form {
+  return atomForm({ kind: 'sum', form, key: `(${form.key})`, free: form.free, height: form.height })
+}
+
+/** @internal */
+export const minus = (a: Form, b: Form): Form => plus(a, times(number(-1), b))
+
+// What every term has as a factor, exponentials by the summands that their arguments share
+function common({ terms }: Form): Form {
+  const [first, ...others] = terms
+  if (!first || others.length === 0) return number(1)
+  const shared: Factor[] = []
+  let exponent: Term[] = []
+  for (const factor of first.factors) {
+    const own = argument(factor.atom)
+    if (own) {
+      exponent = own.terms.filter((part) =>
+        others.every(({ factors }) =>
+          factors.some(({ atom }) =>
+            argument(atom)?.terms.some(
+              ({ key, coefficient }) => key === part.key && coefficient === part.coefficient,
+            ),
+          ),
+        ),
+      )
+    } else if (
+      others.every(({ factors }) =>
+        factors.some(({ atom, power }) => atom.key === factor.atom.key && power === factor.power),
+      )
+    )
+      shared.push(factor)
+  }
+  return times(formOf([termOf(1, shared)]), exponential(formOf(exponent)))
+}
+
+/** @internal */
+export function power(form: Form, exponent: number): Form {
+  if (exponent === 1) return form
+  if (exponent === 0) return number(1)
+  const [term] = form.terms
+  if (!term) return atomForm(call('pow', [form, number(exponent)]))
+  if (form.terms.length === 1) {
+    const { coefficient, factors } = term
+    const exponents = factors.flatMap(({ atom, power }) =>
+      argument(atom) ? [times(number(power * exponent), argument(atom)!)] : [],
+    )
+    const rest = factors.filter(({ atom }) => !argument(atom))
+    const raised = rest.map(({ atom, power }) => ({ atom, power: power * exponent }))
+    const value = formOf([termOf(coefficient ** exponent, raised)])
+    return exponents.length > 0 ? times(value, exponential(plus(...exponents))) : value
+  }
+  const shared = common(form)
+  if (shared.key !== '1')
+    return times(power(shared, exponent), power(times(form, power(shared, -1)), exponent))
+  // 1 / (1 + exp(-x))
+  if (exponent === -1 && form.terms.length === 2) {
+    const one = form.terms.find(({ factors, coefficient }) => !factors.length && coefficient === 1)
+    const other = form.terms.find((each) => each !== one)!
+    const x = other.factors.length === 1 ? argument(other.factors[0]!.atom) : undefined
+    if (one && x && other.coefficient === 1) return apply('sigmoid', [times(number(-1), x)])
+  }
+  if (Number.isInteger(exponent) && exponent > 0 && exponent <= 4)
+    return times(form, power(form, exponent - 1))
+  return formOf([termOf(1, [{ atom: wrapped(form).terms[0]!.factors[0]!.atom, power: exponent }])])
+}
+
+/** @internal */
+export function exponential(form: Form): Form {
+  if (form.terms.length === 0) return number(1)
+  // exp(n log x) = x^n
+  const logs = form.terms.filter(
+    ({ factors: [factor, ...more] }) =>
+      factor?.atom.kind === 'call' &&
+      factor.atom.fn === 'log' &&
+      factor.power === 1 &&
+      !more.length,
+  )
+  if (logs.length === 0) return atomForm(call('exp', [form]))
+  const rest = form.terms.filter((term) => !logs.includes(term))
+  return logs.reduce(
+    (value, { coefficient, factors }) => {
+      const { atom } = factors[0]!
+      return times(value, power(atom.kind === 'call' ? atom.args[0]! : form, coefficient))
+    },
+    exponential(formOf(rest)),
+  )
+}
+
+/** @internal */
+export function logarithm(form: Form): Form {
+  const shared = common(form)
+  const inner = shared.key === '1' ? form : times(form, power(shared, -1))
+  if (form.terms.length > 1) {
+    // log(1 + exp(x))
+    const soft = softplusOf(inner)
+    const value = soft ?? atomForm(call('log', [inner]))
+    return shared.key === '1' ? value : plus(logarithm(shared), value)
+  }
+  const { coefficient, factors } = form.terms[0] ?? { coefficient: 0, factors: [] }
+  if (coefficient <= 0) return atomForm(call('log', [form]))
+  return plus(
+    number(Math.log(coefficient)),
+    ...factors.map(({ atom, power }) =>
+      times(number(power), argument(atom) ?? atomForm(call('log', [atomForm(atom)]))),
+    ),
+  )
+}
+
+function softplusOf({ terms }: Form): Form | undefined {
+  const one = terms.find(({ factors, coefficient }) => !factors.length && coefficient === 1)
+  const other = terms.find((each) => each !== one)
+  if (!one || !other || terms.length !== 2 || other.coefficient !== 1) return undefined
+  const x = other.factors.length === 1 ? argument(other.factors[0]!.atom) : undefined
+  return x && apply('softplus', [x])
+}
+
+function call(fn: FunctionName, args: readonly Form[]): Atom {
+  const key = `${fn}(${args.map((arg) => arg.key).join(', ')})`
+  return { kind: 'call', fn, args, key, ...unite(args) }
+}
+
+function apply(fn: FunctionName, args: readonly Form[]): Form {
+  const [x, y] = args as [Form, Form]
+  switch (fn) {
+    case 'exp':
+      return exponential(x)
+    case 'exp2':
+      return exponential(times(number(Math.LN2), x))
+    case 'log':
+      return logarithm(x)
+    case 'log1p':
+      return logarithm(plus(number(1), x))
+    case 'sqrt':
+      return power(x, 0.5)
+    case 'rsqrt':
+      return power(x, -0.5)
+    case 'pow': {
+      const exponent = numberIn(y)
+      return exponent === undefined ? atomForm(call(fn, args)) : power(x, exponent)
+    }
+    case 'max': {
+      if (numberIn(y) === 0) return apply('relu', [x])
+      if (numberIn(x) === 0) return apply('relu', [y])
+      return atomForm(call(fn, [...args].sort(byKey)))
+    }
+    case 'min':
+      return atomForm(call(fn, [...args].sort(byKey)))
+    default:
+      return atomForm(call(fn, args))
+  }
+}
+
+function condition(bare: Bare<Condition>): Condition {
+  if ('form' in bare) {
+    const { free, height } = bare.form
+    return { ...bare, key: `${bare.form.key} ${bare.kind} 0`, free, height }
+  }
+  const parts = [...bare.parts].sort(byKey)
+  const key = `${bare.kind}(${parts.map((part) => part.key).join('; ')})`
+  return { ...bare, parts, key, ...unite(parts) }
+}
+
+const distinct = (conditions: readonly Condition[]): Condition[] =>
+  [...new Map(conditions.map((one) => [one.key, one])).values()].sort(byKey)
+
+/** @internal The same with other forms in place of names. */
+export function replace(form: Form, by: ReadonlyMap<string, Form>): Form {
+  if (![...by.keys()].some((name) => form.free.has(name))) return form
+  return plus(
+    ...form.terms.map(({ coefficient, factors }) =>
+      factors.reduce(
+        (value, { atom, power: exponent }) => times(value, power(replaceAtom(atom, by), exponent)),
+        number(coefficient),
+      ),
+    ),
+  )
+}
+
+function replaceAtom(atom: Atom, by: ReadonlyMap<string, Form>): Form {
+  const inside = (form: Form) => replace(form, by)
+  switch (atom.kind) {
+    case 'name':
+      return by.get(atom.name) ?? atomForm(atom)
+    case 'access':
+      return access(atom.name, atom.indices.map(inside))
+    case 'call':
+      return apply(atom.fn, atom.args.map(inside))
+    case 'if':
+      return choose(replaceCondition(atom.test, by), inside(atom.yes), inside(atom.no))
+    case 'sum':
+      return power(inside(atom.form), 1)
+    case 'reduce':
+      return reduction(
+        atom.op,
+        atom.over,
+        inside(atom.body),
+        atom.where.map((one) => replaceCondition(one, by)),
+      )
+  }
+}
+
+function replaceCondition(one: Condition, by: ReadonlyMap<string, Form>): Condition {
+  return condition(
+    'form' in one
+      ? { kind: one.kind, form: replace(one.form, by) }
+      : { kind: one.kind, parts: one.parts.map((part) => replaceCondition(part, by)) },
+  )
+}
+
+function choose(test: Condition, yes: Form, no: Form): Form {
+  const key = `if(${test.key}, ${yes.key}, ${no.key})`
+  return atomForm({ kind: 'if', test, yes, no, key, ...unite([test, yes, no]) })
+}
+
+/** @internal The rank that a bound variable runs over. */
+export const rankIn = (bound: string): string => bound.replace(/^[#%]\d+/, '')
+
+// A reduction as it stands, with its variables named by height and rank, in an order that does not depend on the text
+function reduction(
+  op: Reducer,
+  over: readonly string[],
+  body: Form,
+  where: readonly Condition[],
+): Form {
+  const anonymous = new Map(over.map((v) => [v, name(`_${rankIn(v)}`)]))
+  const signature = (v: string) => {
+    const by = new Map([...anonymous, [v, name(`@${rankIn(v)}`)]])
+    return [replace(body, by).key, ...where.map((one) => replaceCondition(one, by).key)].join(';')
+  }
+  const ordered =
+    over.length < 2 ? over : [...over].sort((a, b) => (signature(a) < signature(b) ? -1 : 1))
+  const height = unite([body, ...where]).height
+  const names = ordered.map((v, i) => `#${height + i + 1}${rankIn(v)}`)
+  const by = new Map(ordered.map((v, i) => [v, name(names[i]!)]))
+  const inner = replace(body, by)
+  const limits = distinct(where.map((one) => replaceCondition(one, by)))
+  const limit = limits.length > 0 ? ` : ${limits.map(({ key }) => key).join(', ')}` : ''
+  const key = `${op}(${names.join(',')}${limit} | ${inner.key})`
+  const atom = { kind: 'reduce', op, over: names, body: inner, where: limits, key } as const
+  return atomForm({ ...atom, ...unite([inner, ...limits], names) })
+}
+
+/** @internal The normal forms of the outputs of a cascade, and of everything on the way. */
+export class Normal {
+  readonly forms = new Map<
+    string,
+    { form: Form; where: readonly Condition[]; left: readonly string[] }
+  >()
+  private readonly states = new Map<string, State>()
+  private fresh = 0
+
+  constructor(private readonly ir: CascadeIR) {
+    for (const step of ir.steps) {
+      if ('body' in step) for (const statement of step.body) this.iterated(statement, step.variable)
+      else if (statementStarts(step)) this.start(step)
+      else this.define(step)
+    }
+  }
+
+  private define(statement: Statement): void {
+    const left = statement.out.indices.map((index) => plainVariable(index)!)
+    this.forms.set(statement.out.name, { ...this.right(statement), left })
+  }
+
+  // init R[i=0,…]
+  private start(statement: Statement): void {
+    const at = statement.out.indices.findIndex(({ kind }) => kind === 'pin')
+    const left = statement.out.indices.map((index) => plainVariable(index) ?? '')
+    const { form } = this.right(statement)
+    this.states.set(statement.out.name, { at, left, initial: form, closed: undefined })
+  }
+
+  private iterated(statement: Statement, variable: string): void {
+    const { name: tensor, indices } = statement.out
+    const state = this.states.get(tensor)
+    if (!state || stepOf(indices[state.at]!, variable) !== 1) {
+      this.define(statement)
+      return
+    }
+    const left = indices.map((index, i) => (i === state.at ? variable : plainVariable(index)!))
+    state.closed = this.solve(tensor, left, variable, state.initial, this.right(statement).form)
+    state.left = left
+  }
+
+  // R[i+1] = A[i] + R[i] g(i) / g(i+1), as a function of i
+  private solve(
+    tensor: string,
+    left: readonly string[],
+    variable: string,
+    initial: Form,
+    form: Form,
+  ): ((index: Form) => Form) | undefined {
+    const before = access(tensor, left.map(name))
+    const isBefore = ({ atom }: Factor) => atom.key === before.key
+    const own = form.terms.filter(({ factors }) => factors.some(isBefore))
+    const rest = formOf(form.terms.filter((term) => !own.includes(term)))
+    const factor = times(formOf(own), power(before, -1))
+    if ([rest, factor].some(({ free }) => free.has(`${tensor}[]`))) return undefined
+    const next = new Map([[variable, plus(name(variable), number(1))]])
+    let g = number(1)
+    if (factor.key !== '1') {
+      const [term] = factor.terms
+      const exponent = term?.factors.length === 1 ? argument(term.factors[0]!.atom) : undefined
+      if (!exponent) return undefined
+      // What a step has and takes away again in the next; a constant is a step of a line
+      const opposed = (part: Term) => {
+        const [ahead] = replace(formOf([part]), next).terms
+        return exponent.terms.some(
+          ({ key, coefficient }) => key === ahead?.key && coefficient === -ahead.coefficient,
+        )
+      }
+      g = exponential(
+        exponent.free.has(variable)
+          ? formOf(exponent.terms.filter(opposed))
+          : times(times(number(-1), exponent), name(variable)),
+      )
+    }
+    const after = replace(g, next)
+    if (times(times(factor, after), power(g, -1)).key !== '1') return undefined
+    const added = times(rest, after)
+    // A running maximum has no value before the first step
+    const stateless = ![...g.free].some((one) => one.endsWith('[]'))
+    if (initial.terms.length > 0 && !stateless) return undefined
+    return (index: Form) => {
+      const u = `%${++this.fresh}${rankOf(variable)}`
+      const body = replace(added, new Map([[variable, name(u)]]))
+      // The sum over all of the rank has no end inside it
+      const where =
+        index.key === rankOf(variable)
+          ? []
+          : [condition({ kind: '<=', form: plus(name(u), number(1), times(number(-1), index)) })]
+      const from = (i: Form) => replace(g, new Map([[variable, i]]))
+      const sum = this.sum(u, body, where)
+      const whole = initial.terms.length > 0 ? plus(times(from(number(0)), initial), sum) : sum
+      return times(power(from(index), -1), whole)
+    }
+  }
+
+  private right(statement: Statement): { form: Form; where: readonly Condition[] } {
+    const limits: Condition[] = []
+    let form = this.expr(statement.expr, limits)
+    if (statement.where) limits.push(...this.predicate(statement.where, limits))
+    let where = distinct(limits)
+    const over = statement.reduce?.over ?? []
+    if (statement.reduce && over.length > 0) {
+      const { op } = statement.reduce
+      const inner = where.filter(({ free }) => over.some((v) => free.has(v)))
+      where = where.filter((one) => !inner.includes(one))
+      const logsum = op === 'logsumexp'
+      if (op === 'sum' || logsum) {
+        if (logsum) form = exponential(form)
+        let left = inner
+        for (const v of [...over].reverse()) {
+          const own = left.filter(({ free }) => free.has(v))
+          left = left.filter((one) => !own.includes(one))
+          form = this.sum(v, form, own)
+        }
+        if (logsum) form = logarithm(form)
+      } else {
+        const by = new Map(over.map((v) => [v, name(`%${++this.fresh}${rankOf(v)}`)]))
+        form = reduction(
+          op,
+          [...by.values()].map(({ key }) => key),
+          replace(form, by),
+          inner.map((one) => replaceCondition(one, by)),
+        )
+      }
+    }
+    return { form, where }
+  }
+
+  // The sum over one variable: what does not depend on it goes in front, sums inside join it
+  private sum(variable: string, form: Form, where: readonly Condition[]): Form {
+    const depends = ({ free }: { free: ReadonlySet<string> }) => free.has(variable)
+    return plus(
+      ...form.terms.map((term) => {
+        let outside = number(term.coefficient)
+        let inside = number(1)
+        let over = [variable]
+        let limits = [...where]
+        for (const { atom, power: exponent } of term.factors) {
+          const inner = argument(atom)
+          if (inner) {
+            const parts = [true, false].map((wanted) =>
+              formOf(
+                inner.terms.filter(
+                  ({ factors }) => factors.some(({ atom }) => depends(atom)) === wanted,
+                ),
+              ),
+            )
+            inside = times(inside, exponential(parts[0]!))
+            outside = times(outside, exponential(parts[1]!))
+          } else if (!depends(atom)) {
+            outside = times(outside, power(atomForm(atom), exponent))
+          } else if (atom.kind === 'reduce' && atom.op === 'sum' && exponent === 1) {
+            const by = new Map(
+              atom.over.map((v) => [v, name(`%${++this.fresh}${rankIn(v)}`)] as const),
+            )
+            inside = times(inside, replace(atom.body, by))
+            over = [...over, ...[...by.values()].map(({ key }) => key)]
+            limits = [...limits, ...atom.where.map((one) => replaceCondition(one, by))]
+          } else inside = times(inside, power(atomForm(atom), exponent))
+        }
+        if (inside.terms.length !== 1)
+          return times(
+            outside,
+            plus(...inside.terms.map((one) => this.sum(variable, formOf([one]), where))),
+          )
+        if (!depends(inside) && !limits.some(depends))
+          return times(outside, times(name(rankOf(variable)), inside))
+        return times(outside, this.joined(over, inside, limits))
+      }),
+    )
+  }
+
+  private joined(over: readonly string[], body: Form, where: readonly Condition[]): Form {
+    const named = (v: string) => (/^[#%]/.test(v) ? v : `%${++this.fresh}${rankOf(v)}`)
+    const by = new Map(over.map((v) => [v, name(named(v))]))
+    let variables = over.map((v) => by.get(v)!.key)
+    let inner = replace(body, by)
+    let limits = where.map((one) => replaceCondition(one, by))
+    // m1*M0 + m0 over both is m: with m1 = (m - m0) / M0 the parts are gone
+    for (const { variable, outer, inner: low } of this.ir.splits) {
+      const [a, b] = [outer, low].map((v) => variables.find((x) => rankIn(x) === rankOf(v)))
+      if (a === undefined || b === undefined) continue
+      const whole = `%${++this.fresh}${rankOf(variable)}`
+      const apart = times(minus(name(whole), name(b)), power(name(rankOf(low)), -1))
+      const together = new Map([[a, apart]])
+      const merged = replace(inner, together)
+      const mergedLimits = limits.map((one) => replaceCondition(one, together))
+      if ([merged, ...mergedLimits].some(({ free }) => free.has(b))) continue
+      inner = merged
+      limits = mergedLimits
+      variables = [...variables.filter((x) => x !== a && x !== b), whole]
+    }
+    return reduction('sum', variables, inner, limits)
+  }
+
+  private expr(expr: Expr, limits: Condition[]): Form {
+    switch (expr.kind) {
+      case 'number':
+        return Number.isFinite(expr.value) ? number(expr.value) : name('inf')
+      case 'name':
+        return this.forms.has(expr.name) && !this.ir.variables.includes(expr.name)
+          ? this.read(expr.name, [], limits)
+          : name(expr.name)
+      case 'access':
+        return this.access(expr, limits)
+      case 'negate':
+        return times(number(-1), this.expr(expr.x, limits))
+      case 'call':
+        return apply(
+          expr.fn,
+          expr.args.map((arg) => this.expr(arg, limits)),
+        )
+      case 'if': {
+        const [test] = this.predicate(expr.test, limits, true)
+        return choose(test!, this.expr(expr.yes, limits), this.expr(expr.no, limits))
+      }
+      case 'binary': {
+        const [a, b] = [this.expr(expr.a, limits), this.expr(expr.b, limits)]
+        if (expr.op === '*') return times(a, b)
+        if (expr.op === '/') return times(a, power(b, -1))
+        return expr.op === '+' ? plus(a, b) : minus(a, b)
+      }
+    }
+  }
+
+  private access({ name: tensor, indices }: Access, limits: Condition[]): Form {
+    return this.read(
+      tensor,
+      indices.map((index) => this.index(index, limits)),
+      limits,
+    )
+  }
+
+  private index(index: Index, limits: Condition[]): Form {
+    if (index.kind === 'pin') return number(index.value)
+    const form = this.expr(index.expr, limits)
+    if (index.kind === 'expr') return form
+    return atomForm(
+      call('min', [atomForm(call('max', [form, number(index.least)])), number(index.most)]),
+    )
+  }
+
+  private read(tensor: string, indices: readonly Form[], limits: Condition[]): Form {
+    const state = this.states.get(tensor)
+    if (state) {
+      if (!state.closed) return access(tensor, indices)
+      const by = new Map(state.left.map((v, i) => [v, indices[i]!]))
+      const at = state.left[state.at]!
+      const index = by.get(at)!
+      by.delete(at)
+      return replace(state.closed(index), by)
+    }
+    const known = this.forms.get(tensor)
+    if (!known) return access(tensor, indices)
+    const by = new Map(known.left.map((v, i) => [v, indices[i]!]))
+    limits.push(...known.where.map((one) => replaceCondition(one, by)))
+    return replace(known.form, by)
+  }
+
+  // Conjuncts; everything is an integer, so `a < b` is `a + 1 <= b`
+  private predicate(one: Predicate, limits: Condition[], whole = false): Condition[] {
+    switch (one.kind) {
+      case 'not':
+        return [condition({ kind: 'not', parts: this.predicate(one.x, limits, true) })]
+      case 'or':
+      case 'and': {
+        const parts = [one.a, one.b].flatMap((x) =>
+          this.predicate(x, limits, one.kind === 'or' || whole),
+        )
+        return one.kind === 'and' && !whole ? parts : [condition({ kind: one.kind, parts })]
+      }
+      case 'compare': {
+        const [a, b] = [this.expr(one.a, limits), this.expr(one.b, limits)]
+        const rising = one.op === '<' || one.op === '<='
+        const difference = rising ? minus(a, b) : minus(b, a)
+        if (one.op === '==' || one.op === '!=') {
+          const other = minus(a, b)
+          const form = difference.key < other.key ? difference : other
+          return [condition({ kind: one.op, form })]
+        }
+        const strict = one.op === '<' || one.op === '>'
+        return [condition({ kind: '<=', form: strict ? plus(difference, number(1)) : difference })]
+      }
+    }
+  }
+}
+
+interface State {
+  at: number
+  left: readonly string[]
+  initial: Form
+  closed: ((index: Form) => Form) | undefined
+}
+
+function statementStarts({ init, out }: Statement): boolean {
+  return init && out.indices.some(({ kind }) => kind === 'pin')
+}

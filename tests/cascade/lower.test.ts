@@ -1,0 +1,326 @@
+import {
+  attention,
+  attentionDefinition,
+  type Cascade,
+  cascade,
+  explain,
+  lightningDefinition,
+  mergeDefinition,
+  type Tensor,
+  tensor,
+} from 'heddle'
+import { describe, expect, it } from 'vitest'
+import { largest, maxError } from '../support/compare.js'
+import { describeDevices } from '../support/devices.js'
+import { failure } from '../support/failure.js'
+import { random, sample } from '../support/random.js'
+
+// One mechanism, six ways: the text as it is defined, its rewrites, and forms of other hands
+function rewritten(text: string, ...rules: readonly string[]): string {
+  for (const rule of rules)
+    text = cascade(text)
+      .analyze()
+      .suggestions.find((one) => one.rule === rule)!.rewritten
+  return text
+}
+
+const onePass = `
+  split m -> (m1, m0 : 4) tail mask
+  init BK[e,m1,m0] = K[m1*M0 + m0,e];   init BV[f,m1,m0] = V[m1*M0 + m0,f]
+  init RM[m1=0,p] = -inf;   init RD[m1=0,p] = 0;   init RNV[f,m1=0,p] = 0
+  iterate m1 {
+    BQK[m1,m0,p]  = sum(e) Q[p,e] * BK[e,m1,m0] * scale   where m1*M0 + m0 <= p + off
+    LM[m1,p]      = max(m0) BQK[m1,m0,p]
+    RM[m1+1,p]    = max(RM[m1,p], LM[m1,p])
+    SLN[m1,m0,p]  = exp(BQK[m1,m0,p] - RM[m1+1,p])
+    PRM[m1,p]     = exp(RM[m1,p] - RM[m1+1,p])
+    SLD[m1,p]     = sum(m0) SLN[m1,m0,p]
+    SLNV[f,m1,p]  = sum(m0) SLN[m1,m0,p] * BV[f,m1,m0]
+    RD[m1+1,p]    = SLD[m1,p] + RD[m1,p] * PRM[m1,p]
+    RNV[f,m1+1,p] = SLNV[f,m1,p] + RNV[f,m1,p] * PRM[m1,p]
+  }
+  O[p,f] = RNV[f,M1,p] / RD[M1,p]
+  LSE[p] = RM[M1,p] + log(RD[M1,p])`
+
+const causal: Record<string, string> = {
+  'as defined': attentionDefinition,
+  'with a late division': rewritten(attentionDefinition, 'defer-division'),
+  'with a running maximum': rewritten(attentionDefinition, 'defer-division', 'iterate-max'),
+  'in parts': rewritten(attentionDefinition, 'defer-division', 'split-kv'),
+  'in one pass, by hand': onePass,
+  'without a maximum': `
+    S[p,m] = sum(e) K[m,e] * Q[p,e]   where p + off >= m
+    D[p]   = sum(m) exp(scale * S[p,m])
+    O[p,f] = sum(m) V[m,f] * exp(scale * S[p,m]) / D[p]
+    LSE[p] = logsumexp(m) scale * S[p,m]`,
+}
+
+interface Case {
+  what: string
+  text: string
+  scalars?: Record<string, number>
+  slots: Record<string, string>
+  /** Numbers for each head, by the name of their tensor. */
+  perHead?: readonly string[]
+  square?: boolean
+}
+
+const head = `S[h,p,m] = sum(e) Q[h,p,e] * K[h,m,e]`
+const softmax = (score: string, where = '', more = '') => `
+  ${head}
+  T[h,p,m] = ${score} ${where}
+  G[h,p]   = max(m) T[h,p,m]
+  N[h,p,m] = exp(T[h,p,m] - G[h,p])
+  B[h,p]   = sum(m) N[h,p,m]
+  D[h,p]   = B[h,p] ${more}
+  O[h,p,f] = sum(m) N[h,p,m] * V[h,m,f] / D[h,p]
+  L[h,p]   = G[h,p] + log(D[h,p])`
+
+const cases: readonly Case[] = [
+  { what: 'dense', text: softmax('S[h,p,m] * 0.3'), slots: { scale: '0.3' } },
+  {
+    what: 'scale of a size',
+    text: softmax('S[h,p,m] / sqrt(E)', 'where m <= p + off'),
+    slots: { scale: 'E^-0.5', causal: 'off + p' },
+  },
+  {
+    what: 'soft cap',
+    text: softmax('cap * tanh(S[h,p,m] * scale / cap)', 'where m <= p + off'),
+    scalars: { cap: 2, scale: 0.7 },
+    slots: { softCap: 'cap', scale: 'scale' },
+  },
+  {
+    what: 'slopes and a sink',
+    text: softmax(
+      'S[h,p,m] * scale + slope[h] * (m - p - off)',
+      'where m <= p + off',
+      '+ exp(sink[h] - G[h,p])',
+    ),
+    scalars: { scale: 0.4 },
+    perHead: ['slope', 'sink'],
+    slots: { slopes: 'slope[h]', sink: 'sink[h]' },
+  },
+  {
+    what: 'slopes from the key alone',
+    text: softmax('S[h,p,m] * 0.5 + slope * m', 'where m <= p').replace(/L\[h,p\].*/, ''),
+    scalars: { slope: 0.3 },
+    slots: { slopes: 'slope' },
+    square: true,
+  },
+  {
+    what: 'off by one',
+    text: `${head}
+      D[h,p]   = sum(m) exp(S[h,p,m] * 0.2)
+      O[h,p,f] = sum(m) exp(S[h,p,m] * 0.2) * V[h,m,f] / (1 + D[h,p])`,
+    slots: { sink: '0' },
+  },
+  {
+    what: 'a window',
+    text: softmax('S[h,p,m] * 0.2', 'where m <= p + off && m > p + off - w'),
+    scalars: { w: 5 },
+    slots: { window: '1 + off + p + -1 w' },
+  },
+]
+
+const close = (actual: ArrayLike<number>, expected: ArrayLike<number>, what: string) =>
+  expect(maxError(actual, expected), what).toBeLessThanOrEqual(
+    2e-5 * Math.max(1, largest(expected)),
+  )
+
+describeDevices('compile', (device) => {
+  const rng = random(7)
+
+  it.each(Object.entries(causal))('finds attention %s', async (what, text) => {
+    const plan = cascade(text).compile()
+    expect(plan.explain().operator).toBe('attention')
+    for (const [sq, sk] of [
+      [1, 1],
+      [5, 9],
+      [9, 5],
+      [33, 67],
+    ] as const) {
+      const [q, k, v] = [
+        await sample(rng, [1, sq, 1, 8], 'float32', device),
+        await sample(rng, [1, sk, 1, 8], 'float32', device),
+        await sample(rng, [1, sk, 1, 16], 'float32', device),
+      ]
+      const dense = ({ values }: { values: Float32Array }, s: number) => ({
+        data: values,
+        shape: [s, values.length / s],
+      })
+      const expected = cascade(text).evaluate(
+        { Q: dense(q, sq), K: dense(k, sk), V: dense(v, sk) },
+        { scale: 0.4, off: sk - sq },
+      )
+      const by: Record<string, Tensor> = { Q: q.tensor, K: k.tensor, V: v.tensor }
+      const inputs = cascade(text).ir.inputs.map((tensor) => by[tensor]!)
+      const { O, LSE } = plan(...inputs, { scale: 0.4 })
+      close((await O!.read()) as Float32Array, expected.O!.data, `${what} ${sq} ${sk}`)
+      close((await LSE!.read()) as Float32Array, expected.LSE!.data, `${what} ${sq} ${sk}`)
+    }
+  })
+
+  it.each(cases)('fills the slots of $what', async ({ text, scalars, slots, perHead, square }) => {
+    const parsed = cascade(text)
+    const plan = parsed.compile()
+    expect(plan.explain().slots).toMatchObject(slots)
+    const [h, d, f] = [3, 8, 16]
+    for (const [sq, sk] of [
+      [7, 7],
+      [21, 35],
+    ] as const) {
+      if (square && sq !== sk) continue
+      const given: Record<string, Tensor> = {}
+      const dense: Record<string, { data: Float32Array; shape: number[] }> = {}
+      for (const [name, s, size] of [
+        ['Q', sq, d],
+        ['K', sk, d],
+        ['V', sk, f],
+      ] as const) {
+        const { tensor: whole, values } = await sample(rng, [1, s, h, size], 'float32', device)
+        given[name] = whole
+        const data = new Float32Array(values.length)
+        for (let i = 0; i < s; i++)
+          for (let j = 0; j < h; j++)
+            for (let e = 0; e < size; e++)
+              data[(j * s + i) * size + e] = values[(i * h + j) * size + e]!
+        dense[name] = { data, shape: [h, s, size] }
+      }
+      for (const name of perHead ?? []) {
+        const data = rng.normals(h).map((x) => x * 0.2)
+        given[name] = tensor(data, [h], { device })
+        dense[name] = { data, shape: [h] }
+      }
+      const off = parsed.ir.scalars.includes('off') ? { off: sk - sq } : {}
+      const expected = parsed.evaluate(dense, { ...scalars, ...off })
+      const results = plan(...parsed.ir.inputs.map((name) => given[name]!), { ...scalars })
+      expect(Object.keys(results).sort()).toEqual(Object.keys(expected).sort())
+      const out = await results.O!.read()
+      const turned = expected.O!.data.map((_, at) => {
+        const [row, rest] = [Math.floor(at / (h * f)), at % (h * f)]
+        return expected.O!.data[(Math.floor(rest / f) * sq + row) * f + (rest % f)]!
+      })
+      close(out as Float32Array, turned, `${sq} ${sk}`)
+      if (results.L) close((await results.L.read()) as Float32Array, expected.L!.data, 'lse')
+    }
+  })
+
+  it('finds lightning as a recurrence and as a masked product', async () => {
+    const product = `
+      S[t,u] = sum(e) Q[t,e] * K[u,e] * scale   where u <= t
+      O[t,f] = sum(u) S[t,u] * exp(-slope * (t - u)) * V[u,f]`
+    const [t, e, f] = [37, 8, 5]
+    const [q, k, v] = [
+      await sample(rng, [1, t, 1, e], 'float32', device),
+      await sample(rng, [1, t, 1, e], 'float32', device),
+      await sample(rng, [1, t, 1, f], 'float32', device),
+    ]
+    const S0 = rng.normals(e * f)
+    const scalars = { slope: 0.3, scale: 0.5 }
+    for (const text of [product, lightningDefinition]) {
+      const parsed = cascade(text)
+      const given: Record<string, [Tensor, ArrayLike<number>, number[]]> = {
+        Q: [q.tensor, q.values, [t, e]],
+        K: [k.tensor, k.values, [t, e]],
+        V: [v.tensor, v.values, [t, f]],
+        S0: [tensor(S0, [1, 1, e, f], { device }), S0, [e, f]],
+      }
+      const inputs = parsed.ir.inputs.map((name) => [name, ...given[name]!] as const)
+      const { O } = parsed.evaluate(
+        Object.fromEntries(inputs.map(([name, , data, shape]) => [name, { data, shape }])),
+        scalars,
+      )
+      const plan = parsed.compile()
+      expect(plan.explain().operator).toBe('lightning')
+      const result = plan(...inputs.map(([, given]) => given), scalars)
+      close((await result.O!.read()) as Float32Array, O!.data, text)
+    }
+  })
+
+  it('finds merge under other names', async () => {
+    const text = mergeDefinition.replace(/\bp\b/g, 'row').replace(/\bA\[/g, 'First[')
+    const plan = cascade(text).compile()
+    expect(plan.explain().operator).toBe('merge')
+    const [q, k] = [
+      (await sample(rng, [1, 5, 2, 8], 'float32', device)).tensor,
+      (await sample(rng, [1, 9, 2, 8], 'float32', device)).tensor,
+    ]
+    const parts = [k.slice(1, 0, 4), k.slice(1, 4)].map((part) => attention(q, part, part))
+    const { O } = plan(parts[0]!.lse, parts[1]!.lse, parts[0]!.out, parts[1]!.out)
+    const whole = await attention(q, k, k).out.read()
+    close((await O!.read()) as Float32Array, whole as Float32Array, 'merge')
+  })
+
+  it('runs the kernel that the operator runs, which explain names', async () => {
+    const q = (await sample(rng, [1, 128, 2, 64], 'bfloat16', device)).tensor
+    const plan = cascade(attentionDefinition).compile()
+    expect(explain(plan, q, q, q)).toEqual(explain(attention, q, q, q, { causal: true }))
+    const { O } = plan(q, q, q)
+    expect(await O!.read()).toEqual(await attention(q, q, q, { causal: true }).out.read())
+  })
+})
+
+describe('compile', () => {
+  it('keeps plans', () => {
+    const parsed = cascade(attentionDefinition)
+    expect(cascade(parsed.toString()).compile()).toBe(parsed.compile())
+    let best = Number.POSITIVE_INFINITY
+    for (let n = 0; n < 50; n++) {
+      const start = performance.now()
+      for (let i = 0; i < 100; i++) parsed.compile()
+      best = Math.min(best, (performance.now() - start) * 10)
+    }
+    expect(best, 'microseconds a look').toBeLessThan(3)
+  })
+
+  const score = 'S[p,m] = sum(e) Q[p,e] * K[m,e]'
+  const refused = (text: string) => failure(() => (cascade(text) as Cascade).compile())
+  it.each([
+    [
+      'CAS020',
+      'Y[p] = X[p] * X[p]',
+      'no kernel takes this cascade; the nearest operator, attention, does not take Y: it is no weighted sum',
+    ],
+    [
+      'CAS022',
+      `${score} where m <= 2*p
+       D[p] = sum(m) exp(S[p,m])
+       O[p,f] = sum(m) exp(S[p,m]) * V[m,f] / D[p]`,
+      'the nearest operator, attention, does not take O: where #2M + -2 p <= 0 is no interval of keys around the row',
+    ],
+  ])('refuses with %s', async (code, text, message) => {
+    const error = await refused(text)
+    expect(error.message).toBe(`cascade: ${message}`)
+    expect(error.code).toBe(code)
+    expect(error.span).toBeDefined()
+  })
+
+  it('refuses several passes with the reasons and the rewrite', async () => {
+    const error = await refused(`${score}
+      G[p] = max(m) S[p,m]
+      N[p,m] = exp(S[p,m] - G[p])
+      D[p] = sum(m) N[p,m] * N[p,m]
+      O[p,f] = sum(m) N[p,m] * V[m,f] / D[p]`)
+    expect(error.code).toBe('CAS021')
+    expect(error.message).toMatch(/^cascade: M takes 3 passes that no kernel fuses \(.*N read by D/)
+    expect(error.message).toContain('its divisor is not the sum of its weights')
+    expect(error.message).toContain('defer-division makes it M: 3 -> 2 passes')
+  })
+
+  it('refuses calls that the operator would compute otherwise', async () => {
+    const q = tensor(new Float32Array(2 * 8), [1, 2, 1, 8])
+    const k = tensor(new Float32Array(3 * 8), [1, 3, 1, 8])
+    const plan = cascade(attentionDefinition).compile()
+    const top = await failure(() => plan(q, k, k, { off: 0 }))
+    expect(top.message).toBe(
+      'cascade: attention ends its last row at the last key, 1 from its index here, but off is 0',
+    )
+    expect(top.code).toBe('CAS022')
+    expect((await failure(() => plan(q, k))).message).toBe(
+      'cascade: inputs must be 3 tensors (Q, K, V) and the scalars, got an array of 2',
+    )
+    expect((await failure(() => plan(q, k, k, { skale: 1 }))).message).toBe(
+      'cascade: unknown option "skale"; did you mean "scale"?',
+    )
+  })
+})
