@@ -10,6 +10,7 @@ struct Launch {
   int ctas, threads;
   size_t smem_bytes;
   cudaStream_t stream;
+  bool overlaps = false;  // may begin before the kernel before has ended, which says from when on
 };
 
 // Once a device: lets a kernel have more shared memory than the few bytes that need no asking.
@@ -26,6 +27,11 @@ template <auto kKernel, class... Args> void launch(const Launch& launch, const A
   config.blockDim = dim3(static_cast<unsigned>(launch.threads));
   config.dynamicSmemBytes = launch.smem_bytes;
   config.stream = launch.stream;
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &overlap;
+  config.numAttrs = launch.overlaps ? 1 : 0;
   HEDDLE_CUDA(cudaLaunchKernelEx(&config, kKernel, args...));
 }
 

@@ -80,6 +80,17 @@ __device__ __forceinline__ void fence_barrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
+// Kernels launched behind this one with `overlaps` may begin once all of its CTAs came here or
+// ended
+__device__ __forceinline__ void let_next_begin() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+// Until the kernel before has ended and its results are seen. A kernel launched with `overlaps`
+// gets here in some CTA at least: what is launched behind it waits for it alone.
+__device__ __forceinline__ void await_previous() {
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
 // Barriers between whole warps, numbered 0 to 15; __syncthreads is number 0
 __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");

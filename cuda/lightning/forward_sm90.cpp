@@ -22,8 +22,13 @@ bool addressable(const void* data, const ScanStrides& strides, int64_t b, int64_
          fits(s, strides.row) && fits(h, strides.head);
 }
 
+// Of one sequence
+int64_t tokens_of(const ScanCall& call) {
+  return call.cu_seqlens ? call.s / std::max<int64_t>(call.sequences, 1) : call.s;
+}
+
 template <DType kType> void pick(const ScanCall& call, const ScanPlan& plan, cudaStream_t stream) {
-  switch (rows_for(call.d)) {
+  switch (plan.rows) {
     case 64:
       return launch_scan_sm90<kType, 64, 64>(call, plan, stream);
     case 128:
@@ -38,27 +43,41 @@ template <DType kType> void pick(const ScanCall& call, const ScanPlan& plan, cud
 
 }  // namespace
 
-int64_t ScanPlan::summary_size(const ScanCall& call) const {
-  return summed * call.heads * slices * parts * rows_for(call.d) * columns;
+// A CTA works through its segment one chunk after the other, so the time is that of the longest
+// segment once every multiprocessor has one. Segments read k and v twice: worth it where most of
+// the chip has nothing to do otherwise, or where what a second reading costs is little beside the
+// chain of chunks. None is shorter than the summaries before it take to read.
+int64_t ScanPlan::segments_for(const ScanCall& call, int64_t ctas) {
+  constexpr int64_t kShortest = 8 * kChunk;
+  const int64_t tokens = tokens_of(call);
+  const int64_t segments =
+      std::min(call.processors / std::max<int64_t>(ctas, 1), tokens / kShortest);
+  return tokens < (segments >= 4 ? 4096 : 16384) ? 1 : std::max<int64_t>(segments, 1);
 }
 
-// A CTA works through its segment one chunk after the other, so the time is that of the longest
-// segment once every multiprocessor has one.
+void ScanPlan::cut(const ScanCall& call, int64_t segments_each) {
+  if (segments_each <= 1) {
+    segments = 1;
+    segment = static_cast<int>((call.s / kChunk + 1) * kChunk);
+    slots = call.sequences;
+    return;
+  }
+  const int64_t unit = kChunk * parts;
+  segment = static_cast<int>(parts_of(parts_of(tokens_of(call), segments_each), unit) * unit);
+  segments = static_cast<int>(parts_of(tokens_of(call), segment));
+  slots = call.cu_seqlens ? call.s / segment + call.sequences : call.sequences * segments;
+  summed = call.cu_seqlens ? slots : slots - call.sequences;
+}
+
 ScanPlan plan_scan_sm90(const ScanCall& call) {
-  const int64_t tokens = call.cu_seqlens ? call.s / std::max<int64_t>(call.sequences, 1) : call.s;
   const int64_t states = call.heads * call.sequences;
-  // S has registers for 128 by 128 numbers
-  const bool wide = rows_for(call.d) == 128 && call.e > 64;
   ScanPlan plan{};
+  plan.rows = static_cast<int>(rows_for(call.d));
+  // S has registers for 128 by 128 numbers
+  const bool wide = plan.rows == 128 && call.e > 64;
   plan.columns = wide ? 128 : 64;
   int64_t ctas = states * parts_of(call.e, plan.columns);
-  int64_t segments = call.processors / std::max<int64_t>(ctas, 1);
-  // Segments read k and v twice: worth it where most of the chip has nothing to do otherwise, or
-  // where what a second reading costs is little beside the chain of chunks. None is shorter than
-  // the summaries before it take to read.
-  constexpr int64_t kShortest = 8 * kChunk;
-  segments = std::min(segments, tokens / kShortest);
-  if (tokens < (segments >= 4 ? 4096 : 16384)) segments = 1;
+  const int64_t segments = ScanPlan::segments_for(call, ctas);
   // Halves of e read q and k twice, mostly from L2
   if (wide && segments <= 1 && 2 * ctas <= call.processors) {
     plan.columns = 64;
@@ -66,21 +85,11 @@ ScanPlan plan_scan_sm90(const ScanCall& call) {
   }
   plan.slices = static_cast<int>(parts_of(call.e, plan.columns));
   plan.parts = 1;
-  if (segments <= 1) {
-    plan.segments = 1;
-    plan.segment = static_cast<int>((call.s / kChunk + 1) * kChunk);
-    plan.slots = call.sequences;
-    return plan;
-  }
   // Summaries are of one segment less, so there is room for more than one CTA to each
-  while (2 * plan.parts * ctas * (segments - 1) <= call.processors && plan.parts < 8)
+  while (segments > 1 && 2 * plan.parts * ctas * (segments - 1) <= call.processors &&
+         plan.parts < 8)
     plan.parts *= 2;
-  const int64_t unit = kChunk * plan.parts;
-  plan.segment = static_cast<int>(parts_of(parts_of(tokens, segments), unit) * unit);
-  plan.segments = static_cast<int>(parts_of(tokens, plan.segment));
-  plan.slots =
-      call.cu_seqlens ? call.s / plan.segment + call.sequences : call.sequences * plan.segments;
-  plan.summed = call.cu_seqlens ? plan.slots : plan.slots - call.sequences;
+  plan.cut(call, segments);
   return plan;
 }
 
@@ -89,6 +98,7 @@ const char* declines_scan_sm90(const ScanCall& call) {
   constexpr int64_t kFewTokens = 16;
   if (call.dtype != DType::kF16 && call.dtype != DType::kBF16)
     return "dtype must be float16 or bfloat16";
+  if (call.heads < 1 || call.sequences < 1) return "q must not be empty";
   if (call.s < kFewTokens) return "q must have at least 16 tokens";
   // a slot per 64 tokens and sequence, at most four slices, at most eight parts
   if (call.s > kMost || call.heads > kMost / 32 ||
@@ -99,7 +109,7 @@ const char* declines_scan_sm90(const ScanCall& call) {
       !addressable(call.k, call.k_strides, call.b, call.s, call.hk, call.d) ||
       !addressable(call.v, call.v_strides, call.b, call.s, call.hv, call.e) ||
       !addressable(call.out, {call.s * row, row, call.e}, call.b, call.s, call.heads, call.e))
-    return "d, e and strides must be multiples of 8, q, k and v start at a multiple of 16 bytes";
+    return "d, e and strides must be multiples of 8, tensors start at a multiple of 16 bytes";
   return nullptr;
 }
 

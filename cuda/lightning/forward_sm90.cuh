@@ -76,13 +76,14 @@ struct ScanArgs {
 struct ScanPlace {
   int sequence, batch, begin, length;  // tokens of the segment
   int segment;
+  int sequence_length;
   bool last;     // of its sequence
   int slot;      // -1: there is none
   int distance;  // in slots from one segment of the sequence to the next
 };
 
 __device__ __forceinline__ ScanPlace place_of(const ScanArgs& args, int slot) {
-  ScanPlace place{0, 0, 0, 0, 0, true, -1, 1};
+  ScanPlace place{0, 0, 0, 0, 0, 0, true, -1, 1};
   int begin = 0, end = args.tokens;
   if (args.cu_seqlens) {
     // nothing is out of bounds, whatever the offsets say
@@ -112,6 +113,7 @@ __device__ __forceinline__ ScanPlace place_of(const ScanArgs& args, int slot) {
   }
   place.begin = begin + place.segment * args.segment;
   place.length = min(args.segment, end - place.begin);
+  place.sequence_length = end - begin;
   place.last = place.begin + place.length == end;
   return place;
 }
@@ -121,21 +123,9 @@ template <DType kType, int kTiles, int kE, bool kPrecise> struct CarriedState {
   // element i is in row i / 2 % 2 * 8 + lane / 4 of the warp's 16 and in column
   // 8 * (i / 4) + 2 * (lane % 4) + i % 2
   float acc[kTiles][kE / 2];
-  float decay[4][4];  // of tokens 16 * step + 2 * (lane % 4) + {0, 1, 8, 9}
+  // element i of step is of tokens 16 * step + 2 * (lane % 4) + i / 2 * 8 + {0, 1}
   uint32_t frag_k[kTiles][4][4];
   uint32_t rest_k[kPrecise ? kTiles : 1][4][4];  // what rounding takes away from frag_k
-
-  // Keys decay towards the end of a chunk of `tokens`
-  __device__ __forceinline__ void set_decay(float slope_log2, int tokens, int lane) {
-#pragma unroll
-    for (int step = 0; step < 4; ++step)
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const int token = 16 * step + lane % 4 * 2 + j % 2 + j / 2 * 8;
-        // keys beyond the end are zero
-        decay[step][j] = exp2f(-slope_log2 * static_cast<float>(max(tokens - 1 - token, 0)));
-      }
-  }
 
   // `k` starts at this warp's columns
   __device__ __forceinline__ void load_keys(uint32_t k) {
@@ -146,26 +136,30 @@ template <DType kType, int kTiles, int kE, bool kPrecise> struct CarriedState {
         sm90::ldmatrix_x4_transposed(k + tile * kChunk * 128 + step * 16 * 128, frag_k[tile][step]);
   }
 
-  __device__ __forceinline__ void decay_keys(float factor) {
+  // factors(step, i) are those of tokens 16 * step + 2 * (lane % 4) + 8 * i + {0, 1}
+  template <class Factors> __device__ __forceinline__ void decay_keys(const Factors& factors) {
     using namespace sm90;
 #pragma unroll
     for (int step = 0; step < 4; ++step)
 #pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile)
+      for (int half = 0; half < 2; ++half) {
+        const float2 factor = factors(step, half);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          uint32_t& pair = frag_k[tile][step][i];
-          const float low = low_of(pair) * (decay[step][i / 2 * 2] * factor);
-          const float high = high_of(pair) * (decay[step][i / 2 * 2 + 1] * factor);
-          pair = pack<kType>(low, high);
-          if (kPrecise)
-            rest_k[kPrecise ? tile : 0][step][i] =
-                pack<kType>(low - low_of(pair), high - high_of(pair));
-        }
+        for (int tile = 0; tile < kTiles; ++tile)
+#pragma unroll
+          for (int i = 2 * half; i < 2 * half + 2; ++i) {
+            uint32_t& pair = frag_k[tile][step][i];
+            const float low = low_of(pair) * factor.x, high = high_of(pair) * factor.y;
+            pair = pack<kType>(low, high);
+            if (kPrecise)
+              rest_k[kPrecise ? tile : 0][step][i] =
+                  pack<kType>(low - low_of(pair), high - high_of(pair));
+          }
+      }
   }
 
-  // S += K^T V
-  __device__ __forceinline__ void update(const sm90::Tile<kChunk, kE>& v) {
+  // S += K^T V, as a group of products
+  __device__ __forceinline__ void issue_update(const sm90::Tile<kChunk, kE>& v) {
     using namespace sm90;
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) wgmma_fence(acc[tile]);
@@ -179,8 +173,58 @@ template <DType kType, int kTiles, int kE, bool kPrecise> struct CarriedState {
                                    v.mn_major(16 * step), true);
       }
     wgmma_commit();
+  }
+
+  __device__ __forceinline__ void update(const sm90::Tile<kChunk, kE>& v) {
+    issue_update(v);
 #pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) wgmma_wait<0>(acc[tile]);
+    for (int tile = 0; tile < kTiles; ++tile) sm90::wgmma_wait<0>(acc[tile]);
+  }
+
+  __device__ __forceinline__ void scale(float factor) {
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile)
+#pragma unroll
+      for (int i = 0; i < kE / 2; ++i) acc[tile][i] *= factor;
+        // not between products that are issued next, which would have to end first
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) sm90::pin(acc[tile]);
+  }
+
+  // body(number, its row and column); `row0` is that of this warp's first tile
+  template <class Body> __device__ __forceinline__ void each(int row0, int lane, const Body& body) {
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile)
+#pragma unroll
+      for (int i = 0; i < kE / 2; ++i)
+        body(acc[tile][i], row0 + tile * 64 + lane / 4 + i / 2 % 2 * 8,
+             i / 4 * 8 + lane % 4 * 2 + i % 2);
+  }
+
+  // Summaries lie as threads have them, in pieces of four numbers; `summary` is at this thread's
+  __device__ __forceinline__ void store_summary(float* summary) const {
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile)
+#pragma unroll
+      for (int j = 0; j < kE / 2; j += 4) {
+        const float* from = &acc[tile][j];
+        *reinterpret_cast<float4*>(summary + (tile * (kE / 8) + j / 4) * 512) =
+            float4{from[0], from[1], from[2], from[3]};
+      }
+  }
+  __device__ __forceinline__ void add_summary(const float* summary, float keep) {
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile)
+#pragma unroll
+      for (int j = 0; j < kE / 2; j += 4) {
+        const float4 x =
+            *reinterpret_cast<const float4*>(summary + (tile * (kE / 8) + j / 4) * 512);
+        float* to = &acc[tile][j];
+        to[0] = fmaf(to[0], keep, x.x);
+        to[1] = fmaf(to[1], keep, x.y);
+        to[2] = fmaf(to[2], keep, x.z);
+        to[3] = fmaf(to[3], keep, x.w);
+      }
   }
 
  private:
@@ -191,6 +235,62 @@ template <DType kType, int kTiles, int kE, bool kPrecise> struct CarriedState {
     return sm90::unpack<kType>(static_cast<uint16_t>(pair >> 16));
   }
 };
+
+// lambda^distance(token) of the tokens of a chunk, for CarriedState::decay_keys
+struct KeyDecay {
+  float2 of[4][2];
+
+  template <class Distance>
+  __device__ __forceinline__ KeyDecay(float slope_log2, int lane, const Distance& distance) {
+    const auto at = [&](int token) {
+      return exp2f(-slope_log2 * static_cast<float>(distance(token)));
+    };
+#pragma unroll
+    for (int step = 0; step < 4; ++step)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int token = 16 * step + lane % 4 * 2 + 8 * i;
+        of[step][i] = float2{at(token), at(token + 1)};
+      }
+  }
+};
+// Keys decay towards the end of a chunk of `tokens`; those beyond it are zero
+__device__ __forceinline__ KeyDecay decay_to_end(float slope_log2, int tokens, int lane) {
+  return KeyDecay(slope_log2, lane, [&](int token) { return max(tokens - 1 - token, 0); });
+}
+
+// 64 rows of a warpgroup's accumulator, times `factor`, as 16-bit elements of a tile from `row0` on
+template <DType kType, int kRows, int kColumns>
+__device__ __forceinline__ void store_rows(const sm90::Tile<kRows, kColumns>& to, int row0,
+                                           const float (&acc)[kColumns / 2], int warp, int lane,
+                                           float factor = 1) {
+  using namespace sm90;
+#pragma unroll
+  for (int i = 0; i < kColumns / 2; i += 8) {
+    const auto pair = [&](int j) {
+      return pack<kType>(acc[i + j] * factor, acc[i + j + 1] * factor);
+    };
+    stmatrix_x4(to.address(row0 + warp * 16 + lane % 16, i * 2 + lane / 16 * 8), pair(0), pair(2),
+                pair(4), pair(6));
+  }
+}
+
+// Of an initial state every token is at least one step away. For its gradient R is held times a
+// power of two near 1 / lambda, so that what keys are in f16 does not run out of digits; bf16 has
+// the exponents, and nobody sees the last digits of R otherwise.
+template <DType kType, bool kPrecise> constexpr bool kLifts = kPrecise&& kType == DType::kF16;
+template <DType kType, bool kPrecise> __device__ __forceinline__ float lift_of(float slope_log2) {
+  return kLifts<kType, kPrecise> ? exp2f(floorf(min(slope_log2, 64.f))) : 1.f;
+}
+
+// Zeros from row `first` on, by `threads` threads together
+template <int kRows, int kColumns>
+__device__ __forceinline__ void clear_rows(const sm90::Tile<kRows, kColumns>& tile, int first,
+                                           int thread, int threads) {
+  constexpr int kPieces = kColumns / 8;
+  for (int i = thread; i < (kRows - first) * kPieces; i += threads)
+    sm90::store_zero(tile.address(first + i / kPieces, i % kPieces * 8));
+}
 
 // Address of this lane's row for load_keys: matrices are 8 tokens by 8 of the warp's 16 columns
 template <int kD>
@@ -220,6 +320,7 @@ __global__ void __launch_bounds__((ScanShape<kD, kE>::kThreads), 1)
   index /= args.heads;
   const int slice = index % args.slices;
   const ScanPlace place = place_of(args, index / args.slices);
+  let_next_begin();
   if (place.slot < 0) return;
   const int chunks = (place.length + kChunk - 1) / kChunk, tail = place.length % kChunk;
   const bool wanted = args.state && place.last && head % args.share_state == 0;
@@ -288,12 +389,8 @@ __global__ void __launch_bounds__((ScanShape<kD, kE>::kThreads), 1)
 
     // zero weights don't silence what is not a number
     auto clear_beyond = [&](uint32_t stage) {
-      constexpr int kPieces = (kD + kE) / 8;
-      for (int i = thread; i < (kChunk - tail) * kPieces; i += 128) {
-        const int beyond = tail + i / kPieces, column = i % kPieces * 8;
-        store_zero(column < kD ? smem.k[stage].address(beyond, column)
-                               : smem.v[stage].address(beyond, column - kD));
-      }
+      clear_rows(smem.k[stage], tail, thread, 128);
+      clear_rows(smem.v[stage], tail, thread, 128);
       fence_async_smem();
       if (wanted) {
         named_barrier_sync(kCleared, kConsumers);
@@ -348,12 +445,7 @@ __global__ void __launch_bounds__((ScanShape<kD, kE>::kThreads), 1)
       }
       release(turn.stage);
       auto& staged = smem.out[chunk % 2];
-#pragma unroll
-      for (int i = 0; i < kE / 2; i += 8)
-        stmatrix_x4(staged.address(warp * 16 + lane % 16, i * 2 + lane / 16 * 8),
-                    pack<kType>(acc_o[i], acc_o[i + 1]), pack<kType>(acc_o[i + 2], acc_o[i + 3]),
-                    pack<kType>(acc_o[i + 4], acc_o[i + 5]),
-                    pack<kType>(acc_o[i + 6], acc_o[i + 7]));
+      store_rows<kType>(staged, 0, acc_o, warp, lane);
       fence_async_smem();
       named_barrier_sync(kOut, 128);
       const int token = place.begin + chunk * kChunk;
@@ -397,12 +489,8 @@ __global__ void __launch_bounds__((ScanShape<kD, kE>::kThreads), 1)
   const int64_t state_head = head / args.share_state;
   // body(number, row and column of S)
   auto each = [&](const auto& body) {
-#pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile)
-#pragma unroll
-      for (int i = 0; i < kE / 2; ++i)
-        body(carry.acc[tile][i], (tile0 + tile) * 64 + warp * 16 + lane / 4 + i / 2 % 2 * 8,
-             slice * kE + i / 4 * 8 + lane % 4 * 2 + i % 2);
+    carry.each(tile0 * 64 + warp * 16, lane,
+               [&](float& number, int row, int column) { body(number, row, slice * kE + column); });
   };
   each([&](float& number, int, int) { number = 0; });
   if (args.initial_state) {
@@ -414,46 +502,29 @@ __global__ void __launch_bounds__((ScanShape<kD, kE>::kThreads), 1)
     });
   }
   if (place.segment > 0) {
+    await_previous();  // which made the summaries
     const int part = args.segment / args.parts;
     const float keep = static_cast<float>(exp(-static_cast<double>(slope) * part));
     for (int before = place.segment; before > 0; --before) {
       const int64_t slot = place.slot - before * place.distance;
       const float* summary =
           args.summaries +
-          ((slot * args.heads + head) * args.slices + slice) * args.parts * (kD * kE) + thread * 4;
+          ((slot * args.heads + head) * args.slices + slice) * args.parts * (kD * kE) +
+          tile0 * (kE / 8) * 512 + thread * 4;
 #pragma unroll 1
-      for (int i = 0; i < args.parts; ++i, summary += kD * kE)
-#pragma unroll
-        for (int tile = 0; tile < kTiles; ++tile)
-#pragma unroll
-          for (int j = 0; j < kE / 2; j += 4) {
-            const float4 x = *reinterpret_cast<const float4*>(
-                summary + ((tile0 + tile) * (kE / 8) + j / 4) * 512);
-            float* acc = &carry.acc[tile][j];
-            acc[0] = fmaf(acc[0], keep, x.x);
-            acc[1] = fmaf(acc[1], keep, x.y);
-            acc[2] = fmaf(acc[2], keep, x.z);
-            acc[3] = fmaf(acc[3], keep, x.w);
-          }
+      for (int i = 0; i < args.parts; ++i, summary += kD * kE) carry.add_summary(summary, keep);
     }
   }
   auto write_image = [&] {
 #pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-      const int row = (tile0 + tile) * 64 + warp * 16 + lane % 16;
-      const float(&acc)[kE / 2] = carry.acc[tile];
-#pragma unroll
-      for (int i = 0; i < kE / 2; i += 8)
-        stmatrix_x4(smem.image.address(row, i * 2 + lane / 16 * 8), pack<kType>(acc[i], acc[i + 1]),
-                    pack<kType>(acc[i + 2], acc[i + 3]), pack<kType>(acc[i + 4], acc[i + 5]),
-                    pack<kType>(acc[i + 6], acc[i + 7]));
-    }
+    for (int tile = 0; tile < kTiles; ++tile)
+      store_rows<kType>(smem.image, (tile0 + tile) * 64, carry.acc[tile], warp, lane);
     // writers fence before the matrix instructions of another warpgroup read
     fence_async_smem();
     named_barrier_arrive(kImageFull, kConsumers);
   };
   if (chunks > 0) write_image();
-  carry.set_decay(slope_log2, kChunk, lane);
+  KeyDecay decay = decay_to_end(slope_log2, kChunk, lane);
   float keep = static_cast<float>(exp(-static_cast<double>(slope) * kChunk));
 #pragma unroll 1
   for (int chunk = 0; chunk < chunks; ++chunk) {
@@ -461,17 +532,14 @@ __global__ void __launch_bounds__((ScanShape<kD, kE>::kThreads), 1)
     if (last && !wanted) break;  // nobody needs S after it
     const Turn<kStages> turn(chunk);
     if (last && tail != 0) {
-      carry.set_decay(slope_log2, tail, lane);
+      decay = decay_to_end(slope_log2, tail, lane);
       keep = static_cast<float>(exp(-static_cast<double>(slope) * tail));
     }
     smem.full[turn.stage].wait(turn.parity);
     if (last && clears) named_barrier_sync(kCleared, kConsumers);
     carry.load_keys(keys_address(smem.k[turn.stage], tile0 * 64 + warp * 16, lane));
-#pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile)
-#pragma unroll
-      for (int i = 0; i < kE / 2; ++i) carry.acc[tile][i] *= keep;
-    carry.decay_keys(1);
+    carry.scale(keep);
+    carry.decay_keys([&](int step, int i) { return decay.of[step][i]; });
     carry.update(smem.v[turn.stage]);
     release(turn.stage);
     if (!last) {
@@ -485,13 +553,16 @@ __global__ void __launch_bounds__((ScanShape<kD, kE>::kThreads), 1)
       if (row < args.d && column < args.e)
         args.state[(state * args.d + row) * args.e + column] = number;
     });
+  await_previous();  // what runs behind this kernel waits for it alone
 }
 
 // X = sum of lambda^(n - 1 - j) k_j^T v_j over the n tokens j of a part of a segment. Chunks go
 // from the last to the first: decays are powers of their distance from the end, S is never scaled,
 // the tokens that the scan begins with are read last and are still in L2, and once lambda^distance
-// is below 2^-60 the rest cannot change any digit.
-template <DType kType, int kD, int kE, bool kPrecise>
+// is below 2^-60 the rest cannot change any digit. What the gradient of S carries is the mirror
+// image, the sum of scale lambda^(i + 1) q_i^T dout_i over whole segments, with q and dout as k and
+// v and from the first chunk to the last.
+template <DType kType, int kD, int kE, bool kPrecise, bool kReverse = false>
 __global__ void __launch_bounds__((128 + 128 * SummarySmem<kD, kE>::kGroups), 1)
     lightning_summary_sm90_kernel(const __grid_constant__ sm90::TensorMap gmem_k,
                                   const __grid_constant__ sm90::TensorMap gmem_v,
@@ -509,7 +580,8 @@ __global__ void __launch_bounds__((128 + 128 * SummarySmem<kD, kE>::kGroups), 1)
   index /= args.slices;
   const int part = index % args.parts;
   const ScanPlace place = place_of(args, index / args.parts);
-  if (place.slot < 0 || place.last) return;
+  let_next_begin();
+  if (place.slot < 0 || (kReverse ? place.segment == 0 : place.last)) return;
 
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < kStages; ++stage) {
@@ -521,8 +593,11 @@ __global__ void __launch_bounds__((128 + 128 * SummarySmem<kD, kE>::kGroups), 1)
   __syncthreads();
 
   const float slope_log2 = args.slopes[head / args.share_state * args.slopes_stride] * 1.44269504f;
-  const int tokens = args.segment / args.parts, end = place.begin + (part + 1) * tokens;
-  int chunks = tokens / kChunk;
+  const int tokens = kReverse ? place.length : args.segment / args.parts;
+  const int begin = place.begin + part * tokens;
+  int chunks = (tokens + kChunk - 1) / kChunk;
+  // the chunk that ends before its 64th token, if any
+  const int ragged = args.cu_seqlens && tokens % kChunk != 0 ? chunks - 1 : -1;
   constexpr float kCutLog2 = 60;
   const float reach = kCutLog2 / (kChunk * slope_log2);  // infinite without decay
   if (reach < static_cast<float>(chunks)) chunks = min(chunks, static_cast<int>(reach) + 1);
@@ -536,7 +611,7 @@ __global__ void __launch_bounds__((128 + 128 * SummarySmem<kD, kE>::kGroups), 1)
         smem.empty[turn.stage].wait(turn.parity ^ 1);
         Barrier& full = smem.full[turn.stage];
         full.arrive_expect(smem.k[0].kBytes + smem.v[0].kBytes);
-        const int row = end - (chunk + 1) * kChunk;
+        const int row = kReverse ? begin + chunk * kChunk : begin + tokens - (chunk + 1) * kChunk;
         smem.k[turn.stage].load(gmem_k, full, row, head / args.share_k, place.batch, Keep::kNormal);
         for (int column = 0; column < kE; column += 64)
           copy_to_smem(smem.v[turn.stage].panel(column), gmem_v, full, slice * kE + column, row,
@@ -553,38 +628,45 @@ __global__ void __launch_bounds__((128 + 128 * SummarySmem<kD, kE>::kGroups), 1)
   for (int tile = 0; tile < kTiles; ++tile)
 #pragma unroll
     for (int i = 0; i < kE / 2; ++i) carry.acc[tile][i] = 0;
-  carry.set_decay(slope_log2, kChunk, lane);
+  const KeyDecay decay = kReverse ? KeyDecay(slope_log2, lane, [](int token) { return token + 1; })
+                                  : decay_to_end(slope_log2, kChunk, lane);
 #pragma unroll 1
   for (int chunk = 0; chunk < chunks; ++chunk) {
     const Turn<kStages> turn(chunk);
+    auto &k = smem.k[turn.stage], &v = smem.v[turn.stage];
     smem.full[turn.stage].wait(turn.parity);
-    carry.load_keys(keys_address(smem.k[turn.stage], tile0 * 64 + warp * 16, lane));
-    carry.decay_keys(exp2f(-slope_log2 * static_cast<float>(kChunk * chunk)));
-    carry.update(smem.v[turn.stage]);
+    if (kReverse && chunk == ragged) {
+      clear_rows(k, tokens % kChunk, threadIdx.x - 128, 128 * kGroups);
+      clear_rows(v, tokens % kChunk, threadIdx.x - 128, 128 * kGroups);
+      fence_async_smem();
+      named_barrier_sync(1, 128 * kGroups);
+    }
+    carry.load_keys(keys_address(k, tile0 * 64 + warp * 16, lane));
+    const float factor = (kReverse ? args.scale * lift_of<kType, kPrecise>(slope_log2) : 1) *
+                         exp2f(-slope_log2 * static_cast<float>(kChunk * chunk));
+    carry.decay_keys([&](int step, int i) {
+      return float2{decay.of[step][i].x * factor, decay.of[step][i].y * factor};
+    });
+    carry.update(v);
     if (lane == 0) smem.empty[turn.stage].arrive();
   }
-  float* summary =
+  carry.store_summary(
       args.summaries +
       (((static_cast<int64_t>(place.slot) * args.heads + head) * args.slices + slice) * args.parts +
        part) *
           (kD * kE) +
-      thread * 4;
-#pragma unroll
-  for (int tile = 0; tile < kTiles; ++tile)
-#pragma unroll
-    for (int j = 0; j < kE / 2; j += 4) {
-      const float* acc = &carry.acc[tile][j];
-      *reinterpret_cast<float4*>(summary + ((tile0 + tile) * (kE / 8) + j / 4) * 512) =
-          float4{acc[0], acc[1], acc[2], acc[3]};
-    }
+      tile0 * (kE / 8) * 512 + thread * 4);
+  await_previous();  // what runs behind this kernel waits for it alone
 }
 
-template <DType kType, int kD, int kE, bool kPrecise>
-void launch_scan(const ScanCall& call, const ScanPlan& plan, cudaStream_t stream) {
-  const auto map = [&](const void* data, int64_t d, int64_t h, const ScanStrides& strides) {
-    return make_tensor_map(
-        kType, data, {d, call.s, h, call.b, strides.row, strides.head, strides.batch}, kChunk);
-  };
+template <DType kType>
+sm90::TensorMap scan_map(const ScanCall& call, const void* data, int64_t d, int64_t h,
+                         const ScanStrides& strides) {
+  return make_tensor_map(kType, data,
+                         {d, call.s, h, call.b, strides.row, strides.head, strides.batch}, kChunk);
+}
+
+inline ScanArgs scan_args(const ScanCall& call, const ScanPlan& plan) {
   const auto small = [](int64_t x) { return static_cast<int>(x); };
   ScanArgs args{};
   args.tokens = small(call.s);
@@ -612,20 +694,27 @@ void launch_scan(const ScanCall& call, const ScanPlan& plan, cudaStream_t stream
   args.summaries = call.summaries;
   args.out = static_cast<uint16_t*>(call.out);
   args.fault = call.fault;
-  const auto gmem_q = map(call.q, call.d, call.hq, call.q_strides);
-  const auto gmem_k = map(call.k, call.d, call.hk, call.k_strides);
-  const auto gmem_v = map(call.v, call.e, call.hv, call.v_strides);
+  return args;
+}
+
+template <DType kType, int kD, int kE, bool kPrecise>
+void launch_scan(const ScanCall& call, const ScanPlan& plan, cudaStream_t stream) {
+  const ScanArgs args = scan_args(call, plan);
+  const auto gmem_q = scan_map<kType>(call, call.q, call.d, call.hq, call.q_strides);
+  const auto gmem_k = scan_map<kType>(call, call.k, call.d, call.hk, call.k_strides);
+  const auto gmem_v = scan_map<kType>(call, call.v, call.e, call.hv, call.v_strides);
   const int64_t row = call.heads * call.e;
-  const auto gmem_out = map(call.out, call.e, call.heads, {call.s * row, row, call.e});
-  const int64_t pairs = call.heads * plan.slices;
+  const auto gmem_out =
+      scan_map<kType>(call, call.out, call.e, call.heads, {call.s * row, row, call.e});
+  const auto ctas = [&](int64_t each) { return static_cast<int>(call.heads * plan.slices * each); };
   if (plan.summed > 0)
     launch<lightning_summary_sm90_kernel<kType, kD, kE, kPrecise>>(
-        {small(pairs * plan.summed * plan.parts), 128 + 128 * SummarySmem<kD, kE>::kGroups,
+        {ctas(plan.summed * plan.parts), 128 + 128 * SummarySmem<kD, kE>::kGroups,
          sm90::shared_memory_bytes<SummarySmem<kD, kE>>(), stream},
         gmem_k, gmem_v, args);
   launch<lightning_sm90_kernel<kType, kD, kE, kPrecise>>(
-      {small(pairs * plan.slots), ScanShape<kD, kE>::kThreads,
-       sm90::shared_memory_bytes<ScanSmem<kD, kE>>(), stream},
+      {ctas(plan.slots), ScanShape<kD, kE>::kThreads, sm90::shared_memory_bytes<ScanSmem<kD, kE>>(),
+       stream, plan.summed > 0},
       gmem_q, gmem_k, gmem_v, gmem_out, args);
 }
 

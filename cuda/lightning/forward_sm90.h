@@ -33,7 +33,8 @@ struct ScanCall {
 
 // How a call is shared out between CTAs
 struct ScanPlan {
-  int columns;     // of v that a CTA works on
+  int rows;        // of S that a CTA holds
+  int columns;     // of v that it works on
   int slices;      // so many cover e
   int segment;     // tokens that a CTA walks through
   int segments;    // of a sequence; packed sequences have as many as they need
@@ -41,7 +42,13 @@ struct ScanPlan {
   int64_t slots;   // segments of all sequences; packed ones have at most so many
   int64_t summed;  // of these, how many are summed up: all but the last of a sequence
 
-  int64_t summary_size(const ScanCall& call) const;
+  // How many segments a sequence is worth when so many CTAs would take all sequences whole
+  static int64_t segments_for(const ScanCall& call, int64_t ctas);
+  void cut(const ScanCall& call, int64_t segments_each);
+
+  int64_t summary_size(const ScanCall& call) const {
+    return summed * call.heads * slices * parts * rows * columns;
+  }
 };
 ScanPlan plan_scan_sm90(const ScanCall& call);
 

@@ -2,57 +2,22 @@
 
 #include "common/variants.h"
 #include "core/registry.h"
-#include "lightning/forward_sm90.h"
+#include "lightning/scan_call.h"
 #include "lightning/scan_portable.cuh"
 
 namespace heddle {
 namespace {
 
-int64_t sequences_of(const Lightning& op) {
-  return op.cu_seqlens ? op.cu_seqlens.shape[0] - 1 : op.q.shape[0];
-}
-
 ScanCall hopper_call(const Lightning& op, const CudaContext& context) {
-  const LightningHeads heads(op.q, op.k, op.v, op.slopes);
-  const auto strides = [](const Tensor& x) {
-    return ScanStrides{x.strides[0], x.strides[1], x.strides[2]};
-  };
-  ScanCall call{};
-  call.dtype = op.q.dtype;
-  call.b = op.q.shape[0];
-  call.s = op.q.shape[1];
-  call.d = op.q.shape[3];
-  call.e = op.v.shape[3];
-  call.hq = heads.q;
-  call.hk = heads.k;
-  call.hv = heads.v;
-  call.heads = heads.out;
-  call.hs = heads.states;
-  call.q = op.q.data;
-  call.k = op.k.data;
-  call.v = op.v.data;
+  ScanCall call = scan_call(op, context);
   call.out = op.out.data;
-  call.q_strides = strides(op.q);
-  call.k_strides = strides(op.k);
-  call.v_strides = strides(op.v);
-  call.scale = static_cast<float>(op.scale);
-  call.slopes = op.slopes.as<float>();
-  call.slopes_stride = op.slopes.strides[0];
-  call.cu_seqlens = op.cu_seqlens ? op.cu_seqlens.as<int32_t>() : nullptr;
-  call.cu_stride = op.cu_seqlens.strides[0];
-  call.sequences = sequences_of(op);
-  call.initial_state = op.initial_state ? op.initial_state.as<float>() : nullptr;
-  std::copy_n(op.initial_state.strides, 4, call.initial_strides);
+  set_initial_state(call, op.initial_state);
   call.state = op.state ? op.state.as<float>() : nullptr;
-  call.processors = context.processors;
   return call;
 }
 
 const char* declines_hopper(const Lightning& op, const CudaContext& context) {
-  if (context.arch != 90) return "the GPU must be of compute capability 9.0";
-  if (op.precision) return "precision must be default";
-  if (op.q.strides[3] != 1 || op.k.strides[3] != 1 || op.v.strides[3] != 1)
-    return "q, k and v must be contiguous along d";
+  if (const char* reason = declines_scan_options(op, context)) return reason;
   return declines_scan_sm90(hopper_call(op, context));
 }
 
@@ -182,6 +147,7 @@ void run(const LightningDecode& op, CudaContext& context) {
 }
 
 HEDDLE_REGISTER(Lightning);
+HEDDLE_EXPLAIN(Lightning, kVariants);
 HEDDLE_REGISTER(LightningDecode);
 
 }  // namespace

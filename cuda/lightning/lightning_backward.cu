@@ -1,8 +1,10 @@
 #include "common/variants.h"
 #include "core/registry.h"
+#include "lightning/backward_sm90.h"
+#include "lightning/scan_call.h"
 #include "lightning/scan_portable.cuh"
 
-// Every gradient is a scan of its own, over other tensors in the roles of q, k and v:
+// In portable code every gradient is a scan of its own, over others in the roles of q, k and v:
 //
 //   dQ   forward with dout, V, K and the transposed state
 //   dK   backward with V, dout, Q and the transposed gradient of the state
@@ -201,7 +203,70 @@ void run_portable(const LightningBackward& op, CudaContext& context) {
   dispatch_float(op.q.dtype, [&]<class T>(T) { Backward<T>(op, context).run(); });
 }
 
+SweepCall hopper_call(const LightningBackward& op, const CudaContext& context) {
+  SweepCall call{scan_call(op, context)};
+  call.dout = op.dout.data;
+  call.dout_strides = scan_strides(op.dout);
+  call.dk = op.dk.data;
+  call.dv = op.dv.data;
+  set_initial_state(call, op.dstate);
+  call.state = op.dinitial_state ? op.dinitial_state.as<float>() : nullptr;
+  return call;
+}
+
+ScanCall hopper_call_for_dq(const LightningBackward& op, const SweepCall& call) {
+  return scan_for_dq(call, op.initial_state ? op.initial_state.as<float>() : nullptr,
+                     op.initial_state.strides, op.dq.data);
+}
+
+const char* declines_hopper(const LightningBackward& op, const CudaContext& context) {
+  if (const char* reason = declines_scan_options(op, context)) return reason;
+  if (op.dout.strides[3] != 1) return "dout must be contiguous along e";
+  // its sums cancel, so that they need gradients before they are rounded
+  if (op.output_dslopes) return "outputDslopes must be false";
+  const SweepCall call = hopper_call(op, context);
+  if (const char* reason = declines_sweep_sm90(call)) return reason;
+  if (const char* reason = declines_scan_sm90(hopper_call_for_dq(op, call))) return reason;
+  // q is not in the other
+  ScanCall forward = call;
+  forward.out = op.dv.data;
+  return declines_scan_sm90(forward);
+}
+
+void run_hopper(const LightningBackward& op, CudaContext& context) {
+  SweepCall call = hopper_call(op, context);
+  call.fault = context.fault(scan_fault_text(op.cu_seqlens));
+  const auto numbers = [&](int64_t count) {
+    return context.scratch<float>(static_cast<size_t>(count));
+  };
+  // all memory is there before the first kernel, so that nothing comes between the two sweeps
+  const int64_t rows = call.b * call.s * call.heads, state_size = call.d * call.e;
+  const bool shares = call.heads != call.hk, shares_state = call.state && call.heads != call.hs;
+  if (shares) {
+    call.dk = numbers(rows * call.d);
+    call.dv = numbers(rows * call.e);
+  }
+  if (shares_state) call.state = numbers(call.sequences * call.heads * state_size);
+  ScanCall dq = hopper_call_for_dq(op, call);
+  const ScanPlan dq_plan = plan_scan_sm90(dq), plan = plan_sweep_sm90(call);
+  if (dq_plan.summed > 0) dq.summaries = numbers(dq_plan.summary_size(dq));
+  if (plan.summed > 0) call.summaries = numbers(plan.summary_size(call));
+  scan_sm90(dq, dq_plan, context.stream);
+  context.launched("lightning_sm90_kernel");
+  sweep_sm90(call, plan, context.stream);
+  context.launched("lightning_backward_sm90_kernel");
+  const auto share = [&](int64_t of) { return static_cast<int>(call.heads / of); };
+  if (shares)
+    dispatch_float(call.dtype, [&]<class T>(T) {
+      gather<T>(op.dk, static_cast<const float*>(call.dk), call.d, share(call.hk), context);
+      gather<T>(op.dv, static_cast<const float*>(call.dv), call.e, share(call.hk), context);
+    });
+  if (shares_state)
+    gather<float>(op.dinitial_state, call.state, state_size, share(call.hs), context);
+}
+
 constexpr Variant<LightningBackward> kVariants[] = {
+    {"sm90_wgmma", declines_hopper, run_hopper},
     {"sm80_simt", declines_portable, run_portable},
 };
 
@@ -210,6 +275,7 @@ void run(const LightningBackward& op, CudaContext& context) {
 }
 
 HEDDLE_REGISTER(LightningBackward);
+HEDDLE_EXPLAIN(LightningBackward, kVariants);
 
 }  // namespace
 }  // namespace heddle

@@ -72,6 +72,7 @@ const softmax = 'attention/softmax_sm90.cuh'
 const linear = 'linear/linear_sm90.cuh'
 const split = 'attention/split_sm90.cuh'
 const scan = 'lightning/forward_sm90.cuh'
+const sweep = 'lightning/backward_sm90.cuh'
 const tile = 'common/tile.cuh'
 const kernels: Kernel[] = [
   {
@@ -463,6 +464,155 @@ const kernels: Kernel[] = [
         file: scan,
         from: 'if (clears && !more) {',
         to: 'if (false) {',
+      },
+    ],
+  },
+  {
+    name: 'lightning_backward_sm90',
+    variants: Object.fromEntries(
+      [
+        ['kBF16', 64],
+        ['kF16', 64],
+        ['kF16', 128],
+        ['kBF16', 128],
+      ].map(([dtype, size]) => [
+        `${dtype} d${size}`,
+        ['-Wall', '-Wextra', '-Werror', `-DHEDDLE_DTYPE=${dtype}`, `-DHEDDLE_SIZE=${size}`],
+      ]),
+    ),
+    broken: 'kBF16 d64',
+    faults: [
+      {
+        what: 'queries are loaded before the last ones were used',
+        file: sweep,
+        from: 'smem.empty_q[turn.stage].wait(turn.parity ^ 1);',
+        to: '',
+      },
+      {
+        what: 'keys are loaded over a gradient',
+        file: sweep,
+        from: 'smem.empty_k[turn.stage].wait(turn.parity ^ 1);',
+        to: '',
+      },
+      {
+        what: 'the tile of a gradient is given back while it is copied',
+        file: sweep,
+        from: 'wait_copies_read<0>();\n      smem.empty_k',
+        to: 'smem.empty_k',
+      },
+      {
+        what: 'a chunk is used before it arrived',
+        file: sweep,
+        from: 'smem.full[turn.stage].wait(turn.parity);',
+        to: '',
+      },
+      {
+        what: 'the image is read before it is complete',
+        file: sweep,
+        from: 'named_barrier_sync(kImageFull, kSweepers);',
+        to: 'named_barrier_arrive(kImageFull, kSweepers);',
+      },
+      {
+        what: 'the image is overwritten while it is read',
+        file: sweep,
+        from: 'named_barrier_sync(kImageEmpty, kSweepers);',
+        to: 'named_barrier_arrive(kImageEmpty, kSweepers);',
+      },
+      {
+        what: 'the image is not fenced',
+        file: sweep,
+        from: 'lowered());\n      fence_async_smem();',
+        to: 'lowered());',
+      },
+      {
+        what: 'a gradient is copied before all have written it',
+        file: sweep,
+        from: 'named_barrier_sync(kWritten, 128);',
+        to: '',
+      },
+      {
+        what: 'a gradient is copied before it is fenced',
+        file: sweep,
+        from: 'fence_async_smem();\n    named_barrier_sync(kWritten',
+        to: 'named_barrier_sync(kWritten',
+      },
+      {
+        what: 'scores are read before their product is done',
+        file: sweep,
+        from: 'wgmma_wait<kCarries ? 2 : 1>(acc_p);',
+        to: 'wgmma_wait<3>(acc_p);',
+      },
+      {
+        what: 'R is read along its rows both times',
+        file: sweep,
+        from: 'if constexpr (kKeys)\n        wgmma',
+        to: 'if constexpr (false)\n        wgmma',
+      },
+      {
+        what: 'the shorter chunk decays as if it were whole',
+        file: sweep,
+        from: '(tail != 0 ? tail : kChunk)',
+        to: 'kChunk',
+      },
+      {
+        what: 'R decays before a token meets it',
+        file: sweep,
+        from: 'max(tokens - 1 - r, 0)',
+        to: 'max(tokens - r, 0)',
+      },
+      {
+        what: 'the diagonal is left out',
+        file: sweep,
+        from: 'i < kChunk - 1 ? 0',
+        to: 'i < kChunk ? 0',
+      },
+      {
+        what: 'the gradient of a shared state counts twice',
+        file: sweep,
+        from: 'args.initial_state && head % args.share_state == 0',
+        to: 'args.initial_state',
+      },
+      {
+        what: 'the last segment decays as if it were whole',
+        file: sweep,
+        from: 'min(args.segment, place.sequence_length - segment * args.segment)',
+        to: 'args.segment',
+      },
+      {
+        what: 'summaries are combined in the wrong order',
+        file: sweep,
+        from: '(segment - place.segment) * place.distance',
+        to: '(last + 1 - segment) * place.distance',
+      },
+      {
+        what: 'a summary leaves the scale out',
+        file: scan,
+        from: 'kReverse ? args.scale * lift',
+        to: 'kReverse ? lift',
+      },
+      {
+        what: 'the summary of a shorter segment reads its neighbour',
+        file: scan,
+        from: 'if (kReverse && chunk == ragged) {',
+        to: 'if (false) {',
+      },
+      {
+        what: 'tokens of the next sequence are not silenced',
+        file: sweep,
+        from: 'if (clears) {\n      clear_rows',
+        to: 'if (false) {\n      clear_rows',
+      },
+      {
+        what: 'rows of the next sequence are overwritten',
+        file: sweep,
+        from: 'if (clears) {\n      for',
+        to: 'if (false) {\n      for',
+      },
+      {
+        what: 'a state starts without its transpose',
+        file: 'lightning/backward_sm90.h',
+        from: 'initial_strides[3],\n                             initial_strides[2]}',
+        to: 'initial_strides[2],\n                             initial_strides[3]}',
       },
     ],
   },

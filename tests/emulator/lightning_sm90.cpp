@@ -5,6 +5,8 @@
 #include <cstdlib>
 #include <vector>
 
+#include "lightning_check.h"
+
 namespace heddle {
 namespace {
 
@@ -29,69 +31,20 @@ struct Case {
   std::vector<int64_t> packed = {};  // lengths for cuSeqlens, garbage after each but the last
 };
 
-// One more token and head than the kernel may touch, all of it NaN
-struct Array {
-  Array(int64_t b, int64_t s, int64_t h, int64_t d, bool gaps)
-      : strides{(s + gaps) * (h + gaps) * d, (h + gaps) * d, d},
-        bits(static_cast<size_t>(b * strides.batch + 8 + strides.row), 0x7fff) {
-    while (reinterpret_cast<uintptr_t>(bits.data() + shift) % 16 != 0) ++shift;
-  }
-  uint16_t& at(int64_t b, int64_t s, int64_t h, int64_t i) {
-    return data()[b * strides.batch + s * strides.row + h * strides.head + i];
-  }
-  double value(int64_t b, int64_t s, int64_t h, int64_t i) {
-    return emulator::decode(kType, at(b, s, h, i));
-  }
-  uint16_t* data() { return bits.data() + shift; }
-
-  ScanStrides strides;
-  std::vector<uint16_t> bits;
-  size_t shift = 0;
-};
-
-float normal(emulator::Random& random) {
-  float sum = 0;
-  for (int i = 0; i < 12; ++i) sum += static_cast<float>(random.below(1 << 16)) / 65536.f;
-  return sum - 6;
-}
-
-// √(Σ(x - y)² / Σ y²); NaN and infinities stay
-struct Error {
-  double difference = 0, norm = 0;
-  void add(double actual, double expected) {
-    difference += (actual - expected) * (actual - expected);
-    norm += expected * expected;
-  }
-  double relative() const {
-    const double error = std::sqrt(difference / std::max(norm, 1e-300));
-    return std::isnan(error) ? INFINITY : error;
-  }
-};
-
-constexpr float kSlopes[] = {0.f, 0.004f, 0.1f, 0.9f, 8.f, 200.f};
-
 double check(const Case& c, emulator::Random& random) {
   const int64_t d = kD - c.narrower, e = kE * c.slices - c.narrower;
   const int64_t heads = std::max(c.hq, c.hv);
   const auto sequences = c.packed.empty() ? c.b : static_cast<int64_t>(c.packed.size());
-  Array q(c.b, c.s, c.hq, d, true), k(c.b, c.s, c.hk, d, true), v(c.b, c.s, c.hv, e, true),
-      out(c.b, c.s, heads, e, false);
-  const auto draw = [&](Array& to, int64_t h, int64_t size, float scale) {
-    for (int64_t b = 0; b < c.b; ++b)
-      for (int64_t t = 0; t < c.s; ++t)
-        for (int64_t j = 0; j < h; ++j)
-          for (int64_t i = 0; i < size; ++i)
-            to.at(b, t, j, i) = emulator::encode(kType, scale * normal(random));
-  };
-  draw(q, c.hq, d, 1);
-  draw(k, c.hk, d, 0.3f);
-  draw(v, c.hv, e, 1);
+  Array q(kType, {c.b, c.s, c.hq, d}, true), k(kType, {c.b, c.s, c.hk, d}, true),
+      v(kType, {c.b, c.s, c.hv, e}, true), out(kType, {c.b, c.s, heads, e}, false);
+  q.draw(random, 1);
+  k.draw(random, 0.3f);
+  v.draw(random, 1);
   std::vector<int32_t> offsets{0};
   for (const int64_t length : c.packed)
     offsets.push_back(offsets.back() + static_cast<int32_t>(length));
   std::vector<float> slopes, initial, state(static_cast<size_t>(sequences * c.hs * d * e + 1), NAN);
-  for (int64_t h = 0; h < c.hs; ++h)
-    slopes.push_back(c.segment ? kSlopes[1 + random.below(2)] : kSlopes[random.below(6)]);
+  for (int64_t h = 0; h < c.hs; ++h) slopes.push_back(draw_slope(random, c.segment != 0));
   for (int64_t i = 0; i < sequences * c.hs * d * e; ++i) initial.push_back(normal(random));
   int fault = 0;
 
@@ -169,8 +122,7 @@ double check(const Case& c, emulator::Random& random) {
     }
   }
   // nothing beside what exists was written
-  for (auto i = out.shift + static_cast<size_t>(c.b * out.strides.batch); i < out.bits.size(); ++i)
-    if (out.bits[i] != 0x7fff) worst = INFINITY;
+  if (!out.untouched_behind()) worst = INFINITY;
   if (!std::isnan(state.back())) worst = INFINITY;
   return worst;
 }

@@ -155,16 +155,18 @@ describeDevices('lightning.backward', (device) => {
       const place = (values: Float32Array | undefined) =>
         values && tensor(values, [segments.length, c.hs, c.d, c.e], { device })
       const expected = lightningGradients(c, ...reads, initial, dstate, segments)
+      // a kernel need not be able to
+      const outputDslopes = rng.chance(0.5)
       const result = lightningBackward(...tensors, {
         slopes: c.slopes,
         scale: c.scale,
         initialState: place(initial),
         dstate: place(dstate),
         cuSeqlens,
-        outputDslopes: true,
+        outputDslopes,
         ...runs,
       })
-      const what = `${JSON.stringify(c)} ${sizes} ${JSON.stringify(runs)}`
+      const what = `${JSON.stringify(c)} ${sizes} ${JSON.stringify(runs)} ${outputDslopes}`
       const read = (x: Tensor) => x.read({ as: 'float32' })
       close(await read(result.dq), expected.dq, bounds[dtype], `dq ${what}`)
       close(await read(result.dk), expected.dk, bounds[dtype], `dk ${what}`)
@@ -172,8 +174,10 @@ describeDevices('lightning.backward', (device) => {
       expect(result.dinitialState === undefined).toBe(initial === undefined)
       if (result.dinitialState)
         close(await read(result.dinitialState), expected.dinitial, bounds.float32, `dS ${what}`)
+      expect(result.dslopes === undefined).toBe(!outputDslopes)
+      if (!result.dslopes) return
       // a difference of sums over all tokens, each with the error of its gradients
-      const dslopes = await read(result.dslopes!)
+      const dslopes = await read(result.dslopes)
       const top = Math.max(...expected.dslopes.map(Math.abs), c.s * Math.sqrt(c.d * c.e) * 0.01)
       expect(maxError(dslopes, expected.dslopes), `dslopes ${what}`).toBeLessThanOrEqual(1e-4 * top)
     }
@@ -182,6 +186,24 @@ describeDevices('lightning.backward', (device) => {
       const rng = random(31)
       for (let n = 0; n < (device === 'cpu' ? 30 : 60); n++)
         await check(rng, drawCase(rng), undefined, { chunkSize: rng.pick([16, 32, 64, 128, 256]) })
+    })
+
+    it('agrees where a GPU has kernels of its own', async () => {
+      const rng = random(35)
+      for (let n = 0; n < (device === 'cpu' ? 3 : 15); n++) {
+        const drawn = drawCase(rng)
+        const hs = rng.pick([drawn.hq, drawn.hk])
+        const c = {
+          ...drawn,
+          hv: drawn.hk,
+          hs,
+          slopes: Array.from({ length: hs }, () => Math.fround(rng.pick([0, 0.004, 0.9, 8]))),
+          s: rng.pick([16, 65, 200, 450]),
+          d: rng.pick([8, 64, 72, 128]),
+          e: rng.pick([8, 64, 72, 128]),
+        }
+        await check(rng, c, undefined, {})
+      }
     })
 
     it('keeps packed sequences apart, empty ones too', async () => {

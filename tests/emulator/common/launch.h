@@ -11,6 +11,7 @@ struct Launch {
   int ctas, threads;
   size_t smem_bytes;
   cudaStream_t stream;
+  bool overlaps = false;
 };
 
 template <auto kKernel, class... Args> void launch(const Launch& launch, const Args&... args) {

@@ -73,6 +73,9 @@ struct Barrier {
   void wait(uint32_t parity) { cta->barrier_wait(address_of(this), parity); }
 };
 
+// CTAs run one after the other
+inline void let_next_begin() {}
+inline void await_previous() {}
 inline void fence_barrier_init() { cta->barrier_publish(); }
 inline void named_barrier_sync(int id, int threads) { cta->named_sync(id, threads); }
 inline void named_barrier_arrive(int id, int threads) { cta->named_arrive(id, threads); }
