@@ -90,7 +90,7 @@ HEDDLE_HD uint64_t hip_threshold(const Team& team, const uint32_t* order, int64_
       .least;
 }
 
-// Writes a list whose i-th entry is start(i), and its bits
+// Writes a list whose i-th entry is start(i), with its bits and its pages
 template <class Team, class Start>
 HEDDLE_HD void hip_finish(const Team& team, const Hip& op, const HipPlace& place, int64_t count,
                           const Start& start) {
@@ -101,6 +101,26 @@ HEDDLE_HD void hip_finish(const Team& team, const Hip& op, const HipPlace& place
   team.each(1, [&](int64_t) {
     static_cast<int32_t*>(op.count.data)[place.list] = static_cast<int32_t>(count);
   });
+  if (op.table.data) {
+    // Only the last page may reach beyond what can be listed
+    const int64_t sinks = op.sink_tokens / op.block_k, pages = op.table.shape[3];
+    int32_t* table = static_cast<int32_t*>(op.table.data) + place.list * pages;
+    team.each(pages, [&](int64_t i) {
+      const int64_t entry = i - sinks;
+      table[i] = static_cast<int32_t>(entry < 0        ? i
+                                      : entry >= count ? 0
+                                                       : index[entry] / op.block_k);
+    });
+    team.each(1, [&](int64_t) {
+      const int64_t end = place.end > 0 ? place.end : 0;
+      int64_t keys = end < op.sink_tokens ? end : op.sink_tokens;
+      if (count > 0) {
+        const int64_t rest = end - index[count - 1];
+        keys += (count - 1) * op.block_k + (rest < op.block_k ? rest : op.block_k);
+      }
+      static_cast<int32_t*>(op.length.data)[place.list] = static_cast<int32_t>(keys);
+    });
+  }
   if (!op.blocks.data) return;
   const int64_t words = op.blocks.shape[3];
   int32_t* bits = static_cast<int32_t*>(op.blocks.data) + place.list * words;

@@ -26,6 +26,8 @@ struct Hip {
   Tensor index;          // [b, hm, rows, width] i32: first keys of blocks, then INT32_MAX
   Tensor count;          // [b, hm, rows] i32
   Tensor blocks;         // [b, hm, rows, words] i32: what is listed is added as bits of a mask
+  Tensor table;   // [b, hm, rows, pages] i32: the sink tokens and the list as pages of block_k
+  Tensor length;  // [b, hm, rows] i32: how many keys these are
   int kind = kHalves, representative = kCenter;
   int64_t block_q = 64, block_k = 2;
   int64_t stride_q = 2, stride_k = 1;  // halves look at the last query and key of each so many;
@@ -43,6 +45,8 @@ struct Hip {
     schema.inout("index", &Hip::index, "b hm rows width", kI32);
     schema.inout("count", &Hip::count, "b hm rows", kI32);
     schema.optional("blocks", &Hip::blocks, "b hm rows words", kI32);
+    schema.optional("table", &Hip::table, "b hm rows pages", kI32);
+    schema.optional("length", &Hip::length, "b hm rows", kI32);
     schema.choice("kind", &Hip::kind, {"halves", "stage"});
     schema.choice("representative", &Hip::representative, {"center", "first"});
     schema.integer("block_q", &Hip::block_q, 64).at_least(1).at_most(128);
@@ -83,7 +87,8 @@ struct Hip {
                  "index must have 1, hk or hq heads, got ", heads);
     HEDDLE_CHECK(index.shape[2] == rows && index.shape[3] >= 1, kShape, "index", "index must have ",
                  rows, " rows, got ", text_of(index));
-    for (const Tensor* tensor : {&from_index, &from_count, &index, &count, &blocks})
+    for (const Tensor* tensor :
+         {&from_index, &from_count, &index, &count, &blocks, &table, &length})
       HEDDLE_CHECK(!*tensor || tensor->contiguous(), kShape, "index", "lists must be contiguous");
     HEDDLE_CHECK(bool(from_index) == bool(from_count) && (!from_index || kind == kStage), kArgument,
                  "fromIndex", "fromIndex and fromCount must be given together, to a stage");
@@ -92,6 +97,11 @@ struct Hip {
                        from_index.shape[2] == (sq + from_block_q - 1) / from_block_q,
                    kArgument, "fromIndex",
                    "fromIndex must have blocks that contain those of index");
+    HEDDLE_CHECK(bool(table) == bool(length) &&
+                     (!table || (sink_tokens % block_k == 0 &&
+                                 table.shape[3] == sink_tokens / block_k + index.shape[3])),
+                 kShape, "table", "table must have a page for every block of a list, got ",
+                 text_of(table));
     if (blocks)
       HEDDLE_CHECK(sink_tokens % block_k == 0 && blocks.shape[3] * 32 * block_k >= keys(), kShape,
                    "blocks", "blocks must have a bit for every block of keys, got ",

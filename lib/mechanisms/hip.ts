@@ -10,9 +10,11 @@ import {
   hip,
   hipMask,
   hipSettings,
+  listHeads,
   searchHip,
 } from '../ops/hip.js'
-import { untrack } from '../scope.js'
+import { merge } from '../ops/merge.js'
+import { scope, untrack } from '../scope.js'
 import { checkTensor, empty, type Tensor, zeros } from '../tensor.js'
 
 /** Settings of {@link hip} that halve intervals, by what they trade. */
@@ -287,6 +289,7 @@ export function hipDecoder(options: HipDecoderOptions = {}): HipDecoder {
   let tokens = 0
   let lists: HipLists[] = []
   let blocks: Tensor<'int32'> | undefined
+  let pages: { table: Tensor<'int32'>; length: Tensor<'int32'> } | undefined
   let listedAt = 0
 
   // The first stage that one of the next n tokens has to begin at; as many as there are if none
@@ -299,9 +302,10 @@ export function hipDecoder(options: HipDecoderOptions = {}): HipDecoder {
   }
   const forget = () => {
     for (const one of lists) disposeLists(one)
-    blocks?.dispose()
+    for (const one of [blocks, pages?.table, pages?.length]) one?.dispose()
     lists = []
     blocks = undefined
+    pages = undefined
   }
   // Keys have come since, and with them words of bits
   const lengthen = (words: number) => {
@@ -313,6 +317,30 @@ export function hipDecoder(options: HipDecoderOptions = {}): HipDecoder {
     old.dispose()
     return longer
   }
+
+  // One list for all heads is a table of pages of its blocks, which kernels for paged keys take; the window is attended apart
+  const attendPages = <D extends FloatDType>(
+    q: Tensor<D>,
+    k: Tensor<D>,
+    v: Tensor<D>,
+    size: number,
+    window: number,
+  ): AttentionResult<D> =>
+    scope(() => {
+      const [, sk = 0] = k.shape
+      const whole = Math.floor(sk / size)
+      const paged = (x: Tensor<D>) =>
+        x.slice(1, 0, whole * size).reshape([whole, size, ...x.shape.slice(2)])
+      const place = {
+        blockTable: pages!.table.reshape([1, pages!.table.size]),
+        cacheSeqlens: pages!.length.reshape([1]),
+      }
+      const from = Math.max(sk - window, 0)
+      return merge([
+        attention(q, paged(k), paged(v), { ...place, scale, softCap }),
+        attention(q, k.slice(1, from), v.slice(1, from), { scale, softCap }),
+      ])
+    })
 
   return {
     get tokens() {
@@ -328,22 +356,31 @@ export function hipDecoder(options: HipDecoderOptions = {}): HipDecoder {
       const words = Math.ceil(sk / settings.block[1] / 32)
       const first = restart(n)
       if (first < refresh.length) {
-        const kept = lists.slice(0, first)
-        const heads =
-          settings.headMode === 'all' ? 1 : settings.headMode === 'head' ? q.shape[2]! : k.shape[2]!
-        const found = zeros([b, heads, 1, words], { dtype: 'int32', device: q.device })
-        const next = searchHip({ q, k }, settings, kept, found)
+        const heads = listHeads(settings.headMode, { q, k })
+        const made = (...shape: number[]) => zeros(shape, { dtype: 'int32', device: q.device })
+        const { width } = settings.calls.at(-1)!
+        const found = {
+          blocks: made(b, heads, 1, words),
+          table: made(b, heads, 1, settings.sinkTokens / settings.block[1] + width),
+          length: made(b, heads, 1),
+        }
+        const next = searchHip({ q, k }, settings, lists.slice(0, first), found)
         for (const one of lists.slice(first)) disposeLists(one)
-        blocks?.dispose()
-        ;[lists, blocks, listedAt] = [next, found, sk]
+        for (const one of [blocks, pages?.table, pages?.length]) one?.dispose()
+        ;[lists, blocks, pages, listedAt] = [next, found.blocks, found, sk]
       }
       blocks = lengthen(words)
-      // They outlive the scope of this call
-      for (const one of [blocks, ...lists.flatMap(({ index, count }) => [index, count])])
-        untrack(one)
       tokens += n
+      // They outlive the scope of this call
+      const kept = [blocks, pages!.table, pages!.length]
+      for (const one of [...kept, ...lists.flatMap(({ index, count }) => [index, count])])
+        untrack(one)
       const drift = freezeWindowStart ? sk - listedAt : 0
-      const mask = hipMask({ q, k }, settings, blocks, settings.window + drift)
+      const window = settings.window + drift
+      const size = settings.block[1]
+      const isPaged = b === 1 && n === 1 && settings.headMode === 'all' && settings.window >= size
+      if (isPaged && sk >= size) return attendPages(q, k, v, size, window)
+      const mask = hipMask({ q, k }, settings, blocks, window)
       return attention(q, k, v, { mask, scale, softCap })
     },
     reset() {

@@ -200,7 +200,8 @@ export interface HipKeys<D extends FloatDType = FloatDType> {
   cacheSeqlens?: Tensor | undefined
 }
 
-const listHeads = (headMode: HipHeadMode, { q, k }: HipKeys): number =>
+/** @internal */
+export const listHeads = (headMode: HipHeadMode, { q, k }: HipKeys): number =>
   headMode === 'all' ? 1 : headMode === 'kv_group' ? k.shape[2]! : q.shape[2]!
 
 /** @internal Keys that a sequence may have. */
@@ -208,13 +209,13 @@ export const keysOf = ({ k, blockTable }: HipKeys): number =>
   blockTable ? (blockTable.shape[1] ?? 0) * (k.shape[1] ?? 0) : (k.shape[1] ?? 0)
 
 /**
- * @internal Lists of every call from `first` on; those before are given. With `bits` the last call adds what it lists to them.
+ * @internal Lists of every call from `first` on; those before are given. What is in `last` goes to the last call.
  */
 export function searchHip(
   keys: HipKeys,
   { headMode, calls }: HipSettings,
   given: readonly HipLists[] = [],
-  blocks?: Tensor<'int32'>,
+  last: { blocks?: Tensor; table?: Tensor; length?: Tensor } = {},
 ): HipLists[] {
   const { q, k, ...place } = keys
   const lists = [...given]
@@ -230,7 +231,7 @@ export function searchHip(
         ...{ q, k, ...place, ...call, ...own },
         fromIndex: before?.index,
         fromCount: before?.count,
-        blocks: lists.length === calls.length ? blocks : undefined,
+        ...(lists.length === calls.length && last),
       })
     }
     return lists
@@ -352,7 +353,7 @@ export function maskOf(keys: HipKeys, settings: HipSettings): Mask {
   const shape = [b, heads, Math.ceil(sq / block[0]), Math.ceil(Math.ceil(sk / block[1]) / 32)]
   const blocks = zeros(shape, { dtype: 'int32', device: q.device })
   try {
-    for (const lists of searchHip(keys, settings, [], blocks)) disposeLists(lists)
+    for (const lists of searchHip(keys, settings, [], { blocks })) disposeLists(lists)
     return hipMask(keys, settings, blocks, settings.window)
   } catch (error) {
     blocks.dispose()

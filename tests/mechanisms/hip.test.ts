@@ -98,7 +98,7 @@ describeDevices('hip mechanisms', (device) => {
         const [x, y, z] = [at(q.tensor, sk, 1), at(k.tensor, sk), at(v.tensor, sk)]
         const exact = attention(x, y, z, { mask: hip(x, y, single) })
         const out = await always.attend(x, y, z).out.read()
-        expect(out).toEqual(await exact.out.read())
+        expect(maxError(out, await exact.out.read())).toBeLessThan(1e-6)
         expect(always.tokens).toBe(n + 1)
         if (parts === 1 && n % 3 === 0) {
           kept = hipLists(x, y, single)
@@ -150,12 +150,11 @@ describeDevices('hip mechanisms', (device) => {
         .attend(at(q.tensor, 394, 1), at(k.tensor, 394), at(v.tensor, 394))
         .out.read()
       const fresh = hip(at(q.tensor, 394, 1), at(k.tensor, 394), single)
-      expect(after).toEqual(
-        await attention(at(q.tensor, 394, 1), at(k.tensor, 394), at(v.tensor, 394), {
-          mask: fresh,
-        }).out.read(),
-      )
-      expect(after).not.toEqual(before)
+      const whole = attention(at(q.tensor, 394, 1), at(k.tensor, 394), at(v.tensor, 394), {
+        mask: fresh,
+      })
+      expect(maxError(after, await whole.out.read())).toBeLessThan(1e-6)
+      expect(maxError(after, before)).toBeGreaterThan(1e-6)
     }
   })
 
