@@ -6,6 +6,7 @@ import {
   type FunctionName,
   type Predicate,
   visitAccesses,
+  visitExprs,
   visitPredicate,
 } from './ir.js'
 
@@ -32,6 +33,8 @@ const units: Readonly<Partial<Record<FunctionName, number>>> = {
   sqrt: 1,
   rsqrt: 1,
   erf: 1,
+  sin: 1,
+  cos: 1,
 }
 
 /** @internal A product taken apart: what it multiplies by and what it divides by. */
@@ -53,33 +56,10 @@ export function productOf(expr: Expr): Product {
 /** @internal Variables that an expression depends on. */
 export function variablesIn(expr: Expr, known: readonly string[]): Set<string> {
   const found = new Set<string>()
-  walk(expr, (one) => {
+  visitExprs(expr, (one) => {
     if (one.kind === 'name' && known.includes(one.name)) found.add(one.name)
   })
   return found
-}
-
-function walk(expr: Expr, visit: (expr: Expr) => void): void {
-  visit(expr)
-  switch (expr.kind) {
-    case 'access':
-      for (const index of expr.indices) if (index.kind !== 'pin') walk(index.expr, visit)
-      break
-    case 'negate':
-      walk(expr.x, visit)
-      break
-    case 'binary':
-      walk(expr.a, visit)
-      walk(expr.b, visit)
-      break
-    case 'call':
-      for (const arg of expr.args) walk(arg, visit)
-      break
-    case 'if':
-      visitPredicate(expr.test, visit)
-      walk(expr.yes, visit)
-      walk(expr.no, visit)
-  }
 }
 
 /** @internal The two operands of a matrix product: each has a summed variable and one that the other lacks. */
@@ -272,7 +252,7 @@ function conjuncts(predicate: Predicate): Predicate[] {
 /** @internal Whether some exponential takes a score that nothing bounds from above. */
 export function unshiftedExp(expr: Expr, bounded: ReadonlySet<string>): Expr | undefined {
   let found: Expr | undefined
-  walk(expr, (one) => {
+  visitExprs(expr, (one) => {
     if (one.kind !== 'call' || (one.fn !== 'exp' && one.fn !== 'exp2')) return
     const [x] = one.args
     let reads = false
@@ -299,7 +279,7 @@ function isBounded(x: Expr, bounded: ReadonlySet<string>): boolean {
       if (x.op === '+') return isBounded(x.a, bounded) && isBounded(x.b, bounded)
       return isBounded(x.a, bounded) && (x.op === '/' || isBounded(x.b, bounded))
     case 'call':
-      return x.fn === 'min' || x.fn === 'tanh' || x.fn === 'sigmoid' || x.fn === 'erf'
+      return ['min', 'tanh', 'sigmoid', 'erf', 'sin', 'cos'].includes(x.fn)
     case 'if':
       return isBounded(x.yes, bounded) && isBounded(x.no, bounded)
   }

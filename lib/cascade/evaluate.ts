@@ -88,6 +88,8 @@ const unary: Readonly<Record<Exclude<FunctionName, 'pow' | 'max' | 'min'>, (x: n
     sqrt: Math.sqrt,
     rsqrt: (x) => 1 / Math.sqrt(x),
     erf,
+    sin: Math.sin,
+    cos: Math.cos,
   }
 
 const identities: Readonly<Record<Reducer, number>> = {

@@ -29,6 +29,7 @@ export type {
   Split,
   Statement,
 } from './ir.js'
+export { definitions } from './library.js'
 export type { CompileOptions, Plan, PlanExplanation, Scalars } from './lower.js'
 export type { Machine, MachineName } from './machine.js'
 export type { PassStep, RankPasses } from './passes.js'

@@ -51,6 +51,8 @@ export type FunctionName =
   | 'sqrt'
   | 'rsqrt'
   | 'erf'
+  | 'sin'
+  | 'cos'
 
 /** @internal */
 export const reducers: readonly string[] = ['sum', 'max', 'min', 'prod', 'logsumexp']

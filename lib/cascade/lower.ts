@@ -1,12 +1,17 @@
 import { checkOptions, mustBe } from '../check.js'
 import { refuse } from '../errors.js'
 import { type AttentionOptions, attention } from '../ops/attention.js'
+import { sigmoid, silu } from '../ops/elementwise.js'
+import { glu } from '../ops/glu.js'
 import { lightning } from '../ops/lightning.js'
-import { merge, mergeDefinition } from '../ops/merge.js'
+import { linear } from '../ops/linear.js'
+import { merge } from '../ops/merge.js'
+import { norm } from '../ops/norm.js'
 import { checkTensor, type Tensor } from '../tensor.js'
 import { type Analysis, type AnalyzeOptions, analyze } from './analyze.js'
 import { broken } from './error.js'
 import { type CascadeIR, rankOf, type Statement, statementsOf } from './ir.js'
+import { definitions } from './library.js'
 import {
   type Atom,
   argument,
@@ -25,6 +30,7 @@ import {
   power,
   rankIn,
   type Term,
+  TooLarge,
   termOf,
   times,
 } from './normal.js'
@@ -492,21 +498,39 @@ function lightningOf(normal: Normal, ir: CascadeIR): Lowered {
 interface Fixed {
   operator: string
   text: string
-  run(inputs: readonly Tensor[]): readonly Tensor[]
+  run(inputs: readonly F32[], numbers: readonly number[]): readonly Tensor[]
 }
 
 const fixed: readonly Fixed[] = [
   {
     operator: 'merge',
-    text: mergeDefinition,
+    text: definitions.merge,
     run: ([lseA, lseB, outA, outB]) => {
       const { out, lse } = merge([
-        { out: outA as F32, lse: lseA as F32 },
-        { out: outB as F32, lse: lseB as F32 },
+        { out: outA!, lse: lseA! },
+        { out: outB!, lse: lseB! },
       ])
       return [out, lse]
     },
   },
+  {
+    operator: 'linear',
+    text: definitions.linear,
+    run: ([x, weight, bias]) => [linear(x!, weight!, { bias })],
+  },
+  {
+    operator: 'linear',
+    text: 'Y[n,o] = sum(i) X[n,i] * W[o,i]',
+    run: ([x, weight]) => [linear(x!, weight!)],
+  },
+  {
+    operator: 'norm',
+    text: definitions.norm,
+    run: ([x, weight], [eps]) => [norm(x!, weight, { eps })],
+  },
+  { operator: 'glu', text: definitions.glu, run: ([gate, up]) => [glu(gate!, up!)] },
+  { operator: 'silu', text: definitions.silu, run: ([x]) => [silu(x!)] },
+  { operator: 'sigmoid', text: definitions.sigmoid, run: ([x]) => [sigmoid(x!)] },
 ]
 
 // The outputs by their forms, with names in the order of the text
@@ -538,8 +562,11 @@ function fixedOf(_: Normal, ir: CascadeIR): Lowered {
   return {
     operator: found.operator,
     slots: {},
-    run({ tensors }) {
-      const results = found.run(ir.inputs.map((tensor) => tensors[tensor]!))
+    run({ tensors, scalars }) {
+      const results = found.run(
+        ir.inputs.map((tensor) => tensors[tensor] as F32),
+        ir.scalars.map((scalar) => numberOf(name(scalar), scalars)),
+      )
       return Object.fromEntries(ir.outputs.map((tensor, i) => [tensor, results[i]!]))
     },
   }
@@ -563,7 +590,7 @@ export function compile(ir: CascadeIR, options: CompileOptions): Plan {
   const before = plans.get(key)
   if (before) return before
   const refused: { operator: string; mismatch: Mismatch }[] = []
-  const normal = new Normal(ir)
+  const normal = normalOf(ir)
   for (const tensor of ir.outputs) {
     const found = normal.forms.get(tensor)
     const why = !found
@@ -590,6 +617,17 @@ export function compile(ir: CascadeIR, options: CompileOptions): Plan {
     }
   }
   throw refusal(ir, refused)
+}
+
+function normalOf(ir: CascadeIR): Normal {
+  try {
+    return new Normal(ir)
+  } catch (error) {
+    if (!(error instanceof TooLarge)) throw error
+    const [tensor] = ir.outputs as [string]
+    const text = 'no kernel takes this cascade; it computes far more than one operator does'
+    throw broken('CAS020', text, spanOf(ir, tensor), tensor)
+  }
 }
 
 function refusal(ir: CascadeIR, refused: readonly { operator: string; mismatch: Mismatch }[]) {

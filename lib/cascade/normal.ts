@@ -82,6 +82,10 @@ export type Condition = Common &
 type Bare<T> = T extends unknown ? Omit<T, keyof Common> : never
 
 const most = 64 // terms that a product is multiplied out to
+const longest = 4000 // key of a form; a text of a few lines can have one beyond memory
+
+/** @internal A form is far larger than any operator's. */
+export class TooLarge {}
 
 function unite(parts: readonly Pick<Common, 'free' | 'height'>[], bound: readonly string[] = []) {
   const free = new Set<string>()
@@ -103,6 +107,7 @@ export function formOf(terms: Iterable<Term>): Form {
       key === '' ? `${coefficient}` : coefficient === 1 ? key : `${coefficient} ${key}`,
     )
     .join(' + ')
+  if (key.length > longest) throw new TooLarge()
   const atoms = sorted.flatMap(({ factors }) => factors.map(({ atom }) => atom))
   return { terms: sorted, key: key || '0', ...unite(atoms) }
 }

@@ -41,6 +41,8 @@ const arity: Readonly<Record<FunctionName, number>> = {
   sqrt: 1,
   rsqrt: 1,
   erf: 1,
+  sin: 1,
+  cos: 1,
 }
 const isFunction = (name: string): name is FunctionName => Object.hasOwn(arity, name)
 

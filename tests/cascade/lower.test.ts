@@ -3,9 +3,12 @@ import {
   attentionDefinition,
   type Cascade,
   cascade,
+  definitions,
   explain,
+  type HeddleError,
   lightningDefinition,
   mergeDefinition,
+  norm,
   type Tensor,
   tensor,
 } from 'heddle'
@@ -251,6 +254,18 @@ describeDevices('compile', (device) => {
     close((await O!.read()) as Float32Array, whole as Float32Array, 'merge')
   })
 
+  it('finds a norm under other names', async () => {
+    const plan = cascade(`
+      Square[r] = sum(c) In[r,c] * In[r,c]
+      Out[r,c]  = Gain[c] * In[r,c] / sqrt(Square[r] / C + small)`).compile()
+    const [x, gain] = [
+      (await sample(rng, [5, 24], 'float32', device)).tensor as Tensor<'float32'>,
+      (await sample(rng, [24], 'float32', device)).tensor as Tensor<'float32'>,
+    ]
+    const { Out } = plan(x, gain, { small: 0.1 })
+    expect(await Out!.read()).toEqual(await norm(x, gain, { eps: 0.1 }).read())
+  })
+
   it('runs the kernel that the operator runs, which explain names', async () => {
     const q = (await sample(rng, [1, 128, 2, 64], 'bfloat16', device)).tensor
     const plan = cascade(attentionDefinition).compile()
@@ -273,6 +288,39 @@ describe('compile', () => {
     expect(best, 'microseconds a look').toBeLessThan(3)
   })
 
+  it('finds the operator of every definition that is one call', async () => {
+    const found: Record<string, string> = {}
+    for (const [operator, text] of Object.entries(definitions)) {
+      try {
+        found[operator] = cascade(text).compile().explain().operator
+      } catch (error) {
+        found[operator] = (error as HeddleError).code
+      }
+    }
+    expect(found).toEqual({
+      attention: 'attention',
+      'attention.backward': 'CAS021',
+      lightning: 'lightning',
+      'lightning.backward': 'CAS020',
+      'lightning.decode': 'lightning',
+      merge: 'merge',
+      linear: 'linear',
+      norm: 'norm',
+      rope: 'CAS020',
+      embed: 'CAS020',
+      glu: 'glu',
+      add: 'CAS020',
+      mul: 'CAS020',
+      silu: 'silu',
+      sigmoid: 'sigmoid',
+      probe: 'CAS020',
+      keep: 'CAS020',
+      streaming: 'CAS022',
+      minimax: 'CAS021',
+      transnormer: 'CAS020',
+    })
+  })
+
   const score = 'S[p,m] = sum(e) Q[p,e] * K[m,e]'
   const refused = (text: string) => failure(() => (cascade(text) as Cascade).compile())
   it.each([
@@ -293,6 +341,18 @@ describe('compile', () => {
     expect(error.message).toBe(`cascade: ${message}`)
     expect(error.code).toBe(code)
     expect(error.span).toBeDefined()
+  })
+
+  it('refuses what grows beyond bounds', async () => {
+    const double = Array.from(
+      { length: 20 },
+      (_, i) => `T${i + 1}[p] = T${i}[p] + T${i}[p+${2 ** i}]`,
+    )
+    const error = await refused(['T0[p] = X[p]', ...double].join('\n'))
+    expect(error.message).toBe(
+      'cascade: no kernel takes this cascade; it computes far more than one operator does',
+    )
+    expect(error.code).toBe('CAS020')
   })
 
   it('refuses several passes with the reasons and the rewrite', async () => {
