@@ -143,8 +143,13 @@ __global__ void __launch_bounds__(SplitTile<kD>::kThreads, 1)
       smem.v_empty[stage].init(4);
     }
     fence_barrier_init();
+    prefetch(gmem_k);
+    prefetch(gmem_v);
   }
   __syncthreads();
+  // a step is short, so what precedes the first look at memory runs under the end of what is before
+  let_next_begin();
+  await_previous();
 
   const SplitPlan<kKeys> plan{args};
   const int total = plan.total(lane);
@@ -152,10 +157,6 @@ __global__ void __launch_bounds__(SplitTile<kD>::kThreads, 1)
   const int ctas = min(static_cast<int>(gridDim.x), total);
 
   if (warp == 4) {
-    if (lane == 0) {
-      prefetch(gmem_k);
-      prefetch(gmem_v);
-    }
     const int cta = min(static_cast<int>(blockIdx.x), ctas);
     const int end = plan.begin(total, min(cta + 1, ctas), ctas);
     int at = plan.begin(total, cta, ctas);
@@ -517,7 +518,7 @@ template <DType kType, int kD> void launch_split(const SplitCall& call, cudaStre
                            args.box);
   };
   launch<split_sm90_kernel<kType, kD>>(
-      {call.processors, Shape::kThreads, sm90::shared_memory_bytes<SplitSmem<kD>>(), stream},
+      {call.processors, Shape::kThreads, sm90::shared_memory_bytes<SplitSmem<kD>>(), stream, true},
       map(call.k, call.d, call.k_strides), map(call.v, call.dv, call.v_strides), args);
 }
 
