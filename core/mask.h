@@ -113,16 +113,22 @@ struct MaskView {
     return seen;
   }
 
+  // Bit j is whether key t0 + j is named for all rows that have these lists, wherever they stand
+  HEDDLE_HD uint64_t common(const MaskRow& row, int64_t t0) const {
+    uint64_t named = row.blocks ? block_bits(row, t0) : 0;
+    if (row.columns) named |= bits_at(row.columns, token_words, t0);
+    if (sink_tokens > 0) named |= bit_range(-t0, sink_tokens - t0);
+    return named;
+  }
+
   // Bit j tells whether the row sees key t0 + j
   HEDDLE_HD uint64_t seen(const MaskRow& row, int64_t t0) const {
     const uint64_t inside = bit_range(row.begin - t0, row.end - t0);
     if (!inside) return 0;
-    uint64_t seen = row.blocks ? block_bits(row, t0) : 0;
-    if (row.columns) seen |= bits_at(row.columns, token_words, t0);
+    uint64_t seen = common(row, t0);
     if (row.diagonals)
       seen |= reverse_bits(bits_at(row.diagonals, token_words, row.position - t0 - 63));
     if (window > 0) seen |= bit_range(row.position - window + 1 - t0, row.position + 1 - t0);
-    if (sink_tokens > 0) seen |= bit_range(-t0, sink_tokens - t0);
     return seen & inside;
   }
 };

@@ -142,6 +142,8 @@ SplitCall hopper_call(const Attention& op, const CudaContext& context) {
   call.soft_cap = static_cast<float>(op.soft_cap);
   call.causal = op.causal;
   call.window = op.window;
+  call.masked = op.masked;
+  call.lists.mask = op.mask_view(call.sq, call.hq);
   call.slopes = floats(op.slopes);
   call.sink = floats(op.sink);
   call.slopes_stride = op.slopes.strides[0];
@@ -167,7 +169,6 @@ SplitCall hopper_call(const Attention& op, const CudaContext& context) {
 
 const char* declines_hopper(const Attention& op, const CudaContext& context) {
   if (context.arch != 90) return "the GPU must be of compute capability 9.0";
-  if (op.masked) return "mask must be left out";
   if (op.q.strides[3] != 1 || op.k.strides[3] != 1 || op.v.strides[3] != 1)
     return "q, k and v must be contiguous along d";
   return nullptr;
@@ -175,6 +176,7 @@ const char* declines_hopper(const Attention& op, const CudaContext& context) {
 
 const char* declines_split(const Attention& op, const CudaContext& context) {
   if (const char* reason = declines_hopper(op, context)) return reason;
+  if (op.masked) return "mask must be left out";
   return declines_split_sm90(hopper_call(op, context));
 }
 
@@ -198,6 +200,13 @@ const char* declines_forward(const Attention& op, const CudaContext& context) {
 void run_forward(const Attention& op, CudaContext& context) {
   SplitCall call = hopper_call(op, context);
   call.tickets = context.counters(2);
+  if (call.masked) {
+    const int64_t lists = size_lists_sm90(call), words = lists * call.lists.words;
+    call.lists.bits = context.scratch<UnitBits>(static_cast<size_t>(words * call.lists.warpgroups));
+    call.lists.counts = context.scratch<int>(static_cast<size_t>(lists));
+    list_units_sm90(call, lists, context.stream);
+    context.launched("attention_list_kernel");
+  }
   forward_sm90(call, context.stream);
   context.launched("forward_sm90_kernel");
 }

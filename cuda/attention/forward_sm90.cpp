@@ -25,11 +25,20 @@ template <DType kType, bool kMapped> void pick(const ForwardCall& call, cudaStre
   return launch_forward_sm90<kType, 256, 256, kMapped>(call, stream);
 }
 
+template <DType kType> void pick_listed(const ForwardCall& call, cudaStream_t stream) {
+  std::max(call.d, call.dv) <= 64 ? launch_forward_sm90<kType, 64, 64, false, true>(call, stream)
+                                  : launch_forward_sm90<kType, 128, 128, false, true>(call, stream);
+}
+
+// elsewhere the maximum is taken before scaling
+bool maps_scores(const ForwardCall& call) {
+  return call.soft_cap != 0 || call.slopes || !std::isnormal(call.scale) || call.scale <= 0 ||
+         call.scale >= 1e30f;
+}
+
 template <DType kType> void pick(const ForwardCall& call, cudaStream_t stream) {
-  // elsewhere the maximum is taken before scaling
-  const bool plain = call.soft_cap == 0 && !call.slopes && std::isnormal(call.scale) &&
-                     call.scale > 0 && call.scale < 1e30f;
-  plain ? pick<kType, false>(call, stream) : pick<kType, true>(call, stream);
+  if (call.masked) return pick_listed<kType>(call, stream);
+  maps_scores(call) ? pick<kType, true>(call, stream) : pick<kType, false>(call, stream);
 }
 
 }  // namespace
@@ -54,6 +63,9 @@ const char* declines_forward_sm90(const ForwardCall& call) {
   if (call.sq > kMost || call.sk > kMost ||
       call.sq / 64 + call.sequences + 1 > kMost / call.b / call.hq)
     return "q and k must have at most 2^30 rows and tiles";
+  if (call.masked && maps_scores(call))
+    return "softCap and slopes must be left out with a mask, and scale must be positive";
+  if (call.masked && std::max(call.d, call.dv) > 128) return "d must be at most 128 with a mask";
   return declines_addresses_sm90(call, call.b, call.sk);
 }
 

@@ -22,10 +22,14 @@
 // and the values of tile j - 1 are multiplied at the same time, and softmax of tile j runs under
 // the second product and under those of the other warpgroups, which take turns at issuing. Sizes
 // that are smaller than the tile's are filled with zeros by the copies.
+//
+// Under a mask a key tile is two units of 64 keys, the next two of the list that the tile of q has
+// (list_sm90.h). A warpgroup whose rows see neither passes them by, and one whose rows see all of
+// both masks nothing.
 namespace heddle {
 namespace {
 
-template <int kD, int kDv> struct ForwardTile {
+template <int kD, int kDv, bool kListed> struct ForwardTile {
   // exp2 bounds d = 64: a third warpgroup leaves fewer clocks in which no product runs
   static constexpr int kWarpgroups = kD == 64 ? 3 : 2;
   static constexpr int kQueries = 64 * kWarpgroups;
@@ -35,9 +39,10 @@ template <int kD, int kDv> struct ForwardTile {
   static constexpr int kBuffers = kD <= 128 ? 2 : 1;
   static constexpr int kStages = 2;
   static constexpr int kThreads = 128 * (kWarpgroups + 1);
-  // sums to the 512 registers per lane that a CTA has
-  static constexpr int kLoadRegisters = kWarpgroups == 3 ? 32 : 24;
-  static constexpr int kComputeRegisters = kWarpgroups == 3 ? 160 : 240;
+  // sums to the 512 registers per lane that a CTA has; a walk over a list takes some
+  static constexpr int kLoadRegisters = kWarpgroups == 3 ? (kListed ? 56 : 32) : kListed ? 40 : 24;
+  static constexpr int kComputeRegisters = (512 - kLoadRegisters) / kWarpgroups / 8 * 8;
+  static constexpr int kKeysOfBox = kListed ? kUnitKeys : kKeys;
 };
 
 constexpr int whole_panels(int columns) { return (columns + 63) / 64 * 64; }
@@ -48,16 +53,69 @@ struct ForwardWork {
   int head, batch;               // of q
   int q_begin, k_begin, sq, sk;  // where the sequence lies, and how long it is
   int key_end, key_tiles;        // key tiles key_end - key_tiles to key_end - 1 are visited
+  int sequence;                  // packed or not
 };
 
-template <int kD, int kDv> struct ForwardSmem {
-  using Shape = ForwardTile<kD, kDv>;
+// Two units of a list. A warpgroup has four bits of `seen`: any and listed of the first, then of
+// the second.
+struct UnitPair {
+  int unit[2];  // or -1
+  uint32_t seen;
+};
+
+// The units of a list from the last to the first, by the thread that loads
+template <int kWarpgroups> struct UnitWalk {
+  const UnitBits* next;  // behind the words that come after `ahead`
+  int words, word;       // words that are left behind `ahead`, and the number of `now`
+  uint32_t left;         // units of `now`
+  UnitBits now[kWarpgroups], ahead[kWarpgroups];
+
+  __device__ __forceinline__ UnitWalk(const UnitLists& lists, int64_t list)
+      : next(lists.bits + (list + 1) * lists.words * kWarpgroups),
+        words(lists.words),
+        word(lists.words),
+        left(0) {
+    fetch();
+  }
+
+  // A word is asked for while the one before it is walked
+  __device__ __forceinline__ void fetch() {
+    if (--words < 0) return;
+    next -= kWarpgroups;
+    for (int w = 0; w < kWarpgroups; ++w) ahead[w] = next[w];
+  }
+
+  __device__ __forceinline__ int take(uint32_t& seen, int slot) {
+    while (left == 0) {
+      if (word == 0) return -1;
+      --word;
+      for (int w = 0; w < kWarpgroups; ++w) left |= (now[w] = ahead[w]).any;
+      fetch();
+    }
+    const int bit = 31 - __clz(static_cast<int>(left));
+    left ^= 1u << bit;
+    for (int w = 0; w < kWarpgroups; ++w)
+      seen |= ((now[w].any >> bit & 1) | (now[w].listed >> bit & 1) << 1) << (4 * w + 2 * slot);
+    return word * 32 + bit;
+  }
+
+  __device__ __forceinline__ UnitPair pair() {
+    UnitPair pair{{}, 0};
+    pair.unit[0] = take(pair.seen, 0);
+    pair.unit[1] = take(pair.seen, 1);
+    return pair;
+  }
+};
+
+template <int kD, int kDv, bool kListed> struct ForwardSmem {
+  using Shape = ForwardTile<kD, kDv, kListed>;
   // out passes through q's buffer
   static constexpr int kWide = whole_panels(kD > kDv ? kD : kDv);
   sm90::Tile<Shape::kQueries, kWide> q[Shape::kBuffers];
   sm90::Tile<Shape::kKeys, whole_panels(kD)> k[Shape::kStages];
   sm90::Tile<Shape::kKeys, whole_panels(kDv)> v[Shape::kStages];
   ForwardWork work[Shape::kBuffers];
+  UnitPair pairs[Shape::kStages];
   sm90::Barrier q_full[Shape::kBuffers], q_empty[Shape::kBuffers];
   sm90::Barrier k_full[Shape::kStages], k_empty[Shape::kStages];
   sm90::Barrier v_full[Shape::kStages], v_empty[Shape::kStages];
@@ -84,6 +142,7 @@ struct ForwardArgs {
   Strides q_strides, k_strides, v_strides, out_strides;
   float* lse;  // [b, hq, sq]
   int* tickets;
+  UnitLists lists;
 };
 
 // Which tile has which number. Inside of a section tiles go from the last rows to the first, which
@@ -100,7 +159,7 @@ template <int kQueries> struct ForwardOrder {
 
   // Only with increasing numbers. A row of -1 means that there are no more.
   __device__ __forceinline__ ForwardWork at(int index) {
-    ForwardWork work{-1, 0, 0, 0, 0, args.sq, args.sk, 0, 0};
+    ForwardWork work{-1, 0, 0, 0, 0, args.sq, args.sk, 0, 0, 0};
     if (index >= args.tiles) return work;
     int row_tile;
     if (args.cu_seqlens_q) {
@@ -114,6 +173,7 @@ template <int kQueries> struct ForwardOrder {
         if (tile < tiles_before + tiles_here) break;
       }
       if (sequence == args.sequences) return work;
+      work.sequence = sequence;
       row_tile = tiles_before + tiles_here - 1 - tile;
       work.k_begin = offset(args.cu_seqlens_k, args.cu_k_stride, sequence, args.sk);
       work.sk =
@@ -125,7 +185,7 @@ template <int kQueries> struct ForwardOrder {
       const int pair = section * args.section + inside % width;
       row_tile = args.row_tiles - 1 - inside / width;
       work.head = pair % args.hq;
-      work.batch = pair / args.hq;
+      work.batch = work.sequence = pair / args.hq;
       if (args.cache_seqlens)
         work.sk = min(max(args.cache_seqlens[work.batch * args.cache_stride], 0), args.sk);
     }
@@ -143,19 +203,24 @@ struct KeyRows {
   }
 };
 
-template <DType kType, int kD, int kDv, bool kMapped>
-__global__ void __launch_bounds__((ForwardTile<kD, kDv>::kThreads), 1)
+template <DType kType, int kD, int kDv, bool kMapped, bool kListed>
+__global__ void __launch_bounds__((ForwardTile<kD, kDv, kListed>::kThreads), 1)
     forward_sm90_kernel(const __grid_constant__ sm90::TensorMap gmem_q,
                         const __grid_constant__ sm90::TensorMap gmem_k,
                         const __grid_constant__ sm90::TensorMap gmem_v,
                         const __grid_constant__ sm90::TensorMap gmem_out, const ForwardArgs args) {
   using namespace sm90;
-  using Shape = ForwardTile<kD, kDv>;
+  using Shape = ForwardTile<kD, kDv, kListed>;
   constexpr int kQueries = Shape::kQueries, kKeys = Shape::kKeys, kStages = Shape::kStages;
   constexpr int kBuffers = Shape::kBuffers, kWarpgroups = Shape::kWarpgroups;
-  auto& smem = shared_memory<ForwardSmem<kD, kDv>>();
+  auto& smem = shared_memory<ForwardSmem<kD, kDv, kListed>>();
   // the same in all lanes, which the compiler cannot know of threadIdx
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
+  auto list_of = [&](const ForwardWork& work) {
+    const int64_t first =
+        args.cu_seqlens_q ? args.lists.first_tile(work.q_begin, work.sequence) : 0;
+    return args.lists.index(work.batch, work.head, first + work.row / kQueries);
+  };
 
   if (threadIdx.x == 0) {
     for (int buffer = 0; buffer < kBuffers; ++buffer) {
@@ -190,14 +255,24 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv>::kThreads), 1)
         work.key_end = max((seen + kKeys - 1) / kKeys, 1);
         // a tile that sees no key visits one all the same, fully masked
         work.key_tiles = max(work.key_end - first, 1);
+        const int64_t list = kListed ? list_of(work) : 0;
+        UnitWalk<kWarpgroups> walk(args.lists, list);
+        if (kListed) work.key_tiles = max((args.lists.counts[list] + 1) / 2, 1);
         const int kv_head = work.head / args.group;
         auto load = [&](auto& tiles, Barrier* full, Barrier* empty, const TensorMap& map, int j) {
           const Turn<kStages> turn(loaded + j);
+          Barrier& arrived = full[turn.stage];
           empty[turn.stage].wait(turn.parity ^ 1);
-          full[turn.stage].arrive_expect(tiles[0].kBytes);
-          tiles[turn.stage].load(map, full[turn.stage],
-                                 work.k_begin + (work.key_end - 1 - j) * kKeys, kv_head, work.batch,
-                                 Keep::kLong);
+          // units are those that k came with
+          if (kListed && full == smem.k_full) smem.pairs[turn.stage] = walk.pair();
+          arrived.arrive_expect(tiles[0].kBytes);
+          for (int to = 0; to < kKeys; to += Shape::kKeysOfBox) {
+            const int unit = kListed ? smem.pairs[turn.stage].unit[to / kUnitKeys] : 0;
+            const int row = !kListed   ? work.k_begin + (work.key_end - 1 - j) * kKeys
+                            : unit < 0 ? args.sk  // zeros
+                                       : work.k_begin + unit * kUnitKeys;
+            tiles[turn.stage].load(map, arrived, row, kv_head, work.batch, Keep::kLong, to);
+          }
         };
         auto load_k = [&](int j) { load(smem.k, smem.k_full, smem.k_empty, gmem_k, j); };
         auto load_v = [&](int j) { load(smem.v, smem.v_full, smem.v_empty, gmem_v, j); };
@@ -266,6 +341,28 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv>::kThreads), 1)
     if (masked) mask_scores(acc_s, bounds, key, args.window, lane);
     return rows.update(acc_s, to_log2);
   };
+  // What row `row` of a sequence sees under the mask
+  auto mask_row = [&](const ForwardWork& work, int row) {
+    const UnitRows all{work.batch, work.sequence, work.q_begin, work.head,
+                       work.sq,    work.sk,       args.causal,  args.cu_seqlens_q != nullptr};
+    return all.row(args.lists.mask, min(row, work.sq - 1));
+  };
+  // Which keys of a pair of units this thread's two rows see, as mask_scores takes them
+  auto look = [&](const ForwardWork& work, const UnitPair& pair, uint32_t seen,
+                  uint64_t(&words)[2][2]) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const uint32_t its = seen >> 2 * i & 3;
+        const int row = work.row + own_row + lane / 4 + 8 * r, key = pair.unit[i] * kUnitKeys;
+        words[r][i] = (its == 0   ? 0
+                       : its & 2u ? bit_range(0, bounds.until[r] - key)
+                                  : args.lists.mask.seen(mask_row(work, row), key)) >>
+                      lane % 4 * 2;
+      }
+    }
+  };
   // accumulators of 16 keys, packed in order, are an operand A
   auto pack_weights = [&] {
 #pragma unroll
@@ -285,7 +382,8 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv>::kThreads), 1)
   // don't silence what is not a number
   auto clear_beyond = [&](uint32_t stage, int rows) {
     constexpr int kPieces = whole_panels(kDv) / 8;
-    for (int i = threadIdx.x - 128; i < (kKeys - rows) * kPieces; i += 128 * kWarpgroups)
+    for (int i = threadIdx.x - 128; i < (Shape::kKeysOfBox - rows) * kPieces;
+         i += 128 * kWarpgroups)
       store_zero(smem.v[stage].address(rows + i / kPieces, i % kPieces * 8));
     fence_async_smem();
     named_barrier_sync(4, 128 * kWarpgroups);
@@ -304,7 +402,9 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv>::kThreads), 1)
     attend_seen<kType>(
         values, base(args.q, args.q_strides, work.head, work.q_begin + row),
         rows_of(args.k, args.k_strides), rows_of(args.v, args.v_strides), args.d, args.dv,
-        args.window ? max(at - args.window + 1, 0) : 0, min(work.sk, at + 1),
+        args.window ? max(at - args.window + 1, 0) : 0,
+        args.causal ? min(work.sk, at + 1) : work.sk,
+        [&](int key) { return !kListed || (args.lists.mask.seen(mask_row(work, row), key) & 1); },
         [&](float product, int key) {
           return kMapped ? map(product, key - at) : product * args.scale_log2;
         },
@@ -348,7 +448,12 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv>::kThreads), 1)
 #pragma unroll
     for (int i = 0; i < kDv / 2; ++i) acc_o[i] = 0;
 
-    auto step = [&](int j, bool masked) {
+    auto shrink_values = [&] {
+#pragma unroll
+      for (int i = 0; i < kDv / 2; ++i) acc_o[i] *= rows.shrink[i / 2 % 2];
+    };
+    // `soften` makes weights of the scores and says whether sums of before have to shrink
+    auto step = [&](int j, const auto& soften) {
       const Turn<kStages> k = stage_of(j), v = stage_of(j - 1);
       smem.k_full[k.stage].wait(k.parity);
       await_turn();
@@ -358,47 +463,99 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv>::kThreads), 1)
       pass_turn();
       wgmma_wait<1>(acc_s);
       release(smem.k_empty[k.stage]);
-      const bool moved = softmax(key_of(j), masked);
+      const bool moved = soften();
       wgmma_wait<0>(acc_o);
       release(smem.v_empty[v.stage]);
       pack_weights();
-      if (moved) {
-#pragma unroll
-        for (int i = 0; i < kDv / 2; ++i) acc_o[i] *= rows.shrink[i / 2 % 2];
-      }
+      if (moved) shrink_values();
     };
 
-    const Turn<kStages> k = stage_of(0);
-    smem.k_full[k.stage].wait(k.parity);
-    issue_scores(k.stage, q.stage);
-    wgmma_wait<0>(acc_s);
-    release(smem.k_empty[k.stage]);
-    softmax(key_of(0), true);
-    pack_weights();
-    if (kBuffers > 1 && visit > 0) release_q(visit - 1);
-    if (args.cu_seqlens_q || args.cache_seqlens) {
-      const int left = max(work.sk - key_of(0), 0);
+    auto first = [&](int j, const auto& soften) {
+      const Turn<kStages> k = stage_of(j);
+      smem.k_full[k.stage].wait(k.parity);
+      issue_scores(k.stage, q.stage);
+      wgmma_wait<0>(acc_s);
+      release(smem.k_empty[k.stage]);
+      const bool moved = soften();
+      pack_weights();
+      return moved;
+    };
+    auto last = [&](int j) {
+      const Turn<kStages> v = stage_of(j);
+      smem.v_full[v.stage].wait(v.parity);
+      issue_values(v.stage);
+      wgmma_wait<0>(acc_o);
+      release(smem.v_empty[v.stage]);
+    };
+    auto clear_tail = [&](int key) {
+      if (!args.cu_seqlens_q && !args.cache_seqlens) return;
+      const int left = max(work.sk - key, 0);
       const Turn<kStages> v = stage_of(0);
       smem.v_full[v.stage].wait(v.parity);
-      if (left < kKeys) clear_beyond(v.stage, left);
-    }
-    // key tiles that the first row sees whole, and where the last row's window begins
-    const int whole_end = (args.causal ? max(work.row + diagonal + 1, 0) : work.sk) / kKeys;
-    const int whole_begin =
-        args.window ? max(work.row + kQueries + diagonal - args.window + kKeys - 1, 0) / kKeys : 0;
-    int j = 1;
-#pragma unroll 1
-    for (; j < key_tiles && key_end - 1 - j >= whole_end; ++j) step(j, true);
-#pragma unroll 1
-    for (; j < key_tiles && key_end - 1 - j >= whole_begin; ++j) step(j, false);
-#pragma unroll 1
-    for (; j < key_tiles; ++j) step(j, true);
+      if (left < Shape::kKeysOfBox) clear_beyond(v.stage, left);
+    };
 
-    const Turn<kStages> v = stage_of(key_tiles - 1);
-    smem.v_full[v.stage].wait(v.parity);
-    issue_values(v.stage);
-    wgmma_wait<0>(acc_o);
-    release(smem.v_empty[v.stage]);
+    if constexpr (kListed) {
+      // keys that the first row of this warpgroup sees, if the lists name them
+      const int whole_end =
+          args.causal ? min(work.row + own * 64 + diagonal + 1, work.sk) : work.sk;
+      bool pending = false;  // weights of tile j - 1
+#pragma unroll 1
+      for (int j = 0; j < key_tiles; ++j) {
+        const Turn<kStages> stage = stage_of(j);
+        smem.k_full[stage.stage].wait(stage.parity);
+        const UnitPair pair = smem.pairs[stage.stage];
+        const uint32_t seen = __shfl_sync(~0u, pair.seen >> 4 * own & 15, 0);
+        const bool masked = (seen & 10) != 10 || (pair.unit[0] + 1) * kUnitKeys > whole_end;
+        uint64_t words[2][2];
+        // before there are scores, whose registers it takes
+        if (masked) look(work, pair, seen, words);
+        const auto soften = [&] {
+          if (masked) mask_scores(acc_s, words);
+          return rows.update(acc_s, to_log2);
+        };
+        // only the last units of a list can reach beyond the end of a sequence
+        if (j == 0) clear_tail(pair.unit[0] * kUnitKeys);
+        if (pending && (seen & 5)) {
+          step(j, soften);
+        } else {
+          if (pending) last(j - 1);
+          if (j > 0) await_turn();
+          if (j > 0) pass_turn();
+          if (seen & 5) {
+            if (first(j, soften)) shrink_values();
+          } else {
+            release(smem.k_empty[stage.stage]);
+            // before that, stage j - 2 may not have been given back by all
+            smem.v_full[stage.stage].wait(stage.parity);
+            release(smem.v_empty[stage.stage]);
+          }
+        }
+        pending = seen & 5;
+        if (j == 0 && kBuffers > 1 && visit > 0) release_q(visit - 1);
+      }
+      if (pending) last(key_tiles - 1);
+    } else {
+      const auto soften = [&](int j, bool masked) {
+        return [&, j, masked] { return softmax(key_of(j), masked); };
+      };
+      first(0, soften(0, true));
+      if (kBuffers > 1 && visit > 0) release_q(visit - 1);
+      clear_tail(key_of(0));
+      // key tiles that the first row sees whole, and where the last row's window begins
+      const int whole_end = (args.causal ? max(work.row + diagonal + 1, 0) : work.sk) / kKeys;
+      const int whole_begin =
+          args.window ? max(work.row + kQueries + diagonal - args.window + kKeys - 1, 0) / kKeys
+                      : 0;
+      int j = 1;
+#pragma unroll 1
+      for (; j < key_tiles && key_end - 1 - j >= whole_end; ++j) step(j, soften(j, true));
+#pragma unroll 1
+      for (; j < key_tiles && key_end - 1 - j >= whole_begin; ++j) step(j, soften(j, false));
+#pragma unroll 1
+      for (; j < key_tiles; ++j) step(j, soften(j, true));
+      last(key_tiles - 1);
+    }
     used += key_tiles;
 
     const int64_t lse_row =
@@ -420,7 +577,7 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv>::kThreads), 1)
         acc_o[i + 1] = end.factor == 0 ? 0 : acc_o[i + 1] * end.factor;
         total += acc_o[i] + acc_o[i + 1];
       }
-      poisoned[r] = args.causal && total != total && row + 8 * r < work.sq;
+      poisoned[r] = (kListed || args.causal) && total != total && row + 8 * r < work.sq;
       poisoned[r] |= __shfl_xor_sync(~0u, poisoned[r], 1);
       poisoned[r] |= __shfl_xor_sync(~0u, poisoned[r], 2);
     }
@@ -465,9 +622,9 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv>::kThreads), 1)
   if (thread == 0) wait_copies_read<0>();
 }
 
-template <DType kType, int kD, int kDv, bool kMapped>
+template <DType kType, int kD, int kDv, bool kMapped, bool kListed>
 void launch_forward(const ForwardCall& call, cudaStream_t stream) {
-  using Shape = ForwardTile<kD, kDv>;
+  using Shape = ForwardTile<kD, kDv, kListed>;
   const auto map = [&](const void* data, int64_t d, int64_t s, int64_t h, const Strides& strides,
                        int rows) {
     return make_tensor_map(kType, data, {d, s, h, call.b, strides.row, strides.head, strides.batch},
@@ -518,20 +675,21 @@ void launch_forward(const ForwardCall& call, cudaStream_t stream) {
   args.out_strides = call.out_strides;
   args.lse = call.lse;
   args.tickets = call.tickets;
-  launch<forward_sm90_kernel<kType, kD, kDv, kMapped>>(
+  args.lists = call.lists;
+  launch<forward_sm90_kernel<kType, kD, kDv, kMapped, kListed>>(
       {static_cast<int>(std::min<int64_t>(tiles, call.processors)), Shape::kThreads,
-       sm90::shared_memory_bytes<ForwardSmem<kD, kDv>>(), stream},
+       sm90::shared_memory_bytes<ForwardSmem<kD, kDv, kListed>>(), stream},
       map(call.q, call.d, call.sq, call.hq, call.q_strides, Shape::kQueries),
-      map(call.k, call.d, call.sk, call.hk, call.k_strides, Shape::kKeys),
-      map(call.v, call.dv, call.sk, call.hk, call.v_strides, Shape::kKeys),
+      map(call.k, call.d, call.sk, call.hk, call.k_strides, Shape::kKeysOfBox),
+      map(call.v, call.dv, call.sk, call.hk, call.v_strides, Shape::kKeysOfBox),
       map(call.out, call.dv, call.sq, call.hq, call.out_strides, 64), args);
 }
 
 }  // namespace
 
-template <DType kType, int kD, int kDv, bool kMapped>
+template <DType kType, int kD, int kDv, bool kMapped, bool kListed>
 void launch_forward_sm90(const ForwardCall& call, cudaStream_t stream) {
-  launch_forward<kType, kD, kDv, kMapped>(call, stream);
+  launch_forward<kType, kD, kDv, kMapped, kListed>(call, stream);
 }
 
 }  // namespace heddle

@@ -1,6 +1,7 @@
 #pragma once
 #include <cstdint>
 
+#include "attention/list_sm90.h"
 #include "common/launch.h"
 #include "core/dtype.h"
 
@@ -27,12 +28,28 @@ struct ForwardCall {
   int64_t cu_q_stride, cu_k_stride, sequences;
   const int32_t* cache_seqlens;  // [b] or null: keys in use
   int64_t cache_stride;
-  int processors;  // multiprocessors, each of which runs one CTA
-  int* tickets;    // two counters at zero, which the kernel leaves at zero
+  bool masked;      // by `lists.mask`
+  UnitLists lists;  // sized by size_lists_sm90
+  int processors;   // multiprocessors, each of which runs one CTA
+  int* tickets;     // two counters at zero, which the kernel leaves at zero
 };
 
 // Softmax attention on Hopper's matrix instructions, for calls that are not declined
 void forward_sm90(const ForwardCall& call, cudaStream_t stream);
+
+// Sets the sizes of a masked call's lists and returns how many there are
+inline int64_t size_lists_sm90(ForwardCall& call) {
+  UnitLists& lists = call.lists;
+  lists.warpgroups = call.d <= 64 && call.dv <= 64 ? 3 : 2;
+  const int64_t rows = 64 * lists.warpgroups;
+  lists.tiles = static_cast<int>(call.cu_seqlens_q ? call.sq / rows + call.sequences
+                                                   : (call.sq + rows - 1) / rows);
+  lists.words = static_cast<int>((call.sk + 32 * kUnitKeys - 1) / (32 * kUnitKeys));
+  return call.b * lists.mask.heads * lists.tiles;
+}
+
+// Enqueues what writes so many lists, before a masked call
+void list_units_sm90(const ForwardCall& call, int64_t count, cudaStream_t stream);
 
 // Why it cannot take a call, or null
 const char* declines_forward_sm90(const ForwardCall& call);
@@ -41,8 +58,8 @@ const char* declines_forward_sm90(const ForwardCall& call);
 const char* declines_addresses_sm90(const ForwardCall& call, int64_t blocks, int64_t rows);
 
 // What forward_sm90 picks from, one instantiation file each. `kMapped` scores pass through softCap
-// and slopes, or a scale that is not positive.
-template <DType kType, int kD, int kDv, bool kMapped>
+// and slopes, or a scale that is not positive. `kListed` keys come from lists.
+template <DType kType, int kD, int kDv, bool kMapped, bool kListed = false>
 void launch_forward_sm90(const ForwardCall& call, cudaStream_t stream);
 
 }  // namespace heddle

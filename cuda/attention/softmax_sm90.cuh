@@ -63,6 +63,21 @@ __device__ __forceinline__ void mask_scores(float (&acc)[kScores], const RowBoun
   }
 }
 
+// Scores of two units of 64 keys that begin at `key[0]` and `key[1]`: bit i % 64 of word i / 64 of
+// a row tells whether it sees key i, counted from this lane's first column on
+template <int kScores>
+__device__ __forceinline__ void mask_scores(float (&acc)[kScores], const uint64_t (&seen)[2][2]) {
+  static_assert(kScores == 64);
+#pragma unroll
+  for (int r = 0; r < 2; ++r)
+#pragma unroll
+    for (int i = 2 * r; i < kScores; i += 4) {
+      const uint64_t word = seen[r][i / 32] >> i % 32 / 4 * 8;
+      if (!(word & 1)) acc[i] = -INFINITY;
+      if (!(word & 2)) acc[i + 1] = -INFINITY;
+    }
+}
+
 // The softmax of a thread's two rows so far
 struct RowSoftmax {
   float row_max[2], row_sum[2];
@@ -134,16 +149,17 @@ struct RowEnd {
 };
 
 // Values of columns lane, lane + 32, ... of one row, by a warp and from the keys alone that the row
-// sees. Slow, and only for rows that came out as no number: a weight of zero doesn't silence a
-// masked value that is none. `key_at` and `value_at` give the rows of k and v.
-template <DType kType, int kColumns, class Rows, class Score>
+// sees: those from `begin` to below `end` of which `sees` is true. Slow, and only for rows that
+// came out as no number: a weight of zero doesn't silence a masked value that is none. `key_at` and
+// `value_at` give the rows of k and v.
+template <DType kType, int kColumns, class Rows, class Sees, class Score>
 __device__ __forceinline__ void attend_seen(float (&values)[kColumns], const uint16_t* q,
                                             const Rows& key_at, const Rows& value_at, int d, int dv,
-                                            int begin, int end, const Score& score_log2,
-                                            float lse_log2, int lane) {
+                                            int begin, int end, const Sees& sees,
+                                            const Score& score_log2, float lse_log2, int lane) {
   for (int key = begin; key < end; key += 32) {
-    float weight = 0;
-    if (key + lane < end) {
+    float weight = -1;  // of keys that are not seen
+    if (key + lane < end && sees(key + lane)) {
       const uint16_t* k = key_at(key + lane);
       float product = 0;
       for (int e = 0; e < d; ++e) product = fmaf(unpack<kType>(q[e]), unpack<kType>(k[e]), product);
@@ -151,6 +167,7 @@ __device__ __forceinline__ void attend_seen(float (&values)[kColumns], const uin
     }
     for (int i = 0; i < min(32, end - key); ++i) {
       const float shared = __shfl_sync(~0u, weight, i);
+      if (shared < 0) continue;
       const uint16_t* v = value_at(key + i);
 #pragma unroll
       for (int c = 0; c < kColumns; ++c)

@@ -456,6 +456,7 @@ __global__ void __launch_bounds__(SplitTile<kD>::kThreads, 1)
             values, q_of(mine), SplitRows{args, args.k, args.k_strides, work.batch, work.kv_head},
             SplitRows{args, args.v, args.v_strides, work.batch, work.kv_head}, args.d, args.dv,
             args.window ? max(position - args.window + 1, 0) : 0, min(work.sk, position + 1),
+            [](int) { return true; },
             [&](float product, int key) {
               return mapped ? its_map(product, key - position) : product * args.scale_log2;
             },

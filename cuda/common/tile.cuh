@@ -17,12 +17,12 @@ template <int kRows, int kColumns> struct alignas(1024) Tile {
     return bytes + column / 64 * kPanelBytes;
   }
 
-  // One thread; `full` has to expect kBytes
+  // One thread, from row `to` of the tile on; `full` has to expect kBytes of all loads
   __device__ __forceinline__ void load(const TensorMap& map, Barrier& full, int row, int head,
-                                       int batch, Keep keep) {
+                                       int batch, Keep keep, int to = 0) {
 #pragma unroll
     for (int column = 0; column < kColumns; column += 64)
-      copy_to_smem(panel(column), map, full, column, row, head, batch, keep);
+      copy_to_smem(panel(column) + to * 128, map, full, column, row, head, batch, keep);
   }
 
   // Rows are M or N, columns are reduced: the operand that starts at row `row` and column `k`

@@ -15,6 +15,15 @@ struct Sequence {
   int64_t sq, sk;
 };
 
+// A random mask of a case
+struct CaseMask {
+  int64_t block_q = 0, block_k = 0, heads = 1;
+  int percent = 0;  // of the blocks are listed
+  int64_t window = 0, sink_tokens = 0;
+  int columns = 0, diagonals = 0;  // so many of each head
+  int64_t document = 0;            // its tokens, or 0
+};
+
 struct Case {
   int64_t b, sq, sk, hq, hk;
   bool causal = false;
@@ -26,7 +35,64 @@ struct Case {
   int processors = 1;
   int64_t poisoned = -1;  // this key and its value are not numbers
   int64_t page_size = 0;  // k and v lie in pages of this size
+  CaseMask mask = {};     // with block_q
 };
+
+// The lists of a mask as sets of bits, and the same as a table of bools
+struct MaskBits {
+  int64_t words;
+  std::vector<bool> table;  // [lines, 32 * words]
+  std::vector<int32_t> bits;
+
+  MaskBits(int64_t lines, int64_t columns)
+      : words((columns + 31) / 32),
+        table(static_cast<size_t>(lines * words * 32)),
+        bits(static_cast<size_t>(lines * words)) {}
+  void set(int64_t line, int64_t column) {
+    table[static_cast<size_t>(line * words * 32 + column)] = true;
+    bits[static_cast<size_t>(line * words + column / 32)] |=
+        static_cast<int32_t>(1u << column % 32);
+  }
+  bool get(int64_t line, int64_t column) const {
+    return column >= 0 && column < words * 32 &&
+           table[static_cast<size_t>(line * words * 32 + column)];
+  }
+};
+
+// What the kernel that writes lists does on a GPU
+inline void list_units(const ForwardCall& call, int64_t count) {
+  const UnitLists& lists = call.lists;
+  for (int64_t list = 0; list < count; ++list) {
+    const int64_t pair = list / lists.tiles, heads = lists.mask.heads;
+    UnitRows rows{pair / heads, pair / heads, 0,           pair % heads * (lists.mask.hq / heads),
+                  call.sq,      call.sk,      call.causal, call.cu_seqlens_q != nullptr};
+    int64_t tile = list % lists.tiles;
+    if (rows.packed) {
+      rows.sequence = call.sequences - 1;
+      while (lists.first_tile(call.cu_seqlens_q[rows.sequence], rows.sequence) > tile)
+        --rows.sequence;
+      rows.q_begin = call.cu_seqlens_q[rows.sequence];
+      rows.sq = call.cu_seqlens_q[rows.sequence + 1] - rows.q_begin;
+      rows.sk = call.cu_seqlens_k[rows.sequence + 1] - call.cu_seqlens_k[rows.sequence];
+      tile -= lists.first_tile(rows.q_begin, rows.sequence);
+    } else if (call.cache_seqlens) {
+      rows.sk = call.cache_seqlens[rows.batch];
+    }
+    lists.counts[list] = 0;
+    for (int64_t unit = 0; unit < 32 * lists.words; ++unit) {
+      bool visited = false;
+      for (int w = 0; w < lists.warpgroups; ++w) {
+        UnitBits& bits = lists.bits[(list * lists.words + unit / 32) * lists.warpgroups + w];
+        if (unit % 32 == 0) bits = {};
+        const UnitLook look = look_at_unit(lists, rows, tile, w, unit);
+        bits.any |= static_cast<uint32_t>(look.any) << unit % 32;
+        bits.listed |= static_cast<uint32_t>(look.listed) << unit % 32;
+        visited |= look.any;
+      }
+      lists.counts[list] += visited;
+    }
+  }
+}
 
 // One more row and head than the kernel may touch, all of it NaN
 template <DType kType> struct HeadArray {
@@ -145,6 +211,74 @@ double check(const Case& c, int64_t d, int64_t dv, emulator::Random& random,
     call.pages = blocks;
     call.page_size = c.page_size;
   }
+  const CaseMask& m = c.mask;
+  const int64_t block_q = std::max<int64_t>(m.block_q, 1),
+                block_k = std::max<int64_t>(m.block_k, 1);
+  const int64_t block_rows_each = c.packed.empty()
+                                      ? (c.sq + block_q - 1) / block_q
+                                      : c.sq / block_q + static_cast<int64_t>(c.packed.size());
+  const int64_t lines = (c.packed.empty() ? c.b : static_cast<int64_t>(c.packed.size())) * m.heads;
+  MaskBits blocks_set(c.b * m.heads * block_rows_each, (c.sk + block_k - 1) / block_k),
+      columns_set(lines, c.sk), diagonals_set(lines, c.sk);
+  std::vector<int32_t> bounds;
+  std::vector<UnitBits> unit_bits;
+  std::vector<int> unit_counts;
+  if (m.block_q) {
+    for (int64_t line = 0; line < c.b * m.heads * block_rows_each; ++line)
+      for (int64_t column = 0; column < (c.sk + block_k - 1) / block_k; ++column)
+        if (random.below(100) < static_cast<uint32_t>(m.percent)) blocks_set.set(line, column);
+    for (int64_t line = 0; line < lines; ++line) {
+      for (int i = 0; i < m.columns; ++i)
+        columns_set.set(line, random.below(static_cast<uint32_t>(c.sk)));
+      for (int i = 0; i < m.diagonals; ++i)
+        diagonals_set.set(line, random.below(static_cast<uint32_t>(c.sk)));
+    }
+    for (int64_t i = 0; m.document && i < c.b * c.sq; ++i) {
+      const int64_t begin = (c.sk - c.sq + i % c.sq) / m.document * m.document;
+      bounds.push_back(static_cast<int32_t>(begin));
+      bounds.push_back(static_cast<int32_t>(begin + m.document));
+    }
+    call.masked = true;
+    MaskView& view = call.lists.mask;
+    view.blocks = m.percent ? blocks_set.bits.data() : nullptr;
+    view.columns = m.columns ? columns_set.bits.data() : nullptr;
+    view.diagonals = m.diagonals ? diagonals_set.bits.data() : nullptr;
+    view.bounds = m.document ? bounds.data() : nullptr;
+    view.heads = m.heads;
+    view.block_rows = block_rows_each;
+    view.block_words = blocks_set.words;
+    view.token_words = columns_set.words;
+    view.hq = c.hq;
+    view.sq = c.sq;
+    view.block_q = m.block_q;
+    view.window = m.window;
+    view.sink_tokens = m.sink_tokens;
+    while (1 << view.block_k_log2 < m.block_k) ++view.block_k_log2;
+    const int64_t count = size_lists_sm90(call);
+    unit_bits.resize(static_cast<size_t>(count * call.lists.words * call.lists.warpgroups));
+    unit_counts.resize(static_cast<size_t>(count));
+    call.lists.bits = unit_bits.data();
+    call.lists.counts = unit_counts.data();
+    list_units(call, count);
+  }
+  const auto sees = [&](int64_t sequence, int64_t q0, int64_t h, int64_t i, int64_t position,
+                        int64_t t) {
+    if (!m.block_q) return true;
+    const int64_t batch = c.packed.empty() ? sequence : 0, own = h / (c.hq / m.heads);
+    const int64_t first = c.packed.empty() ? 0 : q0 / block_q + sequence;
+    if (m.document) {
+      const int64_t at = 2 * (batch * c.sq + q0 + i);
+      if (t < bounds[static_cast<size_t>(at)] || t >= bounds[static_cast<size_t>(at + 1)])
+        return false;
+    }
+    const int64_t line = sequence * m.heads + own;
+    return (m.percent &&
+            blocks_set.get((batch * m.heads + own) * block_rows_each + first + i / block_q,
+                           t / block_k)) ||
+           (m.columns && columns_set.get(line, t)) ||
+           (m.diagonals && diagonals_set.get(line, position - t)) ||
+           (t <= position && t > position - m.window) || t < m.sink_tokens;
+  };
   // what is not written must not be read
   std::vector<float> part_out(static_cast<size_t>(2 * c.processors * kSplitRows * dv), NAN);
   std::vector<float2> part_state(static_cast<size_t>(2 * c.processors * kSplitRows), {NAN, NAN});
@@ -164,7 +298,8 @@ double check(const Case& c, int64_t d, int64_t dv, emulator::Random& random,
     // otherwise NaN counts as wrong
     worst = error <= worst ? worst : std::isnan(error) ? INFINITY : error;
   };
-  const auto judge_sequence = [&](int64_t b, int64_t q0, int64_t sq, int64_t k0, int64_t sk) {
+  const auto judge_sequence = [&](int64_t b, int64_t sequence, int64_t q0, int64_t sq, int64_t k0,
+                                  int64_t sk) {
     for (int64_t h = 0; h < c.hq; ++h)
       for (int64_t i = 0; i < sq; ++i) {
         const int64_t position = i + sk - sq, head = h / (c.hq / c.hk);
@@ -172,8 +307,11 @@ double check(const Case& c, int64_t d, int64_t dv, emulator::Random& random,
         const int64_t until = ends ? std::clamp<int64_t>(position + 1, 0, sk) : sk;
         const int64_t from = c.window ? std::max<int64_t>(position - c.window + 1, 0) : 0;
         std::vector<double> weights;
+        std::vector<int64_t> keys;
         double top = c.sink ? sink[size_t(h)] : -INFINITY;
         for (int64_t t = from; t < until; ++t) {
+          if (!sees(sequence, q0, h, i, position, t)) continue;
+          keys.push_back(t);
           double score = 0;
           for (int64_t e = 0; e < d; ++e)
             score += double{q.value(b, q0 + i, h, e)} *
@@ -193,9 +331,7 @@ double check(const Case& c, int64_t d, int64_t dv, emulator::Random& random,
           double value = 0, size = 0;
           for (size_t t = 0; t < weights.size(); ++t) {
             const double term =
-                weights[t] / sum *
-                emulator::decode(kType,
-                                 key_value(v, b, k0 + from + static_cast<int64_t>(t), head, e));
+                weights[t] / sum * emulator::decode(kType, key_value(v, b, k0 + keys[t], head, e));
             value += term;
             size += std::fabs(term);
           }
@@ -204,15 +340,15 @@ double check(const Case& c, int64_t d, int64_t dv, emulator::Random& random,
         }
       }
   };
-  int64_t q0 = 0, k0 = 0;
+  int64_t q0 = 0, k0 = 0, index = 0;
   for (const Sequence& sequence : c.packed) {
-    judge_sequence(0, q0, sequence.sq, k0, sequence.sk);
+    judge_sequence(0, index++, q0, sequence.sq, k0, sequence.sk);
     q0 += sequence.sq;
     k0 += sequence.sk;
   }
   if (c.packed.empty())
     for (int64_t b = 0; b < c.b; ++b)
-      judge_sequence(b, 0, c.sq, 0, c.cached.empty() ? c.sk : c.cached[size_t(b)]);
+      judge_sequence(b, b, 0, c.sq, 0, c.cached.empty() ? c.sk : c.cached[size_t(b)]);
   // nothing beside the rows that exist was written
   for (int64_t b = 0; b < c.b; ++b)
     for (int64_t i = 0; i <= c.sq; ++i)

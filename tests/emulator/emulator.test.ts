@@ -68,6 +68,7 @@ interface Kernel {
 }
 
 const forward = 'attention/forward_sm90.cuh'
+const list = 'attention/list_sm90.h'
 const softmax = 'attention/softmax_sm90.cuh'
 const linear = 'linear/linear_sm90.cuh'
 const split = 'attention/split_sm90.cuh'
@@ -193,13 +194,13 @@ const kernels: Kernel[] = [
       {
         what: 'values of other sequences are not silenced',
         file: forward,
-        from: 'if (left < kKeys) clear_beyond(v.stage, left);',
+        from: 'if (left < Shape::kKeysOfBox) clear_beyond(v.stage, left);',
         to: '',
       },
       {
         what: 'masked values that are no numbers leak into rows',
         file: forward,
-        from: 'args.causal && total != total',
+        from: '(kListed || args.causal) && total != total',
         to: 'false && total != total',
       },
       {
@@ -231,6 +232,88 @@ const kernels: Kernel[] = [
         file: tile,
         from: '^ row % 8)',
         to: '^ row % 4)',
+      },
+    ],
+  },
+  {
+    name: 'listed_sm90',
+    variants: {
+      'kF16 d64': ['-DHEDDLE_DTYPE=kF16', '-DHEDDLE_D=64'],
+      'kBF16 d128': [],
+    },
+    broken: 'kBF16 d128',
+    faults: [
+      {
+        what: 'a unit is skipped',
+        file: forward,
+        from: 'left ^= 1u << bit;',
+        to: 'left ^= 3u << bit;',
+      },
+      {
+        what: 'both halves of a tile are one unit',
+        file: forward,
+        from: '.unit[to / kUnitKeys]',
+        to: '.unit[0]',
+      },
+      {
+        what: 'all warpgroups take the list of the first',
+        file: forward,
+        from: 'pair.seen >> 4 * own & 15',
+        to: 'pair.seen & 15',
+      },
+      {
+        what: 'causality does not cut what is listed',
+        file: forward,
+        from: '(pair.unit[0] + 1) * kUnitKeys > whole_end',
+        to: 'false',
+      },
+      {
+        what: 'a unit counts as listed that is not',
+        file: list,
+        from: '(inside & ~all) == 0',
+        to: 'true',
+      },
+      {
+        what: 'rows that differ are taken for alike',
+        file: list,
+        from: '!mask.bounds && !mask.diagonals && first / mask.block_q == last / mask.block_q',
+        to: 'true',
+      },
+      {
+        what: 'a stage is given back before all had its values',
+        file: forward,
+        from: 'smem.v_full[stage.stage].wait(stage.parity);\n            release(',
+        to: 'release(',
+      },
+      {
+        what: 'weights of a tile before one that is passed by are lost',
+        file: forward,
+        from: 'if (pending) last(j - 1);',
+        to: '',
+      },
+      {
+        what: 'sums of before do not shrink behind such a tile',
+        file: forward,
+        from: 'if (first(j, soften)) shrink_values();',
+        to: 'first(j, soften);',
+      },
+      {
+        what: 'a turn is not passed on',
+        file: forward,
+        from: 'if (j > 0) pass_turn();',
+        to: '',
+      },
+      {
+        what: 'a masked value that is no number leaks',
+        file: forward,
+        from: '(kListed || args.causal) && total != total',
+        to: 'false && total != total',
+      },
+      {
+        what: 'a row is computed again from keys it does not see',
+        file: forward,
+        from: 'return !kListed || (args.lists.mask.seen(mask_row(work, row), key) & 1);',
+        to: 'return key >= 0;',
       },
     ],
   },

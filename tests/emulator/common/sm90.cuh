@@ -1,5 +1,6 @@
 #pragma once
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -41,6 +42,7 @@ template <class T> T __shfl_xor_sync(unsigned lanes, T value, int mask) {
   return __shfl_sync(lanes, value, (threadIdx.x % 32) ^ mask);
 }
 
+inline int __clz(int value) { return std::countl_zero(static_cast<uint32_t>(value)); }
 inline int __any_sync(unsigned, bool value) {
   int any = 0;
   for (int lane = 0; lane < 32; ++lane) any |= __shfl_sync(~0u, static_cast<int>(value), lane);

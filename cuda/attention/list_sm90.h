@@ -1,0 +1,94 @@
+#pragma once
+#include <cstdint>
+
+#include "core/mask.h"
+
+// Which keys a tile of queries visits under a mask: units of 64 keys, two bits for each and for
+// each computing warpgroup, which has 64 of the tile's rows. They are written before the forward
+// kernel runs and serve all query heads that share them.
+namespace heddle {
+
+inline constexpr int kUnitKeys = 64;
+inline constexpr int kMostWarpgroups = 3;
+
+// 32 units as the 64 rows of one warpgroup see them
+struct alignas(8) UnitBits {
+  uint32_t any;     // some row sees some key
+  uint32_t listed;  // every row sees all keys up to where causality and the sequence end its keys
+};
+
+// The lists of a call, one for each sequence, head of the mask and tile of queries
+struct UnitLists {
+  MaskView mask;
+  UnitBits* bits;  // [lists, words, warpgroups]
+  int* counts;     // [lists]: units that some row of the tile sees
+  int tiles;       // per head: of one sequence, or of all that are packed
+  int words;       // of 32 units
+  int warpgroups;
+
+  // Packed sequences have their tiles where they have their block rows
+  HEDDLE_HD int64_t first_tile(int64_t q_begin, int64_t sequence) const {
+    return first_block_row(q_begin, sequence, kUnitKeys * warpgroups);
+  }
+  HEDDLE_HD int64_t index(int64_t batch, int64_t head, int64_t tile) const {
+    const int64_t own = mask.heads == 1 ? 0 : head / (mask.hq / mask.heads);
+    return (batch * mask.heads + own) * tiles + tile;
+  }
+};
+
+// A sequence of a call and the head whose rows are looked at
+struct UnitRows {
+  int64_t batch, sequence, q_begin, head, sq, sk;
+  bool causal, packed;
+
+  HEDDLE_HD MaskRow row(const MaskView& mask, int64_t i) const {
+    const int64_t ahead = sk - sq, end = causal ? ahead + i + 1 : sk;
+    return mask.row(batch, sequence, packed ? first_block_row(q_begin, sequence, mask.block_q) : 0,
+                    q_begin, head, i, ahead, end < sk ? end : sk);
+  }
+};
+
+struct UnitLook {
+  bool any, listed;
+};
+
+// What rows `first` to `last` see of the unit that begins at key `t0`
+HEDDLE_HD inline UnitLook look_at_unit(const MaskView& mask, const UnitRows& rows, int64_t first,
+                                       int64_t last, int64_t t0) {
+  if (!mask.bounds && !mask.diagonals && first / mask.block_q == last / mask.block_q) {
+    // what differs between rows only grows or only moves
+    const MaskRow low = rows.row(mask, first), high = rows.row(mask, last);
+    const uint64_t inside = bit_range(-t0, high.end - t0);
+    if (!inside) return {false, false};
+    const uint64_t named = mask.common(low, t0);
+    uint64_t some = named, all = named;
+    if (mask.window > 0) {
+      some |= bit_range(low.position - mask.window + 1 - t0, high.position + 1 - t0);
+      // a causal row ends where its window does
+      const int64_t until = rows.causal ? high.position : low.position;
+      all |= bit_range(high.position - mask.window + 1 - t0, until + 1 - t0);
+    }
+    return {(some & inside) != 0, (inside & ~all) == 0};
+  }
+  UnitLook look{false, true};
+  for (int64_t i = first; i <= last; ++i) {
+    MaskRow row = rows.row(mask, i);
+    const uint64_t seen = mask.seen(row, t0);
+    const int64_t end = rows.causal && row.position + 1 < rows.sk ? row.position + 1 : rows.sk;
+    look.any |= seen != 0;
+    look.listed &= seen == bit_range(-t0, end - t0);
+  }
+  look.listed &= look.any;
+  return look;
+}
+
+// The same of the rows of one warpgroup of a tile, which may have none
+HEDDLE_HD inline UnitLook look_at_unit(const UnitLists& lists, const UnitRows& rows, int64_t tile,
+                                       int warpgroup, int64_t unit) {
+  const int64_t first = (tile * lists.warpgroups + warpgroup) * 64;
+  if (first >= rows.sq || unit * kUnitKeys >= rows.sk) return {false, false};
+  const int64_t last = (first + 64 < rows.sq ? first + 64 : rows.sq) - 1;
+  return look_at_unit(lists.mask, rows, first, last, unit * kUnitKeys);
+}
+
+}  // namespace heddle
