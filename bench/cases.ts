@@ -4,6 +4,10 @@ import {
   attentionBackward,
   bytesPerElement,
   type Device,
+  hip,
+  hipDecoder,
+  hipLists,
+  hipStages,
   lightning,
   lightningBackward,
   lightningDecode,
@@ -368,6 +372,102 @@ export const operators: Readonly<Record<string, (problem: Problem, device: Devic
     }
   },
 
+  // A search and attention over what it lists; the search alone with `lists`; with one row a decoder's step, its searches
+  // spread over the steps they stand for
+  hip(problem, device) {
+    const { dtype, size, flags } = problem
+    const [b, sq, sk, hq, d] = [size('b'), size('sq'), size('sk'), size('hq'), size('d')]
+    const hk = size('hk', hq)
+    const make = (seed: number, s: number, h: number) =>
+      randn([b, s, h, d], { seed, dtype, device })
+    const [q, k, v] = [make(1, sq, hq), make(2, sk, hk), make(3, sk, hk)]
+    const staged = flags.has('stages')
+    const topK = size('k', staged ? 2048 : 512)
+    const [window, sinkTokens] = [size('w', staged ? 1024 : 256), size('n', staged ? 256 : 16)]
+    const bq = Math.min(64, 2 ** Math.ceil(Math.log2(sq)))
+    const block = [bq, size('bk', 2)] as const
+    const stride = [Math.min(2, bq), 1] as const
+    const budget = { topK, window, sinkTokens }
+    const stages = hipStages.map((stage) => ({
+      ...stage,
+      block: bq,
+      stride: Math.min(stage.stride, bq),
+    }))
+    const options = staged ? { ...budget, stages } : { ...budget, block, stride }
+    const decoder = hipDecoder(staged ? { ...budget, stages: hipStages } : { ...budget, block })
+    const rows = b * Math.ceil(sq / bq)
+    // keys that the searches of a layer multiply, each with the queries that are looked at
+    const products = () => {
+      if (staged) {
+        const chunks = [sk / 256 / (sq > 1 ? 2 : 1), 32768 / 32, 8192 / 8]
+        const each = [16, 10, 6].map((perChunk, i) => Math.min(chunks[i]!, sk / 8) * perChunk)
+        return each.reduce((sum, keys, i) => sum + keys * Math.max(bq / hipStages[i]!.stride, 1), 0)
+      }
+      return 2 * topK * Math.max(Math.ceil(Math.log2(sk / topK)), 0) * Math.max(bq / 2, 1)
+    }
+    const seen = Math.min(topK + window + sinkTokens, sk)
+    const lists = flags.has('lists')
+    return {
+      inputs: [q, k, v],
+      flops: rows * hq * 2 * d * products() + (lists ? 0 : 4 * b * sq * hq * seen * d),
+      bytes: bytesPerElement[dtype] * b * d * (sq * hq * 2 + (sq > 1 ? sk : seen) * hk * 2),
+      run() {
+        if (lists) {
+          const { index, count } = hipLists(q, k, options)
+          return [index, count]
+        }
+        if (sq === 1) {
+          const { out, lse } = decoder.attend(q, k, v)
+          return [out, lse]
+        }
+        using mask = hip(q, k, options)
+        const { out, lse } = attention(q, k, v, { mask })
+        return [out, lse]
+      },
+      async check() {
+        const { index, count } = hipLists(q, k, options)
+        decoder.reset()
+        const out =
+          sq === 1
+            ? decoder.attend(q, k, v).out
+            : attention(q, k, v, { mask: hip(q, k, options) }).out
+        const read = async (x: Tensor, h: number) =>
+          x.select(0, 0).select(1, h).read({ as: 'float32' })
+        const last = async (x: Tensor) => x.select(0, 0).select(0, 0).select(0, -1).read()
+        const [starts, [listed = 0]] = [
+          await last(index),
+          [(await last(count.reshape([...count.shape, 1])))[0]],
+        ]
+        const size = staged ? 8 : block[1]
+        const keys = new Set<number>()
+        for (let t = 0; t < sinkTokens; t++) keys.add(t)
+        for (let t = Math.max(sk - window, 0); t < sk; t++) keys.add(t)
+        for (let i = 0; i < Number(listed); i++)
+          for (let j = 0; j < size; j++) keys.add(Number(starts[i]) + j)
+        const [qs, ks, vs, os] = [
+          await read(q, 0),
+          await read(k, 0),
+          await read(v, 0),
+          await read(out, 0),
+        ]
+        const scores = [...keys].map((t) => {
+          let dot = 0
+          for (let e = 0; e < d; e++) dot += qs[(sq - 1) * d + e]! * ks[t * d + e]!
+          return [t, Math.exp(dot / Math.sqrt(d))] as const
+        })
+        const sum = scores.reduce((total, [, p]) => total + p, 0)
+        let [worst, top] = [0, 0]
+        for (let f = 0; f < d; f++) {
+          const value = scores.reduce((total, [t, p]) => total + p * vs[t * d + f]!, 0) / sum
+          worst = Math.max(worst, Math.abs(value - os[(sq - 1) * d + f]!))
+          top = Math.max(top, Math.abs(value))
+        }
+        for (const one of [index, count, out]) one.dispose()
+        return worst / top
+      },
+    }
+  },
+
   linear(problem, device) {
     const { dtype, size } = problem
     const [m, n, k] = [size('m'), size('n'), size('k')]
@@ -445,6 +545,7 @@ export const suites: Readonly<Record<'cpu' | 'cuda', readonly string[]>> = {
     'lightning:b1 h8 s4096 d64 e64 f32',
     'lightning.backward:b1 h8 s4096 d64 e64 f32',
     'lightning.decode:b8 h8 d64 e64 f32',
+    'hip:b1 sq4096 sk4096 hq8 hk8 d64 f32',
     'linear:m512 n768 k256 f32',
     'linear:m1 n4096 k4096 f32',
     'norm:m4096 d1024 f32',
@@ -504,6 +605,15 @@ export const suites: Readonly<Record<'cpu' | 'cuda', readonly string[]>> = {
     'lightning.decode:b1 h64 d128 e128 bf16',
     'lightning.decode:b16 h64 d128 e128 bf16',
     'lightning.decode:b64 h64 d128 e128 bf16',
+    'attention:b1 sq131072 sk131072 hq32 hk8 d128 bf16 causal',
+    'hip:b1 sq32768 sk32768 hq32 hk8 d128 bf16',
+    'hip:b1 sq131072 sk131072 hq32 hk8 d128 bf16',
+    'hip:b1 sq131072 sk131072 hq32 hk8 d128 bf16 lists',
+    'hip:b1 sq131072 sk131072 hq32 hk8 d128 bf16 stages',
+    'hip:b1 sq131072 sk131072 hq32 hk8 d128 bf16 stages lists',
+    'hip:b1 sq1 sk131072 hq32 hk8 d128 bf16 stages',
+    'hip:b1 sq1 sk131072 hq32 hk8 d128 bf16 stages lists',
+    'hip:b1 sq1 sk1048576 hq32 hk8 d128 bf16 stages',
     'linear:m8192 n8192 k8192 bf16',
     'linear:m1 n8192 k8192 bf16',
     'norm:m16384 d4096 bf16',
