@@ -633,7 +633,8 @@ __global__ void __launch_bounds__((128 + 128 * SummarySmem<kD, kE>::kGroups), 1)
 #pragma unroll 1
   for (int chunk = 0; chunk < chunks; ++chunk) {
     const Turn<kStages> turn(chunk);
-    auto &k = smem.k[turn.stage], &v = smem.v[turn.stage];
+    auto& k = smem.k[turn.stage];
+    auto& v = smem.v[turn.stage];
     smem.full[turn.stage].wait(turn.parity);
     if (kReverse && chunk == ragged) {
       clear_rows(k, tokens % kChunk, threadIdx.x - 128, 128 * kGroups);
