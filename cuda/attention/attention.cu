@@ -2,7 +2,7 @@
 
 #include "attention/forward_portable.cuh"
 #include "attention/forward_sm90.h"
-#include "attention/split_sm90.h"
+#include "attention/hopper_call.h"
 #include "common/variants.h"
 #include "core/registry.h"
 
@@ -114,8 +114,6 @@ ForwardArgs portable_args(const Attention& op) {
   return args;
 }
 
-namespace {
-
 SplitCall hopper_call(const Attention& op, const CudaContext& context) {
   const auto strides = [](const Tensor& x) {
     return Strides{x.strides[0], x.strides[1], x.strides[2]};
@@ -173,6 +171,8 @@ const char* declines_hopper(const Attention& op, const CudaContext& context) {
     return "q, k and v must be contiguous along d";
   return nullptr;
 }
+
+namespace {
 
 const char* declines_split(const Attention& op, const CudaContext& context) {
   if (const char* reason = declines_hopper(op, context)) return reason;

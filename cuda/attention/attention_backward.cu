@@ -1,4 +1,6 @@
 #include "attention/backward_portable.cuh"
+#include "attention/backward_sm90.h"
+#include "attention/hopper_call.h"
 #include "common/variants.h"
 #include "core/registry.h"
 
@@ -7,19 +9,16 @@ namespace heddle {
 extern template void backward_portable<BF16>(const BackwardArgs&, CudaContext&);
 extern template void backward_portable<F16>(const BackwardArgs&, CudaContext&);
 extern template void backward_portable<float>(const BackwardArgs&, CudaContext&);
+extern template void backward_redo<BF16>(const BackwardArgs&, const GradientTiles&, const int*,
+                                         CudaContext&);
+extern template void backward_redo<F16>(const BackwardArgs&, const GradientTiles&, const int*,
+                                        CudaContext&);
 
 namespace {
 
-const char* declines_portable(const AttentionBackward&, const CudaContext&) { return nullptr; }
-
-void run_portable(const AttentionBackward& op, CudaContext& context) {
+BackwardArgs backward_args(const AttentionBackward& op, CudaContext& context) {
   BackwardArgs args{};
   args.call = portable_args(op);
-  HEDDLE_CHECK(args.call.hq <= 65535 &&
-                   (args.call.b + 1) * (std::max(args.call.sq, args.call.sk) / kRowTile + 1) +
-                           args.call.sequences <
-                       INT32_MAX,
-               kUnsupported, "q", "q has too many rows or heads for one call");
   args.out = Heads(op.out);
   args.dout = Heads(op.dout);
   args.dq = op.dq.data;
@@ -37,10 +36,65 @@ void run_portable(const AttentionBackward& op, CudaContext& context) {
     args.dslopes = op.dslopes.as<float>();
     args.row_dslope = context.scratch<float>(rows);
   }
+  return args;
+}
+
+BackwardCall backward_call(const AttentionBackward& op, const CudaContext& context) {
+  BackwardCall call{};
+  static_cast<ForwardCall&>(call) = hopper_call(op, context);
+  call.dout = op.dout.data;
+  call.dout_strides = {op.dout.strides[0], op.dout.strides[1], op.dout.strides[2]};
+  call.lse_batch = op.lse.strides[0];
+  call.lse_head = op.lse.strides[1];
+  call.lse_row = op.lse.strides[2];
+  call.dq = op.dq.data;
+  call.dk = op.dk.data;
+  call.dv_out = op.dv.data;
+  call.deterministic = op.deterministic;
+  return call;
+}
+
+const char* declines_wgmma(const AttentionBackward& op, const CudaContext& context) {
+  if (const char* reason = declines_hopper(op, context)) return reason;
+  if (op.out.strides[3] != 1 || op.dout.strides[3] != 1)
+    return "out and dout must be contiguous along d";
+  return declines_backward_sm90(backward_call(op, context));
+}
+
+void run_wgmma(const AttentionBackward& op, CudaContext& context) {
+  const BackwardArgs args = backward_args(op, context);
+  BackwardCall call = backward_call(op, context);
+  const GradientTiles tiles(call);
+  const auto rows = static_cast<size_t>(tiles.total_rows * tiles.queries);
+  call.row_lse = args.row_lse;
+  call.row_delta = args.row_delta;
+  call.tile_lse_log2 = context.scratch<float>(rows);
+  call.tile_delta = context.scratch<float>(rows);
+  call.dq_sum = context.scratch<float>(rows * static_cast<size_t>(tiles.columns));
+  call.counters = context.scratch<int>(static_cast<size_t>(tiles.counters()));
+  backward_sm90(call, context.stream);
+  context.launched("backward_sm90_kernel");
+  if (leaves_marks(call)) {
+    const auto redo = call.dtype == DType::kF16 ? backward_redo<F16> : backward_redo<BF16>;
+    redo(args, tiles, tiles.marks(call.counters), context);
+  }
+  sum_heads(args, context);
+}
+
+const char* declines_portable(const AttentionBackward&, const CudaContext&) { return nullptr; }
+
+void run_portable(const AttentionBackward& op, CudaContext& context) {
+  const BackwardArgs args = backward_args(op, context);
+  HEDDLE_CHECK(args.call.hq <= 65535 &&
+                   (args.call.b + 1) * (std::max(args.call.sq, args.call.sk) / kRowTile + 1) +
+                           args.call.sequences <
+                       INT32_MAX,
+               kUnsupported, "q", "q has too many rows or heads for one call");
   dispatch_float(op.q.dtype, [&]<class T>(T) { backward_portable<T>(args, context); });
 }
 
 constexpr Variant<AttentionBackward> kVariants[] = {
+    {"sm90_wgmma", declines_wgmma, run_wgmma},
     {"sm80_simt", declines_portable, run_portable},
 };
 

@@ -1,4 +1,5 @@
 #pragma once
+#include "attention/backward_sm90.h"
 #include "attention/forward_portable.cuh"
 
 // Gradients of attention with every option on any GPU from sm_80 on, in f32 arithmetic:
@@ -12,6 +13,7 @@
 // owned token: each computes 4 of its 16 scores and keeps a quarter of its sums in registers.
 namespace heddle {
 
+constexpr int kHopperColumns = 128 / kRowThreads;  // of what backward_sm90 takes
 constexpr int kOtherTile = 16, kOthersPerThread = kOtherTile / kRowThreads;
 
 struct BackwardArgs {
@@ -51,8 +53,27 @@ template <class T> __global__ void attention_delta_kernel(BackwardArgs p) {
   }
 }
 
-template <class T, bool kOwnsKeys>
-__global__ void __launch_bounds__(kAttentionThreads) attention_gradient_kernel(BackwardArgs args) {
+// Tile `tile` of `size` tokens, as GradientTiles counts them
+__device__ inline Place place_tile(const ForwardArgs& p, int64_t batch, int64_t tile, int size,
+                                   bool keys) {
+  Place place{batch, 0, p.sq, 0, p.sk, tile * size, batch, true};
+  if (p.cache_seqlens) place.sk = clamp_to(p.cache_seqlens[batch * p.cache_stride], 0, p.sk);
+  if (!p.cu_seqlens_q) return place;
+  const int64_t i =
+      sequence_of_tile(keys ? p.cu_seqlens_k : p.cu_seqlens_q, keys ? p.cu_k_stride : p.cu_q_stride,
+                       static_cast<int>(p.sequences), size, static_cast<int>(tile));
+  place.sequence = i;
+  place.q_begin = clamp_to(p.cu_seqlens_q[i * p.cu_q_stride], 0, p.sq);
+  place.k_begin = clamp_to(p.cu_seqlens_k[i * p.cu_k_stride], 0, p.sk);
+  place.sq = clamp_to(p.cu_seqlens_q[(i + 1) * p.cu_q_stride], place.q_begin, p.sq) - place.q_begin;
+  place.sk = clamp_to(p.cu_seqlens_k[(i + 1) * p.cu_k_stride], place.k_begin, p.sk) - place.k_begin;
+  place.row0 = (tile - ((keys ? place.k_begin : place.q_begin) / size + i)) * size;
+  return place;
+}
+
+// 32 rows of query head `owner`, or 32 keys of kv head `owner`; a thread has kColumns of each sum
+template <class T, bool kOwnsKeys, int kColumns>
+__device__ void gradient_tile(const BackwardArgs& args, const Place& place, int64_t owner) {
   const ForwardArgs& p = args.call;
   extern __shared__ float smem[];
   const int width = p.d + 1, width_v = p.dv + 1;
@@ -61,10 +82,8 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_gradient_kernel(B
   float* smem_other = smem_own_v + kRowTile * width_v;  // [16, d + 1] of k or q
   float* smem_other_v = smem_other + kOtherTile * width;
 
-  const Place place = find_place(p, blockIdx.x, kOwnsKeys);
-  if (!place.any) return;
   const int64_t group = p.hq / p.hk;
-  const int64_t kv_head = kOwnsKeys ? blockIdx.y : blockIdx.y / group;
+  const int64_t kv_head = kOwnsKeys ? owner : owner / group;
   const int64_t off = place.sk - place.sq;
   const int thread = threadIdx.x, own = thread / kRowThreads, part = thread % kRowThreads;
 
@@ -92,10 +111,10 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_gradient_kernel(B
     if (p.window) first = max(first, low + off - p.window + 1);
   }
 
-  float acc[kMostColumns] = {};                    // dq or dk
-  float acc_v[kOwnsKeys ? kMostColumns : 1] = {};  // dv
+  float acc[kColumns] = {};                    // dq or dk
+  float acc_v[kOwnsKeys ? kColumns : 1] = {};  // dv
   float dslope = 0;
-  const int64_t first_head = kOwnsKeys ? kv_head * group : blockIdx.y;
+  const int64_t first_head = kOwnsKeys ? kv_head * group : owner;
   const int64_t last_head = first_head + (kOwnsKeys ? group : 1);
   if (kOwnsKeys) {
     load(smem_own, p.k, true, kv_head, place.row0, kRowTile, p.d);
@@ -161,7 +180,7 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_gradient_kernel(B
           const float ds_c = __shfl_sync(~0u, dscore[j], from);
           if (p_c < 0) continue;
 #pragma unroll
-          for (int f = 0; f < kMostColumns; ++f) {
+          for (int f = 0; f < kColumns; ++f) {
             const int column = part + kRowThreads * f;
             if (column < p.d) acc[f] = fmaf(ds_c, smem_other[c * width + column], acc[f]);
             if constexpr (kOwnsKeys)
@@ -179,10 +198,10 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_gradient_kernel(B
   const int64_t exist = !kOwnsKeys ? place.sq : p.cu_seqlens_q ? place.sk : p.sk;
   if (token >= exist) return;
   const int64_t row = place.batch * tokens + (kOwnsKeys ? place.k_begin : place.q_begin) + token;
-  const int64_t at = row * (kOwnsKeys ? p.hk : p.hq) + blockIdx.y;
+  const int64_t at = row * (kOwnsKeys ? p.hk : p.hq) + owner;
   T* const sum = static_cast<T*>(kOwnsKeys ? args.dk : args.dq) + at * p.d;
 #pragma unroll
-  for (int f = 0; f < kMostColumns; ++f) {
+  for (int f = 0; f < kColumns; ++f) {
     const int column = part + kRowThreads * f;
     if (column < p.d) sum[column] = from_float<T>(acc[f]);
     if constexpr (kOwnsKeys)
@@ -190,6 +209,36 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_gradient_kernel(B
   }
   if (!kOwnsKeys && args.row_dslope && part == 0)
     args.row_dslope[(place.batch * p.hq + first_head) * p.sq + place.q_begin + token] = dslope;
+}
+
+template <class T, bool kOwnsKeys>
+__global__ void __launch_bounds__(kAttentionThreads) attention_gradient_kernel(BackwardArgs args) {
+  const Place place = find_place(args.call, blockIdx.x, kOwnsKeys);
+  if (place.any) gradient_tile<T, kOwnsKeys, kMostColumns>(args, place, blockIdx.y);
+}
+
+// The row tiles, or key tiles, that backward_sm90 has marked. Neighbours go to different CTAs.
+template <class T, bool kOwnsKeys>
+__global__ void __launch_bounds__(kAttentionThreads)
+    attention_redo_kernel(BackwardArgs args, GradientTiles tiles, const int* marks) {
+  const ForwardArgs& p = args.call;
+  const int64_t count = kOwnsKeys ? tiles.total_keys : tiles.total_rows;
+  const int64_t each = kOwnsKeys ? tiles.key_tiles : tiles.row_tiles;
+  const int64_t size = kOwnsKeys ? tiles.keys : tiles.queries, heads = kOwnsKeys ? p.hk : p.hq;
+  const int64_t step = gridDim.x;
+  for (int64_t first = blockIdx.x; first < count; first += step * kAttentionThreads) {
+    const int64_t mine = first + step * threadIdx.x;
+    if (!__syncthreads_or(mine < count && marks[mine])) continue;
+    for (int64_t i = first; i < min(count, first + step * kAttentionThreads); i += step) {
+      if (!marks[i]) continue;
+      Place place = place_tile(p, i / each / heads, i % each, static_cast<int>(size), kOwnsKeys);
+      const int64_t end = place.row0 + size;
+      for (; place.row0 < end; place.row0 += kRowTile) {
+        __syncthreads();
+        gradient_tile<T, kOwnsKeys, kHopperColumns>(args, place, i / each % heads);
+      }
+    }
+  }
 }
 
 // What each head's sink and slope get: one CTA per head, in one order. The sink is a key whose
@@ -219,6 +268,36 @@ template <int kSize> __global__ void attention_heads_kernel(BackwardArgs p) {
   if (p.dslopes) p.dslopes[head] = static_cast<float>(smem_slope[0]);
 }
 
+inline void sum_heads(const BackwardArgs& args, CudaContext& context) {
+  if (!args.dsink && !args.dslopes) return;
+  attention_heads_kernel<kThreads>
+      <<<static_cast<unsigned>(args.call.hq), kThreads, 0, context.stream>>>(args);
+  context.launched("attention_heads_kernel");
+}
+
+// Shared memory of a tile, which `kernel` is allowed from here on
+template <class Kernel> size_t gradient_smem_bytes(const ForwardArgs& call, Kernel* kernel) {
+  const size_t bytes =
+      sizeof(float) * static_cast<size_t>((kRowTile + kOtherTile) * (call.d + call.dv + 2));
+  HEDDLE_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   static_cast<int>(bytes)));
+  return bytes;
+}
+
+// Once more what backward_sm90 has marked
+template <class T>
+void backward_redo(const BackwardArgs& args, const GradientTiles& tiles, const int* marks,
+                   CudaContext& context) {
+  const auto redo = [&](auto* kernel, const int* its_marks) {
+    const size_t smem_bytes = gradient_smem_bytes(args.call, kernel);
+    kernel<<<static_cast<unsigned>(context.processors), kAttentionThreads, smem_bytes,
+             context.stream>>>(args, tiles, its_marks);
+    context.launched("attention_redo_kernel");
+  };
+  redo(attention_redo_kernel<T, false>, marks);
+  redo(attention_redo_kernel<T, true>, marks + tiles.total_rows);
+}
+
 template <class T> void backward_portable(const BackwardArgs& args, CudaContext& context) {
   const ForwardArgs& call = args.call;
   const int64_t rows = call.b * call.hq * call.sq;
@@ -226,12 +305,9 @@ template <class T> void backward_portable(const BackwardArgs& args, CudaContext&
     return static_cast<unsigned>(call.cu_seqlens_q ? size / kRowTile + call.sequences + 1
                                                    : call.b * ((size + kRowTile - 1) / kRowTile));
   };
-  const size_t smem_bytes =
-      sizeof(float) * static_cast<size_t>((kRowTile + kOtherTile) * (call.d + call.dv + 2));
   const auto launch_gradient = [&](auto* kernel, unsigned count, int64_t heads) {
     if (count == 0) return;
-    HEDDLE_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                     static_cast<int>(smem_bytes)));
+    const size_t smem_bytes = gradient_smem_bytes(call, kernel);
     kernel<<<dim3(count, static_cast<unsigned>(heads)), kAttentionThreads, smem_bytes,
              context.stream>>>(args);
     context.launched("attention_gradient_kernel");
@@ -243,10 +319,7 @@ template <class T> void backward_portable(const BackwardArgs& args, CudaContext&
     launch_gradient(attention_gradient_kernel<T, false>, tiles(call.sq), call.hq);
   }
   launch_gradient(attention_gradient_kernel<T, true>, tiles(call.sk), call.hk);
-  if (!args.dsink && !args.dslopes) return;
-  attention_heads_kernel<kThreads>
-      <<<static_cast<unsigned>(call.hq), kThreads, 0, context.stream>>>(args);
-  context.launched("attention_heads_kernel");
+  sum_heads(args, context);
 }
 
 }  // namespace heddle

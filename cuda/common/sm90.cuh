@@ -124,6 +124,26 @@ __device__ __forceinline__ void copy_to_gmem(const TensorMap& map, const void* s
       "r"(address_of(smem)), "r"(column), "r"(row), "r"(head), "r"(batch)
       : "memory");
 }
+
+// Without a map and without swizzling: `bytes` is a multiple of 16, and both addresses are
+__device__ __forceinline__ void copy_to_smem(void* smem, const void* gmem, uint32_t bytes,
+                                             Barrier& full) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(address_of(smem)),
+      "l"(gmem), "r"(bytes), "r"(address_of(&full))
+      : "memory");
+}
+
+// Adds f32 numbers from shared to global memory, in no order beside other CTAs
+__device__ __forceinline__ void add_to_gmem(float* gmem, const void* smem, uint32_t bytes,
+                                            Keep keep) {
+  asm volatile(
+      "cp.reduce.async.bulk.global.shared::cta.bulk_group.L2::cache_hint.add.f32"
+      " [%0], [%1], %2, %3;" ::"l"(gmem),
+      "r"(address_of(smem)), "r"(bytes), "l"(static_cast<uint64_t>(keep))
+      : "memory");
+}
 __device__ __forceinline__ void commit_copies() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
@@ -141,6 +161,11 @@ __device__ __forceinline__ void fence_async_smem() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+// Between copies to or from global memory and other accesses to it
+__device__ __forceinline__ void fence_async_gmem() {
+  asm volatile("fence.proxy.async.global;" ::: "memory");
+}
+
 // acc[64, N] (+)= A[64, 16] B[16, N] for one warpgroup, N = 2 * kRegisters. A is a descriptor of a
 // kK operand or four registers. common/wgmma.cuh has the shapes in use.
 template <DType kType, Major kB, int kRegisters>
@@ -153,6 +178,12 @@ __device__ void wgmma(float (&acc)[kRegisters], const uint32_t (&a)[4], uint64_t
   static_assert(kRegisters < 0, "add this shape to common/generate-wgmma.mjs");
 }
 
+// acc = A B: what `acc` held is not even read, so that its registers are free until here
+template <DType kType, Major kB, int kRegisters>
+__device__ void wgmma_first(float (&acc)[kRegisters], uint64_t a, uint64_t b) {
+  static_assert(kRegisters < 0, "add this shape to common/generate-wgmma.mjs");
+}
+
 // Keeps the compiler from moving uses of these registers across this point
 template <int kRegisters> __device__ __forceinline__ void pin(float (&acc)[kRegisters]) {
 #pragma unroll
@@ -162,6 +193,10 @@ template <int kRegisters> __device__ __forceinline__ void pin(float (&acc)[kRegi
 // Before the first matrix instruction that uses registers which were touched since the last wait
 template <int kRegisters> __device__ __forceinline__ void wgmma_fence(float (&acc)[kRegisters]) {
   pin(acc);
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+// The same where all of them are only written
+__device__ __forceinline__ void wgmma_fence() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
 __device__ __forceinline__ void wgmma_commit() {
@@ -192,6 +227,15 @@ __device__ __forceinline__ void stmatrix_x4(uint32_t address, uint32_t a, uint32
                : "memory");
 }
 
+// The same with each matrix transposed on its way
+__device__ __forceinline__ void stmatrix_x4_transposed(uint32_t address, uint32_t a, uint32_t b,
+                                                       uint32_t c, uint32_t d) {
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+      "r"(a), "r"(b), "r"(c), "r"(d)
+      : "memory");
+}
+
 // Loads four 8x8 matrices of 16-bit elements transposed; lane l gives the address of row
 // l % 8 of matrix l / 8
 __device__ __forceinline__ void ldmatrix_x4_transposed(uint32_t address, uint32_t (&to)[4]) {
@@ -203,6 +247,17 @@ __device__ __forceinline__ void ldmatrix_x4_transposed(uint32_t address, uint32_
 
 __device__ __forceinline__ void store_zero(uint32_t address) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(address), "r"(0) : "memory");
+}
+
+__device__ __forceinline__ void store_4_floats(uint32_t address, float a, float b, float c,
+                                               float d) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(a), "f"(b), "f"(c),
+               "f"(d)
+               : "memory");
+}
+
+__device__ __forceinline__ void store_4_bytes(uint32_t address, uint32_t bits) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(bits) : "memory");
 }
 
 __device__ __forceinline__ void store_16_bits(uint32_t address, uint16_t bits) {
@@ -235,6 +290,17 @@ __device__ __forceinline__ void copy_16_bytes(void* gmem, uint32_t address) {
 // Adds for all CTAs to see, returns what was there before
 __device__ __forceinline__ int fetch_add(int* counter, int value) {
   return atomicAdd(counter, value);
+}
+
+// Until other CTAs have signalled so many times, and all they did before is seen
+__device__ __forceinline__ void wait_for_signals(const int* counter, int count) {
+  int seen;
+  do {
+    asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
+  } while (seen != count);
+}
+__device__ __forceinline__ void signal(int* counter) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(counter) : "memory");
 }
 
 // Orders this thread's accesses to global memory for all CTAs

@@ -29,4 +29,9 @@ HEDDLE_HOST_DEVICE uint64_t matrix_descriptor(uint32_t address, uint32_t leading
          static_cast<uint64_t>(stride_bytes >> 4) << 32 | uint64_t{1} << 62;
 }
 
+// The operand `bytes` further. The upper half stays, so that it costs one addition.
+HEDDLE_HOST_DEVICE uint64_t advance(uint64_t descriptor, uint32_t bytes) {
+  return (descriptor & ~uint64_t{0xFFFFFFFF}) | (static_cast<uint32_t>(descriptor) + (bytes >> 4));
+}
+
 }  // namespace heddle::sm90

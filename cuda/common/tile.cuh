@@ -27,9 +27,11 @@ template <int kRows, int kColumns> struct alignas(1024) Tile {
 
   // Rows are M or N, columns are reduced: the operand that starts at row `row` and column `k`
   __device__ __forceinline__ uint64_t k_major(int row, int k) const {
-    return matrix_descriptor(address_of(bytes), 0, 1024) +
-           ((k / 64 * kPanelBytes + row * 128 + k % 64 * 2) >> 4);
+    return matrix_descriptor(address_of(bytes), 0, 1024) + ((k_step(k) + row * 128) >> 4);
   }
+
+  // Bytes from there to where column `k` would be
+  static constexpr uint32_t k_step(int k) { return k / 64 * kPanelBytes + k % 64 * 2; }
 
   // Columns are N, rows are reduced: the operand that starts at row `k`
   __device__ __forceinline__ uint64_t mn_major(int k) const {

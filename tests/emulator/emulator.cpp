@@ -293,12 +293,7 @@ uint32_t Cta::exchange(uint32_t value, int lane) {
 void Cta::copy_in(uint32_t address, const TensorMap& map, uint32_t to_signal, int column, int row,
                   int head, int batch) {
   if (address % 1024 != 0) fault("a swizzled tile must start on 1024 bytes");
-  if (!barrier(to_signal).published)
-    fault("a barrier was used before its initialisation was fenced");
-  const auto nbytes = static_cast<uint32_t>(map.rows) * 128;
-  std::memset(async_view(address, nbytes), 0xff, nbytes);
-  std::memset(smem_.data() + address, 0xff, nbytes);
-  arriving_.push_back([=, this] {
+  arrive_later(address, static_cast<uint32_t>(map.rows) * 128, to_signal, [=, this] {
     for (int r = 0; r < map.rows; ++r)
       for (int c = 0; c < 64; ++c) {
         const uint16_t* from = map.at(column + c, row + r, head, batch);
@@ -307,9 +302,41 @@ void Cta::copy_in(uint32_t address, const TensorMap& map, uint32_t to_signal, in
         std::memcpy(async_.data() + to, &value, 2);
         std::memcpy(smem_.data() + to, &value, 2);
       }
+  });
+}
+
+void Cta::copy_in(uint32_t address, const void* from, uint32_t nbytes, uint32_t to_signal) {
+  if (address % 16 || nbytes % 16 || reinterpret_cast<uintptr_t>(from) % 16)
+    fault("a bulk copy off 16 bytes");
+  arrive_later(address, nbytes, to_signal, [=, this] {
+    std::memcpy(async_.data() + address, from, nbytes);
+    std::memcpy(smem_.data() + address, from, nbytes);
+  });
+}
+
+void Cta::arrive_later(uint32_t address, uint32_t nbytes, uint32_t to_signal, const Action& write) {
+  if (!barrier(to_signal).published)
+    fault("a barrier was used before its initialisation was fenced");
+  std::memset(async_view(address, nbytes), 0xff, nbytes);
+  std::memset(smem_.data() + address, 0xff, nbytes);
+  arriving_.push_back([=, this] {
+    write();
     Barrier& full = barrier(to_signal);
     full.bytes -= nbytes;
     settle(full);
+  });
+}
+
+void Cta::add_out(float* to, uint32_t address, uint32_t nbytes) {
+  if (address % 16 || nbytes % 16 || reinterpret_cast<uintptr_t>(to) % 16)
+    fault("a bulk copy off 16 bytes");
+  const uint8_t* from = async_view(address, nbytes);
+  self().open_copies.push_back([=] {
+    for (uint32_t i = 0; i < nbytes / 4; ++i) {
+      float value;
+      std::memcpy(&value, from + 4 * i, 4);
+      to[i] += value;
+    }
   });
 }
 

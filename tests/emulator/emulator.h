@@ -82,6 +82,9 @@ class Cta {
 
   void copy_in(uint32_t address, const TensorMap& map, uint32_t barrier, int column, int row,
                int head, int batch);
+  // Without swizzling
+  void copy_in(uint32_t address, const void* from, uint32_t nbytes, uint32_t barrier);
+  void add_out(float* to, uint32_t address, uint32_t nbytes);
   void copy_out(const TensorMap& map, uint32_t address, int column, int row, int head, int batch);
   void copies_commit();
   void copies_wait(size_t pending);
@@ -162,6 +165,7 @@ class Cta {
   void resume(Thread& thread);
   void wait_until(std::function<bool()> condition);
   void meet(Meeting& meeting, int threads, const char* what);
+  void arrive_later(uint32_t address, uint32_t nbytes, uint32_t barrier, const Action& write);
   uint8_t* async_view(uint32_t address, uint32_t nbytes);
   Barrier& barrier(uint32_t address);
   void settle(Barrier& barrier);

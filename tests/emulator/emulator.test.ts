@@ -72,6 +72,7 @@ const list = 'attention/list_sm90.h'
 const softmax = 'attention/softmax_sm90.cuh'
 const linear = 'linear/linear_sm90.cuh'
 const split = 'attention/split_sm90.cuh'
+const backward = 'attention/backward_sm90.cuh'
 const scan = 'lightning/forward_sm90.cuh'
 const sweep = 'lightning/backward_sm90.cuh'
 const tile = 'common/tile.cuh'
@@ -397,6 +398,167 @@ const kernels: Kernel[] = [
         file: split,
         from: 'min(work.sk, bounds.position[r] + 1)',
         to: 'min(work.sk, bounds.position[r] + 2)',
+      },
+    ],
+  },
+  {
+    name: 'backward_sm90',
+    variants: Object.fromEntries(
+      [
+        ['kBF16', 64],
+        ['kF16', 64],
+        ['kBF16', 128],
+        ['kF16', 128],
+      ].map(([dtype, d]) => [
+        `${dtype} d${d}`,
+        [`-DHEDDLE_DTYPE=${dtype}`, `-DHEDDLE_D=${d}`, '-Wall', '-Wextra', '-Werror'],
+      ]),
+    ),
+    broken: 'kBF16 d128',
+    faults: [
+      {
+        what: 'rows are loaded over those in use',
+        file: backward,
+        from: 'smem.q_empty[q.stage].wait(q.parity ^ 1);',
+        to: '',
+      },
+      {
+        what: 'dout is used before it arrived',
+        file: backward,
+        from: 'smem.dout_full[o.stage].wait(o.parity);',
+        to: '',
+      },
+      {
+        what: 'rows are given back while dk reads them',
+        file: backward,
+        from: 'wgmma_wait<1>(acc_dv);\n',
+        to: 'wgmma_wait<1>(acc_dv);\n      release(smem.q_empty[q_stage]);\n',
+      },
+      {
+        what: 'fewer bytes are announced than arrive',
+        file: backward,
+        from: 'smem.q[0].kBytes + kVectorBytes',
+        to: 'smem.q[0].kBytes',
+      },
+      {
+        what: 'dS of the other warpgroup is not waited for',
+        file: backward,
+        from: 'if (i > 0) smem.ds_full[before & 1].wait(before >> 1 & 1);',
+        to: '',
+      },
+      {
+        what: 'dS is multiplied before it was fenced',
+        file: backward,
+        from: 'fence_async_smem();\n      // the other warpgroup',
+        to: '// the other warpgroup',
+      },
+      {
+        what: 'dS has one buffer',
+        file: backward,
+        from: 'write_ds(smem.ds[i & 1]);',
+        to: 'write_ds(smem.ds[0]);',
+      },
+      {
+        what: 'sums of dq are overwritten while they are added up',
+        file: backward,
+        from: 'if (i > 0) smem.dq_empty[own + settled()].wait((before & 1) ^ 1);',
+        to: '',
+      },
+      {
+        what: 'sums of dq are given back while they are read',
+        file: backward,
+        from: 'commit_copies();\n          wait_copies_read<0>();',
+        to: 'commit_copies();',
+      },
+      {
+        what: 'the last dq is left out',
+        file: backward,
+        from: 'smem.dq_empty[own].wait((last & 1) ^ 1);\n    hand_over(acc_dq);',
+        to: '',
+      },
+      {
+        what: 'a turn is not waited for in its order',
+        file: backward,
+        from: 'last - 1 - first_key / kKeys',
+        to: 'first_key / kKeys',
+      },
+      {
+        what: 'CTAs take turns in the order of their numbers',
+        file: backward,
+        from: 'args.deterministic ? fetch_add(args.ticket, 1) : blockIdx.x',
+        to: 'blockIdx.x',
+      },
+      {
+        what: 'products are read before they are done',
+        file: backward,
+        from: 'wgmma_wait<1>(acc_dp);',
+        to: 'wgmma_wait<2>(acc_dp);',
+      },
+      {
+        what: 'the diagonal is off by one',
+        file: backward,
+        from: 'key >= work.sk ? kQueries : args.causal ? sees : 0',
+        to: 'key >= work.sk ? kQueries : args.causal ? sees - 1 : 0',
+      },
+      {
+        what: 'the tail of the keys is not masked',
+        file: backward,
+        from: 'key >= work.sk ? kQueries : args.causal ? sees : 0',
+        to: 'args.causal ? sees : 0',
+      },
+      {
+        what: 'the mask stops one tile too early',
+        file: backward,
+        from: 'max(first_row + kKeys - 1, 0)',
+        to: 'max(first_row + kKeys - 1 - kQueries, 0)',
+      },
+      {
+        what: 'the window is one key too wide',
+        file: backward,
+        from: 'i / 4 * 8 >= sees + args.window',
+        to: 'i / 4 * 8 > sees + args.window',
+      },
+      {
+        what: 'the window ends one tile too early',
+        file: backward,
+        from: '(max(beyond, 0) + kQueries - 1) / kQueries',
+        to: 'max(beyond, 0) / kQueries',
+      },
+      {
+        what: 'rows of other sequences are not silenced',
+        file: backward,
+        from: 'if (clears) clear_beyond(smem.q[q_stage], work.sq - m * kQueries, kQueries);',
+        to: '',
+      },
+      {
+        what: 'keys of other sequences are not silenced',
+        file: backward,
+        from: 'clear_beyond(smem.k, work.sk - first_key, kKeys);',
+        to: '',
+      },
+      {
+        what: 'gradients of other sequences are overwritten',
+        file: backward,
+        from: 'if (args.cu_seqlens_k && own_first + 64 > work.sk) {',
+        to: 'if (false) {',
+      },
+      {
+        what: 'what is no number is not marked',
+        file: backward,
+        from: 'args.checks && total != total) args.row_marks',
+        to: 'false) args.row_marks',
+      },
+      {
+        what: 'the derivative of the soft cap is left out',
+        file: backward,
+        from: 'slope = 4 * half * (1 - half);',
+        to: 'slope = 1;',
+      },
+      {
+        what: 'sums of dq are put in other columns',
+        file: backward,
+        from: 'const int its = i / 1024, part = i / 128 % 8,',
+        to: 'const int its = i / 1024, part = i / 128 % 8 ^ 1,',
       },
     ],
   },

@@ -312,10 +312,16 @@ describeDevices('attention.backward', (device) => {
       const dirty = await gradients()
       clean.forEach((before, i) => {
         const after = dirty[i]!
-        // row 20 sees keys 13 to 20
-        expect(after.subarray(0, 13 * 64)).toEqual(before.subarray(0, 13 * 64))
+        // row 20 sees keys 13 to 20; the others may have been computed in another way
         expect(after.subarray(13 * 64, 21 * 64).every(Number.isNaN)).toBe(true)
-        expect(after.subarray(21 * 64)).toEqual(before.subarray(21 * 64))
+        const most = 4 * epsilon[dtype] * largest(before)
+        for (const [from, to] of [
+          [0, 13],
+          [21, 70],
+        ] as const)
+          expect(
+            maxError(after.subarray(from * 64, to * 64), before.subarray(from * 64, to * 64)),
+          ).toBeLessThanOrEqual(most)
       })
     })
 

@@ -27,6 +27,10 @@ struct float2 {
 struct float4 {
   float x, y, z, w;
 };
+struct uint4 {
+  uint32_t x, y, z, w;
+};
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 inline void __syncthreads() { heddle::emulator::cta->named_sync(0, blockDim.x); }
 inline void __syncwarp() { heddle::emulator::cta->meet_warp(); }
@@ -91,10 +95,17 @@ inline void copy_to_gmem(const TensorMap& map, const void* smem, int column, int
                          int batch) {
   cta->copy_out(map, address_of(smem), column, row, head, batch);
 }
+inline void copy_to_smem(void* smem, const void* gmem, uint32_t bytes, Barrier& full) {
+  cta->copy_in(address_of(smem), gmem, bytes, address_of(&full));
+}
+inline void add_to_gmem(float* gmem, const void* smem, uint32_t bytes, Keep) {
+  cta->add_out(gmem, address_of(smem), bytes);
+}
 inline void commit_copies() { cta->copies_commit(); }
 template <int kPending> void wait_copies_read() { cta->copies_wait(kPending); }
 template <int kPending> void wait_copies() { cta->copies_wait(kPending); }
 inline void fence_async_smem() { cta->fence_async(); }
+inline void fence_async_gmem() {}
 
 template <DType kType, Major kB, int kRegisters>
 void wgmma(float (&acc)[kRegisters], uint64_t a, uint64_t b, bool accumulate) {
@@ -104,8 +115,13 @@ template <DType kType, Major kB, int kRegisters>
 void wgmma(float (&acc)[kRegisters], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
   cta->product(acc, a, {kType, kB, 2 * kRegisters, accumulate, 0, b, true});
 }
+template <DType kType, Major kB, int kRegisters>
+void wgmma_first(float (&acc)[kRegisters], uint64_t a, uint64_t b) {
+  wgmma<kType, kB>(acc, a, b, false);
+}
 template <int kRegisters> void pin(float (&)[kRegisters]) {}
 template <int kRegisters> void wgmma_fence(float (&)[kRegisters]) { cta->products_fence(); }
+inline void wgmma_fence() { cta->products_fence(); }
 inline void wgmma_commit() { cta->products_commit(); }
 template <int kPending, int kRegisters> void wgmma_wait(float (&)[kRegisters]) {
   cta->products_wait(kPending);
@@ -122,6 +138,20 @@ inline void stmatrix_x4(uint32_t address, uint32_t a, uint32_t b, uint32_t c, ui
     const uint32_t row = cta->exchange(address, 8 * i + lane / 4);
     cta->store(row + static_cast<uint32_t>(lane % 4) * 4, &values[i], 4);
   }
+  cta->meet_warp();
+}
+
+inline void stmatrix_x4_transposed(uint32_t address, uint32_t a, uint32_t b, uint32_t c,
+                                   uint32_t d) {
+  const int lane = threadIdx.x % 32;
+  const uint32_t values[4] = {a, b, c, d};
+  for (int i = 0; i < 4; ++i)
+    // this lane has two elements of column lane / 4 of each matrix
+    for (int j = 0; j < 2; ++j) {
+      const uint32_t row = cta->exchange(address, 8 * i + lane % 4 * 2 + j);
+      const auto bits = static_cast<uint16_t>(values[i] >> (16 * j));
+      cta->store(row + static_cast<uint32_t>(lane / 4) * 2, &bits, 2);
+    }
   cta->meet_warp();
 }
 
@@ -143,6 +173,11 @@ inline void store_zero(uint32_t address) {
   const uint8_t zeros[16] = {};
   cta->store(address, zeros, 16);
 }
+inline void store_4_floats(uint32_t address, float a, float b, float c, float d) {
+  const float values[4] = {a, b, c, d};
+  cta->store(address, values, 16);
+}
+inline void store_4_bytes(uint32_t address, uint32_t bits) { cta->store(address, &bits, 4); }
 inline void store_16_bits(uint32_t address, uint16_t bits) { cta->store(address, &bits, 2); }
 inline void store_16_bytes(uint32_t address, const void* gmem) { cta->store(address, gmem, 16); }
 inline void copy_16_bytes(void* gmem, uint32_t address) { cta->load(gmem, address, 16); }
@@ -151,6 +186,11 @@ inline int fetch_add(int* counter, int value) {
   *counter += value;
   return before;
 }
+// CTAs run one after the other: what has not been signalled by now never will be
+inline void wait_for_signals(const int* counter, int count) {
+  if (*counter != count) emulator::fault("a wait for a CTA that may not have begun");
+}
+inline void signal(int* counter) { ++*counter; }
 inline void fence_gmem() {}
 template <class T> T load_fresh(const T* gmem) { return *gmem; }
 inline float reciprocal_approx(float x) { return 1 / x; }

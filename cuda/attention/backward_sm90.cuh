@@ -1,0 +1,738 @@
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+#include "attention/backward_sm90.h"
+#include "attention/softmax_sm90.cuh"
+#include "common/launch.h"
+#include "common/sm90.cuh"
+#include "common/tensor_map.h"
+#include "common/tile.cuh"
+
+// Gradients of softmax attention in f16 or bf16, with off = sk - sq of each sequence:
+//
+//   P  = exp(S - lse)      dP = dout V^T     delta = dout . out
+//   dS = P (dP - delta)    dv = P^T dout     dk = scale dS^T Q     dq = scale dS K
+//
+// A CTA owns 128 keys of a kv head and walks the query tiles that see them, one query head of the
+// group after the other. Scores are transposed, so that packed P^T and dS^T are operands A of dv
+// and dk, which stay in registers; each of two computing warpgroups has 64 of the keys. dS passes
+// through shared memory for dq, whose sums over key tiles are f32 numbers in global memory, in the
+// order in which threads hold them. Warp 0 loads, warps 1 and 2 add up dq, one for each warpgroup.
+//
+// One step takes a query tile. dq is one step late, so that warpgroups need not meet inside of one:
+//
+//   issue S(i), dq(i - 1)   | P(i) under dq(i - 1)   | hand dq(i - 1) over
+//   issue dP(i), dv(i)      | dS(i) under dv(i)      | write dS(i), issue dk(i)
+//
+// A kernel before prepares what rows need, one behind scales and converts dq.
+namespace heddle {
+namespace {
+
+template <int kD> struct GradientShape {
+  static constexpr int kKeys = 128;
+  // dq of a tile is 32 registers: of 64 rows, or of 64 columns, to a warpgroup
+  static constexpr int kQueries = kD == 64 ? 128 : 64;
+  static constexpr int kQStages = 3, kOStages = 2;
+  static constexpr int kThreads = 384, kLoadRegisters = 24, kComputeRegisters = 240;
+  static constexpr uint32_t kSums = kQueries * kD;  // of dq
+};
+
+// A key tile as every role needs it
+struct GradientWork {
+  int first_key;  // or -1 where there is nothing to do
+  int kv_head, batch;
+  int q_begin, k_begin, sq, sk, off;
+  int row_tile;                // first of the sequence
+  int key_tile;                // this one, of all sequences
+  int start, begin, end;       // query tiles are visited from `start` on, cyclically
+  int whole_begin, whole_end;  // those in which no pair is masked
+  __device__ __forceinline__ int tiles() const { return end - begin; }
+  __device__ __forceinline__ int after(int tile) const {
+    return tile + 1 == end ? begin : tile + 1;
+  }
+};
+
+template <int kD> struct GradientSmem {
+  using Shape = GradientShape<kD>;
+  using Keys = sm90::Tile<Shape::kKeys, kD>;
+  using Rows = sm90::Tile<Shape::kQueries, kD>;
+  using Pairs = sm90::Tile<Shape::kQueries, Shape::kKeys>;
+  Keys k, v;  // later dk and dv
+  Rows q[Shape::kQStages], dout[Shape::kOStages];
+  Pairs ds[2];
+  alignas(128) float dq[2][Shape::kSums / 2];  // of each warpgroup, in its threads' order
+  alignas(16) float lse_log2[Shape::kQStages][Shape::kQueries];
+  alignas(16) float delta[Shape::kOStages][Shape::kQueries];
+  GradientWork work;
+  sm90::Barrier k_full, v_full;
+  sm90::Barrier q_full[Shape::kQStages], q_empty[Shape::kQStages];
+  sm90::Barrier dout_full[Shape::kOStages], dout_empty[Shape::kOStages];
+  sm90::Barrier ds_full[2];
+  sm90::Barrier dq_full[2], dq_empty[2];
+};
+
+struct GradientArgs {
+  int b, sq, sk, hq, hk, d, dv;
+  int row_tiles, key_tiles;  // of a head over the batch's entry, or all sequences
+  int section;               // pairs of kv head and batch whose rows fit into L2 together
+  bool causal;               // or windowed
+  int window;                // 0 is all
+  bool deterministic, spread, checks;
+  float scale, scale_log2;
+  float cap_log2, bend;  // of softCap: a score is cap tanh(bend / 2 log2(e) * product)
+  uint32_t zero;         // that the compiler doesn't know of
+  const int32_t *cu_seqlens_q, *cu_seqlens_k, *cache_seqlens;
+  int64_t cu_q_stride, cu_k_stride, cache_stride;
+  int sequences;
+  const uint16_t *out, *dout;
+  Strides out_strides, dout_strides;
+  const float* lse;
+  int64_t lse_batch, lse_head, lse_row;
+  float *row_lse, *row_delta, *tile_lse_log2, *tile_delta, *dq_sum;
+  int *ticket, *turns, *row_marks, *key_marks;
+  int64_t counters;
+  uint16_t *dq, *dk, *dv_out;
+};
+
+// Where the packed sequence `i` lies among `total` tokens; nothing is out of bounds, whatever
+// offsets say
+struct Span {
+  int begin, size;
+  __device__ __forceinline__ Span(const int32_t* offsets, int64_t stride, int i, int total) {
+    begin = min(max(offsets[i * stride], 0), total);
+    size = max(min(offsets[(i + 1) * stride], total) - begin, 0);
+  }
+};
+
+template <int kQueries, int kKeys>
+__device__ __forceinline__ GradientWork gradient_work(const GradientArgs& args, int index) {
+  GradientWork work{};
+  // inside of a section tiles of all heads take turns
+  const int per_section = args.section * args.key_tiles;
+  const int section = index / per_section, inside = index % per_section;
+  const int width = min(args.section, args.b * args.hk - section * args.section);
+  const int pair = section * args.section + inside % width;
+  // under a causal mask the first keys are seen by most rows; but turns are taken from the last on,
+  // so that tiles on the diagonal are first and nobody waits for the longest
+  int tile = inside / width;
+  if (args.deterministic) tile = args.key_tiles - 1 - tile;
+  work.key_tile = tile;
+  work.kv_head = pair % args.hk;
+  work.batch = pair / args.hk;
+  work.sq = args.sq;
+  work.sk = args.sk;
+  int keys = args.sk;  // that have gradients
+  if (args.cu_seqlens_k) {
+    const int i =
+        sequence_of_tile(args.cu_seqlens_k, args.cu_k_stride, args.sequences, kKeys, tile);
+    const Span q(args.cu_seqlens_q, args.cu_q_stride, i, args.sq);
+    const Span k(args.cu_seqlens_k, args.cu_k_stride, i, args.sk);
+    tile -= k.begin / kKeys + i;
+    work.q_begin = q.begin;
+    work.k_begin = k.begin;
+    work.sq = q.size;
+    work.sk = keys = k.size;
+    work.row_tile = q.begin / kQueries + i;
+  } else if (args.cache_seqlens) {
+    work.sk = min(max(args.cache_seqlens[work.batch * args.cache_stride], 0), args.sk);
+  }
+  work.first_key = tile * kKeys;
+  if (tile < 0 || work.first_key >= keys) {
+    work.first_key = -1;
+    return work;
+  }
+  work.off = work.sk - work.sq;
+  // key t is seen by rows from t - off on, and by a window of them
+  const int first_row = work.first_key - work.off, beyond = first_row + kKeys - 1 + args.window;
+  work.end = work.first_key < work.sk ? (work.sq + kQueries - 1) / kQueries : 0;
+  if (args.window) work.end = min(work.end, (max(beyond, 0) + kQueries - 1) / kQueries);
+  work.begin = args.causal ? min(max(first_row, 0) / kQueries, work.end) : 0;
+  work.start = work.begin;
+  if (args.spread && args.key_tiles > 1)
+    work.start += static_cast<int>(static_cast<int64_t>(work.tiles()) * tile / args.key_tiles);
+  if (work.first_key + kKeys <= work.sk) {
+    work.whole_begin = args.causal ? (max(first_row + kKeys - 1, 0) + kQueries - 1) / kQueries : 0;
+    work.whole_end = args.window ? max(first_row + args.window, 0) / kQueries : work.end;
+  }
+  return work;
+}
+
+template <DType kType, int kD, bool kCapped>
+__global__ void __launch_bounds__((GradientShape<kD>::kThreads), 1)
+    backward_sm90_kernel(const __grid_constant__ sm90::TensorMap gmem_q,
+                         const __grid_constant__ sm90::TensorMap gmem_dout,
+                         const __grid_constant__ sm90::TensorMap gmem_k,
+                         const __grid_constant__ sm90::TensorMap gmem_v,
+                         const __grid_constant__ sm90::TensorMap gmem_dk,
+                         const __grid_constant__ sm90::TensorMap gmem_dv, const GradientArgs args) {
+  using namespace sm90;
+  using Shape = GradientShape<kD>;
+  constexpr int kQueries = Shape::kQueries, kKeys = Shape::kKeys;
+  using Smem = GradientSmem<kD>;
+  using Frag = uint32_t[kQueries / 16][4];
+  auto& smem = shared_memory<Smem>();
+  // the same in all lanes, which the compiler cannot know of threadIdx
+  const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
+
+  if (threadIdx.x == 0) {
+    smem.k_full.init(1);
+    smem.v_full.init(1);
+    for (int stage = 0; stage < Shape::kQStages; ++stage) {
+      smem.q_full[stage].init(1);
+      smem.q_empty[stage].init(8);
+    }
+    for (int stage = 0; stage < Shape::kOStages; ++stage) {
+      smem.dout_full[stage].init(1);
+      smem.dout_empty[stage].init(8);
+    }
+    for (int i = 0; i < 2; ++i) {
+      smem.ds_full[i].init(8);
+      smem.dq_full[i].init(4);
+      smem.dq_empty[i].init(1);
+    }
+    fence_barrier_init();
+    // who waits for a turn waits for CTAs that have begun
+    const int index = args.deterministic ? fetch_add(args.ticket, 1) : blockIdx.x;
+    smem.work = gradient_work<kQueries, kKeys>(args, index);
+  }
+  __syncthreads();
+  const GradientWork& work = smem.work;
+  const int first_key = __shfl_sync(~0u, work.first_key, 0);
+  if (first_key < 0) return;
+  const int group = args.hq / args.hk, tiles = __shfl_sync(~0u, work.tiles(), 0);
+
+  if (warpgroup == 0) {
+    lower_registers<Shape::kLoadRegisters>();
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
+    if (tiles == 0 || warp > 2 || !elect_one()) return;
+    // where rows of the tile, and its sums, are
+    auto row_tile = [&](int head, int m) {
+      return static_cast<int64_t>(work.batch * args.hq + head) * args.row_tiles + work.row_tile + m;
+    };
+    const int first_head = work.kv_head * group;
+    if (warp == 0) {
+      smem.k_full.arrive_expect(smem.k.kBytes);
+      smem.k.load(gmem_k, smem.k_full, work.k_begin + first_key, work.kv_head, work.batch,
+                  Keep::kShortly);
+      uint32_t step = 0;
+      for (int head = first_head; head < first_head + group; ++head)
+        for (int i = 0, m = work.start; i < tiles; ++i, m = work.after(m), ++step) {
+          const int row = work.q_begin + m * kQueries;
+          const int64_t vectors = row_tile(head, m) * kQueries;
+          constexpr uint32_t kVectorBytes = kQueries * sizeof(float);
+          const Turn<Shape::kQStages> q(step);
+          smem.q_empty[q.stage].wait(q.parity ^ 1);
+          smem.q_full[q.stage].arrive_expect(smem.q[0].kBytes + kVectorBytes);
+          smem.q[q.stage].load(gmem_q, smem.q_full[q.stage], row, head, work.batch, Keep::kLong);
+          copy_to_smem(smem.lse_log2[q.stage], args.tile_lse_log2 + vectors, kVectorBytes,
+                       smem.q_full[q.stage]);
+          if (step == 0) {
+            smem.v_full.arrive_expect(smem.v.kBytes);
+            smem.v.load(gmem_v, smem.v_full, work.k_begin + first_key, work.kv_head, work.batch,
+                        Keep::kShortly);
+          }
+          const Turn<Shape::kOStages> o(step);
+          smem.dout_empty[o.stage].wait(o.parity ^ 1);
+          smem.dout_full[o.stage].arrive_expect(smem.dout[0].kBytes + kVectorBytes);
+          smem.dout[o.stage].load(gmem_dout, smem.dout_full[o.stage], row, head, work.batch,
+                                  Keep::kLong);
+          copy_to_smem(smem.delta[o.stage], args.tile_delta + vectors, kVectorBytes,
+                       smem.dout_full[o.stage]);
+        }
+    } else {
+      const int its = warp - 1;
+      const int key_tiles = (work.sk + kKeys - 1) / kKeys;
+      uint32_t parity = 0;
+      for (int head = first_head; head < first_head + group; ++head)
+        for (int i = 0, m = work.start; i < tiles; ++i, m = work.after(m), parity ^= 1) {
+          const int64_t tile = row_tile(head, m);
+          int* turn = args.turns + tile * 2 + its;
+          smem.dq_full[its].wait(parity);
+          if (args.deterministic) {
+            // from the last key tile that the row tile sees
+            int last = key_tiles;
+            if (args.causal) last = min(last, ((m + 1) * kQueries + work.off + kKeys - 1) / kKeys);
+            wait_for_signals(turn, last - 1 - first_key / kKeys);
+            fence_async_gmem();
+          }
+          add_to_gmem(args.dq_sum + tile * Shape::kSums + its * (Shape::kSums / 2), smem.dq[its],
+                      sizeof(smem.dq[0]), Keep::kLong);
+          commit_copies();
+          wait_copies_read<0>();
+          smem.dq_empty[its].arrive();
+          if (args.deterministic) {
+            wait_copies<0>();
+            fence_async_gmem();
+            signal(turn);
+          }
+        }
+      wait_copies<0>();
+    }
+    return;
+  }
+
+  raise_registers<Shape::kComputeRegisters>();
+  const int own = warpgroup - 1, thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
+  const int own_key = own * 64 + warp * 16;  // first of this warp's keys in the tile
+  const int column = 2 * (lane % 4);         // of an accumulator, a query
+  float acc_dk[kD / 2], acc_dv[kD / 2];
+  Frag frag_p, frag_ds;
+#pragma unroll
+  for (int i = 0; i < kD / 2; ++i) acc_dk[i] = acc_dv[i] = 0;
+
+  auto release = [&](Barrier& barrier) {
+    __syncwarp();
+    if (lane == 0) barrier.arrive();
+  };
+  // x^T = keys rows^T, of K and Q or of V and dout
+  auto issue_scores = [&](float(&acc)[kQueries / 2], const typename Smem::Keys& keys,
+                          const typename Smem::Rows& rows) {
+    const uint64_t a = keys.k_major(own * 64, 0), b = rows.k_major(0, 0);
+    wgmma_fence();
+    wgmma_first<kType, Major::kK>(acc, a, b);
+#pragma unroll
+    for (int d = 16; d < kD; d += 16)
+      wgmma<kType, Major::kK>(acc, advance(a, keys.k_step(d)), advance(b, rows.k_step(d)), true);
+    wgmma_commit();
+  };
+  auto issue_sums = [&](float(&acc)[kD / 2], const Frag& frag, const typename Smem::Rows& rows) {
+    const uint64_t b = rows.mn_major(0);
+    wgmma_fence(acc);
+#pragma unroll
+    for (int k = 0; k < kQueries; k += 16)
+      wgmma<kType, Major::kMN>(acc, frag[k / 16], advance(b, k * 128), true);
+    wgmma_commit();
+  };
+  // kD = 128: all rows and 64 columns; kD = 64: 64 rows and all columns
+  auto issue_dq = [&](float(&acc)[32], const typename Smem::Pairs& ds) {
+    const uint64_t a = ds.k_major(kQueries == 128 ? own * 64 : 0, 0);
+    const uint64_t b = advance(smem.k.mn_major(0), kD == 128 ? own * smem.k.kPanelBytes : 0);
+    wgmma_fence();
+    wgmma_first<kType, Major::kMN>(acc, a, b);
+#pragma unroll
+    for (int k = 16; k < kKeys; k += 16)
+      wgmma<kType, Major::kMN>(acc, advance(a, ds.k_step(k)), advance(b, k * 128), true);
+    wgmma_commit();
+  };
+  // scores of pairs that do not meet
+  auto mask = [&](float(&acc)[kQueries / 2], int m) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int key = work.first_key + own_key + lane / 4 + 8 * r;
+      // queries of this thread, counted from its first one, that see the key
+      const int sees = key - work.off - m * kQueries - column;
+      const int begin = key >= work.sk ? kQueries : args.causal ? sees : 0;
+#pragma unroll
+      for (int i = 2 * r; i < kQueries / 2; i += 4) {
+        if (i / 4 * 8 < begin) acc[i] = -INFINITY;
+        if (i / 4 * 8 + 1 < begin) acc[i + 1] = -INFINITY;
+      }
+      if (args.window) {
+#pragma unroll
+        for (int i = 2 * r; i < kQueries / 2; i += 4) {
+          if (i / 4 * 8 >= sees + args.window) acc[i] = -INFINITY;
+          if (i / 4 * 8 + 1 >= sees + args.window) acc[i + 1] = -INFINITY;
+        }
+      }
+    }
+  };
+  // P from a product of q and k; `slope` is that of softCap
+  auto weight = [&](float product, float lse_log2, float& slope) {
+    if (!kCapped) return exp2_approx(fmaf(product, args.scale_log2, -lse_log2));
+    // tanh(x) = 1 - 2 / (exp(2x) + 1), its derivative is 1 - tanh(x)^2
+    const float half = reciprocal_approx(exp2_approx(product * args.bend) + 1);
+    slope = 4 * half * (1 - half);
+    const float score_log2 = fmaf(half, -2 * args.cap_log2, args.cap_log2);
+    return product == -INFINITY ? 0 : exp2_approx(score_log2 - lse_log2);
+  };
+  // acc becomes P, times the slope of softCap; frag_p is P
+  auto weigh = [&](float(&acc)[kQueries / 2], const float* lse_log2) {
+#pragma unroll
+    for (int i = 0; i < kQueries / 2; i += 4) {
+      const float2 lse = *reinterpret_cast<const float2*>(lse_log2 + i * 2 + column);
+      float slope[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) acc[i + j] = weight(acc[i + j], j % 2 ? lse.y : lse.x, slope[j]);
+#pragma unroll
+      for (int j = 0; j < 4; j += 2)
+        frag_p[i / 8][(i / 2 + j / 2) % 4] = pack<kType>(acc[i + j], acc[i + j + 1]);
+      if (kCapped) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) acc[i + j] *= slope[j];
+      }
+    }
+  };
+  auto weigh_gradients = [&](const float(&acc_p)[kQueries / 2], const float(&acc_dp)[kQueries / 2],
+                             const float* deltas) {
+#pragma unroll
+    for (int i = 0; i < kQueries / 2; i += 4) {
+      const float2 delta = *reinterpret_cast<const float2*>(deltas + i * 2 + column);
+#pragma unroll
+      for (int j = 0; j < 4; j += 2)
+        frag_ds[i / 8][(i / 2 + j / 2) % 4] =
+            pack<kType>(acc_p[i + j] * (acc_dp[i + j] - delta.x),
+                        acc_p[i + j + 1] * (acc_dp[i + j + 1] - delta.y));
+    }
+  };
+  // registers hold [key][query], shared memory gets [query][key]
+  auto write_ds = [&](const typename Smem::Pairs& ds) {
+    const uint32_t to = ds.address(lane / 16 * 8 + lane % 8, own_key + lane / 8 % 2 * 8);
+#pragma unroll
+    for (int s = 0; s < kQueries / 16; ++s)
+      stmatrix_x4_transposed(to + s * 2048, frag_ds[s][0], frag_ds[s][1], frag_ds[s][2],
+                             frag_ds[s][3]);
+  };
+  // hands 32 sums a thread over to the warp that adds them up
+  auto hand_over = [&](const float(&acc)[32]) {
+    const uint32_t to = address_of(smem.dq[own]) + thread * 16;
+#pragma unroll
+    for (int i = 0; i < 32; i += 4)
+      store_4_floats(to + i * 512, acc[i], acc[i + 1], acc[i + 2], acc[i + 3]);
+    fence_async_smem();
+    release(smem.dq_full[own]);
+  };
+  // the compiler moves waits for products above arithmetic that doesn't need them: an index that
+  // depends on all of P keeps the exponentials before the wait, under the product
+  auto settled = [&] {
+    uint32_t all = 0;
+    if (kD == 128) {
+#pragma unroll
+      for (int i = 0; i < kQueries / 4; ++i) all ^= frag_p[i / 4][i % 4];
+    }
+    return all & args.zero;
+  };
+  // rows behind the last one belong to somebody else and may be anything: weights of zero don't
+  // silence what is not a number
+  auto clear_beyond = [&](auto& tile, int rows, int count) {
+    for (int i = threadIdx.x - 128; i < max(count - rows, 0) * (kD / 8); i += 256)
+      store_zero(tile.address(rows + i / (kD / 8), i % (kD / 8) * 8));
+    fence_async_smem();
+    named_barrier_sync(1, 256);
+  };
+
+  if (tiles > 0) {
+    const int steps = group * tiles;
+    uint32_t q_stage = 0, q_parity = 0;
+    int m = work.start;
+    smem.k_full.wait(0);
+    smem.v_full.wait(0);
+    if (args.cu_seqlens_k || args.cache_seqlens) {
+      clear_beyond(smem.k, work.sk - first_key, kKeys);
+      clear_beyond(smem.v, work.sk - first_key, kKeys);
+    }
+    // the first step multiplies what nobody has written and drops it: two copies of the loop's body
+    // would not fit the registers
+#pragma unroll 1
+    for (int i = 0; i < steps; ++i) {
+      float acc_s[kQueries / 2], acc_dp[kQueries / 2], acc_dq[32];
+      const int before = i - 1;
+      const Turn<Shape::kOStages> o(i);
+      // packed rows behind the last one
+      const bool clears = args.cu_seqlens_q && (m + 1) * kQueries > work.sq;
+      smem.q_full[q_stage].wait(q_parity);
+      if (clears) clear_beyond(smem.q[q_stage], work.sq - m * kQueries, kQueries);
+      issue_scores(acc_s, smem.k, smem.q[q_stage]);
+      if (i > 0) smem.ds_full[before & 1].wait(before >> 1 & 1);
+      issue_dq(acc_dq, smem.ds[before & 1]);
+      wgmma_wait<1>(acc_s);
+      pin(acc_dk);
+      if (i > 0) release(smem.q_empty[q_stage == 0 ? Shape::kQStages - 1 : q_stage - 1]);
+      if (m < work.whole_begin || m >= work.whole_end) mask(acc_s, m);
+      weigh(acc_s, smem.lse_log2[q_stage]);
+      if (i > 0) smem.dq_empty[own + settled()].wait((before & 1) ^ 1);
+      wgmma_wait<0>(acc_dq);
+      if (i > 0) hand_over(acc_dq);
+
+      smem.dout_full[o.stage].wait(o.parity);
+      if (clears) clear_beyond(smem.dout[o.stage], work.sq - m * kQueries, kQueries);
+      issue_scores(acc_dp, smem.v, smem.dout[o.stage]);
+      issue_sums(acc_dv, frag_p, smem.dout[o.stage]);
+      wgmma_wait<1>(acc_dp);
+      weigh_gradients(acc_s, acc_dp, smem.delta[o.stage]);
+      write_ds(smem.ds[i & 1]);
+      issue_sums(acc_dk, frag_ds, smem.q[q_stage]);
+      fence_async_smem();
+      // the other warpgroup has passed dq(i - 2), the last to read this buffer, for it has written
+      // dS(i - 1), which this one has waited for
+      release(smem.ds_full[i & 1]);
+      wgmma_wait<1>(acc_dv);
+      release(smem.dout_empty[o.stage]);
+
+      if (++q_stage == Shape::kQStages) q_stage = 0, q_parity ^= 1;
+      if (++m == work.end) m = work.begin;
+    }
+    float acc_dq[32];
+    const int last = steps - 1;
+    smem.ds_full[last & 1].wait(last >> 1 & 1);
+    issue_dq(acc_dq, smem.ds[last & 1]);
+    wgmma_wait<0>(acc_dq);
+    pin(acc_dk);
+    smem.dq_empty[own].wait((last & 1) ^ 1);
+    hand_over(acc_dq);
+  }
+
+  if (args.checks) {
+    float total = 0;
+#pragma unroll
+    for (int i = 0; i < kD / 2; ++i) total += acc_dk[i] + acc_dv[i];
+    if (total != total)
+      args.key_marks[(work.batch * args.hk + work.kv_head) * args.key_tiles + work.key_tile] = 1;
+  }
+  // both have read k and v for the last time
+  named_barrier_sync(1, 256);
+  auto stage_out = [&](const float(&acc)[kD / 2], const typename Smem::Keys& to, float factor) {
+#pragma unroll
+    for (int i = 0; i < kD / 2; i += 8)
+      stmatrix_x4(to.address(own_key + lane % 16, i * 2 + lane / 16 * 8),
+                  pack<kType>(acc[i] * factor, acc[i + 1] * factor),
+                  pack<kType>(acc[i + 2] * factor, acc[i + 3] * factor),
+                  pack<kType>(acc[i + 4] * factor, acc[i + 5] * factor),
+                  pack<kType>(acc[i + 6] * factor, acc[i + 7] * factor));
+  };
+  stage_out(acc_dv, smem.v, 1);
+  stage_out(acc_dk, smem.k, args.scale);
+  fence_async_smem();
+  named_barrier_sync(2 + own, 128);
+  // the keys behind the last one may be those of another sequence
+  const int own_first = first_key + own * 64;
+  if (args.cu_seqlens_k && own_first + 64 > work.sk) {
+    auto write = [&](uint16_t* to, const typename Smem::Keys& from, int columns) {
+      for (int i = thread; i < 64 * kD / 8; i += 128) {
+        const int r = i / (kD / 8), at = i % (kD / 8) * 8;
+        if (own_first + r < work.sk && at < columns)
+          copy_16_bytes(
+              to +
+                  (static_cast<int64_t>(work.k_begin + own_first + r) * args.hk + work.kv_head) *
+                      columns +
+                  at,
+              from.address(own * 64 + r, at));
+      }
+    };
+    write(args.dk, smem.k, args.d);
+    write(args.dv_out, smem.v, args.dv);
+  } else if (thread == 0) {
+    for (int at = 0; at < kD; at += 64) {
+      const int row = work.k_begin + own_first;
+      copy_to_gmem(gmem_dk, smem.k.panel(at) + own * 64 * 128, at, row, work.kv_head, work.batch);
+      copy_to_gmem(gmem_dv, smem.v.panel(at) + own * 64 * 128, at, row, work.kv_head, work.batch);
+    }
+    commit_copies();
+    wait_copies_read<0>();
+  }
+}
+
+// A tile of rows of one head, for the kernels before and behind
+template <int kQueries> struct GradientRows {
+  int head, batch, first, rows;  // `rows` of them exist
+
+  __device__ __forceinline__ GradientRows(const GradientArgs& args, int index) {
+    int tile = index % args.row_tiles;
+    head = index / args.row_tiles % args.hq;
+    batch = index / args.row_tiles / args.hq;
+    int begin = 0, size = args.sq;
+    if (args.cu_seqlens_q) {
+      const int i =
+          sequence_of_tile(args.cu_seqlens_q, args.cu_q_stride, args.sequences, kQueries, tile);
+      const Span span(args.cu_seqlens_q, args.cu_q_stride, i, args.sq);
+      begin = span.begin;
+      size = span.size;
+      tile -= begin / kQueries + i;
+    }
+    first = begin + tile * kQueries;
+    rows = tile < 0 ? 0 : min(max(size - tile * kQueries, 0), kQueries);
+  }
+};
+
+constexpr int kRowCta = 256;
+
+// delta and lse of each row, and zeros where the next kernel adds or counts
+template <DType kType, int kD>
+__global__ void __launch_bounds__(kRowCta) backward_rows_sm90_kernel(const GradientArgs args) {
+  using namespace sm90;
+  constexpr int kQueries = GradientShape<kD>::kQueries;
+  constexpr int kPieces = kD / 8;  // of 8 elements, a thread each
+  const int thread = threadIdx.x;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kRowCta + thread; i < args.counters;
+       i += static_cast<int64_t>(gridDim.x) * kRowCta)
+    args.ticket[i] = 0;
+  const GradientRows<kQueries> tile(args, blockIdx.x);
+  if (tile.rows == 0) return;
+  const int column = thread % kPieces * 8;
+#pragma unroll
+  for (int r = thread / kPieces; r < kQueries; r += kRowCta / kPieces) {
+    const int64_t row = tile.first + r;
+    float delta = 0;
+    if (r < tile.rows && column < args.dv) {
+      const auto piece = [&](const uint16_t* x, const Strides& strides) {
+        return *reinterpret_cast<const uint4*>(x + tile.batch * strides.batch + row * strides.row +
+                                               tile.head * strides.head + column);
+      };
+      const uint4 out = piece(args.out, args.out_strides);
+      const uint4 dout = piece(args.dout, args.dout_strides);
+      const auto add = [&](uint32_t a, uint32_t b) {
+#pragma unroll
+        for (int shift = 0; shift < 32; shift += 16) {
+          // out of an empty row is 0, whatever dout holds
+          const float x = unpack<kType>(static_cast<uint16_t>(a >> shift));
+          const float y = unpack<kType>(static_cast<uint16_t>(b >> shift));
+          delta = x == 0 ? delta : fmaf(x, y, delta);
+        }
+      };
+      add(out.x, dout.x);
+      add(out.y, dout.y);
+      add(out.z, dout.z);
+      add(out.w, dout.w);
+    }
+#pragma unroll
+    for (int lanes = kPieces / 2; lanes > 0; lanes /= 2)
+      delta += __shfl_xor_sync(~0u, delta, lanes);
+    if (column != 0) continue;
+    float lse = INFINITY;  // of rows that are empty or do not exist: all their weights are 0
+    if (r < tile.rows) {
+      lse = args.lse[tile.batch * args.lse_batch + tile.head * args.lse_head + row * args.lse_row];
+      if (lse == -INFINITY) lse = INFINITY;
+      const int64_t at = static_cast<int64_t>(tile.batch * args.hq + tile.head) * args.sq + row;
+      args.row_lse[at] = lse;
+      args.row_delta[at] = delta;
+    }
+    const int64_t at = static_cast<int64_t>(blockIdx.x) * kQueries + r;
+    args.tile_lse_log2[at] = lse * kLog2e;
+    args.tile_delta[at] = delta;
+  }
+  constexpr int kSums = GradientShape<kD>::kSums;
+  auto* sums = reinterpret_cast<float4*>(args.dq_sum + static_cast<int64_t>(blockIdx.x) * kSums);
+#pragma unroll
+  for (int i = 0; i < kSums / 4; i += kRowCta) sums[i + thread] = make_float4(0, 0, 0, 0);
+}
+
+// dq from its sums
+template <DType kType, int kD>
+__global__ void __launch_bounds__(kRowCta) backward_dq_sm90_kernel(const GradientArgs args) {
+  using namespace sm90;
+  constexpr int kQueries = GradientShape<kD>::kQueries, kSums = GradientShape<kD>::kSums;
+  auto& staged = shared_memory<Tile<kQueries, kD>>();
+  const int thread = threadIdx.x;
+  const GradientRows<kQueries> tile(args, blockIdx.x);
+  if (tile.rows == 0) return;
+  const auto* sums =
+      reinterpret_cast<const float4*>(args.dq_sum + static_cast<int64_t>(blockIdx.x) * kSums);
+#pragma unroll
+  for (int i = thread; i < kSums / 4; i += kRowCta) {
+    // as hand_over has it: of a warpgroup, a quarter of an accumulator, a thread
+    const int its = i / 1024, part = i / 128 % 8, its_thread = i % 128;
+    const int row = its_thread / 32 * 16 + its_thread % 32 / 4 + (kQueries == 128 ? 64 * its : 0);
+    const int column = part * 8 + its_thread % 4 * 2 + (kD == 128 ? 64 * its : 0);
+    const float4 sum = sums[i];
+    auto store = [&](int row, float x, float y) {
+      store_4_bytes(staged.address(row, column) + column % 8 * 2,
+                    pack<kType>(x * args.scale, y * args.scale));
+    };
+    store(row, sum.x, sum.y);
+    store(row + 8, sum.z, sum.w);
+    const float total = sum.x + sum.y + sum.z + sum.w;
+    // behind the rows that exist weights are 0 and so are sums
+    if (args.checks && total != total) args.row_marks[blockIdx.x] = 1;
+  }
+  __syncthreads();
+  constexpr int kPieces = kD / 8;
+#pragma unroll
+  for (int i = thread; i < kQueries * kPieces; i += kRowCta) {
+    const int r = i / kPieces, column = i % kPieces * 8;
+    const int64_t row = static_cast<int64_t>(tile.batch) * args.sq + tile.first + r;
+    if (r < tile.rows && column < args.d)
+      copy_16_bytes(args.dq + (row * args.hq + tile.head) * args.d + column,
+                    staged.address(r, column));
+  }
+}
+
+template <DType kType, int kD, bool kCapped>
+void launch_backward(const BackwardCall& call, cudaStream_t stream) {
+  using Shape = GradientShape<kD>;
+  const GradientTiles tiles(call);
+  const int64_t pairs = call.b * call.hk, group = call.hq / call.hk;
+  GradientArgs args{};
+  args.b = static_cast<int>(call.b);
+  args.sq = static_cast<int>(call.sq);
+  args.sk = static_cast<int>(call.sk);
+  args.hq = static_cast<int>(call.hq);
+  args.hk = static_cast<int>(call.hk);
+  args.d = static_cast<int>(call.d);
+  args.dv = static_cast<int>(call.dv);
+  args.row_tiles = static_cast<int>(tiles.row_tiles);
+  args.key_tiles = static_cast<int>(tiles.key_tiles);
+  args.causal = call.causal || call.window;
+  // q, dout and the sums of dq that L2 keeps while they are needed; without a mask all key tiles of
+  // a head are equal and run side by side
+  constexpr int64_t kSectionBytes = 40'000'000;
+  const int64_t bytes = call.sq * group * kD * 8;
+  args.section =
+      args.causal ? static_cast<int>(std::clamp<int64_t>(kSectionBytes / bytes, 1, pairs)) : 1;
+  args.window = static_cast<int>(std::min<int64_t>(call.window, INT32_MAX / 2));
+  args.deterministic = call.deterministic;
+  args.spread = group > 1 && !call.deterministic;
+  args.checks = leaves_marks(call);
+  args.scale = call.scale;
+  args.scale_log2 = call.scale * sm90::kLog2e;
+  args.cap_log2 = call.soft_cap * sm90::kLog2e;
+  args.bend = kCapped ? 2 * args.scale_log2 / call.soft_cap : 0;
+  args.cu_seqlens_q = call.cu_seqlens_q;
+  args.cu_seqlens_k = call.cu_seqlens_k;
+  args.cache_seqlens = call.cache_seqlens;
+  args.cu_q_stride = call.cu_q_stride;
+  args.cu_k_stride = call.cu_k_stride;
+  args.cache_stride = call.cache_stride;
+  args.sequences = static_cast<int>(call.sequences);
+  args.out = static_cast<const uint16_t*>(call.out);
+  args.dout = static_cast<const uint16_t*>(call.dout);
+  args.out_strides = call.out_strides;
+  args.dout_strides = call.dout_strides;
+  args.lse = call.lse;
+  args.lse_batch = call.lse_batch;
+  args.lse_head = call.lse_head;
+  args.lse_row = call.lse_row;
+  args.row_lse = call.row_lse;
+  args.row_delta = call.row_delta;
+  args.tile_lse_log2 = call.tile_lse_log2;
+  args.tile_delta = call.tile_delta;
+  args.dq_sum = call.dq_sum;
+  args.counters = tiles.counters();
+  args.ticket = call.counters;
+  args.turns = call.counters + 1;
+  args.row_marks = tiles.marks(call.counters);
+  args.key_marks = args.row_marks + tiles.total_rows;
+  args.dq = static_cast<uint16_t*>(call.dq);
+  args.dk = static_cast<uint16_t*>(call.dk);
+  args.dv_out = static_cast<uint16_t*>(call.dv_out);
+  const auto map = [&](const void* data, int64_t d, int64_t s, int64_t h, const Strides& strides,
+                       int rows) {
+    return make_tensor_map(kType, data, {d, s, h, call.b, strides.row, strides.head, strides.batch},
+                           rows);
+  };
+  const auto result = [&](const void* data, int64_t d) {
+    return map(data, d, call.sk, call.hk, {call.sk * call.hk * d, call.hk * d, d}, 64);
+  };
+  const int row_ctas = static_cast<int>(tiles.total_rows);
+  launch<backward_rows_sm90_kernel<kType, kD>>({row_ctas, kRowCta, 0, stream}, args);
+  launch<backward_sm90_kernel<kType, kD, kCapped>>(
+      {static_cast<int>(tiles.total_keys), Shape::kThreads,
+       sm90::shared_memory_bytes<GradientSmem<kD>>(), stream},
+      map(call.q, call.d, call.sq, call.hq, call.q_strides, Shape::kQueries),
+      map(call.dout, call.dv, call.sq, call.hq, call.dout_strides, Shape::kQueries),
+      map(call.k, call.d, call.sk, call.hk, call.k_strides, Shape::kKeys),
+      map(call.v, call.dv, call.sk, call.hk, call.v_strides, Shape::kKeys), result(call.dk, call.d),
+      result(call.dv_out, call.dv), args);
+  launch<backward_dq_sm90_kernel<kType, kD>>(
+      {row_ctas, kRowCta, sm90::shared_memory_bytes<sm90::Tile<Shape::kQueries, kD>>(), stream},
+      args);
+}
+
+}  // namespace
+
+template <DType kType, int kD, bool kCapped>
+void launch_backward_sm90(const BackwardCall& call, cudaStream_t stream) {
+  launch_backward<kType, kD, kCapped>(call, stream);
+}
+
+}  // namespace heddle

@@ -1,0 +1,14 @@
+#pragma once
+#include "attention/split_sm90.h"
+#include "common/context.h"
+#include "ops/attention.h"
+
+namespace heddle {
+
+// What Hopper's kernels are told of a call, without memory of their own
+SplitCall hopper_call(const Attention& op, const CudaContext& context);
+
+// Why none of them takes it, or null
+const char* declines_hopper(const Attention& op, const CudaContext& context);
+
+}  // namespace heddle

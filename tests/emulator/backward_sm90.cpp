@@ -1,0 +1,263 @@
+// The Hopper backward on the emulator, against the chain rule in float64
+#include "attention/backward_sm90.cuh"
+
+#include "attention_check.h"
+
+namespace heddle {
+namespace {
+
+#ifndef HEDDLE_D
+#define HEDDLE_D 64
+#endif
+#ifndef HEDDLE_DTYPE
+#define HEDDLE_DTYPE kBF16
+#endif
+constexpr int kD = HEDDLE_D;
+constexpr DType kType = DType::HEDDLE_DTYPE;
+using Array = HeadArray<kType>;
+
+// A sum and the size of its terms, each of which may be wrong by a rounding
+struct Sum {
+  double value = 0, size = 0;
+  void add(double term) {
+    value += term;
+    size += std::fabs(term);
+  }
+};
+
+struct BackwardCase : Case {
+  bool atomics = false;
+};
+
+double check(const BackwardCase& c, emulator::Random& random) {
+  const int64_t d = kD - c.narrower;
+  Array q(c.b, c.sq, c.hq, d, 0), k(c.b, c.sk, c.hk, d, 8), v(c.b, c.sk, c.hk, d, 0),
+      out(c.b, c.sq, c.hq, d, 0), dout(c.b, c.sq, c.hq, d, 8);
+  const auto draw = [&](Array& to, int64_t s, int64_t h, float scale) {
+    for (int64_t b = 0; b < c.b; ++b)
+      for (int64_t i = 0; i < s; ++i)
+        for (int64_t j = 0; j < h; ++j)
+          for (int64_t e = 0; e < d; ++e)
+            to.at(b, i, j, e) = emulator::encode(kType, scale * normal(random));
+  };
+  draw(q, c.sq, c.hq, 1.5f);
+  draw(k, c.sk, c.hk, 1);
+  draw(v, c.sk, c.hk, 1);
+  draw(dout, c.sq, c.hq, 1);
+  for (size_t b = 0; b < c.cached.size(); ++b)
+    for (int64_t t = c.cached[b]; t < c.sk; ++t)
+      for (int64_t h = 0; h < c.hk; ++h)
+        for (int64_t e = 0; e < d; ++e)
+          k.at(int64_t(b), t, h, e) = v.at(int64_t(b), t, h, e) = 0x7fff;
+  for (int64_t h = 0; c.poisoned >= 0 && h < c.hk; ++h)
+    for (int64_t e = 0; e < d; ++e) k.at(0, c.poisoned, h, e) = v.at(0, c.poisoned, h, e) = 0x7fff;
+  std::vector<int32_t> cu_q{0}, cu_k{0}, cache;
+  for (const Sequence& sequence : c.packed) {
+    cu_q.push_back(cu_q.back() + static_cast<int32_t>(sequence.sq));
+    cu_k.push_back(cu_k.back() + static_cast<int32_t>(sequence.sk));
+  }
+  for (const int64_t length : c.cached) cache.push_back(static_cast<int32_t>(length));
+  // what meets nobody may hold anything
+  for (size_t n = 0; n < c.packed.size(); ++n)
+    for (int64_t e = 0; e < d; ++e) {
+      for (int64_t i = cu_q[n]; i < cu_q[n + 1] && c.packed[n].sk == 0; ++i)
+        for (int64_t h = 0; h < c.hq; ++h) q.at(0, i, h, e) = dout.at(0, i, h, e) = 0x7fff;
+      for (int64_t t = cu_k[n]; t < cu_k[n + 1] && c.packed[n].sq == 0; ++t)
+        for (int64_t h = 0; h < c.hk; ++h) k.at(0, t, h, e) = v.at(0, t, h, e) = 0x7fff;
+    }
+  const float scale = 1 / std::sqrt(static_cast<float>(d));
+
+  // what the forward gives, and then the gradients
+  std::vector<float> lse(static_cast<size_t>(c.b * c.hq * c.sq), NAN);
+  const auto rows = static_cast<size_t>(c.b * c.sq * c.hq * d);
+  const auto keys = static_cast<size_t>(c.b * c.sk * c.hk * d);
+  std::vector<Sum> dq(rows), dk(keys), dv(keys);
+  const auto differentiate = [&](int64_t b, int64_t q0, int64_t sq, int64_t k0, int64_t sk) {
+    for (int64_t h = 0; h < c.hq; ++h)
+      for (int64_t i = 0; i < sq; ++i) {
+        const int64_t position = i + sk - sq, kv = h / (c.hq / c.hk);
+        const bool ends = c.causal || c.window;
+        const int64_t until = ends ? std::clamp<int64_t>(position + 1, 0, sk) : sk;
+        const int64_t from = c.window ? std::max<int64_t>(position - c.window + 1, 0) : 0;
+        std::vector<double> weights, slopes;
+        double top = -INFINITY, sum = 0;
+        for (int64_t t = from; t < until; ++t) {
+          double score = 0;
+          for (int64_t e = 0; e < d; ++e)
+            score += double{q.value(b, q0 + i, h, e)} * k.value(b, k0 + t, kv, e);
+          score *= scale;
+          const double bent = std::tanh(score / 3);
+          slopes.push_back(c.mapped ? 1 - bent * bent : 1);
+          weights.push_back(c.mapped ? 3 * bent : score);
+          top = std::max(top, weights.back());
+        }
+        for (double& weight : weights) sum += weight = std::exp(weight - top);
+        lse[static_cast<size_t>((b * c.hq + h) * c.sq + q0 + i)] =
+            static_cast<float>(weights.empty() ? -INFINITY : top + std::log(sum));
+        double delta = 0;
+        for (int64_t e = 0; e < d; ++e) {
+          double value = 0;
+          for (size_t t = 0; t < weights.size(); ++t)
+            value += weights[t] / sum * v.value(b, k0 + from + int64_t(t), kv, e);
+          out.at(b, q0 + i, h, e) = emulator::encode(kType, static_cast<float>(value));
+          // of what was rounded, as the definition has it
+          delta += double{out.value(b, q0 + i, h, e)} * dout.value(b, q0 + i, h, e);
+        }
+        for (size_t t = 0; t < weights.size(); ++t) {
+          const int64_t key = k0 + from + static_cast<int64_t>(t);
+          const double p = weights[t] / sum;
+          double dp = 0;
+          for (int64_t e = 0; e < d; ++e)
+            dp += double{dout.value(b, q0 + i, h, e)} * v.value(b, key, kv, e);
+          const double ds = p * (dp - delta) * slopes[t] * scale;
+          for (int64_t e = 0; e < d; ++e) {
+            const auto at = static_cast<size_t>(((b * c.sk + key) * c.hk + kv) * d + e);
+            dq[static_cast<size_t>(((b * c.sq + q0 + i) * c.hq + h) * d + e)].add(
+                ds * k.value(b, key, kv, e));
+            dk[at].add(ds * q.value(b, q0 + i, h, e));
+            dv[at].add(p * dout.value(b, q0 + i, h, e));
+          }
+        }
+      }
+  };
+  int64_t q0 = 0, k0 = 0;
+  for (const Sequence& sequence : c.packed) {
+    differentiate(0, q0, sequence.sq, k0, sequence.sk);
+    q0 += sequence.sq;
+    k0 += sequence.sk;
+  }
+  if (c.packed.empty())
+    for (int64_t b = 0; b < c.b; ++b)
+      differentiate(b, 0, c.sq, 0, c.cached.empty() ? c.sk : c.cached[size_t(b)]);
+
+  BackwardCall call{};
+  call.dtype = kType;
+  call.b = c.b;
+  call.sq = c.sq;
+  call.sk = c.sk;
+  call.hq = c.hq;
+  call.hk = c.hk;
+  call.d = call.dv = d;
+  call.q = q.data();
+  call.k = k.data();
+  call.v = v.data();
+  call.out = out.data();
+  call.dout = dout.data();
+  call.lse = lse.data();
+  call.q_strides = q.strides;
+  call.k_strides = k.strides;
+  call.v_strides = v.strides;
+  call.out_strides = out.strides;
+  call.dout_strides = dout.strides;
+  call.lse_batch = c.hq * c.sq;
+  call.lse_head = c.sq;
+  call.lse_row = 1;
+  call.scale = scale;
+  call.soft_cap = c.mapped ? 3.f : 0.f;
+  call.causal = c.causal;
+  call.window = c.window;
+  call.deterministic = !c.atomics;
+  if (!c.packed.empty()) {
+    call.cu_seqlens_q = cu_q.data();
+    call.cu_seqlens_k = cu_k.data();
+    call.cu_q_stride = call.cu_k_stride = 1;
+    call.sequences = static_cast<int64_t>(c.packed.size());
+  }
+  call.cache_seqlens = c.cached.empty() ? nullptr : cache.data();
+  call.cache_stride = 1;
+  // what is not written must not be read; one more of each, that nobody may write
+  const GradientTiles tiles(call);
+  struct alignas(128) Line {
+    Line() { std::fill_n(values, 32, NAN); }
+    float values[32];
+  };
+  const auto poisoned = [](int64_t count) {
+    return std::vector<Line>(static_cast<size_t>(count / 32) + 1);
+  };
+  auto row_lse = poisoned(c.b * c.hq * c.sq), row_delta = row_lse;
+  auto tile_lse = poisoned(tiles.total_rows * tiles.queries), tile_delta = tile_lse;
+  auto dq_sum = poisoned(tiles.total_rows * tiles.queries * tiles.columns);
+  std::vector<int> counters(static_cast<size_t>(tiles.counters()) + 1, -77);
+  call.row_lse = row_lse[0].values;
+  call.row_delta = row_delta[0].values;
+  call.tile_lse_log2 = tile_lse[0].values;
+  call.tile_delta = tile_delta[0].values;
+  call.dq_sum = dq_sum[0].values;
+  call.counters = counters.data();
+  auto got_q = poisoned(static_cast<int64_t>(rows)), got_k = poisoned(static_cast<int64_t>(keys)),
+       got_v = got_k;
+  call.dq = &got_q[0];
+  call.dk = &got_k[0];
+  call.dv_out = &got_v[0];
+  c.mapped ? launch_backward_sm90<kType, kD, true>(call, nullptr)
+           : launch_backward_sm90<kType, kD, false>(call, nullptr);
+
+  const double unit = kType == DType::kBF16 ? 0x1p-8 : 0x1p-11;
+  double worst = counters.back() == -77 ? 0 : INFINITY;
+  const auto judge = [&](const std::vector<Sum>& expected, const void* results, int64_t tokens,
+                         int64_t heads, int64_t tile, const int* marks) {
+    const auto* got = static_cast<const uint16_t*>(results);
+    const int64_t each = (tokens + tile - 1) / tile;
+    for (size_t i = 0; i < expected.size(); ++i) {
+      const int64_t token = static_cast<int64_t>(i) / d / heads, head = int64_t(i) / d % heads;
+      // left to be done once more, which only what is no number may cause
+      if (c.poisoned >= 0 && marks[(token / tokens * heads + head) * each + token % tokens / tile])
+        continue;
+      const Sum& sum = expected[i];
+      const double error = std::fabs(emulator::decode(kType, got[i]) - sum.value) /
+                           (2 * unit * (sum.size + std::fabs(sum.value)) + 1e-5);
+      worst = error <= worst ? worst : std::isnan(error) ? INFINITY : error;
+    }
+    // nothing behind them was written
+    uint16_t behind[2];
+    std::memcpy(behind, got + (expected.size() + 1) / 2 * 2, 4);
+    if (!std::isnan(emulator::decode(kType, behind[1]))) worst = INFINITY;
+  };
+  const int* marks = tiles.marks(counters.data());
+  judge(dq, call.dq, c.sq, c.hq, tiles.queries, marks);
+  judge(dk, call.dk, c.sk, c.hk, tiles.keys, marks + tiles.total_rows);
+  judge(dv, call.dv_out, c.sk, c.hk, tiles.keys, marks + tiles.total_rows);
+  const auto marked = std::count(marks, marks + tiles.total_rows + tiles.total_keys, 1);
+  if ((marked > 0) != (c.poisoned >= 0)) worst = INFINITY;
+  return worst;
+}
+
+const BackwardCase kCases[] = {
+    {{.b = 1, .sq = 1, .sk = 1, .hq = 1, .hk = 1}},
+    {{.b = 1, .sq = 65, .sk = 127, .hq = 2, .hk = 1}, true},
+    {{.b = 1, .sq = 257, .sk = 257, .hq = 1, .hk = 1, .causal = true}},
+    {{.b = 2, .sq = 63, .sk = 130, .hq = 4, .hk = 2, .causal = true, .narrower = 8}, true},
+    {{.b = 1, .sq = 130, .sk = 61, .hq = 1, .hk = 1, .causal = true, .mapped = true}},
+    {{.b = 1, .sq = 113, .sk = 300, .hq = 1, .hk = 1, .mapped = true}, true},
+    {{.b = 1, .sq = 200, .sk = 500, .hq = 1, .hk = 1, .window = 150}},
+    {{.b = 1, .sq = 270, .sk = 270, .hq = 1, .hk = 1, .causal = true, .poisoned = 200}},
+    {{.b = 1,
+      .sq = 215,
+      .sk = 275,
+      .hq = 2,
+      .hk = 1,
+      .causal = true,
+      .packed = {{70, 1}, {0, 130}, {5, 0}, {129, 129}, {11, 15}}}},
+    {{.b = 3, .sq = 64, .sk = 200, .hq = 1, .hk = 1, .cached = {200, 0, 131}}},
+};
+
+}  // namespace
+}  // namespace heddle
+
+int main(int argc, char** argv) {
+  using namespace heddle;
+  const uint64_t first = argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 1;
+  emulator::seed(first);
+  emulator::Random random(first);
+  double worst = 0;
+  for (const BackwardCase& c : kCases) {
+    const double error = check(c, random);
+    if (!(error <= 1)) {
+      std::printf("wrong: case %d: %g times the error allowed\n", static_cast<int>(&c - kCases),
+                  error);
+      return 1;
+    }
+    worst = std::max(worst, error);
+  }
+  std::printf("error: %g of what is allowed\n", worst);
+}
