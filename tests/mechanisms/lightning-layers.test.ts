@@ -31,8 +31,9 @@ const [b, s, heads, d] = [2, 37, 3, 8]
 const width = heads * d
 
 function scan(q: Matrix, k: Matrix, v: Matrix, slopes: number[]) {
-  const c = { b, s, hq: heads, hk: heads, hv: heads, hs: heads, d, e: d, scale: 1, slopes }
-  const read = (x: Matrix) => reader(x.flat(), s, heads, d)
+  const wide = q[0]!.length / heads
+  const c = { b, s, hq: heads, hk: heads, hv: heads, hs: heads, d: wide, e: d, scale: 1, slopes }
+  const read = (x: Matrix) => reader(x.flat(), s, heads, x[0]!.length / heads)
   const segments = [0, 1].map((i) => [i, 0, s, i] as const)
   const { out, state } = lightningReference(c, read(q), read(k), read(v), undefined, segments)
   return { out: rows(out, width), state }
@@ -64,7 +65,13 @@ describeDevices('layers of lightning attention', (device) => {
     expect(relativeRms(await second.out.read(), rest)).toBeLessThan(1e-5)
   }
 
-  it('transnormer is the block in float64', async () => {
+  const learnt = Array.from({ length: width }, (_, i) => Math.sin(i + 1))
+  const first = Array.from({ length: width }, (_, i) => 10000 ** ((-2 * i) / width))
+  it.each([
+    ['without positions', undefined, undefined],
+    ['with the positions it starts from', {}, first],
+    ['with positions it has learnt', { theta: learnt }, learnt],
+  ])('transnormer is the block in float64, %s', async (_, lrpe, theta) => {
     const rng = random(40)
     const model = 20
     const x = await draw(rng, b, s, model)
@@ -77,7 +84,19 @@ describeDevices('layers of lightning attention', (device) => {
     const projected = product(norm(x.matrix, eps), qkvu.matrix)
     const part = (i: number) => columns(projected, (j) => Math.floor(j / width) === i)
     const active = (y: Matrix) => y.map((row) => row.map(silu))
-    const o = scan(active(part(0)), active(part(1)), part(2), alibiSlopes(heads, 1, 4))
+    // the channels of a head times cosines, then times sines
+    const turn = (y: Matrix) =>
+      theta
+        ? y.map((row, t) =>
+            Array.from({ length: 2 * width }, (_, j) => {
+              const channel = Math.floor(j / (2 * d)) * d + (j % d)
+              const angle = theta[channel]! * (t % s)
+              return row[channel]! * (j % (2 * d) < d ? Math.cos(angle) : Math.sin(angle))
+            }),
+          )
+        : y
+    const [q, k] = [turn(active(part(0))), turn(active(part(1)))]
+    const o = scan(q, k, part(2), alibiSlopes(heads, 1, 4))
     const mixed = zip(part(3), norm(o.out, eps), (u, y) => u * y)
     const first = zip(x.matrix, product(mixed, out.matrix), (a, y) => a + y)
     const y = norm(first, eps)
@@ -91,7 +110,11 @@ describeDevices('layers of lightning attention', (device) => {
       down: down.tensor,
     }
     await check(
-      (part, state) => transnormer(part, weights, { heads, layer: 1, layers: 4, state }),
+      (part, state) =>
+        transnormer(part, weights, {
+          ...{ heads, layer: 1, layers: 4, state, lrpe },
+          offset: state ? 20 : 0,
+        }),
       x.tensor,
       { out: expected, state: o.state },
     )
