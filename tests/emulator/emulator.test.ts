@@ -695,8 +695,8 @@ const kernels: Kernel[] = [
       {
         what: 'a part of a summary decays from the end of the segment',
         file: scan,
-        from: 'kChunk * chunk)));',
-        to: 'kChunk * chunk + tokens * (args.parts - 1 - part))));',
+        from: 'kChunk * chunk));',
+        to: 'kChunk * chunk + tokens * (args.parts - 1 - part)));',
       },
       {
         what: 'tokens of the next sequence are not silenced',
