@@ -85,9 +85,13 @@ ScanPlan plan_scan_sm90(const ScanCall& call) {
   }
   plan.slices = static_cast<int>(parts_of(call.e, plan.columns));
   plan.parts = 1;
-  // Summaries are of one segment less, so there is room for more than one CTA to each
-  while (segments > 1 && 2 * plan.parts * ctas * (segments - 1) <= call.processors &&
-         plan.parts < 8)
+  // Summaries are of one segment less, so there is room for more than one CTA to each. Long ones
+  // are shared even without: where the decay is fast they end soon, and the others take their
+  // places.
+  constexpr int64_t kLong = 32 * kChunk;
+  while (segments > 1 && plan.parts < 8 &&
+         (2 * plan.parts * ctas * (segments - 1) <= call.processors ||
+          tokens_of(call) / (2 * plan.parts * segments) >= kLong))
     plan.parts *= 2;
   plan.cut(call, segments);
   return plan;

@@ -599,8 +599,10 @@ __global__ void __launch_bounds__((128 + 128 * SummarySmem<kD, kE>::kGroups), 1)
   // the chunk that ends before its 64th token, if any
   const int ragged = args.cu_seqlens && tokens % kChunk != 0 ? chunks - 1 : -1;
   constexpr float kCutLog2 = 60;
-  const float reach = kCutLog2 / (kChunk * slope_log2);  // infinite without decay
-  if (reach < static_cast<float>(chunks)) chunks = min(chunks, static_cast<int>(reach) + 1);
+  // in chunks from the end of the part, infinite without decay
+  const float reach =
+      kCutLog2 / (kChunk * slope_log2) - static_cast<float>((args.parts - 1 - part) * chunks);
+  if (reach < static_cast<float>(chunks)) chunks = max(static_cast<int>(reach) + 1, 0);
 
   if (warpgroup == 0) {
     if (threadIdx.x < 32 && elect_one()) {
