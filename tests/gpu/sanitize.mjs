@@ -32,9 +32,12 @@ let seed = 0
 const draw = (shape, dtype = 'bfloat16') => randn(shape, { seed: seed++, dtype, device })
 const results = []
 const keep = (made) => results.push(...(made.lse ? [made.out, made.lse] : [made]))
-const differentiate = (q, k, v, options) => {
+const differentiate = (q, k, v, { deterministic, ...options }) => {
   const { out, lse } = attention(q, k, v, options)
-  const { dq, dk, dv, dsink, dslopes } = attentionBackward(q, k, v, out, lse, out, options)
+  const { dq, dk, dv, dsink, dslopes } = attentionBackward(q, k, v, out, lse, out, {
+    ...options,
+    deterministic,
+  })
   results.push(...[out, lse, dq, dk, dv, dsink, dslopes].filter((made) => made !== undefined))
 }
 
@@ -55,6 +58,7 @@ for (const dtype of ['bfloat16', 'float16', 'float32'])
         sink: [0, 1, 2, 3],
       }
       if (d < 256) differentiate(q, k, v, options)
+      differentiate(q, k, v, { causal, softCap: 20, sink: [0, 1, 2, 3], deterministic: false })
     }
 const pages = draw([9, 16, 2, 64])
 const blockTable = tensor([3, 1, 8, 0, 2, 7], [2, 3], { dtype: 'int32', device })
