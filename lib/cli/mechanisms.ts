@@ -3,12 +3,11 @@ import type { FloatDType } from '../dtype.js'
 import { refuse } from '../errors.js'
 import type { Mask } from '../mask.js'
 import { flexPrefill } from '../mechanisms/flex-prefill.js'
-import { infiniteHip } from '../mechanisms/infinite-hip.js'
 import { minference } from '../mechanisms/minference.js'
 import { sampled } from '../mechanisms/sampled.js'
 import { streaming } from '../mechanisms/streaming.js'
 import { xattention } from '../mechanisms/xattention.js'
-import { hip } from '../ops/hip.js'
+import { hip, hipStages } from '../ops/hip.js'
 
 /** @internal A mechanism of the command line with its settings. */
 export interface Mechanism {
@@ -30,11 +29,23 @@ const camel = (name: string) => name.replace(/-(.)/g, (_, letter: string) => let
 
 const texts: ReadonlySet<string> = new Set(['mode', 'head-mode', 'representative'])
 
-// One number stands for the keys of a block, and for the stride of queries
-const halves = (q: Q, k: Q, settings: object) => {
-  const { block, stride, ...rest } = settings as { block?: number; stride?: number }
+// The mode tells which of its two searches is meant; a block is one of keys, a stride one of queries
+const search = (q: Q, k: Q, settings: object) => {
+  const {
+    mode = 'stages',
+    block,
+    stride,
+    ...rest
+  } = settings as {
+    mode?: string
+    block?: number
+    stride?: number
+  }
+  if (mode !== 'halves' && mode !== 'stages')
+    throw mustBe('hip', 'mode', '"halves" or "stages"', mode)
   return hip(q, k, {
     ...rest,
+    ...(mode === 'stages' && { stages: hipStages }),
     ...(block !== undefined && { block: [64, block] }),
     ...(stride !== undefined && { stride: [stride, 1] }),
   })
@@ -44,8 +55,7 @@ const makers: Readonly<
   Record<string, readonly [options: string, select: (q: Q, k: Q, settings: object) => Mask]>
 > = {
   'flex-prefill': ['mode gamma tau min-budget max-budget block', flexPrefill],
-  hip: ['top-k block stride window sink-tokens head-mode representative', halves],
-  'infinite-hip': ['top-k window sink-tokens head-mode', infiniteHip],
+  hip: ['mode top-k block stride window sink-tokens head-mode representative', search],
   minference: [
     'vertical slash',
     (q, k, settings) => {
