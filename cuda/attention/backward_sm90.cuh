@@ -414,7 +414,6 @@ __global__ void __launch_bounds__((GradientShape<kD>::kThreads), 1)
 
   if (tiles > 0) {
     const int steps = group * tiles;
-    uint32_t q_stage = 0, q_parity = 0;
     int m = work.start;
     smem.k_full.wait(0);
     smem.v_full.wait(0);
@@ -428,19 +427,20 @@ __global__ void __launch_bounds__((GradientShape<kD>::kThreads), 1)
     for (int i = 0; i < steps; ++i) {
       float acc_s[kQueries / 2], acc_dp[kQueries / 2], acc_dq[32];
       const int before = i - 1;
+      const Turn<Shape::kQStages> q(i);
       const Turn<Shape::kOStages> o(i);
       // packed rows behind the last one
       const bool clears = args.cu_seqlens_q && (m + 1) * kQueries > work.sq;
-      smem.q_full[q_stage].wait(q_parity);
-      if (clears) clear_beyond(smem.q[q_stage], work.sq - m * kQueries, kQueries);
-      issue_scores(acc_s, smem.k, smem.q[q_stage]);
+      smem.q_full[q.stage].wait(q.parity);
+      if (clears) clear_beyond(smem.q[q.stage], work.sq - m * kQueries, kQueries);
+      issue_scores(acc_s, smem.k, smem.q[q.stage]);
       if (i > 0) smem.ds_full[before & 1].wait(before >> 1 & 1);
       issue_dq(acc_dq, smem.ds[before & 1]);
       wgmma_wait<1>(acc_s);
       pin(acc_dk);
-      if (i > 0) release(smem.q_empty[q_stage == 0 ? Shape::kQStages - 1 : q_stage - 1]);
+      if (i > 0) release(smem.q_empty[Turn<Shape::kQStages>(before).stage]);
       if (m < work.whole_begin || m >= work.whole_end) mask(acc_s, m);
-      weigh(acc_s, smem.lse_log2[q_stage]);
+      weigh(acc_s, smem.lse_log2[q.stage]);
       if (i > 0) smem.dq_empty[own + settled()].wait((before & 1) ^ 1);
       wgmma_wait<0>(acc_dq);
       if (i > 0) hand_over(acc_dq);
@@ -452,7 +452,7 @@ __global__ void __launch_bounds__((GradientShape<kD>::kThreads), 1)
       wgmma_wait<1>(acc_dp);
       weigh_gradients(acc_s, acc_dp, smem.delta[o.stage]);
       write_ds(smem.ds[i & 1]);
-      issue_sums(acc_dk, frag_ds, smem.q[q_stage]);
+      issue_sums(acc_dk, frag_ds, smem.q[q.stage]);
       fence_async_smem();
       // the other warpgroup has passed dq(i - 2), the last to read this buffer, for it has written
       // dS(i - 1), which this one has waited for
@@ -460,7 +460,6 @@ __global__ void __launch_bounds__((GradientShape<kD>::kThreads), 1)
       wgmma_wait<1>(acc_dv);
       release(smem.dout_empty[o.stage]);
 
-      if (++q_stage == Shape::kQStages) q_stage = 0, q_parity ^= 1;
       if (++m == work.end) m = work.begin;
     }
     float acc_dq[32];

@@ -432,7 +432,7 @@ const kernels: Kernel[] = [
         what: 'rows are given back while dk reads them',
         file: backward,
         from: 'wgmma_wait<1>(acc_dv);\n',
-        to: 'wgmma_wait<1>(acc_dv);\n      release(smem.q_empty[q_stage]);\n',
+        to: 'wgmma_wait<1>(acc_dv);\n      release(smem.q_empty[q.stage]);\n',
       },
       {
         what: 'fewer bytes are announced than arrive',
@@ -527,7 +527,7 @@ const kernels: Kernel[] = [
       {
         what: 'rows of other sequences are not silenced',
         file: backward,
-        from: 'if (clears) clear_beyond(smem.q[q_stage], work.sq - m * kQueries, kQueries);',
+        from: 'if (clears) clear_beyond(smem.q[q.stage], work.sq - m * kQueries, kQueries);',
         to: '',
       },
       {
