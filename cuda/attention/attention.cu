@@ -203,7 +203,7 @@ void run_forward(const Attention& op, CudaContext& context) {
   if (call.masked) {
     const int64_t lists = size_lists_sm90(call), words = lists * call.lists.words;
     call.lists.bits = context.scratch<UnitBits>(static_cast<size_t>(words * call.lists.warpgroups));
-    call.lists.counts = context.scratch<int>(static_cast<size_t>(lists));
+    call.lists.marks = context.scratch<int>(static_cast<size_t>(lists * call.lists.mark_words()));
     list_units_sm90(call, lists, context.stream);
     context.launched("attention_list_kernel");
   }

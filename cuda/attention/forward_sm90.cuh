@@ -59,40 +59,57 @@ struct ForwardWork {
 // Two units of a list. A warpgroup has four bits of `seen`: any and listed of the first, then of
 // the second.
 struct UnitPair {
-  int unit[2];  // or -1
+  int unit[2];  // ascending, or -1
   uint32_t seen;
 };
 
 // The units of a list from the last to the first, by the thread that loads
 template <int kWarpgroups> struct UnitWalk {
-  const UnitBits* next;  // behind the words that come after `ahead`
-  int words, word;       // words that are left behind `ahead`, and the number of `now`
-  uint32_t left;         // units of `now`
+  const UnitBits* bits;  // of the list
+  const int* marks;
+  int group;  // of 32 words, whose marks are in `marked` as far as they are ahead
+  uint32_t marked;
+  int word, next;  // the numbers of `now` and `ahead`
+  uint32_t left;   // units of `now`
+  bool alone;      // the last unit of an odd number, as at the end of a dense row
   UnitBits now[kWarpgroups], ahead[kWarpgroups];
 
   __device__ __forceinline__ UnitWalk(const UnitLists& lists, int64_t list)
-      : next(lists.bits + (list + 1) * lists.words * kWarpgroups),
-        words(lists.words),
-        word(lists.words),
-        left(0) {
+      : bits(lists.bits + list * lists.words * kWarpgroups),
+        marks(lists.marks + list * lists.mark_words()),
+        group(lists.mark_words() - 1),
+        marked(0),
+        word(0),
+        next(0),
+        left(0),
+        alone(marks[0] % 2 != 0) {
     fetch();
+  }
+
+  __device__ __forceinline__ static int highest(uint32_t bits) {
+    return 31 - __clz(static_cast<int>(bits));
   }
 
   // A word is asked for while the one before it is walked
   __device__ __forceinline__ void fetch() {
-    if (--words < 0) return;
-    next -= kWarpgroups;
-    for (int w = 0; w < kWarpgroups; ++w) ahead[w] = next[w];
+    while (marked == 0) {
+      next = -1;
+      if (group == 0) return;
+      marked = static_cast<uint32_t>(marks[group--]);
+    }
+    next = group * 32 + highest(marked);
+    marked ^= 1u << next % 32;
+    for (int w = 0; w < kWarpgroups; ++w) ahead[w] = bits[next * int64_t{kWarpgroups} + w];
   }
 
   __device__ __forceinline__ int take(uint32_t& seen, int slot) {
-    while (left == 0) {
-      if (word == 0) return -1;
-      --word;
+    if (left == 0) {
+      if (next < 0) return -1;
+      word = next;
       for (int w = 0; w < kWarpgroups; ++w) left |= (now[w] = ahead[w]).any;
       fetch();
     }
-    const int bit = 31 - __clz(static_cast<int>(left));
+    const int bit = highest(left);
     left ^= 1u << bit;
     for (int w = 0; w < kWarpgroups; ++w)
       seen |= ((now[w].any >> bit & 1) | (now[w].listed >> bit & 1) << 1) << (4 * w + 2 * slot);
@@ -100,9 +117,10 @@ template <int kWarpgroups> struct UnitWalk {
   }
 
   __device__ __forceinline__ UnitPair pair() {
-    UnitPair pair{{}, 0};
+    UnitPair pair{{-1, -1}, 0};
+    if (!alone) pair.unit[1] = take(pair.seen, 1);
+    alone = false;
     pair.unit[0] = take(pair.seen, 0);
-    pair.unit[1] = take(pair.seen, 1);
     return pair;
   }
 };
@@ -257,7 +275,7 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kListed>::kThreads), 1)
         work.key_tiles = max(work.key_end - first, 1);
         const int64_t list = kListed ? list_of(work) : 0;
         UnitWalk<kWarpgroups> walk(args.lists, list);
-        if (kListed) work.key_tiles = max((args.lists.counts[list] + 1) / 2, 1);
+        if (kListed) work.key_tiles = max((walk.marks[0] + 1) / 2, 1);
         const int kv_head = work.head / args.group;
         auto load = [&](auto& tiles, Barrier* full, Barrier* empty, const TensorMap& map, int j) {
           const Turn<kStages> turn(loaded + j);
@@ -382,8 +400,7 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kListed>::kThreads), 1)
   // don't silence what is not a number
   auto clear_beyond = [&](uint32_t stage, int rows) {
     constexpr int kPieces = whole_panels(kDv) / 8;
-    for (int i = threadIdx.x - 128; i < (Shape::kKeysOfBox - rows) * kPieces;
-         i += 128 * kWarpgroups)
+    for (int i = threadIdx.x - 128; i < (kKeys - rows) * kPieces; i += 128 * kWarpgroups)
       store_zero(smem.v[stage].address(rows + i / kPieces, i % kPieces * 8));
     fence_async_smem();
     named_barrier_sync(4, 128 * kWarpgroups);
@@ -492,7 +509,7 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kListed>::kThreads), 1)
       const int left = max(work.sk - key, 0);
       const Turn<kStages> v = stage_of(0);
       smem.v_full[v.stage].wait(v.parity);
-      if (left < Shape::kKeysOfBox) clear_beyond(v.stage, left);
+      if (left < kKeys) clear_beyond(v.stage, left);
     };
 
     if constexpr (kListed) {
@@ -506,7 +523,7 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kListed>::kThreads), 1)
         smem.k_full[stage.stage].wait(stage.parity);
         const UnitPair pair = smem.pairs[stage.stage];
         const uint32_t seen = __shfl_sync(~0u, pair.seen >> 4 * own & 15, 0);
-        const bool masked = (seen & 10) != 10 || (pair.unit[0] + 1) * kUnitKeys > whole_end;
+        const bool masked = (seen & 10) != 10 || (pair.unit[1] + 1) * kUnitKeys > whole_end;
         uint64_t words[2][2];
         // before there are scores, whose registers it takes
         if (masked) look(work, pair, seen, words);
@@ -515,7 +532,7 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kListed>::kThreads), 1)
           return rows.update(acc_s, to_log2);
         };
         // only the last units of a list can reach beyond the end of a sequence
-        if (j == 0) clear_tail(pair.unit[0] * kUnitKeys);
+        if (j == 0) clear_tail((pair.unit[1] < 0 ? pair.unit[0] : pair.unit[1] - 1) * kUnitKeys);
         if (pending && (seen & 5)) {
           step(j, soften);
         } else {

@@ -58,15 +58,19 @@ __global__ void attention_list_kernel(ListArgs p) {
       if (lane == 0) lists.bits[at * lists.warpgroups + w] = bits;
       visited |= bits.any;
     }
-    if (lane == 0 && visited) atomicAdd(lists.counts + list, __popc(visited));
+    if (lane == 0 && visited) {
+      int* marks = lists.marks + list * lists.mark_words();
+      atomicAdd(marks, __popc(visited));
+      atomicOr(marks + 1 + word / 32, static_cast<int>(1u << word % 32));
+    }
   }
 }
 
 }  // namespace
 
 void list_units_sm90(const ForwardCall& call, int64_t count, cudaStream_t stream) {
-  HEDDLE_CUDA(
-      cudaMemsetAsync(call.lists.counts, 0, static_cast<size_t>(count) * sizeof(int), stream));
+  const auto nbytes = static_cast<size_t>(count * call.lists.mark_words()) * sizeof(int);
+  HEDDLE_CUDA(cudaMemsetAsync(call.lists.marks, 0, nbytes, stream));
   const int64_t warps = count * call.lists.words;
   constexpr int kThreads = 256, kCtas = 8;  // of a multiprocessor
   const int64_t ctas =

@@ -21,10 +21,12 @@ struct alignas(8) UnitBits {
 struct UnitLists {
   MaskView mask;
   UnitBits* bits;  // [lists, words, warpgroups]
-  int* counts;     // [lists]: units that some row of the tile sees
+  int* marks;      // [lists, mark_words]: how many units are seen, then a bit per word that has any
   int tiles;       // per head: of one sequence, or of all that are packed
   int words;       // of 32 units
   int warpgroups;
+
+  HEDDLE_HD int mark_words() const { return 1 + (words + 31) / 32; }
 
   // Packed sequences have their tiles where they have their block rows
   HEDDLE_HD int64_t first_tile(int64_t q_begin, int64_t sequence) const {

@@ -78,7 +78,7 @@ inline void list_units(const ForwardCall& call, int64_t count) {
     } else if (call.cache_seqlens) {
       rows.sk = call.cache_seqlens[rows.batch];
     }
-    lists.counts[list] = 0;
+    int* marks = lists.marks + list * lists.mark_words();
     for (int64_t unit = 0; unit < 32 * lists.words; ++unit) {
       bool visited = false;
       for (int w = 0; w < lists.warpgroups; ++w) {
@@ -89,7 +89,8 @@ inline void list_units(const ForwardCall& call, int64_t count) {
         bits.listed |= static_cast<uint32_t>(look.listed) << unit % 32;
         visited |= look.any;
       }
-      lists.counts[list] += visited;
+      marks[0] += visited;
+      marks[1 + unit / 1024] |= static_cast<int>(uint32_t{visited} << unit / 32 % 32);
     }
   }
 }
@@ -222,7 +223,7 @@ double check(const Case& c, int64_t d, int64_t dv, emulator::Random& random,
       columns_set(lines, c.sk), diagonals_set(lines, c.sk);
   std::vector<int32_t> bounds;
   std::vector<UnitBits> unit_bits;
-  std::vector<int> unit_counts;
+  std::vector<int> unit_marks;
   if (m.block_q) {
     for (int64_t line = 0; line < c.b * m.heads * block_rows_each; ++line)
       for (int64_t column = 0; column < (c.sk + block_k - 1) / block_k; ++column)
@@ -256,9 +257,9 @@ double check(const Case& c, int64_t d, int64_t dv, emulator::Random& random,
     while (1 << view.block_k_log2 < m.block_k) ++view.block_k_log2;
     const int64_t count = size_lists_sm90(call);
     unit_bits.resize(static_cast<size_t>(count * call.lists.words * call.lists.warpgroups));
-    unit_counts.resize(static_cast<size_t>(count));
+    unit_marks.resize(static_cast<size_t>(count * call.lists.mark_words()));
     call.lists.bits = unit_bits.data();
-    call.lists.counts = unit_counts.data();
+    call.lists.marks = unit_marks.data();
     list_units(call, count);
   }
   const auto sees = [&](int64_t sequence, int64_t q0, int64_t h, int64_t i, int64_t position,

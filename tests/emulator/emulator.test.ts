@@ -195,7 +195,7 @@ const kernels: Kernel[] = [
       {
         what: 'values of other sequences are not silenced',
         file: forward,
-        from: 'if (left < Shape::kKeysOfBox) clear_beyond(v.stage, left);',
+        from: 'if (left < kKeys) clear_beyond(v.stage, left);',
         to: '',
       },
       {
@@ -251,6 +251,12 @@ const kernels: Kernel[] = [
         to: 'left ^= 3u << bit;',
       },
       {
+        what: 'words behind the first 32 are left out',
+        file: forward,
+        from: 'group(lists.mark_words() - 1)',
+        to: 'group(1)',
+      },
+      {
         what: 'both halves of a tile are one unit',
         file: forward,
         from: '.unit[to / kUnitKeys]',
@@ -265,7 +271,7 @@ const kernels: Kernel[] = [
       {
         what: 'causality does not cut what is listed',
         file: forward,
-        from: '(pair.unit[0] + 1) * kUnitKeys > whole_end',
+        from: '(pair.unit[1] + 1) * kUnitKeys > whole_end',
         to: 'false',
       },
       {

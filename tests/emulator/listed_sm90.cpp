@@ -70,6 +70,8 @@ const Case kCases[] = {
      .hq = 1,
      .hk = 1,
      .mask = {.block_q = 64, .block_k = 64, .percent = 20, .window = 30}},
+    // more than 32 words of 32 units, most of them empty
+    {.b = 1, .sq = 3, .sk = 67000, .hq = 1, .hk = 1, .narrower = 56, .mask = {64, 32, 1, 1}},
     // a value that is no number in a tile that is visited for other keys
     {.b = 1,
      .sq = 70,

@@ -1,10 +1,10 @@
-import { attention, attentionBackward, type FloatDType, randn } from 'heddle'
+import { attention, attentionBackward, explain, type FloatDType, Mask, randn, tensor } from 'heddle'
 import { describe, expect, it } from 'vitest'
 import { maxError, relativeRms } from '../support/compare.js'
 import { describeGpu } from '../support/gpu.js'
 import { random } from '../support/random.js'
 
-const device = 'cuda:0'
+const device = 'cuda:0' as const
 
 // Shapes that are too large for an oracle on the CPU: 16-bit results against those in float32, which other kernels give
 describeGpu('attention on large shapes', () => {
@@ -59,4 +59,60 @@ describeGpu('attention.backward in its order', () => {
     },
     120_000,
   )
+})
+
+describeGpu('attention over a mask on large shapes', () => {
+  describe.each(['bfloat16', 'float16'] as const)('%s', (dtype) => {
+    it.each([64, 128])(
+      'head size %d agrees with float32, and with dense under a full mask',
+      async (d) => {
+        const rng = random(d)
+        for (let n = 0; n < 12; n++) {
+          const hk = rng.pick([1, 2])
+          const [b, hq] = [rng.pick([1, 2]), hk * rng.pick([1, 4])]
+          const [sq, sk] = [300 + rng.below(1500), 300 + rng.below(3000)]
+          const heads = rng.pick([1, hk, hq])
+          const block = [rng.pick([48, 64, 128, 256]), rng.pick([16, 64, 128])] as const
+          const options = { sq, sk, block, causal: rng.chance(0.6), device }
+          const [rows, columns] = [Math.ceil(sq / block[0]), Math.ceil(sk / block[1])]
+          const share = rng.pick([0.05, 0.3, 0.8])
+          const table = (listed: () => boolean) =>
+            tensor(
+              Uint8Array.from({ length: b * heads * rows * columns }, () => Number(listed())),
+              [b, heads, rows, columns],
+              { device },
+            )
+          const mask = Mask.fromBlocks(
+            table(() => rng.chance(share)),
+            options,
+          ).union(
+            Mask.fromWindow({ window: rng.pick([0, 100]), sinkTokens: rng.pick([0, 5]) }, options),
+          )
+          const draw = (s: number, h: number, seed: number) =>
+            randn([b, s, h, d], { dtype, device, seed })
+          const [q, k, v] = [draw(sq, hq, 3 * n), draw(sk, hk, 3 * n + 1), draw(sk, hk, 3 * n + 2)]
+          const what = JSON.stringify({ ...options, b, hq, hk, heads, share })
+          expect(explain(attention, q, k, v, { mask }).variant, what).toBe('sm90_wgmma')
+          const ours = attention(q, k, v, { mask })
+          const wide = (t: typeof q) => t.cast('float32')
+          const exact = attention<FloatDType>(wide(q), wide(k), wide(v), { mask })
+          const [out, expected] = [
+            await ours.out.read({ as: 'float32' }),
+            await exact.out.read({ as: 'float32' }),
+          ]
+          expect(relativeRms(out, expected), what).toBeLessThan(dtype === 'bfloat16' ? 4e-3 : 6e-4)
+          expect(maxError(await ours.lse.read(), await exact.lse.read()), what).toBeLessThan(1e-4)
+          const full = attention(q, k, v, {
+            mask: Mask.fromBlocks(
+              table(() => true),
+              options,
+            ),
+          })
+          const dense = attention(q, k, v, { causal: options.causal })
+          expect(await full.out.read(), what).toEqual(await dense.out.read())
+        }
+      },
+      120_000,
+    )
+  })
 })
