@@ -22,6 +22,9 @@
 //   each(n, body)    calls body(i) for i < n, shared among its threads, and waits
 //   add(x, y)        x += y, whoever does it at the same time; raise(x, y) is x = max(x, y), x >= 0
 //   wait()           until all threads are here
+//   crossing(bins, wanted, above)
+//                    the digit, from the top, whose bin reaches what is wanted, -1 if none does;
+//                    takes what is above it off `wanted` and adds its count to `above`
 namespace heddle {
 
 struct Histogram {
@@ -58,12 +61,16 @@ HEDDLE_HD inline unsigned long long mass_of(float score, float largest) {
   return static_cast<unsigned long long>(static_cast<double>(score) / largest * 1099511627776.0);
 }
 
-// Whether the digit's ranks are all wanted; `amount` is then less by them
-HEDDLE_HD inline bool takes_all(const Histogram& bins, int digit, Wanted& wanted) {
-  const unsigned long long held = wanted.by_mass ? bins.mass[digit] : bins.count[digit];
-  if (held >= wanted.amount) return false;
-  wanted.amount -= held;
-  return true;
+// The crossing among the digits from `digit` down to `last`, last - 1 if it is not there
+HEDDLE_HD inline int crossing_of(const Histogram& bins, int digit, int last, Wanted& wanted,
+                                 unsigned long long& above) {
+  for (; digit >= last; --digit) {
+    const unsigned long long held = wanted.by_mass ? bins.mass[digit] : bins.count[digit];
+    if (held >= wanted.amount) break;
+    wanted.amount -= held;
+    above += bins.count[digit];
+  }
+  return digit;
 }
 
 // `rank(i)` and `mass(i)` of n scores; all visible ones if they do not amount to what is wanted.
@@ -83,9 +90,8 @@ HEDDLE_HD Cut select(const Team& team, int64_t n, Wanted wanted, const Rank& ran
       team.add(bins.count[digit], 1);
       if (wanted.by_mass) team.add(bins.mass[digit], mass(i));
     });
-    // Every thread walks the bins alike, and all are through before they are cleared
-    int digit = 255;
-    for (; digit >= 0 && takes_all(bins, digit, wanted); --digit) above += bins.count[digit];
+    // Every thread learns the same, and all are through before the bins are cleared
+    const int digit = team.crossing(bins, wanted, above);
     const unsigned long long held = digit < 0 ? 0 : bins.count[digit];
     team.wait();
     if (digit < 0) return {1, above};

@@ -1,6 +1,7 @@
 #pragma once
 #include <cstdint>
 
+#include "core/select.h"
 #include "cpu/simd.h"
 
 namespace heddle {
@@ -20,6 +21,9 @@ struct Alone {
       if (chosen(i)) place(i, at++);
   }
   void wait() const {}
+  int crossing(const Histogram& bins, Wanted& wanted, unsigned long long& above) const {
+    return crossing_of(bins, 255, 0, wanted, above);
+  }
 };
 
 }  // namespace HEDDLE_ISA_NAMESPACE

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "core/select.h"
+
 namespace heddle {
 
 // The threads of a CTA as a team, for what core/select.h writes for teams. What they add to is
@@ -41,6 +43,38 @@ struct CtaTeam {
     }
   }
   __device__ void wait() const { __syncthreads(); }
+  // Every warp does it for itself: a lane adds up 8 bins, and the one that has the crossing walks
+  // them
+  __device__ int crossing(const Histogram& bins, Wanted& wanted, unsigned long long& above) const {
+    constexpr int kBins = 256 / 32;
+    const int lane = threadIdx.x % 32, top = 255 - lane * kBins;
+    unsigned long long count = 0, amount = 0;
+    for (int digit = top; digit > top - kBins; --digit) {
+      count += bins.count[digit];
+      amount += wanted.by_mass ? bins.mass[digit] : bins.count[digit];
+    }
+    unsigned long long counts = count, amounts = amount;  // with those of the lanes before
+    for (int step = 1; step < 32; step *= 2) {
+      const unsigned long long more_count = __shfl_up_sync(~0u, counts, step);
+      const unsigned long long more = __shfl_up_sync(~0u, amounts, step);
+      if (lane < step) continue;
+      counts += more_count;
+      amounts += more;
+    }
+    const uint32_t reached = __ballot_sync(~0u, amounts >= wanted.amount);
+    if (reached == 0) {
+      above += __shfl_sync(~0u, counts, 31);
+      return -1;
+    }
+    Wanted rest{wanted.by_mass, wanted.amount - (amounts - amount)};
+    unsigned long long before = counts - count;
+    int digit = 0;
+    const int owner = __ffs(static_cast<int>(reached)) - 1;
+    if (lane == owner) digit = crossing_of(bins, top, top - kBins + 1, rest, before);
+    wanted.amount = __shfl_sync(~0u, rest.amount, owner);
+    above += __shfl_sync(~0u, before, owner);
+    return __shfl_sync(~0u, digit, owner);
+  }
 };
 
 }  // namespace heddle
