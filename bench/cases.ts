@@ -4,6 +4,7 @@ import {
   attentionBackward,
   bytesPerElement,
   type Device,
+  flexPrefill,
   hip,
   hipDecoder,
   hipLists,
@@ -12,6 +13,7 @@ import {
   lightningBackward,
   lightningDecode,
   linear,
+  Mask,
   norm,
   randn,
   type Tensor,
@@ -51,6 +53,36 @@ function shuffled(n: number): number[] {
     ;[list[i], list[j]] = [list[j]!, list[i]!]
   }
   return list
+}
+
+/**
+ * Blocks that the seed lists for each head: `top` of every row, or those of the lower triangle with probability `density` and
+ * beside them the diagonal and the first column.
+ */
+function drawBlocks({ size, flags }: Problem, device: Device) {
+  const [sq, sk, hq, block] = [size('sq'), size('sk'), size('hq'), size('blocks', 0)]
+  if (!block) return undefined
+  const [top, density, draw] = [size('top', 0), size('density', 0), numbersFrom(size('seed', 1))]
+  const [rows, columns] = [Math.ceil(sq / block), Math.ceil(sk / block)]
+  const table = new Uint8Array(hq * rows * columns)
+  for (let line = 0; line < hq * rows; line++) {
+    const row = table.subarray(line * columns, (line + 1) * columns)
+    const last = (line % rows) + columns - rows
+    for (let left = top; left > 0; ) {
+      const c = Math.floor(draw() * columns)
+      left -= 1 - row[c]!
+      row[c] = 1
+    }
+    for (let c = 0; !top && c <= last; c++)
+      row[c] = Number(draw() < density || c === 0 || c === last)
+  }
+  const given = tensor(table, [1, hq, rows, columns], { device })
+  const mask = Mask.fromBlocks(given, { sq, sk, block, causal: flags.has('causal') })
+  given.dispose()
+  const listed = table.reduce((sum, bit) => sum + bit, 0)
+  const sees = (head: number, row: number, t: number) =>
+    table[(head * rows + Math.floor(row / block)) * columns + Math.floor(t / block)] === 1
+  return { mask, listed: listed * block * block, sees }
 }
 
 /** Sizes and mask of an attention problem. */
@@ -112,16 +144,20 @@ export const operators: Readonly<Record<string, (problem: Problem, device: Devic
     const { b, sq, hq, hk, d, dv, q, k, v, options, sees, pairs, keys, page, table } =
       attentionProblem(problem, device)
     const element = bytesPerElement[problem.dtype]
+    const blocks = drawBlocks(problem, device)
+    const run = () =>
+      blocks ? attention(q, k, v, { mask: blocks.mask }) : attention(q, k, v, options)
     return {
       inputs: [q, k, v],
-      flops: 2 * hq * pairs * (d + dv),
+      // every listed block counts whole
+      flops: 2 * (blocks ? b * blocks.listed : hq * pairs) * (d + dv),
       bytes: element * (d + dv) * (b * sq * hq + keys * hk) + 4 * b * hq * sq,
       run() {
-        const { out, lse } = attention(q, k, v, options)
+        const { out, lse } = run()
         return [out, lse]
       },
       async check() {
-        const { out, lse } = attention(q, k, v, options)
+        const { out, lse } = run()
         const [head, batch] = [hq - 1, b - 1]
         const read = async (x: Tensor, h: number) =>
           x.select(0, batch).select(1, h).read({ as: 'float32' })
@@ -143,7 +179,8 @@ export const operators: Readonly<Record<string, (problem: Problem, device: Devic
           for (let t = from; t < to; t++) {
             let dot = 0
             for (let e = 0; e < d; e++) dot += qs[row * d + e]! * ks[rowOf(t) * d + e]!
-            scores.push(dot / Math.sqrt(d))
+            const seen = blocks?.sees(head, row, t) ?? true
+            scores.push(seen ? dot / Math.sqrt(d) : Number.NEGATIVE_INFINITY)
           }
           const most = scores.reduce((a, x) => Math.max(a, x), Number.NEGATIVE_INFINITY)
           const sum = scores.reduce((a, x) => a + Math.exp(x - most), 0)
@@ -468,6 +505,39 @@ export const operators: Readonly<Record<string, (problem: Problem, device: Devic
     }
   },
 
+  // everything of FlexPrefill before the attention
+  'flexprefill.select'(problem, device) {
+    const { dtype, size } = problem
+    const [b, s, hq, hk, d] = [size('b'), size('s'), size('hq'), size('hk'), size('d')]
+    const q = randn([b, s, hq, d], { seed: 1, dtype, device })
+    const k = randn([b, s, hk, d], { seed: 2, dtype, device })
+    const select = () => flexPrefill(q, k, { gamma: 0.95 })
+    const [last, blocks] = [Math.min(128, s), Math.ceil(s / 128)]
+    return {
+      inputs: [q, k],
+      // two walks of the last queries over all keys, and the pooled map
+      flops: b * hq * (4 * last * s * d + 2 * blocks * blocks * d),
+      bytes: q.nbytes + 2 * k.nbytes + (b * hq * blocks * blocks) / 8,
+      run() {
+        const { blocks } = select()
+        return blocks ? [blocks] : []
+      },
+      // the first block and its own belong to every row
+      async check() {
+        using mask = select()
+        if (!mask.blocks) return 0
+        const bits = await mask.blocks.read()
+        const [, heads, rows, words] = mask.blocks.shape as [number, number, number, number]
+        let missing = 0
+        for (let line = 0; line < b * heads * rows; line++) {
+          const has = (c: number) => (bits[line * words + (c >> 5)]! >>> (c & 31)) & 1
+          missing += 2 - has(0) - has(line % rows)
+        }
+        return missing
+      },
+    }
+  },
+
   linear(problem, device) {
     const { dtype, size } = problem
     const [m, n, k] = [size('m'), size('n'), size('k')]
@@ -541,6 +611,7 @@ export const suites: Readonly<Record<'cpu' | 'cuda', readonly string[]>> = {
     'attention:b1 sq2048 sk2048 hq8 hk8 d64 f32 causal',
     'attention:b1 sq2048 sk2048 hq8 hk8 d64 f32',
     'attention:b1 sq1 sk16384 hq8 hk2 d128 f32',
+    'attention:b1 sq4096 sk4096 hq8 hk8 d64 f32 causal blocks128 density0.25 seed1',
     'attention.backward:b1 sq2048 sk2048 hq8 hk8 d64 f32 causal',
     'lightning:b1 h8 s4096 d64 e64 f32',
     'lightning.backward:b1 h8 s4096 d64 e64 f32',
@@ -580,6 +651,14 @@ export const suites: Readonly<Record<'cpu' | 'cuda', readonly string[]>> = {
     'attention:b1 sq1 sk131072 hq32 hk8 d128 bf16',
     'attention:b64 sq1 sk65536 hq32 hk8 d128 bf16 page64 ragged1',
     'attention:b1 sq1 sk4096 hq32 hk8 d128 bf16 graph',
+    'attention:b1 sq32768 sk32768 hq16 hk16 d128 bf16 causal blocks128 density0.5 seed1',
+    'attention:b1 sq32768 sk32768 hq16 hk16 d128 bf16 causal blocks128 density0.25 seed1',
+    'attention:b1 sq32768 sk32768 hq16 hk16 d128 bf16 causal blocks128 density0.1 seed1',
+    'attention:b1 sq32768 sk32768 hq16 hk16 d128 bf16 causal blocks128 density0.05 seed1',
+    'attention:b1 sq109632 sk109632 hq7 hk7 d128 bf16 blocks64 top64 seed1',
+    'flexprefill.select:b1 s8192 hq32 hk8 d128 bf16',
+    'flexprefill.select:b1 s32768 hq32 hk8 d128 bf16',
+    'flexprefill.select:b1 s131072 hq32 hk8 d128 bf16',
     'attention.backward:b4 sq4096 sk4096 hq16 hk16 d128 bf16',
     'attention.backward:b4 sq4096 sk4096 hq16 hk16 d128 bf16 causal',
     'attention.backward:b1 sq16384 sk16384 hq16 hk16 d128 bf16',

@@ -31,7 +31,7 @@ export function parseProblem(text: string): Problem {
   const flags = new Set<string>()
   let dtype: FloatDType = 'float32'
   for (const word of match[2]!.trim().split(/\s+/)) {
-    const size = /^([a-zA-Z]+)(\d+)$/.exec(word)
+    const size = /^([a-zA-Z]+)(\d+(?:\.\d+)?)$/.exec(word)
     const known = dtypes[word]
     if (known) dtype = known
     else if (size) sizes.set(size[1]!, Number(size[2]))

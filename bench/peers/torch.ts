@@ -49,7 +49,9 @@ export async function torch(problem: Problem): Promise<Peer[]> {
     dtype,
     causal: problem.flags.has('causal'),
     ...Object.fromEntries(
-      ['b', 'sq', 'sk', 'hq', 'd', 'm', 'n', 'k', 'window'].map((name) => [name, optional(name)]),
+      ['b', 'sq', 'sk', 'hq', 'd', 'm', 'n', 'k', 'window', 'blocks', 'density', 'top'].map(
+        (name) => [name, optional(name)],
+      ),
     ),
     hk: optional('hk', optional('hq')),
     dv: optional('dv', optional('d')),

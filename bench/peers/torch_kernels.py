@@ -10,6 +10,26 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
+def block_lists(problem, create_block_mask):
+    """Lists drawn as bench/cases.ts draws its own: as many blocks, not the same."""
+    sq, sk, hq, block, top = (problem[name] for name in ("sq", "sk", "hq", "blocks", "top"))
+    rows, columns = -(-sq // block), -(-sk // block)
+    number = torch.rand(hq, rows, columns, device="cuda")
+    row, column = (torch.arange(n, device="cuda") for n in (rows, columns))
+    last = row[:, None] + columns - rows
+    if top:
+        listed = torch.zeros_like(number, dtype=torch.bool).scatter_(2, number.topk(top).indices, True)
+    else:
+        listed = ((number < problem["density"]) | (column == 0) | (column == last)) & (column <= last)
+    causal = problem["causal"]
+
+    def sees(_b, h, i, j):
+        seen = listed[h, i // block, j // block]
+        return seen & (j <= i + sk - sq) if causal else seen
+
+    return torch.compile(create_block_mask)(sees, None, hq, sq, sk, BLOCK_SIZE=block)
+
+
 def attention(problem):
     b, sq, sk, hq, hk, d, dv = (problem[name] for name in ("b", "sq", "sk", "hq", "hk", "d", "dv"))
     window, causal = problem["window"], problem["causal"]
@@ -32,12 +52,16 @@ def attention(problem):
             return (j <= at) & (j > at - window) if window else j <= at
 
         mask = create_block_mask(sees, None, None, sq, sk) if causal or window else None
+        if problem["blocks"]:
+            mask = block_lists(problem, create_block_mask)
         compiled = torch.compile(flex_attention, dynamic=False)
         run = lambda: compiled(q, k, v, block_mask=mask, enable_gqa=hq != hk)
         run.inputs = (q, k, v)
         return run
 
     peers = {}
+    if problem["blocks"]:
+        return {"flex": flex}
     # PyTorch aligns causal masks to the top left, so only squares compare
     if not window and (not causal or sq == sk):
         peers["cudnn"] = lambda: sdpa(SDPBackend.CUDNN_ATTENTION)
