@@ -30,8 +30,9 @@ namespace heddle {
 namespace {
 
 template <int kD, int kDv, bool kListed> struct ForwardTile {
-  // exp2 bounds d = 64: a third warpgroup leaves fewer clocks in which no product runs
-  static constexpr int kWarpgroups = kD == 64 ? 3 : 2;
+  // exp2 bounds d = 64: a third warpgroup leaves fewer clocks in which no product runs. Lists take
+  // registers that three don't have, and more rows would share one.
+  static constexpr int kWarpgroups = kListed ? kListedWarpgroups : kD == 64 ? 3 : 2;
   static constexpr int kQueries = 64 * kWarpgroups;
   // as many as fit into shared memory with two stages
   static constexpr int kKeys = kDv <= 128 ? 128 : kDv == 192 ? 112 : 80;
@@ -40,7 +41,7 @@ template <int kD, int kDv, bool kListed> struct ForwardTile {
   static constexpr int kStages = 2;
   static constexpr int kThreads = 128 * (kWarpgroups + 1);
   // sums to the 512 registers per lane that a CTA has; a walk over a list takes some
-  static constexpr int kLoadRegisters = kWarpgroups == 3 ? (kListed ? 56 : 32) : kListed ? 40 : 24;
+  static constexpr int kLoadRegisters = kListed ? 40 : kWarpgroups == 3 ? 32 : 24;
   static constexpr int kComputeRegisters = (512 - kLoadRegisters) / kWarpgroups / 8 * 8;
   static constexpr int kKeysOfBox = kListed ? kUnitKeys : kKeys;
 };
@@ -67,6 +68,7 @@ struct UnitPair {
 template <int kWarpgroups> struct UnitWalk {
   const UnitBits* bits;  // of the list
   const int* marks;
+  int units;  // of the list
   int group;  // of 32 words, whose marks are in `marked` as far as they are ahead
   uint32_t marked;
   int word, next;  // the numbers of `now` and `ahead`
@@ -74,15 +76,14 @@ template <int kWarpgroups> struct UnitWalk {
   bool alone;      // the last unit of an odd number, as at the end of a dense row
   UnitBits now[kWarpgroups], ahead[kWarpgroups];
 
-  __device__ __forceinline__ UnitWalk(const UnitLists& lists, int64_t list)
-      : bits(lists.bits + list * lists.words * kWarpgroups),
-        marks(lists.marks + list * lists.mark_words()),
-        group(lists.mark_words() - 1),
-        marked(0),
-        word(0),
-        next(0),
-        left(0),
-        alone(marks[0] % 2 != 0) {
+  __device__ __forceinline__ void begin(const UnitLists& lists, int64_t list) {
+    bits = lists.bits + list * lists.words * kWarpgroups;
+    marks = lists.marks + list * lists.mark_words();
+    units = marks[0];
+    group = lists.mark_words() - 1;
+    marked = 0;
+    left = 0;
+    alone = units % 2 != 0;
     fetch();
   }
 
@@ -129,11 +130,13 @@ template <int kD, int kDv, bool kListed> struct ForwardSmem {
   using Shape = ForwardTile<kD, kDv, kListed>;
   // out passes through q's buffer
   static constexpr int kWide = whole_panels(kD > kDv ? kD : kDv);
+  // those of the key tile that is worked on, of the one after it, and of the two that are loaded
+  static constexpr int kPairs = 4;
   sm90::Tile<Shape::kQueries, kWide> q[Shape::kBuffers];
   sm90::Tile<Shape::kKeys, whole_panels(kD)> k[Shape::kStages];
   sm90::Tile<Shape::kKeys, whole_panels(kDv)> v[Shape::kStages];
   ForwardWork work[Shape::kBuffers];
-  UnitPair pairs[Shape::kStages];
+  UnitPair pairs[kPairs];
   sm90::Barrier q_full[Shape::kBuffers], q_empty[Shape::kBuffers];
   sm90::Barrier k_full[Shape::kStages], k_empty[Shape::kStages];
   sm90::Barrier v_full[Shape::kStages], v_empty[Shape::kStages];
@@ -273,29 +276,42 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kListed>::kThreads), 1)
         work.key_end = max((seen + kKeys - 1) / kKeys, 1);
         // a tile that sees no key visits one all the same, fully masked
         work.key_tiles = max(work.key_end - first, 1);
-        const int64_t list = kListed ? list_of(work) : 0;
-        UnitWalk<kWarpgroups> walk(args.lists, list);
-        if (kListed) work.key_tiles = max((walk.marks[0] + 1) / 2, 1);
+        UnitWalk<kWarpgroups> walk;
+        UnitPair now{},
+            next{};  // units of the key tile whose values are next, and of the one after
+        if constexpr (kListed) {
+          walk.begin(args.lists, list_of(work));
+          work.key_tiles = max((walk.units + 1) / 2, 1);
+          now = walk.pair();
+          next = walk.pair();
+        }
         const int kv_head = work.head / args.group;
-        auto load = [&](auto& tiles, Barrier* full, Barrier* empty, const TensorMap& map, int j) {
+        auto await_empty = [&](Barrier* empty, int j) {
           const Turn<kStages> turn(loaded + j);
-          Barrier& arrived = full[turn.stage];
           empty[turn.stage].wait(turn.parity ^ 1);
-          // units are those that k came with
-          if (kListed && full == smem.k_full) smem.pairs[turn.stage] = walk.pair();
-          arrived.arrive_expect(tiles[0].kBytes);
+        };
+        auto load = [&](auto& tiles, Barrier* full, const TensorMap& map, int j,
+                        const UnitPair& units) {
+          const uint32_t stage = Turn<kStages>(loaded + j).stage;
+          full[stage].arrive_expect(tiles[0].kBytes);
+#pragma unroll
           for (int to = 0; to < kKeys; to += Shape::kKeysOfBox) {
-            const int unit = kListed ? smem.pairs[turn.stage].unit[to / kUnitKeys] : 0;
+            const int unit = units.unit[kListed ? to / kUnitKeys : 0];
             const int row = !kListed   ? work.k_begin + (work.key_end - 1 - j) * kKeys
                             : unit < 0 ? args.sk  // zeros
                                        : work.k_begin + unit * kUnitKeys;
-            tiles[turn.stage].load(map, arrived, row, kv_head, work.batch, Keep::kLong, to);
+            tiles[stage].load(map, full[stage], row, kv_head, work.batch, Keep::kLong, to);
           }
         };
-        auto load_k = [&](int j) { load(smem.k, smem.k_full, smem.k_empty, gmem_k, j); };
-        auto load_v = [&](int j) { load(smem.v, smem.v_full, smem.v_empty, gmem_v, j); };
+        // a pair is there when the key tile before it is: who computes looks a tile ahead
+        auto publish = [&](int j, const UnitPair& units) {
+          if (kListed) smem.pairs[(loaded + j) % smem.kPairs] = units;
+        };
 
-        load_k(0);
+        await_empty(smem.k_empty, 0);
+        publish(0, now);
+        publish(1, next);
+        load(smem.k, smem.k_full, gmem_k, 0, now);
         const Turn<kBuffers> q(visit);
         smem.q_empty[q.stage].wait(q.parity ^ 1);
         smem.work[q.stage] = work;
@@ -304,14 +320,22 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kListed>::kThreads), 1)
           copy_to_smem(smem.q[q.stage].panel(column), gmem_q, smem.q_full[q.stage], column,
                        work.q_begin + work.row, work.head, work.batch, Keep::kShortly);
         for (int j = 1; j < work.key_tiles; ++j) {
-          load_k(j);
-          load_v(j - 1);
+          UnitPair after{};
+          if constexpr (kListed) after = walk.pair();  // while there is nothing to do but wait
+          await_empty(smem.k_empty, j);
+          publish(j + 1, after);
+          load(smem.k, smem.k_full, gmem_k, j, next);
+          await_empty(smem.v_empty, j - 1);
+          load(smem.v, smem.v_full, gmem_v, j - 1, now);
+          now = next;
+          next = after;
         }
         // asked for before the last wait, which hides how long the answer takes
-        const int next = static_cast<int>(gridDim.x) + fetch_add(&args.tickets[0], 1);
-        load_v(work.key_tiles - 1);
+        const int ticket = static_cast<int>(gridDim.x) + fetch_add(&args.tickets[0], 1);
+        await_empty(smem.v_empty, work.key_tiles - 1);
+        load(smem.v, smem.v_full, gmem_v, work.key_tiles - 1, now);
         loaded += work.key_tiles;
-        work = order.at(next);
+        work = order.at(ticket);
       }
       const Turn<kBuffers> q(visit);
       smem.q_empty[q.stage].wait(q.parity ^ 1);
@@ -517,17 +541,22 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kListed>::kThreads), 1)
       const int whole_end =
           args.causal ? min(work.row + own * 64 + diagonal + 1, work.sk) : work.sk;
       bool pending = false;  // weights of tile j - 1
+      smem.k_full[stage_of(0).stage].wait(stage_of(0).parity);
+      UnitPair next = smem.pairs[used % smem.kPairs];
 #pragma unroll 1
       for (int j = 0; j < key_tiles; ++j) {
         const Turn<kStages> stage = stage_of(j);
-        smem.k_full[stage.stage].wait(stage.parity);
-        const UnitPair pair = smem.pairs[stage.stage];
+        const UnitPair pair = next;
+        const auto look_ahead = [&] {
+          if (j + 1 < key_tiles) next = smem.pairs[(used + j + 1) % smem.kPairs];
+        };
         const uint32_t seen = __shfl_sync(~0u, pair.seen >> 4 * own & 15, 0);
         const bool masked = (seen & 10) != 10 || (pair.unit[1] + 1) * kUnitKeys > whole_end;
         uint64_t words[2][2];
         // before there are scores, whose registers it takes
         if (masked) look(work, pair, seen, words);
         const auto soften = [&] {
+          look_ahead();
           if (masked) mask_scores(acc_s, words);
           return rows.update(acc_s, to_log2);
         };
@@ -542,6 +571,9 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kListed>::kThreads), 1)
           if (seen & 5) {
             if (first(j, soften)) shrink_values();
           } else {
+            smem.k_full[stage.stage].wait(stage.parity);
+            look_ahead();
+            __syncwarp();
             release(smem.k_empty[stage.stage]);
             // before that, stage j - 2 may not have been given back by all
             smem.v_full[stage.stage].wait(stage.parity);

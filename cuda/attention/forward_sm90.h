@@ -40,7 +40,7 @@ void forward_sm90(const ForwardCall& call, cudaStream_t stream);
 // Sets the sizes of a masked call's lists and returns how many there are
 inline int64_t size_lists_sm90(ForwardCall& call) {
   UnitLists& lists = call.lists;
-  lists.warpgroups = call.d <= 64 && call.dv <= 64 ? 3 : 2;
+  lists.warpgroups = kListedWarpgroups;
   const int64_t rows = 64 * lists.warpgroups;
   lists.tiles = static_cast<int>(call.cu_seqlens_q ? call.sq / rows + call.sequences
                                                    : (call.sq + rows - 1) / rows);

@@ -9,6 +9,8 @@
 namespace heddle {
 
 inline constexpr int kUnitKeys = 64;
+// Which compute, with 64 rows of q each
+inline constexpr int kListedWarpgroups = 2;
 inline constexpr int kMostWarpgroups = 3;
 
 // 32 units as the 64 rows of one warpgroup see them

@@ -147,8 +147,8 @@ const kernels: Kernel[] = [
       {
         what: 'a turn is never passed on',
         file: forward,
-        from: 'pass_turn();\n',
-        to: '\n',
+        from: 'pass_turn();\n      wgmma_wait',
+        to: 'wgmma_wait',
       },
       {
         what: 'scores are read before their product is done',
@@ -253,13 +253,13 @@ const kernels: Kernel[] = [
       {
         what: 'words behind the first 32 are left out',
         file: forward,
-        from: 'group(lists.mark_words() - 1)',
-        to: 'group(1)',
+        from: 'group = lists.mark_words() - 1;',
+        to: 'group = 1;',
       },
       {
         what: 'both halves of a tile are one unit',
         file: forward,
-        from: '.unit[to / kUnitKeys]',
+        from: '.unit[kListed ? to / kUnitKeys : 0]',
         to: '.unit[0]',
       },
       {
