@@ -35,10 +35,11 @@ const usage = `heddle: attention kernels for Node.js
   heddle --version | --help
 
 MECHANISM is flex-prefill [--mode reference|coverage] [--gamma G] [--tau T] [--min-budget N]
-[--max-budget N] [--block N], hip [--mode stages|halves] [--top-k N] [--window N] [--sink-tokens N]
-[--head-mode head|kv_group|all], with halves [--block N] [--stride N] [--representative R],
-minference [--vertical N] [--slash N], sampled [--stride N] [--top-k N] [--block N],
-streaming [--window N] [--sink-tokens N] or xattention [--stride N] [--threshold T] [--block N].
+[--max-budget N] [--block N], hip [--mode stages|fine|halves] [--top-k N] [--window N]
+[--sink-tokens N] [--head-mode head|kv_group|all], with halves [--block N] [--stride N]
+[--representative R], minference [--vertical N] [--slash N], sampled [--stride N] [--top-k N]
+[--block N], streaming [--window N] [--sink-tokens N] or xattention [--stride N] [--threshold T]
+[--block N].
 D is cpu, cuda or cuda:N (the first GPU there is, else cpu); T is float32, float16 or bfloat16.
 NAME is h200, h100, a100 or cpu.
 `
@@ -266,6 +267,7 @@ const commands: Record<string, (values: Values, words: readonly string[]) => Pro
 const reported: readonly (readonly [string, Record<string, string>])[] = [
   ['sampled', {}],
   ['hip', { 'top-k': '512', window: '512', 'sink-tokens': '64' }],
+  ['hip', { mode: 'fine' }],
   ['flex-prefill', { mode: 'reference', gamma: '0.95', 'min-budget': '512' }],
   ['flex-prefill', { mode: 'coverage', gamma: '0.95', 'min-budget': '512' }],
   ['xattention', {}],

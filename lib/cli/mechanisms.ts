@@ -3,6 +3,7 @@ import type { FloatDType } from '../dtype.js'
 import { refuse } from '../errors.js'
 import type { Mask } from '../mask.js'
 import { flexPrefill } from '../mechanisms/flex-prefill.js'
+import { infiniteHipPresets } from '../mechanisms/infinite-hip.js'
 import { minference } from '../mechanisms/minference.js'
 import { sampled } from '../mechanisms/sampled.js'
 import { streaming } from '../mechanisms/streaming.js'
@@ -29,7 +30,7 @@ const camel = (name: string) => name.replace(/-(.)/g, (_, letter: string) => let
 
 const texts: ReadonlySet<string> = new Set(['mode', 'head-mode', 'representative'])
 
-// The mode tells which of its two searches is meant; a block is one of keys, a stride one of queries
+// The mode tells which search is meant, InfiniteHiP's stages if left out; a block is one of keys, a stride one of queries
 const search = (q: Q, k: Q, settings: object) => {
   const {
     mode = 'stages',
@@ -41,9 +42,10 @@ const search = (q: Q, k: Q, settings: object) => {
     block?: number
     stride?: number
   }
-  if (mode !== 'halves' && mode !== 'stages')
-    throw mustBe('hip', 'mode', '"halves" or "stages"', mode)
+  if (mode !== 'halves' && mode !== 'stages' && mode !== 'fine')
+    throw mustBe('hip', 'mode', '"stages", "fine" or "halves"', mode)
   return hip(q, k, {
+    ...(mode === 'fine' && infiniteHipPresets.fineScans),
     ...rest,
     ...(mode === 'stages' && { stages: hipStages }),
     ...(block !== undefined && { block: [64, block] }),
