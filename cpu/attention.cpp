@@ -83,7 +83,8 @@ template <class T> void finish(const Problem<T>& problem, const Part& part, floa
       for (int64_t e = 0; e < dv; ++e) line[e] += weight * state.acc[row * dv + e];
     }
     const bool empty = row_sum == 0;
-    for (int64_t e = 0; e < dv; ++e) line[e] = empty ? 0.f : line[e] / row_sum;
+    for (int64_t e = 0; e < dv; ++e)
+      line[e] = empty ? 0.f : op.normalise ? line[e] / row_sum : line[e];
 
     const int64_t query = part.sequence->q_begin + problem.query_of(part, row),
                   head = problem.head_of(part, row);

@@ -22,6 +22,15 @@ inline constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
 // Floats that fill lines of the cache, so that what follows in the same memory starts on one
 inline size_t whole_lines(int64_t floats) { return static_cast<size_t>((floats + 15) / 16 * 16); }
 
+// log(1 + exp(x)), within 4 ulp: log(1 + u) is a series in u / (2 + u), which is at most 1/3
+HEDDLE_INLINE Vec softplus(Vec x) {
+  const Vec u = exp(-abs(x)), z = u / (2.f + u), square = z * z;
+  Vec p = splat(1.f / 13);
+  for (const float term : {1.f / 11, 1.f / 9, 1.f / 7, 1.f / 5, 1.f / 3, 1.f})
+    p = p * square + term;
+  return max(zero(), x) + 2.f * z * p;
+}
+
 struct Range {
   int64_t begin, end;
 };
@@ -151,11 +160,33 @@ template <class T> struct Problem {
   const float q_factor =
       static_cast<float>(op.soft_cap > 0 ? op.scale / op.soft_cap : op.scale * kLog2e);
   const float cap_log2 = static_cast<float>(op.soft_cap * kLog2e);
-  const bool plain = !(op.soft_cap > 0) && !op.slopes;
+  const bool plain = !(op.soft_cap > 0) && !op.slopes && !op.bias;
+  const bool shifted = op.weights == Attention::kSoftmax;  // weights relative to a maximum
 
   Vec score(Vec s, Vec slope_log2, Vec distance) const {
     if (op.soft_cap > 0) s = cap_log2 * tanh(s);
     return op.slopes ? s + slope_log2 * distance : s;
+  }
+
+  // What a score weighs where no maximum is taken off; -inf, which is not seen, weighs nothing
+  Vec weight(Vec score) const {
+    const Vec s = score * static_cast<float>(kLn2);
+    Vec p = op.weights == Attention::kSigmoid    ? sigmoid(s)
+            : op.weights == Attention::kSoftplus ? softplus(s)
+                                                 : max(zero(), s);
+    const Vec factor = p;
+    for (int64_t i = 1; i < op.power; ++i) p *= factor;
+    return score == splat(-INFINITY) ? zero() : p;
+  }
+
+  // In base 2, of a row of a part
+  float bias_of(const Part& part, int64_t row, int64_t key) const {
+    const int64_t at = part.sequence->batch * op.bias.strides[0] +
+                       head_of(part, row) * op.bias.strides[1] +
+                       query_of(part, row) * op.bias.strides[2] + key * op.bias.strides[3];
+    float x = 0;
+    dispatch_float(op.bias.dtype, [&]<class B>(B) { load_row(&x, op.bias.as<B>() + at, 1, 1); });
+    return x * static_cast<float>(kLog2e);
   }
 
   static float log2_of(const Tensor& per_head, int64_t head) {
@@ -201,7 +232,7 @@ template <class T> struct Problem {
   void start(const Part& part, int64_t row, float& row_max, float& row_sum) const {
     const float sink =
         op.sink && part.split == 0 ? log2_of(op.sink, head_of(part, row)) : -INFINITY;
-    row_max = sink == -INFINITY ? -FLT_MAX : sink;
+    row_max = !shifted ? 0 : sink == -INFINITY ? -FLT_MAX : sink;
     row_sum = sink == -INFINITY ? 0.f : 1.f;
   }
 };

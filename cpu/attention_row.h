@@ -71,14 +71,19 @@ template <class T> class RowKernel {
       const Int lane = iota() + static_cast<int32_t>(t);
       Vec s =
           problem_.score(load(scores_ + t), slope, distance + __builtin_convertvector(lane, Vec));
+      if (problem_.op.bias)
+        for (int64_t i = 0; i < std::min<int64_t>(kLanes, count - t); ++i)
+          s[i] += problem_.bias_of(part_, row, keys.begin + t + i);
       s = lane < static_cast<int32_t>(count) ? s : splat(-INFINITY);
       store(scores_ + t, s);
       lanes_max = max(lanes_max, s);
     }
-    const float before = state.row_max[row], row_max = std::max(before, reduce_max(lanes_max));
+    const float before = state.row_max[row],
+                row_max = problem_.shifted ? std::max(before, reduce_max(lanes_max)) : 0;
     Vec sum = zero();
     for (int64_t t = 0; t < count; t += kLanes) {
-      const Vec p = exp2_to_127(load(scores_ + t) - row_max);
+      const Vec s = load(scores_ + t);
+      const Vec p = problem_.shifted ? exp2_to_127(s - row_max) : problem_.weight(s);
       sum += p;
       store(scores_ + t, p);
     }

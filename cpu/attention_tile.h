@@ -128,7 +128,7 @@ template <class T, class Keys> class TileKernel {
     Vec row_max[N], sum[N];
     float factor[N * kLanes];
     for (int n = 0; n < N; ++n) row_max[n] = load(panel.row_max + n * kLanes);
-    for (int64_t t = 0; t < count; ++t)
+    for (int64_t t = 0; t < count && problem_.shifted; ++t)
       for (int n = 0; n < N; ++n)
         row_max[n] = max(row_max[n], load(scores_ + (t * N + n) * kLanes));
     for (int n = 0; n < N; ++n) {
@@ -140,7 +140,8 @@ template <class T, class Keys> class TileKernel {
     for (int64_t t = 0; t < count; ++t)
       for (int n = 0; n < N; ++n) {
         float* at = scores_ + (t * N + n) * kLanes;
-        const Vec p = exp2_to_127(load(at) - row_max[n]);
+        const Vec s = load(at);
+        const Vec p = problem_.shifted ? exp2_to_127(s - row_max[n]) : problem_.weight(s);
         sum[n] += p;
         store(at, p);
       }
@@ -198,6 +199,10 @@ template <class T, class Keys> class TileKernel {
         if (!problem_.plain)
           s = problem_.score(s, load(panel.slope + n * kLanes),
                              load(distance_ + n * kLanes) + step);
+        if (problem_.op.bias)
+          for (int64_t i = 0; i < kLanes; ++i)
+            s[i] +=
+                problem_.bias_of(part_, row_of(panel, n * kLanes + i), tile.key(look.first + t));
         store(at, look.masked ? (sees(t, n) ? s : splat(-INFINITY)) : s);
       }
     }

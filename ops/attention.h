@@ -9,6 +9,8 @@ namespace heddle {
 
 struct Attention : MaskArguments {
   static constexpr const char* kName = "attention";
+  // What a score weighs: exp(s), 1 / (1 + exp(-s)), max(s, 0)^power, log(1 + exp(s))
+  enum Weights { kSoftmax, kSigmoid, kRelu, kSoftplus };
   Tensor q;              // [b, sq, hq, d]
   Tensor k, v;           // [b, sk, hk, d] and [b, sk, hk, dv], or pages of them
   Tensor cu_seqlens_q;   // [n + 1] i32: where each packed sequence of q begins, b = 1
@@ -17,11 +19,15 @@ struct Attention : MaskArguments {
   Tensor cache_seqlens;  // [b] i32: keys in use
   Tensor slopes;         // [hq] f32: score += slope * (t - p)
   Tensor sink;           // [hq] f32: a logit per head that only the normaliser sees
+  Tensor bias;           // [b, hq, sq, sk]: added to the score; strides of 0 broadcast it
   Tensor out;            // [b, sq, hq, dv]
   Tensor lse;            // [b, hq, sq] f32, natural log
   double scale = std::numeric_limits<double>::quiet_NaN();  // 1/sqrt(d) when left out
   double soft_cap = 0;                                      // 0 is off
   int64_t window = 0;  // keys a row sees, its own included; 0 is all
+  int64_t power = 1;   // of relu
+  int weights = kSoftmax;
+  bool normalise = true;  // weights are divided by their sum
   bool causal = false;
 
   template <class Schema> static void describe(Schema& schema) {
@@ -40,6 +46,10 @@ struct Attention : MaskArguments {
     schema.number("soft_cap", &Attention::soft_cap, 0).at_least(0);
     schema.integer("window", &Attention::window, 0).at_least(1);
     schema.flag("causal", &Attention::causal);
+    schema.optional("bias", &Attention::bias, "b hq sq sk", kFloats);
+    schema.choice("weights", &Attention::weights, {"softmax", "sigmoid", "relu", "softplus"});
+    schema.integer("power", &Attention::power, 1).at_least(1).at_most(8);
+    schema.flag("normalise", &Attention::normalise, true);
     describe_mask<Attention>(schema);
     schema.output("out", &Attention::out, "b sq hq dv", like("q"));
     schema.output("lse", &Attention::lse, "b hq sq", kF32);
@@ -72,6 +82,14 @@ struct Attention : MaskArguments {
                  "window cannot be combined with mask");
     validate_mask(q.shape[1], block_table ? block_table.shape[1] * k.shape[1] : k.shape[1], hq, hk,
                   cu_seqlens_q ? cu_seqlens_q.shape[0] - 1 : 0);
+    HEDDLE_CHECK(!bias || (!cu_seqlens_q && !block_table), kArgument, "bias",
+                 "bias cannot be combined with ", cu_seqlens_q ? "cuSeqlensQ" : "blockTable");
+    HEDDLE_CHECK(weights == kSoftmax || !sink, kArgument, "sink",
+                 "sink goes with weights of softmax");
+    HEDDLE_CHECK(weights != kSoftmax || normalise, kArgument, "normalise",
+                 "normalise goes with other weights than softmax");
+    HEDDLE_CHECK(weights == kRelu || power == 1, kArgument, "power",
+                 "power goes with weights of relu");
     if (std::isnan(scale)) scale = 1 / std::sqrt(static_cast<double>(d));
     HEDDLE_CHECK(std::isfinite(scale), kArgument, "scale", "scale must be finite, got ", scale);
   }

@@ -111,6 +111,12 @@ ForwardArgs portable_args(const Attention& op) {
   args.causal = op.causal;
   args.masked = op.masked;
   args.mask = op.mask_view(args.sq, args.hq);
+  args.bias = op.bias ? op.bias.data : nullptr;
+  std::copy_n(op.bias.strides, 4, args.bias_strides);
+  args.bias_dtype = op.bias.dtype;
+  args.weights = op.weights;
+  args.power = static_cast<int>(op.power);
+  args.normalise = op.normalise;
   return args;
 }
 
@@ -167,6 +173,8 @@ SplitCall hopper_call(const Attention& op, const CudaContext& context) {
 
 const char* declines_hopper(const Attention& op, const CudaContext& context) {
   if (context.arch != 90) return "the GPU must be of compute capability 9.0";
+  if (op.weights != Attention::kSoftmax) return "weights must be of softmax";
+  if (op.bias) return "bias must be left out";
   if (op.q.strides[3] != 1 || op.k.strides[3] != 1 || op.v.strides[3] != 1)
     return "q, k and v must be contiguous along d";
   return nullptr;

@@ -44,8 +44,12 @@ struct ForwardArgs {
   float *part_out, *part_max, *part_sum;  // of each split, unnormalised; null without splits
   int64_t b, sq, sk, hq, hk, sequences, pages, page_size, window;
   int d, dv, splits;
+  const void* bias;  // null for none; of bias_dtype, with strides of 0 where it is broadcast
+  int64_t bias_strides[4];
+  DType bias_dtype;
   float scale, soft_cap;
-  bool causal, masked;
+  int weights, power;
+  bool causal, masked, normalise;
   MaskView mask;
   int* fault;
 };
@@ -99,6 +103,25 @@ __device__ inline const T* key_at(const ForwardArgs& p, const Heads& x, const Pl
   return data + page * x.batch + t % p.page_size * x.token;
 }
 
+__device__ inline float bias_at(const ForwardArgs& p, int64_t batch, int64_t head, int64_t query,
+                                int64_t t) {
+  const int64_t at = batch * p.bias_strides[0] + head * p.bias_strides[1] +
+                     query * p.bias_strides[2] + t * p.bias_strides[3];
+  if (p.bias_dtype == DType::kF32) return static_cast<const float*>(p.bias)[at];
+  if (p.bias_dtype == DType::kF16) return to_float(static_cast<const F16*>(p.bias)[at]);
+  return to_float(static_cast<const BF16*>(p.bias)[at]);
+}
+
+// What a score weighs where no maximum is taken off
+__device__ inline float weight_of(const ForwardArgs& p, float s) {
+  if (p.weights == Attention::kSigmoid) return sigmoid(s);
+  if (p.weights == Attention::kSoftplus) return fmaxf(s, 0) + log1pf(expf(-fabsf(s)));
+  const float x = s < 0 ? 0 : s;  // NaN stays
+  float weight = x;
+  for (int i = 1; i < p.power; ++i) weight *= x;
+  return weight;
+}
+
 template <class T>
 __global__ void __launch_bounds__(kAttentionThreads) attention_portable_kernel(ForwardArgs p) {
   extern __shared__ float smem[];
@@ -144,8 +167,10 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_portable_kernel(F
         p.causal ? clamp_to(position + 1, 0, place.sk) : place.sk);
 
   const float slope = p.slopes ? p.slopes[head * p.slopes_stride] : 0;
-  // row_max starts at a large negative finite number: (-inf) - (-inf) would poison empty rows
-  float row_max = -1e30f, row_sum = 0;
+  // row_max starts at a large negative finite number: (-inf) - (-inf) would poison empty rows.
+  // Other weights than exponentials are relative to nothing
+  const bool shifted = p.weights == Attention::kSoftmax;
+  float row_max = shifted ? -1e30f : 0, row_sum = 0;
   float acc[kMostColumns] = {};
 
   for (int64_t t0 = begin; t0 < end; t0 += kKeyTile) {
@@ -180,18 +205,22 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_portable_kernel(F
       if (p.slopes) s += slope * static_cast<float>(t - position);
       const bool visible = exists && t < end && (!(p.causal || p.window) || t <= position) &&
                            (!p.window || t > position - p.window) && (seen >> c & 1);
+      if (p.bias && visible) s += bias_at(p, place.batch, head, query, t);
       score[j] = visible ? s : -INFINITY;
       if (visible) tile_max = s > tile_max || isnan(s) ? s : tile_max;
     }
     tile_max = fmaxf(tile_max, __shfl_xor_sync(~0u, tile_max, 1));
     tile_max = fmaxf(tile_max, __shfl_xor_sync(~0u, tile_max, 2));
-    const float new_max = fmaxf(row_max, tile_max), correction = expf(row_max - new_max);
+    const float new_max = shifted ? fmaxf(row_max, tile_max) : 0,
+                correction = expf(row_max - new_max);
     row_max = new_max;
     row_sum *= correction;
     for (int f = 0; f < kMostColumns; ++f) acc[f] *= correction;
 #pragma unroll
     for (int j = 0; j < kKeyTile / kRowThreads; ++j) {
-      const float weight = score[j] == -INFINITY ? 0 : expf(score[j] - row_max);
+      const float weight = score[j] == -INFINITY ? 0
+                           : shifted             ? expf(score[j] - row_max)
+                                                 : weight_of(p, score[j]);
       row_sum += weight;
       // -1 marks what the row must not see, whatever its value holds
       smem_p[row * (kKeyTile + 1) + part + kRowThreads * j] = score[j] == -INFINITY ? -1 : weight;
@@ -233,7 +262,7 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_portable_kernel(F
     total_max = row_sum == 0 ? sink : fmaxf(row_max, sink);
     total = row_sum * expf(row_max - total_max) + expf(sink - total_max);
   }
-  const float factor = row_sum == 0 ? 0 : expf(row_max - total_max) / total;
+  const float factor = row_sum == 0 ? 0 : p.normalise ? expf(row_max - total_max) / total : 1;
   T* out = static_cast<T*>(p.out) + ((place.batch * p.sq + token) * p.hq + head) * p.dv;
   for (int f = 0; f < kMostColumns; ++f) {
     const int column = part + kRowThreads * f;
@@ -250,7 +279,10 @@ template <class T> __global__ void attention_join_kernel(ForwardArgs p) {
   for (int64_t row = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32; row < rows; row += warps) {
     const int64_t token = row % p.sq, head = row / p.sq % p.hq, batch = row / p.sq / p.hq;
     const float *row_max = p.part_max + row * p.splits, *row_sum = p.part_sum + row * p.splits;
-    float top = p.sink ? p.sink[head * p.sink_stride] : -1e30f, total = p.sink ? 1 : 0;
+    float top = p.sink                             ? p.sink[head * p.sink_stride]
+                : p.weights == Attention::kSoftmax ? -1e30f
+                                                   : 0,
+          total = p.sink ? 1 : 0;
     bool any = false;
     for (int i = 0; i < p.splits; ++i) {
       if (row_sum[i] == 0) continue;
@@ -265,7 +297,7 @@ template <class T> __global__ void attention_join_kernel(ForwardArgs p) {
       for (int i = 0; i < p.splits; ++i)
         if (row_sum[i] != 0)
           sum += expf(row_max[i] - top) * p.part_out[(row * p.splits + i) * p.dv + f];
-      out[f] = from_float<T>(any ? sum / total : 0);
+      out[f] = from_float<T>(!any ? 0 : p.normalise ? sum / total : sum);
     }
     if (lane == 0) p.lse[row] = total == 0 ? -INFINITY : top + logf(total);
   }

@@ -1,4 +1,8 @@
-import { attentionBackwardDefinition, attentionDefinition } from '../ops/attention.js'
+import {
+  attentionBackwardDefinition,
+  attentionDefinition,
+  sigmoidDefinition,
+} from '../ops/attention.js'
 import { lightningDefinition } from '../ops/lightning.js'
 import { mergeDefinition } from '../ops/merge.js'
 
@@ -28,6 +32,8 @@ export const definitions = {
   attention: attentionDefinition,
   'attention.backward': `
   S[p,m]  = sum(e) Q[p,e] * K[m,e] * scale${attentionBackwardDefinition}`,
+  /** {@link attention} with weights of `'sigmoid'` and a bias. */
+  'attention.sigmoid': sigmoidDefinition,
   lightning: lightningDefinition,
   'lightning.backward': `
   A[t,u]  = sum(e) Q[t,e] * K[u,e] * scale       where u <= t

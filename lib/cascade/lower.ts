@@ -95,6 +95,23 @@ const single = (factors: readonly Factor[]): Form => formOf([termOf(1, factors)]
 type Access = Atom & { kind: 'access' }
 type Reduce = Atom & { kind: 'reduce' }
 
+// Which function of which score a weight is
+function weightsOf(weight: Form) {
+  const [term] = weight.terms
+  const [factor, ...more] = term?.factors ?? []
+  if (!factor || more.length > 0 || factor.atom.kind !== 'call') return undefined
+  const { fn, args } = factor.atom
+  const [score] = args as [Form]
+  const { power } = factor
+  if (fn === 'relu' && Number.isInteger(power) && power >= 1 && power <= 8)
+    return { weights: 'relu', power, score } as const
+  if (power !== 1) return undefined
+  if (fn === 'exp') return { weights: 'softmax', power, score } as const
+  return fn === 'sigmoid' || fn === 'softplus'
+    ? ({ weights: fn, power, score } as const)
+    : undefined
+}
+
 // sum(e) Q K with a factor: what of a score the two operands and what the scale is
 interface Dot {
   q: Access
@@ -205,8 +222,9 @@ function attentionOf(normal: Normal, ir: CascadeIR): Lowered {
   const v = values[0]!.atom as Access
   fit++
   const weight = single(inner.filter((one) => one !== values[0]))
-  const score = weight.terms[0]!.factors.length === 1 && argument(weight.terms[0]!.factors[0]!.atom)
-  if (!score) throw fail(`its weights are ${weight.key}, no exponential of a score`)
+  const { weights, power: exponent, score } = weightsOf(weight) ?? {}
+  if (!weights || !score)
+    throw fail(`its weights are ${weight.key}, no function of a score that attention has`)
   fit++
 
   // exp(shift) sum(…) in both, and a sink beside the sum below
@@ -223,11 +241,12 @@ function attentionOf(normal: Normal, ir: CascadeIR): Lowered {
     atom.body.key === weight.key &&
     atom.where.map(({ key }) => key).join() === numerator.where.map(({ key }) => key).join()
   const [divisor] = divisors
-  if (!divisor || divisors.length > 1) throw fail('its weights are not divided by their sum')
-  let total = atomForm(divisor.atom)
+  if (divisors.length > 1) throw fail('it is divided twice')
+  if (!divisor && weights === 'softmax') throw fail('its weights are not divided by their sum')
+  let total = divisor && atomForm(divisor.atom)
   let shift = number(0)
   let sink: PerHead | undefined
-  if (divisor.atom.kind === 'sum') {
+  if (divisor?.atom.kind === 'sum' && weights === 'softmax') {
     total = divisor.atom.form
     const [own, other, ...more] = [...total.terms].sort(
       (a, b) => Number(b.factors.some(isSum)) - Number(a.factors.some(isSum)),
@@ -243,12 +262,14 @@ function attentionOf(normal: Normal, ir: CascadeIR): Lowered {
       throw fail('its divisor is no sum of its weights and one more')
     shift = logarithm(before)
     sink = logarithm(formOf([other!]))
-  } else if (!isNormaliser(divisor.atom) || outside.key !== '1') {
+  } else if ((divisor && !isNormaliser(divisor.atom)) || outside.key !== '1') {
     throw fail('its divisor is not the sum of its weights')
   }
   fit++
 
-  // scale q.k, or cap tanh(scale q.k / cap); slope m
+  // scale q.k, or cap tanh(scale q.k / cap); slope m; a bias; and where nothing cancels it, what a row adds
+  let bias: Form | undefined
+  let added = number(0)
   let dot: Dot | undefined
   let cap: Form | undefined
   let slope: PerHead | undefined
@@ -272,7 +293,9 @@ function attentionOf(normal: Normal, ir: CascadeIR): Lowered {
           term.factors.filter(({ atom }) => atom.key !== m),
         ),
       ])
-    } else throw fail(`its score has ${formOf([term]).key}`)
+    } else if (tensorIn(formOf([term])) !== undefined && !bias) bias = formOf([term])
+    else if (has(formOf([term]), [m])) throw fail(`its score has ${formOf([term]).key}`)
+    else added = plus(added, formOf([term]))
   }
   if (!dot) throw fail(`its score ${score.key} has no product of a query and a key`)
   fit++
@@ -291,6 +314,9 @@ function attentionOf(normal: Normal, ir: CascadeIR): Lowered {
     [v, [m, column]],
   ] as const)
     if (!hasAxes(one, axes, heads)) throw fail(`${one.key} is not read along its axes`, 'CAS022')
+  const [only] = bias?.terms[0]?.factors ?? []
+  if (only?.atom.kind === 'access' && !hasAxes(only.atom, [], [...heads, row, m]))
+    throw fail(`its bias is ${bias!.key}, which is not read along its axes`, 'CAS022')
   const perHead = (form: Form, what: string): PerHead => {
     const [term] = form.terms
     const [factor] = term?.factors ?? []
@@ -322,16 +348,22 @@ function attentionOf(normal: Normal, ir: CascadeIR): Lowered {
     distances.push(times(number(-1), rest))
   }
   if (sink) aligned(shift)
+  if (added.terms.length > 0 && !slope) {
+    if (bias || has(added, ir.variables) || [...added.free].some((one) => one.endsWith('[]')))
+      throw fail(`its score has ${added.key}`)
+    bias = added
+  } else if (weights !== 'softmax') aligned(added)
   let lse: string | undefined
   for (const other of outputs) {
     if (other === out) continue
     einsum = other.tensor
-    const difference = minus(other.form, logarithm(total))
-    if (lse !== undefined || other.form.terms.length === 0)
+    if (!total || lse !== undefined || other.form.terms.length === 0)
       throw fail('attention gives a result and the logarithm of its divisor')
+    const difference = minus(other.form, logarithm(total))
     if (sink ? difference.key !== '0' : difference.terms.some((term) => term.factors.some(isSum)))
       throw fail('it is not the logarithm of the divisor')
-    if (!sink) aligned(difference)
+    if (!sink && weights === 'softmax') aligned(difference)
+    else if (difference.key !== '0') throw fail('it is not the logarithm of the divisor')
     lse = other.tensor
   }
 
@@ -339,6 +371,10 @@ function attentionOf(normal: Normal, ir: CascadeIR): Lowered {
   const note = (slot: string, form: Form | undefined) => {
     if (form) slots[slot] = form.key
   }
+  if (weights !== 'softmax')
+    Object.assign(slots, { weights, normalise: String(divisor !== undefined) })
+  if (exponent !== 1) slots.power = String(exponent)
+  note('bias', bias)
   note('softCap', cap)
   note('slopes', slope)
   note('sink', sink)
@@ -388,6 +424,12 @@ function attentionOf(normal: Normal, ir: CascadeIR): Lowered {
       const plain = bareName(scale)
       const options: AttentionOptions = { causal: off !== undefined }
       if (plain === undefined || known[plain] !== undefined) options.scale = numberOf(scale, known)
+      if (weights !== 'softmax')
+        Object.assign(options, { weights, power: exponent, normalise: divisor !== undefined })
+      if (bias) {
+        const tensor = tensorIn(bias)
+        options.bias = tensor === undefined ? numberOf(bias, known) : (call.tensors[tensor] as F32)
+      }
       if (cap) options.softCap = numberOf(cap, known)
       if (slope) options.slopes = head(slope)
       if (sink) options.sink = head(sink)

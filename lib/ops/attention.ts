@@ -1,5 +1,6 @@
 import { checkOptions } from '../check.js'
 import type { FloatDType } from '../dtype.js'
+import { refuse } from '../errors.js'
 import type { Mask } from '../mask.js'
 import { run } from '../native.js'
 import { checkTensor, type Tensor } from '../tensor.js'
@@ -16,6 +17,12 @@ export const attentionDefinition = `
   SD[p]   = sum(m) SN[p,m]
   O[p,f]  = sum(m) SN[p,m] * V[m,f] / SD[p]
   LSE[p]  = GM[p] + log(SD[p])`
+
+/** What {@link attention} computes with weights of `'sigmoid'` and a bias. */
+export const sigmoidDefinition = `
+  S[p,m] = sum(e) Q[p,e] * K[m,e] * scale        where m <= p + off
+  W[p,m] = sigmoid(S[p,m] + bias)
+  O[p,f] = sum(m) W[p,m] * V[m,f]`
 
 /** Options of {@link attention}. */
 export interface AttentionOptions {
@@ -47,13 +54,27 @@ export interface AttentionOptions {
    * (`mask.union`), not beside it.
    */
   mask?: Mask | undefined
+  /**
+   * Added to the score after scale, soft cap and slopes: a number, or a tensor that broadcasts to [b, hq, sq, sk]. Neither
+   * with packed sequences nor with pages.
+   */
+  bias?: Tensor<FloatDType> | number | undefined
+  /**
+   * What a score s weighs: `exp(s)` (`'softmax'`, as if left out), `1 / (1 + exp(-s))` (`'sigmoid'`), `max(s, 0)^power`
+   * (`'relu'`) or `log(1 + exp(s))` (`'softplus'`). {@link sigmoidDefinition} is the text of such a call.
+   */
+  weights?: 'softmax' | 'sigmoid' | 'relu' | 'softplus' | undefined
+  /** Power of `'relu'`, from 1, as if left out, to 8. */
+  power?: number | undefined
+  /** Whether weights are divided by their sum; if left out for `'softmax'` and `'softplus'` alone. */
+  normalise?: boolean | undefined
 }
 
 /** What {@link attention} returns. */
 export interface AttentionResult<D extends FloatDType = FloatDType> {
   /** [b, sq, hq, dv], the dtype of q. */
   out: Tensor<D>
-  /** [b, hq, sq], f32: natural log of the sum of exp(score), the sink included. */
+  /** [b, hq, sq], f32: natural log of the sum of exp(score) or of the other weights, the sink included. */
   lse: Tensor<'float32'>
 }
 
@@ -69,6 +90,10 @@ const known: ReadonlySet<string> = new Set<keyof AttentionOptions>([
   'blockTable',
   'cacheSeqlens',
   'mask',
+  'bias',
+  'weights',
+  'power',
+  'normalise',
 ])
 
 /**
@@ -97,7 +122,8 @@ export function attention<D extends FloatDType>(
   checkTensor('attention', 'q', q)
   checkTensor('attention', 'k', k)
   checkOptions('attention', options, known)
-  const { slopes, sink, cacheSeqlens, mask, ...rest } = options
+  const { slopes, sink, cacheSeqlens, mask, bias, ...rest } = options
+  const { weights = 'softmax' } = rest
   const { cuSeqlensQ = mask?.cuSeqlensQ, cuSeqlensK = mask?.cuSeqlensK } = options
   const made: Tensor[] = []
   try {
@@ -106,7 +132,9 @@ export function attention<D extends FloatDType>(
       k,
       v,
       ...rest,
+      normalise: rest.normalise ?? (weights === 'softmax' || weights === 'softplus'),
       ...maskArguments('attention', mask, options.causal),
+      bias: biasOf(bias, q, k, made),
       slopes: vector('attention', 'slopes', slopes, q.device, made),
       sink: vector('attention', 'sink', sink, q.device, made),
       cuSeqlensQ: offsets('attention', 'cuSeqlensQ', cuSeqlensQ, q.shape[1], q.device, made),
@@ -119,8 +147,29 @@ export function attention<D extends FloatDType>(
   }
 }
 
+// As a view of the whole map
+function biasOf(bias: unknown, q: Tensor, k: Tensor, made: Tensor[]): Tensor | undefined {
+  if (bias === undefined) return undefined
+  const given =
+    typeof bias === 'number' ? vector('attention', 'bias', [bias], q.device, made) : bias
+  checkTensor('attention', 'bias', given)
+  const map = [q.shape[0]!, q.shape[2]!, q.shape[1]!, k.shape[1]!]
+  const missing = map.length - given.rank
+  if (missing < 0 || given.shape.some((n, i) => n !== 1 && n !== map[i + missing]))
+    throw refuse(
+      'ERR_SHAPE',
+      'attention',
+      'bias',
+      `bias must broadcast to [${map.join(', ')}], got [${given.shape.join(', ')}]`,
+    )
+  const whole = given.expand(map)
+  made.push(whole)
+  return whole
+}
+
 /** Options of {@link attentionBackward}: those of the forward call. */
-export interface AttentionBackwardOptions extends Omit<AttentionOptions, 'blockTable'> {
+export interface AttentionBackwardOptions
+  extends Omit<AttentionOptions, 'blockTable' | 'bias' | 'weights' | 'power' | 'normalise'> {
   /**
    * Whether the same call gives the same bits every time, `true` if left out. Without it the order of sums is free, which
    * is faster on some GPUs.

@@ -62,6 +62,13 @@ const rows: Record<keyof typeof definitions, (draw: Draw) => Promise<Row>> = {
     const inputs = { Q, K, V, O, LSE, DO }
     return { inputs, scalars: { scale: 0.4, off }, results: { DQ: dq, DK: dk, DV: dv } }
   },
+  async 'attention.sigmoid'(draw) {
+    const { q, k, v, Q, K, V, off } = await qkv(draw)
+    const options = { causal: true, scale: 0.4, weights: 'sigmoid', bias: -2 } as const
+    const { out } = attention(q, k, v, options)
+    const scalars = { scale: 0.4, off, bias: -2 }
+    return { inputs: { Q, K, V }, scalars, results: { O: out } }
+  },
   async lightning({ of, size }) {
     const [s, d, e] = [size(), 5, 6]
     const [q, Q] = await of([1, s, 1, d], [s, d])

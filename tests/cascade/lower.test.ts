@@ -66,6 +66,8 @@ interface Case {
   /** Numbers for each head, by the name of their tensor. */
   perHead?: readonly string[]
   square?: boolean
+  /** A tensor over rows and keys. */
+  pairs?: string
 }
 
 const head = `S[h,p,m] = sum(e) Q[h,p,e] * K[h,m,e]`
@@ -118,6 +120,45 @@ const cases: readonly Case[] = [
     slots: { sink: '0' },
   },
   {
+    what: 'sigmoid with a bias',
+    text: `${head} where m <= p + off
+      O[h,p,f] = sum(m) sigmoid(S[h,p,m] * scale + b) * V[h,m,f]`,
+    scalars: { scale: 0.5, b: -1.5 },
+    slots: { weights: 'sigmoid', bias: 'b', normalise: 'false' },
+  },
+  {
+    what: 'sigmoid as a quotient, with slopes',
+    text: `${head} where m <= p + off
+      O[h,p,f] = sum(m) V[h,m,f] / (1 + exp(-S[h,p,m] * scale - slope[h] * (m - p - off)))`,
+    scalars: { scale: 0.5 },
+    perHead: ['slope'],
+    slots: { weights: 'sigmoid', slopes: 'slope[h]' },
+  },
+  {
+    what: 'squared relu',
+    text: `${head}
+      W[h,p,m] = pow(max(S[h,p,m] * scale, 0), 2)
+      D[h,p]   = sum(m) W[h,p,m]
+      O[h,p,f] = sum(m) W[h,p,m] * V[h,m,f] / D[h,p]`,
+    scalars: { scale: 0.5 },
+    slots: { weights: 'relu', power: '2', normalise: 'true' },
+  },
+  {
+    what: 'softplus, with the logarithm of its sum',
+    text: `${head} where m <= p + off
+      W[h,p,m] = log(1 + exp(S[h,p,m] / sqrt(E)))
+      D[h,p]   = sum(m) W[h,p,m]
+      O[h,p,f] = sum(m) W[h,p,m] * V[h,m,f] / D[h,p]
+      L[h,p]   = log(D[h,p])`,
+    slots: { weights: 'softplus', scale: 'E^-0.5', normalise: 'true' },
+  },
+  {
+    what: 'a bias for each pair',
+    text: softmax('S[h,p,m] * 0.2 + Bias[p,m]', 'where m <= p + off'),
+    pairs: 'Bias',
+    slots: { bias: 'Bias[p,#2M]' },
+  },
+  {
     what: 'a window',
     text: softmax('S[h,p,m] * 0.2', 'where m <= p + off && m > p + off - w'),
     scalars: { w: 5 },
@@ -163,50 +204,58 @@ describeDevices('compile', (device) => {
     }
   })
 
-  it.each(cases)('fills the slots of $what', async ({ text, scalars, slots, perHead, square }) => {
-    const parsed = cascade(text)
-    const plan = parsed.compile()
-    expect(plan.explain().slots).toMatchObject(slots)
-    const [h, d, f] = [3, 8, 16]
-    for (const [sq, sk] of [
-      [7, 7],
-      [21, 35],
-    ] as const) {
-      if (square && sq !== sk) continue
-      const given: Record<string, Tensor> = {}
-      const dense: Record<string, { data: Float32Array; shape: number[] }> = {}
-      for (const [name, s, size] of [
-        ['Q', sq, d],
-        ['K', sk, d],
-        ['V', sk, f],
+  it.each(cases)(
+    'fills the slots of $what',
+    async ({ text, scalars, slots, perHead, square, pairs }) => {
+      const parsed = cascade(text)
+      const plan = parsed.compile()
+      expect(plan.explain().slots).toMatchObject(slots)
+      const [h, d, f] = [3, 8, 16]
+      for (const [sq, sk] of [
+        [7, 7],
+        [21, 35],
       ] as const) {
-        const { tensor: whole, values } = await sample(rng, [1, s, h, size], 'float32', device)
-        given[name] = whole
-        const data = new Float32Array(values.length)
-        for (let i = 0; i < s; i++)
-          for (let j = 0; j < h; j++)
-            for (let e = 0; e < size; e++)
-              data[(j * s + i) * size + e] = values[(i * h + j) * size + e]!
-        dense[name] = { data, shape: [h, s, size] }
+        if (square && sq !== sk) continue
+        const given: Record<string, Tensor> = {}
+        const dense: Record<string, { data: Float32Array; shape: number[] }> = {}
+        for (const [name, s, size] of [
+          ['Q', sq, d],
+          ['K', sk, d],
+          ['V', sk, f],
+        ] as const) {
+          const { tensor: whole, values } = await sample(rng, [1, s, h, size], 'float32', device)
+          given[name] = whole
+          const data = new Float32Array(values.length)
+          for (let i = 0; i < s; i++)
+            for (let j = 0; j < h; j++)
+              for (let e = 0; e < size; e++)
+                data[(j * s + i) * size + e] = values[(i * h + j) * size + e]!
+          dense[name] = { data, shape: [h, s, size] }
+        }
+        for (const name of perHead ?? []) {
+          const data = rng.normals(h).map((x) => x * 0.2)
+          given[name] = tensor(data, [h], { device })
+          dense[name] = { data, shape: [h] }
+        }
+        if (pairs) {
+          const data = rng.normals(sq * sk)
+          given[pairs] = tensor(data, [1, 1, sq, sk], { device })
+          dense[pairs] = { data, shape: [sq, sk] }
+        }
+        const off = parsed.ir.scalars.includes('off') ? { off: sk - sq } : {}
+        const expected = parsed.evaluate(dense, { ...scalars, ...off })
+        const results = plan(...parsed.ir.inputs.map((name) => given[name]!), { ...scalars })
+        expect(Object.keys(results).sort()).toEqual(Object.keys(expected).sort())
+        const out = await results.O!.read()
+        const turned = expected.O!.data.map((_, at) => {
+          const [row, rest] = [Math.floor(at / (h * f)), at % (h * f)]
+          return expected.O!.data[(Math.floor(rest / f) * sq + row) * f + (rest % f)]!
+        })
+        close(out as Float32Array, turned, `${sq} ${sk}`)
+        if (results.L) close((await results.L.read()) as Float32Array, expected.L!.data, 'lse')
       }
-      for (const name of perHead ?? []) {
-        const data = rng.normals(h).map((x) => x * 0.2)
-        given[name] = tensor(data, [h], { device })
-        dense[name] = { data, shape: [h] }
-      }
-      const off = parsed.ir.scalars.includes('off') ? { off: sk - sq } : {}
-      const expected = parsed.evaluate(dense, { ...scalars, ...off })
-      const results = plan(...parsed.ir.inputs.map((name) => given[name]!), { ...scalars })
-      expect(Object.keys(results).sort()).toEqual(Object.keys(expected).sort())
-      const out = await results.O!.read()
-      const turned = expected.O!.data.map((_, at) => {
-        const [row, rest] = [Math.floor(at / (h * f)), at % (h * f)]
-        return expected.O!.data[(Math.floor(rest / f) * sq + row) * f + (rest % f)]!
-      })
-      close(out as Float32Array, turned, `${sq} ${sk}`)
-      if (results.L) close((await results.L.read()) as Float32Array, expected.L!.data, 'lse')
-    }
-  })
+    },
+  )
 
   it('finds lightning as a recurrence and as a masked product', async () => {
     const product = `
@@ -300,6 +349,7 @@ describe('compile', () => {
     expect(found).toEqual({
       attention: 'attention',
       'attention.backward': 'CAS021',
+      'attention.sigmoid': 'attention',
       lightning: 'lightning',
       'lightning.backward': 'CAS020',
       'lightning.decode': 'lightning',

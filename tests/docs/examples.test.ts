@@ -27,8 +27,10 @@ function examplesOf(path: string): string[] {
     .map((example) => example.split(/^@\w+/m)[0]!.replace(/^\s*```\w*$/gm, ''))
 }
 
-const examples = [...sources(join(root, 'lib')), join(root, 'README.md')].flatMap((path) =>
-  examplesOf(path).map((code, i) => ({ name: `${relative(root, path)} ${i + 1}`, code })),
+const guides = join(root, 'docs/guides')
+const pages = readdirSync(guides).map((page) => join(guides, page))
+const examples = [...sources(join(root, 'lib')), join(root, 'README.md'), ...pages].flatMap(
+  (path) => examplesOf(path).map((code, i) => ({ name: `${relative(root, path)} ${i + 1}`, code })),
 )
 
 describe('examples', () => {

@@ -171,6 +171,24 @@ const wrong: Wrong[] = [
     'attention: softCap must be at least 0, got -1',
   ],
   [
+    'a sink of weights that have none',
+    () => attention(q, kv, kv, { weights: 'sigmoid', sink: [1, 2, 3, 4] }),
+    'ERR_ARGUMENT',
+    'attention: sink goes with weights of softmax',
+  ],
+  [
+    'a power of no relu',
+    () => attention(q, kv, kv, { weights: 'softplus', power: 2 }),
+    'ERR_ARGUMENT',
+    'attention: power goes with weights of relu',
+  ],
+  [
+    'a bias of another shape',
+    () => attention(q, kv, kv, { bias: zeros([3, 4]) }),
+    'ERR_SHAPE',
+    'attention: bias must broadcast to [1, 4, 4, 4], got [3, 4]',
+  ],
+  [
     'a string for a number',
     () => attention(q, kv, kv, { scale: any('0.1') }),
     'ERR_ARGUMENT',

@@ -262,6 +262,10 @@ const targets: readonly Target[] = [
       cuSeqlensK: () => ints(0, 1, 4),
       cacheSeqlens: () => [3],
       blockTable: () => zeros([1, 1], { dtype: 'int32' }),
+      bias: () => floats(2, 1, 4),
+      weights: () => 'relu',
+      power: () => 2,
+      normalise: () => true,
     },
   },
   {

@@ -1,0 +1,181 @@
+import { attention, explain, Mask, tensor } from 'heddle'
+import { expect, it } from 'vitest'
+import { expectClose, maxError } from '../support/compare.js'
+import { describeDevices, floats } from '../support/devices.js'
+import { type Random, random, sample } from '../support/random.js'
+import { type AttentionCase, reader } from '../support/reference.js'
+import { round } from '../support/rounding.js'
+
+// Weights other than exponentials, and biases
+
+const functions = {
+  softmax: Math.exp,
+  sigmoid: (s: number) => 1 / (1 + Math.exp(-s)),
+  relu: (s: number) => Math.max(s, 0),
+  softplus: (s: number) => Math.max(s, 0) + Math.log1p(Math.exp(-Math.abs(s))),
+}
+
+interface WeightCase extends AttentionCase {
+  weights: keyof typeof functions
+  power: number
+  normalise: boolean
+  /** Which axes of the bias have their size; the others are 1. */
+  biased: readonly boolean[] | undefined
+}
+
+const lengths = [1, 2, 31, 63, 65, 130, 257]
+
+function drawCase(rng: Random): WeightCase {
+  const hk = rng.pick([1, 2])
+  const hq = hk * rng.pick([1, 3])
+  const d = rng.pick([8, 40, 64])
+  const weights = rng.pick(['softmax', 'sigmoid', 'relu', 'softplus'] as const)
+  return {
+    b: rng.pick([1, 2]),
+    sq: rng.pick(lengths),
+    sk: rng.pick(lengths),
+    hq,
+    hk,
+    d,
+    dv: rng.pick([8, 72]),
+    causal: rng.chance(0.5),
+    window: rng.chance(0.3) ? rng.pick([1, 17, 100]) : undefined,
+    scale: 1 / Math.sqrt(d),
+    softCap: rng.chance(0.2) ? 2 : 0,
+    slopes: rng.chance(0.2) ? Array.from(rng.normals(hq), (x) => Math.fround(x * 0.01)) : undefined,
+    sink: undefined,
+    weights,
+    power: weights === 'relu' ? rng.pick([1, 2, 3]) : 1,
+    normalise: weights === 'softmax' || rng.chance(0.5),
+    biased: rng.chance(0.5) ? [0, 1, 2, 3].map(() => rng.chance(0.6)) : undefined,
+  }
+}
+
+type Read = ReturnType<typeof reader>
+
+/** `terms` is the largest sum of values by magnitude, where weights do not sum to 1. */
+function reference(
+  c: WeightCase,
+  q: Read,
+  k: Read,
+  v: Read,
+  bias: Read,
+  dtype: (typeof floats)[number],
+) {
+  const make = () => new Float64Array(c.b * c.sq * c.hq * c.dv)
+  const [out, plain] = [make(), make()]
+  const lse = new Float64Array(c.b * c.hq * c.sq).fill(Number.NEGATIVE_INFINITY)
+  let terms = 0
+  for (let b = 0; b < c.b; b++)
+    for (let h = 0; h < c.hq; h++)
+      for (let i = 0; i < c.sq; i++) {
+        const p = c.sk - c.sq + i
+        const hk = Math.floor(h / (c.hq / c.hk))
+        for (const rounded of [false, true]) {
+          const r = (x: number) => (rounded ? round(x, dtype) : x)
+          const seen: number[] = []
+          const weights: number[] = []
+          for (let t = 0; t < c.sk; t++) {
+            if ((c.causal || c.window !== undefined) && t > p) continue
+            if (c.window !== undefined && t <= p - c.window) continue
+            let dot = 0
+            for (let e = 0; e < c.d; e++) dot += q(b, i, h, e) * k(b, t, hk, e)
+            let s = r(dot) * c.scale
+            if (c.softCap > 0) s = c.softCap * Math.tanh(s / c.softCap)
+            if (c.slopes) s += c.slopes[h]! * (t - p)
+            seen.push(t)
+            weights.push(r(functions[c.weights](r(s + bias(b, h, i, t))) ** c.power))
+          }
+          const sum = weights.reduce((x, y) => x + y, 0)
+          if (sum === 0) continue
+          if (!rounded) lse[(b * c.hq + h) * c.sq + i] = Math.log(sum)
+          for (let f = 0; f < c.dv; f++) {
+            let [value, size] = [0, 0]
+            seen.forEach((t, j) => {
+              const term = (weights[j]! / (c.normalise ? sum : 1)) * v(b, t, hk, f)
+              value += term
+              size += Math.abs(term)
+            })
+            ;(rounded ? plain : out)[((b * c.sq + i) * c.hq + h) * c.dv + f] = r(value)
+            if (!rounded) terms = Math.max(terms, size)
+          }
+        }
+      }
+  return { out, plain, lse, terms }
+}
+
+describeDevices('attention with other weights', (device) => {
+  it.each(floats)(
+    'agrees with float64 on random shapes and options in %s',
+    async (dtype) => {
+      const rng = random(11)
+      for (let n = 0; n < 40; n++) {
+        const c = drawCase(rng)
+        const q = await sample(rng, [c.b, c.sq, c.hq, c.d], dtype, device)
+        const k = await sample(rng, [c.b, c.sk, c.hk, c.d], dtype, device)
+        const v = await sample(rng, [c.b, c.sk, c.hk, c.dv], dtype, device)
+        const axes = c.biased && [c.b, c.hq, c.sq, c.sk].map((size, i) => (c.biased![i] ? size : 1))
+        const bias = axes && (await sample(rng, axes, rng.pick(floats), device))
+        const at: Read = (...place) => {
+          if (!bias) return 0
+          const index = axes!.reduce((sum, size, i) => sum * size + (size === 1 ? 0 : place[i]!), 0)
+          return bias.values[index]!
+        }
+        const expected = reference(
+          c,
+          reader(q.values, c.sq, c.hq, c.d),
+          reader(k.values, c.sk, c.hk, c.d),
+          reader(v.values, c.sk, c.hk, c.dv),
+          at,
+          dtype,
+        )
+        const { causal, window, scale, softCap, slopes, weights, power, normalise } = c
+        const options = { causal, window, scale, softCap, slopes, weights, power, normalise }
+        const { out, lse } = attention(q.tensor, k.tensor, v.tensor, {
+          ...options,
+          bias: bias?.tensor,
+        })
+        const what = JSON.stringify(c)
+        const { terms } = expected
+        const values = await out.read({ as: 'float32' })
+        expectClose(values, expected.out, expected.plain, dtype, what, { terms, exponent: terms })
+        const sums = await lse.read()
+        for (let i = 0; i < sums.length; i++) {
+          if (expected.lse[i] === Number.NEGATIVE_INFINITY)
+            expect(sums[i], what).toBe(expected.lse[i])
+          // A sum of nearly nothing has few digits, and relu has none at all near zero
+          else if (expected.lse[i]! > -3)
+            expect(Math.abs(sums[i]! - expected.lse[i]!), what).toBeLessThan(2e-4)
+        }
+      }
+    },
+    300_000,
+  )
+
+  it('weighs what a mask leaves, and empty rows with nothing', async () => {
+    const rng = random(13)
+    const [s, d] = [70, 8]
+    const q = (await sample(rng, [1, s, 2, d], 'float32', device)).tensor
+    const k = (await sample(rng, [1, s, 2, d], 'float32', device)).tensor
+    const mask = Mask.fromWindow({ window: 9 }, { sq: s })
+    for (const weights of ['sigmoid', 'relu', 'softplus'] as const) {
+      const whole = attention(q, k, k, { weights, window: 9 })
+      const masked = attention(q, k, k, { weights, mask })
+      expect(
+        maxError(await masked.out.read({ as: 'float32' }), await whole.out.read({ as: 'float32' })),
+      ).toBeLessThan(1e-5)
+      const empty = attention(q, k.slice(1, 0, 3), k.slice(1, 0, 3), { weights, causal: true })
+      const [out, lse] = [await empty.out.read({ as: 'float32' }), await empty.lse.read()]
+      for (let i = 0; i < (s - 3) * 2 * d; i++) expect(out[i]).toBe(0)
+      for (let i = 0; i < s - 3; i++) expect(lse[i]).toBe(Number.NEGATIVE_INFINITY)
+    }
+  })
+
+  it('tells what declines', () => {
+    const q = tensor(new Float32Array(64), [1, 1, 1, 64], { device, dtype: 'bfloat16' })
+    const { variant, declined } = explain(attention, q, q, q, { weights: 'sigmoid' })
+    expect(variant).toBeDefined()
+    for (const { reason } of declined)
+      expect(reason).toMatch(/^(weights must be of softmax|the GPU must be of compute)/)
+  })
+})
