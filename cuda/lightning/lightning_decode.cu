@@ -17,7 +17,7 @@ struct DecodeArgs {
   int64_t slopes_stride;
   float* states;
   const int32_t* slots;
-  int64_t slots_stride, pool;
+  int64_t slots_stride, batch, pool;
   void* out;
   float* all_states;
   int heads_q, heads_k, heads_v, heads, heads_state, tokens, d, e, slabs;
@@ -28,9 +28,10 @@ struct DecodeArgs {
 
 // kPieces cover d: 16 times as many rows of a state that is [d, e], and if it is [e, d] 64 columns
 // for every four
-// with 8 pieces, 64 KB are on their way to a multiprocessor
+// with 8 pieces, 128 KB are on their way to a multiprocessor, which a few spilled registers are
+// worth
 template <class T, int kPieces, bool kTransposed>
-__global__ void __launch_bounds__(kDecodeThreads, kPieces == 8 ? 2 : 1)
+__global__ void __launch_bounds__(kDecodeThreads, kPieces == 8 ? 4 : 1)
     lightning_decode_kernel(DecodeArgs p) {
   __shared__ float smem_q[kMostSize], smem_k[kMostSize], smem_v[kMostSize];
   __shared__ float4 smem_sum[kDecodeThreads / 32][kAcross];
@@ -41,7 +42,15 @@ __global__ void __launch_bounds__(kDecodeThreads, kPieces == 8 ? 2 : 1)
   const int lane = thread % kAcross, line = thread / kAcross;
   const int64_t slot = p.slots[b * p.slots_stride], size = static_cast<int64_t>(p.d) * p.e;
   const float slope = p.slopes[state_head * p.slopes_stride];
-  if ((slot >= p.pool || bad_slope(slope)) && thread == 0) *p.fault = 1;
+  if (blockIdx.x == 0) {  // looks at everything, so that nobody has to clear the word before
+    bool bad = false;
+    for (int64_t i = thread; i < p.batch; i += kDecodeThreads)
+      bad |= p.slots[i * p.slots_stride] >= p.pool;
+    for (int i = thread; i < p.heads_state; i += kDecodeThreads)
+      bad |= bad_slope(p.slopes[i * p.slopes_stride]);
+    bad = __syncthreads_or(bad);
+    if (thread == 0) *p.fault = bad;
+  }
   const bool skipped = slot < 0 || slot >= p.pool;
   const float decay = expf(-slope);
   const int rows = kTransposed ? p.e : p.d, columns = kTransposed ? p.d : p.e;
@@ -157,6 +166,7 @@ void run(const LightningDecode& op, CudaContext& context) {
   args.states = op.states.as<float>();
   args.slots = op.slots.as<int32_t>();
   args.slots_stride = op.slots.strides[0];
+  args.batch = op.q.shape[0];
   args.pool = op.states.shape[0];
   args.out = op.out.data;
   args.all_states = op.all_states ? op.all_states.as<float>() : nullptr;
@@ -175,7 +185,7 @@ void run(const LightningDecode& op, CudaContext& context) {
   if (tasks == 0 || args.tokens == 0) return;
   HEDDLE_CHECK(tasks < INT32_MAX, kUnsupported, "q", "q has too many rows for one call");
   args.fault =
-      context.fault("slots must be below the size of the pool, and slopes finite and at least 0");
+      context.verdict("slots must be below the size of the pool, and slopes finite and at least 0");
   dispatch_float(op.q.dtype, [&]<class T>(T) {
     const bool transposed = op.state_layout == 1, few = args.d <= 8 * kDown;
     auto* kernel = transposed ? few ? lightning_decode_kernel<T, 8, true>
