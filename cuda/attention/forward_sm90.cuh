@@ -268,7 +268,10 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kListed>::kThreads), 1)
       ForwardOrder<kQueries> order{args};
       ForwardWork work = order.at(blockIdx.x);
       uint32_t visit = 0, loaded = 0;  // tiles of q, and of k and v
-      for (; work.row >= 0; ++visit) {
+      UnitWalk<kWarpgroups> walk;
+      // units of the key tile whose values are next, and of the one after it
+      UnitPair now{}, next{};
+      auto open = [&](ForwardWork& work) {
         // row i sees keys up to i + diagonal, and no more than a window of them
         const int diagonal = work.sk - work.sq;
         const int seen = args.causal ? min(work.sk, work.row + kQueries + diagonal) : work.sk;
@@ -276,15 +279,16 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kListed>::kThreads), 1)
         work.key_end = max((seen + kKeys - 1) / kKeys, 1);
         // a tile that sees no key visits one all the same, fully masked
         work.key_tiles = max(work.key_end - first, 1);
-        UnitWalk<kWarpgroups> walk;
-        UnitPair now{},
-            next{};  // units of the key tile whose values are next, and of the one after
         if constexpr (kListed) {
           walk.begin(args.lists, list_of(work));
           work.key_tiles = max((walk.units + 1) / 2, 1);
           now = walk.pair();
           next = walk.pair();
         }
+      };
+      auto ask = [&] { return static_cast<int>(gridDim.x) + fetch_add(&args.tickets[0], 1); };
+      if (work.row >= 0) open(work);
+      for (; work.row >= 0; ++visit) {
         const int kv_head = work.head / args.group;
         auto await_empty = [&](Barrier* empty, int j) {
           const Turn<kStages> turn(loaded + j);
@@ -319,6 +323,8 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kListed>::kThreads), 1)
         for (int column = 0; column < kD; column += 64)
           copy_to_smem(smem.q[q.stage].panel(column), gmem_q, smem.q_full[q.stage], column,
                        work.q_begin + work.row, work.head, work.batch, Keep::kShortly);
+        // a list is opened before the last wait, which hides how long that takes
+        int ticket = kListed ? ask() : 0;
         for (int j = 1; j < work.key_tiles; ++j) {
           UnitPair after{};
           if constexpr (kListed) after = walk.pair();  // while there is nothing to do but wait
@@ -330,12 +336,22 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kListed>::kThreads), 1)
           now = next;
           next = after;
         }
-        // asked for before the last wait, which hides how long the answer takes
-        const int ticket = static_cast<int>(gridDim.x) + fetch_add(&args.tickets[0], 1);
+        const UnitPair units = now;
+        ForwardWork following;
+        auto look_ahead = [&] {
+          following = order.at(ticket);
+          if (following.row >= 0) open(following);
+        };
+        if constexpr (kListed) {
+          look_ahead();
+        } else {
+          ticket = ask();
+        }
         await_empty(smem.v_empty, work.key_tiles - 1);
-        load(smem.v, smem.v_full, gmem_v, work.key_tiles - 1, now);
+        load(smem.v, smem.v_full, gmem_v, work.key_tiles - 1, units);
         loaded += work.key_tiles;
-        work = order.at(ticket);
+        if constexpr (!kListed) look_ahead();
+        work = following;
       }
       const Turn<kBuffers> q(visit);
       smem.q_empty[q.stage].wait(q.parity ^ 1);
