@@ -5,10 +5,11 @@
 // Gradients of k and v in f16 or bf16, by chunks of m = 64 tokens from the last to the first. Keys
 // are rows and queries columns, so that no tile has to be turned around:
 //
-//   dV = P dO + lambda^(m - 1 - j) K R       P = scale lambda^(i - j) K[j,:] . Q[i,:]   where j <=
-//   i dK = P Q + lambda^(m - 1 - j) V R^T      P = scale lambda^(i - j) V[j,:] . dO[i,:]  where j
-//   <= i R  = lambda^m R + (scale lambda^(i + 1) Q[i,:])^T dO                        R behind the
-//   chunk
+//   dV = P dO + lambda^(m - 1 - j) K R       where P = scale lambda^(i - j) K[j,:] . Q[i,:]
+//   dK = P Q + lambda^(m - 1 - j) V R^T      where P = scale lambda^(i - j) V[j,:] . dO[i,:]
+//   R  = lambda^m R + (scale lambda^(i + 1) Q[i,:])^T dO
+//
+// P is 0 where j > i, and R is that behind the chunk until it is updated.
 //
 // A CTA owns one head of the output and a segment of a sequence. Warpgroup 0 loads q, dout, k and v
 // of a chunk at a time into a ring. Warpgroup 1 makes dV and warpgroup 2 dK. Each also holds 64
