@@ -15,11 +15,12 @@
 //   P  = exp(S - lse)      dP = dout V^T     delta = dout . out
 //   dS = P (dP - delta)    dv = P^T dout     dk = scale dS^T Q     dq = scale dS K
 //
-// A CTA owns 128 keys of a kv head and walks the query tiles that see them, one query head of the
-// group after the other. Scores are transposed, so that packed P^T and dS^T are operands A of dv
-// and dk, which stay in registers; each of two computing warpgroups has 64 of the keys. dS passes
-// through shared memory for dq, whose sums over key tiles are f32 numbers in global memory, in the
-// order in which threads hold them. Warp 0 loads, warps 1 and 2 add up dq, one for each warpgroup.
+// A CTA owns 128 keys of a kv head and walks the query tiles that see them from the last one on,
+// the query heads of the group inside of each. Scores are transposed, so that packed P^T and dS^T
+// are operands A of dv and dk, which stay in registers; each of two computing warpgroups has 64 of
+// the keys. dS passes through shared memory for dq, whose sums over key tiles are f32 numbers in
+// global memory, in the order in which threads hold them. Warp 0 loads, warps 1 and 2 add up dq,
+// one for each warpgroup.
 //
 // One step takes a query tile. dq is one step late, so that warpgroups need not meet inside of one:
 //
@@ -46,12 +47,9 @@ struct GradientWork {
   int q_begin, k_begin, sq, sk, off;
   int row_tile;                // first of the sequence
   int key_tile;                // this one, of all sequences
-  int start, begin, end;       // query tiles are visited from `start` on, cyclically
+  int begin, end;              // query tiles, visited from the last one on
   int whole_begin, whole_end;  // those in which no pair is masked
   __device__ __forceinline__ int tiles() const { return end - begin; }
-  __device__ __forceinline__ int after(int tile) const {
-    return tile + 1 == end ? begin : tile + 1;
-  }
 };
 
 template <int kD> struct GradientSmem {
@@ -76,10 +74,10 @@ template <int kD> struct GradientSmem {
 struct GradientArgs {
   int b, sq, sk, hq, hk, d, dv;
   int row_tiles, key_tiles;  // of a head over the batch's entry, or all sequences
-  int section;               // pairs of kv head and batch whose rows fit into L2 together
+  int sections;              // of pairs of kv head and batch
   bool causal;               // or windowed
   int window;                // 0 is all
-  bool deterministic, spread, checks;
+  bool deterministic, checks;
   float scale, scale_log2;
   float cap_log2, bend;  // of softCap: a score is cap tanh(bend / 2 log2(e) * product)
   uint32_t zero;         // that the compiler doesn't know of
@@ -106,18 +104,31 @@ struct Span {
   }
 };
 
+// The key tiles that are seen by rows from `row` of a sequence on
+template <int kQueries, int kKeys> struct KeyTiles {
+  int begin, end;
+  __device__ __forceinline__ KeyTiles(const GradientArgs& args, int row, int sq, int sk) {
+    const int position = row + sk - sq;
+    const int keys = args.causal ? min(max(position + kQueries, 0), sk) : sk;
+    begin = args.window ? max(position + 1 - args.window, 0) / kKeys : 0;
+    end = (keys + kKeys - 1) / kKeys;
+  }
+};
+
 template <int kQueries, int kKeys>
 __device__ __forceinline__ GradientWork gradient_work(const GradientArgs& args, int index) {
   GradientWork work{};
-  // inside of a section tiles of all heads take turns
-  const int per_section = args.section * args.key_tiles;
-  const int section = index / per_section, inside = index % per_section;
-  const int width = min(args.section, args.b * args.hk - section * args.section);
-  const int pair = section * args.section + inside % width;
-  // under a causal mask the first keys are seen by most rows; but turns are taken from the last on,
-  // so that tiles on the diagonal are first and nobody waits for the longest
+  // in a section tiles of all its heads take turns; the first keys are seen by most rows, so what
+  // takes long begins early
+  const int64_t pairs = static_cast<int64_t>(args.b) * args.hk;
+  const auto begin = [&](int64_t section) {
+    return static_cast<int>(section * pairs / args.sections);
+  };
+  const int64_t section = ((index / args.key_tiles + int64_t{1}) * args.sections - 1) / pairs;
+  const int first = begin(section), width = begin(section + 1) - first;
+  const int inside = index - first * args.key_tiles;
+  const int pair = first + inside % width;
   int tile = inside / width;
-  if (args.deterministic) tile = args.key_tiles - 1 - tile;
   work.key_tile = tile;
   work.kv_head = pair % args.hk;
   work.batch = pair / args.hk;
@@ -149,9 +160,6 @@ __device__ __forceinline__ GradientWork gradient_work(const GradientArgs& args, 
   work.end = work.first_key < work.sk ? (work.sq + kQueries - 1) / kQueries : 0;
   if (args.window) work.end = min(work.end, (max(beyond, 0) + kQueries - 1) / kQueries);
   work.begin = args.causal ? min(max(first_row, 0) / kQueries, work.end) : 0;
-  work.start = work.begin;
-  if (args.spread && args.key_tiles > 1)
-    work.start += static_cast<int>(static_cast<int64_t>(work.tiles()) * tile / args.key_tiles);
   if (work.first_key + kKeys <= work.sk) {
     work.whole_begin = args.causal ? (max(first_row + kKeys - 1, 0) + kQueries - 1) / kQueries : 0;
     work.whole_end = args.window ? max(first_row + args.window, 0) / kQueries : work.end;
@@ -217,8 +225,8 @@ __global__ void __launch_bounds__((GradientShape<kD>::kThreads), 1)
       smem.k.load(gmem_k, smem.k_full, work.k_begin + first_key, work.kv_head, work.batch,
                   Keep::kShortly);
       uint32_t step = 0;
-      for (int head = first_head; head < first_head + group; ++head)
-        for (int i = 0, m = work.start; i < tiles; ++i, m = work.after(m), ++step) {
+      for (int m = work.end - 1; m >= work.begin; --m)
+        for (int head = first_head; head < first_head + group; ++head, ++step) {
           const int row = work.q_begin + m * kQueries;
           const int64_t vectors = row_tile(head, m) * kQueries;
           constexpr uint32_t kVectorBytes = kQueries * sizeof(float);
@@ -243,18 +251,15 @@ __global__ void __launch_bounds__((GradientShape<kD>::kThreads), 1)
         }
     } else {
       const int its = warp - 1;
-      const int key_tiles = (work.sk + kKeys - 1) / kKeys;
       uint32_t parity = 0;
-      for (int head = first_head; head < first_head + group; ++head)
-        for (int i = 0, m = work.start; i < tiles; ++i, m = work.after(m), parity ^= 1) {
+      for (int m = work.end - 1; m >= work.begin; --m)
+        for (int head = first_head; head < first_head + group; ++head, parity ^= 1) {
           const int64_t tile = row_tile(head, m);
           int* turn = args.turns + tile * 2 + its;
           smem.dq_full[its].wait(parity);
           if (args.deterministic) {
-            // from the last key tile that the row tile sees
-            int last = key_tiles;
-            if (args.causal) last = min(last, ((m + 1) * kQueries + work.off + kKeys - 1) / kKeys);
-            wait_for_signals(turn, last - 1 - first_key / kKeys);
+            const KeyTiles<kQueries, kKeys> seen(args, m * kQueries, work.sq, work.sk);
+            wait_for_signals(turn, first_key / kKeys - seen.begin);
             fence_async_gmem();
           }
           add_to_gmem(args.dq_sum + tile * Shape::kSums + its * (Shape::kSums / 2), smem.dq[its],
@@ -414,7 +419,7 @@ __global__ void __launch_bounds__((GradientShape<kD>::kThreads), 1)
 
   if (tiles > 0) {
     const int steps = group * tiles;
-    int m = work.start;
+    int m = work.end - 1, head = 0;
     smem.k_full.wait(0);
     smem.v_full.wait(0);
     if (args.cu_seqlens_k || args.cache_seqlens) {
@@ -460,7 +465,10 @@ __global__ void __launch_bounds__((GradientShape<kD>::kThreads), 1)
       wgmma_wait<1>(acc_dv);
       release(smem.dout_empty[o.stage]);
 
-      if (++m == work.end) m = work.begin;
+      if (++head == group) {
+        head = 0;
+        --m;
+      }
     }
     float acc_dq[32];
     const int last = steps - 1;
@@ -662,15 +670,16 @@ void launch_backward(const BackwardCall& call, cudaStream_t stream) {
   args.row_tiles = static_cast<int>(tiles.row_tiles);
   args.key_tiles = static_cast<int>(tiles.key_tiles);
   args.causal = call.causal || call.window;
-  // q, dout and the sums of dq that L2 keeps while they are needed; without a mask all key tiles of
-  // a head are equal and run side by side
-  constexpr int64_t kSectionBytes = 40'000'000;
+  // As many heads take turns as have q, dout and sums of dq that L2 keeps, but enough for two tiles
+  // a multiprocessor: else a last section would leave most of them idle beside its longest tile.
+  // Where nobody waits and all tiles are equal, those of a head run side by side.
+  constexpr int64_t kSectionBytes = 40'000'000, kSectionTiles = 256;
   const int64_t bytes = call.sq * group * kD * 8;
-  args.section =
-      args.causal ? static_cast<int>(std::clamp<int64_t>(kSectionBytes / bytes, 1, pairs)) : 1;
+  const int64_t most = std::max(kSectionBytes / bytes, kSectionTiles / tiles.key_tiles);
+  args.sections = static_cast<int>(
+      args.causal || call.deterministic ? pairs / std::clamp<int64_t>(most, 1, pairs) : pairs);
   args.window = static_cast<int>(std::min<int64_t>(call.window, INT32_MAX / 2));
   args.deterministic = call.deterministic;
-  args.spread = group > 1 && !call.deterministic;
   args.checks = leaves_marks(call);
   args.scale = call.scale;
   args.scale_log2 = call.scale * sm90::kLog2e;

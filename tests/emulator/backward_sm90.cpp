@@ -228,7 +228,7 @@ const BackwardCase kCases[] = {
     {{.b = 1, .sq = 257, .sk = 257, .hq = 1, .hk = 1, .causal = true}},
     {{.b = 2, .sq = 63, .sk = 130, .hq = 4, .hk = 2, .causal = true, .narrower = 8}, true},
     {{.b = 1, .sq = 130, .sk = 61, .hq = 1, .hk = 1, .causal = true, .mapped = true}},
-    {{.b = 1, .sq = 113, .sk = 300, .hq = 1, .hk = 1, .mapped = true}, true},
+    {{.b = 2, .sq = 113, .sk = 300, .hq = 1, .hk = 1, .mapped = true}, true},
     {{.b = 1, .sq = 200, .sk = 500, .hq = 1, .hk = 1, .window = 150}},
     {{.b = 1, .sq = 270, .sk = 270, .hq = 1, .hk = 1, .causal = true, .poisoned = 200}},
     {{.b = 1,

@@ -485,8 +485,8 @@ const kernels: Kernel[] = [
       {
         what: 'a turn is not waited for in its order',
         file: backward,
-        from: 'last - 1 - first_key / kKeys',
-        to: 'first_key / kKeys',
+        from: 'first_key / kKeys - seen.begin',
+        to: 'seen.end - 1 - first_key / kKeys',
       },
       {
         what: 'CTAs take turns in the order of their numbers',
