@@ -288,6 +288,7 @@ template <int kRows, int kColumns>
 __device__ __forceinline__ void clear_rows(const sm90::Tile<kRows, kColumns>& tile, int first,
                                            int thread, int threads) {
   constexpr int kPieces = kColumns / 8;
+#pragma unroll 1
   for (int i = thread; i < (kRows - first) * kPieces; i += threads)
     sm90::store_zero(tile.address(first + i / kPieces, i % kPieces * 8));
 }
@@ -387,21 +388,14 @@ __global__ void __launch_bounds__((ScanShape<kD, kE>::kThreads), 1)
     for (int r = 0; r < 2; ++r)
       carried[r] = args.scale * exp2_approx(-slope_log2 * static_cast<float>(row + 8 * r + 1));
 
-    // zero weights don't silence what is not a number
-    auto clear_beyond = [&](uint32_t stage) {
-      clear_rows(smem.k[stage], tail, thread, 128);
-      clear_rows(smem.v[stage], tail, thread, 128);
-      fence_async_smem();
-      if (wanted) {
-        named_barrier_sync(kCleared, kConsumers);
-      } else {
-        named_barrier_sync(kCleared, 128);
-      }
+    auto is_late = [&](int chunk) {
+      const Turn<kStages> turn(chunk);
+      return __any_sync(~0u, !smem.full[turn.stage].try_wait(turn.parity)) != 0;
     };
     auto issue_scores = [&](int chunk) {
       const Turn<kStages> turn(chunk);
       smem.full[turn.stage].wait(turn.parity);
-      if (clears && chunk + 1 == chunks) clear_beyond(turn.stage);
+      if (clears && chunk + 1 == chunks) named_barrier_sync(kCleared, kConsumers);
       wgmma_fence(acc_p);
 #pragma unroll
       for (int d = 0; d < kD; d += 16)
@@ -437,13 +431,19 @@ __global__ void __launch_bounds__((ScanShape<kD, kE>::kThreads), 1)
       for (int j = 0; j < kChunk; j += 16)
         wgmma<kType, Major::kMN>(acc_o, frag_p[j / 16], smem.v[turn.stage].mn_major(j), true);
       wgmma_commit();
+      // a chunk that is done makes room before the next one has come
+      const bool late = more && is_late(chunk + 1);
+      if (late) {
+        wgmma_wait<0>(acc_o);
+        release(turn.stage);
+      }
       if (more) {
         issue_scores(chunk + 1);
         wgmma_wait<1>(acc_o);
       } else {
         wgmma_wait<0>(acc_o);
       }
-      release(turn.stage);
+      if (!late) release(turn.stage);
       auto& staged = smem.out[chunk % 2];
       store_rows<kType>(staged, 0, acc_o, warp, lane);
       fence_async_smem();
@@ -529,14 +529,20 @@ __global__ void __launch_bounds__((ScanShape<kD, kE>::kThreads), 1)
 #pragma unroll 1
   for (int chunk = 0; chunk < chunks; ++chunk) {
     const bool last = chunk + 1 == chunks;
-    if (last && !wanted) break;  // nobody needs S after it
     const Turn<kStages> turn(chunk);
+    smem.full[turn.stage].wait(turn.parity);
+    if (last && clears) {
+      // zero weights don't silence what is not a number
+      clear_rows(smem.k[turn.stage], tail, threadIdx.x - 256, kConsumers - 128);
+      clear_rows(smem.v[turn.stage], tail, threadIdx.x - 256, kConsumers - 128);
+      fence_async_smem();
+      named_barrier_sync(kCleared, kConsumers);
+    }
+    if (last && !wanted) break;  // nobody needs S after it
     if (last && tail != 0) {
       decay = decay_to_end(slope_log2, tail, lane);
       keep = static_cast<float>(exp(-static_cast<double>(slope) * tail));
     }
-    smem.full[turn.stage].wait(turn.parity);
-    if (last && clears) named_barrier_sync(kCleared, kConsumers);
     carry.load_keys(keys_address(smem.k[turn.stage], tile0 * 64 + warp * 16, lane));
     carry.scale(keep);
     carry.decay_keys([&](int step, int i) { return decay.of[step][i]; });

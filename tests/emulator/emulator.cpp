@@ -243,9 +243,18 @@ void Cta::barrier_arrive(uint32_t address, int64_t expected_bytes) {
   settle(at);
 }
 
-void Cta::barrier_wait(uint32_t address, uint32_t parity) {
+bool Cta::barrier_passed(uint32_t address, uint32_t parity) {
   if (!barrier(address).published) fault("a barrier was used before its initialisation was fenced");
-  wait_until([this, address, parity] { return (barrier(address).phase & 1) != parity; });
+  return (barrier(address).phase & 1) != parity;
+}
+
+bool Cta::barrier_try_wait(uint32_t address, uint32_t parity) {
+  // what is done may be noticed late, by one lane of two warps in five
+  return barrier_passed(address, parity) && random_.below(64) > 0;
+}
+
+void Cta::barrier_wait(uint32_t address, uint32_t parity) {
+  wait_until([this, address, parity] { return barrier_passed(address, parity); });
 }
 
 void Cta::meet(Meeting& meeting, int threads, const char* what) {

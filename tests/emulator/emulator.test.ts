@@ -707,8 +707,26 @@ const kernels: Kernel[] = [
       {
         what: 'tokens of the next sequence are not silenced',
         file: scan,
-        from: 'if (clears && chunk + 1 == chunks) clear_beyond(turn.stage);',
-        to: 'if (clears && chunk + 1 == chunks && wanted) named_barrier_sync(kCleared, kConsumers);',
+        from: 'clear_rows(smem.k[turn.stage], tail, threadIdx.x - 256, kConsumers - 128);',
+        to: '',
+      },
+      {
+        what: 'rows are silenced without a fence',
+        file: scan,
+        from: 'fence_async_smem();\n      named_barrier_sync(kCleared',
+        to: 'named_barrier_sync(kCleared',
+      },
+      {
+        what: 'tokens of the next sequence are read before they are silenced',
+        file: scan,
+        from: 'if (clears && chunk + 1 == chunks) named_barrier_sync(',
+        to: 'if (clears && chunk + 1 == chunks) named_barrier_arrive(',
+      },
+      {
+        what: 'a chunk is given back before its last product is done',
+        file: scan,
+        from: 'wgmma_wait<0>(acc_o);\n        release(turn.stage);',
+        to: 'release(turn.stage);',
       },
       {
         what: 'rows of the next sequence are overwritten',
