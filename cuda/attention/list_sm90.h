@@ -11,7 +11,6 @@ namespace heddle {
 inline constexpr int kUnitKeys = 64;
 // Which compute, with 64 rows of q each
 inline constexpr int kListedWarpgroups = 2;
-inline constexpr int kMostWarpgroups = 3;
 
 // 32 units as the 64 rows of one warpgroup see them
 struct alignas(8) UnitBits {
@@ -56,43 +55,60 @@ struct UnitLook {
   bool any, listed;
 };
 
-// What rows `first` to `last` see of the unit that begins at key `t0`
-HEDDLE_HD inline UnitLook look_at_unit(const MaskView& mask, const UnitRows& rows, int64_t first,
-                                       int64_t last, int64_t t0) {
-  if (!mask.bounds && !mask.diagonals && first / mask.block_q == last / mask.block_q) {
-    // what differs between rows only grows or only moves
-    const MaskRow low = rows.row(mask, first), high = rows.row(mask, last);
-    const uint64_t inside = bit_range(-t0, high.end - t0);
-    if (!inside) return {false, false};
-    const uint64_t named = mask.common(low, t0);
-    uint64_t some = named, all = named;
-    if (mask.window > 0) {
-      some |= bit_range(low.position - mask.window + 1 - t0, high.position + 1 - t0);
-      // a causal row ends where its window does
-      const int64_t until = rows.causal ? high.position : low.position;
-      all |= bit_range(high.position - mask.window + 1 - t0, until + 1 - t0);
-    }
-    return {(some & inside) != 0, (inside & ~all) == 0};
-  }
-  UnitLook look{false, true};
-  for (int64_t i = first; i <= last; ++i) {
-    MaskRow row = rows.row(mask, i);
-    const uint64_t seen = mask.seen(row, t0);
-    const int64_t end = rows.causal && row.position + 1 < rows.sk ? row.position + 1 : rows.sk;
-    look.any |= seen != 0;
-    look.listed &= seen == bit_range(-t0, end - t0);
-  }
-  look.listed &= look.any;
-  return look;
-}
+// What the rows of one warpgroup of a tile, which may have none, see of units
+struct UnitView {
+  const MaskView& mask;
+  const UnitRows& rows;
+  int64_t first, last;
+  bool alike;  // rows differ only in where they stand
+  MaskRow low, high;
 
-// The same of the rows of one warpgroup of a tile, which may have none
-HEDDLE_HD inline UnitLook look_at_unit(const UnitLists& lists, const UnitRows& rows, int64_t tile,
-                                       int warpgroup, int64_t unit) {
-  const int64_t first = (tile * lists.warpgroups + warpgroup) * 64;
-  if (first >= rows.sq || unit * kUnitKeys >= rows.sk) return {false, false};
-  const int64_t last = (first + 64 < rows.sq ? first + 64 : rows.sq) - 1;
-  return look_at_unit(lists.mask, rows, first, last, unit * kUnitKeys);
-}
+  HEDDLE_HD UnitView(const UnitLists& lists, const UnitRows& rows, int64_t tile, int warpgroup)
+      : mask(lists.mask),
+        rows(rows),
+        first((tile * lists.warpgroups + warpgroup) * 64),
+        last((first + 64 < rows.sq ? first + 64 : rows.sq) - 1),
+        alike(false) {
+    if (tile < 0 || first > last) {
+      last = first - 1;
+      return;
+    }
+    alike = !mask.bounds && !mask.diagonals && first / mask.block_q == last / mask.block_q;
+    low = rows.row(mask, first);
+    high = rows.row(mask, last);
+  }
+
+  // The keys that causality and the sequence leave
+  HEDDLE_HD int64_t end() const { return first > last ? 0 : high.end; }
+
+  // Of the unit that begins at key `t0`
+  HEDDLE_HD UnitLook operator()(int64_t t0) const {
+    if (first > last || t0 >= rows.sk) return {false, false};
+    if (alike) {
+      // what differs between rows only grows or only moves
+      const uint64_t inside = bit_range(-t0, high.end - t0);
+      if (!inside) return {false, false};
+      const uint64_t named = mask.common(low, t0);
+      uint64_t some = named, all = named;
+      if (mask.window > 0) {
+        some |= bit_range(low.position - mask.window + 1 - t0, high.position + 1 - t0);
+        // a causal row ends where its window does
+        const int64_t until = rows.causal ? high.position : low.position;
+        all |= bit_range(high.position - mask.window + 1 - t0, until + 1 - t0);
+      }
+      return {(some & inside) != 0, (inside & ~all) == 0};
+    }
+    UnitLook look{false, true};
+    for (int64_t i = first; i <= last; ++i) {
+      const MaskRow row = rows.row(mask, i);
+      const uint64_t seen = mask.seen(row, t0);
+      const int64_t end = rows.causal && row.position + 1 < rows.sk ? row.position + 1 : rows.sk;
+      look.any |= seen != 0;
+      look.listed &= seen == bit_range(-t0, end - t0);
+    }
+    look.listed &= look.any;
+    return look;
+  }
+};
 
 }  // namespace heddle

@@ -79,12 +79,13 @@ inline void list_units(const ForwardCall& call, int64_t count) {
       rows.sk = call.cache_seqlens[rows.batch];
     }
     int* marks = lists.marks + list * lists.mark_words();
+    const UnitView views[] = {{lists, rows, tile, 0}, {lists, rows, tile, 1}};
     for (int64_t unit = 0; unit < 32 * lists.words; ++unit) {
       bool visited = false;
       for (int w = 0; w < lists.warpgroups; ++w) {
         UnitBits& bits = lists.bits[(list * lists.words + unit / 32) * lists.warpgroups + w];
         if (unit % 32 == 0) bits = {};
-        const UnitLook look = look_at_unit(lists, rows, tile, w, unit);
+        const UnitLook look = views[w](unit * kUnitKeys);
         bits.any |= static_cast<uint32_t>(look.any) << unit % 32;
         bits.listed |= static_cast<uint32_t>(look.listed) << unit % 32;
         visited |= look.any;
