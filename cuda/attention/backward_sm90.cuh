@@ -27,7 +27,8 @@
 //   issue S(i), dq(i - 1)   | P(i) under dq(i - 1)   | hand dq(i - 1) over
 //   issue dP(i), dv(i)      | dS(i) under dv(i)      | write dS(i), issue dk(i)
 //
-// A kernel before prepares what rows need, one behind scales and converts dq.
+// A kernel before prepares what rows need, one behind scales and converts dq. Each of the three
+// lets the next one begin when what was before itself has ended.
 namespace heddle {
 namespace {
 
@@ -107,6 +108,7 @@ struct Span {
 // The key tiles that are seen by rows from `row` of a sequence on
 template <int kQueries, int kKeys> struct KeyTiles {
   int begin, end;
+  __device__ __forceinline__ int count() const { return max(end - begin, 0); }
   __device__ __forceinline__ KeyTiles(const GradientArgs& args, int row, int sq, int sk) {
     const int position = row + sk - sq;
     const int keys = args.causal ? min(max(position + kQueries, 0), sk) : sk;
@@ -201,6 +203,10 @@ __global__ void __launch_bounds__((GradientShape<kD>::kThreads), 1)
       smem.dq_empty[i].init(1);
     }
     fence_barrier_init();
+  }
+  await_previous();
+  let_next_begin();
+  if (threadIdx.x == 0) {
     // who waits for a turn waits for CTAs that have begun
     const int index = args.deterministic ? fetch_add(args.ticket, 1) : blockIdx.x;
     smem.work = gradient_work<kQueries, kKeys>(args, index);
@@ -256,14 +262,17 @@ __global__ void __launch_bounds__((GradientShape<kD>::kThreads), 1)
         for (int head = first_head; head < first_head + group; ++head, parity ^= 1) {
           const int64_t tile = row_tile(head, m);
           int* turn = args.turns + tile * 2 + its;
+          float* sums = args.dq_sum + tile * Shape::kSums + its * (Shape::kSums / 2);
+          bool first = false;
           smem.dq_full[its].wait(parity);
           if (args.deterministic) {
             const KeyTiles<kQueries, kKeys> seen(args, m * kQueries, work.sq, work.sk);
+            first = first_key / kKeys == seen.begin;
             wait_for_signals(turn, first_key / kKeys - seen.begin);
             fence_async_gmem();
           }
-          add_to_gmem(args.dq_sum + tile * Shape::kSums + its * (Shape::kSums / 2), smem.dq[its],
-                      sizeof(smem.dq[0]), Keep::kLong);
+          first ? copy_to_gmem(sums, smem.dq[its], sizeof(smem.dq[0]), Keep::kLong)
+                : add_to_gmem(sums, smem.dq[its], sizeof(smem.dq[0]), Keep::kLong);
           commit_copies();
           wait_copies_read<0>();
           smem.dq_empty[its].arrive();
@@ -533,22 +542,29 @@ __global__ void __launch_bounds__((GradientShape<kD>::kThreads), 1)
 // A tile of rows of one head, for the kernels before and behind
 template <int kQueries> struct GradientRows {
   int head, batch, first, rows;  // `rows` of them exist
+  int row, sq, sk;               // the first one's number in its sequence
 
   __device__ __forceinline__ GradientRows(const GradientArgs& args, int index) {
     int tile = index % args.row_tiles;
     head = index / args.row_tiles % args.hq;
     batch = index / args.row_tiles / args.hq;
-    int begin = 0, size = args.sq;
+    int begin = 0;
+    sq = args.sq;
+    sk = args.sk;
     if (args.cu_seqlens_q) {
       const int i =
           sequence_of_tile(args.cu_seqlens_q, args.cu_q_stride, args.sequences, kQueries, tile);
-      const Span span(args.cu_seqlens_q, args.cu_q_stride, i, args.sq);
-      begin = span.begin;
-      size = span.size;
+      const Span q(args.cu_seqlens_q, args.cu_q_stride, i, args.sq);
+      begin = q.begin;
+      sq = q.size;
+      sk = Span(args.cu_seqlens_k, args.cu_k_stride, i, args.sk).size;
       tile -= begin / kQueries + i;
+    } else if (args.cache_seqlens) {
+      sk = min(max(args.cache_seqlens[batch * args.cache_stride], 0), args.sk);
     }
-    first = begin + tile * kQueries;
-    rows = tile < 0 ? 0 : min(max(size - tile * kQueries, 0), kQueries);
+    row = tile * kQueries;
+    first = begin + row;
+    rows = tile < 0 ? 0 : min(max(sq - row, 0), kQueries);
   }
 };
 
@@ -558,49 +574,71 @@ constexpr int kRowCta = 256;
 template <DType kType, int kD>
 __global__ void __launch_bounds__(kRowCta) backward_rows_sm90_kernel(const GradientArgs args) {
   using namespace sm90;
-  constexpr int kQueries = GradientShape<kD>::kQueries;
+  constexpr int kQueries = GradientShape<kD>::kQueries, kSums = GradientShape<kD>::kSums;
   constexpr int kPieces = kD / 8;  // of 8 elements, a thread each
+  constexpr int kStep = kRowCta / kPieces, kRounds = kQueries / kStep;
   const int thread = threadIdx.x;
+  await_previous();
+  let_next_begin();
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kRowCta + thread; i < args.counters;
        i += static_cast<int64_t>(gridDim.x) * kRowCta)
     args.ticket[i] = 0;
   const GradientRows<kQueries> tile(args, blockIdx.x);
   if (tile.rows == 0) return;
   const int column = thread % kPieces * 8;
+  const auto piece = [&](const uint16_t* x, const Strides& strides, int64_t row) {
+    return *reinterpret_cast<const uint4*>(x + tile.batch * strides.batch + row * strides.row +
+                                           tile.head * strides.head + column);
+  };
+  // all loads are on their way before the first result is needed
+  uint4 outs[kRounds], douts[kRounds];
+  float lses[kRounds];  // infinite where rows are empty or do not exist: all their weights are 0
 #pragma unroll
-  for (int r = thread / kPieces; r < kQueries; r += kRowCta / kPieces) {
+  for (int i = 0; i < kRounds; ++i) {
+    const int r = thread / kPieces + i * kStep;
     const int64_t row = tile.first + r;
-    float delta = 0;
-    if (r < tile.rows && column < args.dv) {
-      const auto piece = [&](const uint16_t* x, const Strides& strides) {
-        return *reinterpret_cast<const uint4*>(x + tile.batch * strides.batch + row * strides.row +
-                                               tile.head * strides.head + column);
-      };
-      const uint4 out = piece(args.out, args.out_strides);
-      const uint4 dout = piece(args.dout, args.dout_strides);
-      const auto add = [&](uint32_t a, uint32_t b) {
-#pragma unroll
-        for (int shift = 0; shift < 32; shift += 16) {
-          // out of an empty row is 0, whatever dout holds
-          const float x = unpack<kType>(static_cast<uint16_t>(a >> shift));
-          const float y = unpack<kType>(static_cast<uint16_t>(b >> shift));
-          delta = x == 0 ? delta : fmaf(x, y, delta);
-        }
-      };
-      add(out.x, dout.x);
-      add(out.y, dout.y);
-      add(out.z, dout.z);
-      add(out.w, dout.w);
+    outs[i] = douts[i] = uint4{};
+    lses[i] = INFINITY;
+    if (r >= tile.rows) continue;
+    if (column < args.dv) {
+      outs[i] = piece(args.out, args.out_strides, row);
+      douts[i] = piece(args.dout, args.dout_strides, row);
     }
+    if (column == 0)
+      lses[i] =
+          args.lse[tile.batch * args.lse_batch + tile.head * args.lse_head + row * args.lse_row];
+  }
+  // in turns nobody adds before the first one has stored
+  auto* sums = reinterpret_cast<float4*>(args.dq_sum + static_cast<int64_t>(blockIdx.x) * kSums);
+  if (!args.deterministic) {
+#pragma unroll
+    for (int i = 0; i < kSums / 4; i += kRowCta) sums[i + thread] = make_float4(0, 0, 0, 0);
+  }
+#pragma unroll
+  for (int i = 0; i < kRounds; ++i) {
+    const int r = thread / kPieces + i * kStep;
+    float delta = 0;
+    const auto add = [&](uint32_t a, uint32_t b) {
+#pragma unroll
+      for (int shift = 0; shift < 32; shift += 16) {
+        // out of an empty row is 0, whatever dout holds
+        const float x = unpack<kType>(static_cast<uint16_t>(a >> shift));
+        const float y = unpack<kType>(static_cast<uint16_t>(b >> shift));
+        delta = x == 0 ? delta : fmaf(x, y, delta);
+      }
+    };
+    add(outs[i].x, douts[i].x);
+    add(outs[i].y, douts[i].y);
+    add(outs[i].z, douts[i].z);
+    add(outs[i].w, douts[i].w);
 #pragma unroll
     for (int lanes = kPieces / 2; lanes > 0; lanes /= 2)
       delta += __shfl_xor_sync(~0u, delta, lanes);
     if (column != 0) continue;
-    float lse = INFINITY;  // of rows that are empty or do not exist: all their weights are 0
+    const float lse = lses[i] == -INFINITY ? INFINITY : lses[i];
     if (r < tile.rows) {
-      lse = args.lse[tile.batch * args.lse_batch + tile.head * args.lse_head + row * args.lse_row];
-      if (lse == -INFINITY) lse = INFINITY;
-      const int64_t at = static_cast<int64_t>(tile.batch * args.hq + tile.head) * args.sq + row;
+      const int64_t at =
+          static_cast<int64_t>(tile.batch * args.hq + tile.head) * args.sq + tile.first + r;
       args.row_lse[at] = lse;
       args.row_delta[at] = delta;
     }
@@ -608,30 +646,43 @@ __global__ void __launch_bounds__(kRowCta) backward_rows_sm90_kernel(const Gradi
     args.tile_lse_log2[at] = lse * kLog2e;
     args.tile_delta[at] = delta;
   }
-  constexpr int kSums = GradientShape<kD>::kSums;
-  auto* sums = reinterpret_cast<float4*>(args.dq_sum + static_cast<int64_t>(blockIdx.x) * kSums);
-#pragma unroll
-  for (int i = 0; i < kSums / 4; i += kRowCta) sums[i + thread] = make_float4(0, 0, 0, 0);
 }
 
-// dq from its sums
+// dq from its sums. In turns a tile is complete when all have had theirs: most are converted while
+// the last key tiles still run.
 template <DType kType, int kD>
 __global__ void __launch_bounds__(kRowCta) backward_dq_sm90_kernel(const GradientArgs args) {
   using namespace sm90;
   constexpr int kQueries = GradientShape<kD>::kQueries, kSums = GradientShape<kD>::kSums;
+  constexpr int kRounds = kSums / 4 / kRowCta;
   auto& staged = shared_memory<Tile<kQueries, kD>>();
   const int thread = threadIdx.x;
   const GradientRows<kQueries> tile(args, blockIdx.x);
+  // wrong offsets of packed sequences may leave out tiles, whose turns would never come
+  const bool early = args.deterministic && !args.cu_seqlens_q;
+  if (!early) await_previous();
   if (tile.rows == 0) return;
+  const KeyTiles<kQueries, GradientShape<kD>::kKeys> seen(args, tile.row, tile.sq, tile.sk);
+  if (early) {
+    if (thread < 2)
+      wait_for_signals(args.turns + static_cast<int64_t>(blockIdx.x) * 2 + thread, seen.count());
+    __syncthreads();
+  }
+  // where nobody has had the first turn there are no sums
+  const bool any = !args.deterministic || seen.count() > 0;
   const auto* sums =
       reinterpret_cast<const float4*>(args.dq_sum + static_cast<int64_t>(blockIdx.x) * kSums);
+  float4 own[kRounds];
 #pragma unroll
-  for (int i = thread; i < kSums / 4; i += kRowCta) {
+  for (int i = 0; i < kRounds; ++i) own[i] = any ? sums[i * kRowCta + thread] : float4{};
+#pragma unroll
+  for (int round = 0; round < kRounds; ++round) {
     // as hand_over has it: of a warpgroup, a quarter of an accumulator, a thread
+    const int i = round * kRowCta + thread;
     const int its = i / 1024, part = i / 128 % 8, its_thread = i % 128;
     const int row = its_thread / 32 * 16 + its_thread % 32 / 4 + (kQueries == 128 ? 64 * its : 0);
     const int column = part * 8 + its_thread % 4 * 2 + (kD == 128 ? 64 * its : 0);
-    const float4 sum = sums[i];
+    const float4 sum = own[round];
     auto store = [&](int row, float x, float y) {
       store_4_bytes(staged.address(row, column) + column % 8 * 2,
                     pack<kType>(x * args.scale, y * args.scale));
@@ -652,6 +703,8 @@ __global__ void __launch_bounds__(kRowCta) backward_dq_sm90_kernel(const Gradien
       copy_16_bytes(args.dq + (row * args.hq + tile.head) * args.d + column,
                     staged.address(r, column));
   }
+  // what runs behind this kernel waits for it alone
+  if (early && blockIdx.x + 1 == gridDim.x) await_previous();
 }
 
 template <DType kType, int kD, bool kCapped>
@@ -722,17 +775,18 @@ void launch_backward(const BackwardCall& call, cudaStream_t stream) {
     return map(data, d, call.sk, call.hk, {call.sk * call.hk * d, call.hk * d, d}, 64);
   };
   const int row_ctas = static_cast<int>(tiles.total_rows);
-  launch<backward_rows_sm90_kernel<kType, kD>>({row_ctas, kRowCta, 0, stream}, args);
+  launch<backward_rows_sm90_kernel<kType, kD>>({row_ctas, kRowCta, 0, stream, true}, args);
   launch<backward_sm90_kernel<kType, kD, kCapped>>(
       {static_cast<int>(tiles.total_keys), Shape::kThreads,
-       sm90::shared_memory_bytes<GradientSmem<kD>>(), stream},
+       sm90::shared_memory_bytes<GradientSmem<kD>>(), stream, true},
       map(call.q, call.d, call.sq, call.hq, call.q_strides, Shape::kQueries),
       map(call.dout, call.dv, call.sq, call.hq, call.dout_strides, Shape::kQueries),
       map(call.k, call.d, call.sk, call.hk, call.k_strides, Shape::kKeys),
       map(call.v, call.dv, call.sk, call.hk, call.v_strides, Shape::kKeys), result(call.dk, call.d),
       result(call.dv_out, call.dv), args);
   launch<backward_dq_sm90_kernel<kType, kD>>(
-      {row_ctas, kRowCta, sm90::shared_memory_bytes<sm90::Tile<Shape::kQueries, kD>>(), stream},
+      {row_ctas, kRowCta, sm90::shared_memory_bytes<sm90::Tile<Shape::kQueries, kD>>(), stream,
+       true},
       args);
 }
 

@@ -144,6 +144,14 @@ __device__ __forceinline__ void add_to_gmem(float* gmem, const void* smem, uint3
       "r"(address_of(smem)), "r"(bytes), "l"(static_cast<uint64_t>(keep))
       : "memory");
 }
+// Without a map and without swizzling
+__device__ __forceinline__ void copy_to_gmem(float* gmem, const void* smem, uint32_t bytes,
+                                             Keep keep) {
+  asm volatile(
+      "cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint [%0], [%1], %2, %3;" ::"l"(gmem),
+      "r"(address_of(smem)), "r"(bytes), "l"(static_cast<uint64_t>(keep))
+      : "memory");
+}
 __device__ __forceinline__ void commit_copies() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }

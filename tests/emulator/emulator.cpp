@@ -336,6 +336,13 @@ void Cta::arrive_later(uint32_t address, uint32_t nbytes, uint32_t to_signal, co
   });
 }
 
+void Cta::copy_out(float* to, uint32_t address, uint32_t nbytes) {
+  if (address % 16 || nbytes % 16 || reinterpret_cast<uintptr_t>(to) % 16)
+    fault("a bulk copy off 16 bytes");
+  const uint8_t* from = async_view(address, nbytes);
+  self().open_copies.push_back([=] { std::memcpy(to, from, nbytes); });
+}
+
 void Cta::add_out(float* to, uint32_t address, uint32_t nbytes) {
   if (address % 16 || nbytes % 16 || reinterpret_cast<uintptr_t>(to) % 16)
     fault("a bulk copy off 16 bytes");

@@ -86,6 +86,7 @@ class Cta {
                int head, int batch);
   // Without swizzling
   void copy_in(uint32_t address, const void* from, uint32_t nbytes, uint32_t barrier);
+  void copy_out(float* to, uint32_t address, uint32_t nbytes);
   void add_out(float* to, uint32_t address, uint32_t nbytes);
   void copy_out(const TensorMap& map, uint32_t address, int column, int row, int head, int batch);
   void copies_commit();

@@ -489,6 +489,30 @@ const kernels: Kernel[] = [
         to: 'seen.end - 1 - first_key / kKeys',
       },
       {
+        what: 'the first turn adds to what nobody has cleared',
+        file: backward,
+        from: 'first ? copy_to_gmem(sums, smem.dq[its], sizeof(smem.dq[0]), Keep::kLong)',
+        to: 'false ? void()',
+      },
+      {
+        what: 'sums that nobody has stored are read',
+        file: backward,
+        from: '!args.deterministic || seen.count() > 0',
+        to: 'true',
+      },
+      {
+        what: 'a row tile has too many turns',
+        file: backward,
+        from: 'const int keys = args.causal ? min(max(position + kQueries, 0), sk) : sk;',
+        to: 'const int keys = sk;',
+      },
+      {
+        what: 'turns begin at the first key under a window',
+        file: backward,
+        from: 'begin = args.window ? max(position + 1 - args.window, 0) / kKeys : 0;',
+        to: 'begin = 0;',
+      },
+      {
         what: 'CTAs take turns in the order of their numbers',
         file: backward,
         from: 'args.deterministic ? fetch_add(args.ticket, 1) : blockIdx.x',

@@ -102,6 +102,9 @@ inline void copy_to_smem(void* smem, const void* gmem, uint32_t bytes, Barrier& 
 inline void add_to_gmem(float* gmem, const void* smem, uint32_t bytes, Keep) {
   cta->add_out(gmem, address_of(smem), bytes);
 }
+inline void copy_to_gmem(float* gmem, const void* smem, uint32_t bytes, Keep) {
+  cta->copy_out(gmem, address_of(smem), bytes);
+}
 inline void commit_copies() { cta->copies_commit(); }
 template <int kPending> void wait_copies_read() { cta->copies_wait(kPending); }
 template <int kPending> void wait_copies() { cta->copies_wait(kPending); }
