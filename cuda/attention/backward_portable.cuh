@@ -219,8 +219,7 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_gradient_kernel(B
 
 // The row tiles, or key tiles, that backward_sm90 has marked. Neighbours go to different CTAs.
 template <class T, bool kOwnsKeys>
-__global__ void __launch_bounds__(kAttentionThreads)
-    attention_redo_kernel(BackwardArgs args, GradientTiles tiles, const int* marks) {
+__device__ void redo_tiles(const BackwardArgs& args, const GradientTiles& tiles, const int* marks) {
   const ForwardArgs& p = args.call;
   const int64_t count = kOwnsKeys ? tiles.total_keys : tiles.total_rows;
   const int64_t each = kOwnsKeys ? tiles.key_tiles : tiles.row_tiles;
@@ -239,6 +238,13 @@ __global__ void __launch_bounds__(kAttentionThreads)
       }
     }
   }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kAttentionThreads)
+    attention_redo_kernel(BackwardArgs args, GradientTiles tiles, const int* marks) {
+  redo_tiles<T, false>(args, tiles, marks);
+  redo_tiles<T, true>(args, tiles, marks + tiles.total_rows);
 }
 
 // What each head's sink and slope get: one CTA per head, in one order. The sink is a key whose
@@ -288,14 +294,10 @@ template <class Kernel> size_t gradient_smem_bytes(const ForwardArgs& call, Kern
 template <class T>
 void backward_redo(const BackwardArgs& args, const GradientTiles& tiles, const int* marks,
                    CudaContext& context) {
-  const auto redo = [&](auto* kernel, const int* its_marks) {
-    const size_t smem_bytes = gradient_smem_bytes(args.call, kernel);
-    kernel<<<static_cast<unsigned>(context.processors), kAttentionThreads, smem_bytes,
-             context.stream>>>(args, tiles, its_marks);
-    context.launched("attention_redo_kernel");
-  };
-  redo(attention_redo_kernel<T, false>, marks);
-  redo(attention_redo_kernel<T, true>, marks + tiles.total_rows);
+  const auto kernel = attention_redo_kernel<T>;
+  kernel<<<static_cast<unsigned>(context.processors), kAttentionThreads,
+           gradient_smem_bytes(args.call, kernel), context.stream>>>(args, tiles, marks);
+  context.launched("attention_redo_kernel");
 }
 
 template <class T> void backward_portable(const BackwardArgs& args, CudaContext& context) {
