@@ -1,6 +1,7 @@
 import {
   attention,
   attentionBackward,
+  cuda,
   explain,
   linear,
   memory,
@@ -60,6 +61,21 @@ describeDevices('explain', (device) => {
     expect(explain(attentionBackward, q, q, q, q, lse, q, { window: 3 }).variant).toBeTypeOf(
       'string',
     )
+  })
+
+  it('takes gradients to matrix instructions where there are some', () => {
+    const q = draw([1, 70, 4, 64])
+    const k = draw([1, 70, 2, 64])
+    const lse = zeros([1, 4, 70], { device })
+    const gradients = (options = {}) => explain(attentionBackward, q, k, k, q, lse, q, options)
+    if (device === 'cpu') return expect(gradients().declined).toEqual([])
+    const hopper = cuda.devices[0]!.arch === 90
+    for (const options of [{}, { causal: true, softCap: 20 }, { deterministic: false }])
+      expect(gradients(options).variant).toBe(hopper ? 'sm90_wgmma' : 'sm80_simt')
+    const { variant, declined } = gradients({ slopes: [1, 2, 3, 4] })
+    expect(variant).toBe('sm80_simt')
+    expect(declined.map((entry) => entry.variant)).toEqual(['sm90_wgmma'])
+    if (hopper) expect(declined[0]!.reason).toBe('slopes must be left out')
   })
 
   it('checks what the call would check, and runs again afterwards', async () => {
