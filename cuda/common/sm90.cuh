@@ -62,6 +62,17 @@ struct Barrier {
         : "memory");
     return done != 0;
   }
+  // Unlike the above, which may sleep for a while, this one answers at once
+  __device__ __forceinline__ bool has_ended(uint32_t parity) {
+    uint32_t done;
+    asm volatile(
+        "{\n.reg .pred p;\nmbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        "selp.b32 %0, 1, 0, p;\n}\n"
+        : "=r"(done)
+        : "r"(address_of(this)), "r"(parity)
+        : "memory");
+    return done != 0;
+  }
   __device__ __forceinline__ void wait(uint32_t parity) {
 #ifdef HEDDLE_DEBUG
     // a printf here would make the compiler serialise the matrix instructions

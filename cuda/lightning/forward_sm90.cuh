@@ -390,7 +390,7 @@ __global__ void __launch_bounds__((ScanShape<kD, kE>::kThreads), 1)
 
     auto is_late = [&](int chunk) {
       const Turn<kStages> turn(chunk);
-      return __any_sync(~0u, !smem.full[turn.stage].try_wait(turn.parity)) != 0;
+      return __any_sync(~0u, !smem.full[turn.stage].has_ended(turn.parity)) != 0;
     };
     auto issue_scores = [&](int chunk) {
       const Turn<kStages> turn(chunk);

@@ -248,7 +248,7 @@ bool Cta::barrier_passed(uint32_t address, uint32_t parity) {
   return (barrier(address).phase & 1) != parity;
 }
 
-bool Cta::barrier_try_wait(uint32_t address, uint32_t parity) {
+bool Cta::barrier_noticed(uint32_t address, uint32_t parity) {
   // what is done may be noticed late, by one lane of two warps in five
   return barrier_passed(address, parity) && random_.below(64) > 0;
 }

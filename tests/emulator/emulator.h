@@ -77,7 +77,7 @@ class Cta {
   void barrier_publish();
   void barrier_arrive(uint32_t address, int64_t expected_bytes);
   bool barrier_passed(uint32_t address, uint32_t parity);
-  bool barrier_try_wait(uint32_t address, uint32_t parity);
+  bool barrier_noticed(uint32_t address, uint32_t parity);
   void barrier_wait(uint32_t address, uint32_t parity);
   void named_arrive(int id, int threads);
   void named_sync(int id, int threads);

@@ -76,7 +76,7 @@ struct Barrier {
   void init(uint32_t arrivals) { cta->barrier_init(address_of(this), static_cast<int>(arrivals)); }
   void arrive() { cta->barrier_arrive(address_of(this), 0); }
   void arrive_expect(uint32_t bytes) { cta->barrier_arrive(address_of(this), bytes); }
-  bool try_wait(uint32_t parity) { return cta->barrier_try_wait(address_of(this), parity); }
+  bool has_ended(uint32_t parity) { return cta->barrier_noticed(address_of(this), parity); }
   void wait(uint32_t parity) { cta->barrier_wait(address_of(this), parity); }
 };
 
