@@ -60,6 +60,8 @@ struct ScanArgs {
   int share_q, share_k, share_v, share_state;  // heads of out that read the same
   int slices, segment, segments, parts, slots, sequences;
   float scale;
+  // the first kernel of its operator, which begins before that of the operator before has ended
+  bool first;
   const float* slopes;
   int64_t slopes_stride;
   const int32_t* cu_seqlens;
@@ -86,6 +88,7 @@ __device__ __forceinline__ ScanPlace place_of(const ScanArgs& args, int slot) {
   ScanPlace place{0, 0, 0, 0, 0, 0, true, -1, 1};
   int begin = 0, end = args.tokens;
   if (args.cu_seqlens) {
+    if (args.first) sm90::await_previous();
     // nothing is out of bounds, whatever the offsets say
     const auto offset = [&](int i) { return args.cu_seqlens[i * args.cu_stride]; };
     bool good = offset(0) == 0 && offset(args.sequences) == args.tokens;
@@ -116,6 +119,13 @@ __device__ __forceinline__ ScanPlace place_of(const ScanArgs& args, int slot) {
   place.sequence_length = end - begin;
   place.last = place.begin + place.length == end;
   return place;
+}
+
+// Before tensors are read or written. What runs behind this kernel reads them without waiting if it
+// is of the same operator, so it begins only after they are there.
+__device__ __forceinline__ void begin(const ScanArgs& args) {
+  if (args.first) sm90::await_previous();
+  sm90::let_next_begin();
 }
 
 // Some rows of S, 64 at a time, and the keys of a chunk as operands
@@ -321,7 +331,6 @@ __global__ void __launch_bounds__((ScanShape<kD, kE>::kThreads), 1)
   index /= args.heads;
   const int slice = index % args.slices;
   const ScanPlace place = place_of(args, index / args.slices);
-  let_next_begin();
   if (place.slot < 0) return;
   const int chunks = (place.length + kChunk - 1) / kChunk, tail = place.length % kChunk;
   const bool wanted = args.state && place.last && head % args.share_state == 0;
@@ -329,6 +338,10 @@ __global__ void __launch_bounds__((ScanShape<kD, kE>::kThreads), 1)
   const bool clears = args.cu_seqlens && tail != 0;
 
   if (threadIdx.x == 0) {
+    prefetch(gmem_k);
+    prefetch(gmem_v);
+    prefetch(gmem_q);
+    prefetch(gmem_out);
     for (int stage = 0; stage < kStages; ++stage) {
       smem.full[stage].init(1);
       smem.empty[stage].init(kConsumers / 32);
@@ -336,14 +349,11 @@ __global__ void __launch_bounds__((ScanShape<kD, kE>::kThreads), 1)
     fence_barrier_init();
   }
   __syncthreads();
+  begin(args);
 
   if (warpgroup == 0) {
     lower_registers<24>();
     if (threadIdx.x < 32 && elect_one()) {
-      prefetch(gmem_q);
-      prefetch(gmem_k);
-      prefetch(gmem_v);
-      prefetch(gmem_out);
       // slices of one head meet in L2
       const Keep keep = args.slices > 1 ? Keep::kNormal : Keep::kShortly;
       for (int chunk = 0; chunk < chunks; ++chunk) {
@@ -586,10 +596,14 @@ __global__ void __launch_bounds__((128 + 128 * SummarySmem<kD, kE>::kGroups), 1)
   index /= args.slices;
   const int part = index % args.parts;
   const ScanPlace place = place_of(args, index / args.parts);
-  let_next_begin();
-  if (place.slot < 0 || (kReverse ? place.segment == 0 : place.last)) return;
+  if (place.slot < 0 || (kReverse ? place.segment == 0 : place.last)) {
+    if (blockIdx.x == 0) await_previous();  // all may return here
+    return;
+  }
 
   if (threadIdx.x == 0) {
+    prefetch(gmem_k);
+    prefetch(gmem_v);
     for (int stage = 0; stage < kStages; ++stage) {
       smem.full[stage].init(1);
       smem.empty[stage].init(4 * kGroups);
@@ -597,6 +611,7 @@ __global__ void __launch_bounds__((128 + 128 * SummarySmem<kD, kE>::kGroups), 1)
     fence_barrier_init();
   }
   __syncthreads();
+  begin(args);
 
   const float slope_log2 = args.slopes[head / args.share_state * args.slopes_stride] * 1.44269504f;
   const int tokens = kReverse ? place.length : args.segment / args.parts;
@@ -612,8 +627,6 @@ __global__ void __launch_bounds__((128 + 128 * SummarySmem<kD, kE>::kGroups), 1)
 
   if (warpgroup == 0) {
     if (threadIdx.x < 32 && elect_one()) {
-      prefetch(gmem_k);
-      prefetch(gmem_v);
       for (int chunk = 0; chunk < chunks; ++chunk) {
         const Turn<kStages> turn(chunk);
         smem.empty[turn.stage].wait(turn.parity ^ 1);
@@ -708,7 +721,8 @@ inline ScanArgs scan_args(const ScanCall& call, const ScanPlan& plan) {
 
 template <DType kType, int kD, int kE, bool kPrecise>
 void launch_scan(const ScanCall& call, const ScanPlan& plan, cudaStream_t stream) {
-  const ScanArgs args = scan_args(call, plan);
+  ScanArgs args = scan_args(call, plan);
+  args.first = true;
   const auto gmem_q = scan_map<kType>(call, call.q, call.d, call.hq, call.q_strides);
   const auto gmem_k = scan_map<kType>(call, call.k, call.d, call.hk, call.k_strides);
   const auto gmem_v = scan_map<kType>(call, call.v, call.e, call.hv, call.v_strides);
@@ -716,14 +730,16 @@ void launch_scan(const ScanCall& call, const ScanPlan& plan, cudaStream_t stream
   const auto gmem_out =
       scan_map<kType>(call, call.out, call.e, call.heads, {call.s * row, row, call.e});
   const auto ctas = [&](int64_t each) { return static_cast<int>(call.heads * plan.slices * each); };
-  if (plan.summed > 0)
+  if (plan.summed > 0) {
     launch<lightning_summary_sm90_kernel<kType, kD, kE, kPrecise>>(
         {ctas(plan.summed * plan.parts), 128 + 128 * SummarySmem<kD, kE>::kGroups,
-         sm90::shared_memory_bytes<SummarySmem<kD, kE>>(), stream},
+         sm90::shared_memory_bytes<SummarySmem<kD, kE>>(), stream, true},
         gmem_k, gmem_v, args);
+    args.first = false;
+  }
   launch<lightning_sm90_kernel<kType, kD, kE, kPrecise>>(
       {ctas(plan.slots), ScanShape<kD, kE>::kThreads, sm90::shared_memory_bytes<ScanSmem<kD, kE>>(),
-       stream, plan.summed > 0},
+       stream, true},
       gmem_q, gmem_k, gmem_v, gmem_out, args);
 }
 

@@ -1,4 +1,4 @@
-import { alibiSlopes, lightning, lightningBackward, randn, type Tensor } from 'heddle'
+import { alibiSlopes, lightning, lightningBackward, randn, synchronize, type Tensor } from 'heddle'
 import { expect, it } from 'vitest'
 import { maxError, relativeRms } from '../support/compare.js'
 import { describeGpu } from '../support/gpu.js'
@@ -37,6 +37,40 @@ describeGpu('lightning on large shapes', () => {
         const { out, state } = lightning(q, k, v, options)
         return sampled([out, state])
       })
+    },
+    600_000,
+  )
+
+  // a kernel begins under the end of the one whose result it reads, and writes where that one read
+  it.each([
+    { b: 4, h: 32, s: 500 },
+    { b: 1, h: 64, s: 1000 },
+    { b: 1, h: 16, s: 8200 },
+  ])(
+    'waits for the call before: %j',
+    async ({ b, h, s }) => {
+      const shape = [b, s, h, 128]
+      const [q, k, v] = [draw(shape, 1), draw(shape, 2), draw(shape, 3)]
+      const options = { slopes: alibiSlopes(h), scale: 0.05 }
+      const forward = (x: typeof q) => lightning(x, k, v, options).out
+      const backward = (x: typeof q) => {
+        const { dq, dk, dv } = lightningBackward(q, k, v, x, options)
+        for (const gradient of [dk, dv]) gradient.dispose()
+        return dq
+      }
+      const chain = async (waits: boolean) => {
+        let x = q
+        for (let n = 0; n < 20; n++) {
+          const next = n % 3 < 2 ? forward(x) : backward(x)
+          if (waits) await synchronize(device)
+          if (x !== q) x.dispose()
+          x = next
+        }
+        return sampled([x])
+      }
+      const [expected] = await chain(true)
+      for (let n = 0; n < 100; n++)
+        expect(maxError((await chain(false))[0]!, expected!), `run ${n}`).toBe(0)
     },
     600_000,
   )
