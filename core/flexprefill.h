@@ -46,10 +46,10 @@ HEDDLE_HD Cut cover(const Team& team, int64_t n, double share, bool exceed, cons
 template <class Team>
 HEDDLE_HD void flexprefill_head(const Team& team, const FlexPrefill& op, int64_t head,
                                 FlexMemory& memory) {
-  const int64_t sk = op.columns.shape[3], rows = op.map.shape[2], nk = op.map.shape[3],
+  const int64_t sk = op.lines.shape[3], rows = op.map.shape[2], nk = op.map.shape[3],
                 words = op.blocks.shape[3], block = op.block, pad = nk * block - sk;
-  const float* columns = static_cast<float*>(op.columns.data) + head * sk;
-  const float* distances = static_cast<float*>(op.distances.data) + head * sk;
+  const float* columns = static_cast<float*>(op.lines.data) + head * 2 * sk;
+  const float* distances = columns + sk;
   const float* estimate = static_cast<float*>(op.estimate.data) + head * nk;
   const float* map = static_cast<float*>(op.map.data) + head * rows * nk;
   float* vertical = static_cast<float*>(op.work.data) + head * 2 * (nk + 1);

@@ -18,22 +18,26 @@ namespace {
 template <class T> class Row {
  public:
   Row(const Probe& op, int64_t b, int64_t head, int64_t row)
-      : op_(op), d_(op.q.shape[3]), sq_(op.q.shape[1]), sk_(op.k.shape[1]) {
+      : op_(op), per_(op.per), d_(op.q.shape[3]), sq_(op.q.shape[1]), sk_(op.k.shape[1]) {
     const int64_t kv_head = head / (op.q.shape[2] / op.k.shape[2]);
     q_ = op.q.as<T>() + b * op.q.strides[0] + head * op.q.strides[2];
     k_ = op.k.as<T>() + b * op.k.strides[0] + kv_head * op.k.strides[2];
-    first_ = row * op.block_q;
-    last_ = std::min(first_ + op.block_q, sq_);
-    keys_ = position(last_ - 1) + 1;
     columns_ = op.score.shape[3];
     score_ = op.score.as<float>() +
              ((b * op.score.shape[1] + head) * op.score.shape[2] + row) * columns_;
+    if (op.per == Probe::kLine) {
+      per_ = row % 2 == 0 ? Probe::kKey : Probe::kDistance;
+      row /= 2;
+    }
+    first_ = row * op.block_q;
+    last_ = std::min(first_ + op.block_q, sq_);
+    keys_ = position(last_ - 1) + 1;
   }
 
   void run() {
     // Blocks that begin later than the last query stands, and keys that no query sees
     std::fill_n(score_, columns_, -INFINITY);
-    visible_ = op_.per == Probe::kBlock ? (keys_ + op_.block_k - 1) / op_.block_k : keys_;
+    visible_ = per_ == Probe::kBlock ? (keys_ + op_.block_k - 1) / op_.block_k : keys_;
     if (op_.kind == Probe::kPooled) {
       pool();
     } else if (op_.kind == Probe::kStrided) {
@@ -177,13 +181,13 @@ template <class T> class Row {
             ends[i] = position(rows[static_cast<size_t>(at + i)]) + 1;
           to_probabilities(scores, keys_, width, ends);
           for (int64_t t = 0; t < keys_; ++t) {
-            if (op_.per == Probe::kDistance) {
+            if (per_ == Probe::kDistance) {
               for (int64_t i = 0; i < count && t < keys_; ++i)
                 if (t < ends[i]) score_[ends[i] - 1 - t] += scores[t * width + i] * share;
             } else {
               Vec sum = zero();
               for (int64_t i = 0; i < width; i += kLanes) sum += load(scores + t * width + i);
-              score_[op_.per == Probe::kKey ? t : t / op_.block_k] += reduce_add(sum) * share;
+              score_[per_ == Probe::kKey ? t : t / op_.block_k] += reduce_add(sum) * share;
             }
           }
         });
@@ -235,6 +239,7 @@ template <class T> class Row {
   }
 
   const Probe& op_;
+  int per_;
   const int64_t d_, sq_, sk_;
   const T *q_, *k_;
   int64_t first_, last_, keys_, columns_, visible_ = 0;

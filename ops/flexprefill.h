@@ -7,8 +7,7 @@ namespace heddle {
 // pairs. What it decides on are probes of the last queries and of pooled blocks.
 struct FlexPrefill {
   static constexpr const char* kName = "flexprefill";
-  Tensor columns;     // [b, hq, 1, sk] f32: mass of each key for the last queries
-  Tensor distances;   // [b, hq, 1, sk] f32: mass of each distance
+  Tensor lines;       // [b, hq, 2, sk] f32: mass of each key for the last queries, of each distance
   Tensor estimate;    // [b, hq, 1, nk] f32: the pooled distribution of blocks for them
   Tensor map;         // [b, hq, nq, nk] f32: the pooled distribution of every row of blocks
   Tensor blocks;      // [b, hq, nq, words] i32; what is selected is added
@@ -20,8 +19,7 @@ struct FlexPrefill {
   bool coverage = false;  // the mode: budgets by the mass of blocks, bands in full
 
   template <class Schema> static void describe(Schema& schema) {
-    schema.input("columns", &FlexPrefill::columns, "b hq 1 sk", kF32);
-    schema.input("distances", &FlexPrefill::distances, "b hq 1 sk", kF32);
+    schema.input("lines", &FlexPrefill::lines, "b hq 2 sk", kF32);
     schema.input("estimate", &FlexPrefill::estimate, "b hq 1 nk", kF32);
     schema.input("map", &FlexPrefill::map, "b hq nq nk", kF32);
     schema.inout("blocks", &FlexPrefill::blocks, "b hq nq words", kI32);
@@ -37,10 +35,10 @@ struct FlexPrefill {
   }
 
   void validate() const {
-    for (const Tensor* tensor : {&columns, &distances, &estimate, &map, &blocks, &work})
-      HEDDLE_CHECK(tensor->contiguous(), kShape, "columns", "columns must be contiguous");
+    for (const Tensor* tensor : {&lines, &estimate, &map, &blocks, &work})
+      HEDDLE_CHECK(tensor->contiguous(), kShape, "lines", "lines must be contiguous");
     HEDDLE_CHECK(map.shape[2] == (sq + block - 1) / block &&
-                     map.shape[3] == (columns.shape[3] + block - 1) / block &&
+                     map.shape[3] == (lines.shape[3] + block - 1) / block &&
                      blocks.shape[3] * 32 >= map.shape[3],
                  kShape, "map", "map must have a row and a column per block, got ", text_of(map));
   }

@@ -11,10 +11,11 @@ namespace heddle {
 struct Probe {
   static constexpr const char* kName = "probe";
   enum Kind { kPooled, kStrided, kRows, kAntidiagonal };
-  enum Per { kBlock, kKey, kDistance };
+  enum Per { kBlock, kKey, kDistance, kLine };
   Tensor q;      // [b, sq, hq, d]
   Tensor k;      // [b, sk, hk, d]
-  Tensor score;  // [b, hq, rows, columns] f32; -inf where the row sees nothing of the column
+  Tensor score;  // [b, hq, rows, columns] f32; -inf where the row sees nothing of the column. Of
+                 // lines, row 2r is per key and row 2r + 1 per distance
   int64_t block_q = 128, block_k = 128;
   int64_t stride = 1;  // every stride-th query (and key, if strided) is looked at, the last of each
   int kind = kPooled, per = kBlock;
@@ -29,7 +30,7 @@ struct Probe {
     schema.integer("block_k", &Probe::block_k, 128).at_least(1);
     schema.integer("stride", &Probe::stride, 1).at_least(1).at_most(64);
     schema.choice("kind", &Probe::kind, {"pooled", "strided", "rows", "antidiagonal"});
-    schema.choice("per", &Probe::per, {"block", "key", "distance"});
+    schema.choice("per", &Probe::per, {"block", "key", "distance", "line"});
     schema.flag("softmax", &Probe::softmax);
     schema.number("scale", &Probe::scale, std::numeric_limits<double>::quiet_NaN());
   }
@@ -46,7 +47,7 @@ struct Probe {
                  "per must be block unless rows are probed");
     HEDDLE_CHECK(kind != kAntidiagonal || (block_q % stride == 0 && block_k % stride == 0),
                  kArgument, "stride", "stride must divide the blocks, got ", stride);
-    const int64_t rows = (sq + block_q - 1) / block_q,
+    const int64_t rows = (sq + block_q - 1) / block_q * (per == kLine ? 2 : 1),
                   columns = per == kBlock ? (sk + block_k - 1) / block_k : sk;
     HEDDLE_CHECK(score.shape[2] == rows && score.shape[3] == columns, kShape, "score",
                  "score must have ", rows, " rows and ", columns, " columns, got ", text_of(score));

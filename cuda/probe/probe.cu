@@ -1,7 +1,9 @@
 #include "ops/probe.h"
 
 #include "common/elements.cuh"
+#include "common/variants.h"
 #include "core/registry.h"
+#include "probe/lines.h"
 
 // Probe scores on any GPU, in f32: a CTA per row of blocks and head. Probabilities take two walks
 // over the keys, one for the normaliser of each sampled row and one for the sums. Whoever owns a
@@ -14,13 +16,20 @@ constexpr int kMostSampled = 1024;
 template <class T> struct Row {
   const Probe& op;
   const T *q, *k;
+  int per;
   int64_t d, sq, sk, first, last, keys, visible, sampled;
   float* score;
 
-  __device__ Row(const Probe& op, int64_t index) : op(op) {
+  __device__ Row(const Probe& op, int64_t index) : op(op), per(op.per) {
     const int64_t heads = op.score.shape[1], rows = op.score.shape[2];
-    const int64_t row = rows - 1 - index / heads % rows, head = index % heads,
-                  b = index / heads / rows;
+    const int64_t head = index % heads, b = index / heads / rows;
+    int64_t row = rows - 1 - index / heads % rows;
+    score =
+        static_cast<float*>(op.score.data) + ((b * heads + head) * rows + row) * op.score.shape[3];
+    if (op.per == Probe::kLine) {
+      per = row % 2 == 0 ? Probe::kKey : Probe::kDistance;
+      row /= 2;
+    }
     d = op.q.shape[3];
     sq = op.q.shape[1];
     sk = op.k.shape[1];
@@ -30,10 +39,8 @@ template <class T> struct Row {
     first = row * op.block_q;
     last = min(first + op.block_q, sq);
     keys = sk - sq + last;
-    visible = op.per == Probe::kBlock ? (keys + op.block_k - 1) / op.block_k : keys;
+    visible = per == Probe::kBlock ? (keys + op.block_k - 1) / op.block_k : keys;
     sampled = (last - first + op.stride - 1) / op.stride;
-    score =
-        static_cast<float*>(op.score.data) + ((b * heads + head) * rows + row) * op.score.shape[3];
   }
 
   __device__ int64_t query(int64_t i) const { return min(first + (i + 1) * op.stride, last) - 1; }
@@ -96,7 +103,7 @@ template <class T> __device__ void sum_probabilities(const Row<T>& row) {
   const auto probability = [&](int64_t i, int64_t t) {
     return expf(row.pair(i, t) - row_max[i]) / row_sum[i] * share;
   };
-  if (op.per == Probe::kBlock) {
+  if (row.per == Probe::kBlock) {
     const int64_t unit = op.kind == Probe::kAntidiagonal ? op.stride : 1;
     for (int64_t c = warp; c < row.visible; c += warps) {
       float sum = 0;
@@ -112,7 +119,7 @@ template <class T> __device__ void sum_probabilities(const Row<T>& row) {
   for (int64_t c = threadIdx.x; c < row.visible; c += blockDim.x) {
     float sum = 0;
     for (int64_t i = 0; i < row.sampled; ++i) {
-      const int64_t t = op.per == Probe::kKey ? c : row.position(i) - c;
+      const int64_t t = row.per == Probe::kKey ? c : row.position(i) - c;
       if (t >= 0 && t < row.end(i)) sum += probability(i, t);
     }
     row.score[c] = sum;
@@ -202,8 +209,7 @@ template <class T> __global__ void __launch_bounds__(kThreads) probe_kernel(Prob
   if (op.softmax) normalise(row.score, row.visible);
 }
 
-void run(const Probe& op, CudaContext& context) {
-  if (op.score.size() == 0) return;
+void run_plain(const Probe& op, CudaContext& context) {
   HEDDLE_CHECK(op.kind == Probe::kPooled || op.block_q / op.stride < kMostSampled, kUnsupported,
                "blockQ", "blockQ must be less than ", kMostSampled, " strides, got ", op.block_q);
   const int64_t ctas = op.score.shape[0] * op.score.shape[1] * op.score.shape[2];
@@ -214,7 +220,17 @@ void run(const Probe& op, CudaContext& context) {
   context.launched("probe_kernel");
 }
 
+constexpr Variant<Probe> kVariants[] = {
+    {"sm80_lines", declines_lines, run_lines},
+    {"portable", [](const Probe&, const CudaContext&) -> const char* { return nullptr; },
+     run_plain}};
+
+void run(const Probe& op, CudaContext& context) {
+  if (op.score.size() > 0) run_variants(kVariants, op, context);
+}
+
 HEDDLE_REGISTER(Probe);
+HEDDLE_EXPLAIN(Probe, kVariants);
 
 }  // namespace
 }  // namespace heddle

@@ -96,8 +96,7 @@ export function flexPrefill<D extends FloatDType>(
       const shape = [b, heads, rowsOfBlocks, Math.ceil(columns / 32)]
       const bits = zeros(shape, { dtype: 'int32', device })
       run('flexprefill', {
-        columns: probe(last, keys, { ...rows, per: 'key' }),
-        distances: probe(last, keys, { ...rows, per: 'distance' }),
+        lines: probe(last, keys, { ...rows, per: 'line' }),
         estimate: probe(last, keys, { ...pooled, block: rows.block }),
         map,
         blocks: bits,

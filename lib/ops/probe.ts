@@ -19,8 +19,11 @@ export interface ProbeOptions {
   block?: number | readonly [number, number] | undefined
   /** Every how manieth query is looked at, and key where the kind samples keys; 1 if left out, at most 64. */
   stride?: number | undefined
-  /** What `'rows'` sums over: `'block'` if left out, `'key'` or `'distance'` from query to key. */
-  per?: 'block' | 'key' | 'distance' | undefined
+  /**
+   * What `'rows'` sums over: `'block'` if left out, `'key'`, `'distance'` from query to key, or `'line'`, which is both in one
+   * go: row 2r of the scores is per key and row 2r + 1 per distance.
+   */
+  per?: 'block' | 'key' | 'distance' | 'line' | undefined
   /** Whether the visible scores of a row are made to probabilities. */
   softmax?: boolean | undefined
   /** Factor of q·k, `1/√d` if left out. */
@@ -50,7 +53,8 @@ export function blockPair(op: string, block: unknown): readonly [number, number]
  *
  * @param q [b, sq, hq, d]; sq at most sk, query i stands at sk - sq + i.
  * @param k [b, sk, hk, d], same dtype; hq a multiple of hk.
- * @returns [b, hq, rows of blocks, blocks of keys] float32; the last size is sk `per` key or distance.
+ * @returns [b, hq, rows of blocks, blocks of keys] float32; the last size is sk `per` key or distance, and rows are twice as
+ *   many `per` line.
  * @throws HeddleError `ERR_SHAPE`, `ERR_DTYPE`, `ERR_DEVICE` or `ERR_ARGUMENT` at the call.
  * @example
  * import { probe, randn } from 'heddle'
@@ -71,7 +75,8 @@ export function probe<D extends FloatDType>(
   const sk = k.shape[1] ?? 0
   const sized = (size: number) => (Number.isInteger(size) && size > 0 ? size : 1)
   const columns = (rest.per ?? 'block') === 'block' ? Math.ceil(sk / sized(blockK)) : sk
-  const score = empty([b, hq, Math.ceil(sq / sized(blockQ)), columns], { device: q.device })
+  const rows = Math.ceil(sq / sized(blockQ)) * (rest.per === 'line' ? 2 : 1)
+  const score = empty([b, hq, rows, columns], { device: q.device })
   try {
     run('probe', { q, k, score, blockQ, blockK, ...rest })
     return score

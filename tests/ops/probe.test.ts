@@ -103,6 +103,47 @@ describeDevices('probe', (device) => {
         })
       }
     })
+
+    it('finds the lines of the last queries in one go', async () => {
+      const rng = random(83)
+      const scale = 0.06
+      for (const [b, sq, sk, hq, hk, d] of [
+        [1, 128, 700, 4, 2, 128],
+        [2, 100, 457, 2, 2, 64],
+        [1, 33, 33, 1, 1, 64],
+        [1, 1, 300, 2, 1, 128],
+      ] as const) {
+        const q = await sample(rng, [b, sq, hq, d], dtype, device)
+        const k = await sample(rng, [b, sk, hk, d], dtype, device)
+        const [rq, rk] = [reader(q.values, sq, hq, d), reader(k.values, sk, hk, d)]
+        const expected = new Float64Array(b * hq * 2 * sk)
+        for (let at = 0; at < b * hq; at++) {
+          const [ib, h] = [Math.floor(at / hq), at % hq]
+          for (let i = 0; i < sq; i++) {
+            const p = sk - sq + i
+            const scores = Array.from({ length: p + 1 }, (_, t) => {
+              let sum = 0
+              for (let e = 0; e < d; e++)
+                sum += rq(ib, i, h, e) * rk(ib, t, Math.floor(h / (hq / hk)), e)
+              return sum * scale
+            })
+            const top = Math.max(...scores)
+            const total = scores.reduce((sum, x) => sum + Math.exp(x - top), 0)
+            scores.forEach((x, t) => {
+              const share = Math.exp(x - top) / total / sq
+              expected[at * 2 * sk + t]! += share
+              expected[(at * 2 + 1) * sk + p - t]! += share
+            })
+          }
+        }
+        const options = { kind: 'rows', per: 'line', block: 128, scale } as const
+        const actual = await probe(q.tensor, k.tensor, options).read()
+        const text = JSON.stringify({ b, sq, sk, hq, hk, d })
+        expectClose(actual, expected, expected, 'float32', text, { exponent: 16, terms: 2 ** -6 })
+        // nothing depends on timing
+        expect(await probe(q.tensor, k.tensor, options).read(), text).toEqual(actual)
+      }
+    })
   })
 
   it('makes rows of scores sum to 1', async () => {
