@@ -22,13 +22,36 @@ inline constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
 // Floats that fill lines of the cache, so that what follows in the same memory starts on one
 inline size_t whole_lines(int64_t floats) { return static_cast<size_t>((floats + 15) / 16 * 16); }
 
-// log(1 + exp(x)), within 4 ulp: log(1 + u) is a series in u / (2 + u), which is at most 1/3
-HEDDLE_INLINE Vec softplus(Vec x) {
-  const Vec u = exp(-abs(x)), z = u / (2.f + u), square = z * z;
+// log(1 + x) from z = x / (2 + x), which is at most 1/3 in size
+HEDDLE_INLINE Vec log_series(Vec z) {
+  const Vec square = z * z;
   Vec p = splat(1.f / 13);
   for (const float term : {1.f / 11, 1.f / 9, 1.f / 7, 1.f / 5, 1.f / 3, 1.f})
     p = p * square + term;
-  return max(zero(), x) + 2.f * z * p;
+  return 2.f * z * p;
+}
+
+// log(1 + exp(x)), within 4 ulp
+HEDDLE_INLINE Vec softplus(Vec x) {
+  const Vec u = exp(-abs(x));
+  return max(zero(), x) + log_series(u / (2.f + u));
+}
+
+// Of positive normal numbers, from a mantissa around 1; infinity and NaN stay
+HEDDLE_INLINE Vec log2(Vec x) {
+  const Int bits = std::bit_cast<Int>(x), exponent = (bits - 0x3f3504f3) >> 23;
+  const Vec m = std::bit_cast<Vec>(bits - (exponent << 23)) - 1.f;
+  const Vec y = __builtin_convertvector(exponent, Vec) +
+                log_series(m / (2.f + m)) * static_cast<float>(kLog2e);
+  return x - x == zero() ? y : x;
+}
+
+// A row of a length of 1, whatever its size
+inline void make_unit(float* x, int64_t n) {
+  double square = 0;
+  for (int64_t i = 0; i < n; ++i) square += static_cast<double>(x[i]) * static_cast<double>(x[i]);
+  const double factor = 1 / std::max(std::sqrt(square), 1e-12);
+  for (int64_t i = 0; i < n; ++i) x[i] = static_cast<float>(static_cast<double>(x[i]) * factor);
 }
 
 struct Range {
@@ -160,12 +183,40 @@ template <class T> struct Problem {
   const float q_factor =
       static_cast<float>(op.soft_cap > 0 ? op.scale / op.soft_cap : op.scale * kLog2e);
   const float cap_log2 = static_cast<float>(op.soft_cap * kLog2e);
-  const bool plain = !(op.soft_cap > 0) && !op.slopes && !op.bias;
-  const bool shifted = op.weights == Attention::kSoftmax;  // weights relative to a maximum
+  const bool shifted = op.shifted();
+  const bool lifted = shifted && op.weights != Attention::kSoftmax;
+  const bool plain = !(op.soft_cap > 0) && !op.slopes && !op.bias && !lifted;
 
   Vec score(Vec s, Vec slope_log2, Vec distance) const {
     if (op.soft_cap > 0) s = cap_log2 * tanh(s);
     return op.slopes ? s + slope_log2 * distance : s;
+  }
+
+  // What a row knows of its weights besides the scores
+  struct Lift {
+    float gain_log2 = 0, offset = 0;
+  };
+  Lift lift_of(const Part& part, int64_t row) const {
+    if (!op.level) return {};
+    const int64_t n = seen(part, row), token = part.sequence->q_begin + query_of(part, row);
+    const float level =
+        op.level
+            .as<float>()[part.sequence->batch * op.level.strides[0] +
+                         head_of(part, row) * op.level.strides[1] + token * op.level.strides[2]];
+    return {level == -INFINITY ? level
+                               : static_cast<float>(std::log2(static_cast<double>(n)) -
+                                                    static_cast<double>(level) * kLog2e),
+            n > Attention::kYoungRows ? static_cast<float>(op.offset) : 0};
+  }
+
+  // The exponent of what a score weighs, both in base 2. Far below 0 softplus is exp
+  Vec lift(Vec score, Vec gain_log2, Vec offset) const {
+    const Vec log2_softplus =
+        score < splat(-30.f) ? score : log2(softplus(score * static_cast<float>(kLn2)));
+    if (op.weights == Attention::kSoftplus) return log2_softplus;
+    const Vec share = exp2_to_127(log2_softplus + gain_log2), rest = share - offset;
+    return rest <= Attention::kReweightedSnap * share ? splat(-INFINITY)
+                                                      : static_cast<float>(op.power) * log2(rest);
   }
 
   // What a score weighs where no maximum is taken off; -inf, which is not seen, weighs nothing
@@ -175,7 +226,7 @@ template <class T> struct Problem {
             : op.weights == Attention::kSoftplus ? softplus(s)
                                                  : max(zero(), s);
     const Vec factor = p;
-    for (int64_t i = 1; i < op.power; ++i) p *= factor;
+    for (int i = 1; i < static_cast<int>(op.power); ++i) p *= factor;
     return score == splat(-INFINITY) ? zero() : p;
   }
 
@@ -211,6 +262,11 @@ template <class T> struct Problem {
     const int64_t begin = op.window > 0 ? std::max<int64_t>(p - op.window + 1, 0) : 0;
     return {std::min(begin, end), end};
   }
+  // How many
+  int64_t seen(const Part& part, int64_t row) const {
+    const Range all = visible(*part.sequence, query_of(part, row));
+    return all.end - all.begin;
+  }
   // The same among the keys of a part
   Range visible(const Part& part, int64_t row) const {
     const Range all = visible(*part.sequence, query_of(part, row));
@@ -218,14 +274,27 @@ template <class T> struct Problem {
     return {begin, std::clamp(all.end, begin, part.keys.end)};
   }
 
-  // A row of q as f32, times the factor
+  // A row of q as f32, times its factor
   void load_q(float* to, const Part& part, int64_t row) const {
     const Tensor& q = op.q;
     const T* from = q.as<T>() + part.sequence->batch * q.strides[0] +
                     (part.sequence->q_begin + query_of(part, row)) * q.strides[1] +
                     head_of(part, row) * q.strides[2];
     load_row(to, from, q.strides[3], d);
-    for (int64_t i = 0; i < d; ++i) to[i] *= q_factor;
+    if (op.cosine) make_unit(to, d);
+    const float factor = row_factor(part, row);
+    for (int64_t i = 0; i < d; ++i) to[i] *= factor;
+  }
+  float row_factor(const Part& part, int64_t row) const {
+    if (op.length_scale == 0) return q_factor;
+    const auto n = static_cast<double>(std::max<int64_t>(seen(part, row), 1));
+    return q_factor * static_cast<float>(op.length_scale * std::log(n));
+  }
+
+  // Rows of k as the scores take them
+  void finish_k(float* rows, int64_t width, int64_t count) const {
+    if (op.cosine)
+      for (int64_t t = 0; t < count; ++t) make_unit(rows + t * width, d);
   }
 
   // The sink enters as a key without a value, once: in the first split

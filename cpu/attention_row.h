@@ -43,6 +43,7 @@ template <class T> class RowKernel {
     for (int64_t t = part_.keys.begin; t < part_.keys.end; t += kTileKeys) {
       const Range tile{t, std::min(t + kTileKeys, part_.keys.end)};
       k.load(tile_k_, d_, tile, problem_.d);
+      problem_.finish_k(tile_k_, d_, tile.end - tile.begin);
       v.load(tile_v_, dv_, tile, problem_.dv);
       const Range next{tile.end, std::min(tile.end + kTileKeys, part_.keys.end)};
       k.prefetch(next, problem_.d);
@@ -66,6 +67,7 @@ template <class T> class RowKernel {
 
     const Vec slope = splat(problem_.slope_of(part_, row));
     const float distance = static_cast<float>(keys.begin - problem_.position_of(part_, row));
+    const auto lift = problem_.lift_of(part_, row);
     Vec lanes_max = splat(-FLT_MAX);
     for (int64_t t = 0; t < count; t += kLanes) {
       const Int lane = iota() + static_cast<int32_t>(t);
@@ -74,6 +76,7 @@ template <class T> class RowKernel {
       if (problem_.op.bias)
         for (int64_t i = 0; i < std::min<int64_t>(kLanes, count - t); ++i)
           s[i] += problem_.bias_of(part_, row, keys.begin + t + i);
+      if (problem_.lifted) s = problem_.lift(s, splat(lift.gain_log2), splat(lift.offset));
       s = lane < static_cast<int32_t>(count) ? s : splat(-INFINITY);
       store(scores_ + t, s);
       lanes_max = max(lanes_max, s);

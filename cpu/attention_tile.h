@@ -21,7 +21,7 @@ template <class T, class Keys> class TileKernel {
  public:
   static size_t floats(int64_t rows, int64_t d, int64_t dv) {
     const int64_t padded = (rows + kTileCols - 1) / kTileCols * kTileCols;
-    return whole_lines(padded * (d + dv + 3) +
+    return whole_lines(padded * (d + dv + 5) +
                        kTileCols * (std::max(d, dv) + kTileKeys + kTileRows + 3) +
                        (kTileKeys + kTileRows) * d + kTileKeys * dv);
   }
@@ -39,6 +39,8 @@ template <class T, class Keys> class TileKernel {
       panel.row_max = take(kTileCols);
       panel.row_sum = take(kTileCols);
       panel.slope = take(kTileCols);
+      panel.gain_log2 = take(kTileCols);
+      panel.offset = take(kTileCols);
     }
     rows_ = take(kTileCols * std::max(d_, dv_));
     // The last step over keys may read a few rows past the tile, whose scores nobody uses
@@ -57,6 +59,7 @@ template <class T, class Keys> class TileKernel {
     for (Panel& panel : panels_) start(panel);
     keys_.each([&](const KeyTile& tile, Range next) {
       load_tile(k, tile_k_, d_, tile);
+      problem.finish_k(tile_k_, d_, tile.count());
       load_tile(v, tile_v_, dv_, tile);
       k.prefetch(next, d_);
       v.prefetch(next, dv_);
@@ -79,7 +82,9 @@ template <class T, class Keys> class TileKernel {
     int64_t first = 0, rows = 0;
     int vecs = 0;
     float *q = nullptr, *acc = nullptr;  // [d, vecs * kLanes], [dv, vecs * kLanes]
-    float *row_max = nullptr, *row_sum = nullptr, *slope = nullptr;  // [vecs * kLanes]
+    // [vecs * kLanes]
+    float *row_max = nullptr, *row_sum = nullptr, *slope = nullptr;
+    float *gain_log2 = nullptr, *offset = nullptr;
     typename Keys::Panel keys;
     int64_t position[kTileCols];
   };
@@ -108,6 +113,9 @@ template <class T, class Keys> class TileKernel {
       problem_.start(part_, rows[i], panel.row_max[i], panel.row_sum[i]);
       panel.slope[i] = problem_.slope_of(part_, rows[i]);
       panel.position[i] = problem_.position_of(part_, rows[i]);
+      const auto lift = problem_.lift_of(part_, rows[i]);
+      panel.gain_log2[i] = lift.gain_log2;
+      panel.offset[i] = lift.offset;
     }
     keys_.start(panel.keys, rows, width);
   }
@@ -178,8 +186,8 @@ template <class T, class Keys> class TileKernel {
     }
   }
 
-  // Soft cap, slopes and mask; leaves in low_ and high_ which keys each row sees, from look.first
-  // on
+  // Soft cap, slopes, bias, lift and mask; leaves in low_ and high_ which keys each row sees, from
+  // look.first on
   template <int N>
   void finish_scores(const Panel& panel, const KeyTile& tile, const Look& look,
                      const uint64_t* words) {
@@ -203,6 +211,8 @@ template <class T, class Keys> class TileKernel {
           for (int64_t i = 0; i < kLanes; ++i)
             s[i] +=
                 problem_.bias_of(part_, row_of(panel, n * kLanes + i), tile.key(look.first + t));
+        if (problem_.lifted)
+          s = problem_.lift(s, load(panel.gain_log2 + n * kLanes), load(panel.offset + n * kLanes));
         store(at, look.masked ? (sees(t, n) ? s : splat(-INFINITY)) : s);
       }
     }

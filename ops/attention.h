@@ -9,8 +9,12 @@ namespace heddle {
 
 struct Attention : MaskArguments {
   static constexpr const char* kName = "attention";
-  // What a score weighs: exp(s), 1 / (1 + exp(-s)), max(s, 0)^power, log(1 + exp(s))
-  enum Weights { kSoftmax, kSigmoid, kRelu, kSoftplus };
+  // What a score weighs: exp(s), 1 / (1 + exp(-s)), max(s, 0)^power, log(1 + exp(s)), and
+  // max(n log(1 + exp(s)) / exp(level) - offset, 0)^power in a row that sees n keys
+  enum Weights { kSoftmax, kSigmoid, kRelu, kSoftplus, kReweighted };
+  static constexpr int64_t kYoungRows = 3;  // rows that see no more keys than this have no offset
+  // Differences from offset below this part of it are rounding
+  static constexpr float kReweightedSnap = 7.6e-6f;
   Tensor q;              // [b, sq, hq, d]
   Tensor k, v;           // [b, sk, hk, d] and [b, sk, hk, dv], or pages of them
   Tensor cu_seqlens_q;   // [n + 1] i32: where each packed sequence of q begins, b = 1
@@ -20,13 +24,17 @@ struct Attention : MaskArguments {
   Tensor slopes;         // [hq] f32: score += slope * (t - p)
   Tensor sink;           // [hq] f32: a logit per head that only the normaliser sees
   Tensor bias;           // [b, hq, sq, sk]: added to the score; strides of 0 broadcast it
+  Tensor level;          // [b, hq, sq] f32: lse of the same call with weights of softplus
   Tensor out;            // [b, sq, hq, dv]
   Tensor lse;            // [b, hq, sq] f32, natural log
   double scale = std::numeric_limits<double>::quiet_NaN();  // 1/sqrt(d) when left out
   double soft_cap = 0;                                      // 0 is off
-  int64_t window = 0;  // keys a row sees, its own included; 0 is all
-  int64_t power = 1;   // of relu
+  int64_t window = 0;       // keys a row sees, its own included; 0 is all
+  double length_scale = 0;  // not 0: scores are multiplied by it and by the log of the row's keys
+  double power = 1;         // of relu and of reweighted
+  double offset = 1;        // of reweighted
   int weights = kSoftmax;
+  bool cosine = false;    // rows of q and k are divided by their lengths
   bool normalise = true;  // weights are divided by their sum
   bool causal = false;
 
@@ -47,13 +55,21 @@ struct Attention : MaskArguments {
     schema.integer("window", &Attention::window, 0).at_least(1);
     schema.flag("causal", &Attention::causal);
     schema.optional("bias", &Attention::bias, "b hq sq sk", kFloats);
-    schema.choice("weights", &Attention::weights, {"softmax", "sigmoid", "relu", "softplus"});
-    schema.integer("power", &Attention::power, 1).at_least(1).at_most(8);
+    schema.choice("weights", &Attention::weights,
+                  {"softmax", "sigmoid", "relu", "softplus", "reweighted"});
+    schema.number("power", &Attention::power, 1).at_least(1).at_most(64);
     schema.flag("normalise", &Attention::normalise, true);
+    schema.flag("cosine", &Attention::cosine);
+    schema.number("length_scale", &Attention::length_scale, 0);
+    schema.optional("level", &Attention::level, "b hq sq", kF32);
+    schema.number("offset", &Attention::offset, 1).at_least(0);
     describe_mask<Attention>(schema);
     schema.output("out", &Attention::out, "b sq hq dv", like("q"));
     schema.output("lse", &Attention::lse, "b hq sq", kF32);
   }
+
+  // Whether weights are exponentials of something, relative to its largest in the row
+  bool shifted() const { return normalise && weights != kSigmoid && weights != kRelu; }
 
   void validate() {
     const int64_t hq = q.shape[2], hk = k.shape[2], d = q.shape[3], dv = v.shape[3];
@@ -84,12 +100,21 @@ struct Attention : MaskArguments {
                   cu_seqlens_q ? cu_seqlens_q.shape[0] - 1 : 0);
     HEDDLE_CHECK(!bias || (!cu_seqlens_q && !block_table), kArgument, "bias",
                  "bias cannot be combined with ", cu_seqlens_q ? "cuSeqlensQ" : "blockTable");
-    HEDDLE_CHECK(weights == kSoftmax || !sink, kArgument, "sink",
-                 "sink goes with weights of softmax");
-    HEDDLE_CHECK(weights != kSoftmax || normalise, kArgument, "normalise",
-                 "normalise goes with other weights than softmax");
-    HEDDLE_CHECK(weights == kRelu || power == 1, kArgument, "power",
-                 "power goes with weights of relu");
+    HEDDLE_CHECK(shifted() || !sink, kArgument, "sink",
+                 "sink goes with weights of softmax, softplus if normalised, and reweighted");
+    HEDDLE_CHECK(normalise || (weights != kSoftmax && weights != kReweighted), kArgument,
+                 "normalise", "normalise goes with weights of sigmoid, relu and softplus");
+    HEDDLE_CHECK(weights == kRelu || weights == kReweighted || power == 1, kArgument, "power",
+                 "power goes with weights of relu and reweighted");
+    HEDDLE_CHECK(weights != kRelu || (power <= 8 && power == std::floor(power)), kArgument, "power",
+                 "power must be a whole number up to 8 with weights of relu, got ", power);
+    HEDDLE_CHECK((weights == kReweighted) == bool(level), kArgument, "level",
+                 "level goes with weights of reweighted, which need it");
+    HEDDLE_CHECK(!masked || (!length_scale && !level), kArgument, "mask",
+                 "mask cannot be combined with ", level ? "level" : "lengthScale");
+    HEDDLE_CHECK(std::isfinite(length_scale) && std::isfinite(offset), kArgument,
+                 std::isfinite(offset) ? "lengthScale" : "offset",
+                 std::isfinite(offset) ? "lengthScale" : "offset", " must be finite");
     if (std::isnan(scale)) scale = 1 / std::sqrt(static_cast<double>(d));
     HEDDLE_CHECK(std::isfinite(scale), kArgument, "scale", "scale must be finite, got ", scale);
   }

@@ -115,8 +115,14 @@ ForwardArgs portable_args(const Attention& op) {
   std::copy_n(op.bias.strides, 4, args.bias_strides);
   args.bias_dtype = op.bias.dtype;
   args.weights = op.weights;
-  args.power = static_cast<int>(op.power);
+  args.level = floats(op.level);
+  std::copy_n(op.level.strides, 3, args.level_strides);
+  args.length_scale = static_cast<float>(op.length_scale);
+  args.power = static_cast<float>(op.power);
+  args.offset = static_cast<float>(op.offset);
   args.normalise = op.normalise;
+  args.shifted = op.shifted();
+  args.cosine = op.cosine;
   return args;
 }
 
@@ -175,6 +181,8 @@ const char* declines_hopper(const Attention& op, const CudaContext& context) {
   if (context.arch != 90) return "the GPU must be of compute capability 9.0";
   if (op.weights != Attention::kSoftmax) return "weights must be of softmax";
   if (op.bias) return "bias must be left out";
+  if (op.cosine) return "cosine must be left out";
+  if (op.length_scale != 0) return "lengthScale must be left out";
   if (op.q.strides[3] != 1 || op.k.strides[3] != 1 || op.v.strides[3] != 1)
     return "q, k and v must be contiguous along d";
   return nullptr;

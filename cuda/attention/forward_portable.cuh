@@ -47,9 +47,11 @@ struct ForwardArgs {
   const void* bias;  // null for none; of bias_dtype, with strides of 0 where it is broadcast
   int64_t bias_strides[4];
   DType bias_dtype;
-  float scale, soft_cap;
-  int weights, power;
-  bool causal, masked, normalise;
+  const float* level;  // null but for weights of reweighted
+  int64_t level_strides[3];
+  float scale, soft_cap, length_scale, power, offset;
+  int weights;
+  bool causal, masked, normalise, shifted, cosine;
   MaskView mask;
   int* fault;
 };
@@ -118,8 +120,55 @@ __device__ inline float weight_of(const ForwardArgs& p, float s) {
   if (p.weights == Attention::kSoftplus) return fmaxf(s, 0) + log1pf(expf(-fabsf(s)));
   const float x = s < 0 ? 0 : s;  // NaN stays
   float weight = x;
-  for (int i = 1; i < p.power; ++i) weight *= x;
+  for (int i = 1; i < static_cast<int>(p.power); ++i) weight *= x;
   return weight;
+}
+
+// Keys that the row at `position` sees without a mask
+__device__ inline int64_t keys_seen(const ForwardArgs& p, const Place& place, int64_t position) {
+  const int64_t end = p.causal || p.window ? clamp_to(position + 1, 0, place.sk) : place.sk;
+  return p.window ? max(end - max(position - p.window + 1, int64_t{0}), int64_t{0}) : end;
+}
+
+// What a row knows of its weights besides the scores
+struct Lift {
+  float gain = 0, offset = 0;  // gain is a natural log
+};
+
+__device__ inline Lift lift_of(const ForwardArgs& p, int64_t batch, int64_t head, int64_t token,
+                               int64_t seen) {
+  if (!p.level || seen == 0) return {};
+  const float level =
+      p.level[batch * p.level_strides[0] + head * p.level_strides[1] + token * p.level_strides[2]];
+  return {level == -INFINITY ? level : logf(static_cast<float>(seen)) - level,
+          seen > Attention::kYoungRows ? p.offset : 0};
+}
+
+// The exponent of what a score weighs where a maximum is taken off. Far below 0 softplus is exp
+__device__ inline float exponent_of(const ForwardArgs& p, float s, Lift lift) {
+  if (p.weights == Attention::kSoftmax) return s;
+  const float log_softplus = s < -30 ? s : logf(fmaxf(s, 0) + log1pf(expf(-fabsf(s))));
+  if (p.weights == Attention::kSoftplus) return log_softplus;
+  const float share = expf(log_softplus + lift.gain), rest = share - lift.offset;
+  return rest <= Attention::kReweightedSnap * share ? -INFINITY : p.power * logf(rest);
+}
+
+// Rows in shared memory get a length of 1, whatever their sizes; a warp takes a row
+__device__ inline void make_unit(float* rows, int count, int width, int d) {
+  const int lane = threadIdx.x % 32;
+  for (int row = threadIdx.x / 32; row < count; row += kAttentionThreads / 32) {
+    float* const x = rows + row * width;
+    float largest = 0, square = 0;
+    for (int e = lane; e < d; e += 32) largest = fmaxf(largest, fabsf(x[e]));
+    for (int step = 16; step > 0; step /= 2)
+      largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, step));
+    // NaN, which no maximum finds, goes through the sum
+    const float unit = largest > 0 ? largest : 1;
+    for (int e = lane; e < d; e += 32) square = fmaf(x[e] / unit, x[e] / unit, square);
+    const float length = sqrtf(warp_sum(square));
+    const float short_of = fminf(unit * length * 1e12f, 1);
+    for (int e = lane; e < d; e += 32) x[e] = length == 0 ? 0 : x[e] / unit / length * short_of;
+  }
 }
 
 template <class T>
@@ -146,6 +195,11 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_portable_kernel(F
     smem_q[r * q_width + e] = place.row0 + r < place.sq ? to_float(q[e * p.q.element]) : 0;
   }
 
+  if (p.cosine) {
+    __syncthreads();
+    make_unit(smem_q, kRowTile, q_width, p.d);
+  }
+
   // Keys that some row of the tile sees, then this split's share of them in whole tiles
   int64_t first = 0, last = place.sk;
   const int64_t low = place.sk - place.sq + place.row0;
@@ -167,10 +221,14 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_portable_kernel(F
         p.causal ? clamp_to(position + 1, 0, place.sk) : place.sk);
 
   const float slope = p.slopes ? p.slopes[head * p.slopes_stride] : 0;
+  const int64_t row_keys = exists ? keys_seen(p, place, position) : 0;
+  const float scale = p.length_scale == 0 ? p.scale
+                                          : p.scale * p.length_scale *
+                                                logf(static_cast<float>(max(row_keys, int64_t{1})));
+  const Lift lift = lift_of(p, place.batch, head, place.q_begin + query, row_keys);
   // row_max starts at a large negative finite number: (-inf) - (-inf) would poison empty rows.
   // Other weights than exponentials are relative to nothing
-  const bool shifted = p.weights == Attention::kSoftmax;
-  float row_max = shifted ? -1e30f : 0, row_sum = 0;
+  float row_max = p.shifted ? -1e30f : 0, row_sum = 0;
   float acc[kMostColumns] = {};
 
   for (int64_t t0 = begin; t0 < end; t0 += kKeyTile) {
@@ -191,6 +249,10 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_portable_kernel(F
     };
 
     load(p.k, p.d);
+    if (p.cosine) {
+      make_unit(smem_kv, kKeyTile, kv_width, p.d);
+      __syncthreads();
+    }
     float score[kKeyTile / kRowThreads];
     float tile_max = -1e30f;
 #pragma unroll
@@ -200,18 +262,19 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_portable_kernel(F
       float dot = 0;
       for (int e = 0; e < p.d; ++e)
         dot = fmaf(smem_q[row * q_width + e], smem_kv[c * kv_width + e], dot);
-      float s = dot * p.scale;
+      float s = dot * scale;
       if (p.soft_cap > 0) s = p.soft_cap * tanhf(s / p.soft_cap);
       if (p.slopes) s += slope * static_cast<float>(t - position);
       const bool visible = exists && t < end && (!(p.causal || p.window) || t <= position) &&
                            (!p.window || t > position - p.window) && (seen >> c & 1);
       if (p.bias && visible) s += bias_at(p, place.batch, head, query, t);
+      if (p.shifted) s = exponent_of(p, s, lift);
       score[j] = visible ? s : -INFINITY;
       if (visible) tile_max = s > tile_max || isnan(s) ? s : tile_max;
     }
     tile_max = fmaxf(tile_max, __shfl_xor_sync(~0u, tile_max, 1));
     tile_max = fmaxf(tile_max, __shfl_xor_sync(~0u, tile_max, 2));
-    const float new_max = shifted ? fmaxf(row_max, tile_max) : 0,
+    const float new_max = p.shifted ? fmaxf(row_max, tile_max) : 0,
                 correction = expf(row_max - new_max);
     row_max = new_max;
     row_sum *= correction;
@@ -219,7 +282,7 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_portable_kernel(F
 #pragma unroll
     for (int j = 0; j < kKeyTile / kRowThreads; ++j) {
       const float weight = score[j] == -INFINITY ? 0
-                           : shifted             ? expf(score[j] - row_max)
+                           : p.shifted           ? expf(score[j] - row_max)
                                                  : weight_of(p, score[j]);
       row_sum += weight;
       // -1 marks what the row must not see, whatever its value holds
@@ -279,9 +342,9 @@ template <class T> __global__ void attention_join_kernel(ForwardArgs p) {
   for (int64_t row = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32; row < rows; row += warps) {
     const int64_t token = row % p.sq, head = row / p.sq % p.hq, batch = row / p.sq / p.hq;
     const float *row_max = p.part_max + row * p.splits, *row_sum = p.part_sum + row * p.splits;
-    float top = p.sink                             ? p.sink[head * p.sink_stride]
-                : p.weights == Attention::kSoftmax ? -1e30f
-                                                   : 0,
+    float top = p.sink      ? p.sink[head * p.sink_stride]
+                : p.shifted ? -1e30f
+                            : 0,
           total = p.sink ? 1 : 0;
     bool any = false;
     for (int i = 0; i < p.splits; ++i) {

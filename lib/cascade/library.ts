@@ -1,3 +1,4 @@
+import { softplusDefinition } from '../mechanisms/softplus.js'
 import {
   attentionBackwardDefinition,
   attentionDefinition,
@@ -76,6 +77,8 @@ export const definitions = {
   keep: `
   R[r,c] = sum(x) if(S[r,x] > S[r,c] || S[r,x] == S[r,c] && x < c, 1, 0)
   B[r,c] = if(R[r,c] < top, 1, 0)`,
+  /** {@link softplusAttention}, with all keys of a row among those that it sees. */
+  softplus: softplusDefinition,
   streaming: attentionDefinition.replace(
     'm <= p + off',
     'm <= p + off && (m < sinks || m > p + off - window)',

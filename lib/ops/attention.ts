@@ -61,13 +61,23 @@ export interface AttentionOptions {
   bias?: Tensor<FloatDType> | number | undefined
   /**
    * What a score s weighs: `exp(s)` (`'softmax'`, as if left out), `1 / (1 + exp(-s))` (`'sigmoid'`), `max(s, 0)^power`
-   * (`'relu'`) or `log(1 + exp(s))` (`'softplus'`). {@link sigmoidDefinition} is the text of such a call.
+   * (`'relu'`) or `log(1 + exp(s))` (`'softplus'`). {@link sigmoidDefinition} is the text of such a call. `'reweighted'` is
+   * the second pass of {@link softplusAttention}: `max(n log(1 + exp(s)) / exp(level) - offset, 0)^power` in a row that sees
+   * n keys.
    */
-  weights?: 'softmax' | 'sigmoid' | 'relu' | 'softplus' | undefined
-  /** Power of `'relu'`, from 1, as if left out, to 8. */
+  weights?: 'softmax' | 'sigmoid' | 'relu' | 'softplus' | 'reweighted' | undefined
+  /** Power of `'relu'`, a whole number up to 8, or of `'reweighted'`, up to 64; 1 if left out. */
   power?: number | undefined
-  /** Whether weights are divided by their sum; if left out for `'softmax'` and `'softplus'` alone. */
+  /** Whether weights are divided by their sum; if left out not for `'sigmoid'` and `'relu'`. */
   normalise?: boolean | undefined
+  /** Whether rows of q and k are divided by their lengths first, so that scores are cosines; `scale` is then best given. */
+  cosine?: boolean | undefined
+  /** Scores are multiplied by this and by the natural log of how many keys the row sees. Off if left out or 0. */
+  lengthScale?: number | undefined
+  /** [b, hq, sq], f32: the `lse` of the same call with weights of `'softplus'`, for those of `'reweighted'`. */
+  level?: Tensor<'float32'> | undefined
+  /** Of `'reweighted'`, 1 if left out; 0 whatever is given in rows that see three keys or fewer. */
+  offset?: number | undefined
 }
 
 /** What {@link attention} returns. */
@@ -94,6 +104,10 @@ const known: ReadonlySet<string> = new Set<keyof AttentionOptions>([
   'weights',
   'power',
   'normalise',
+  'cosine',
+  'lengthScale',
+  'level',
+  'offset',
 ])
 
 /**
@@ -132,7 +146,7 @@ export function attention<D extends FloatDType>(
       k,
       v,
       ...rest,
-      normalise: rest.normalise ?? (weights === 'softmax' || weights === 'softplus'),
+      normalise: rest.normalise ?? (weights !== 'sigmoid' && weights !== 'relu'),
       ...maskArguments('attention', mask, options.causal),
       bias: biasOf(bias, q, k, made),
       slopes: vector('attention', 'slopes', slopes, q.device, made),
@@ -169,7 +183,18 @@ function biasOf(bias: unknown, q: Tensor, k: Tensor, made: Tensor[]): Tensor | u
 
 /** Options of {@link attentionBackward}: those of the forward call. */
 export interface AttentionBackwardOptions
-  extends Omit<AttentionOptions, 'blockTable' | 'bias' | 'weights' | 'power' | 'normalise'> {
+  extends Omit<
+    AttentionOptions,
+    | 'blockTable'
+    | 'bias'
+    | 'weights'
+    | 'power'
+    | 'normalise'
+    | 'cosine'
+    | 'lengthScale'
+    | 'level'
+    | 'offset'
+  > {
   /**
    * Whether the same call gives the same bits every time, `true` if left out. Without it the order of sums is free, which
    * is faster on some GPUs.

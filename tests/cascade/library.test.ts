@@ -191,6 +191,12 @@ const rows: Record<keyof typeof definitions, (draw: Draw) => Promise<Row>> = {
     )
     return { inputs: { S: { data: values, shape: [r, c] } }, scalars: { top }, results: { B } }
   },
+  async softplus(draw) {
+    const { q, k, v, Q, K, V, d, off } = await qkv(draw, true)
+    const { out } = heddle.softplusAttention(q, k, v, { power: 3 })
+    const scalars = { off, logD: Math.log(d), power: 3 }
+    return { inputs: { Q, K, V }, scalars, results: { O: out } }
+  },
   async streaming(draw) {
     const { q, k, v, Q, K, V, off } = await qkv(draw, true)
     const [sinks, window] = [2, 5]

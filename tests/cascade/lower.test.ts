@@ -365,6 +365,7 @@ describe('compile', () => {
       sigmoid: 'sigmoid',
       probe: 'CAS020',
       keep: 'CAS020',
+      softplus: 'CAS021',
       streaming: 'CAS022',
       minimax: 'CAS021',
       transnormer: 'CAS020',

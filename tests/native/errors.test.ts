@@ -174,13 +174,25 @@ const wrong: Wrong[] = [
     'a sink of weights that have none',
     () => attention(q, kv, kv, { weights: 'sigmoid', sink: [1, 2, 3, 4] }),
     'ERR_ARGUMENT',
-    'attention: sink goes with weights of softmax',
+    'attention: sink goes with weights of softmax, softplus if normalised, and reweighted',
   ],
   [
     'a power of no relu',
     () => attention(q, kv, kv, { weights: 'softplus', power: 2 }),
     'ERR_ARGUMENT',
-    'attention: power goes with weights of relu',
+    'attention: power goes with weights of relu and reweighted',
+  ],
+  [
+    'half a power of relu',
+    () => attention(q, kv, kv, { weights: 'relu', power: 1.5 }),
+    'ERR_ARGUMENT',
+    'attention: power must be a whole number up to 8 with weights of relu, got 1.5',
+  ],
+  [
+    'a level of weights that need none',
+    () => attention(q, kv, kv, { level: zeros([1, 4, 4]) }),
+    'ERR_ARGUMENT',
+    'attention: level goes with weights of reweighted, which need it',
   ],
   [
     'a bias of another shape',

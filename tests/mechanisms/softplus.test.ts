@@ -1,0 +1,221 @@
+import { attention, type FloatDType, full, randn, softplusAttention, tensor } from 'heddle'
+import { expect, it } from 'vitest'
+import { maxError, relativeRms } from '../support/compare.js'
+import { describeDevices, floats } from '../support/devices.js'
+import { random, sample } from '../support/random.js'
+import { reader } from '../support/reference.js'
+
+interface Sizes {
+  b: number
+  sq: number
+  sk: number
+  hq: number
+  hk: number
+  d: number
+  dv: number
+}
+interface Given {
+  causal?: boolean
+  window?: number
+  reweight?: boolean
+  power?: number
+  offset?: number
+  qkNorm?: boolean
+  eps?: number
+}
+type Read = ReturnType<typeof reader>
+
+/** The definition, row by row; what a row keeps is divided by its largest first, as powers overflow. */
+function oracle(c: Sizes, given: Given, q: Read, k: Read, v: Read) {
+  const { causal = true, window, reweight = true, power = 15, offset = 1, qkNorm = true } = given
+  const { eps = 0 } = given
+  const out = new Float64Array(c.b * c.sq * c.hq * c.dv)
+  const length = (row: (e: number) => number) => {
+    let sum = 0
+    for (let e = 0; e < c.d; e++) sum += row(e) ** 2
+    return qkNorm ? Math.max(Math.sqrt(sum), 1e-12) : 1
+  }
+  for (let b = 0; b < c.b; b++)
+    for (let h = 0; h < c.hq; h++)
+      for (let i = 0; i < c.sq; i++) {
+        const hk = Math.floor(h / (c.hq / c.hk))
+        const p = c.sk - c.sq + i
+        const last = causal || window ? Math.min(p + 1, c.sk) : c.sk
+        const first = window ? Math.max(0, p - window + 1) : 0
+        const n = last - first
+        if (n <= 0) continue
+        const lq = length((e) => q(b, i, h, e))
+        const a = Array.from({ length: n }, (_, j) => {
+          let dot = 0
+          for (let e = 0; e < c.d; e++) dot += q(b, i, h, e) * k(b, first + j, hk, e)
+          const lk = length((e) => k(b, first + j, hk, e))
+          const x = (dot / lq / lk) * Math.log(c.d) * Math.log(n)
+          return Math.max(x, 0) + Math.log1p(Math.exp(-Math.abs(x)))
+        })
+        const z = a.reduce((x, y) => x + y, 0) + eps
+        const t = a.map((x) => (reweight ? (n * x) / z - (n > 3 ? offset : 0) : x))
+        const top = t.reduce((x, y) => Math.max(x, y), 0)
+        const w = t.map((x) => Math.max(x / top, 0) ** (reweight ? power : 1))
+        const sum = w.reduce((x, y) => x + y, 0) + eps * top ** -(reweight ? power : 1)
+        for (let f = 0; f < c.dv && top > 0; f++) {
+          let value = 0
+          for (let j = 0; j < n; j++) value += (w[j]! / sum) * v(b, first + j, hk, f)
+          out[((b * c.sq + i) * c.hq + h) * c.dv + f] = value
+        }
+      }
+  return out
+}
+
+const tolerance: Record<FloatDType, number> = { float32: 2e-5, float16: 3e-3, bfloat16: 3e-3 }
+const read = (x: { read(o: { as: 'float32' }): Promise<Float32Array> }) => x.read({ as: 'float32' })
+
+describeDevices('softplus attention', (device) => {
+  it.each(floats)(
+    'agrees with float64 in %s',
+    async (dtype) => {
+      const rng = random(17)
+      for (const s of [1, 2, 3, 4, 5, 63, 64, 65, 200, 0, 0, 0]) {
+        const hk = rng.pick([1, 2])
+        const sq = s || rng.pick([1, 2, 40, 130])
+        const c: Sizes = {
+          b: rng.pick([1, 2]),
+          sq,
+          sk: s || sq + rng.pick([0, 1, 70, 500]),
+          hk,
+          hq: hk * rng.pick([1, 3]),
+          d: rng.pick([8, 40, 64]),
+          dv: rng.pick([8, 72]),
+        }
+        const given: Given = {
+          causal: rng.chance(0.8),
+          ...(rng.chance(0.2) ? { window: rng.pick([2, 30]) } : {}),
+          reweight: rng.chance(0.8),
+          power: rng.pick([1, 2.5, 3, 15]),
+          offset: rng.pick([0, 1, 0.5]),
+          qkNorm: rng.chance(0.8),
+          eps: rng.pick([0, 1e-8, 0.1]),
+        }
+        const q = await sample(rng, [c.b, c.sq, c.hq, c.d], dtype, device)
+        const k = await sample(rng, [c.b, c.sk, c.hk, c.d], dtype, device)
+        const v = await sample(rng, [c.b, c.sk, c.hk, c.dv], dtype, device)
+        const expected = oracle(
+          c,
+          given,
+          reader(q.values, c.sq, c.hq, c.d),
+          reader(k.values, c.sk, c.hk, c.d),
+          reader(v.values, c.sk, c.hk, c.dv),
+        )
+        const { out } = softplusAttention(q.tensor, k.tensor, v.tensor, given)
+        const what = JSON.stringify({ ...c, ...given })
+        expect(relativeRms(await read(out), expected), what).toBeLessThan(tolerance[dtype])
+      }
+    },
+    300_000,
+  )
+
+  it('sees directions alone, whatever their lengths', async () => {
+    const rng = random(19)
+    const [s, d] = [90, 16]
+    const { values, tensor: q } = await sample(rng, [1, s, 1, d], 'float32', device)
+    const k = await sample(rng, [1, s, 1, d], 'float32', device)
+    const expected = await read(softplusAttention(q, k.tensor, k.tensor).out)
+    // The largest squares overflow float32, the smallest are 0
+    const factors = [1e37, 1, 1e-9, 1e-4]
+    const stretched = (x: ArrayLike<number>) =>
+      tensor(
+        Float32Array.from(x, (y, i) => y * factors[Math.floor(i / d) % factors.length]!),
+        [1, s, 1, d],
+        { device },
+      )
+    const { out } = softplusAttention(stretched(values), stretched(k.values), k.tensor)
+    expect(maxError(await read(out), expected)).toBeLessThan(1e-4)
+  })
+
+  it.each([true, false])(
+    'overflows for no finite input, with cosines: %s',
+    async (qkNorm) => {
+      const [s, d] = [2000, 8]
+      for (const size of [1e18, 1, 1e-30]) {
+        const ones = new Float32Array(s * d).fill(size)
+        // One key against the direction of all others
+        const keys = ones.map((x, i) => (Math.floor(i / d) === 1000 ? x : -x))
+        const at = { device }
+        const [q, k] = [tensor(ones, [1, s, 1, d], at), tensor(keys, [1, s, 1, d], at)]
+        const v = randn([1, s, 1, 8], { device, seed: 3 })
+        for (const power of [1, 15, 64]) {
+          const { out } = softplusAttention(q, k, v, { power, qkNorm })
+          const [values, all] = [await read(v), await read(out)]
+          expect(all.every(Number.isFinite)).toBe(true)
+          // Vectors shorter than 1e-12 are nearly those of zeros, and without cosines so are their scores
+          if (size >= 1)
+            for (let f = 0; f < 8; f++)
+              expect(all[1999 * 8 + f]).toBeCloseTo(values[1000 * 8 + f]!, 4)
+        }
+      }
+    },
+    60_000,
+  )
+
+  it('gives nothing where all keys weigh the same, and ones for values of ones', async () => {
+    const at = { device } as const
+    const [q, k, v] = [
+      randn([1, 40, 2, 16], at),
+      full([1, 40, 2, 16], 1, at),
+      full([1, 40, 2, 8], 1, at),
+    ]
+    const { out, lse } = softplusAttention(q, k, v)
+    const [same, sums] = [await read(out), await read(lse)]
+    for (let i = 0; i < 40; i++)
+      for (let h = 0; h < 2; h++) {
+        expect(same[(i * 2 + h) * 8]).toBeCloseTo(i < 3 ? 1 : 0, 5)
+        expect(Number.isFinite(sums[h * 40 + i]!)).toBe(i < 3)
+      }
+    const differ = await read(softplusAttention(q, q, v).out)
+    for (const x of differ) expect(x).toBeCloseTo(1, 4)
+  })
+
+  it('is the same in packed sequences, in pages, and row by row', async () => {
+    const at = { device } as const
+    const [first, s, d] = [37, 90, 32]
+    const [q, k, v] = [1, 2, 3].map((seed) => randn([1, s, 2, d], { ...at, seed }))
+    const part = (begin: number, end: number) =>
+      read(
+        softplusAttention(q!.slice(1, begin, end), k!.slice(1, begin, end), v!.slice(1, begin, end))
+          .out,
+      )
+    const offsets = [0, first, s]
+    const packed = softplusAttention(q!, k!, v!, { cuSeqlensQ: offsets, cuSeqlensK: offsets })
+    const separate = [...(await part(0, first)), ...(await part(first, s))]
+    expect(maxError(await read(packed.out), separate)).toBeLessThan(1e-5)
+
+    const whole = await read(softplusAttention(q!, k!, v!).out)
+    const rows = await read(softplusAttention(q!.slice(1, 80), k!, v!).out)
+    expect(maxError(rows, whole.subarray(80 * 2 * d))).toBeLessThan(1e-5)
+    // Two pages of 64, of which the second is partly in use
+    const pages = [k!, v!].map((x) => {
+      const room = new Float32Array(128 * 2 * d).fill(Number.NaN)
+      return x.read({ as: 'float32' }).then((values) => {
+        room.set(values)
+        return tensor(room, [2, 64, 2, d], at)
+      })
+    })
+    const [pagedK, pagedV] = await Promise.all(pages)
+    const blockTable = tensor([0, 1], [1, 2], { dtype: 'int32', device })
+    const last = q!.slice(1, s - 1)
+    const decoded = softplusAttention(last, pagedK!, pagedV!, { blockTable, cacheSeqlens: [s] })
+    expect(maxError(await read(decoded.out), whole.subarray((s - 1) * 2 * d))).toBeLessThan(1e-5)
+  })
+
+  it('refuses what makes no sense', () => {
+    const q = randn([1, 4, 1, 8], { device })
+    const level = full([1, 1, 4], 0, { device })
+    expect(() => softplusAttention(q, q, q, { power: 0.5 })).toThrow(/power must be/)
+    expect(() => softplusAttention(q, q, q, { eps: -1 })).toThrow(/eps must be a number from 0 on/)
+    expect(() => softplusAttention(q, q, q, { scale: 0 })).toThrow(
+      /scale must be a positive number/,
+    )
+    expect(() => attention(q, q, q, { weights: 'reweighted' })).toThrow(/level goes with/)
+    expect(() => attention(q, q, q, { level })).toThrow(/level goes with/)
+    expect(() => attention(q, q, q, { weights: 'relu', power: 2.5 })).toThrow(/whole number/)
+  })
+})
