@@ -4,10 +4,12 @@
 #include "common/variants.h"
 #include "core/registry.h"
 #include "probe/lines.h"
+#include "probe/pooled.h"
 
-// Probe scores on any GPU, in f32: a CTA per row of blocks and head. Probabilities take two walks
-// over the keys, one for the normaliser of each sampled row and one for the sums. Whoever owns a
-// column adds up its keys and rows in their order, so that nothing depends on timing.
+// Probe scores on any GPU, in f32, of all but pooled blocks: a CTA per row of blocks and head.
+// Probabilities take two walks over the keys, one for the normaliser of each sampled row and one
+// for the sums. Whoever owns a column adds up its keys and rows in their order, so that nothing
+// depends on timing.
 namespace heddle {
 namespace {
 
@@ -126,31 +128,6 @@ template <class T> __device__ void sum_probabilities(const Row<T>& row) {
   }
 }
 
-template <class T> __device__ void pool(const Row<T>& row) {
-  __shared__ float mean_q[256];
-  const Probe& op = row.op;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  for (int64_t e = threadIdx.x; e < row.d; e += blockDim.x) {
-    float sum = 0;
-    for (int64_t i = row.first; i < row.last; ++i)
-      sum += to_float(row.q[i * op.q.strides[1] + e * op.q.strides[3]]);
-    mean_q[e] = sum / static_cast<float>(row.last - row.first);
-  }
-  __syncthreads();
-  for (int64_t c = warp; c < row.visible; c += warps) {
-    const int64_t from = c * op.block_k, to = min(from + op.block_k, row.sk);
-    float sum = 0;
-    for (int64_t e = lane; e < row.d; e += 32) {
-      float mean = 0;
-      for (int64_t t = from; t < to; ++t)
-        mean += to_float(row.k[t * op.k.strides[1] + e * op.k.strides[3]]);
-      sum = fmaf(mean_q[e], mean / static_cast<float>(to - from), sum);
-    }
-    sum = warp_sum(sum);
-    if (lane == 0) row.score[c] = sum * static_cast<float>(op.scale);
-  }
-}
-
 // The largest score of sampled rows and keys
 template <class T> __device__ void scan_strided(const Row<T>& row) {
   const Probe& op = row.op;
@@ -198,9 +175,7 @@ template <class T> __global__ void __launch_bounds__(kThreads) probe_kernel(Prob
   const Row<T> row(op, blockIdx.x);
   for (int64_t c = row.visible + threadIdx.x; c < op.score.shape[3]; c += blockDim.x)
     row.score[c] = -INFINITY;
-  if (op.kind == Probe::kPooled) {
-    pool(row);
-  } else if (op.kind == Probe::kStrided) {
+  if (op.kind == Probe::kStrided) {
     scan_strided(row);
   } else {
     sum_probabilities(row);
@@ -210,8 +185,8 @@ template <class T> __global__ void __launch_bounds__(kThreads) probe_kernel(Prob
 }
 
 void run_plain(const Probe& op, CudaContext& context) {
-  HEDDLE_CHECK(op.kind == Probe::kPooled || op.block_q / op.stride < kMostSampled, kUnsupported,
-               "blockQ", "blockQ must be less than ", kMostSampled, " strides, got ", op.block_q);
+  HEDDLE_CHECK(op.block_q / op.stride < kMostSampled, kUnsupported, "blockQ",
+               "blockQ must be less than ", kMostSampled, " strides, got ", op.block_q);
   const int64_t ctas = op.score.shape[0] * op.score.shape[1] * op.score.shape[2];
   HEDDLE_CHECK(ctas < INT32_MAX, kUnsupported, "score", "score has too many rows for one call");
   dispatch_float(op.q.dtype, [&]<class T>(T) {
@@ -222,6 +197,11 @@ void run_plain(const Probe& op, CudaContext& context) {
 
 constexpr Variant<Probe> kVariants[] = {
     {"sm80_lines", declines_lines, run_lines},
+    {"pooled",
+     [](const Probe& op, const CudaContext&) -> const char* {
+       return op.kind == Probe::kPooled ? nullptr : "kind must be pooled";
+     },
+     run_pooled},
     {"portable", [](const Probe&, const CudaContext&) -> const char* { return nullptr; },
      run_plain}};
 
