@@ -24,7 +24,7 @@ const usage = `heddle: attention kernels for Node.js
   heddle eval --model DIR --set FILE:NAME [--limit N] [--device D] [--dtype T] [--json]
                                            bits per byte and recall on a set of texts
   heddle analyze FILE [--size M=8192,P=8192] [--scalar off=0] [--dtype T] [--machine NAME]
-                  [--svg OUT] [--json]     passes, cost and rewrites of a cascade of einsums
+                  [--svg OUT] [--json]     passes, cost, kernel and rewrites of a cascade of einsums
   heddle eval … --attention MECHANISM      the same over what it selects, next to dense
   heddle report --model DIR --set FILE:NAME --out PAGE [--limit N] [--device D] [--dtype T]
                                            every mechanism on one page of HTML
@@ -230,7 +230,9 @@ const commands: Record<string, (values: Values, words: readonly string[]) => Pro
       machine: text(values, op, 'machine'),
       svg: text(values, op, 'svg'),
     })
-    print(values.json ? JSON.stringify(result.analysis, null, 2) : report(result))
+    const { analysis, plan } = result
+    const kernel = plan instanceof HeddleError ? { refused: plan.message } : plan
+    print(values.json ? JSON.stringify({ ...analysis, plan: kernel }, null, 2) : report(result))
     return 0
   },
 

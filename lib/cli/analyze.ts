@@ -1,6 +1,7 @@
 import { readFile, writeFile } from 'node:fs/promises'
 import type { Analysis } from '../cascade/analyze.js'
 import { type Cascade, cascade } from '../cascade/index.js'
+import type { PlanExplanation } from '../cascade/lower.js'
 import type { MachineName } from '../cascade/machine.js'
 import { checkInteger, mustBe, show } from '../check.js'
 import type { DType } from '../dtype.js'
@@ -38,10 +39,23 @@ function pairs(
   return values
 }
 
+/** @internal What `compile` finds: an operator, or the error that says why there is none. */
+export type Found = Omit<PlanExplanation, 'analysis'> | HeddleError
+
+function find(parsed: Cascade): Found {
+  try {
+    const { operator, slots, refused } = parsed.compile().explain()
+    return { operator, slots, refused }
+  } catch (error) {
+    if (error instanceof HeddleError) return error
+    throw error
+  }
+}
+
 /** @internal Reads a cascade from a file and analyses it; errors of the text name the file and the place. */
 export async function analyzeFile(
   options: AnalyzeFileOptions,
-): Promise<{ parsed: Cascade; analysis: Analysis }> {
+): Promise<{ parsed: Cascade; analysis: Analysis; plan: Found }> {
   const { file, machine, dtype, svg } = options
   const sizes = pairs('size', options.sizes, (name, value) =>
     checkInteger(op, `size ${name}`, value, 0),
@@ -66,7 +80,7 @@ export async function analyzeFile(
       machine: machine as MachineName | undefined,
     })
     if (svg !== undefined) await writeFile(svg, drawing(parsed.ir, analysis))
-    return { parsed, analysis }
+    return { parsed, analysis, plan: find(parsed) }
   } catch (error) {
     if (!(error instanceof HeddleError)) {
       const why = (error as Error).message
@@ -97,8 +111,24 @@ function short(value: number, unit = ''): string {
   return `${scaled.toFixed(digits)} ${prefixes[power]}${unit}`.trimEnd()
 }
 
-/** @internal The analysis for people: tables, reasons, rewrites. */
-export function report({ parsed, analysis }: { parsed: Cascade; analysis: Analysis }): string {
+function planLines(plan: Found): string[] {
+  if (plan instanceof HeddleError)
+    return [`kernel     none: ${plan.message.replace(/^cascade: /, '')}`]
+  return [
+    `kernel     ${plan.operator}`,
+    ...Object.entries(plan.slots).map(([slot, text]) => `  ${slot.padEnd(10)}${text}`),
+    ...plan.refused.map(
+      ({ operator, einsum, reason }) => `  not ${operator}, whose form ${einsum} leaves: ${reason}`,
+    ),
+  ]
+}
+
+/** @internal The analysis for people: tables, reasons, the kernel, rewrites. */
+export function report({
+  parsed,
+  analysis,
+  plan,
+}: Awaited<ReturnType<typeof analyzeFile>>): string {
   const { passes, flops, live, bytes, times, bound, fusionGroups, warnings, suggestions } = analysis
   const heading = (text: string) => style('bold', text)
   const lines: string[] = []
@@ -163,6 +193,7 @@ export function report({ parsed, analysis }: { parsed: Cascade; analysis: Analys
     lines.push('', heading(`why ${rank} takes ${headline} passes`))
     why.forEach(({ from, via, to }, i) => lines.push(`  ${i + 2}. ${from}; ${via}; ${to}`))
   }
+  lines.push('', ...planLines(plan))
   for (const { code, message, span } of warnings) {
     lines.push('', `${style('yellow', code)} line ${span[0]}: ${message}`)
   }

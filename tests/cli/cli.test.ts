@@ -211,7 +211,21 @@ describe('heddle analyze', () => {
     expect(stdout).toContain('QK read by GM; GM complete only after all m; SN reads QK again')
     expect(stdout).toContain('defer-division: M: 3 -> 2 passes')
     expect(stdout).toMatch(/us at least on h200, bound by tensor/)
+    expect(stdout).toMatch(/^kernel +none: .* the nearest operator, \w+, does not take/m)
     expect(heddle('analyze', softmax).stdout).toContain('unknown without the sizes of')
+  })
+
+  it('prints the kernel and what fills its slots', () => {
+    const weights = file(
+      'sigmoid.cascade',
+      `S[p,m] = sum(e) Q[p,e] * K[m,e]          where m <= p
+       O[p,f] = sum(m) sigmoid(S[p,m]) * V[m,f]`,
+    )
+    const { stdout } = heddle('analyze', weights)
+    expect(stdout).toMatch(/^kernel +attention$/m)
+    expect(stdout).toMatch(/^ {2}weights +sigmoid$/m)
+    const { plan } = JSON.parse(heddle('analyze', weights, '--json').stdout)
+    expect(plan).toMatchObject({ operator: 'attention', slots: { weights: 'sigmoid' } })
   })
 
   it('prints the analysis as JSON', () => {
