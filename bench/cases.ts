@@ -16,6 +16,7 @@ import {
   Mask,
   norm,
   randn,
+  softplusAttention,
   type Tensor,
   tensor,
   zeros,
@@ -111,8 +112,15 @@ function attentionProblem({ dtype, size, flags }: Problem, device: Device) {
   const drawn = shuffled(page ? blocks[0]! : 0)
   // which page holds a row of the batch entry; entries behind the last row are never read
   const tables = held.map((n) => [...drawn.splice(0, n), ...new Array<number>(entries - n).fill(0)])
+  // sigmoid(score - log sk), a bias for all heads, slopes of ALiBi
+  const slopes = flags.has('slopes')
+    ? Array.from({ length: hq }, (_, h) => 2 ** ((-8 * (h + 1)) / hq))
+    : undefined
   const options = {
     causal,
+    ...(slopes ? { slopes } : {}),
+    ...(flags.has('sigmoid') ? { weights: 'sigmoid' as const, bias: -Math.log(sk) } : {}),
+    ...(flags.has('bias') ? { bias: make(5, [1, 1, sq, sk]) } : {}),
     ...(window ? { window } : {}),
     ...(page
       ? {
@@ -138,19 +146,43 @@ function attentionProblem({ dtype, size, flags }: Problem, device: Device) {
   return { b, sq, sk, hq, hk, d, dv, q, k, v, make, options, sees, pairs, keys, page, table }
 }
 
+/** What the keys of a row weigh. */
+function weigh(scores: readonly number[], weights: 'softmax' | 'sigmoid' | 'reweighted'): number[] {
+  if (weights === 'sigmoid') return scores.map((s) => 1 / (1 + Math.exp(-s)))
+  const sum = (values: readonly number[]) => values.reduce((a, x) => a + x, 0)
+  const most = (values: readonly number[]) =>
+    values.reduce((a, x) => Math.max(a, x), Number.NEGATIVE_INFINITY)
+  if (weights === 'softmax') {
+    const top = most(scores)
+    const powers = scores.map((s) => Math.exp(s - top))
+    const total = sum(powers)
+    return powers.map((x) => x / total)
+  }
+  const soft = scores.map((s) => Math.max(s, 0) + Math.log1p(Math.exp(-Math.abs(s))))
+  const mean = sum(soft) / soft.length
+  const above = soft.map((x) => Math.max(x / mean - (soft.length > 3 ? 1 : 0), 0))
+  const top = most(above)
+  const powers = above.map((x) => (x / top) ** 15)
+  const total = sum(powers)
+  return powers.map((x) => x / total)
+}
+
 /** How to make the case of an operator's problem. */
 export const operators: Readonly<Record<string, (problem: Problem, device: Device) => Case>> = {
   attention(problem, device) {
-    const { b, sq, hq, hk, d, dv, q, k, v, options, sees, pairs, keys, page, table } =
+    const { b, sq, sk, hq, hk, d, dv, q, k, v, options, sees, pairs, keys, page, table } =
       attentionProblem(problem, device)
     const element = bytesPerElement[problem.dtype]
     const blocks = drawBlocks(problem, device)
+    const reweighted = problem.flags.has('reweighted')
     const run = () =>
-      blocks ? attention(q, k, v, { mask: blocks.mask }) : attention(q, k, v, options)
+      reweighted
+        ? softplusAttention(q, k, v, { causal: options.causal })
+        : attention(q, k, v, blocks ? { mask: blocks.mask } : options)
     return {
       inputs: [q, k, v],
-      // every listed block counts whole
-      flops: 2 * (blocks ? b * blocks.listed : hq * pairs) * (d + dv),
+      // every listed block counts whole; re-weighting needs all scores twice
+      flops: 2 * (blocks ? b * blocks.listed : hq * pairs) * (d + dv + (reweighted ? d : 0)),
       bytes: element * (d + dv) * (b * sq * hq + keys * hk) + 4 * b * hq * sq,
       run() {
         const { out, lse } = run()
@@ -177,17 +209,32 @@ export const operators: Readonly<Record<string, (problem: Problem, device: Devic
           const [from, to] = sees(row)
           const scores: number[] = []
           for (let t = from; t < to; t++) {
-            let dot = 0
-            for (let e = 0; e < d; e++) dot += qs[row * d + e]! * ks[rowOf(t) * d + e]!
+            let [dot, qq, kk] = [0, 0, 0]
+            for (let e = 0; e < d; e++) {
+              const [x, y] = [qs[row * d + e]!, ks[rowOf(t) * d + e]!]
+              dot += x * y
+              qq += x * x
+              kk += y * y
+            }
             const seen = blocks?.sees(head, row, t) ?? true
-            scores.push(seen ? dot / Math.sqrt(d) : Number.NEGATIVE_INFINITY)
+            const cosine = (dot / Math.sqrt(qq * kk)) * Math.log(d) * Math.log(to - from)
+            const distance = t - (sk - sq + row)
+            const score = dot / Math.sqrt(d) + (options.slopes?.[head] ?? 0) * distance
+            scores.push(!seen ? Number.NEGATIVE_INFINITY : reweighted ? cosine : score)
           }
-          const most = scores.reduce((a, x) => Math.max(a, x), Number.NEGATIVE_INFINITY)
-          const sum = scores.reduce((a, x) => a + Math.exp(x - most), 0)
+          const bias = options.bias
+          const added =
+            typeof bias === 'object'
+              ? await bias.select(0, 0).select(0, 0).select(0, row).read({ as: 'float32' })
+              : undefined
+          scores.forEach((score, j) => {
+            scores[j] = score + (added?.[from + j] ?? Number(bias ?? 0))
+          })
+          const weights = weigh(scores, options.weights ?? (reweighted ? 'reweighted' : 'softmax'))
           for (let f = 0; f < dv; f++) {
             let value = 0
-            scores.forEach((score, j) => {
-              value += (Math.exp(score - most) / sum) * vs[rowOf(from + j) * dv + f]!
+            weights.forEach((weight, j) => {
+              value += weight * vs[rowOf(from + j) * dv + f]!
             })
             worst = Math.max(worst, Math.abs(value - os[row * dv + f]!))
             top = Math.max(top, Math.abs(value))
@@ -643,6 +690,11 @@ export const suites: Readonly<Record<'cpu' | 'cuda', readonly string[]>> = {
     'attention:b2 sq8192 sk8192 hq21 hk21 d96 bf16 causal',
     'attention:b2 sq8192 sk8192 hq10 hk10 d192 bf16 causal',
     'attention:b1 sq32768 sk32768 hq16 hk16 d128 bf16 causal window1024',
+    'attention:b2 sq8192 sk8192 hq16 hk16 d128 bf16 causal',
+    'attention:b2 sq8192 sk8192 hq16 hk16 d128 bf16 causal sigmoid',
+    'attention:b2 sq8192 sk8192 hq16 hk16 d128 bf16 causal bias',
+    'attention:b2 sq8192 sk8192 hq16 hk16 d128 bf16 causal slopes',
+    'attention:b2 sq8192 sk8192 hq16 hk16 d128 bf16 causal reweighted',
     'attention:b1 sq4096 sk4096 hq32 hk32 d128 bf16 causal',
     'attention:b8 sq1 sk32768 hq32 hk8 d128 bf16',
     'attention:b8 sq1 sk32768 hq32 hk8 d128 bf16 page64',

@@ -93,7 +93,8 @@ export async function onnxruntime(
   threads: number,
 ): Promise<Peer[]> {
   if (problem.operator !== 'attention' || problem.dtype !== 'float32') return []
-  // it knows no grouped heads
+  // it knows softmax alone, and no grouped heads
+  if (['sigmoid', 'bias', 'slopes', 'reweighted'].some((flag) => problem.flags.has(flag))) return []
   if (problem.size('hq') !== problem.size('hk', problem.size('hq'))) return []
   const runtime = find()
   if (!runtime) return []

@@ -47,7 +47,12 @@ export async function torch(problem: Problem): Promise<Peer[]> {
   const answer = (await running.ask({
     operator,
     dtype,
-    causal: problem.flags.has('causal'),
+    ...Object.fromEntries(
+      ['causal', 'sigmoid', 'bias', 'slopes', 'reweighted'].map((flag) => [
+        flag,
+        problem.flags.has(flag),
+      ]),
+    ),
     ...Object.fromEntries(
       ['b', 'sq', 'sk', 'hq', 'd', 'm', 'n', 'k', 'window', 'blocks', 'density', 'top'].map(
         (name) => [name, optional(name)],

@@ -55,12 +55,21 @@ def attention(problem):
         if problem["blocks"]:
             mask = block_lists(problem, create_block_mask)
         compiled = torch.compile(flex_attention, dynamic=False)
-        run = lambda: compiled(q, k, v, block_mask=mask, enable_gqa=hq != hk)
+        slopes = torch.exp2(-8 * torch.arange(1, hq + 1, device="cuda") / hq)
+        bias = torch.randn(sq, sk, dtype=q.dtype, device="cuda") if problem["bias"] else None
+        scored = None
+        if problem["slopes"]:
+            scored = lambda score, _b, h, i, j: score + slopes[h] * (j - i - sk + sq)
+        if problem["bias"]:
+            scored = lambda score, _b, _h, i, j: score + bias[i, j]
+        run = lambda: compiled(q, k, v, score_mod=scored, block_mask=mask, enable_gqa=hq != hk)
         run.inputs = (q, k, v)
         return run
 
     peers = {}
-    if problem["blocks"]:
+    if problem["sigmoid"] or problem["reweighted"]:
+        return peers
+    if problem["blocks"] or problem["slopes"] or problem["bias"]:
         return {"flex": flex}
     # PyTorch aligns causal masks to the top left, so only squares compare
     if not window and (not causal or sq == sk):
