@@ -238,6 +238,8 @@ const BackwardCase kCases[] = {
       .hk = 1,
       .causal = true,
       .packed = {{70, 1}, {0, 130}, {5, 0}, {129, 129}, {11, 15}}}},
+    // in turns what is written behind a sequence is put right by the next one
+    {{.b = 1, .sq = 20, .sk = 40, .hq = 1, .hk = 1, .packed = {{9, 21}, {11, 19}}}, true},
     {{.b = 3, .sq = 64, .sk = 200, .hq = 1, .hk = 1, .cached = {200, 0, 131}}},
 };
 
