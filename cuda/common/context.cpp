@@ -53,7 +53,7 @@ void* CallContext::scratch_bytes(size_t nbytes) {
 
 void* Scratch::take(size_t nbytes, cudaStream_t stream) {
   constexpr size_t kAlignment = 256, kMost = size_t{64} << 20;
-  nbytes = (nbytes + kAlignment - 1) / kAlignment * kAlignment;
+  nbytes = std::max((nbytes + kAlignment - 1) / kAlignment, size_t{1}) * kAlignment;
   if (nbytes > kMost) return nullptr;
   if (used_ + nbytes > size_) {
     const size_t size = std::max(std::min(2 * size_, kMost), std::max(nbytes, size_t{1} << 20));
@@ -75,7 +75,7 @@ void Scratch::clear(cudaStream_t stream) {
 }
 
 int* Counters::take(size_t count, cudaStream_t stream) {
-  if (count > size_) {
+  if (blocks_.empty() || count > size_) {
     const size_t size = std::max<size_t>({1024, 2 * size_, count});
     int* block;
     HEDDLE_CUDA(cudaMallocAsync(&block, size * sizeof(int), stream));

@@ -15,6 +15,7 @@ import {
   zeros,
 } from 'heddle'
 import { expect, it } from 'vitest'
+import { runScript } from '../support/child.js'
 import { maxError } from '../support/compare.js'
 import { describeGpu } from '../support/gpu.js'
 
@@ -25,6 +26,15 @@ describeGpu('cuda', () => {
     expect(cuda.devices[0]).toMatchObject({ device, arch: expect.any(Number) })
     expect(cuda.devices[0]!.arch).toBeGreaterThanOrEqual(80)
     expect(cuda.reason).toBeUndefined()
+  })
+
+  it('takes a call of nothing as the first of a process', async () => {
+    const { stdout, stderr } = await runScript(`
+      const x = heddle.zeros([1, 0, 2, 8], { device: 'cuda' })
+      const { dq } = heddle.lightningBackward(x, x, x, x, { slopes: [0, 1], outputDslopes: true })
+      dq.read().then((values) => console.log(values.length))`)
+    expect(stderr).toBe('')
+    expect(stdout).toBe('0\n')
   })
 
   it('moves tensors there and back in the order of the calls', async () => {

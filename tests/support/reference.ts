@@ -123,6 +123,8 @@ export interface GradientReference {
   plain: Gradients
   /** The largest sum of each gradient, with every term of it taken by magnitude. */
   sizes: Record<keyof Gradients, number>
+  /** The largest that rounding out by 1 can change the gradients of q and of k by, typically. */
+  noises: { dq: number; dk: number }
   /** The largest score taken so. */
   exponent: number
 }
@@ -144,7 +146,7 @@ export function attentionGradients(
     dsink: new Float64Array(c.hq),
     dslopes: new Float64Array(c.hq),
   })
-  const [exact, plain, size] = [zeros(), zeros(), zeros()]
+  const [exact, plain, size, inherited] = [zeros(), zeros(), zeros(), zeros()]
   let exponent = 0
   const line = (read: Read, b: number, row: number, head: number, n: number) =>
     Float64Array.from({ length: n }, (_, e) => read(b, row, head, e))
@@ -204,6 +206,8 @@ export function attentionGradients(
           for (let f = 0; f < c.dv; f++) out[f] = r(out[f]!)
           const delta = product(out, gradient)
           const deltaSize = magnitude(out, gradient)
+          // how far it moves where every number of out is rounded by as much as it may be
+          const deltaNoise = Math.hypot(...out.map((x, f) => x * gradient[f]!))
           to.dsink[h]! -= (sinkWeight / sum) * delta
           if (!rounded) size.dsink[h]! += (sinkWeight / sum) * deltaSize
           const atQ = ((b * c.sq + i) * c.hq + h) * c.d
@@ -223,6 +227,9 @@ export function attentionGradients(
               if (rounded) continue
               size.dq[atQ + e]! += dsSize * Math.abs(keys[t]![e]!)
               size.dk[atK + e]! += dsSize * Math.abs(query[e]!)
+              const noise = Math.abs(weight * slopes[j]! * c.scale) * deltaNoise
+              inherited.dq[atQ + e]! += noise * Math.abs(keys[t]![e]!)
+              inherited.dk[atK + e]! = Math.hypot(inherited.dk[atK + e]!, noise * query[e]!)
             }
             for (let f = 0; f < c.dv; f++) {
               to.dv[atV + f]! += weight * gradient[f]!
@@ -245,7 +252,8 @@ export function attentionGradients(
     dsink: most(size.dsink),
     dslopes: most(size.dslopes),
   }
-  return { exact, plain, sizes, exponent }
+  const noises = { dq: most(inherited.dq), dk: most(inherited.dk) }
+  return { exact, plain, sizes, noises, exponent }
 }
 
 export interface LightningCase {
