@@ -274,6 +274,29 @@ template <class T> struct Problem {
     return {begin, std::clamp(all.end, begin, part.keys.end)};
   }
 
+  // What a score weighs in a row whose weights add up to 2^lse, and how a natural score moves it
+  struct Weight {
+    Vec p, rate;
+  };
+  Weight differentiate(Vec score, Vec lse_log2) const {
+    if (!lifted && shifted) {
+      const Vec p = exp2_to_127(score - lse_log2);
+      return {p, p};
+    }
+    const Vec s = score * static_cast<float>(kLn2);
+    if (lifted) {
+      const Vec p = exp2_to_127(lift(score, zero(), zero()) - lse_log2);
+      return {p, score < splat(-30.f) ? p : p * sigmoid(s) / softplus(s)};
+    }
+    const Vec share = op.normalise ? exp2_to_127(min(splat(127), -lse_log2)) : splat(1),
+              p = share * weight(score);
+    if (op.weights == Attention::kSigmoid) return {p, p * (1.f - sigmoid(s))};
+    if (op.weights == Attention::kSoftplus) return {p, share * sigmoid(s)};
+    Vec rate = share * static_cast<float>(op.power);
+    for (int i = 1; i < static_cast<int>(op.power); ++i) rate *= s;
+    return {p, s > zero() ? rate : zero()};
+  }
+
   // A row of q as f32, times its factor
   void load_q(float* to, const Part& part, int64_t row) const {
     const Tensor& q = op.q;
@@ -286,9 +309,12 @@ template <class T> struct Problem {
     for (int64_t i = 0; i < d; ++i) to[i] *= factor;
   }
   float row_factor(const Part& part, int64_t row) const {
-    if (op.length_scale == 0) return q_factor;
+    return q_factor * length_factor(part, row);
+  }
+  float length_factor(const Part& part, int64_t row) const {
+    if (op.length_scale == 0) return 1;
     const auto n = static_cast<double>(std::max<int64_t>(seen(part, row), 1));
-    return q_factor * static_cast<float>(op.length_scale * std::log(n));
+    return static_cast<float>(op.length_scale * std::log(n));
   }
 
   // Rows of k as the scores take them

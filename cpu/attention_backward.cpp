@@ -185,8 +185,8 @@ template <class T> class Backward {
 
   // Adds up the sums of several splits, `apart` floats from one to the next
   void store_dq(const Part& part, float* sums, int64_t splits, int64_t apart) const {
-    const auto scale = static_cast<float>(op_.scale);
     for (int64_t row = 0; row < part.rows; ++row) {
+      const float scale = static_cast<float>(op_.scale) * problem_.length_factor(part, row);
       float* const line = sums + row * d_;
       for (int64_t i = 0; i < d_; i += kLanes) {
         Vec sum = load(line + i);

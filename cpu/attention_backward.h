@@ -6,8 +6,8 @@
 //
 //   S[t, r]   = sum over d of K[t, d] Q[d, r]
 //   dP[t, r]  = sum over e of V[t, e] dO[e, r]
-//   P[t, r]   = 2^(score(S) - lse[r])              lse in base 2
-//   dS[t, r]  = P (dP - delta[r]) score'(S)        delta[r] = sum over e of dO[e, r] O[e, r]
+//   P[t, r]   = 2^(score(S) - lse[r])              lse in base 2; or of other weights
+//   dS[t, r]  = P' (dP - delta[r]) score'(S)       delta[r] = sum over e of dO[e, r] O[e, r]
 //   dV[t, e] += sum over r of P[t, r] dO[r, e]
 //   dK[t, d] += sum over r of dS[t, r] Q[r, d]
 //   dQ[r, d] += sum over t of dS[t, r] K[t, d]
@@ -102,7 +102,7 @@ template <class T> class BackwardKernel {
             kPanelRows, nullptr);
     product(dscores_, kPanelRows, padded_count_, lanes_, problem_.dv, tile_v_, dv_, 1, lanes_dout_,
             kPanelRows, nullptr);
-    differentiate(masked);
+    differentiate(part, row, rows, tile, masked);
     if (problem_.op.slopes)
       for (int64_t r = 0; r < rows; ++r)
         to.dslopes[(part.first_row + row + r) % problem_.group] += static_cast<double>(dslopes_[r]);
@@ -148,10 +148,10 @@ template <class T> class BackwardKernel {
   }
 
   // Turns S and dP into P and dS; sums dS * (t - p) of each row, which is what its slope gets
-  void differentiate(bool masked) {
+  void differentiate(const Part& part, int64_t row, int64_t rows, Range tile, bool masked) {
     const Attention& op = problem_.op;
     for (int64_t at = 0; at < lanes_; at += kLanes) {
-      const Vec lse = load(lse_log2_ + at), delta = load(delta_ + at);
+      const Vec lse = load(lse_log2_ + at), delta = op.normalise ? load(delta_ + at) : zero();
       const Vec slope = load(slope_log2_ + at), distance = load(distance_ + at);
       const Int first = load_int(first_ + at), last = load_int(last_ + at);
       Vec dslope = zero();
@@ -166,7 +166,11 @@ template <class T> class BackwardKernel {
         }
         const Vec apart = distance + static_cast<float>(t);
         if (op.slopes) s += slope * apart;
-        Vec p = exp2_to_127(s - lse), ds = p * (load(dscore) - delta);
+        if (op.bias)
+          for (int64_t i = 0; i < std::min<int64_t>(kLanes, rows - at); ++i)
+            s[i] += problem_.bias_of(part, row + at + i, tile.begin + t);
+        auto [p, rate] = problem_.differentiate(s, lse);
+        Vec ds = rate * (load(dscore) - delta);
         if (masked) {
           const Int key = splat_int(static_cast<int32_t>(t));
           const Mask sees = (key >= first) & (key < last);

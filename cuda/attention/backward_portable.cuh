@@ -4,8 +4,8 @@
 
 // Gradients of attention with every option on any GPU from sm_80 on, in f32 arithmetic:
 //
-//   P = exp(s - lse)    dS = P (dout . v - delta) s'(q . k) scale    delta = dout . out
-//   dq = sum over keys of dS k    dk = sum over rows of dS q    dv = sum over rows of P dout
+//   P = exp(s - lse), or another weight; dS = P' (dout . v - delta) s'(q . k) scale    delta = dout
+//   . out dq = sum over keys of dS k    dk = sum over rows of dS q    dv = sum over rows of P dout
 //
 // One kernel, launched twice: a CTA of 128 threads owns 32 rows of a head, or 32 keys of a kv head,
 // and walks 16 tokens of the other side at a time. Scores are computed in both launches, seven
@@ -155,8 +155,8 @@ __device__ void gradient_tile(const BackwardArgs& args, const Place& place, int6
           s = fmaf(smem_own[own * width + e], smem_other[c * width + e], s);
         for (int e = 0; e < p.dv; ++e)
           dp = fmaf(smem_own_v[own * width_v + e], smem_other_v[c * width_v + e], dp);
-        s *= p.scale;
-        float derivative = p.scale;
+        float derivative = p.scale * length_factor(p, keys_seen(p, place, position));
+        s *= derivative;
         if (p.soft_cap > 0) {
           const float bent = tanhf(s / p.soft_cap);
           derivative *= 1 - bent * bent;
@@ -165,8 +165,11 @@ __device__ void gradient_tile(const BackwardArgs& args, const Place& place, int6
         const auto distance = static_cast<float>(t - position);
         if (p.slopes) s = fmaf(slope, distance, s);
         const int64_t row = (place.batch * p.hq + head) * p.sq + place.q_begin + query;
-        weight[j] = expf(s - args.row_lse[row]);
-        const float ds = weight[j] * (dp - args.row_delta[row]);
+        if (p.bias) s += bias_at(p, place.batch, head, query, t);
+        const float lse = args.row_lse[row], share = p.normalise ? expf(-lse) : 1;
+        weight[j] = p.shifted ? expf(exponent_of(p, s, {}) - lse) : share * weight_of(p, s);
+        const float delta = p.normalise ? args.row_delta[row] : 0;
+        const float ds = rate_of(p, s, weight[j], share) * (dp - delta);
         dslope = fmaf(ds, distance, dslope);
         dscore[j] = ds * derivative;
       }

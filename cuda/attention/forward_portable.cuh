@@ -153,6 +153,24 @@ __device__ inline float exponent_of(const ForwardArgs& p, float s, Lift lift) {
   return rest <= Attention::kReweightedSnap * share ? -INFINITY : p.power * logf(rest);
 }
 
+// By how much a score moves a weight `weight`, which is `share` of what it is before a division
+__device__ inline float rate_of(const ForwardArgs& p, float s, float weight, float share) {
+  if (p.weights == Attention::kSoftmax) return weight;
+  if (p.weights == Attention::kSigmoid) return weight * (1 - sigmoid(s));
+  if (p.weights == Attention::kSoftplus) {
+    if (!p.shifted) return share * sigmoid(s);
+    return s < -30 ? weight : weight * sigmoid(s) / (fmaxf(s, 0) + log1pf(expf(-fabsf(s))));
+  }
+  if (s <= 0) return 0;
+  float rate = share * p.power;
+  for (int i = 1; i < static_cast<int>(p.power); ++i) rate *= s;
+  return rate;
+}
+
+__device__ inline float length_factor(const ForwardArgs& p, int64_t seen) {
+  return p.length_scale == 0 ? 1 : p.length_scale * logf(static_cast<float>(max(seen, int64_t{1})));
+}
+
 // Rows in shared memory get a length of 1, whatever their sizes; a warp takes a row
 __device__ inline void make_unit(float* rows, int count, int width, int d) {
   const int lane = threadIdx.x % 32;
@@ -222,9 +240,7 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_portable_kernel(F
 
   const float slope = p.slopes ? p.slopes[head * p.slopes_stride] : 0;
   const int64_t row_keys = exists ? keys_seen(p, place, position) : 0;
-  const float scale = p.length_scale == 0 ? p.scale
-                                          : p.scale * p.length_scale *
-                                                logf(static_cast<float>(max(row_keys, int64_t{1})));
+  const float scale = p.scale * length_factor(p, row_keys);
   const Lift lift = lift_of(p, place.batch, head, place.q_begin + query, row_keys);
   // row_max starts at a large negative finite number: (-inf) - (-inf) would poison empty rows.
   // Other weights than exponentials are relative to nothing

@@ -146,9 +146,9 @@ export function attention<D extends FloatDType>(
       k,
       v,
       ...rest,
-      normalise: rest.normalise ?? (weights !== 'sigmoid' && weights !== 'relu'),
+      normalise: rest.normalise ?? divides(weights),
       ...maskArguments('attention', mask, options.causal),
-      bias: biasOf(bias, q, k, made),
+      bias: biasOf('attention', bias, q, k, made),
       slopes: vector('attention', 'slopes', slopes, q.device, made),
       sink: vector('attention', 'sink', sink, q.device, made),
       cuSeqlensQ: offsets('attention', 'cuSeqlensQ', cuSeqlensQ, q.shape[1], q.device, made),
@@ -161,18 +161,25 @@ export function attention<D extends FloatDType>(
   }
 }
 
+const divides = (weights: string) => weights !== 'sigmoid' && weights !== 'relu'
+
 // As a view of the whole map
-function biasOf(bias: unknown, q: Tensor, k: Tensor, made: Tensor[]): Tensor | undefined {
+function biasOf(
+  op: string,
+  bias: unknown,
+  q: Tensor,
+  k: Tensor,
+  made: Tensor[],
+): Tensor | undefined {
   if (bias === undefined) return undefined
-  const given =
-    typeof bias === 'number' ? vector('attention', 'bias', [bias], q.device, made) : bias
-  checkTensor('attention', 'bias', given)
+  const given = typeof bias === 'number' ? vector(op, 'bias', [bias], q.device, made) : bias
+  checkTensor(op, 'bias', given)
   const map = [q.shape[0]!, q.shape[2]!, q.shape[1]!, k.shape[1]!]
   const missing = map.length - given.rank
   if (missing < 0 || given.shape.some((n, i) => n !== 1 && n !== map[i + missing]))
     throw refuse(
       'ERR_SHAPE',
-      'attention',
+      op,
       'bias',
       `bias must broadcast to [${map.join(', ')}], got [${given.shape.join(', ')}]`,
     )
@@ -185,16 +192,10 @@ function biasOf(bias: unknown, q: Tensor, k: Tensor, made: Tensor[]): Tensor | u
 export interface AttentionBackwardOptions
   extends Omit<
     AttentionOptions,
-    | 'blockTable'
-    | 'bias'
-    | 'weights'
-    | 'power'
-    | 'normalise'
-    | 'cosine'
-    | 'lengthScale'
-    | 'level'
-    | 'offset'
+    'blockTable' | 'mask' | 'weights' | 'cosine' | 'level' | 'offset'
   > {
+  /** As in {@link AttentionOptions}, but for `'reweighted'`. */
+  weights?: 'softmax' | 'sigmoid' | 'relu' | 'softplus' | undefined
   /**
    * Whether the same call gives the same bits every time, `true` if left out. Without it the order of sums is free, which
    * is faster on some GPUs.
@@ -236,6 +237,11 @@ const knownToBackward: ReadonlySet<string> = new Set<keyof AttentionBackwardOpti
   'cuSeqlensQ',
   'cuSeqlensK',
   'cacheSeqlens',
+  'bias',
+  'weights',
+  'power',
+  'normalise',
+  'lengthScale',
   'deterministic',
 ])
 
@@ -270,7 +276,8 @@ export function attentionBackward<D extends FloatDType>(
   checkTensor(op, 'q', q)
   checkTensor(op, 'k', k)
   checkOptions(op, options, knownToBackward)
-  const { slopes, sink, cuSeqlensQ, cuSeqlensK, cacheSeqlens, ...rest } = options
+  const { slopes, sink, cuSeqlensQ, cuSeqlensK, cacheSeqlens, bias, ...rest } = options
+  const { weights = 'softmax' } = rest
   const made: Tensor[] = []
   try {
     const [dq, dk, dv, dsink, dslopes] = run(op, {
@@ -281,6 +288,8 @@ export function attentionBackward<D extends FloatDType>(
       lse,
       dout,
       ...rest,
+      normalise: rest.normalise ?? divides(weights),
+      bias: biasOf(op, bias, q, k, made),
       slopes: vector(op, 'slopes', slopes, q.device, made),
       sink: vector(op, 'sink', sink, q.device, made),
       cuSeqlensQ: offsets(op, 'cuSeqlensQ', cuSeqlensQ, q.shape[1], q.device, made),

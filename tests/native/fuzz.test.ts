@@ -307,6 +307,11 @@ const targets: readonly Target[] = [
       cuSeqlensK: () => ints(0, 1, 4),
       cacheSeqlens: () => [3],
       deterministic: () => false,
+      bias: () => floats(2, 1, 4),
+      weights: () => 'relu',
+      power: () => 2,
+      normalise: () => true,
+      lengthScale: () => 2,
     },
   },
   {

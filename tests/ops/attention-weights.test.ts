@@ -1,7 +1,7 @@
 import { attention, explain, Mask, tensor } from 'heddle'
 import { expect, it } from 'vitest'
 import { expectClose, maxError } from '../support/compare.js'
-import { describeDevices, floats } from '../support/devices.js'
+import { describeDevices, epsilon, floats } from '../support/devices.js'
 import { type Random, random, sample } from '../support/random.js'
 import { type AttentionCase, reader } from '../support/reference.js'
 import { round } from '../support/rounding.js'
@@ -19,6 +19,7 @@ interface WeightCase extends AttentionCase {
   weights: keyof typeof functions
   power: number
   normalise: boolean
+  lengthScale?: number
   /** Which axes of the bias have their size; the others are 1. */
   biased: readonly boolean[] | undefined
 }
@@ -53,6 +54,22 @@ function drawCase(rng: Random): WeightCase {
 
 type Read = ReturnType<typeof reader>
 
+const biasAt =
+  (bias: { values: ArrayLike<number> } | undefined, axes: readonly number[] | undefined): Read =>
+  (...place) => {
+    if (!bias) return 0
+    const index = axes!.reduce((sum, size, i) => sum * size + (size === 1 ? 0 : place[i]!), 0)
+    return bias.values[index]!
+  }
+
+function seesOf({ causal, window, sk }: WeightCase, p: number): number {
+  if (!causal && window === undefined) return sk
+  const end = Math.max(0, Math.min(p + 1, sk))
+  return end - Math.min(end, Math.max(0, p + 1 - (window ?? sk + p + 1)))
+}
+
+const tail = (shape: readonly number[]) => shape.slice(1) as [number, number, number]
+
 /** `terms` is the largest sum of values by magnitude, where weights do not sum to 1. */
 function reference(
   c: WeightCase,
@@ -80,7 +97,7 @@ function reference(
             if (c.window !== undefined && t <= p - c.window) continue
             let dot = 0
             for (let e = 0; e < c.d; e++) dot += q(b, i, h, e) * k(b, t, hk, e)
-            let s = r(dot) * c.scale
+            let s = r(dot) * c.scale * (c.lengthScale ? c.lengthScale * Math.log(seesOf(c, p)) : 1)
             if (c.softCap > 0) s = c.softCap * Math.tanh(s / c.softCap)
             if (c.slopes) s += c.slopes[h]! * (t - p)
             seen.push(t)
@@ -116,17 +133,12 @@ describeDevices('attention with other weights', (device) => {
         const v = await sample(rng, [c.b, c.sk, c.hk, c.dv], dtype, device)
         const axes = c.biased && [c.b, c.hq, c.sq, c.sk].map((size, i) => (c.biased![i] ? size : 1))
         const bias = axes && (await sample(rng, axes, rng.pick(floats), device))
-        const at: Read = (...place) => {
-          if (!bias) return 0
-          const index = axes!.reduce((sum, size, i) => sum * size + (size === 1 ? 0 : place[i]!), 0)
-          return bias.values[index]!
-        }
         const expected = reference(
           c,
           reader(q.values, c.sq, c.hq, c.d),
           reader(k.values, c.sk, c.hk, c.d),
           reader(v.values, c.sk, c.hk, c.dv),
-          at,
+          biasAt(bias, axes),
           dtype,
         )
         const { causal, window, scale, softCap, slopes, weights, power, normalise } = c
@@ -146,6 +158,78 @@ describeDevices('attention with other weights', (device) => {
           // A sum of nearly nothing has few digits, and relu has none at all near zero
           else if (expected.lse[i]! > -3)
             expect(Math.abs(sums[i]! - expected.lse[i]!), what).toBeLessThan(2e-4)
+        }
+      }
+    },
+    300_000,
+  )
+
+  // Directional derivatives of float64 hold the gradients as a whole, one number for each of q, k and v
+  it.each(floats)(
+    'has the gradients that differences of float64 have in %s',
+    async (dtype) => {
+      const rng = random(29)
+      for (let n = 0; n < 24; n++) {
+        const c = { ...drawCase(rng), sq: rng.pick([1, 5, 70]), sk: rng.pick([1, 3, 66, 130]) }
+        const lengthScale = rng.chance(0.3) ? 0.7 : 0
+        const shapes = [
+          [c.b, c.sq, c.hq, c.d],
+          [c.b, c.sk, c.hk, c.d],
+          [c.b, c.sk, c.hk, c.dv],
+        ] as const
+        const [q, k, v] = [
+          await sample(rng, shapes[0], dtype, device),
+          await sample(rng, shapes[1], dtype, device),
+          await sample(rng, shapes[2], dtype, device),
+        ]
+        const dout = await sample(rng, [c.b, c.sq, c.hq, c.dv], dtype, device)
+        const axes = c.biased && [c.b, c.hq, c.sq, c.sk].map((size, i) => (c.biased![i] ? size : 1))
+        const bias = axes && (await sample(rng, axes, rng.pick(floats), device))
+        const { causal, window, scale, softCap, slopes, weights, power, normalise } = c
+        const options = { causal, window, scale, softCap, slopes, weights, power, normalise }
+        const call = { ...options, lengthScale, bias: bias?.tensor }
+        const { out, lse } = attention(q.tensor, k.tensor, v.tensor, call)
+        const gradients = attention.backward(
+          q.tensor,
+          k.tensor,
+          v.tensor,
+          out,
+          lse,
+          dout.tensor,
+          call,
+        )
+        const inputs = [q, k, v].map(({ values }) => Float64Array.from(values))
+        const loss = () => {
+          const [a, b, d] = inputs.map((values, i) => reader(values, ...tail(shapes[i]!)))
+          const expected = reference({ ...c, lengthScale }, a!, b!, d!, biasAt(bias, axes), dtype)
+          return expected.out.reduce((sum, x, i) => sum + x * dout.values[i]!, 0)
+        }
+        for (const [i, name] of (['dq', 'dk', 'dv'] as const).entries()) {
+          const direction = rng.normals(inputs[i]!.length)
+          const moved = (step: number) => {
+            const before = inputs[i]!
+            inputs[i] = before.map((x, at) => x + step * direction[at]!)
+            const result = loss()
+            inputs[i] = before
+            return result
+          }
+          const expected = (moved(1e-6) - moved(-1e-6)) / 2e-6
+          const gradient = await gradients[name].read({ as: 'float32' })
+          let [actual, size] = [0, 0]
+          gradient.forEach((x, at) => {
+            actual += x * direction[at]!
+            size += (x * direction[at]!) ** 2
+          })
+          // Errors of the terms are as random as their signs. A difference of dP and delta may vanish, but neither its
+          // terms nor that out was rounded
+          const rows = c.b * c.sq * c.hq
+          const coarse = dtype === 'float32' ? 0 : epsilon[dtype]
+          const floor = 4 * epsilon.float32 * Math.sqrt(rows * c.dv) + coarse * Math.sqrt(rows)
+          const bound = 8 * (coarse + 2e-6) * Math.sqrt(size) + floor
+          expect(
+            Math.abs(actual - expected),
+            `${name} ${actual} ${expected} ${JSON.stringify({ ...c, lengthScale })}`,
+          ).toBeLessThan(bound)
         }
       }
     },
