@@ -3,9 +3,9 @@
 #include <cuda_pipeline.h>
 
 #include <algorithm>
-#include <type_traits>
 
 #include "common/elements.cuh"
+#include "common/sm80.cuh"
 #include "common/team.cuh"
 #include "core/registry.h"
 
@@ -38,21 +38,6 @@ template <class T> HEDDLE_HD constexpr int row_width(int64_t d) {
 }
 HEDDLE_HD inline int padded_queries(const Hip& op) {
   return static_cast<int>((op.block_q / op.stride_q + 7) / 8 * 8);
-}
-
-template <class T>
-__device__ void multiply(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  if constexpr (std::is_same_v<T, BF16>) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, "
-        "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  } else {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, "
-        "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  }
 }
 
 template <class T> class Scorer {
