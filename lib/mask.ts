@@ -2,6 +2,7 @@ import { checkInteger, checkOptions, mustBe } from './check.js'
 import type { DeviceLike } from './device.js'
 import { named, refuse } from './errors.js'
 import { run } from './native.js'
+import type { HipLists } from './ops/hip.js'
 import { checkTensor, type Tensor, tensor, zeros } from './tensor.js'
 
 /** What a mask is about, beside its lists. */
@@ -92,6 +93,8 @@ export interface Mask {
   readonly bounds: Tensor<'int32'> | undefined
   readonly cuSeqlensQ: readonly number[] | undefined
   readonly cuSeqlensK: readonly number[] | undefined
+  /** @internal What `blocks` lists, once more as first keys: none before the sink tokens, none twice. For kernels that gather. */
+  readonly lists?: HipLists | undefined
   /** How many (query, key) pairs are visible, over all heads and sequences. */
   count(): Promise<number>
   /** Visible pairs over those of the same shape without lists: causal pairs, or all where the mask is not causal. */
@@ -127,6 +130,7 @@ export type MaskParts = Pick<
   | 'bounds'
   | 'cuSeqlensQ'
   | 'cuSeqlensK'
+  | 'lists'
 >
 
 const words = (bits: number) => Math.ceil(bits / 32)
@@ -413,13 +417,14 @@ export function checkMask(op: string, value: unknown): asserts value is Mask {
 /** @internal A mask of its parts. */
 export function makeMask(given: MaskParts): Mask {
   const { sequences, heads, sq, sk, block, causal, window, sinkTokens } = given
-  const { blocks, columns, diagonals, bounds, cuSeqlensQ, cuSeqlensK } = given
+  const { blocks, columns, diagonals, bounds, cuSeqlensQ, cuSeqlensK, lists } = given
   const parts: MaskParts = {
     ...{ sequences, heads, sq, sk, block, causal, window, sinkTokens },
-    ...{ blocks, columns, diagonals, bounds, cuSeqlensQ, cuSeqlensK },
+    ...{ blocks, columns, diagonals, bounds, cuSeqlensQ, cuSeqlensK, lists },
   }
   const dispose = () => {
-    for (const one of [blocks, columns, diagonals, bounds]) one?.dispose()
+    for (const one of [blocks, columns, diagonals, bounds, lists?.index, lists?.count])
+      one?.dispose()
   }
   const mask: Mask = {
     ...parts,
@@ -528,6 +533,7 @@ function combine(a: MaskParts, other: Mask, intersect: boolean): Mask {
     columns: lists('columns'),
     diagonals: lists('diagonals'),
     bounds: (a.bounds ?? b.bounds)?.clone(),
+    lists: undefined,
     window: number('window'),
     sinkTokens: number('sinkTokens'),
   })

@@ -13,13 +13,18 @@ struct MaskArguments {
   Tensor mask_blocks;     // [b, hm, block rows, words] i32: listed blocks; hm is 1, hk or hq
   Tensor mask_columns;    // [b, hm, words] i32: keys that every query sees; [n, ...] when packed
   Tensor mask_diagonals;  // the same for distances from query to key
-  Tensor mask_bounds;     // [b, sq, 2] i32: no key before the first or from the second on is seen
+  Tensor mask_index;   // [b, hm, block rows, width] i32: first keys of what mask_blocks lists, for
+                       // kernels that gather; none before the sink tokens, none twice
+  Tensor mask_count;   // [b, hm, block rows] i32
+  Tensor mask_bounds;  // [b, sq, 2] i32: no key before the first or from the second on is seen
   int64_t mask_block_q = 128, mask_block_k = 128;
   int64_t mask_window = 0, mask_sink_tokens = 0;  // seen beside the lists; 0 is none
   bool masked = false;                            // without it every key is listed
 
   template <class Op, class Schema> static void describe_mask(Schema& schema) {
     schema.optional("mask_blocks", &Op::mask_blocks, "b hm mr mw", kI32);
+    schema.optional("mask_index", &Op::mask_index, "b hm mr ml", kI32);
+    schema.optional("mask_count", &Op::mask_count, "b hm mr", kI32);
     schema.optional("mask_columns", &Op::mask_columns, "b hm tw", kI32)
         .when("cu_seqlens_q", "n hm tw");
     schema.optional("mask_diagonals", &Op::mask_diagonals, "b hm tw", kI32)
@@ -43,7 +48,10 @@ struct MaskArguments {
                    "mask must have 1, hk or hq heads, got ", heads, " (hk is ", hk, ", hq is ", hq,
                    ")");
     }
-    for (const Tensor* tensor : {&mask_blocks, &mask_columns, &mask_diagonals, &mask_bounds})
+    HEDDLE_CHECK(bool(mask_index) == bool(mask_count) && (!mask_index || mask_blocks), kArgument,
+                 "mask", "mask must have lists beside its bits");
+    for (const Tensor* tensor :
+         {&mask_blocks, &mask_index, &mask_count, &mask_columns, &mask_diagonals, &mask_bounds})
       HEDDLE_CHECK(!*tensor || tensor->contiguous(), kShape, "mask",
                    "mask must not be made of strided tensors, got ", text_of(*tensor));
     const auto power = [](int64_t x) { return std::has_single_bit(static_cast<uint64_t>(x)); };

@@ -2,6 +2,7 @@
 
 #include "attention/forward_portable.cuh"
 #include "attention/forward_sm90.h"
+#include "attention/gather_sm80.h"
 #include "attention/hopper_call.h"
 #include "common/variants.h"
 #include "core/registry.h"
@@ -227,6 +228,10 @@ void run_forward(const Attention& op, CudaContext& context) {
   context.launched("forward_sm90_kernel");
 }
 
+void run_gather(const Attention& op, CudaContext& context) {
+  gather_sm80(op, portable_args(op), context);
+}
+
 const char* declines_portable(const Attention&, const CudaContext&) { return nullptr; }
 
 void run_portable(const Attention& op, CudaContext& context) {
@@ -259,6 +264,7 @@ void run_portable(const Attention& op, CudaContext& context) {
 
 constexpr Variant<Attention> kVariants[] = {
     {"sm90_split", declines_split, run_split},
+    {"sm80_gather", declines_gather_sm80, run_gather},
     {"sm90_wgmma", declines_forward, run_forward},
     {"sm80_simt", declines_portable, run_portable},
 };

@@ -380,7 +380,7 @@ export function hipDecoder(options: HipDecoderOptions = {}): HipDecoder {
       const size = settings.block[1]
       const isPaged = b === 1 && n === 1 && settings.headMode === 'all' && settings.window >= size
       if (isPaged && sk >= size) return attendPages(q, k, v, size, window)
-      const mask = hipMask({ q, k }, settings, blocks, window)
+      const mask = hipMask({ q, k }, settings, blocks, window, lists.at(-1)!)
       return attention(q, k, v, { mask, scale, softCap })
     },
     reset() {

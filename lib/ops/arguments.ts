@@ -111,6 +111,8 @@ export function maskArguments(
     masked: true,
     causal: mask.causal,
     maskBlocks: mask.blocks,
+    maskIndex: mask.lists?.index,
+    maskCount: mask.lists?.count,
     maskColumns: mask.columns,
     maskDiagonals: mask.diagonals,
     maskBounds: mask.bounds,

@@ -353,20 +353,22 @@ export function maskOf(keys: HipKeys, settings: HipSettings): Mask {
   const shape = [b, heads, Math.ceil(sq / block[0]), Math.ceil(Math.ceil(sk / block[1]) / 32)]
   const blocks = zeros(shape, { dtype: 'int32', device: q.device })
   try {
-    for (const lists of searchHip(keys, settings, [], { blocks })) disposeLists(lists)
-    return hipMask(keys, settings, blocks, settings.window)
+    const lists = searchHip(keys, settings, [], { blocks })
+    for (const one of lists.slice(0, -1)) disposeLists(one)
+    return hipMask(keys, settings, blocks, settings.window, lists.at(-1)!)
   } catch (error) {
     blocks.dispose()
     throw error
   }
 }
 
-/** @internal Bits of lists beside a window and sink tokens. */
+/** @internal Lists and their bits, beside a window and sink tokens. */
 export function hipMask(
   keys: HipKeys,
   settings: HipSettings,
   blocks: Tensor<'int32'>,
   window: number,
+  lists: HipLists,
 ): Mask {
   const { block, sinkTokens } = settings
   return makeMask({
@@ -376,7 +378,7 @@ export function hipMask(
       sq: keys.q.shape[1]!,
       sk: keysOf(keys),
     },
-    ...{ block, causal: true, window, sinkTokens, blocks },
+    ...{ block, causal: true, window, sinkTokens, blocks, lists },
     ...{ columns: undefined, diagonals: undefined, bounds: undefined },
     ...{ cuSeqlensQ: undefined, cuSeqlensK: undefined },
   })

@@ -22,9 +22,11 @@ import {
   newCache,
 } from '../../examples/byte-lm/decoder.js'
 import { maxError } from '../support/compare.js'
-import { describeDevices } from '../support/devices.js'
+import { describeDevices, epsilon } from '../support/devices.js'
 import { failure } from '../support/failure.js'
 import { random, sample } from '../support/random.js'
+
+type Half = Tensor<'bfloat16'>
 
 const range = (n: number) => Array.from({ length: n }, (_, i) => i)
 
@@ -226,6 +228,34 @@ describeDevices('hip mechanisms', (device) => {
       )
     }
     expect(decoder.tokens).toBe(40)
+  })
+
+  it('decode in 16 bits as in 32', async () => {
+    const rng = random(325)
+    // products of small whole numbers are exact, so that lists agree
+    const whole = (s: number, h: number) =>
+      tensor(
+        range(s * h * 64).map(() => rng.below(9) - 4),
+        [1, s, h, 64],
+        { device },
+      )
+    const [q, k, v] = [whole(40, 4), whole(340, 2), whole(340, 2)]
+    for (const headMode of ['head', 'kv_group', 'all'] as const) {
+      const options = {
+        ...({ topK: 32, block: [64, 8], window: 16, sinkTokens: 8, refresh: 6, headMode } as const),
+      }
+      using decoder = hipDecoder(options)
+      using exact = hipDecoder(options)
+      for (let at = 0; at < 20; ) {
+        const to = at + rng.pick([1, 1, 3])
+        const step = [q.slice(1, at, to), k.slice(1, 0, 300 + to), v.slice(1, 0, 300 + to)] as const
+        const [x, y, z] = step.map((one) => one.cast('bfloat16')) as [Half, Half, Half]
+        const actual = await decoder.attend(x, y, z).out.read({ as: 'float32' })
+        const expected = await exact.attend(...step).out.read()
+        expect(maxError(actual, expected)).toBeLessThan(8 * epsilon.bfloat16)
+        at = to
+      }
+    }
   })
 
   it('give the same however the keys are split', async () => {

@@ -1,11 +1,13 @@
 import {
   attention,
   type Device,
+  explain,
   type HipOptions,
   type HipStage,
   hip,
   hipLists,
   tensor,
+  zeros,
 } from 'heddle'
 import { describe, expect, it } from 'vitest'
 import { maxError } from '../support/compare.js'
@@ -372,6 +374,52 @@ describeDevices('hip', (device) => {
           expected.slice(i * sk, (i + 1) * sk).reduce((sum, x) => sum + x, 0),
         ).toBeLessThanOrEqual(sinkTokens + window + 32)
     }
+  })
+
+  // What is in order is gathered; a union has bits alone
+  it.each(floats)('attends its lists as their mask: %s', async (dtype) => {
+    const rng = random(304)
+    for (let n = 0; n < 24; n++) {
+      const hk = rng.pick([1, 2])
+      const hq = hk * rng.pick([1, 3, 4])
+      const [b, d] = [rng.pick([1, 2]), rng.pick([64, 128])]
+      const sq = rng.pick([1, 5, 63, 64, 130, 257])
+      const sk = sq + rng.pick([0, 33, 400, 901])
+      const block = [rng.pick([1, 8, 64, 128]), rng.pick([1, 2, 8, 32])] as const
+      const options = {
+        ...{ block, stride: [1, 1] as const, topK: block[1] * rng.pick([1, 3, 12]) },
+        ...{ window: rng.pick([1, 17, 100]), sinkTokens: block[1] * rng.pick([0, 1, 2]) },
+        headMode: rng.pick(['head', 'kv_group', 'all'] as const),
+      }
+      const about = JSON.stringify({ ...options, b, sq, sk, hq, hk, d })
+      const q = await sample(rng, [b, sq, hq, d], dtype, device)
+      const pageSize = rng.pick([2, 16])
+      const most = Math.ceil(sk / pageSize)
+      const paged = n % 3 === 0
+      const shape = paged ? [b * most + 2, pageSize, hk, d] : [b, sk, hk, d]
+      const k = await sample(rng, shape, dtype, device)
+      const v = await sample(rng, shape, dtype, device)
+      const pages = order(range(b * most + 2), () => rng.next()).slice(0, b * most)
+      const place = {
+        ...(n % 3 !== 2 && { cacheSeqlens: range(b).map(() => sk - rng.below(sk - sq + 1)) }),
+        ...(paged && { blockTable: tensor(pages, [b, most], { dtype: 'int32', device }) }),
+      }
+      const mask = hip(q.tensor, k.tensor, { ...options, ...place })
+      const call = [q.tensor, k.tensor, v.tensor] as const
+      const rest = { ...place, softCap: rng.pick([undefined, 8]) }
+      const actual = attention(...call, { ...rest, mask })
+      const expected = attention(...call, { ...rest, mask: mask.union(mask) })
+      const [x, y] = [
+        await actual.out.read({ as: 'float32' }),
+        await expected.out.read({ as: 'float32' }),
+      ]
+      expect(maxError(x, y), about).toBeLessThan(4 * epsilon[dtype])
+      expect(maxError(await actual.lse.read(), await expected.lse.read()), about).toBeLessThan(1e-4)
+    }
+    const q = zeros([1, 64, 4, 64], { dtype, device })
+    const mask = hip(q, q)
+    const { variant } = explain(attention, q, q, q, { mask })
+    if (device !== 'cpu') expect(variant === 'sm80_gather').toBe(dtype !== 'float32')
   })
 
   it('keeps rows of blocks and later keys apart', async () => {

@@ -1,0 +1,271 @@
+#pragma once
+#include <cuda_pipeline.h>
+
+#include "attention/forward_portable.cuh"
+#include "common/sm80.cuh"
+
+// Attention of blocks of queries over lists of short key blocks, on any GPU from sm_80 on:
+//
+//   out[i] = sum over t in sinks, list and window of exp(s[i, t] - m[i]) v[t] / l[i]
+//
+// A CTA of 4 warps owns 64 rows that share a list: queries of a head, or those of several heads if
+// a block has few. Sink tokens, listed blocks and window stand one after the other as one sequence
+// of keys, 64 to a tile, so that only the last tile is not full. Rows of k and v are gathered 16
+// bytes at a time, a tile ahead of the products; a warp has 16 rows, whose queries, scores and sums
+// stay in registers. The window of a row begins where its sink tokens and list end, so no key
+// counts twice.
+namespace heddle {
+
+constexpr int kGatherTile = 64, kGatherThreads = 128;
+constexpr int64_t kMostGathered = 1 << 30;  // keys of a sequence
+
+struct GatherArgs {
+  ForwardArgs call;
+  const int32_t *index, *count;  // [b, lists, rows, width], [b, lists, rows]
+  int64_t lists, rows, width;
+  int page_size_log2;
+  int block_q;     // rows of a head in a CTA
+  int heads;       // of a kv head, in a CTA
+  int head_tiles;  // CTAs that share the heads of a kv head
+};
+
+template <class T, int kD> struct GatherSmem {
+  static constexpr int kPieces = kD / 8;  // of 16 bytes, swizzled by their row
+  alignas(16) T k[2][kGatherTile * kD];
+  alignas(16) T v[2][kGatherTile * kD];
+  // Of the tiles in work and the next two: positions, -1 for none, and where their rows stand
+  int32_t keys[4][kGatherTile];
+  const T *k_rows[4][kGatherTile], *v_rows[4][kGatherTile];
+
+  static __device__ int at(int row, int piece) { return row * kD + (piece ^ row % 8) * 8; }
+};
+
+// The keys of a CTA
+struct GatherKeys {
+  const int32_t* index;
+  int first, last;           // positions of its rows
+  int window, window_begin;  // of a row, and where that of the first row begins
+  int sinks, listed, count;  // keys from `sinks` on are listed, those from `listed` on in a window
+  int block_k_log2;
+
+  // The n-th key, or -1 where no row sees one
+  __device__ int at(int n) const {
+    if (n >= count) return -1;
+    if (n >= listed) return window_begin + n - listed;
+    if (n < sinks) return n;
+    const int i = n - sinks, start = index[i >> block_k_log2];
+    const int t = start + (i & ((1 << block_k_log2) - 1));
+    return start >= 0 && t <= last - window ? t : -1;
+  }
+  // Whether the row at `position` sees the n-th key, which is `t`
+  __device__ bool sees(int position, int n, int t) const {
+    return n < listed ? t <= position - window : t > position - window && t <= position;
+  }
+};
+
+template <class T, int kD>
+__global__ void __launch_bounds__(kGatherThreads)
+    gather_sm80_kernel(const __grid_constant__ GatherArgs args) {
+  using Smem = GatherSmem<T, kD>;
+  extern __shared__ __align__(16) char dynamic[];
+  Smem& smem = *reinterpret_cast<Smem*>(dynamic);
+  const ForwardArgs& p = args.call;
+  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+  const int group = static_cast<int>(p.hq / p.hk);
+  const int kv_head = static_cast<int>(blockIdx.y) / args.head_tiles;
+  const int head0 = static_cast<int>(blockIdx.y) % args.head_tiles * args.heads;
+  const int64_t batch = blockIdx.z;
+  const int sq = static_cast<int>(p.sq), row0 = static_cast<int>(blockIdx.x) * args.block_q;
+  const int64_t sk =
+      p.cache_seqlens ? clamp_to(p.cache_seqlens[batch * p.cache_stride], 0, p.sk) : p.sk;
+  const int ahead = static_cast<int>(sk) - sq;
+
+  // Two rows of a thread: their query, which is -1 if there is none, and its head
+  int query[2], head[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int row = warp * 16 + lane / 4 + i * 8, sub = head0 + row / args.block_q;
+    head[i] = kv_head * group + sub;
+    query[i] = row0 + row % args.block_q;
+    if (row / args.block_q >= args.heads || sub >= group || query[i] >= sq) query[i] = -1;
+  }
+
+  GatherKeys keys;
+  {
+    const int64_t list =
+        (batch * args.lists + (kv_head * group + head0) / (p.hq / args.lists)) * args.rows +
+        row0 / p.mask.block_q;
+    keys.index = args.index + list * args.width;
+    keys.first = ahead + row0;
+    keys.last = ahead + min(row0 + args.block_q, sq) - 1;
+    keys.window = static_cast<int>(min(p.mask.window, kMostGathered));
+    keys.window_begin = max(keys.first - keys.window + 1, 0);
+    keys.block_k_log2 = p.mask.block_k_log2;
+    keys.sinks = static_cast<int>(clamp_to(keys.last - keys.window + 1, 0, p.mask.sink_tokens));
+    const auto blocks = static_cast<int>(clamp_to(args.count[list], 0, args.width));
+    keys.listed = keys.sinks + (blocks << keys.block_k_log2);
+    keys.count = keys.listed + max(keys.last + 1 - keys.window_begin, 0);
+  }
+  const int tiles = (keys.count + kGatherTile - 1) / kGatherTile;
+
+  const auto find = [&](int tile) {
+    if (thread >= kGatherTile) return;
+    const int t = keys.at(tile * kGatherTile + thread), slot = tile % 4;
+    int64_t block = t < 0 ? -1 : batch;
+    int row = t;
+    if (p.block_table && t >= 0) {
+      row &= (1 << args.page_size_log2) - 1;
+      block =
+          p.block_table[batch * p.table_row + int64_t{t >> args.page_size_log2} * p.table_column];
+      if (block >= p.pages) block = -1;
+    }
+    const auto row_of = [&](const Heads& x) {
+      if (block < 0) return static_cast<const T*>(nullptr);
+      return static_cast<const T*>(x.data) + block * x.batch + row * x.token + kv_head * x.head;
+    };
+    smem.keys[slot][thread] = t;
+    smem.k_rows[slot][thread] = row_of(p.k);
+    smem.v_rows[slot][thread] = row_of(p.v);
+  };
+  const auto gather = [&](int tile) {
+#pragma unroll 1
+    for (int i = thread; i < kGatherTile * Smem::kPieces; i += kGatherThreads) {
+      const int row = i / Smem::kPieces, piece = i % Smem::kPieces, to = Smem::at(row, piece);
+      const auto copy = [&](T* smem_row, const T* from) {
+        // Zeros instead of what nobody sees, which may hold NaN
+        if (from) {
+          __pipeline_memcpy_async(smem_row + to, from + piece * 8, 16);
+        } else {
+          *reinterpret_cast<uint4*>(smem_row + to) = {};
+        }
+      };
+      copy(smem.k[tile % 2], smem.k_rows[tile % 4][row]);
+      copy(smem.v[tile % 2], smem.v_rows[tile % 4][row]);
+    }
+  };
+
+  find(0);
+  find(1);
+  __syncthreads();
+  if (tiles > 0) gather(0);
+  __pipeline_commit();
+
+  uint32_t frag_q[kD / 16][4];
+#pragma unroll
+  for (int step = 0; step < kD / 16; ++step)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const T* q = static_cast<const T*>(p.q.data) + batch * p.q.batch + query[i % 2] * p.q.token +
+                   head[i % 2] * p.q.head + step * 16 + i / 2 * 8 + lane % 4 * 2;
+      frag_q[step][i] = query[i % 2] < 0 ? 0 : *reinterpret_cast<const uint32_t*>(q);
+    }
+
+  constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+  // A capped score is cap * tanh(q . k * scale / cap) and has no other scale
+  const float scale_log2 = (p.soft_cap > 0 ? p.soft_cap : p.scale) * kLog2e;
+  const float into_cap = p.scale / p.soft_cap;
+  // row_max starts at a large negative finite number: (-inf) - (-inf) would poison empty rows
+  float row_max[2] = {-1e30f, -1e30f}, row_sum[2] = {};
+  float acc_o[kD / 8][4] = {};
+
+  for (int tile = 0; tile < tiles; ++tile) {
+    __pipeline_wait_prior(0);
+    // The tile is there for all, and nobody needs the one before it any more
+    __syncthreads();
+    find(tile + 2);
+    if (tile + 1 < tiles) gather(tile + 1);
+    __pipeline_commit();
+
+    float acc_s[kGatherTile / 8][4] = {};
+    const int matrix = lane / 8, line = lane % 8;
+    const uint32_t smem_k = smem_address(smem.k[tile % 2]), smem_v = smem_address(smem.v[tile % 2]);
+#pragma unroll
+    for (int step = 0; step < kD / 16; ++step)
+#pragma unroll
+      for (int n = 0; n < kGatherTile / 8; n += 2) {
+        uint32_t frag_k[4];
+        load_matrices<false>(
+            smem_k + 2 * Smem::at((n + matrix / 2) * 8 + line, step * 2 + matrix % 2), frag_k);
+        multiply<T>(acc_s[n], frag_q[step], frag_k[0], frag_k[1]);
+        multiply<T>(acc_s[n + 1], frag_q[step], frag_k[2], frag_k[3]);
+      }
+
+    const int n0 = tile * kGatherTile;
+    const int32_t* own = smem.keys[tile % 4];
+    const auto for_all = [&](int c) {
+      const int t = own[c];
+      return t >= 0 && keys.sees(keys.first, n0 + c, t) && keys.sees(keys.last, n0 + c, t);
+    };
+    const bool whole = __all_sync(~0u, for_all(lane) && for_all(lane + 32));
+    const auto each_score = [&](const auto& body) {
+#pragma unroll
+      for (int n = 0; n < kGatherTile / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) body(acc_s[n][i], n * 8 + lane % 4 * 2 + i % 2, i / 2);
+    };
+    if (p.soft_cap > 0) each_score([&](float& s, int, int) { s = tanhf(s * into_cap); });
+    each_score([&](float& s, int, int) { s *= scale_log2; });
+    if (!whole)
+      each_score([&](float& s, int c, int row) {
+        const int t = own[c];
+        if (t < 0 || !keys.sees(ahead + query[row], n0 + c, t)) s = -INFINITY;
+      });
+    float top[2] = {row_max[0], row_max[1]};
+    each_score([&](float& s, int, int row) { top[row] = fmaxf(top[row], s); });
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      top[i] = fmaxf(top[i], __shfl_xor_sync(~0u, top[i], 1));
+      top[i] = fmaxf(top[i], __shfl_xor_sync(~0u, top[i], 2));
+      const float correction = exp2_approx(row_max[i] - top[i]);
+      row_max[i] = top[i];
+      row_sum[i] *= correction;
+#pragma unroll
+      for (int f = 0; f < kD / 8; ++f) {
+        acc_o[f][2 * i] *= correction;
+        acc_o[f][2 * i + 1] *= correction;
+      }
+    }
+    each_score([&](float& s, int, int row) {
+      s = exp2_approx(s - row_max[row]);
+      row_sum[row] += s;
+    });
+
+#pragma unroll
+    for (int step = 0; step < kGatherTile / 16; ++step) {
+      uint32_t frag_p[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float* s = acc_s[2 * step + i / 2] + i % 2 * 2;
+        frag_p[i] = pack_pair<T>(s[0], s[1]);
+      }
+#pragma unroll
+      for (int f = 0; f < kD / 8; f += 2) {
+        uint32_t frag_v[4];
+        load_matrices<true>(
+            smem_v + 2 * Smem::at(step * 16 + matrix % 2 * 8 + line, f + matrix / 2), frag_v);
+        multiply<T>(acc_o[f], frag_p, frag_v[0], frag_v[1]);
+        multiply<T>(acc_o[f + 1], frag_p, frag_v[2], frag_v[3]);
+      }
+    }
+  }
+
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    row_sum[i] += __shfl_xor_sync(~0u, row_sum[i], 1);
+    row_sum[i] += __shfl_xor_sync(~0u, row_sum[i], 2);
+    if (query[i] < 0) continue;
+    const bool empty = row_sum[i] == 0;
+    const float factor = empty ? 0 : 1 / row_sum[i];
+    T* out =
+        static_cast<T*>(p.out) + ((batch * p.sq + query[i]) * p.hq + head[i]) * kD + lane % 4 * 2;
+#pragma unroll
+    for (int f = 0; f < kD / 8; ++f)
+      *reinterpret_cast<uint32_t*>(out + f * 8) =
+          pack_pair<T>(acc_o[f][2 * i] * factor, acc_o[f][2 * i + 1] * factor);
+    if (lane % 4 == 0)
+      p.lse[(batch * p.hq + head[i]) * p.sq + query[i]] =
+          empty ? -INFINITY : row_max[i] * kLn2 + logf(row_sum[i]);
+  }
+}
+
+}  // namespace heddle
