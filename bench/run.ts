@@ -144,14 +144,16 @@ async function measure(
   }
 }
 
+// A build that was taken elsewhere says itself what it was built from
 function commitHere(): string {
+  if (process.env.HEDDLE_COMMIT) return process.env.HEDDLE_COMMIT
   try {
     return execFileSync('git', ['rev-parse', '--short', 'HEAD'], {
       encoding: 'utf8',
       stdio: ['ignore', 'pipe', 'ignore'],
     }).trim()
   } catch {
-    return process.env.HEDDLE_COMMIT ?? 'unknown' // no checkout
+    return 'unknown' // no checkout
   }
 }
 
