@@ -4,8 +4,10 @@
 
 // Gradients of attention with every option on any GPU from sm_80 on, in f32 arithmetic:
 //
-//   P = exp(s - lse), or another weight; dS = P' (dout . v - delta) s'(q . k) scale    delta = dout
-//   . out dq = sum over keys of dS k    dk = sum over rows of dS q    dv = sum over rows of P dout
+//   P = exp(s - lse), or another weight, which moves by P' with its score
+//   delta = dout . out
+//   dS = P' (dout . v - delta) s'(q . k) scale
+//   dq = sum over keys of dS k    dk = sum over rows of dS q    dv = sum over rows of P dout
 //
 // One kernel, launched twice: a CTA of 128 threads owns 32 rows of a head, or 32 keys of a kv head,
 // and walks 16 tokens of the other side at a time. Scores are computed in both launches, seven
