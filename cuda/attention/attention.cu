@@ -56,8 +56,8 @@ const float* floats(const Tensor& x) { return x ? x.as<float>() : nullptr; }
 
 }  // namespace
 
-void check_lengths(const Attention& op, const ForwardArgs& lengths, CudaContext& context) {
-  if (!op.cu_seqlens_q && !op.cache_seqlens) return;
+const int* check_lengths(const Attention& op, const ForwardArgs& lengths, CudaContext& context) {
+  if (!op.cu_seqlens_q && !op.cache_seqlens) return nullptr;
   ForwardArgs args = lengths;
   const char* text =
       op.cu_seqlens_q
@@ -73,6 +73,7 @@ void check_lengths(const Attention& op, const ForwardArgs& lengths, CudaContext&
   attention_check_kernel<<<alone ? 1 : blocks_for(count, context), alone ? kMost : kThreads, 0,
                            context.stream>>>(args, pages, count);
   context.launched("attention_check_kernel");
+  return args.fault;
 }
 
 ForwardArgs portable_args(const Attention& op) {

@@ -64,6 +64,7 @@ const char* declines_wgmma(const AttentionBackward& op, const CudaContext& conte
 void run_wgmma(const AttentionBackward& op, CudaContext& context) {
   const BackwardArgs args = backward_args(op, context);
   BackwardCall call = backward_call(op, context);
+  call.fault = check_lengths(op, args.call, context);
   const GradientTiles tiles(call);
   const auto rows = static_cast<size_t>(tiles.total_rows * tiles.queries);
   call.row_lse = args.row_lse;
@@ -85,6 +86,7 @@ const char* declines_portable(const AttentionBackward&, const CudaContext&) { re
 
 void run_portable(const AttentionBackward& op, CudaContext& context) {
   const BackwardArgs args = backward_args(op, context);
+  check_lengths(op, args.call, context);
   HEDDLE_CHECK(args.call.hq <= 65535 &&
                    (args.call.b + 1) * (std::max(args.call.sq, args.call.sk) / kRowTile + 1) +
                            args.call.sequences <
@@ -99,7 +101,6 @@ constexpr Variant<AttentionBackward> kVariants[] = {
 };
 
 void run(const AttentionBackward& op, CudaContext& context) {
-  check_lengths(op, portable_args(op), context);
   if (op.q.shape[2] > 0) run_variants(kVariants, op, context);
 }
 

@@ -91,6 +91,7 @@ struct GradientArgs {
   int64_t lse_batch, lse_head, lse_row;
   float *row_lse, *row_delta, *tile_lse_log2, *tile_delta, *dq_sum;
   int *ticket, *turns, *row_marks, *key_marks;
+  const int* fault;  // of packed sequences with wrong offsets, which may leave out tiles
   int64_t counters;
   uint16_t *dq, *dk, *dv_out;
 };
@@ -268,7 +269,7 @@ __global__ void __launch_bounds__((GradientShape<kD>::kThreads), 1)
           if (args.deterministic) {
             const KeyTiles<kQueries, kKeys> seen(args, m * kQueries, work.sq, work.sk);
             first = first_key / kKeys == seen.begin;
-            wait_for_signals(turn, first_key / kKeys - seen.begin);
+            wait_for_signals(turn, first_key / kKeys - seen.begin, args.fault);
             fence_async_gmem();
           }
           first ? copy_to_gmem(sums, smem.dq[its], sizeof(smem.dq[0]), Keep::kLong)
@@ -665,7 +666,8 @@ __global__ void __launch_bounds__(kRowCta) backward_dq_sm90_kernel(const Gradien
   const KeyTiles<kQueries, GradientShape<kD>::kKeys> seen(args, tile.row, tile.sq, tile.sk);
   if (early) {
     if (thread < 2)
-      wait_for_signals(args.turns + static_cast<int64_t>(blockIdx.x) * 2 + thread, seen.count());
+      wait_for_signals(args.turns + static_cast<int64_t>(blockIdx.x) * 2 + thread, seen.count(),
+                       nullptr);
     __syncthreads();
   }
   // where nobody has had the first turn there are no sums
@@ -733,6 +735,7 @@ void launch_backward(const BackwardCall& call, cudaStream_t stream) {
       args.causal || call.deterministic ? pairs / std::clamp<int64_t>(most, 1, pairs) : pairs);
   args.window = static_cast<int>(std::min<int64_t>(call.window, INT32_MAX / 2));
   args.deterministic = call.deterministic;
+  args.fault = call.cu_seqlens_q ? call.fault : nullptr;
   args.checks = leaves_marks(call);
   args.scale = call.scale;
   args.scale_log2 = call.scale * sm90::kLog2e;

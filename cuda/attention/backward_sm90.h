@@ -13,6 +13,7 @@ struct BackwardCall : ForwardCall {
   int64_t lse_batch, lse_head, lse_row;
   void *dq, *dk, *dv_out;  // as q, k and v
   bool deterministic;
+  const int* fault;  // not 0 if lengths or offsets are wrong, or null
   // Of each row, [b, hq, sq], for whoever follows; lse is +inf where the row is empty
   float *row_lse, *row_delta;
   // As GradientTiles says

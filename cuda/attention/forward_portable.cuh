@@ -58,8 +58,9 @@ struct ForwardArgs {
 
 ForwardArgs portable_args(const Attention& op);
 
-// Enqueues the look at lengths and pages, which only the device knows
-void check_lengths(const Attention& op, const ForwardArgs& lengths, CudaContext& context);
+// Enqueues the look at lengths and pages, which only the device knows. Returns the word that it
+// sets if they are wrong, or null.
+const int* check_lengths(const Attention& op, const ForwardArgs& lengths, CudaContext& context);
 
 // What one CTA works on. `row0` counts from the sequence's first row, or key.
 struct Place {

@@ -311,12 +311,14 @@ __device__ __forceinline__ int fetch_add(int* counter, int value) {
   return atomicAdd(counter, value);
 }
 
-// Until other CTAs have signalled so many times, and all they did before is seen
-__device__ __forceinline__ void wait_for_signals(const int* counter, int count) {
-  int seen;
-  do {
+// Until other CTAs have signalled so many times, and all they did before is seen; or no longer,
+// where a fault says that they may never
+__device__ __forceinline__ void wait_for_signals(const int* counter, int count, const int* fault) {
+  for (;;) {
+    int seen;
     asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
-  } while (seen != count);
+    if (seen == count || (fault && *static_cast<const volatile int*>(fault))) return;
+  }
 }
 __device__ __forceinline__ void signal(int* counter) {
   asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(counter) : "memory");

@@ -191,7 +191,7 @@ inline int fetch_add(int* counter, int value) {
   return before;
 }
 // CTAs run one after the other: what has not been signalled by now never will be
-inline void wait_for_signals(const int* counter, int count) {
+inline void wait_for_signals(const int* counter, int count, const int*) {
   if (*counter != count) emulator::fault("a wait for a CTA that may not have begun");
 }
 inline void signal(int* counter) { ++*counter; }
