@@ -388,10 +388,10 @@ const kernels: Kernel[] = [
         to: '0',
       },
       {
-        what: 'the first to arrive adds up',
+        what: 'the last part is not added up',
         file: split,
-        from: 'smem.arrived == last_cta - first_cta',
-        to: 'smem.arrived == 0',
+        from: 'for (int cta = first_cta; cta <= last_cta; ++cta) {',
+        to: 'for (int cta = first_cta; cta < last_cta; ++cta) {',
       },
       {
         what: 'the mask is left out of one tile',

@@ -665,6 +665,8 @@ describe('the addon by itself', () => {
               if (result instanceof Promise) pending.push(result.catch(() => {}))
               if (name === 'release') live = live.filter((handle) => handle !== args[0])
               else if (name === 'endGraph') raw.releaseGraph!(result)
+              else if (name === 'beginSpan')
+                pending.push((raw.endSpan!(result) as Promise<number>).catch(() => {}))
               else if (typeof result === 'number') live.push(result)
               else if (name === 'run') raw.release!((result as number[])[0])
             } catch (error) {
