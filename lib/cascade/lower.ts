@@ -62,6 +62,7 @@ export interface PlanExplanation {
  */
 export interface Plan {
   (...inputs: readonly (Tensor | Scalars)[]): Record<string, Tensor>
+  /** What the cascade costs, the operator and slots that it became, and why others were refused. */
   explain(options?: AnalyzeOptions): PlanExplanation
 }
 
