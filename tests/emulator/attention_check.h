@@ -1,7 +1,5 @@
 #pragma once
 #include <cmath>
-#include <cstdio>
-#include <cstdlib>
 #include <functional>
 #include <vector>
 
@@ -363,20 +361,10 @@ double check(const Case& c, int64_t d, int64_t dv, emulator::Random& random,
 template <DType kType, size_t N>
 int check_all(const Case (&cases)[N], int d, int dv, int argc, char** argv,
               const std::function<void(const Case&, SplitCall&)>& run) {
-  const uint64_t first = argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 1;
-  emulator::seed(first);
-  emulator::Random random(first);
-  double worst = 0;
-  for (const Case& c : cases) {
-    const double error = check<kType>(c, d - c.narrower, dv - c.narrower, random,
-                                      [&](SplitCall& call) { run(c, call); });
-    if (!(error <= 1))
-      std::printf("wrong: case %d: %g times the error allowed\n", static_cast<int>(&c - cases),
-                  error);
-    worst = std::max(worst, error);
-  }
-  std::printf("error: %g of what is allowed\n", worst);
-  return worst <= 1 ? 0 : 1;
+  return emulator::run_cases(cases, argc, argv, [&](const Case& c, emulator::Random& random) {
+    return check<kType>(c, d - c.narrower, dv - c.narrower, random,
+                        [&](SplitCall& call) { run(c, call); });
+  });
 }
 
 }  // namespace heddle

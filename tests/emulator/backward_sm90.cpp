@@ -248,18 +248,7 @@ const BackwardCase kCases[] = {
 
 int main(int argc, char** argv) {
   using namespace heddle;
-  const uint64_t first = argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 1;
-  emulator::seed(first);
-  emulator::Random random(first);
-  double worst = 0;
-  for (const BackwardCase& c : kCases) {
-    const double error = check(c, random);
-    if (!(error <= 1)) {
-      std::printf("wrong: case %d: %g times the error allowed\n", static_cast<int>(&c - kCases),
-                  error);
-      return 1;
-    }
-    worst = std::max(worst, error);
-  }
-  std::printf("error: %g of what is allowed\n", worst);
+  return emulator::run_cases(
+      kCases, argc, argv,
+      [](const BackwardCase& c, emulator::Random& random) { return check(c, random); });
 }

@@ -2,8 +2,11 @@
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <map>
@@ -202,6 +205,27 @@ void launch(int ctas, int threads, size_t smem_bytes, const std::function<void()
 
 // Seeds every launch that follows
 void seed(uint64_t value);
+
+// What a program's main returns: runs cases with the random seed that the command line names.
+// `check(c, random)` gives the error as a multiple of what is allowed.
+template <class Case, size_t N, class Check>
+int run_cases(const Case (&cases)[N], int argc, char** argv, const Check& check) {
+  const uint64_t first = argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 1;
+  seed(first);
+  Random random(first);
+  double worst = 0;
+  for (const Case& c : cases) {
+    const double error = check(c, random);
+    if (!(error <= 1)) {
+      std::printf("wrong: case %d: %g times the error allowed\n", static_cast<int>(&c - cases),
+                  error);
+      return 1;
+    }
+    worst = std::max(worst, error);
+  }
+  std::printf("error: %g of what is allowed\n", worst);
+  return 0;
+}
 
 }  // namespace heddle::emulator
 

@@ -1,8 +1,6 @@
 // The Hopper scan on the emulator, against the recurrence in float64
 #include "lightning/forward_sm90.cuh"
 
-#include <cstdio>
-#include <cstdlib>
 #include <vector>
 
 #include "lightning_check.h"
@@ -180,18 +178,5 @@ const Case kCases[] = {
 
 int main(int argc, char** argv) {
   using namespace heddle;
-  const uint64_t first = argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 1;
-  emulator::seed(first);
-  emulator::Random random(first);
-  double worst = 0;
-  for (const Case& c : kCases) {
-    const double error = check(c, random);
-    if (!(error <= 1)) {
-      std::printf("wrong: case %d: %g times the error allowed\n", static_cast<int>(&c - kCases),
-                  error);
-      return 1;
-    }
-    worst = std::max(worst, error);
-  }
-  std::printf("error: %g of what is allowed\n", worst);
+  return emulator::run_cases(kCases, argc, argv, check);
 }

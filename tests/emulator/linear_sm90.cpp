@@ -2,8 +2,6 @@
 #include "linear/linear_sm90.cuh"
 
 #include <cmath>
-#include <cstdio>
-#include <cstdlib>
 #include <vector>
 
 namespace heddle {
@@ -95,17 +93,5 @@ constexpr Case kCases[] = {
 
 int main(int argc, char** argv) {
   using namespace heddle;
-  const uint64_t first = argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 1;
-  emulator::seed(first);
-  emulator::Random random(first);
-  double worst = 0;
-  for (const Case& c : kCases) {
-    const double error = check(c, random);
-    if (!(error <= 1))
-      std::printf("wrong: m%d k%d n%d: %g times the error allowed\n", static_cast<int>(c.rows),
-                  static_cast<int>(c.inputs), static_cast<int>(c.outputs), error);
-    worst = std::max(worst, error);
-  }
-  std::printf("error: %g of what is allowed\n", worst);
-  return worst <= 1 ? 0 : 1;
+  return emulator::run_cases(kCases, argc, argv, check);
 }
