@@ -32,15 +32,16 @@ export async function timeRound(
   return (await elapsed(() => enqueue(run, times), device)) / times
 }
 
-/** How often to repeat a run so that a round takes about `budget` milliseconds. */
+/** What one run takes, and how often to repeat it so that a round takes about `budget` milliseconds. */
 export async function repeatsFor(
   run: () => Tensor[],
   device: Device,
   budget: number,
-): Promise<number> {
+): Promise<{ times: number; once: number }> {
   await timeRound(run, device, 1) // the first call makes what later ones find
   const once = await timeRound(run, device, 1)
-  return Math.max(1, Math.min(Math.round(budget / Math.max(once, 0.001)), 2000))
+  const times = Math.max(1, Math.min(Math.round(budget / Math.max(once, 0.001)), 2000))
+  return { times, once }
 }
 
 /**

@@ -62,7 +62,7 @@ const roundMilliseconds = (device: Device) => (device === 'cpu' ? 200 : 50)
 
 async function best(text: string, device: Device): Promise<{ ms: number; made: Case }> {
   const made = make(text, device)
-  const times = await repeatsFor(made.run, device, roundMilliseconds(device))
+  const { times } = await repeatsFor(made.run, device, roundMilliseconds(device))
   let ms = Number.POSITIVE_INFINITY
   for (let i = 0; i < 5; i++) ms = Math.min(ms, await timeRound(made.run, device, times))
   for (const input of made.inputs) input.dispose()
@@ -112,12 +112,11 @@ async function measure(
   const problem = parseProblem(text)
   const made = make(text, device)
   const error = await made.check()
-  const times = await repeatsFor(made.run, device, roundMilliseconds(device))
+  const { times, once } = await repeatsFor(made.run, device, roundMilliseconds(device))
   const peers =
     device === 'cpu' ? await onnxruntime(problem, made.inputs, threads) : await torch(problem)
   const ours: number[] = []
   const theirs = peers.map((): number[] => [])
-  const once = await timeRound(made.run, device, 1)
   const few = (most: number) => Math.max(3, Math.min(most, Math.round(5000 / once))) // what takes long
   for (let round = 0; round <= few(rounds); round++) {
     const own = await timeRound(made.run, device, times)
