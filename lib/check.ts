@@ -97,3 +97,53 @@ export function checkInteger(
   }
   return value
 }
+
+/** @internal Nothing else may compare what a caller gave: an object would be asked for its value. */
+export function checkNumber(
+  op: string,
+  argument: string,
+  value: unknown,
+  rule: string,
+  accepts: (value: number) => boolean,
+): number {
+  if (typeof value !== 'number' || !accepts(value)) throw mustBe(op, argument, rule, value)
+  return value
+}
+
+/** @internal The numbers of an array, each checked. */
+export function numbers(
+  op: string,
+  argument: string,
+  value: unknown,
+  check: (number: unknown, index: number) => number,
+): number[] {
+  if (Array.isArray(value) || value instanceof Float32Array || value instanceof Int32Array)
+    return elements(op, argument, value, check)
+  throw mustBe(op, argument, 'a tensor or an array of numbers', value)
+}
+
+/** @internal Ascending offsets that start at 0 and end at `total`, as numbers. */
+export function offsetNumbers(
+  op: string,
+  argument: string,
+  value: unknown,
+  total: number | undefined,
+): number[] {
+  const wrong = (got: string) =>
+    refuse(
+      'ERR_ARGUMENT',
+      op,
+      argument,
+      `${argument} must start at 0, never descend and end at ${total}, got ${got}`,
+    )
+  let last = 0
+  const values = numbers(op, argument, value, (number, i) => {
+    if (typeof number !== 'number' || !Number.isInteger(number) || (i ? number < last : number))
+      throw wrong(`${show(number)} at index ${i}`)
+    last = number
+    return number
+  })
+  if (values.length === 0) throw wrong('no elements')
+  if (last !== total) throw wrong(`${last} at its end`)
+  return values
+}

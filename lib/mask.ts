@@ -1,9 +1,9 @@
-import { checkInteger, checkOptions, mustBe } from './check.js'
+import { checkInteger, checkOptions, elements, mustBe, offsetNumbers } from './check.js'
 import type { DeviceLike } from './device.js'
 import { named, refuse } from './errors.js'
 import { run } from './native.js'
 import type { HipLists } from './ops/hip.js'
-import { checkTensor, type Tensor, tensor, zeros } from './tensor.js'
+import { checkTensor, Tensor, tensor, zeros } from './tensor.js'
 
 /** What a mask is about, beside its lists. */
 export interface MaskOptions {
@@ -141,7 +141,17 @@ function checkParts(options: MaskOptions): MaskParts & { device: DeviceLike } {
   if (options === undefined) throw mustBe('mask', 'options', 'an object', options)
   const sq = checkInteger('mask', 'sq', options.sq, 0)
   const sk = checkInteger('mask', 'sk', options.sk ?? sq, 0)
-  const { block: given = 128, causal = true, device = 'cpu', cuSeqlensQ, cuSeqlensK } = options
+  const {
+    block: given = 128,
+    causal = true,
+    device = 'cpu',
+    cuSeqlensQ: ofQ,
+    cuSeqlensK: ofK,
+  } = options
+  const offsets = (name: string, value: unknown, total: number) =>
+    value === undefined ? undefined : offsetNumbers('mask', name, value, total)
+  const cuSeqlensQ = offsets('cuSeqlensQ', ofQ, sq)
+  const cuSeqlensK = offsets('cuSeqlensK', ofK, sk)
   if (typeof causal !== 'boolean') throw mustBe('mask', 'causal', 'a boolean', causal)
   const pair = typeof given === 'number' ? [given, given] : given
   if (!Array.isArray(pair) || pair.length !== 2)
@@ -248,7 +258,7 @@ function tokenBits(
   if (lists === undefined) return undefined
   const made: Tensor[] = []
   try {
-    let { count, index } = lists as PaddedTokens
+    let { count, index } = (lists ?? {}) as PaddedTokens
     if (Array.isArray(lists)) {
       const values = lists.length === 0 ? [0] : lists
       index = tensor(values, [1, 1, values.length], { dtype: 'int32', device })
@@ -306,21 +316,17 @@ export const Mask = {
    * console.log(await mask.count()) // 256 * 257 / 2
    */
   fromLists(lists: PaddedLists | readonly PaddedLists[], options: MaskOptions): Mask {
-    const all = (Array.isArray(lists) ? lists : [lists]) as readonly PaddedLists[]
-    const first = all[0]
-    if (!first) throw mustBe('mask', 'lists', 'at least one list', lists)
-    for (const { count, index } of all) {
+    const given: readonly unknown[] = Array.isArray(lists) ? lists : [lists]
+    const all = elements('mask', 'lists', given, (one) => {
+      const { count, index } = (one ?? {}) as PaddedLists
       checkTensor('mask', 'count', count)
       checkTensor('mask', 'index', index)
-    }
-    const [b = 0, heads = 0] = first.index.shape
-    return fromTable(
-      options,
-      b,
-      heads,
-      first.index.device,
-      ...all.map(({ count, index }) => ({ count, index })),
-    )
+      return { count, index }
+    })
+    const first = all[0]?.index
+    if (!first) throw mustBe('mask', 'lists', 'at least one list', lists)
+    const [b = 0, heads = 0] = first.shape
+    return fromTable(options, b, heads, first.device, ...all)
   },
 
   /**
@@ -331,7 +337,7 @@ export const Mask = {
   fromRows(lists: RowLists, options: MaskOptions & { b?: number; heads?: number }): Mask {
     checkTensor('mask', 'rowPtr', lists?.rowPtr)
     checkTensor('mask', 'column', lists.column)
-    const { b = 1, heads = 1, ...rest } = options
+    const { b = 1, heads = 1, ...rest } = options ?? {}
     checkInteger('mask', 'b', b, 0)
     checkInteger('mask', 'heads', heads, 1)
     return fromTable(rest, b, heads, lists.rowPtr.device, {
@@ -362,10 +368,11 @@ export const Mask = {
    */
   fromTokens(lists: TokenLists, options: MaskOptions): Mask {
     const parts = checkParts(options)
-    const given = [lists?.columns, lists?.diagonals].find((one) => one && !Array.isArray(one))
-    const device = given ? (given as PaddedTokens).index.device : parts.device
-    const columns = tokenBits('columns', lists?.columns, parts, device)
-    const diagonals = tokenBits('diagonals', lists?.diagonals, parts, device)
+    const given = [lists?.columns, lists?.diagonals] as const
+    const index = given.map((one) => (one as PaddedTokens | undefined)?.index)
+    const { device } = index.find((one) => one instanceof Tensor) ?? parts
+    const columns = tokenBits('columns', given[0], parts, device)
+    const diagonals = tokenBits('diagonals', given[1], parts, device)
     const [b = 1, heads = 1] = (columns ?? diagonals)?.shape ?? []
     return makeMask({
       ...parts,

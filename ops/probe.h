@@ -43,8 +43,7 @@ struct Probe {
                  q.shape[3]);
     HEDDLE_CHECK(sq <= sk, kShape, "q", "sq must be at most sk, got ", sq, " and ", sk);
     HEDDLE_CHECK(score.contiguous(), kShape, "score", "score must be contiguous");
-    HEDDLE_CHECK(per == kBlock || kind == kRows, kArgument, "per",
-                 "per must be block unless rows are probed");
+    HEDDLE_CHECK(per == kBlock || kind == kRows, kArgument, "per", "per goes with kind rows");
     HEDDLE_CHECK(kind != kAntidiagonal || (block_q % stride == 0 && block_k % stride == 0),
                  kArgument, "stride", "stride must divide the blocks, got ", stride);
     const int64_t rows = (sq + block_q - 1) / block_q * (per == kLine ? 2 : 1),

@@ -1,6 +1,5 @@
-import { checkOptions, mustBe } from '../check.js'
+import { checkNumber, checkOptions, mustBe } from '../check.js'
 import type { FloatDType } from '../dtype.js'
-import { refuse } from '../errors.js'
 import { type Mask, makeMask } from '../mask.js'
 import { run } from '../native.js'
 import { attention } from '../ops/attention.js'
@@ -64,19 +63,15 @@ export function flexPrefill<D extends FloatDType>(
   const { minBudget = 1024, maxBudget } = options
   if (mode !== 'reference' && mode !== 'coverage')
     throw mustBe(op, 'mode', '"reference" or "coverage"', mode)
-  if (!(gamma > 0)) throw mustBe(op, 'gamma', 'above 0', gamma)
-  if (!(tau >= 0 && tau <= 1)) throw mustBe(op, 'tau', 'from 0 to 1', tau)
+  checkNumber(op, 'gamma', gamma, 'above 0', (x) => x > 0)
+  checkNumber(op, 'tau', tau, 'from 0 to 1', (x) => x >= 0 && x <= 1)
   if (![16, 32, 64, 128].includes(block)) throw mustBe(op, 'block', '16, 32, 64 or 128', block)
-  if (!(minBudget >= 0)) throw mustBe(op, 'minBudget', 'at least 0', minBudget)
-  if (maxBudget !== undefined && !(maxBudget >= minBudget)) {
-    throw refuse(
-      'ERR_ARGUMENT',
-      op,
-      'maxBudget',
-      `maxBudget must be at least minBudget = ${minBudget}, got ${maxBudget}`,
-    )
+  checkNumber(op, 'minBudget', minBudget, 'at least 0', (x) => x >= 0)
+  if (maxBudget !== undefined) {
+    const rule = `at least minBudget = ${minBudget}`
+    checkNumber(op, 'maxBudget', maxBudget, rule, (x) => x >= minBudget)
   }
-  if (scale !== undefined && !(scale > 0)) throw mustBe(op, 'scale', 'above 0', scale)
+  if (scale !== undefined) checkNumber(op, 'scale', scale, 'above 0', (x) => x > 0)
   const least = Math.max(Math.ceil(minBudget / block), 1)
   const most = maxBudget === undefined ? 0 : Math.max(Math.ceil(maxBudget / block), 1)
 

@@ -10,6 +10,7 @@ import {
   hip,
   hipMask,
   hipSettings,
+  keysOf,
   listHeads,
   searchHip,
 } from '../ops/hip.js'
@@ -133,7 +134,8 @@ export function hipAttention<D extends FloatDType>(
   const { blockTable, cacheSeqlens, cuSeqlensQ, cuSeqlensK } = searched
   const place = { scale, softCap, blockTable, cacheSeqlens }
   const [b = 0, sq = 0, hq = 0] = q.shape
-  const sk = blockTable ? blockTable.shape[1]! * k.shape[1]! : k.shape[1]!
+  if (blockTable !== undefined) checkTensor(op, 'blockTable', blockTable)
+  const sk = keysOf({ q, k, blockTable })
   const isDense = mode === 'dense' || (sk <= threshold && !cuSeqlensQ)
   if (isDense) return attention(q, k, v, { ...place, causal: true, cuSeqlensQ, cuSeqlensK })
 

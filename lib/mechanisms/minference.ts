@@ -1,4 +1,4 @@
-import { checkOptions, mustBe } from '../check.js'
+import { checkOptions, elements, mustBe } from '../check.js'
 import type { FloatDType } from '../dtype.js'
 import { type Mask, makeMask } from '../mask.js'
 import { keepBits } from '../ops/keep.js'
@@ -43,7 +43,13 @@ export function minference<D extends FloatDType>(
   const { sq, sk } = lengthsOf(op, q, k)
   const [b = 0, , heads = 0] = q.shape
   const group = heads / (k.shape[2] ?? 1)
-  const { patterns = [usual] } = options
+  const { patterns: given = [usual] } = options
+  if (!Array.isArray(given)) throw mustBe(op, 'patterns', 'a list of patterns', given)
+  const patterns = elements(op, 'patterns', given, (pattern, i): MInferencePattern => {
+    if (pattern === null || typeof pattern !== 'object')
+      throw mustBe(op, `patterns[${i}]`, 'an object with a kind', pattern)
+    return { ...(pattern as MInferencePattern) }
+  })
   if (patterns.length !== 1 && patterns.length !== heads)
     throw mustBe(op, 'patterns', `a list of 1 or hq = ${heads}`, patterns)
   const bits = (...shape: number[]) => zeros(shape, { dtype: 'int32', device: q.device })

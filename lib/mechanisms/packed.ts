@@ -34,16 +34,19 @@ export function perSequence<D extends FloatDType>(
   q: Tensor<D>,
   k: Tensor<D>,
   block: readonly [number, number],
-  { cuSeqlensQ, cuSeqlensK }: PackedOptions,
+  packed: PackedOptions,
   select: (q: Tensor<D>, k: Tensor<D>) => Mask,
   heads: number = q.shape[2] ?? 0,
 ): Mask {
-  if (!cuSeqlensQ && !cuSeqlensK) {
+  const { cuSeqlensQ: ofQ, cuSeqlensK: ofK } = packed
+  if (ofQ === undefined && ofK === undefined) {
     lengthsOf(op, q, k)
     return select(q, k)
   }
   const [sq = 0, sk = 0] = [q.shape[1], k.shape[1]]
-  const parts = { ...Mask.fromWindow({}, { sq, sk, block, cuSeqlensQ, cuSeqlensK }), heads }
+  const whole = Mask.fromWindow({}, { sq, sk, block, cuSeqlensQ: ofQ, cuSeqlensK: ofK })
+  const { cuSeqlensQ, cuSeqlensK } = whole
+  const parts = { ...whole, heads }
   const { rows, columns } = blockTable(parts)
   const options = { dtype: 'int32', device: q.device } as const
   const blocks = zeros([1, heads, rows, Math.ceil(columns / 32)], options)

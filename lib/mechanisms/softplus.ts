@@ -1,4 +1,4 @@
-import { checkOptions, mustBe } from '../check.js'
+import { checkNumber, checkOptions } from '../check.js'
 import type { FloatDType } from '../dtype.js'
 import { type AttentionOptions, type AttentionResult, attention } from '../ops/attention.js'
 import { scope } from '../scope.js'
@@ -87,8 +87,8 @@ export function softplusAttention<D extends FloatDType>(
   checkOptions(op, options, known)
   const { reweight = true, power = 15, offset = 1, qkNorm = true, eps = 0, ...rest } = options
   const { logD = Math.log(q.shape[3]!), scale = 1, causal = true, ...keys } = rest
-  if (!(scale > 0 && Number.isFinite(scale))) throw mustBe(op, 'scale', 'a positive number', scale)
-  if (!(eps >= 0 && Number.isFinite(eps))) throw mustBe(op, 'eps', 'a number from 0 on', eps)
+  checkNumber(op, 'scale', scale, 'a positive number', (x) => x > 0 && x < Infinity)
+  checkNumber(op, 'eps', eps, 'a number from 0 on', (x) => x >= 0 && x < Infinity)
   // A logit that only the normaliser sees
   const sink = eps > 0 ? new Array<number>(q.shape[2]!).fill(Math.log(eps)) : undefined
   const call = { ...keys, causal, scale, cosine: qkNorm, lengthScale: logD, sink }

@@ -1,4 +1,4 @@
-import { checkInteger, elements, mustBe, show } from '../check.js'
+import { checkInteger, mustBe, numbers, offsetNumbers, show } from '../check.js'
 import type { Device } from '../device.js'
 import { refuse } from '../errors.js'
 import { checkMask, type Mask } from '../mask.js'
@@ -6,17 +6,6 @@ import { Tensor, tensor } from '../tensor.js'
 
 // Small arguments may be given as plain arrays. They become tensors beside the others and are put on `made`, which the
 // caller disposes of after the call. What a tensor holds is checked on its device instead.
-
-function numbers(
-  op: string,
-  argument: string,
-  value: unknown,
-  check: (number: unknown, index: number) => number,
-): number[] {
-  if (Array.isArray(value) || value instanceof Float32Array || value instanceof Int32Array)
-    return elements(op, argument, value, check)
-  throw mustBe(op, argument, 'a tensor or an array of numbers', value)
-}
 
 function place<D extends 'float32' | 'int32'>(
   values: readonly number[],
@@ -72,23 +61,7 @@ export function offsets(
   made: Tensor[],
 ): Tensor | undefined {
   if (value === undefined || value instanceof Tensor) return value
-  const wrong = (got: string) =>
-    refuse(
-      'ERR_ARGUMENT',
-      op,
-      argument,
-      `${argument} must start at 0, never descend and end at ${total}, got ${got}`,
-    )
-  let last = 0
-  const values = numbers(op, argument, value, (number, i) => {
-    if (typeof number !== 'number' || !Number.isInteger(number) || (i ? number < last : number))
-      throw wrong(`${show(number)} at index ${i}`)
-    last = number
-    return number
-  })
-  if (values.length === 0) throw wrong('no elements')
-  if (last !== total) throw wrong(`${last} at its end`)
-  return place(values, 'int32', device, made)
+  return place(offsetNumbers(op, argument, value, total), 'int32', device, made)
 }
 
 /** @internal A mask as operators take it. */

@@ -93,7 +93,7 @@ export function hipSettings(op: string, options: HipOptions): HipSettings {
     throw rule(argument, `a power of two up to ${most}`, value)
   }
   const pair = (argument: string, value: unknown): readonly [number, number] => {
-    if (Array.isArray(value) && value.length === 2) return value as unknown as [number, number]
+    if (Array.isArray(value) && value.length === 2) return [value[0], value[1]]
     throw rule(argument, 'a pair, of queries and of keys', value)
   }
   const multiple = (argument: string, value: unknown, of: number, what: string): number => {
@@ -148,6 +148,7 @@ export function hipSettings(op: string, options: HipOptions): HipSettings {
   if (!Array.isArray(stages) || stages.length === 0)
     throw rule('stages', 'a list of stages', stages)
   const last = stages.at(-1) as HipStage
+  power(`stages[${stages.length - 1}].chunk`, last?.chunk, 64)
   const topK = multiple('topK', options.topK ?? 2048, last.chunk, 'the last chunk')
   const kept = (stage: number) => (stages[stage + 1] ? stages[stage + 1]!.topK! : topK)
   stages.forEach((stage: HipStage, i) => {
@@ -256,6 +257,7 @@ function checkKeys<D extends FloatDType>(
 ): HipKeys<D> {
   checkTensor(op, 'q', q)
   checkTensor(op, 'k', k)
+  if (blockTable !== undefined) checkTensor(op, 'blockTable', blockTable)
   const keys = {
     ...{ q, k, blockTable },
     cacheSeqlens: lengths(op, 'cacheSeqlens', cacheSeqlens, q.device, made),
@@ -282,7 +284,7 @@ export function hipLists<D extends FloatDType>(
   const op = 'hipLists'
   const settings = hipSettings(op, options)
   if (options.cuSeqlensQ || options.cuSeqlensK)
-    throw refuse('ERR_ARGUMENT', op, 'cuSeqlensQ', 'cuSeqlensQ is not taken here; hip takes it')
+    throw refuse('ERR_ARGUMENT', op, 'cuSeqlensQ', 'cuSeqlensQ goes with hip, not with hipLists')
   const made: Tensor[] = []
   try {
     const lists = searchHip(checkKeys(op, q, k, options, made), settings)

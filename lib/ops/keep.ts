@@ -80,7 +80,7 @@ export function keep(score: Tensor<'float32'>, options: KeepOptions): Mask {
   }
   const blocks = keepBits(score, {
     rule: rules[0]![0],
-    top: over === 'map' && topBlocks !== undefined ? topBlocks * rows : topBlocks,
+    top: over === 'map' && typeof topBlocks === 'number' ? topBlocks * rows : topBlocks,
     coverage,
     threshold,
     overMap: over === 'map',

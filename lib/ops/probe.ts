@@ -44,7 +44,7 @@ export function blockPair(op: string, block: unknown): readonly [number, number]
   const pair = typeof block === 'number' ? [block, block] : block
   if (!Array.isArray(pair) || pair.length !== 2)
     throw mustBe(op, 'block', 'a size or a pair of sizes', block)
-  return pair as unknown as readonly [number, number]
+  return [pair[0], pair[1]]
 }
 
 /**

@@ -237,6 +237,39 @@ const ints = (...values: number[]) => tensor(values, [values.length], { dtype: '
 const create = { dtype: () => 'bfloat16', device: () => 'cpu' }
 const read = { as: () => 'float32', signal: () => new AbortController().signal }
 const heads = () => [floats(1, 4, 2, 8), floats(1, 4, 1, 8), floats(1, 4, 1, 8)]
+const queries = () => heads().slice(0, 2)
+const packed = (tokens: number) => ({
+  cuSeqlensQ: () => [0, 1, tokens],
+  cuSeqlensK: () => [0, 1, tokens],
+})
+const lists = () => ({
+  count: ints(1, 2).reshape([1, 1, 2]),
+  index: ints(0, -1, 1, 0).reshape([1, 1, 2, 2]),
+})
+const maskOptions = {
+  sq: () => 4,
+  block: () => 2,
+  sk: () => 4,
+  causal: () => true,
+  device: () => 'cpu',
+  ...packed(4),
+}
+const hipOptions = {
+  topK: () => 2,
+  block: () => [2, 2],
+  stride: () => [1, 1],
+  window: () => 2,
+  sinkTokens: () => 2,
+  headMode: () => 'all',
+  representative: () => 'first',
+  stages: () => [
+    { chunk: 4, stride: 1, block: 2 },
+    { chunk: 2, stride: 1, block: 2, topK: 4 },
+  ],
+  blockTable: () => zeros([1, 1], { dtype: 'int32' }),
+  cacheSeqlens: () => [3],
+  ...packed(4),
+}
 const part = () => ({ out: floats(1, 4, 2, 8), lse: floats(1, 2, 4) })
 
 const method = (name: keyof Tensor, ...args: (() => unknown)[]): Target => ({
@@ -401,6 +434,183 @@ const targets: readonly Target[] = [
     call: heddle.glu,
     args: () => [floats(2, 4), floats(2, 4)],
     options: { activation: () => 'sigmoid' },
+  },
+  {
+    name: 'probe',
+    call: heddle.probe,
+    args: queries,
+    options: {
+      kind: () => 'rows',
+      block: () => [2, 4],
+      stride: () => 2,
+      per: () => 'key',
+      softmax: () => true,
+      scale: () => 0.5,
+    },
+  },
+  {
+    name: 'keep',
+    call: heddle.keep,
+    args: () => [floats(1, 2, 2, 2)],
+    options: {
+      sq: () => 4,
+      topBlocks: () => 1,
+      sk: () => 4,
+      block: () => 2,
+      coverage: () => 0.5,
+      threshold: () => 0.5,
+      over: () => 'map',
+      minBlocks: () => 1,
+      maxBlocks: () => 2,
+      forceFirst: () => 1,
+      forceDiagonal: () => 1,
+    },
+    needed: 4,
+  },
+  { name: 'hip', call: heddle.hip, args: queries, options: hipOptions },
+  { name: 'hipLists', call: heddle.hipLists, args: queries, options: hipOptions },
+  {
+    name: 'hipAttention',
+    call: heddle.hipAttention,
+    args: heads,
+    options: {
+      ...hipOptions,
+      layer: () => 1,
+      layers: () => ({ 0: 'dense', 1: { topK: 4 } }),
+      denseTailRows: () => 1,
+      denseThreshold: () => 2,
+      scale: () => 0.5,
+      softCap: () => 3,
+    },
+  },
+  {
+    name: 'flexPrefill',
+    call: heddle.flexPrefill,
+    args: () => [floats(1, 64, 2, 8), floats(1, 64, 1, 8)],
+    options: {
+      ...packed(64),
+      mode: () => 'coverage',
+      gamma: () => 0.5,
+      tau: () => 0.5,
+      minBudget: () => 16,
+      maxBudget: () => 32,
+      block: () => 16,
+      scale: () => 0.5,
+    },
+  },
+  {
+    name: 'xattention',
+    call: heddle.xattention,
+    args: queries,
+    options: {
+      ...packed(4),
+      stride: () => 2,
+      threshold: () => 0.5,
+      block: () => [2, 2],
+      scale: () => 0.5,
+    },
+  },
+  {
+    name: 'sampled',
+    call: heddle.sampled,
+    args: queries,
+    options: {
+      ...packed(4),
+      stride: () => 2,
+      topK: () => 2,
+      block: () => [2, 2],
+      scale: () => 0.5,
+    },
+  },
+  {
+    name: 'streaming',
+    call: heddle.streaming,
+    args: queries,
+    options: { ...packed(4), sinkTokens: () => 1, window: () => 2 },
+  },
+  {
+    name: 'minference',
+    call: heddle.minference,
+    args: queries,
+    options: {
+      patterns: () => [
+        { kind: 'a-shape', sinkTokens: 1, window: 2 },
+        { kind: 'vertical-slash', vertical: 2, slash: 2 },
+      ],
+    },
+  },
+  {
+    name: 'Mask.fromBlocks',
+    call: heddle.Mask.fromBlocks,
+    args: () => [zeros([1, 2, 2, 2], { dtype: 'uint8' })],
+    options: maskOptions,
+    needed: 2,
+  },
+  {
+    name: 'Mask.fromLists',
+    call: heddle.Mask.fromLists,
+    args: () => [lists()],
+    options: maskOptions,
+    needed: 2,
+  },
+  {
+    name: 'Mask.fromLists of several',
+    call: (count: never, options: never) =>
+      heddle.Mask.fromLists([lists(), { ...lists(), count }], options),
+    args: () => [lists().count],
+    options: maskOptions,
+    needed: 2,
+  },
+  {
+    name: 'Mask.fromRows',
+    call: heddle.Mask.fromRows,
+    args: () => [{ rowPtr: ints(0, 1, 3), column: ints(0, 0, 1) }],
+    options: { ...maskOptions, b: () => 1, heads: () => 1 },
+    needed: 2,
+  },
+  {
+    name: 'Mask.fromPairs',
+    call: heddle.Mask.fromPairs,
+    args: () => [ints(0, 3, -1).reshape([1, 1, 3])],
+    options: maskOptions,
+    needed: 2,
+  },
+  {
+    name: 'Mask.fromTokens',
+    call: heddle.Mask.fromTokens,
+    args: () => [{ columns: [0, 2], diagonals: [1] }],
+    options: maskOptions,
+    needed: 1,
+  },
+  {
+    name: 'Mask.fromTokens of lists',
+    call: (columns: never, diagonals: never, options: never) =>
+      heddle.Mask.fromTokens({ columns, diagonals }, options),
+    args: () => [[0, 2], { count: ints(1).reshape([1, 1]), index: ints(0).reshape([1, 1, 1]) }],
+    options: maskOptions,
+    needed: 1,
+  },
+  {
+    name: 'Mask.fromWindow',
+    call: (window: never, sinkTokens: never, options: never) =>
+      heddle.Mask.fromWindow({ window, sinkTokens }, options),
+    args: () => [2, 1],
+    options: maskOptions,
+    needed: 1,
+  },
+  {
+    name: 'Mask.fromDocuments',
+    call: heddle.Mask.fromDocuments,
+    args: () => [[0, 1, 4]],
+    options: maskOptions,
+    needed: 1,
+  },
+  {
+    name: 'attention under a mask',
+    call: (q: never, k: never, v: never, mask: never, options: object) =>
+      heddle.attention(q, k, v, { mask, ...options }),
+    args: () => [...heads(), heddle.Mask.fromWindow({ window: 2 }, { sq: 4, block: 2 })],
+    options: { causal: () => true, softCap: () => 3, sink: () => floats(2) },
   },
   { name: 'embed', call: heddle.embed, args: () => [ints(1, 0), floats(2, 4)] },
   { name: 'add', call: heddle.add, args: () => [floats(2, 4), floats(4)] },

@@ -166,7 +166,7 @@ describeDevices('probe', (device) => {
       'probe: sq must be at most sk, got 4 and 3',
     )
     expect((await failure(() => probe(k.tensor, q.tensor, { per: 'key' }))).message).toBe(
-      'probe: per must be block unless rows are probed',
+      'probe: per goes with kind rows',
     )
   })
 })
