@@ -391,7 +391,7 @@ export const Mask = {
   },
 
   /**
-   * Every row sees its own document only.
+   * Every row sees its own document only; sq is at most sk.
    *
    * @param starts Where each document begins, ascending from 0, then the total of tokens.
    */
@@ -400,6 +400,7 @@ export const Mask = {
     const { sq, sk } = parts
     if (!Array.isArray(starts) || starts[0] !== 0 || starts.at(-1) !== sk)
       throw mustBe('mask', 'starts', `a list from 0 to sk = ${sk}`, starts)
+    checkInteger('mask', 'sq', sq, 0, sk)
     const bounds = new Int32Array(2 * sq)
     for (let document = 0; document + 1 < starts.length; document++) {
       const from = checkInteger('mask', `starts[${document}]`, starts[document], 0, sk)
