@@ -1,4 +1,4 @@
-import { checkInteger, checkOptions, mustBe } from '../check.js'
+import { checkInteger, checkOptions, elements, mustBe } from '../check.js'
 import type { FloatDType } from '../dtype.js'
 import { refuse } from '../errors.js'
 import { type Mask, makeMask } from '../mask.js'
@@ -86,7 +86,14 @@ const isPower = (x: unknown, most: number): x is number =>
 /** @internal */
 export function hipSettings(op: string, options: HipOptions): HipSettings {
   checkOptions(op, options, known)
-  const { stages, representative = 'center' } = options
+  const { stages: given, representative = 'center' } = options
+  const stages = Array.isArray(given)
+    ? elements(op, 'stages', given, (stage, i) => {
+        if (stage === null || typeof stage !== 'object')
+          throw mustBe(op, `stages[${i}]`, 'a stage', stage)
+        return stage as HipStage
+      })
+    : given
   const rule = (argument: string, text: string, value: unknown) => mustBe(op, argument, text, value)
   const power = (argument: string, value: unknown, most: number): number => {
     if (isPower(value, most)) return value
@@ -147,7 +154,7 @@ export function hipSettings(op: string, options: HipOptions): HipSettings {
       throw refuse('ERR_ARGUMENT', op, name, `${name} cannot be combined with stages`)
   if (!Array.isArray(stages) || stages.length === 0)
     throw rule('stages', 'a list of stages', stages)
-  const last = stages.at(-1) as HipStage
+  const last = stages.at(-1)!
   power(`stages[${stages.length - 1}].chunk`, last?.chunk, 64)
   const topK = multiple('topK', options.topK ?? 2048, last.chunk, 'the last chunk')
   const kept = (stage: number) => (stages[stage + 1] ? stages[stage + 1]!.topK! : topK)
