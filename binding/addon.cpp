@@ -23,10 +23,11 @@ Napi::Value guarded(const Napi::CallbackInfo& info) {
   }
 }
 
-// init(the error class): called once by lib before anything else
+// init(the error class): called once by lib before anything else; gives where `run` leaves results
 Napi::Value init(const Napi::CallbackInfo& info) {
-  Environment::of(info.Env()).error_class = Napi::Persistent(info[0].As<Napi::Function>());
-  return info.Env().Undefined();
+  Environment& environment = Environment::of(info.Env());
+  environment.error_class = Napi::Persistent(info[0].As<Napi::Function>());
+  return environment.share_results(info.Env());
 }
 
 template <Napi::Value (*Function)(const Napi::CallbackInfo&)>

@@ -1,5 +1,6 @@
 #include "binding/call.h"
 
+#include <array>
 #include <cmath>
 
 #include "binding/environment.h"
@@ -55,7 +56,7 @@ class Marshal {
       : environment_(environment),
         op_(op),
         info_(info),
-        call_(std::make_unique<Call>(op)),
+        call_(std::make_shared<Call>(op)),
         sizes_(op.schema) {}
 
   Napi::Value run() {
@@ -94,22 +95,32 @@ class Marshal {
   }
 
  private:
+  // After the operator come positions in its schema, each with a value
   void read_arguments() {
-    size_t position = 1;
-    for (const Argument& argument : op_.schema.arguments) {
+    const std::vector<Argument>& arguments = op_.schema.arguments;
+    constexpr size_t kMostArguments = 64;
+    std::array<napi_value, kMostArguments> given{};
+    for (size_t i = 1; i + 1 < info_.Length(); i += 2) {
+      const uint32_t position = info_[i].As<Napi::Number>().Uint32Value();
+      HEDDLE_CHECK(position < arguments.size() && position < kMostArguments, kArgument, "",
+                   "there is no argument ", position);
+      given[position] = info_[i + 1];
+    }
+    call_->inputs.reserve(arguments.size());
+    for (size_t i = 0; i < arguments.size(); ++i) {
+      const Argument& argument = arguments[i];
       if (argument.is_output()) continue;
-      const Napi::Value value = info_[position++];
-      if (value.IsUndefined()) {
+      const Napi::Value value(info_.Env(), given[i]);
+      if (!given[i]) {
         if (!argument.may_be_absent())
           fail(Code::kArgument, argument.name.c_str(), argument.name + " is missing");
-        if (!argument.is_tensor()) set_default(argument);
       } else if (argument.is_tensor()) {
         read_tensor(argument, value);
       } else {
         read_value(argument, value);
       }
     }
-    for (const Argument& argument : op_.schema.arguments)
+    for (const Argument& argument : arguments)
       if (argument.is_tensor() && !argument.is_output() && tensor(argument))
         sizes_.match(argument, shape_of(argument), tensor(argument));
     if (op_.validate) op_.validate(call_->arguments);
@@ -118,25 +129,9 @@ class Marshal {
   Tensor& tensor(const Argument& argument) { return call_->member<Tensor>(argument.offset); }
 
   const Shape& shape_of(const Argument& argument) {
-    const bool conditional =
-        !argument.condition.empty() && tensor(*op_.schema.find(argument.condition));
-    return conditional ? argument.conditional_shape : argument.shape;
-  }
-
-  void set_default(const Argument& argument) {
-    switch (argument.kind) {
-      case Argument::kNumber:
-        call_->member<double>(argument.offset) = argument.initial;
-        break;
-      case Argument::kInteger:
-        call_->member<int64_t>(argument.offset) = static_cast<int64_t>(argument.initial);
-        break;
-      case Argument::kFlag:
-        call_->member<bool>(argument.offset) = argument.initial != 0;
-        break;
-      default:
-        call_->member<int>(argument.offset) = static_cast<int>(argument.initial);
-    }
+    const int by = argument.condition_at;
+    return by >= 0 && tensor(op_.schema.arguments[by]) ? argument.conditional_shape
+                                                       : argument.shape;
   }
 
   void read_value(const Argument& argument, const Napi::Value& value) {
@@ -218,8 +213,8 @@ class Marshal {
 
   DType output_dtype(const Argument& argument) {
     const DTypeRule& rule = argument.dtype;
-    if (rule.option) {
-      const int chosen = call_->member<int>(op_.schema.find(camel_case(rule.option))->offset);
+    if (argument.dtype_option >= 0) {
+      const int chosen = call_->member<int>(op_.schema.arguments[argument.dtype_option].offset);
       if (chosen >= 0) return static_cast<DType>(chosen);
     }
     if (argument.like >= 0) return tensor(op_.schema.arguments[argument.like]).dtype;
@@ -228,8 +223,8 @@ class Marshal {
   }
 
   bool is_wanted(const Argument& output) {
-    if (output.wanted.empty()) return true;
-    const Argument& by = *op_.schema.find(output.wanted);
+    if (output.wanted_at < 0) return true;
+    const Argument& by = op_.schema.arguments[output.wanted_at];
     return by.is_tensor() ? bool(tensor(by)) : call_->member<bool>(by.offset);
   }
 
@@ -256,8 +251,11 @@ class Marshal {
       Tensor view;
     };
     std::vector<Output> outputs;
+    outputs.reserve(Environment::kMostOutputs);
     for (const Argument& argument : op_.schema.arguments) {
       if (!argument.is_output()) continue;
+      HEDDLE_CHECK(outputs.size() < Environment::kMostOutputs, kUnsupported, "",
+                   "an operator has at most ", Environment::kMostOutputs, " outputs");
       Output& output = outputs.emplace_back();
       if (!is_wanted(argument)) continue;
       Tensor& view = describe_output(argument);
@@ -266,36 +264,29 @@ class Marshal {
       output.view = view;
       call_->outputs.push_back(output.storage);
     }
-    const std::shared_ptr<Call> call = std::move(call_);
-    backend.launch(call);
-    if (environment_.recording) environment_.recording->push_back(call);
+    backend.launch(call_);
+    if (environment_.recording) environment_.recording->push_back(call_);
 
-    const napi_env env = info_.Env();
-    napi_value array;
-    napi_create_array(env, &array);
-    uint32_t length = 0;
-    const auto push = [&](double number) {
-      napi_value value;
-      napi_create_double(env, number, &value);
-      napi_set_element(env, array, length++, value);
-    };
+    // Read before the next call: making a JavaScript array of them would cost more than the launch
+    double* next = environment_.results;
     for (Output& output : outputs) {
       if (!output.storage) {
-        push(-1);
+        *next++ = -1;
         continue;
       }
-      push(environment_.add(std::move(output.storage), output.view, true));
-      push(static_cast<int>(output.view.dtype));
-      push(output.view.rank);
-      for (int i = 0; i < output.view.rank; ++i) push(static_cast<double>(output.view.shape[i]));
+      *next++ = environment_.add(std::move(output.storage), output.view, true);
+      *next++ = static_cast<int>(output.view.dtype);
+      *next++ = output.view.rank;
+      for (int i = 0; i < output.view.rank; ++i)
+        *next++ = static_cast<double>(output.view.shape[i]);
     }
-    return Napi::Value(env, array);
+    return Napi::Number::New(info_.Env(), static_cast<double>(outputs.size()));
   }
 
   Environment& environment_;
   const Operator& op_;
   const Napi::CallbackInfo& info_;
-  std::unique_ptr<Call> call_;
+  std::shared_ptr<Call> call_;
   Sizes sizes_;
   Device device_;
   const char* device_from_ = nullptr;

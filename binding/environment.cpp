@@ -31,6 +31,13 @@ void Environment::close(void* data) {
   self->spans.clear();
 }
 
+Napi::Float64Array Environment::share_results(Napi::Env env) {
+  auto array = Napi::Float64Array::New(env, kMostOutputs * (3 + kMaxRank));
+  shared_results_ = Napi::Persistent(array);
+  results = array.Data();
+  return array;
+}
+
 void Environment::not_recording() const {
   HEDDLE_CHECK(
       !recording, kUnsupported, "",

@@ -55,6 +55,11 @@ class Environment {
   Napi::Error to_js(const Error& error);
 
   Napi::FunctionReference error_class;
+  // What the last call made, in memory that JavaScript sees: of each output its handle, dtype, rank
+  // and shape, or -1 if it was not asked for
+  static constexpr size_t kMostOutputs = 16;
+  Napi::Float64Array share_results(Napi::Env env);
+  double* results = nullptr;
   // The calls of a graph that is being made
   std::optional<std::vector<std::shared_ptr<Call>>> recording;
   // Refuses what only happens once while a graph is being made
@@ -72,6 +77,7 @@ class Environment {
   static void settle(napi_env env, napi_value, void* self, void* pending);
 
   napi_env env_;
+  Napi::Reference<Napi::Float64Array> shared_results_;
   napi_threadsafe_function done_ = nullptr;
   size_t pending_ = 0;
   std::shared_ptr<Backend> cpu_;

@@ -2,6 +2,7 @@
 
 #include <unistd.h>
 
+#include <cstring>
 #include <new>
 
 namespace heddle {
@@ -28,8 +29,8 @@ void Storage::renew() {
 }
 
 Call::Call(const Operator& op)
-    : op(op), arguments(::operator new(op.size, std::align_val_t(op.alignment))) {
-  op.construct(arguments);
+    : op(op), arguments(::operator new(op.initial.size(), std::align_val_t(op.alignment))) {
+  std::memcpy(arguments, op.initial.data(), op.initial.size());
 }
 
 Call::~Call() { ::operator delete(arguments, std::align_val_t(op.alignment)); }

@@ -1,5 +1,6 @@
 #pragma once
 #include <cstddef>
+#include <cstring>
 #include <string>
 #include <vector>
 
@@ -30,8 +31,8 @@ struct Operator {
 
   std::string name;
   Schema schema;
-  size_t size = 0, alignment = 0;
-  void (*construct)(void* arguments) = nullptr;
+  size_t alignment = 0;
+  std::vector<std::byte> initial;  // its arguments where all that may be are left out
   // Rules across arguments and defaults that depend on shapes; may be null
   void (*validate)(void* arguments) = nullptr;
   Slot<CpuContext> cpu;
@@ -53,11 +54,13 @@ bool register_operator(void (*run)(const Op&, Context&), int isa = 0) {
   static_assert(std::is_trivially_copyable_v<Op>);
   if (isa > best_isa()) return false;
   Operator& entry = operator_entry(Op::kName);
-  if (entry.size == 0) {
+  if (entry.initial.empty()) {
     entry.schema = SchemaOf<Op>();
-    entry.size = sizeof(Op);
     entry.alignment = alignof(Op);
-    entry.construct = [](void* arguments) { new (arguments) Op(); };
+    Op initial{};
+    entry.schema.set_defaults(&initial);
+    entry.initial.resize(sizeof(Op));
+    std::memcpy(entry.initial.data(), &initial, sizeof(Op));
     if constexpr (requires(Op & op) { op.validate(); })
       entry.validate = [](void* arguments) { static_cast<Op*>(arguments)->validate(); };
   }

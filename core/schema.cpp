@@ -60,11 +60,6 @@ Argument& Schema::add(const char* name, Argument::Kind kind, size_t offset) {
   return argument;
 }
 
-const Argument* Schema::find(const std::string& name) const {
-  const int index = index_of(name);
-  return index < 0 ? nullptr : &arguments[index];
-}
-
 int Schema::index_of(const std::string& name) const {
   for (size_t i = 0; i < arguments.size(); ++i)
     if (arguments[i].name == name) return static_cast<int>(i);
@@ -101,6 +96,34 @@ void Schema::finish() {
     parse(argument.shape);
     parse(argument.conditional_shape);
     if (argument.dtype.like) argument.like = index_of(camel_case(argument.dtype.like));
+    if (argument.dtype.option) argument.dtype_option = index_of(camel_case(argument.dtype.option));
+    argument.condition_at = index_of(argument.condition);
+    argument.wanted_at = index_of(argument.wanted);
+  }
+}
+
+void Schema::set_defaults(void* arguments) const {
+  for (const Argument& argument : this->arguments) {
+    const auto set = [&]<class T>(T value) {
+      *reinterpret_cast<T*>(static_cast<std::byte*>(arguments) + argument.offset) = value;
+    };
+    switch (argument.kind) {
+      case Argument::kNumber:
+        set(argument.initial);
+        break;
+      case Argument::kInteger:
+        set(static_cast<int64_t>(argument.initial));
+        break;
+      case Argument::kFlag:
+        set(argument.initial != 0);
+        break;
+      case Argument::kChoice:
+      case Argument::kDType:
+        set(static_cast<int>(argument.initial));
+        break;
+      default:
+        break;
+    }
   }
 }
 

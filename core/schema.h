@@ -46,6 +46,7 @@ struct Argument {
   std::string condition;  // the shape below holds when this argument is present
   Shape conditional_shape;
   std::string wanted;  // outputs only: allocated when this flag is set or this tensor is given
+  int condition_at = -1, wanted_at = -1, dtype_option = -1;  // where these and the dtype option are
   double initial = 0, least = -std::numeric_limits<double>::infinity(),
          most = std::numeric_limits<double>::infinity();
   bool open = false;  // `least` itself is excluded
@@ -74,7 +75,8 @@ class Schema {
 
   // Resolves names into positions, once all members are described
   void finish();
-  const Argument* find(const std::string& name) const;
+  // Sets what is no tensor in an operator's struct to what it is when left out
+  void set_defaults(void* arguments) const;
   int index_of(const std::string& name) const;
 
  protected:

@@ -2,7 +2,7 @@ import { mustBe } from './check.js'
 import type { Device } from './device.js'
 import { HeddleError } from './errors.js'
 import { loadAddon } from './load.js'
-import { Tensor } from './tensor.js'
+import { type Layout, Tensor } from './tensor.js'
 
 /** @internal One argument of an operator as its native schema describes it. */
 export interface SchemaArgument {
@@ -52,10 +52,10 @@ export interface NativeCuda {
 
 /** @internal The addon's functions; binding/ says what each takes. */
 export interface Addon {
-  init(errorClass: typeof HeddleError): void
+  init(errorClass: typeof HeddleError): Float64Array
   operators(): Schema[]
-  run(operator: number, ...args: unknown[]): number[]
-  explain(operator: number, ...args: unknown[]): Explanation
+  run(operator: number, ...positionsAndValues: unknown[]): number
+  explain(operator: number, ...positionsAndValues: unknown[]): Explanation
   empty(dtype: number, shape: readonly number[], kind: number, index: number): number
   from(
     bytes: ArrayBufferView,
@@ -84,27 +84,29 @@ export interface Addon {
 
 interface Entry {
   index: number
-  inputs: { name: string; tensor: boolean }[]
+  inputs: Map<string, { position: number; isTensor: boolean }>
+  /** Sizes of the last outputs, which the next ones mostly share. */
+  layouts: Layout[]
 }
 
 let loaded: Addon | undefined
 let schemas: Schema[] = []
+let results: Float64Array
 const entries = new Map<string, Entry>()
 
 /** @internal The addon, loaded when it is first needed. */
 export function addon(): Addon {
   if (loaded) return loaded
   const found = loadAddon() as Addon
-  found.init(HeddleError)
+  results = found.init(HeddleError)
   schemas = found.operators()
   schemas.forEach((schema, index) => {
-    const inputs = schema.arguments
-      .filter(({ kind }) => kind !== 'output')
-      .map(({ name, kind }) => ({
-        name,
-        tensor: kind === 'input' || kind === 'optional' || kind === 'inout',
-      }))
-    entries.set(schema.name, { index, inputs })
+    const inputs: Entry['inputs'] = new Map()
+    schema.arguments.forEach(({ name, kind }, position) => {
+      const isTensor = kind === 'input' || kind === 'optional' || kind === 'inout'
+      if (kind !== 'output') inputs.set(name, { position, isTensor })
+    })
+    entries.set(schema.name, { index, inputs, layouts: [] })
   })
   loaded = found
   return found
@@ -145,26 +147,45 @@ export function run(name: string, named: Record<string, unknown>): (Tensor | und
   const entry = entries.get(name)
   if (!entry) throw mustBe(name, 'operator', 'one that this build has', name)
   let device: Device = 'cpu'
-  const args = entry.inputs.map((input) => {
-    const value = named[input.name]
-    if (!input.tensor || value === undefined) return value
-    if (!(value instanceof Tensor)) throw mustBe(name, input.name, 'a tensor', value)
-    device = value.device
-    return value.handle
-  })
-  if (explaining) throw new Explained(native.explain(entry.index, ...args))
-  const results = native.run(entry.index, ...args)
-  const outputs: (Tensor | undefined)[] = []
-  for (let i = 0; i < results.length; ) {
-    const handle = results[i++]!
-    if (handle < 0) {
-      outputs.push(undefined)
+  const call: unknown[] = []
+  for (const key in named) {
+    const value = named[key]
+    const input = value === undefined ? undefined : entry.inputs.get(key)
+    if (!input) continue
+    if (!input.isTensor) {
+      call.push(input.position, value)
       continue
     }
-    const dtype = results[i++]!
-    const rank = results[i++]!
-    outputs.push(Tensor.adopt(handle, dtype, results.slice(i, i + rank), device))
-    i += rank
+    if (!(value instanceof Tensor)) throw mustBe(name, key, 'a tensor', value)
+    device = value.device
+    call.push(input.position, value.handle)
+  }
+  if (explaining) throw new Explained(native.explain(entry.index, ...call))
+  const count = native.run(entry.index, ...call)
+  const outputs = new Array<Tensor | undefined>(count)
+  for (let i = 0, at = 0; i < count; i++) {
+    const handle = results[at]!
+    if (handle < 0) {
+      outputs[i] = undefined
+      at += 1
+      continue
+    }
+    const [dtype, rank] = [results[at + 1]!, results[at + 2]!]
+    at += 3
+    let layout = entry.layouts[i]
+    if (!layout || !isShape(layout.shape, rank, at)) {
+      layout = Tensor.layout(Array.from(results.subarray(at, at + rank)))
+      entry.layouts[i] = layout
+    }
+    outputs[i] = Tensor.adopt(handle, dtype, layout, device)
+    at += rank
   }
   return outputs
+}
+
+// Whether the results have this shape at a place
+function isShape(shape: readonly number[], rank: number, at: number): boolean {
+  if (shape.length !== rank) return false
+  for (let i = 0; i < rank; i++) if (shape[i] !== results[at + i]) return false
+  return true
 }

@@ -68,6 +68,12 @@ function contiguousStrides(shape: readonly number[]): number[] {
   return strides
 }
 
+/** @internal Frozen, as tensors share them. */
+export interface Layout {
+  readonly shape: readonly number[]
+  readonly strides: readonly number[]
+}
+
 /**
  * A typed, strided array on a device. Operators take tensors and return new ones at once; the device works in the
  * background, and only {@link Tensor.read} waits. Memory is freed by {@link Tensor.dispose}, at the end of a `using` block
@@ -86,17 +92,11 @@ export class Tensor<D extends DType = DType> {
   readonly device: Device
   #handle: number | undefined
 
-  private constructor(
-    handle: number,
-    dtype: D,
-    shape: readonly number[],
-    strides: readonly number[],
-    device: Device,
-  ) {
+  private constructor(handle: number, dtype: D, { shape, strides }: Layout, device: Device) {
     this.#handle = handle
     this.dtype = dtype
-    this.shape = Object.freeze(shape)
-    this.strides = Object.freeze(strides)
+    this.shape = shape
+    this.strides = strides
     this.device = device
     abandoned.register(this, handle, this)
     track(this)
@@ -108,8 +108,13 @@ export class Tensor<D extends DType = DType> {
   }
 
   /** @internal Wraps what the addon made. */
-  static adopt(handle: number, dtype: number, shape: number[], device: Device): Tensor {
-    return new Tensor(handle, dtypes[dtype]!, shape, contiguousStrides(shape), device)
+  static adopt(handle: number, dtype: number, layout: Layout, device: Device): Tensor {
+    return new Tensor(handle, dtypes[dtype]!, layout, device)
+  }
+
+  /** @internal Arrays that tensors may share. */
+  static layout(shape: number[], strides: number[] = contiguousStrides(shape)): Layout {
+    return { shape: Object.freeze(shape), strides: Object.freeze(strides) }
   }
 
   /** @internal */
@@ -129,7 +134,7 @@ export class Tensor<D extends DType = DType> {
         ? addon().from(bytes, number, sizes, target.kind, target.index)
         : addon().empty(number, sizes, target.kind, target.index),
     )
-    return new Tensor(handle, dtype, sizes, contiguousStrides(sizes), target.device)
+    return new Tensor(handle, dtype, Tensor.layout(sizes), target.device)
   }
 
   /** @internal The addon's name for it; a disposed tensor has none. */
@@ -174,7 +179,7 @@ export class Tensor<D extends DType = DType> {
     // nothing lies anywhere, also where the offset would be outside
     const start = shape.includes(0) ? 0 : offset
     const handle = named(op, () => addon().view(this.handle, start, shape, strides))
-    return new Tensor(handle, this.dtype, shape, strides, this.device)
+    return new Tensor(handle, this.dtype, Tensor.layout(shape, strides), this.device)
   }
 
   #dimension(op: string, argument: string, value: unknown): number {
@@ -352,13 +357,7 @@ export class Tensor<D extends DType = DType> {
     const source = this.contiguous()
     try {
       const handle = named('to', () => addon().transfer(source.handle, target.kind, target.index))
-      return new Tensor(
-        handle,
-        this.dtype,
-        [...this.shape],
-        contiguousStrides(this.shape),
-        target.device,
-      )
+      return new Tensor(handle, this.dtype, Tensor.layout([...this.shape]), target.device)
     } finally {
       source.dispose()
     }

@@ -179,10 +179,10 @@ class CudaBackend final : public Backend {
  protected:
   void* allocate_bytes(size_t nbytes) override {
     check_lost();
-    cudaSetDevice(device.index);
     const size_t size = blocks_.class_of(nbytes);
     if (size)
       if (void* block = blocks_.take(size)) return block;
+    cudaSetDevice(device.index);
     void* data = nullptr;
     const auto ask = [&] { return cudaMallocAsync(&data, size ? size : nbytes, stream_); };
     cudaError_t status = ask();

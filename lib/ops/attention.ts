@@ -136,32 +136,45 @@ export function attention<D extends FloatDType>(
   checkTensor('attention', 'q', q)
   checkTensor('attention', 'k', k)
   checkOptions('attention', options, known)
-  const { slopes, sink, cacheSeqlens, mask, bias, ...rest } = options
-  const { weights = 'softmax' } = rest
-  const { cuSeqlensQ = mask?.cuSeqlensQ, cuSeqlensK = mask?.cuSeqlensK } = options
+  const call: AttentionOptions & Record<string, unknown> = { q, k, v, ...options }
   const made: Tensor[] = []
   try {
-    const [out, lse] = run('attention', {
-      q,
-      k,
-      v,
-      ...rest,
-      normalise: rest.normalise ?? divides(weights),
-      ...maskArguments('attention', mask, options.causal),
-      bias: biasOf('attention', bias, q, k, made),
-      slopes: vector('attention', 'slopes', slopes, q.device, made),
-      sink: vector('attention', 'sink', sink, q.device, made),
-      cuSeqlensQ: offsets('attention', 'cuSeqlensQ', cuSeqlensQ, q.shape[1], q.device, made),
-      cuSeqlensK: offsets('attention', 'cuSeqlensK', cuSeqlensK, k.shape[1], q.device, made),
-      cacheSeqlens: lengths('attention', 'cacheSeqlens', cacheSeqlens, q.device, made),
-    })
+    prepare('attention', call, q, k, made)
+    if (call.mask !== undefined) {
+      Object.assign(call, maskArguments('attention', call.mask, call.causal))
+    }
+    const [out, lse] = run('attention', call)
     return { out, lse } as AttentionResult<D>
   } finally {
     for (const tensor of made) tensor.dispose()
   }
 }
 
-const divides = (weights: string) => weights !== 'sigmoid' && weights !== 'relu'
+// Fills in what was left out and places arrays, in a copy of the options, so that each of them was read once. What is not
+// there stays so: most calls have few options, and their time on the host is that of this function.
+function prepare(
+  op: string,
+  call: AttentionOptions & Record<string, unknown>,
+  q: Tensor,
+  k: Tensor,
+  made: Tensor[],
+): void {
+  const { device, shape } = q
+  const { mask } = call
+  call.normalise ??= divides(call.weights)
+  const place = (name: string, placed: Tensor | undefined) => {
+    if (placed) call[name] = placed
+  }
+  place('bias', biasOf(op, call.bias, q, k, made))
+  place('slopes', vector(op, 'slopes', call.slopes, device, made))
+  place('sink', vector(op, 'sink', call.sink, device, made))
+  const { cuSeqlensQ = mask?.cuSeqlensQ, cuSeqlensK = mask?.cuSeqlensK } = call
+  place('cuSeqlensQ', offsets(op, 'cuSeqlensQ', cuSeqlensQ, shape[1], device, made))
+  place('cuSeqlensK', offsets(op, 'cuSeqlensK', cuSeqlensK, k.shape[1], device, made))
+  place('cacheSeqlens', lengths(op, 'cacheSeqlens', call.cacheSeqlens, device, made))
+}
+
+const divides = (weights: unknown) => weights !== 'sigmoid' && weights !== 'relu'
 
 // As a view of the whole map
 function biasOf(
@@ -276,26 +289,11 @@ export function attentionBackward<D extends FloatDType>(
   checkTensor(op, 'q', q)
   checkTensor(op, 'k', k)
   checkOptions(op, options, knownToBackward)
-  const { slopes, sink, cuSeqlensQ, cuSeqlensK, cacheSeqlens, bias, ...rest } = options
-  const { weights = 'softmax' } = rest
+  const call = { q, k, v, out, lse, dout, ...options }
   const made: Tensor[] = []
   try {
-    const [dq, dk, dv, dsink, dslopes] = run(op, {
-      q,
-      k,
-      v,
-      out,
-      lse,
-      dout,
-      ...rest,
-      normalise: rest.normalise ?? divides(weights),
-      bias: biasOf(op, bias, q, k, made),
-      slopes: vector(op, 'slopes', slopes, q.device, made),
-      sink: vector(op, 'sink', sink, q.device, made),
-      cuSeqlensQ: offsets(op, 'cuSeqlensQ', cuSeqlensQ, q.shape[1], q.device, made),
-      cuSeqlensK: offsets(op, 'cuSeqlensK', cuSeqlensK, k.shape[1], q.device, made),
-      cacheSeqlens: lengths(op, 'cacheSeqlens', cacheSeqlens, q.device, made),
-    })
+    prepare(op, call, q, k, made)
+    const [dq, dk, dv, dsink, dslopes] = run(op, call)
     return { dq, dk, dv, dsink, dslopes } as AttentionGradients<D>
   } finally {
     for (const tensor of made) tensor.dispose()
