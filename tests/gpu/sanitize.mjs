@@ -1,5 +1,7 @@
 // Every kernel once on small odd shapes, for the tools of the CUDA toolkit:
 //   compute-sanitizer --tool memcheck --error-exitcode 1 node tests/gpu/sanitize.mjs
+// Slow tools take it in parts: words select the checks whose names have one of them.
+//   compute-sanitizer --tool racecheck --error-exitcode 1 node tests/gpu/sanitize.mjs lightning masks
 import {
   add,
   alibiSlopes,
@@ -40,97 +42,114 @@ const differentiate = (q, k, v, { deterministic, ...options }) => {
   })
   results.push(...[out, lse, dq, dk, dv, dsink, dslopes].filter((made) => made !== undefined))
 }
+const words = process.argv.slice(2)
+const check = (name, body) => {
+  if (words.length === 0 || words.some((word) => name.includes(word))) body()
+}
 
 for (const dtype of ['bfloat16', 'float16', 'float32'])
   for (const d of [64, 128, 256, 40])
-    for (const causal of [true, false]) {
-      const [q, k, v] = [
-        draw([2, 193, 4, d], dtype),
-        draw([2, 257, 2, d], dtype),
-        draw([2, 257, 2, d], dtype),
-      ]
-      differentiate(q, k, v, { causal })
-      const options = {
-        causal,
-        window: 70,
-        softCap: 20,
-        slopes: alibiSlopes(4),
-        sink: [0, 1, 2, 3],
-      }
-      if (d < 256) differentiate(q, k, v, options)
-      differentiate(q, k, v, { causal, softCap: 20, sink: [0, 1, 2, 3], deterministic: false })
-    }
-const pages = draw([9, 16, 2, 64])
-const blockTable = tensor([3, 1, 8, 0, 2, 7], [2, 3], { dtype: 'int32', device })
-keep(
-  attention(draw([2, 3, 4, 64]), pages, pages, {
-    blockTable,
-    cacheSeqlens: [33, 48],
-    causal: true,
-  }),
-)
-keep(attention(draw([3, 1, 8, 128]), draw([3, 1500, 2, 128]), draw([3, 1500, 2, 128])))
-const packed = draw([1, 150, 2, 128])
+    for (const causal of [true, false])
+      check(`attention ${dtype} ${d} ${causal ? 'causal' : 'dense'}`, () => {
+        const [q, k, v] = [
+          draw([2, 193, 4, d], dtype),
+          draw([2, 257, 2, d], dtype),
+          draw([2, 257, 2, d], dtype),
+        ]
+        differentiate(q, k, v, { causal })
+        const options = {
+          causal,
+          window: 70,
+          softCap: 20,
+          slopes: alibiSlopes(4),
+          sink: [0, 1, 2, 3],
+        }
+        if (d < 256) differentiate(q, k, v, options)
+        differentiate(q, k, v, { causal, softCap: 20, sink: [0, 1, 2, 3], deterministic: false })
+      })
 const cu = [0, 1, 1, 70, 150]
-differentiate(packed, packed, packed, { causal: true, cuSeqlensQ: cu, cuSeqlensK: cu })
 const slopes = alibiSlopes(4)
+check('decode', () => {
+  const pages = draw([9, 16, 2, 64])
+  const blockTable = tensor([3, 1, 8, 0, 2, 7], [2, 3], { dtype: 'int32', device })
+  keep(
+    attention(draw([2, 3, 4, 64]), pages, pages, {
+      blockTable,
+      cacheSeqlens: [33, 48],
+      causal: true,
+    }),
+  )
+  keep(attention(draw([3, 1, 8, 128]), draw([3, 1500, 2, 128]), draw([3, 1500, 2, 128])))
+})
+check('packed', () => {
+  const packed = draw([1, 150, 2, 128])
+  differentiate(packed, packed, packed, { causal: true, cuSeqlensQ: cu, cuSeqlensK: cu })
+})
 for (const [d, e] of [
   [64, 64],
   [128, 128],
   [136, 72],
   [256, 40],
-]) {
-  const [q, k, v] = [draw([1, 150, 4, d]), draw([1, 150, 4, d]), draw([1, 150, 4, e])]
-  const initialState = randn([4, 4, d, e], { seed: seed++, device })
-  const options = { slopes, initialState, cuSeqlens: cu }
-  results.push(...Object.values(lightning(q, k, v, { ...options, outputFinalState: true })))
-  const dout = draw([1, 150, 4, e])
-  // in portable code and in Hopper's
-  for (const outputDslopes of [true, false]) {
-    const gradients = lightningBackward(q, k, v, dout, { ...options, outputDslopes })
-    results.push(...Object.values(gradients).filter((made) => made !== undefined))
-  }
-}
+])
+  check(`lightning ${d} ${e}`, () => {
+    const [q, k, v] = [draw([1, 150, 4, d]), draw([1, 150, 4, d]), draw([1, 150, 4, e])]
+    const initialState = randn([4, 4, d, e], { seed: seed++, device })
+    const options = { slopes, initialState, cuSeqlens: cu }
+    results.push(...Object.values(lightning(q, k, v, { ...options, outputFinalState: true })))
+    const dout = draw([1, 150, 4, e])
+    // in portable code and in Hopper's
+    for (const outputDslopes of [true, false]) {
+      const gradients = lightningBackward(q, k, v, dout, { ...options, outputDslopes })
+      results.push(...Object.values(gradients).filter((made) => made !== undefined))
+    }
+  })
 // few heads and a long sequence: segments side by side
-const long = draw([1, 4200, 1, 64])
-keep(lightning(long, long, long, { slopes: [0.01] }).out)
-keep(lightningBackward(long, long, long, long, { slopes: [0.01] }).dk)
+check('lightning long', () => {
+  const long = draw([1, 4200, 1, 64])
+  keep(lightning(long, long, long, { slopes: [0.01] }).out)
+  keep(lightningBackward(long, long, long, long, { slopes: [0.01] }).dk)
+})
 for (const dtype of ['bfloat16', 'float32']) {
-  const x = draw([1, 150, 4, 72], dtype)
-  keep(lightning(x, x, x, { slopes, cuSeqlens: cu }).out)
-  const token = draw([2, 2, 4, 72], dtype)
-  const states = zeros([3, 4, 72, 72], { device })
-  const slots = tensor([2, -1], [2], { dtype: 'int32', device })
-  keep(lightningDecode(token, token, token, states, slots, { slopes }).out)
-  const part = () => attention(x, x, x)
-  const [a, b] = [part(), part()]
-  keep(merge([a, b]))
-  const wide = draw([33, 136], dtype)
-  keep(linear(wide, draw([72, 136], dtype)))
-  keep(norm(wide, draw([136], dtype)))
-  keep(glu(wide, wide))
-  keep(rope(x))
-  keep(add(silu(wide), wide))
-  keep(embed(tensor([0, 49, 7], [3], { dtype: 'int32', device }), draw([50, 24], dtype)))
+  check(`lightning decode ${dtype}`, () => {
+    const x = draw([1, 150, 4, 72], dtype)
+    keep(lightning(x, x, x, { slopes, cuSeqlens: cu }).out)
+    const token = draw([2, 2, 4, 72], dtype)
+    const states = zeros([3, 4, 72, 72], { device })
+    const slots = tensor([2, -1], [2], { dtype: 'int32', device })
+    keep(lightningDecode(token, token, token, states, slots, { slopes }).out)
+  })
+  check(`small ${dtype}`, () => {
+    const x = draw([1, 150, 4, 72], dtype)
+    const part = () => attention(x, x, x)
+    const [a, b] = [part(), part()]
+    keep(merge([a, b]))
+    const wide = draw([33, 136], dtype)
+    keep(linear(wide, draw([72, 136], dtype)))
+    keep(norm(wide, draw([136], dtype)))
+    keep(glu(wide, wide))
+    keep(rope(x))
+    keep(add(silu(wide), wide))
+    keep(embed(tensor([0, 49, 7], [3], { dtype: 'int32', device }), draw([50, 24], dtype)))
+  })
+  check(`masks ${dtype}`, () => {
+    const [q, k] = [draw([1, 333, 4, 72], dtype), draw([1, 401, 2, 72], dtype)]
+    const over = (mask) => keep(attention(q, k, k, { mask }))
+    const options = { gamma: 0.7, minBudget: 0, block: 64 }
+    for (const mode of ['reference', 'coverage']) over(flexPrefill(q, k, { ...options, mode }))
+    over(sampled(q, k, { topK: 100 }))
+    over(xattention(q, k, { block: 64 }))
+    over(minference(q, k, { patterns: [{ kind: 'vertical-slash', vertical: 40, slash: 110 }] }))
+    const int32 = (values, shape) => tensor(values, shape, { dtype: 'int32', device })
+    const lists = {
+      count: int32([1, 0, 2], [1, 1, 3]),
+      index: int32([3, -1, 0, 0, 1, 2], [1, 1, 3, 2]),
+    }
+    const shape = { sq: 333, sk: 401, device }
+    over(Mask.fromLists(lists, shape).union(Mask.fromWindow({ window: 9, sinkTokens: 2 }, shape)))
+    over(Mask.fromDocuments([0, 100, 401], shape))
+  })
 }
-for (const dtype of ['bfloat16', 'float32']) {
-  const [q, k] = [draw([1, 333, 4, 72], dtype), draw([1, 401, 2, 72], dtype)]
-  const over = (mask) => keep(attention(q, k, k, { mask }))
-  const options = { gamma: 0.7, minBudget: 0, block: 64 }
-  for (const mode of ['reference', 'coverage']) over(flexPrefill(q, k, { ...options, mode }))
-  over(sampled(q, k, { topK: 100 }))
-  over(xattention(q, k, { block: 64 }))
-  over(minference(q, k, { patterns: [{ kind: 'vertical-slash', vertical: 40, slash: 110 }] }))
-  const int32 = (values, shape) => tensor(values, shape, { dtype: 'int32', device })
-  const lists = {
-    count: int32([1, 0, 2], [1, 1, 3]),
-    index: int32([3, -1, 0, 0, 1, 2], [1, 1, 3, 2]),
-  }
-  const shape = { sq: 333, sk: 401, device }
-  over(Mask.fromLists(lists, shape).union(Mask.fromWindow({ window: 9, sinkTokens: 2 }, shape)))
-  over(Mask.fromDocuments([0, 100, 401], shape))
-}
-keep(full([1001], 3, { device }).cast('float8_e4m3fn').cast('float16'))
+check('float8', () => keep(full([1001], 3, { device }).cast('float8_e4m3fn').cast('float16')))
 await synchronize(device)
 for (const result of results) await result.read()
 process.stdout.write(`${results.length} results\n`)
