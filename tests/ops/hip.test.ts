@@ -594,7 +594,9 @@ describeDevices('hip', (device) => {
       [64, 16],
     ] as const)
       expect(await misses({ topK: 2 * C, block: [1, 2] }, 2, m), `${C} for ${m}`).toBe(0)
-    expect(await misses({ topK: 2, block: [1, 2] }, 2, 1)).toBeGreaterThan(0.2)
+    // One interval alone misses a quarter of all targets: bounds are six deviations of 400 trials
+    const lost = await misses({ topK: 2, block: [1, 2] }, 2, 1)
+    expect(Math.abs(lost - 0.25), `${lost}`).toBeLessThan(0.13)
     const scan = (m: number) => [
       { chunk: 128, stride: 1, block: 1 },
       { chunk: 32, stride: 1, block: 1, topK: 512 * m },
@@ -608,14 +610,13 @@ describeDevices('hip', (device) => {
     )
     const lists = await read(q, tensor(spiky, [trials, T, 1, 1], { device }) as never, {
       ...base,
-      topK: 16,
+      topK: 256,
       block: [1, 2],
     })
-    const found = spikes.filter((t, b) =>
-      lists[b]![0]![0]!.some((a) => t === a || t === a + 1),
-    ).length
-    expect(found).toBeGreaterThan(0)
-    expect(found).toBeLessThan(trials / 4)
+    // Of all spikes 0.188 stand where the search happens to look at last, again with six deviations
+    const found =
+      spikes.filter((t, b) => lists[b]![0]![0]!.some((a) => t === a || t === a + 1)).length / trials
+    expect(Math.abs(found - 0.188), `${found}`).toBeLessThan(0.118)
   })
 
   it('keeps as much of the attention mass as the search is known to', async () => {
