@@ -1,22 +1,22 @@
-import { checkInteger, mustBe } from '../check.js'
+import { mustBe } from '../check.js'
 import { broken } from './error.js'
 import {
   type Access,
   type CascadeIR,
   type Expr,
   type FunctionName,
-  type Index,
+  namesIn,
   type Predicate,
   type Reducer,
   rankOf,
   type Span,
   type Statement,
   statementsOf,
-  visitAccesses,
   visitExprs,
   visitPredicate,
 } from './ir.js'
-import { indivisible, plainVariable, stepOf } from './validate.js'
+import { leftOf, Sizes } from './sizes.js'
+import { plainVariable } from './validate.js'
 
 /** A dense array with a shape, axes as the cascade writes them. */
 export interface DenseArray {
@@ -111,9 +111,8 @@ export function evaluate(
 }
 
 class Evaluation {
-  readonly #sizes = new Map<string, { size: number; source: string }>()
+  readonly #sizes: Sizes
   readonly #stores = new Map<string, Store>()
-  readonly #limit: number
   readonly #first: Span
 
   constructor(
@@ -125,16 +124,16 @@ class Evaluation {
     const { maxPoints = 1e9 } = options
     if (typeof maxPoints !== 'number' || !(maxPoints >= 1))
       throw mustBe('cascade', 'maxPoints', 'a number from 1 on', maxPoints)
-    this.#limit = maxPoints
     const all = statementsOf(ir.steps)
     this.#first = all[0]!.out.span
     for (const name of ir.inputs) this.#input(name)
-    this.#learnSizes(all)
+    const shapes = new Map([...this.#stores].map(([name, { shape }]) => [name, shape]))
+    this.#sizes = new Sizes(ir, shapes, options.sizes)
     for (const name of ir.scalars) {
       if (typeof scalars[name] !== 'number') throw this.#missing(name, 'scalar')
     }
     this.#checkMasks(all)
-    this.#checkPoints()
+    this.#sizes.checkPoints(maxPoints)
     for (const statement of all) this.#allocate(statement)
   }
 
@@ -145,7 +144,7 @@ class Evaluation {
         continue
       }
       const body = step.body.map((statement) => this.#compile(statement, step.variable))
-      const count = this.#size(rankOf(step.variable), step.span)
+      const count = this.#sizes.of(rankOf(step.variable), step.span)
       for (let i = 0; i < count; i++) for (const run of body) run(i)
     }
     const wanted = new Set([...this.ir.outputs, ...(this.options.keep ?? [])])
@@ -195,85 +194,6 @@ class Evaluation {
     this.#stores.set(name, store(Float64Array.from(data), [...shape]))
   }
 
-  // Sizes come from declarations, the caller, splits, and the shapes of inputs under plain variables
-  #learnSizes(all: readonly Statement[]): void {
-    const learn = (rank: string, size: number, source: string, span: Span) => {
-      const known = this.#sizes.get(rank)
-      if (known && known.size !== size) {
-        throw broken(
-          'CAS003',
-          `rank ${rank} is ${known.size} from ${known.source} but ${size} from ${source}`,
-          span,
-          rank,
-        )
-      }
-      if (!known) this.#sizes.set(rank, { size, source })
-    }
-    for (const [rank, size] of this.ir.ranks)
-      if (size !== undefined) learn(rank, size, 'its declaration', this.#first)
-    for (const [rank, size] of Object.entries(this.options.sizes ?? {}))
-      learn(rank, checkInteger('cascade', `sizes.${rank}`, size, 0), 'sizes', this.#first)
-    const fromAccess = (access: Access) => {
-      const { name, indices, span } = access
-      if (!this.ir.inputs.includes(name)) return
-      const { shape } = this.#stores.get(name)!
-      if (shape.length !== indices.length) {
-        throw broken(
-          'CAS002',
-          `${name} has ${indices.length} ranks on line ${span[0]} but was given with ${shape.length}`,
-          span,
-          name,
-        )
-      }
-      indices.forEach((index, i) => {
-        const variable = plainVariable(index)
-        if (variable !== undefined && this.ir.variables.includes(variable))
-          learn(rankOf(variable), shape[i]!, name, span)
-        else this.#sizeUnderSplit(index, shape[i]!, learn, name, span)
-      })
-    }
-    for (const { expr, where } of all) {
-      visitAccesses(expr, fromAccess)
-      if (where) visitPredicate(where, (one) => one.kind === 'access' && fromAccess(one))
-    }
-    for (const { variable, outer, inner, size, tailMask, span } of this.ir.splits) {
-      const whole = this.#sizes.get(rankOf(variable))
-      if (!whole)
-        throw broken(
-          'CAS003',
-          `rank ${rankOf(variable)} has no size; give it in sizes`,
-          span,
-          rankOf(variable),
-        )
-      if (whole.size % size !== 0 && !tailMask) throw indivisible(variable, size, whole.size, span)
-      learn(rankOf(inner), size, 'its split', span)
-      learn(rankOf(outer), Math.ceil(whole.size / size), 'its split', span)
-    }
-  }
-
-  // K[e, m1*M0 + m0] tells the size of M, of which m1 and m0 are the parts
-  #sizeUnderSplit(
-    index: Index,
-    size: number,
-    learn: (rank: string, size: number, source: string, span: Span) => void,
-    name: string,
-    span: Span,
-  ): void {
-    if (index.kind !== 'expr') return
-    const parts = new Set<string>()
-    visitExprs(index.expr, (one) => one.kind === 'name' && parts.add(one.name))
-    for (const split of this.ir.splits) {
-      if (parts.has(split.outer) && parts.has(split.inner))
-        learn(rankOf(split.variable), size, name, span)
-    }
-  }
-
-  #size(rank: string, span: Span): number {
-    const known = this.#sizes.get(rank)
-    if (!known) throw broken('CAS003', `rank ${rank} has no size; give it in sizes`, span, rank)
-    return known.size
-  }
-
   #checkMasks(all: readonly Statement[]): void {
     for (const { where } of all) {
       if (!where) continue
@@ -291,68 +211,23 @@ class Evaluation {
     }
   }
 
-  // Before anything is allocated: a tensor has no more coordinates than its statement has points
-  #checkPoints(): void {
-    for (const step of this.ir.steps) {
-      for (const statement of 'body' in step ? step.body : [step]) {
-        const { out, reduce } = statement
-        const variables = new Set(reduce?.over)
-        for (const index of out.indices) for (const name of variablesOf(index)) variables.add(name)
-        if ('body' in step) variables.add(step.variable)
-        let points = 1
-        for (const name of variables) points *= this.#size(rankOf(name), out.span)
-        if (points > this.#limit) throw this.#tooLarge(out, [...variables], points)
-      }
-    }
-  }
-
   #allocate({ out }: Statement): void {
     if (this.#stores.has(out.name)) return
-    const all = statementsOf(this.ir.steps).filter((one) => one.out.name === out.name)
-    const shape = out.indices.map((index, i) => {
-      const variable = index.kind === 'pin' ? index.name : [...variablesOf(index)][0]
-      if (variable === undefined)
-        throw broken(
-          'CAS001',
-          `line ${out.span[0]}: expected a variable on the left of ${out.name}`,
-          out.span,
-          out.name,
-        )
-      const size = this.#size(rankOf(variable), out.span)
-      // An iterative tensor has one more: before the first step
-      const iterative = all.some(
-        (one) => stepOf(one.out.indices[i]!, variable) === 1 || one.out.indices[i]!.kind === 'pin',
-      )
-      return iterative ? size + 1 : size
-    })
+    const shape = this.#sizes.shapeOf(out)
     const points = shape.reduce((product, size) => product * size, 1)
     this.#stores.set(out.name, store(new Float64Array(points), shape))
-  }
-
-  #tooLarge(out: Access, variables: readonly string[], points: number) {
-    const size = (rank: string) => this.#sizes.get(rank)?.size ?? 0
-    const largest = variables.map(rankOf).reduce((a, b) => (size(b) > size(a) ? b : a))
-    const short = (n: number) => n.toExponential(1).replace('e+', 'e').replace('.0e', 'e')
-    return broken(
-      'CAS012',
-      `${out.name} has ${short(points)} points, the limit is ${short(this.#limit)}; raise maxPoints or shrink ${largest}`,
-      out.span,
-      out.name,
-    )
   }
 
   // A statement as a function of the iterated variable's value
   #compile(statement: Statement, iterated: string | undefined): (step: number) => void {
     const { out, reduce, expr, where } = statement
     const over = reduce?.over ?? []
-    const left = new Set<string>()
-    for (const index of out.indices)
-      if (index.kind !== 'pin') for (const name of variablesOf(index)) left.add(name)
+    const left = leftOf(statement)
     if (iterated !== undefined) left.delete(iterated)
     const loops = [...left, ...over]
     const slots = new Map<string, number>(loops.map((name, i) => [name, i]))
     if (iterated !== undefined) slots.set(iterated, loops.length)
-    const sizes = loops.map((name) => this.#size(rankOf(name), out.span))
+    const sizes = loops.map((name) => this.#sizes.of(rankOf(name), out.span))
 
     const state: State = { at: new Int32Array(loops.length + 1), empty: false }
     const target = this.#stores.get(out.name)!
@@ -405,7 +280,7 @@ class Evaluation {
   #tail(slots: ReadonlyMap<string, number>): { test: Test; variables: string[] } | undefined {
     const tails = this.ir.splits.flatMap(({ variable, outer, inner, size, tailMask }) => {
       const [a, b] = [slots.get(outer), slots.get(inner)]
-      const whole = this.#sizes.get(rankOf(variable))!.size
+      const whole = this.#sizes.get(rankOf(variable))!
       if (!tailMask || whole % size === 0 || a === undefined || b === undefined) return []
       return [{ a, b, size, whole, names: [outer, inner] }]
     })
@@ -512,7 +387,7 @@ class Evaluation {
     if (slot !== undefined) return (state) => state.at[slot]!
     if (this.#stores.has(name))
       return this.#read({ kind: 'access', name, indices: [], span }, slots)
-    const size = this.#sizes.get(name)?.size
+    const size = this.#sizes.get(name)
     if (size !== undefined) return () => size
     const scalar = this.scalars[name]
     if (scalar === undefined)
@@ -532,7 +407,7 @@ class Evaluation {
     })
     const safe = plain.every((slot, i) => {
       const name = plainVariable(indices[i]!)
-      return slot !== undefined && this.#sizes.get(rankOf(name!))!.size <= from.shape[i]!
+      return slot !== undefined && this.#sizes.get(rankOf(name!))! <= from.shape[i]!
     })
     if (safe) {
       const offset = plainOffset(plain as number[], from.strides)
@@ -618,23 +493,6 @@ function plainOffset(
   if (slots.length === 2) return (at) => at[a]! * sa + at[b]! * sb
   if (slots.length === 3) return (at) => at[a]! * sa + at[b]! * sb + at[c]! * sc
   return (at) => slots.reduce((sum, slot, i) => sum + at[slot]! * strides[i]!, 0)
-}
-
-function variablesOf(index: Index): Set<string> {
-  const names = new Set<string>()
-  if (index.kind === 'pin') return names
-  visitExprs(index.expr, (one) => {
-    if (one.kind === 'name' && /^[a-z]/.test(one.name)) names.add(one.name)
-  })
-  return names
-}
-
-function namesIn(predicate: Predicate): Set<string> {
-  const names = new Set<string>()
-  visitPredicate(predicate, (one) => {
-    if (one.kind === 'name') names.add(one.name)
-  })
-  return names
 }
 
 function store(data: Float64Array, shape: number[]): Store {

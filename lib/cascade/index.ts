@@ -2,7 +2,7 @@ import { checkOptions, mustBe } from '../check.js'
 import { type Analysis, type AnalyzeOptions, analyze } from './analyze.js'
 import { type DenseArray, type DenseResult, type EvaluateOptions, evaluate } from './evaluate.js'
 import type { CascadeIR } from './ir.js'
-import { type CompileOptions, compile, type Plan } from './lower.js'
+import { type CompileOptions, compile, fusedOf, type Plan } from './lower.js'
 import { parse } from './parse.js'
 import { print } from './print.js'
 import { validate } from './validate.js'
@@ -71,7 +71,8 @@ export interface Cascade {
    * const { O, LSE } = plan(q, k, v, { scale: 0.125 })
    * console.log(plan.explain().slots, explain(plan, q, k, v).variant)
    * @throws HeddleError `CAS020` if no kernel computes it, `CAS021` if it takes several passes besides, `CAS022` if an
-   * operator has the form but not this mask, scale or distance.
+   * operator has the form but not this mask, scale or distance; with `fused: 'preferred'` it runs statement by statement
+   * instead.
    */
   compile(options?: CompileOptions): Plan
   /** The text in the usual form; it parses back to the same cascade. */
@@ -114,7 +115,7 @@ export function cascade(
         : undefined
   if (whole === undefined) throw mustBe('cascade', 'text', 'a string', text)
   const ir = validate(parse(whole))
-  let plan: Plan | undefined
+  const plans: { [fused in 'required' | 'preferred']?: Plan } = {}
   return Object.freeze({
     text: whole,
     ir,
@@ -132,8 +133,9 @@ export function cascade(
     },
     analyze: (options: AnalyzeOptions = {}) => analyze(ir, options),
     compile(options: CompileOptions = {}) {
-      plan ??= compile(ir, options)
-      return plan
+      const fused = fusedOf(options)
+      plans[fused] ??= compile(ir, fused)
+      return plans[fused]
     },
     toString: () => print(ir),
   })

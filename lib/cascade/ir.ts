@@ -163,3 +163,12 @@ export function visitPredicate(predicate: Predicate, visit: (expr: Expr) => void
     visitPredicate(predicate.b, visit)
   }
 }
+
+/** @internal The names without brackets in a predicate. */
+export function namesIn(predicate: Predicate): Set<string> {
+  const names = new Set<string>()
+  visitPredicate(predicate, (one) => {
+    if (one.kind === 'name') names.add(one.name)
+  })
+  return names
+}

@@ -1,5 +1,5 @@
 import { checkOptions, mustBe } from '../check.js'
-import { refuse } from '../errors.js'
+import { HeddleError, refuse } from '../errors.js'
 import { type AttentionOptions, attention } from '../ops/attention.js'
 import { sigmoid, silu } from '../ops/elementwise.js'
 import { glu } from '../ops/glu.js'
@@ -36,6 +36,7 @@ import {
 } from './normal.js'
 import { parse } from './parse.js'
 import { print } from './print.js'
+import { runSteps } from './steps.js'
 import { validate } from './validate.js'
 
 // Which operator of the library computes a cascade: the normal forms of its outputs are taken apart slot by slot. What is
@@ -52,6 +53,8 @@ export interface PlanExplanation {
   slots: Readonly<Record<string, string>>
   /** Operators that were looked at before, and why they do not take the cascade. */
   refused: readonly { operator: string; einsum: string; reason: string }[]
+  /** Why no operator takes it, where it runs statement by statement. */
+  refusal: string | undefined
   analysis: Analysis
 }
 
@@ -74,6 +77,9 @@ interface Call {
 interface Lowered {
   operator: string
   slots: Record<string, string>
+  refusal?: string
+  /** Names that a call may give besides scalars. */
+  ranks?: readonly string[]
   run(call: Call): Record<string, Tensor>
 }
 
@@ -85,6 +91,11 @@ class Mismatch {
     readonly fit: number,
     readonly code: 'CAS020' | 'CAS022' = 'CAS020',
   ) {}
+}
+
+interface Refused {
+  operator: string
+  mismatch: Mismatch
 }
 
 const has = (one: { free: ReadonlySet<string> }, names: Iterable<string>) =>
@@ -619,20 +630,64 @@ const families = { attention: attentionOf, lightning: lightningOf, fixed: fixedO
 
 /** Options of compiling a cascade. */
 export interface CompileOptions {
-  /** `'required'`, as if left out: one operator computes all outputs, or the text is refused. */
-  fused?: 'required' | undefined
+  /**
+   * With `'required'`, as if left out, one operator computes all outputs, or the text is refused. With `'preferred'` what
+   * would be refused runs statement by statement: the operator is then `'einsum'`, tensors have the axes of the text, results
+   * and what lies between them are float32, and sizes that no input tells are given beside the scalars. It traverses
+   * everything as often as the text says.
+   */
+  fused?: 'required' | 'preferred' | undefined
 }
 
 const known: ReadonlySet<string> = new Set<keyof CompileOptions>(['fused'])
 const plans = new Map<string, Plan>()
 
-/** @internal */
-export function compile(ir: CascadeIR, options: CompileOptions): Plan {
+/** @internal The option after checks. */
+export function fusedOf(options: CompileOptions): 'required' | 'preferred' {
   checkOptions('cascade', options, known)
-  const key = print(ir)
+  const { fused = 'required' } = options
+  if (fused !== 'required' && fused !== 'preferred')
+    throw mustBe('cascade', 'fused', "'required' or 'preferred'", fused)
+  return fused
+}
+
+/** @internal */
+export function compile(ir: CascadeIR, fused: 'required' | 'preferred'): Plan {
+  const key = `${fused} ${print(ir)}`
   const before = plans.get(key)
   if (before) return before
-  const refused: { operator: string; mismatch: Mismatch }[] = []
+  const refused: Refused[] = []
+  const plan = planOf(
+    ir,
+    fused === 'required' ? fusedOne(ir, refused) : either(ir, refused),
+    refused,
+  )
+  plans.set(key, plan)
+  return plan
+}
+
+function either(ir: CascadeIR, refused: Refused[]): Lowered {
+  try {
+    return fusedOne(ir, refused)
+  } catch (error) {
+    if (!(error instanceof HeddleError)) throw error
+    return stepsOf(ir, error.message)
+  }
+}
+
+// Statement by statement
+function stepsOf(ir: CascadeIR, refusal: string): Lowered {
+  const ranks = [...ir.families.map(({ name }) => name), ...ir.ranks.keys()]
+  return {
+    operator: 'einsum',
+    slots: {},
+    refusal,
+    ranks,
+    run: ({ tensors, scalars }) => runSteps(ir, tensors, scalars),
+  }
+}
+
+function fusedOne(ir: CascadeIR, refused: Refused[]): Lowered {
   const normal = normalOf(ir)
   for (const tensor of ir.outputs) {
     const found = normal.forms.get(tensor)
@@ -651,9 +706,7 @@ export function compile(ir: CascadeIR, options: CompileOptions): Plan {
   }
   for (const [operator, lower] of Object.entries(families)) {
     try {
-      const plan = planOf(ir, lower(normal, ir), refused)
-      plans.set(key, plan)
-      return plan
+      return lower(normal, ir)
     } catch (error) {
       if (!(error instanceof Mismatch)) throw error
       refused.push({ operator, mismatch: error })
@@ -673,7 +726,7 @@ function normalOf(ir: CascadeIR): Normal {
   }
 }
 
-function refusal(ir: CascadeIR, refused: readonly { operator: string; mismatch: Mismatch }[]) {
+function refusal(ir: CascadeIR, refused: readonly Refused[]) {
   const { operator, mismatch } = refused.reduce((a, b) => (b.mismatch.fit > a.mismatch.fit ? b : a))
   const nearest = `the nearest operator, ${operator}, does not take ${mismatch.einsum}: ${mismatch.reason}`
   const span = spanOf(ir, mismatch.einsum)
@@ -696,12 +749,8 @@ function refusal(ir: CascadeIR, refused: readonly { operator: string; mismatch: 
   )
 }
 
-function planOf(
-  ir: CascadeIR,
-  lowered: Lowered,
-  refused: readonly { operator: string; mismatch: Mismatch }[],
-): Plan {
-  const scalarNames: ReadonlySet<string> = new Set(ir.scalars)
+function planOf(ir: CascadeIR, lowered: Lowered, refused: readonly Refused[]): Plan {
+  const scalarNames: ReadonlySet<string> = new Set([...ir.scalars, ...(lowered.ranks ?? [])])
   const count = ir.inputs.length
   const plan = (...inputs: readonly (Tensor | Scalars)[]) => {
     if (inputs.length < count || inputs.length > count + 1)
@@ -732,6 +781,7 @@ function planOf(
           einsum: mismatch.einsum,
           reason: mismatch.reason,
         })),
+        refusal: lowered.refusal,
         analysis: analyze(ir, options),
       }),
     }),

@@ -40,7 +40,7 @@ function pairs(
 }
 
 /** @internal What `compile` finds: an operator, or the error that says why there is none. */
-export type Found = Omit<PlanExplanation, 'analysis'> | HeddleError
+export type Found = Pick<PlanExplanation, 'operator' | 'slots' | 'refused'> | HeddleError
 
 function find(parsed: Cascade): Found {
   try {
