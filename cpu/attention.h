@@ -186,6 +186,7 @@ template <class T> struct Problem {
   const bool shifted = op.shifted();
   const bool lifted = shifted && op.weights != Attention::kSoftmax;
   const bool plain = !(op.soft_cap > 0) && !op.slopes && !op.bias && !lifted;
+  const MaskView mask = op.mask_view(op.q.shape[1], op.q.shape[2]);
 
   Vec score(Vec s, Vec slope_log2, Vec distance) const {
     if (op.soft_cap > 0) s = cap_log2 * tanh(s);
@@ -261,6 +262,15 @@ template <class T> struct Problem {
         op.causal || op.window > 0 ? std::clamp<int64_t>(p + 1, 0, sequence.sk) : sequence.sk;
     const int64_t begin = op.window > 0 ? std::max<int64_t>(p - op.window + 1, 0) : 0;
     return {std::min(begin, end), end};
+  }
+  // The same under the mask, of a row of a part
+  MaskRow masked(const Part& part, int64_t row) const {
+    const Sequence& sequence = *part.sequence;
+    const int64_t query = query_of(part, row);
+    const int64_t first =
+        op.cu_seqlens_q ? first_block_row(sequence.q_begin, sequence.index, mask.block_q) : 0;
+    return mask.row(sequence.batch, sequence.index, first, sequence.q_begin, head_of(part, row),
+                    query, sequence.position(0), visible(sequence, query).end);
   }
   // How many
   int64_t seen(const Part& part, int64_t row) const {

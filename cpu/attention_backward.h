@@ -63,8 +63,8 @@ template <class T> class BackwardKernel {
     slope_log2_ = take(kPanelRows);
     distance_ = take(kPanelRows);
     dslopes_ = take(kPanelRows);
-    first_ = reinterpret_cast<int32_t*>(take(kPanelRows));
-    last_ = reinterpret_cast<int32_t*>(take(kPanelRows));
+    low_ = reinterpret_cast<int32_t*>(take(kPanelRows));
+    high_ = reinterpret_cast<int32_t*>(take(kPanelRows));
   }
 
   // Adds what the part's keys and rows give to each other
@@ -89,13 +89,14 @@ template <class T> class BackwardKernel {
   }
 
  private:
+  enum class Seen { kNothing, kSome, kEverything };
+
   void step(const Part& part, int64_t row, Range tile, const Gradients& to) {
     const int64_t rows = std::min(kPanelRows, part.rows - row);
-    // Bounds never descend from one row to the next
-    const Range low = problem_.visible(part, row), high = problem_.visible(part, row + rows - 1);
-    if (high.end <= tile.begin || low.begin >= tile.end || high.end == low.begin) return;
-    const bool masked = high.begin > tile.begin || low.end < tile.end;
     lanes_ = padded(rows);
+    const Seen seen = look(part, row, rows, tile);
+    if (seen == Seen::kNothing) return;
+    const bool masked = seen == Seen::kSome;
     load_rows(part, row, rows, tile);
 
     product(scores_, kPanelRows, padded_count_, lanes_, problem_.d, tile_k_, d_, 1, lanes_q_,
@@ -115,6 +116,30 @@ template <class T> class BackwardKernel {
     product(dq, d_, rows, d_, count_, dscores_, 1, kPanelRows, tile_k_, d_, &keep);
   }
 
+  // Notes which keys of the tile the rows of the panel see; lanes past the last one see none
+  Seen look(const Part& part, int64_t row, int64_t rows, Range tile) {
+    // Bounds never descend from one row to the next
+    const Range low = problem_.visible(part, row), high = problem_.visible(part, row + rows - 1);
+    if (high.end <= tile.begin || low.begin >= tile.end || high.end == low.begin)
+      return Seen::kNothing;
+    const uint64_t whole = bit_range(0, count_);
+    uint64_t any = 0, all = whole;
+    for (int64_t r = 0; r < lanes_; ++r) {
+      uint64_t word = 0;
+      if (r < rows && problem_.op.masked) {
+        word = problem_.mask.seen(problem_.masked(part, row + r), tile.begin) & whole;
+      } else if (r < rows) {
+        const Range keys = problem_.visible(part, row + r);
+        word = bit_range(keys.begin - tile.begin, keys.end - tile.begin) & whole;
+      }
+      low_[r] = static_cast<int32_t>(word);
+      high_[r] = static_cast<int32_t>(word >> 32);
+      any |= word;
+      if (r < rows) all &= word;
+    }
+    return !any ? Seen::kNothing : all == whole ? Seen::kEverything : Seen::kSome;
+  }
+
   // Lanes past the last row hold zeros and weigh nothing
   void load_rows(const Part& part, int64_t row, int64_t rows, Range tile) {
     const Sequence& sequence = *part.sequence;
@@ -132,16 +157,12 @@ template <class T> class BackwardKernel {
       delta_[r] = statistics_.delta[at];
       slope_log2_[r] = problem_.slope_of(part, row + r);
       distance_[r] = static_cast<float>(tile.begin - problem_.position_of(part, row + r));
-      const Range seen = problem_.visible(part, row + r);
-      first_[r] = static_cast<int32_t>(std::clamp(seen.begin, tile.begin, tile.end) - tile.begin);
-      last_[r] = static_cast<int32_t>(std::clamp(seen.end, tile.begin, tile.end) - tile.begin);
     }
     for (int64_t r = rows; r < lanes_; ++r) {
       std::fill_n(rows_q_ + r * d_, d_, 0.f);
       std::fill_n(rows_dout_ + r * dv_, dv_, 0.f);
       lse_log2_[r] = INFINITY;
       delta_[r] = slope_log2_[r] = distance_[r] = 0;
-      first_[r] = last_[r] = 0;
     }
     transpose(lanes_q_, kPanelRows, rows_q_, d_, lanes_, problem_.d);
     transpose(lanes_dout_, kPanelRows, rows_dout_, dv_, lanes_, problem_.dv);
@@ -153,7 +174,6 @@ template <class T> class BackwardKernel {
     for (int64_t at = 0; at < lanes_; at += kLanes) {
       const Vec lse = load(lse_log2_ + at), delta = op.normalise ? load(delta_ + at) : zero();
       const Vec slope = load(slope_log2_ + at), distance = load(distance_ + at);
-      const Int first = load_int(first_ + at), last = load_int(last_ + at);
       Vec dslope = zero();
       for (int64_t t = 0; t < count_; ++t) {
         float* const score = scores_ + t * kPanelRows + at;
@@ -172,8 +192,8 @@ template <class T> class BackwardKernel {
         auto [p, rate] = problem_.differentiate(s, lse);
         Vec ds = rate * (load(dscore) - delta);
         if (masked) {
-          const Int key = splat_int(static_cast<int32_t>(t));
-          const Mask sees = (key >= first) & (key < last);
+          const Int word = load_int((t < 32 ? low_ : high_) + at);
+          const Mask sees = (word >> static_cast<int>(t & 31) & 1) != 0;
           p = sees ? p : zero();
           ds = sees ? ds : zero();
         }
@@ -203,7 +223,8 @@ template <class T> class BackwardKernel {
         store(acc + i, load(acc + i) + factor * load(line + i));
     };
     for (int64_t r = 0; r < rows; ++r)
-      for (int64_t t = first_[r]; t < last_[r]; ++t) {
+      for (int64_t t = 0; t < count_; ++t) {
+        if (!((t < 32 ? low_ : high_)[r] >> (t & 31) & 1)) continue;
         const float p = scores_[t * kPanelRows + r], ds = dscores_[t * kPanelRows + r];
         add(to.dv + t * dv_, p, rows_dout_ + r * dv_, dv_);
         add(to.dk + t * d_, ds, rows_q_ + r * d_, d_);
@@ -222,7 +243,7 @@ template <class T> class BackwardKernel {
   float *lanes_q_, *lanes_dout_;          // the same transposed
   float *scores_, *dscores_;              // [kTileKeys, kPanelRows]
   float *lse_log2_, *delta_, *slope_log2_, *distance_, *dslopes_;
-  int32_t *first_, *last_;  // the keys of the tile that a row sees
+  int32_t *low_, *high_;  // a bit for each key of the tile that a row sees
 };
 
 }  // namespace attention

@@ -76,17 +76,8 @@ template <class T> class RunKeys {
 // in.
 template <class T> class MaskKeys {
  public:
-  MaskKeys(const Problem<T>& problem, const Part& part)
-      : part_(part), mask_(problem.op.mask_view(problem.op.q.shape[1], problem.op.q.shape[2])) {
-    const Sequence& sequence = *part.sequence;
-    const int64_t first = problem.op.cu_seqlens_q
-                              ? first_block_row(sequence.q_begin, sequence.index, mask_.block_q)
-                              : 0;
-    for (int64_t row = 0; row < part.rows; ++row) {
-      const int64_t query = problem.query_of(part, row), head = problem.head_of(part, row);
-      rows_.push_back(mask_.row(sequence.batch, sequence.index, first, sequence.q_begin, head,
-                                query, sequence.position(0), problem.visible(sequence, query).end));
-    }
+  MaskKeys(const Problem<T>& problem, const Part& part) : part_(part), mask_(problem.mask) {
+    for (int64_t row = 0; row < part.rows; ++row) rows_.push_back(problem.masked(part, row));
     // Rows that share their lists, with what bounds them all
     for (const MaskRow& row : rows_) {
       const auto same = [&](const Lists& lists) {
@@ -198,7 +189,7 @@ template <class T> class MaskKeys {
   }
 
   const Part& part_;
-  MaskView mask_;
+  const MaskView& mask_;
   std::vector<MaskRow> rows_;
   std::vector<Lists> lists_;
   std::vector<size_t> list_of_;

@@ -122,7 +122,7 @@ struct Attention : MaskArguments {
 
 // The gradients of a call of attention from the call itself, its results and the gradient of out:
 // it has the same options, except that keys do not come in pages, that scores are no cosines and
-// that weights are not reweighted
+// that weights are not reweighted. A mask is a constant.
 struct AttentionBackward : Attention {
   static constexpr const char* kName = "attention.backward";
   Tensor dout;                // [b, sq, hq, dv], as out
@@ -155,6 +155,7 @@ struct AttentionBackward : Attention {
     schema.number("power", &Op::power, 1).at_least(1).at_most(8);
     schema.flag("normalise", &Op::normalise, true);
     schema.number("length_scale", &Op::length_scale, 0);
+    describe_mask<Op>(schema);
     schema.output("dq", &Op::dq, "b sq hq d", like("q"));
     schema.output("dk", &Op::dk, "b sk hk d", like("q"));
     schema.output("dv", &Op::dv, "b sk hk dv", like("q"));

@@ -56,6 +56,7 @@ BackwardCall backward_call(const AttentionBackward& op, const CudaContext& conte
 
 const char* declines_wgmma(const AttentionBackward& op, const CudaContext& context) {
   if (const char* reason = declines_hopper(op, context)) return reason;
+  if (op.masked) return "mask must be left out";
   if (op.out.strides[3] != 1 || op.dout.strides[3] != 1)
     return "out and dout must be contiguous along d";
   return declines_backward_sm90(backward_call(op, context));

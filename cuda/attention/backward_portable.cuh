@@ -74,10 +74,11 @@ __device__ inline Place place_tile(const ForwardArgs& p, int64_t batch, int64_t 
 }
 
 // 32 rows of query head `owner`, or 32 keys of kv head `owner`; a thread has kColumns of each sum
-template <class T, bool kOwnsKeys, int kColumns>
+template <class T, bool kOwnsKeys, int kColumns, bool kMasked>
 __device__ void gradient_tile(const BackwardArgs& args, const Place& place, int64_t owner) {
   const ForwardArgs& p = args.call;
   extern __shared__ float smem[];
+  __shared__ uint32_t smem_seen[kRowTile];  // of each query of the tile, a bit per key
   const int width = p.d + 1, width_v = p.dv + 1;
   float* smem_own = smem;                               // [32, d + 1] of q or k
   float* smem_own_v = smem_own + kRowTile * width;      // [32, dv + 1] of dout or v
@@ -130,6 +131,19 @@ __device__ void gradient_tile(const BackwardArgs& args, const Place& place, int6
     const float slope = p.slopes ? p.slopes[head * p.slopes_stride] : 0;
     for (int64_t other0 = first; other0 < last; other0 += kOtherTile) {
       __syncthreads();
+      if constexpr (kMasked) {
+        uint32_t seen = 0;
+        const int64_t query = (kOwnsKeys ? other0 : place.row0) + thread;
+        if (thread < (kOwnsKeys ? kOtherTile : kRowTile)) {
+          if (query < place.sq)
+            seen = static_cast<uint32_t>(
+                p.mask.seen(mask_row(p, place, head, query), kOwnsKeys ? place.row0 : other0) &
+                (kOwnsKeys ? ~0u : (1u << kOtherTile) - 1));
+          smem_seen[thread] = seen;
+        }
+        // a tile without a pair that meets is not loaded
+        if (!__syncthreads_or(seen != 0)) continue;
+      }
       if (kOwnsKeys) {
         load(smem_other, p.q, false, head, other0, kOtherTile, p.d);
         load(smem_other_v, args.dout, false, head, other0, kOtherTile, p.dv);
@@ -152,6 +166,7 @@ __device__ void gradient_tile(const BackwardArgs& args, const Place& place, int6
         if (query >= place.sq || t >= place.sk || its >= last) continue;
         if ((p.causal || p.window) && t > position) continue;
         if (p.window && t <= position - p.window) continue;
+        if (kMasked && !(smem_seen[kOwnsKeys ? c : own] >> (kOwnsKeys ? own : c) & 1)) continue;
         float s = 0, dp = 0;
         for (int e = 0; e < p.d; ++e)
           s = fmaf(smem_own[own * width + e], smem_other[c * width + e], s);
@@ -216,10 +231,10 @@ __device__ void gradient_tile(const BackwardArgs& args, const Place& place, int6
     args.row_dslope[(place.batch * p.hq + first_head) * p.sq + place.q_begin + token] = dslope;
 }
 
-template <class T, bool kOwnsKeys>
+template <class T, bool kOwnsKeys, bool kMasked>
 __global__ void __launch_bounds__(kAttentionThreads) attention_gradient_kernel(BackwardArgs args) {
   const Place place = find_place(args.call, blockIdx.x, kOwnsKeys);
-  if (place.any) gradient_tile<T, kOwnsKeys, kMostColumns>(args, place, blockIdx.y);
+  if (place.any) gradient_tile<T, kOwnsKeys, kMostColumns, kMasked>(args, place, blockIdx.y);
 }
 
 // The row tiles, or key tiles, that backward_sm90 has marked. Neighbours go to different CTAs.
@@ -239,7 +254,7 @@ __device__ void redo_tiles(const BackwardArgs& args, const GradientTiles& tiles,
       const int64_t end = place.row0 + size;
       for (; place.row0 < end; place.row0 += kRowTile) {
         __syncthreads();
-        gradient_tile<T, kOwnsKeys, kHopperColumns>(args, place, i / each % heads);
+        gradient_tile<T, kOwnsKeys, kHopperColumns, false>(args, place, i / each % heads);
       }
     }
   }
@@ -323,9 +338,13 @@ template <class T> void backward_portable(const BackwardArgs& args, CudaContext&
     attention_delta_kernel<T>
         <<<blocks_for(rows * 32, context), kThreads, 0, context.stream>>>(args);
     context.launched("attention_delta_kernel");
-    launch_gradient(attention_gradient_kernel<T, false>, tiles(call.sq), call.hq);
+    launch_gradient(call.masked ? attention_gradient_kernel<T, false, true>
+                                : attention_gradient_kernel<T, false, false>,
+                    tiles(call.sq), call.hq);
   }
-  launch_gradient(attention_gradient_kernel<T, true>, tiles(call.sk), call.hk);
+  launch_gradient(call.masked ? attention_gradient_kernel<T, true, true>
+                              : attention_gradient_kernel<T, true, false>,
+                  tiles(call.sk), call.hk);
   sum_heads(args, context);
 }
 

@@ -131,6 +131,17 @@ __device__ inline int64_t keys_seen(const ForwardArgs& p, const Place& place, in
   return p.window ? max(end - max(position - p.window + 1, int64_t{0}), int64_t{0}) : end;
 }
 
+// Query `query` of a sequence under the mask
+__device__ inline MaskRow mask_row(const ForwardArgs& p, const Place& place, int64_t head,
+                                   int64_t query) {
+  const int64_t off = place.sk - place.sq;
+  return p.mask.row(
+      place.batch, place.sequence,
+      p.cu_seqlens_q ? first_block_row(place.q_begin, place.sequence, p.mask.block_q) : 0,
+      place.q_begin, head, query, off,
+      p.causal ? clamp_to(off + query + 1, 0, place.sk) : place.sk);
+}
+
 // What a row knows of its weights besides the scores
 struct Lift {
   float gain = 0, offset = 0;  // gain is a natural log
@@ -231,13 +242,8 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_portable_kernel(F
   const int64_t begin = first + split * share * kKeyTile;
   const int64_t end = min(last, begin + share * kKeyTile);
 
-  MaskRow mask_row{};
-  if (p.masked)
-    mask_row = p.mask.row(
-        place.batch, place.sequence,
-        p.cu_seqlens_q ? first_block_row(place.q_begin, place.sequence, p.mask.block_q) : 0,
-        place.q_begin, head, min(query, place.sq - 1), place.sk - place.sq,
-        p.causal ? clamp_to(position + 1, 0, place.sk) : place.sk);
+  MaskRow own_mask{};
+  if (p.masked) own_mask = mask_row(p, place, head, min(query, place.sq - 1));
 
   const float slope = p.slopes ? p.slopes[head * p.slopes_stride] : 0;
   const int64_t row_keys = exists ? keys_seen(p, place, position) : 0;
@@ -251,7 +257,7 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_portable_kernel(F
   for (int64_t t0 = begin; t0 < end; t0 += kKeyTile) {
     uint32_t seen = ~0u;
     if (p.masked) {
-      seen = exists ? static_cast<uint32_t>(p.mask.seen(mask_row, t0)) : 0;
+      seen = exists ? static_cast<uint32_t>(p.mask.seen(own_mask, t0)) : 0;
       // All threads take the same turn, as the loads below wait for each other
       if (!__syncthreads_or(seen != 0)) continue;
     }

@@ -140,9 +140,6 @@ export function attention<D extends FloatDType>(
   const made: Tensor[] = []
   try {
     prepare('attention', call, q, k, made)
-    if (call.mask !== undefined) {
-      Object.assign(call, maskArguments('attention', call.mask, call.causal))
-    }
     const [out, lse] = run('attention', call)
     return { out, lse } as AttentionResult<D>
   } finally {
@@ -162,6 +159,7 @@ function prepare(
   const { device, shape } = q
   const { mask } = call
   call.normalise ??= divides(call.weights)
+  if (mask !== undefined) Object.assign(call, maskArguments(op, mask, call.causal))
   const place = (name: string, placed: Tensor | undefined) => {
     if (placed) call[name] = placed
   }
@@ -203,10 +201,7 @@ function biasOf(
 
 /** Options of {@link attentionBackward}: those of the forward call. */
 export interface AttentionBackwardOptions
-  extends Omit<
-    AttentionOptions,
-    'blockTable' | 'mask' | 'weights' | 'cosine' | 'level' | 'offset'
-  > {
+  extends Omit<AttentionOptions, 'blockTable' | 'weights' | 'cosine' | 'level' | 'offset'> {
   /** As in {@link AttentionOptions}, but for `'reweighted'`. */
   weights?: 'softmax' | 'sigmoid' | 'relu' | 'softplus' | undefined
   /**
@@ -250,6 +245,7 @@ const knownToBackward: ReadonlySet<string> = new Set<keyof AttentionBackwardOpti
   'cuSeqlensQ',
   'cuSeqlensK',
   'cacheSeqlens',
+  'mask',
   'bias',
   'weights',
   'power',
@@ -261,7 +257,7 @@ const knownToBackward: ReadonlySet<string> = new Set<keyof AttentionBackwardOpti
 /**
  * Gradients of {@link attention}, also reachable as `attention.backward`: scores are computed again from q, k and `lse`, as
  * {@link attentionBackwardDefinition} says, so nothing of the size [sq, sk] is ever stored. A row that sees no key gives
- * and gets nothing.
+ * and gets nothing. A mask is a constant: what selected its keys gets no gradient.
  *
  * @param q [b, sq, hq, d]; q, k, v and options are those of the call of {@link attention}.
  * @param out [b, sq, hq, dv], as {@link attention} returned it.

@@ -1,6 +1,7 @@
 import { join } from 'node:path'
 import {
   attention,
+  attentionBackward,
   hip,
   hipAttention,
   hipDecoder,
@@ -21,10 +22,11 @@ import {
   load,
   newCache,
 } from '../../examples/byte-lm/decoder.js'
-import { maxError } from '../support/compare.js'
+import { expectGradients, maxError } from '../support/compare.js'
 import { describeDevices, epsilon } from '../support/devices.js'
 import { failure } from '../support/failure.js'
 import { random, sample } from '../support/random.js'
+import { attentionGradients, reader } from '../support/reference.js'
 
 type Half = Tensor<'bfloat16'>
 
@@ -66,6 +68,37 @@ describeDevices('hip mechanisms', (device) => {
         a.map((x, i) => (i % 200 < 160 ? b[i]! : x)),
       ),
     ).toBeLessThan(1e-6)
+  })
+
+  it('have gradients through what was found', async () => {
+    const rng = random(327)
+    const c = {
+      ...{ b: 2, sq: 90, sk: 250, hq: 4, hk: 2, d: 32, dv: 16, scale: 1 / Math.sqrt(32) },
+      ...{ causal: true, window: undefined, softCap: 0, slopes: undefined, sink: undefined },
+    }
+    const q = await sample(rng, [c.b, c.sq, c.hq, c.d], 'float32', device)
+    const k = await sample(rng, [c.b, c.sk, c.hk, c.d], 'float32', device)
+    const v = await sample(rng, [c.b, c.sk, c.hk, c.dv], 'float32', device)
+    const dout = await sample(rng, [c.b, c.sq, c.hq, c.dv], 'float32', device)
+    for (const block of [[16, 2] as const, [64, 8] as const]) {
+      const mask = hip(q.tensor, k.tensor, { topK: 32, block, window: 16, sinkTokens: 8 })
+      const seen = await mask.toDense()
+      const each = c.hq / mask.heads
+      const sees = (b: number, head: number, i: number, t: number) =>
+        seen[((b * mask.heads + Math.floor(head / each)) * c.sq + i) * c.sk + t] === 1
+      const reference = attentionGradients(
+        { ...c, sees },
+        reader(q.values, c.sq, c.hq, c.d),
+        reader(k.values, c.sk, c.hk, c.d),
+        reader(v.values, c.sk, c.hk, c.dv),
+        reader(dout.values, c.sq, c.hq, c.dv),
+        'float32',
+      )
+      const given = [q.tensor, k.tensor, v.tensor] as const
+      const { out, lse } = attention(...given, { mask })
+      const result = attentionBackward(...given, out, lse, dout.tensor, { mask })
+      await expectGradients(result, reference, c, 'float32', `${block}`)
+    }
   })
 
   it('decode as a search of every token, and lose nothing in between', async () => {

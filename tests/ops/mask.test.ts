@@ -1,10 +1,24 @@
-import { attention, type Device, type FloatDType, Mask, merge, type Tensor, tensor } from 'heddle'
+import {
+  attention,
+  attentionBackward,
+  type Device,
+  type FloatDType,
+  Mask,
+  merge,
+  type Tensor,
+  tensor,
+} from 'heddle'
 import { describe, expect, it } from 'vitest'
-import { expectClose, maxError } from '../support/compare.js'
+import { expectClose, expectGradients, largest, maxError } from '../support/compare.js'
 import { describeDevices, floats } from '../support/devices.js'
 import { failure } from '../support/failure.js'
 import { type Random, random, sample } from '../support/random.js'
-import { type AttentionCase, attentionReference, reader } from '../support/reference.js'
+import {
+  type AttentionCase,
+  attentionGradients,
+  attentionReference,
+  reader,
+} from '../support/reference.js'
 
 const lengths = [1, 17, 63, 64, 65, 130, 257]
 
@@ -248,6 +262,80 @@ describeDevices('attention over a mask', (device) => {
       }
     }, 300_000)
 
+    it('has the gradients of random masks of every kind', async () => {
+      const rng = random(78)
+      for (let n = 0; n < 14; n++) {
+        const c = plainCase(rng)
+        if (rng.chance(0.4)) {
+          c.slopes = Array.from(rng.normals(c.hq), (x) => Math.fround(Math.abs(x) * 0.1))
+          c.sink = Array.from(rng.normals(c.hq))
+        }
+        const m = drawMask(rng, c.b, rng.pick([1, c.hk, c.hq]), c.sq, c.sk)
+        c.causal = m.causal
+        c.sees = (b, head, i, t) => sees(m, b, Math.floor(head / (c.hq / m.heads)), i, t)
+        const { q, k, v } = await inputs(rng, c, dtype, device)
+        const dout = await sample(rng, [c.b, c.sq, c.hq, c.dv], dtype, device)
+        const reference = attentionGradients(
+          c,
+          reader(q.values, c.sq, c.hq, c.d),
+          reader(k.values, c.sk, c.hk, c.d),
+          reader(v.values, c.sk, c.hk, c.dv),
+          reader(dout.values, c.sq, c.hq, c.dv),
+          dtype,
+        )
+        const { scale, softCap, slopes, sink } = c
+        const options = { mask: maskOf(rng, m, device), scale, softCap, slopes, sink }
+        const { out, lse } = attention(q.tensor, k.tensor, v.tensor, options)
+        const result = attentionBackward(
+          q.tensor,
+          k.tensor,
+          v.tensor,
+          out,
+          lse,
+          dout.tensor,
+          options,
+        )
+        const what = `${JSON.stringify(c)} ${JSON.stringify({ ...m, table: undefined })}`
+        await expectGradients(result, reference, c, dtype, what)
+      }
+    }, 300_000)
+
+    it('takes nothing from, and gives nothing to, what is not listed', async () => {
+      const rng = random(79)
+      const draw = async () =>
+        (await sample(rng, [1, 256, 2, 64], dtype, device, { strided: false })).tensor
+      const [q, k, v, dout] = [await draw(), await draw(), await draw(), await draw()]
+      // nobody sees the second block of keys, and the last queries see none
+      const listed = Uint8Array.from({ length: 16 }, (_, i) => (i % 4 === 1 || i >= 12 ? 0 : 1))
+      const table = tensor(listed, [1, 1, 4, 4], { device })
+      const mask = Mask.fromBlocks(table, { sq: 256, block: 64, causal: false })
+      const gradients = async () => {
+        const { out, lse } = attention(q, k, v, { mask })
+        const { dq, dk, dv } = attentionBackward(q, k, v, out, lse, dout, { mask })
+        return Promise.all([bytes(dq), bytes(dk), bytes(dv)])
+      }
+      const clean = await gradients()
+      const zero = (of: Buffer, from: number, to: number) =>
+        of
+          .subarray((of.length / 256) * from, (of.length / 256) * to)
+          .every((byte) => byte % 128 === 0)
+      expect(zero(clean[0]!, 192, 256)).toBe(true)
+      expect(zero(clean[0]!, 0, 192)).toBe(false)
+      for (const of of clean.slice(1)) {
+        expect(zero(of, 64, 128)).toBe(true)
+        expect(zero(of, 128, 256)).toBe(false)
+      }
+      const poison = (of: Tensor, from: number) =>
+        of
+          .slice(1, from, from + 64)
+          .copyFrom(tensor([Number.NaN], [1], { device }).expand([1, 64, 2, 64]))
+      poison(k, 64)
+      poison(v, 64)
+      poison(q, 192)
+      poison(dout, 192)
+      expect(await gradients()).toEqual(clean)
+    })
+
     it('is the same for every format, order and head axis of one mask', async () => {
       const rng = random(71)
       const c = { ...plainCase(rng), b: 2, sq: 130, sk: 257, hq: 4, hk: 2 }
@@ -338,7 +426,14 @@ describeDevices('attention over a mask', (device) => {
           { sq: c.sq, sk: c.sk, block, cuSeqlensQ, cuSeqlensK, device },
         ),
       )
-      const packed = attention(q.tensor, k.tensor, v.tensor, { mask })
+      const dout = await sample(rng, [1, c.sq, c.hq, c.dv], 'float32', device)
+      const compute = (mask: Mask, of: readonly Tensor<FloatDType>[]) => {
+        const [q, k, v, dout] = of
+        const { out, lse } = attention(q!, k!, v!, { mask })
+        const { dq, dk, dv } = attentionBackward(q!, k!, v!, out, lse, dout!, { mask })
+        return [out, dq, dk, dv]
+      }
+      const packed = compute(mask, [q.tensor, k.tensor, v.tensor, dout.tensor])
       for (const [i, { sq, sk }] of parts.entries()) {
         const own = (of: Tensor<FloatDType>, cu: number[]) => of.slice(1, cu[i]!, cu[i + 1])
         const first = Math.floor(cuSeqlensQ[i]! / bq) + i
@@ -357,17 +452,18 @@ describeDevices('attention over a mask', (device) => {
             options,
           ),
         )
-        const alone = attention(
+        const alone = compute(single, [
           own(q.tensor, cuSeqlensQ),
           own(k.tensor, cuSeqlensK),
           own(v.tensor, cuSeqlensK),
-          { mask: single },
-        )
-        const error = maxError(
-          await own(packed.out, cuSeqlensQ).read({ as: 'float32' }),
-          await alone.out.read({ as: 'float32' }),
-        )
-        expect(error, JSON.stringify({ parts, i, block })).toBeLessThan(1e-5)
+          own(dout.tensor, cuSeqlensQ),
+        ])
+        for (const [n, cu] of [cuSeqlensQ, cuSeqlensQ, cuSeqlensK, cuSeqlensK].entries()) {
+          const expected = await alone[n]!.read({ as: 'float32' })
+          const error = maxError(await own(packed[n]!, cu).read({ as: 'float32' }), expected)
+          const most = 1e-5 * Math.max(1, largest(expected))
+          expect(error, JSON.stringify({ parts, i, block, n })).toBeLessThan(most)
+        }
       }
     }
   })

@@ -1,6 +1,7 @@
-import type { FloatDType } from 'heddle'
+import type { AttentionGradients, FloatDType, Tensor } from 'heddle'
 import { expect } from 'vitest'
 import { epsilon } from './devices.js'
+import type { AttentionCase, GradientReference, Gradients } from './reference.js'
 
 type Numbers = ArrayLike<number>
 
@@ -61,4 +62,30 @@ export function expectClose(
     2 * maxError(plain, expected) + units * epsilon[dtype] * Math.max(largest(expected), terms)
   const error = maxError(actual, expected)
   expect(error, `${what}: error ${error}, allowed ${bound}`).toBeLessThanOrEqual(bound)
+}
+
+/** The same rule for all that a call of attention.backward gives. */
+export async function expectGradients(
+  result: AttentionGradients,
+  { exact, plain, sizes, noises, exponent }: GradientReference,
+  c: AttentionCase,
+  dtype: FloatDType,
+  what: string,
+): Promise<void> {
+  const compare = async (name: keyof Gradients, tensor: Tensor) => {
+    const actual = (await tensor.read({ as: 'float32' })) as Float32Array
+    // what a sink or a slope gets is a float32 sum over all rows, but of what the dtype has rounded
+    const whole = name === 'dsink' || name === 'dslopes'
+    // and dq and dk inherit how out was rounded, which counts where its parts nearly cancel
+    const inherited = name === 'dq' || name === 'dk' ? { terms: 1.5 * noises[name] } : undefined
+    const sensitivity = whole || dtype === 'float32' ? { exponent, terms: sizes[name] } : inherited
+    expectClose(actual, exact[name], plain[name], dtype, `${what} ${name}`, sensitivity)
+  }
+  await compare('dq', result.dq)
+  await compare('dk', result.dk)
+  await compare('dv', result.dv)
+  expect(result.dsink !== undefined).toBe(c.sink !== undefined)
+  expect(result.dslopes !== undefined).toBe(c.slopes !== undefined)
+  if (result.dsink) await compare('dsink', result.dsink)
+  if (result.dslopes) await compare('dslopes', result.dslopes)
 }

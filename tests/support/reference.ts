@@ -162,6 +162,7 @@ export function attentionGradients(
         for (let t = 0; t < sk; t++) {
           if (c.causal && t > p) continue
           if (c.window !== undefined && (t > p || t <= p - c.window)) continue
+          if (c.sees && !c.sees(b, h, i, t)) continue
           seen.push(t)
         }
         if (seen.length === 0) continue
