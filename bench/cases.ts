@@ -260,8 +260,8 @@ export const operators: Readonly<Record<string, (problem: Problem, device: Devic
       flops: 2 * hq * pairs * (3 * d + 2 * dv),
       bytes: element * b * (2 * sq * hq * (d + dv) + 2 * sk * hk * (d + dv)) + 4 * b * hq * sq,
       run() {
-        const { dq, dk, dv } = run()
-        return [dq, dk, dv]
+        const { dq, dk, dv, dslopes } = run()
+        return dslopes ? [dq, dk, dv, dslopes] : [dq, dk, dv]
       },
       async check() {
         const gradients = run()
@@ -304,7 +304,9 @@ export const operators: Readonly<Record<string, (problem: Problem, device: Devic
             .select(0, head)
             .read()
           const pair = (row: number, t: number) => {
-            const p = Math.exp(dot(qs, row, ks, t, d) * scale - ls[row]!)
+            const slope = sizes.options.slopes?.[head] ?? 0
+            const score = dot(qs, row, ks, t, d) * scale + slope * (t - (sk - sq + row))
+            const p = Math.exp(score - ls[row]!)
             return { p, ds: p * (dot(gs, row, vs, t, dv) - dot(gs, row, os, row, dv)) * scale }
           }
           for (const row of few(sq)) {
@@ -721,6 +723,7 @@ export const suites: Readonly<Record<'cpu' | 'cuda', readonly string[]>> = {
     'attention.backward:b1 sq16384 sk16384 hq32 hk32 d64 bf16 causal',
     'attention.backward:b2 sq8192 sk8192 hq16 hk16 d128 bf16 causal',
     'attention.backward:b2 sq8192 sk8192 hq16 hk4 d128 bf16 causal',
+    'attention.backward:b2 sq8192 sk8192 hq16 hk16 d128 bf16 causal slopes',
     'attention.backward:b4 sq4096 sk4096 hq16 hk16 d128 bf16 atomic',
     'attention.backward:b4 sq4096 sk4096 hq16 hk16 d128 bf16 causal atomic',
     'attention.backward:b1 sq16384 sk16384 hq16 hk16 d128 bf16 atomic',

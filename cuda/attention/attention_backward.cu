@@ -32,10 +32,7 @@ BackwardArgs backward_args(const AttentionBackward& op, CudaContext& context) {
   args.row_lse = context.scratch<float>(rows);
   args.row_delta = context.scratch<float>(rows);
   if (op.sink) args.dsink = op.dsink.as<float>();
-  if (op.slopes) {
-    args.dslopes = op.dslopes.as<float>();
-    args.row_dslope = context.scratch<float>(rows);
-  }
+  if (op.slopes) args.dslopes = op.dslopes.as<float>();
   return args;
 }
 
@@ -63,7 +60,7 @@ const char* declines_wgmma(const AttentionBackward& op, const CudaContext& conte
 }
 
 void run_wgmma(const AttentionBackward& op, CudaContext& context) {
-  const BackwardArgs args = backward_args(op, context);
+  BackwardArgs args = backward_args(op, context);
   BackwardCall call = backward_call(op, context);
   call.fault = check_lengths(op, args.call, context);
   const GradientTiles tiles(call);
@@ -74,19 +71,30 @@ void run_wgmma(const AttentionBackward& op, CudaContext& context) {
   call.tile_delta = context.scratch<float>(rows);
   call.dq_sum = context.scratch<float>(rows * static_cast<size_t>(tiles.columns));
   call.counters = context.scratch<int>(static_cast<size_t>(tiles.counters()));
+  args.slope_parts = tiles.dslope_parts();
+  if (op.slopes) {
+    const auto parts = static_cast<size_t>(call.b * call.hq * args.slope_parts);
+    call.dslope_parts = context.scratch<float>(parts);
+    HEDDLE_CUDA(cudaMemsetAsync(call.dslope_parts, 0, parts * sizeof(float), context.stream));
+  }
   backward_sm90(call, context.stream);
   context.launched("backward_sm90_kernel");
   if (leaves_marks(call)) {
     const auto redo = call.dtype == DType::kF16 ? backward_redo<F16> : backward_redo<BF16>;
     redo(args, tiles, tiles.marks(call.counters), context);
   }
+  args.dslope_parts = call.dslope_parts;
   sum_heads(args, context);
 }
 
 const char* declines_portable(const AttentionBackward&, const CudaContext&) { return nullptr; }
 
 void run_portable(const AttentionBackward& op, CudaContext& context) {
-  const BackwardArgs args = backward_args(op, context);
+  BackwardArgs args = backward_args(op, context);
+  if (op.slopes) {
+    args.slope_parts = args.call.sq;
+    args.dslope_parts = context.scratch<float>(static_cast<size_t>(op.lse.size()));
+  }
   check_lengths(op, args.call, context);
   HEDDLE_CHECK(args.call.hq <= 65535 &&
                    (args.call.b + 1) * (std::max(args.call.sq, args.call.sk) / kRowTile + 1) +

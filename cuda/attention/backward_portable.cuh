@@ -27,7 +27,9 @@ struct BackwardArgs {
   int64_t lse_batch, lse_head, lse_token;
   // Of each row, [b, hq, sq]. lse is +inf where the row is empty: its weights are then 0
   float *row_lse, *row_delta;
-  float* row_dslope;  // sum of dS (t - p) before the scale; null without slopes
+  // [b, hq, slope_parts]: sums of dS (t - p) before the scale, here of rows; null without slopes
+  float* dslope_parts;
+  int64_t slope_parts;
 };
 
 // One warp per row
@@ -227,8 +229,8 @@ __device__ void gradient_tile(const BackwardArgs& args, const Place& place, int6
     if constexpr (kOwnsKeys)
       if (column < p.dv) (static_cast<T*>(args.dv) + at * p.dv)[column] = from_float<T>(acc_v[f]);
   }
-  if (!kOwnsKeys && args.row_dslope && part == 0)
-    args.row_dslope[(place.batch * p.hq + first_head) * p.sq + place.q_begin + token] = dslope;
+  if (!kOwnsKeys && args.dslope_parts && part == 0)
+    args.dslope_parts[(place.batch * p.hq + first_head) * p.sq + place.q_begin + token] = dslope;
 }
 
 template <class T, bool kOwnsKeys, bool kMasked>
@@ -278,8 +280,10 @@ template <int kSize> __global__ void attention_heads_kernel(BackwardArgs p) {
     const int64_t row = (i / call.sq * call.hq + head) * call.sq + i % call.sq;
     if (p.dsink)
       dsink -= expf(call.sink[head * call.sink_stride] - p.row_lse[row]) * p.row_delta[row];
-    if (p.row_dslope) dslope += p.row_dslope[row];
   }
+  for (int64_t i = threadIdx.x; p.dslope_parts && i < call.b * p.slope_parts; i += kSize)
+    dslope +=
+        p.dslope_parts[(i / p.slope_parts * call.hq + head) * p.slope_parts + i % p.slope_parts];
   smem_sink[threadIdx.x] = dsink;
   smem_slope[threadIdx.x] = dslope;
   for (int step = kSize / 2; step > 0; step /= 2) {

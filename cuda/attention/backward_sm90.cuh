@@ -64,6 +64,7 @@ template <int kD> struct GradientSmem {
   alignas(128) float dq[2][Shape::kSums / 2];  // of each warpgroup, in its threads' order
   alignas(16) float lse_log2[Shape::kQStages][Shape::kQueries];
   alignas(16) float delta[Shape::kOStages][Shape::kQueries];
+  float dslopes[8][kMostSlopes];  // of each computing warp, of the heads of the group
   GradientWork work;
   sm90::Barrier k_full, v_full;
   sm90::Barrier q_full[Shape::kQStages], q_empty[Shape::kQStages];
@@ -81,7 +82,10 @@ struct GradientArgs {
   bool deterministic, checks;
   float scale, scale_log2;
   float cap_log2, bend;  // of softCap: a score is cap tanh(bend / 2 log2(e) * product)
-  uint32_t zero;         // that the compiler doesn't know of
+  const float* slopes;   // [hq] or null
+  int64_t slopes_stride;
+  float* dslope_parts;
+  uint32_t zero;  // that the compiler doesn't know of
   const int32_t *cu_seqlens_q, *cu_seqlens_k, *cache_seqlens;
   int64_t cu_q_stride, cu_k_stride, cache_stride;
   int sequences;
@@ -170,7 +174,7 @@ __device__ __forceinline__ GradientWork gradient_work(const GradientArgs& args, 
   return work;
 }
 
-template <DType kType, int kD, bool kCapped>
+template <DType kType, int kD, bool kMapped>
 __global__ void __launch_bounds__((GradientShape<kD>::kThreads), 1)
     backward_sm90_kernel(const __grid_constant__ sm90::TensorMap gmem_q,
                          const __grid_constant__ sm90::TensorMap gmem_dout,
@@ -353,29 +357,39 @@ __global__ void __launch_bounds__((GradientShape<kD>::kThreads), 1)
       }
     }
   };
-  // P from a product of q and k; `slope` is that of softCap
-  auto weight = [&](float product, float lse_log2, float& slope) {
-    if (!kCapped) return exp2_approx(fmaf(product, args.scale_log2, -lse_log2));
+  // how far the key of acc[i + j] is from its query, from what it is for acc[0]
+  auto distance = [](float near, int i, int j) {
+    return near + static_cast<float>(8 * (j / 2) - 2 * i - j % 2);
+  };
+  // P from a product of q and k, which with `rest_log2` is the exponent; `rate` is that of softCap
+  auto weight = [&](bool capped, float product, float rest_log2, float& rate) {
+    if (!capped) return exp2_approx(fmaf(product, args.scale_log2, rest_log2));
     // tanh(x) = 1 - 2 / (exp(2x) + 1), its derivative is 1 - tanh(x)^2
     const float half = reciprocal_approx(exp2_approx(product * args.bend) + 1);
-    slope = 4 * half * (1 - half);
+    rate = 4 * half * (1 - half);
     const float score_log2 = fmaf(half, -2 * args.cap_log2, args.cap_log2);
-    return product == -INFINITY ? 0 : exp2_approx(score_log2 - lse_log2);
+    return product == -INFINITY ? 0 : exp2_approx(score_log2 + rest_log2);
   };
-  // acc becomes P, times the slope of softCap; frag_p is P
-  auto weigh = [&](float(&acc)[kQueries / 2], const float* lse_log2) {
+  // acc becomes P, times the rate of softCap; frag_p is P
+  auto weigh = [&](bool capped, float(&acc)[kQueries / 2], const float* lse_log2, float near,
+                   float slope_log2) {
 #pragma unroll
     for (int i = 0; i < kQueries / 2; i += 4) {
       const float2 lse = *reinterpret_cast<const float2*>(lse_log2 + i * 2 + column);
-      float slope[4];
+      float rate[4];
 #pragma unroll
-      for (int j = 0; j < 4; ++j) acc[i + j] = weight(acc[i + j], j % 2 ? lse.y : lse.x, slope[j]);
+      for (int j = 0; j < 4; ++j) {
+        const float its = j % 2 ? lse.y : lse.x;
+        const float rest_log2 =
+            kMapped && args.slopes ? fmaf(slope_log2, distance(near, i, j), -its) : -its;
+        acc[i + j] = weight(capped, acc[i + j], rest_log2, rate[j]);
+      }
 #pragma unroll
       for (int j = 0; j < 4; j += 2)
         frag_p[i / 8][(i / 2 + j / 2) % 4] = pack<kType>(acc[i + j], acc[i + j + 1]);
-      if (kCapped) {
+      if (capped) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) acc[i + j] *= slope[j];
+        for (int j = 0; j < 4; ++j) acc[i + j] *= rate[j];
       }
     }
   };
@@ -390,6 +404,26 @@ __global__ void __launch_bounds__((GradientShape<kD>::kThreads), 1)
             pack<kType>(acc_p[i + j] * (acc_dp[i + j] - delta.x),
                         acc_p[i + j + 1] * (acc_dp[i + j + 1] - delta.y));
     }
+  };
+  // what the slope of head `head` of the group gets from a step, which a warp keeps
+  auto add_dslope = [&](const float(&acc_dp)[kQueries / 2], const float* deltas, float near,
+                        int head) {
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < kQueries / 2; i += 4) {
+      const float2 delta = *reinterpret_cast<const float2*>(deltas + i * 2 + column);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const uint32_t pair = frag_p[i / 8][(i / 2 + j / 2) % 4];
+        const float p = unpack<kType>(static_cast<uint16_t>(j % 2 ? pair >> 16 : pair));
+        const float ds = p * (acc_dp[i + j] - (j % 2 ? delta.y : delta.x));
+        // a masked value may be no number
+        sum = p == 0 ? sum : fmaf(ds, distance(near, i, j), sum);
+      }
+    }
+#pragma unroll
+    for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(~0u, sum, lanes);
+    if (lane == 0) smem.dslopes[own * 4 + warp][head] += sum;
   };
   // registers hold [key][query], shared memory gets [query][key]
   auto write_ds = [&](const typename Smem::Pairs& ds) {
@@ -427,6 +461,10 @@ __global__ void __launch_bounds__((GradientShape<kD>::kThreads), 1)
     named_barrier_sync(1, 256);
   };
 
+  if (kMapped && args.slopes) {
+    for (int head = lane; head < group; head += 32) smem.dslopes[own * 4 + warp][head] = 0;
+    __syncwarp();
+  }
   if (tiles > 0) {
     const int steps = group * tiles;
     int m = work.end - 1, head = 0;
@@ -455,7 +493,16 @@ __global__ void __launch_bounds__((GradientShape<kD>::kThreads), 1)
       pin(acc_dk);
       if (i > 0) release(smem.q_empty[Turn<Shape::kQStages>(before).stage]);
       if (m < work.whole_begin || m >= work.whole_end) mask(acc_s, m);
-      weigh(acc_s, smem.lse_log2[q.stage]);
+      const float near =
+          static_cast<float>(first_key + own_key + lane / 4 - work.off - m * kQueries - column);
+      float slope_log2 = 0;
+      if (kMapped && args.slopes)
+        slope_log2 = args.slopes[(work.kv_head * group + head) * args.slopes_stride] * kLog2e;
+      if (kMapped && args.cap_log2 > 0) {
+        weigh(true, acc_s, smem.lse_log2[q.stage], near, slope_log2);
+      } else {
+        weigh(false, acc_s, smem.lse_log2[q.stage], near, slope_log2);
+      }
       if (i > 0) smem.dq_empty[own + settled()].wait((before & 1) ^ 1);
       wgmma_wait<0>(acc_dq);
       if (i > 0) hand_over(acc_dq);
@@ -466,6 +513,7 @@ __global__ void __launch_bounds__((GradientShape<kD>::kThreads), 1)
       issue_sums(acc_dv, frag_p, smem.dout[o.stage]);
       wgmma_wait<1>(acc_dp);
       weigh_gradients(acc_s, acc_dp, smem.delta[o.stage]);
+      if (kMapped && args.slopes) add_dslope(acc_dp, smem.delta[o.stage], near, head);
       write_ds(smem.ds[i & 1]);
       issue_sums(acc_dk, frag_ds, smem.q[q.stage]);
       fence_async_smem();
@@ -490,6 +538,14 @@ __global__ void __launch_bounds__((GradientShape<kD>::kThreads), 1)
     hand_over(acc_dq);
   }
 
+  if (kMapped && args.slopes) {
+    __syncwarp();
+    for (int head = lane; head < group; head += 32) {
+      const int64_t its = work.batch * args.hq + work.kv_head * group + head;
+      args.dslope_parts[(its * args.key_tiles + work.key_tile) * 8 + own * 4 + warp] =
+          smem.dslopes[own * 4 + warp][head];
+    }
+  }
   if (args.checks) {
     float total = 0;
 #pragma unroll
@@ -709,7 +765,7 @@ __global__ void __launch_bounds__(kRowCta) backward_dq_sm90_kernel(const Gradien
   if (early && blockIdx.x + 1 == gridDim.x) await_previous();
 }
 
-template <DType kType, int kD, bool kCapped>
+template <DType kType, int kD, bool kMapped>
 void launch_backward(const BackwardCall& call, cudaStream_t stream) {
   using Shape = GradientShape<kD>;
   const GradientTiles tiles(call);
@@ -740,7 +796,10 @@ void launch_backward(const BackwardCall& call, cudaStream_t stream) {
   args.scale = call.scale;
   args.scale_log2 = call.scale * sm90::kLog2e;
   args.cap_log2 = call.soft_cap * sm90::kLog2e;
-  args.bend = kCapped ? 2 * args.scale_log2 / call.soft_cap : 0;
+  args.bend = call.soft_cap > 0 ? 2 * args.scale_log2 / call.soft_cap : 0;
+  args.slopes = call.slopes;
+  args.slopes_stride = call.slopes_stride;
+  args.dslope_parts = call.dslope_parts;
   args.cu_seqlens_q = call.cu_seqlens_q;
   args.cu_seqlens_k = call.cu_seqlens_k;
   args.cache_seqlens = call.cache_seqlens;
@@ -779,7 +838,7 @@ void launch_backward(const BackwardCall& call, cudaStream_t stream) {
   };
   const int row_ctas = static_cast<int>(tiles.total_rows);
   launch<backward_rows_sm90_kernel<kType, kD>>({row_ctas, kRowCta, 0, stream, true}, args);
-  launch<backward_sm90_kernel<kType, kD, kCapped>>(
+  launch<backward_sm90_kernel<kType, kD, kMapped>>(
       {static_cast<int>(tiles.total_keys), Shape::kThreads,
        sm90::shared_memory_bytes<GradientSmem<kD>>(), stream, true},
       map(call.q, call.d, call.sq, call.hq, call.q_strides, Shape::kQueries),
@@ -795,9 +854,9 @@ void launch_backward(const BackwardCall& call, cudaStream_t stream) {
 
 }  // namespace
 
-template <DType kType, int kD, bool kCapped>
+template <DType kType, int kD, bool kMapped>
 void launch_backward_sm90(const BackwardCall& call, cudaStream_t stream) {
-  launch_backward<kType, kD, kCapped>(call, stream);
+  launch_backward<kType, kD, kMapped>(call, stream);
 }
 
 }  // namespace heddle

@@ -19,7 +19,10 @@ struct BackwardCall : ForwardCall {
   // As GradientTiles says
   float *tile_lse_log2, *tile_delta, *dq_sum;  // dq_sum in a private order
   int* counters;
+  float* dslope_parts;  // [b, hq, GradientTiles::dslope_parts()], zeros before; null without slopes
 };
+
+constexpr int64_t kMostSlopes = 64;  // query heads of a kv head, where they have slopes
 
 // What a call is cut into. Packed sequence i has its tiles of n tokens from offsets[i] / n + i on:
 // no sum over the sequences before it, and at most one tile too many each.
@@ -42,6 +45,8 @@ struct GradientTiles {
     total_keys = key_tiles * call.b * call.hk;
   }
 
+  // Sums of each head, those of a warp over a key tile
+  int64_t dslope_parts() const { return key_tiles * 8; }
   // A ticket, two turns a row tile, then the marks
   int64_t counters() const { return 1 + 2 * total_rows + total_rows + total_keys; }
   // Tiles with sums that are no numbers, though masked values may be why: row tiles, then key tiles
@@ -75,8 +80,8 @@ void backward_sm90(const BackwardCall& call, cudaStream_t stream);
 // Why it cannot take a call, or null
 const char* declines_backward_sm90(const BackwardCall& call);
 
-// What backward_sm90 picks from, one instantiation file each. `kCapped` is with softCap.
-template <DType kType, int kD, bool kCapped>
+// What backward_sm90 picks from, one instantiation file each. `kMapped` is with softCap or slopes.
+template <DType kType, int kD, bool kMapped>
 void launch_backward_sm90(const BackwardCall& call, cudaStream_t stream);
 
 }  // namespace heddle

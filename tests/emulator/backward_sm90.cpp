@@ -26,7 +26,7 @@ struct Sum {
 };
 
 struct BackwardCase : Case {
-  bool atomics = false;
+  bool atomics = false, sloped = false;
 };
 
 double check(const BackwardCase& c, emulator::Random& random) {
@@ -66,12 +66,14 @@ double check(const BackwardCase& c, emulator::Random& random) {
         for (int64_t h = 0; h < c.hk; ++h) k.at(0, t, h, e) = v.at(0, t, h, e) = 0x7fff;
     }
   const float scale = 1 / std::sqrt(static_cast<float>(d));
+  std::vector<float> slopes;
+  for (int64_t h = 0; h < c.hq; ++h) slopes.push_back(0.01f * static_cast<float>(h + 2));
 
   // what the forward gives, and then the gradients
   std::vector<float> lse(static_cast<size_t>(c.b * c.hq * c.sq), NAN);
   const auto rows = static_cast<size_t>(c.b * c.sq * c.hq * d);
   const auto keys = static_cast<size_t>(c.b * c.sk * c.hk * d);
-  std::vector<Sum> dq(rows), dk(keys), dv(keys);
+  std::vector<Sum> dq(rows), dk(keys), dv(keys), dslopes(static_cast<size_t>(c.hq));
   const auto differentiate = [&](int64_t b, int64_t q0, int64_t sq, int64_t k0, int64_t sk) {
     for (int64_t h = 0; h < c.hq; ++h)
       for (int64_t i = 0; i < sq; ++i) {
@@ -79,7 +81,7 @@ double check(const BackwardCase& c, emulator::Random& random) {
         const bool ends = c.causal || c.window;
         const int64_t until = ends ? std::clamp<int64_t>(position + 1, 0, sk) : sk;
         const int64_t from = c.window ? std::max<int64_t>(position - c.window + 1, 0) : 0;
-        std::vector<double> weights, slopes;
+        std::vector<double> weights, rates;
         double top = -INFINITY, sum = 0;
         for (int64_t t = from; t < until; ++t) {
           double score = 0;
@@ -87,8 +89,10 @@ double check(const BackwardCase& c, emulator::Random& random) {
             score += double{q.value(b, q0 + i, h, e)} * k.value(b, k0 + t, kv, e);
           score *= scale;
           const double bent = std::tanh(score / 3);
-          slopes.push_back(c.mapped ? 1 - bent * bent : 1);
+          rates.push_back(c.mapped ? 1 - bent * bent : 1);
           weights.push_back(c.mapped ? 3 * bent : score);
+          if (c.sloped)
+            weights.back() += double{slopes[size_t(h)]} * static_cast<double>(t - position);
           top = std::max(top, weights.back());
         }
         for (double& weight : weights) sum += weight = std::exp(weight - top);
@@ -109,7 +113,9 @@ double check(const BackwardCase& c, emulator::Random& random) {
           double dp = 0;
           for (int64_t e = 0; e < d; ++e)
             dp += double{dout.value(b, q0 + i, h, e)} * v.value(b, key, kv, e);
-          const double ds = p * (dp - delta) * slopes[t] * scale;
+          const double ds = p * (dp - delta) * rates[t] * scale;
+          const double apart = static_cast<double>(from + static_cast<int64_t>(t) - position);
+          dslopes[size_t(h)].add(p * (dp - delta) * apart);
           for (int64_t e = 0; e < d; ++e) {
             const auto at = static_cast<size_t>(((b * c.sk + key) * c.hk + kv) * d + e);
             dq[static_cast<size_t>(((b * c.sq + q0 + i) * c.hq + h) * d + e)].add(
@@ -154,6 +160,8 @@ double check(const BackwardCase& c, emulator::Random& random) {
   call.lse_row = 1;
   call.scale = scale;
   call.soft_cap = c.mapped ? 3.f : 0.f;
+  call.slopes = c.sloped ? slopes.data() : nullptr;
+  call.slopes_stride = 1;
   call.causal = c.causal;
   call.window = c.window;
   call.deterministic = !c.atomics;
@@ -184,13 +192,15 @@ double check(const BackwardCase& c, emulator::Random& random) {
   call.tile_delta = tile_delta[0].values;
   call.dq_sum = dq_sum[0].values;
   call.counters = counters.data();
+  std::vector<float> slope_parts(static_cast<size_t>(c.b * c.hq * tiles.dslope_parts()));
+  call.dslope_parts = slope_parts.data();
   auto got_q = poisoned(static_cast<int64_t>(rows)), got_k = poisoned(static_cast<int64_t>(keys)),
        got_v = got_k;
   call.dq = &got_q[0];
   call.dk = &got_k[0];
   call.dv_out = &got_v[0];
-  c.mapped ? launch_backward_sm90<kType, kD, true>(call, nullptr)
-           : launch_backward_sm90<kType, kD, false>(call, nullptr);
+  c.mapped || c.sloped ? launch_backward_sm90<kType, kD, true>(call, nullptr)
+                       : launch_backward_sm90<kType, kD, false>(call, nullptr);
 
   const double unit = kType == DType::kBF16 ? 0x1p-8 : 0x1p-11;
   double worst = counters.back() == -77 ? 0 : INFINITY;
@@ -213,6 +223,15 @@ double check(const BackwardCase& c, emulator::Random& random) {
     std::memcpy(behind, got + (expected.size() + 1) / 2 * 2, 4);
     if (!std::isnan(emulator::decode(kType, behind[1]))) worst = INFINITY;
   };
+  for (size_t h = 0; h < dslopes.size() && c.sloped; ++h) {
+    double sum = 0;
+    for (size_t i = 0; i < slope_parts.size(); ++i)
+      if (static_cast<int64_t>(i) / tiles.dslope_parts() % c.hq == static_cast<int64_t>(h))
+        sum += double{slope_parts[i]};
+    const Sum& exact = dslopes[h];
+    const double error = std::fabs(sum - exact.value) / (2 * unit * exact.size + 1e-5);
+    worst = error <= worst ? worst : std::isnan(error) ? INFINITY : error;
+  }
   const int* marks = tiles.marks(counters.data());
   judge(dq, call.dq, c.sq, c.hq, tiles.queries, marks);
   judge(dk, call.dk, c.sk, c.hk, tiles.keys, marks + tiles.total_rows);
@@ -238,6 +257,19 @@ const BackwardCase kCases[] = {
       .hk = 1,
       .causal = true,
       .packed = {{70, 1}, {0, 130}, {5, 0}, {129, 129}, {11, 15}}}},
+    {{.b = 1, .sq = 140, .sk = 300, .hq = 4, .hk = 2, .causal = true}, false, true},
+    {{.b = 2, .sq = 130, .sk = 150, .hq = 3, .hk = 1, .window = 70, .mapped = true}, true, true},
+    // nobody sees the key that is no number
+    {{.b = 1, .sq = 64, .sk = 300, .hq = 2, .hk = 1, .window = 20, .poisoned = 150}, false, true},
+    {{.b = 1,
+      .sq = 90,
+      .sk = 160,
+      .hq = 2,
+      .hk = 2,
+      .causal = true,
+      .packed = {{70, 30}, {0, 60}, {20, 70}}},
+     false,
+     true},
     // in turns what is written behind a sequence is put right by the next one
     {{.b = 1, .sq = 20, .sk = 40, .hq = 1, .hk = 1, .packed = {{9, 21}, {11, 19}}}, true},
     {{.b = 3, .sq = 64, .sk = 200, .hq = 1, .hk = 1, .cached = {200, 0, 131}}},

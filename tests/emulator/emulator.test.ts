@@ -513,6 +513,18 @@ const kernels: Kernel[] = [
         to: 'begin = 0;',
       },
       {
+        what: 'a slope gets what belongs to another head',
+        file: backward,
+        from: 'smem.dslopes[own * 4 + warp][head] += sum;',
+        to: 'smem.dslopes[own * 4 + warp][0] += sum;',
+      },
+      {
+        what: 'a slope gets a masked value that is no number',
+        file: backward,
+        from: 'sum = p == 0 ? sum : ',
+        to: 'sum = ',
+      },
+      {
         what: 'CTAs take turns in the order of their numbers',
         file: backward,
         from: 'args.deterministic ? fetch_add(args.ticket, 1) : blockIdx.x',
@@ -581,8 +593,8 @@ const kernels: Kernel[] = [
       {
         what: 'the derivative of the soft cap is left out',
         file: backward,
-        from: 'slope = 4 * half * (1 - half);',
-        to: 'slope = 1;',
+        from: 'rate = 4 * half * (1 - half);',
+        to: 'rate = 1;',
       },
       {
         what: 'sums of dq are put in other columns',

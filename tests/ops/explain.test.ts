@@ -4,6 +4,7 @@ import {
   cuda,
   explain,
   linear,
+  Mask,
   memory,
   norm,
   randn,
@@ -70,12 +71,14 @@ describeDevices('explain', (device) => {
     const gradients = (options = {}) => explain(attentionBackward, q, k, k, q, lse, q, options)
     if (device === 'cpu') return expect(gradients().declined).toEqual([])
     const hopper = cuda.devices[0]!.arch === 90
-    for (const options of [{}, { causal: true, softCap: 20 }, { deterministic: false }])
+    const slopes = [1, 2, 3, 4]
+    for (const options of [{}, { causal: true, softCap: 20, slopes }, { deterministic: false }])
       expect(gradients(options).variant).toBe(hopper ? 'sm90_wgmma' : 'sm80_simt')
-    const { variant, declined } = gradients({ slopes: [1, 2, 3, 4] })
+    const mask = Mask.fromWindow({ window: 9 }, { sq: 70, device })
+    const { variant, declined } = gradients({ mask })
     expect(variant).toBe('sm80_simt')
     expect(declined.map((entry) => entry.variant)).toEqual(['sm90_wgmma'])
-    if (hopper) expect(declined[0]!.reason).toBe('slopes must be left out')
+    if (hopper) expect(declined[0]!.reason).toBe('mask must be left out')
   })
 
   it('checks what the call would check, and runs again afterwards', async () => {
