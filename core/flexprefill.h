@@ -1,9 +1,10 @@
 #pragma once
+#include "core/mask.h"
 #include "core/select.h"
 #include "ops/flexprefill.h"
 
-// The selection of one head by a team. With V and O the masses of key blocks and of bands of
-// distances for the last queries, and P the pooled distribution of a row:
+// The selection of one head. With V and O the masses of key blocks and of bands of distances for
+// the last queries, and P the pooled distribution of a row:
 //
 //   divergence   sqrt(JS(estimate, V)); below tau pooling is trusted, the head is query-aware
 //   budgets      how many entries it takes to exceed gamma: single keys divided by 128 in the mode
@@ -14,46 +15,57 @@
 // A head whose statistics are not finite lists everything.
 namespace heddle {
 
+// Memory of a team; several that work on one head find the same
 struct FlexMemory {
   Histogram bins;
-  float largest;
-  unsigned long long total;
+  float parts[64];
   float divergence;
   bool finite;
 };
 
-// Masses of n entries: how many it takes to exceed a share of them, or to reach it
-template <class Team, class Score>
-HEDDLE_HD Cut cover(const Team& team, int64_t n, double share, bool exceed, const Score& score,
-                    int64_t forced, FlexMemory& memory) {
-  team.each(1, [&](int64_t) {
-    memory.largest = 0;
-    memory.total = 0;
-  });
-  team.each(n, [&](int64_t i) {
-    if (score(i) > 0) team.raise(memory.largest, score(i));
-  });
-  const float largest = memory.largest;
-  const auto mass = [&](int64_t i) { return mass_of(score(i), largest); };
-  const auto rank = [&](int64_t i) { return rank_of(score(i), i, i == forced); };
-  team.each(n, [&](int64_t i) { team.add(memory.total, mass(i)); });
-  const double amount = share * static_cast<double>(memory.total);
-  const Wanted wanted{true, exceed ? static_cast<unsigned long long>(floor(amount)) + 1
-                                   : static_cast<unsigned long long>(ceil(amount))};
+// The largest shares that amount to what is wanted
+template <class Team, class Rank>
+HEDDLE_HD Cut cover(const Team& team, int64_t n, Wanted wanted, const float* shares,
+                    const Rank& rank, FlexMemory& memory) {
+  const auto mass = [&](int64_t i) { return mass_of_share(shares[i]); };
   return select(team, n, wanted, rank, mass, memory.bins);
 }
 
-template <class Team>
-HEDDLE_HD void flexprefill_head(const Team& team, const FlexPrefill& op, int64_t head,
-                                FlexMemory& memory) {
+// Tokens whose masses add up to that of a block: `line` 0 is of keys, 1 of distances
+struct FlexSum {
+  const float* from;
+  int64_t count;
+  float* to;
+
+  HEDDLE_HD FlexSum(const FlexPrefill& op, int64_t head, int64_t line, int64_t c) {
+    const int64_t sk = op.lines.shape[3], nk = op.map.shape[3];
+    // Bands count from the farthest distance: a short last block shifts them
+    const int64_t shift = line == 1 ? nk * op.block - sk : 0;
+    const int64_t begin = c * op.block - shift, first = begin < 0 ? 0 : begin;
+    const int64_t end = begin + op.block < sk ? begin + op.block : sk;
+    from = static_cast<float*>(op.lines.data) + (head * 2 + line) * sk + first;
+    count = end - first;
+    to = static_cast<float*>(op.work.data) + (head * 3 + line) * (nk + 1) + c;
+  }
+};
+
+// After the sums. `own` is a team for itself, `all` are those who have this head to do.
+template <class Team, class Group>
+HEDDLE_HD void flexprefill_head(const Team& own, const Group& all, const FlexPrefill& op,
+                                int64_t head, FlexMemory& memory) {
   const int64_t sk = op.lines.shape[3], rows = op.map.shape[2], nk = op.map.shape[3],
-                words = op.blocks.shape[3], block = op.block, pad = nk * block - sk;
+                heads = op.map.shape[1], block = op.block, line_words = (nk + 31) / 32;
+  const auto words = static_cast<uint32_t>(op.blocks.shape[3]);
   const float* columns = static_cast<float*>(op.lines.data) + head * 2 * sk;
   const float* distances = columns + sk;
-  const float* estimate = static_cast<float*>(op.estimate.data) + head * nk;
+  const float* estimate = static_cast<float*>(op.estimate.data) +
+                          head / heads * op.estimate.strides[0] +
+                          head % heads * op.estimate.strides[1];
   const float* map = static_cast<float*>(op.map.data) + head * rows * nk;
-  float* vertical = static_cast<float*>(op.work.data) + head * 2 * (nk + 1);
+  float* vertical = static_cast<float*>(op.work.data) + head * 3 * (nk + 1);
   float* slash = vertical + nk + 1;
+  auto* column_bits = reinterpret_cast<int32_t*>(slash + nk + 1);
+  int32_t* band_bits = column_bits + line_words;
   int32_t* bits = static_cast<int32_t*>(op.blocks.data) + head * rows * words;
   const int64_t ahead = sk - op.sq;
   const auto last_of = [&](int64_t row) {
@@ -61,90 +73,104 @@ HEDDLE_HD void flexprefill_head(const Team& team, const FlexPrefill& op, int64_t
     return (ahead + end - 1) / block;
   };
   const auto first_of = [&](int64_t row) { return (ahead + row * block) / block; };
-
   const auto clamp = [](int64_t x, int64_t least, int64_t most) {
     return x < least ? least : x > most ? most : x;
   };
-  team.each(nk, [&](int64_t c) {
-    float sum = 0, band = 0;
-    for (int64_t t = c * block; t < sk && t < (c + 1) * block; ++t) sum += columns[t];
-    // Bands count from the farthest distance: a short last block shifts them
-    for (int64_t t = clamp(c * block - pad, 0, sk); t < clamp((c + 1) * block - pad, 0, sk); ++t)
-      band += distances[t];
-    vertical[c] = sum;
-    slash[c] = band;
-  });
-  team.each(1, [&](int64_t) {
+
+  own.each(64, [&](int64_t i) {
+    if (i == 0) memory.finite = true;
     float sum = 0;
-    bool finite = true;
-    for (int64_t c = 0; c < nk; ++c) {
+    for (int64_t c = i; c < nk; c += 64) {
       const float a = estimate[c], v = vertical[c], m = (a + v) / 2;
-      finite = finite && a - a == 0 && v - v == 0 && slash[c] - slash[c] == 0;
       // 0 log 0 is 0 but in the released code, where it is NaN and the head not query-aware
       if (op.coverage ? a > 0 : true) sum += a * logf(a / m);
       if (op.coverage ? v > 0 : true) sum += v * logf(v / m);
     }
+    memory.parts[i] = sum;
+  });
+  own.each(nk, [&](int64_t c) {
+    const float sum = estimate[c] + vertical[c] + slash[c];
+    if (!(sum - sum == 0)) memory.finite = false;
+  });
+  // What is no number in a row of the map makes the row so
+  own.each(rows, [&](int64_t row) {
+    if (map[row * nk] != map[row * nk]) memory.finite = false;
+  });
+  own.each(1, [&](int64_t) {
+    float sum = 0;
+    for (const float part : memory.parts) sum += part;
     memory.divergence = sqrtf(sum > 0 ? sum / 2 : sum != sum ? sum : 0);
-    memory.finite = finite;
     static_cast<float*>(op.divergence.data)[head] = memory.divergence;
   });
-  team.each(rows * nk, [&](int64_t i) {
-    if (map[i] != map[i]) memory.finite = false;
-  });
-  const auto set = [&](int64_t row, int64_t c) {
-    if (c >= 0 && c <= last_of(row))
-      bits[row * words + c / 32] |= static_cast<int32_t>(1u << (c & 31));
-  };
-  if (!memory.finite || op.gamma >= 1) {
-    team.each(rows, [&](int64_t row) {
-      for (int64_t c = 0; c < nk; ++c) set(row, c);
-    });
-    return;
-  }
-  const bool aware = memory.divergence < static_cast<float>(op.tau);
+  const bool full = !memory.finite || op.gamma >= 1;
+  const bool aware = !full && memory.divergence < static_cast<float>(op.tau);
   const int64_t most = op.most > 0 && op.most < nk ? op.most : nk;
   const int64_t least = op.least < most ? op.least : most;
-  const auto by_column = [&](int64_t c) { return vertical[c]; };
-  const auto by_band = [&](int64_t c) { return slash[c]; };
-  const auto best = [&](const auto& score, const float* tokens) {
-    Cut cut{0, 0};
+  const auto exceed = [](double amount) {
+    return Wanted{true, static_cast<unsigned long long>(floor(amount * kMassSteps)) + 1};
+  };
+  const auto share_rank = [](const float* shares) {
+    return [shares](int64_t i) { return rank_of_share(shares[i], i); };
+  };
+  const auto best = [&](const float* blocks, const float* tokens) -> uint64_t {
+    if (full) return 1;
+    const auto rank = [&](int64_t i) { return rank_of(blocks[i], i, i == 0); };
     int64_t count = least;
-    if (op.coverage) {
-      cut = cover(team, nk, op.gamma, false, score, 0, memory);
-      if (!aware) count = clamp(static_cast<int64_t>(cut.count), least, most);
-    } else if (!aware) {
-      const auto token = [&](int64_t t) { return tokens[t]; };
-      cut = cover(team, sk, op.gamma, true, token, -1, memory);
-      count = clamp(static_cast<int64_t>(cut.count) / 128 + 1, least, most);
+    if (!aware) {
+      Wanted wanted = exceed(op.gamma);
+      if (op.coverage) {
+        wanted.amount = static_cast<unsigned long long>(ceil(op.gamma * kMassSteps));
+        count = static_cast<int64_t>(cover(own, nk, wanted, blocks, rank, memory).count);
+      } else {
+        wanted.grain = 128;
+        const Cut cut = cover(all, sk, wanted, tokens, share_rank(tokens), memory);
+        count = static_cast<int64_t>(cut.count / 128) + 1;
+      }
+      count = clamp(count, least, most);
     }
-    const auto rank = [&](int64_t i) { return rank_of(score(i), i, i == 0); };
     const auto none = [](int64_t) { return 0ull; };
-    return select(team, nk, Wanted{false, static_cast<unsigned long long>(count)}, rank, none,
+    return select(own, nk, Wanted{false, static_cast<unsigned long long>(count)}, rank, none,
                   memory.bins)
         .least;
   };
-  const uint64_t least_column = best(by_column, columns), least_band = best(by_band, distances);
-  uint64_t least_pair = ~uint64_t{0};
+  const uint64_t least_column = best(vertical, columns), least_band = best(slash, distances);
+  uint64_t pair_floor = ~uint64_t{0};  // pairs above it are listed
   if (aware) {
-    const auto pair = [&](int64_t i) { return map[i]; };
-    const Cut crossing = cover(team, rows * nk, op.gamma, true, pair, -1, memory);
+    const Wanted wanted = exceed(op.gamma * static_cast<double>(rows));
+    const Cut cut = cover(all, rows * nk, wanted, map, share_rank(map), memory);
     // The pair that crosses gamma is not listed in the released code
-    least_pair = op.coverage ? crossing.least : crossing.least + 1;
+    pair_floor = op.coverage ? cut.least - 1 : cut.last;
   }
-  team.each(rows, [&](int64_t row) {
-    set(row, 0);
-    for (int64_t c = first_of(row); c <= last_of(row); ++c) set(row, c);
-    for (int64_t c = 0; c < nk; ++c) {
-      if (rank_of(vertical[c], c, c == 0) >= least_column) set(row, c);
-      if (rank_of(slash[c], c, c == 0) >= least_band) {
-        set(row, last_of(row) - c);
-        // A band of distances lies on two diagonals of blocks
-        if (op.coverage) set(row, last_of(row) - c - 1);
-      }
-      const uint64_t own = rank_of(map[row * nk + c], row * nk + c, false);
-      if (aware && own != 0 && own >= least_pair) set(row, c);
-    }
-  });
+  all.words(
+      2 * line_words,
+      [&](int64_t i, int64_t bit) {
+        const bool band = i >= line_words;
+        const int64_t c = (band ? i - line_words : i) * 32 + bit;
+        return c < nk && rank_of((band ? slash : vertical)[c], c, c == 0) >=
+                             (band ? least_band : least_column);
+      },
+      [&](int64_t i, uint32_t word) { column_bits[i] = static_cast<int32_t>(word); });
+  // Indices of words have 32 bits, which makes dividing them cheap
+  const auto row_of = [&](int64_t i) { return static_cast<uint32_t>(i) / words; };
+  all.words(
+      rows * words,
+      [&](int64_t i, int64_t bit) {
+        if (!aware) return false;
+        const int64_t row = row_of(i), c = (i - row * words) * 32 + bit, at = row * nk + c;
+        if (c >= nk) return false;
+        return rank_of_share(map[at], at) > pair_floor;
+      },
+      [&](int64_t i, uint32_t pairs) {
+        const int64_t row = row_of(i), from = (i - row * words) * 32, last = last_of(row);
+        uint64_t seen = pairs | bits_at(column_bits, line_words, from) |
+                        bit_range(-from, 1 - from) |
+                        bit_range(first_of(row) - from, last + 1 - from);
+        // Band o lies on block last - o, in full on the one before it too
+        for (int64_t end = last; end >= last - (op.coverage ? 1 : 0); --end)
+          seen |= reverse_bits(bits_at(band_bits, line_words, end - from - 63));
+        bits[i] |= static_cast<int32_t>(static_cast<uint32_t>(full ? ~uint64_t{0} : seen) &
+                                        static_cast<uint32_t>(bit_range(0, last + 1 - from)));
+      });
 }
 
 }  // namespace heddle

@@ -18,10 +18,14 @@
 // finds the rank at which a count is full or a mass is reached. Masses are integers, whose sum does
 // not depend on its order.
 //
-// A team works on one selection: one thread of the CPU, or a CTA. It has
+// A team works on one selection: one thread of the CPU, a CTA, or several. It has
 //   each(n, body)    calls body(i) for i < n, shared among its threads, and waits
+//   words(n, bit, body)
+//                    calls body(i, word) for i < n, where bit j of a word is bit(i, j)
 //   add(x, y)        x += y, whoever does it at the same time; raise(x, y) is x = max(x, y), x >= 0
 //   wait()           until all threads are here
+//   count(bins, n, digit, by_mass, rank, mass)
+//                    how many ranks have which digit, and their masses if these are asked for
 //   crossing(bins, wanted, above)
 //                    the digit, from the top, whose bin reaches what is wanted, -1 if none does;
 //                    takes what is above it off `wanted` and adds its count to `above`
@@ -31,16 +35,28 @@ struct Histogram {
   unsigned long long count[256], mass[256];
 };
 
-// What a search wants of the ranks from the top: a number of them, or the fewest that reach a mass
+// What a search wants of the ranks from the top: a number of them, or the fewest that reach a mass,
+// of which nobody asks for more than count / grain
 struct Wanted {
   bool by_mass;
   unsigned long long amount;
+  unsigned long long grain = 1;
 };
 
-// The chosen: ranks from `least` on
+// The chosen: ranks from `least` on. All of them but the last one chosen are above `last`.
 struct Cut {
   uint64_t least;
   unsigned long long count;
+  uint64_t last = 0;
+};
+
+// Eight bits of the ranks that begin as `prefix` does, as far as bits are `known`
+struct Digit {
+  int shift = 56;
+  uint64_t prefix = 0, known = 0;
+
+  HEDDLE_HD bool has(uint64_t rank) const { return rank != 0 && (rank & known) == prefix; }
+  HEDDLE_HD int of(uint64_t rank) const { return static_cast<int>(rank >> shift & 255); }
 };
 
 // Invisible scores (-inf) have rank 0; NaN comes last among the visible, and -0 equals 0
@@ -55,10 +71,23 @@ HEDDLE_HD inline uint64_t rank_of(float score, int64_t index, bool forced) {
   return static_cast<uint64_t>(order) << 32 | ~static_cast<uint32_t>(index);
 }
 
+constexpr double kMassSteps = 1099511627776.0;  // 2^40
+
 // A mass relative to the largest one; what is no positive number weighs nothing
 HEDDLE_HD inline unsigned long long mass_of(float score, float largest) {
   if (!(score > 0) || !(largest > 0)) return 0;
-  return static_cast<unsigned long long>(static_cast<double>(score) / largest * 1099511627776.0);
+  return static_cast<unsigned long long>(static_cast<double>(score) / largest * kMassSteps);
+}
+
+// The same of shares of 1, all below 2: no digit of their ranks is the same for all
+HEDDLE_HD inline uint64_t rank_of_share(float share, int64_t index) {
+  if (!(share >= 0)) return 0;
+  uint32_t bits;
+  memcpy(&bits, &share, sizeof bits);
+  return static_cast<uint64_t>(bits) << 34 | uint64_t{~static_cast<uint32_t>(index)} << 2;
+}
+HEDDLE_HD inline unsigned long long mass_of_share(float share) {
+  return share > 0 ? static_cast<unsigned long long>(share * static_cast<float>(kMassSteps)) : 0;
 }
 
 // The crossing among the digits from `digit` down to `last`, last - 1 if it is not there
@@ -78,29 +107,23 @@ HEDDLE_HD inline int crossing_of(const Histogram& bins, int digit, int last, Wan
 template <class Team, class Rank, class Mass>
 HEDDLE_HD Cut select(const Team& team, int64_t n, Wanted wanted, const Rank& rank, const Mass& mass,
                      Histogram& bins) {
-  uint64_t prefix = 0, known = 0;
+  Digit digit;
   unsigned long long above = 0;
-  if (wanted.amount == 0) return {~uint64_t{0}, 0};
-  for (int shift = 56; shift >= 0; shift -= 8) {
-    team.each(256, [&](int64_t i) { bins.count[i] = bins.mass[i] = 0; });
-    team.each(n, [&](int64_t i) {
-      const uint64_t own = rank(i);
-      if (own == 0 || (own & known) != prefix) return;
-      const int digit = static_cast<int>(own >> shift & 255);
-      team.add(bins.count[digit], 1);
-      if (wanted.by_mass) team.add(bins.mass[digit], mass(i));
-    });
+  if (wanted.amount == 0) return {~uint64_t{0}, 0, ~uint64_t{0}};
+  for (;; digit.shift -= 8) {
+    team.count(bins, n, digit, wanted.by_mass, rank, mass);
     // Every thread learns the same, and all are through before the bins are cleared
-    const int digit = team.crossing(bins, wanted, above);
-    const unsigned long long held = digit < 0 ? 0 : bins.count[digit];
+    const int found = team.crossing(bins, wanted, above);
+    const unsigned long long held = found < 0 ? 0 : bins.count[found];
     team.wait();
-    if (digit < 0) return {1, above};
-    prefix |= static_cast<uint64_t>(digit) << shift;
-    known |= uint64_t{255} << shift;
-    // The whole bin is wanted: its other digits do not matter
-    if (shift == 0 || (!wanted.by_mass && held == wanted.amount)) return {prefix, above + held};
+    if (found < 0) return {1, above};
+    digit.prefix |= static_cast<uint64_t>(found) << digit.shift;
+    digit.known |= uint64_t{255} << digit.shift;
+    // The whole bin is wanted, or all of its ranks give one answer: other digits do not matter
+    if (digit.shift == 0 || (above + 1) / wanted.grain == (above + held) / wanted.grain ||
+        (!wanted.by_mass && held == wanted.amount))
+      return {digit.prefix, above + held, digit.prefix | ~digit.known};
   }
-  return {1, above};
 }
 
 }  // namespace heddle

@@ -1,5 +1,7 @@
 #include "core/flexprefill.h"
 
+#include <numeric>
+
 #include "core/cpu_context.h"
 #include "core/registry.h"
 #include "cpu/team.h"
@@ -10,8 +12,13 @@ namespace {
 
 void run(const FlexPrefill& op, CpuContext& context) {
   context.parallel(op.map.shape[0] * op.map.shape[1], [&](int64_t head, int) {
+    for (int64_t line = 0; line < 2; ++line)
+      for (int64_t c = 0; c < op.map.shape[3]; ++c) {
+        const FlexSum sum(op, head, line, c);
+        *sum.to = std::accumulate(sum.from, sum.from + sum.count, 0.f);
+      }
     FlexMemory memory;
-    flexprefill_head(Alone{}, op, head, memory);
+    flexprefill_head(Alone{}, Alone{}, op, head, memory);
   });
 }
 

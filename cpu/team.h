@@ -12,6 +12,24 @@ struct Alone {
   template <class Body> void each(int64_t n, const Body& body) const {
     for (int64_t i = 0; i < n; ++i) body(i);
   }
+  template <class Bit, class Body> void words(int64_t n, const Bit& bit, const Body& body) const {
+    for (int64_t i = 0; i < n; ++i) {
+      uint32_t word = 0;
+      for (int j = 0; j < 32; ++j) word |= static_cast<uint32_t>(bit(i, j)) << j;
+      body(i, word);
+    }
+  }
+  template <class Rank, class Mass>
+  void count(Histogram& bins, int64_t n, const Digit& digit, bool by_mass, const Rank& rank,
+             const Mass& mass) const {
+    bins = {};
+    for (int64_t i = 0; i < n; ++i) {
+      const uint64_t own = rank(i);
+      if (!digit.has(own)) continue;
+      ++bins.count[digit.of(own)];
+      if (by_mass) bins.mass[digit.of(own)] += mass(i);
+    }
+  }
   template <class X, class Y> void add(X& x, Y y) const { x += static_cast<X>(y); }
   void raise(float& x, float y) const { x = y > x ? y : x; }
   void raise(uint32_t& x, uint32_t y) const { x = y > x ? y : x; }

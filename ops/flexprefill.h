@@ -7,11 +7,11 @@ namespace heddle {
 // pairs. What it decides on are probes of the last queries and of pooled blocks.
 struct FlexPrefill {
   static constexpr const char* kName = "flexprefill";
-  Tensor lines;       // [b, hq, 2, sk] f32: mass of each key for the last queries, of each distance
-  Tensor estimate;    // [b, hq, 1, nk] f32: the pooled distribution of blocks for them
-  Tensor map;         // [b, hq, nq, nk] f32: the pooled distribution of every row of blocks
-  Tensor blocks;      // [b, hq, nq, words] i32; what is selected is added
-  Tensor work;        // [b, hq, 2, nk + 1] f32: vertical and slash masses of blocks
+  Tensor lines;     // [b, hq, 2, sk] f32: mass of each key for the last queries, of each distance
+  Tensor estimate;  // [b, hq, 1, nk] f32: the pooled distribution of blocks for them
+  Tensor map;       // [b, hq, nq, nk] f32: the pooled distribution of every row of blocks
+  Tensor blocks;    // [b, hq, nq, words] i32; what is selected is added
+  Tensor work;      // [b, hq, 3, nk + 1] f32: masses of columns and of bands, then which are listed
   Tensor divergence;  // [b, hq] f32: square root of the Jensen-Shannon divergence
   double gamma = 0.9, tau = 0.1;
   int64_t least = 8, most = 0;  // blocks of a budget; `most` of 0 is no limit
@@ -23,7 +23,7 @@ struct FlexPrefill {
     schema.input("estimate", &FlexPrefill::estimate, "b hq 1 nk", kF32);
     schema.input("map", &FlexPrefill::map, "b hq nq nk", kF32);
     schema.inout("blocks", &FlexPrefill::blocks, "b hq nq words", kI32);
-    schema.inout("work", &FlexPrefill::work, "b hq 2 nk+1", kF32);
+    schema.inout("work", &FlexPrefill::work, "b hq 3 nk+1", kF32);
     schema.number("gamma", &FlexPrefill::gamma, 0.9).above(0);
     schema.number("tau", &FlexPrefill::tau, 0.1).at_least(0).at_most(1);
     schema.integer("least", &FlexPrefill::least, 8).at_least(1);
@@ -35,12 +35,16 @@ struct FlexPrefill {
   }
 
   void validate() const {
-    for (const Tensor* tensor : {&lines, &estimate, &map, &blocks, &work})
+    for (const Tensor* tensor : {&lines, &map, &blocks, &work})
       HEDDLE_CHECK(tensor->contiguous(), kShape, "lines", "lines must be contiguous");
+    HEDDLE_CHECK(estimate.strides[3] == 1, kShape, "estimate",
+                 "blocks of estimate must be adjacent");
     HEDDLE_CHECK(map.shape[2] == (sq + block - 1) / block &&
                      map.shape[3] == (lines.shape[3] + block - 1) / block &&
                      blocks.shape[3] * 32 >= map.shape[3],
                  kShape, "map", "map must have a row and a column per block, got ", text_of(map));
+    HEDDLE_CHECK(map.shape[2] * blocks.shape[3] <= INT32_MAX, kUnsupported, "map",
+                 "map must have at most 2^31 words per head, got ", text_of(map));
   }
 };
 

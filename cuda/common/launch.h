@@ -11,6 +11,7 @@ struct Launch {
   size_t smem_bytes;
   cudaStream_t stream;
   bool overlaps = false;  // may begin before the kernel before has ended, which says from when on
+  bool together = false;  // all CTAs run at the same time, or the launch fails
 };
 
 // Once a device: lets a kernel have more shared memory than the few bytes that need no asking.
@@ -27,11 +28,18 @@ template <auto kKernel, class... Args> void launch(const Launch& launch, const A
   config.blockDim = dim3(static_cast<unsigned>(launch.threads));
   config.dynamicSmemBytes = launch.smem_bytes;
   config.stream = launch.stream;
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &overlap;
-  config.numAttrs = launch.overlaps ? 1 : 0;
+  cudaLaunchAttribute attributes[2]{};
+  config.attrs = attributes;
+  if (launch.overlaps) {
+    cudaLaunchAttribute& overlap = attributes[config.numAttrs++];
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (launch.together) {
+    cudaLaunchAttribute& cooperative = attributes[config.numAttrs++];
+    cooperative.id = cudaLaunchAttributeCooperative;
+    cooperative.val.cooperative = 1;
+  }
   HEDDLE_CUDA(cudaLaunchKernelEx(&config, kKernel, args...));
 }
 

@@ -14,6 +14,16 @@ struct CtaTeam {
     for (int64_t i = threadIdx.x; i < n; i += blockDim.x) body(i);
     __syncthreads();
   }
+  template <class Bit, class Body>
+  __device__ void words(int64_t n, const Bit& bit, const Body& body) const {
+    gather(n, 0, 1, bit, body);
+    __syncthreads();
+  }
+  template <class Rank, class Mass>
+  __device__ void count(Histogram& bins, int64_t n, const Digit& digit, bool by_mass,
+                        const Rank& rank, const Mass& mass) const {
+    tally(bins, n, 0, 1, digit, by_mass, rank, mass);
+  }
   __device__ void add(unsigned long long& x, unsigned long long y) const { atomicAdd(&x, y); }
   // Numbers from 0 on are ordered as their bits are
   __device__ void raise(float& x, float y) const {
@@ -66,7 +76,7 @@ struct CtaTeam {
       above += __shfl_sync(~0u, counts, 31);
       return -1;
     }
-    Wanted rest{wanted.by_mass, wanted.amount - (amounts - amount)};
+    Wanted rest{wanted.by_mass, wanted.amount - (amounts - amount), wanted.grain};
     unsigned long long before = counts - count;
     int digit = 0;
     const int owner = __ffs(static_cast<int>(reached)) - 1;
@@ -75,6 +85,155 @@ struct CtaTeam {
     above += __shfl_sync(~0u, before, owner);
     return __shfl_sync(~0u, digit, owner);
   }
+
+ protected:
+  // The share of one of several CTAs
+  template <class Rank, class Mass>
+  __device__ void tally(Histogram& bins, int64_t n, int member, int members, const Digit& digit,
+                        bool by_mass, const Rank& rank, const Mass& mass) const {
+    each(256, [&](int64_t i) { bins.count[i] = bins.mass[i] = 0; });
+    constexpr int kAhead = 4;  // ranks of a thread that are on their way at the same time
+    const int64_t step = int64_t{blockDim.x} * members, lane = threadIdx.x % 32;
+    // The lanes of a warp stay together, also behind the end
+    for (int64_t first = int64_t{blockDim.x} * member + threadIdx.x; first - lane < n;
+         first += kAhead * step) {
+      uint64_t ranks[kAhead];
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        const int64_t at = first + i * step;
+        ranks[i] = at < n ? rank(at) : 0;
+      }
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        const int64_t at = first + i * step;
+        if (at - lane >= n) break;
+        const bool counts = digit.has(ranks[i]);
+        tally_warp(bins, counts, digit.of(ranks[i]), by_mass, counts && by_mass ? mass(at) : 0);
+      }
+    }
+    __syncthreads();
+  }
+  // The scores of a warp are often much the same: one lane adds for all that share its digit, and
+  // another one if the first had most of them
+  __device__ void tally_warp(Histogram& bins, bool counts, int digit, bool by_mass,
+                             unsigned long long mass) const {
+    const int lane = threadIdx.x % 32;
+    for (int turn = 0; turn < 2; ++turn) {
+      const uint32_t here = __ballot_sync(~0u, counts);
+      if (here == 0) return;
+      const int leader = __ffs(static_cast<int>(here)) - 1;
+      const bool same = digit == __shfl_sync(~0u, digit, leader) && counts;
+      const uint32_t peers = __ballot_sync(~0u, same);
+      unsigned long long sum = 0;
+      if (by_mass) {
+        // Masses are below 2^42: 32 halves of one don't overflow
+        const auto total = [&](unsigned long long part) -> unsigned long long {
+          return __reduce_add_sync(~0u, same ? static_cast<uint32_t>(part) : 0u);
+        };
+        sum = (total(mass >> 21) << 21) + total(mass & 0x1fffff);
+      }
+      if (lane == leader) add_bin(bins, digit, static_cast<uint32_t>(__popc(peers)), sum);
+      counts &= !same;
+      if (2 * __popc(peers) < __popc(here)) break;
+    }
+    if (counts) add_bin(bins, digit, 1, mass);
+  }
+  // Shared memory adds 32 bits at once, but not 64: the upper half of a sum gets what the lower
+  // half carries
+  __device__ static void add_bin(Histogram& bins, int digit, uint32_t count,
+                                 unsigned long long mass) {
+    atomicAdd(reinterpret_cast<uint32_t*>(&bins.count[digit]), count);
+    if (mass == 0) return;
+    auto* halves = reinterpret_cast<uint32_t*>(&bins.mass[digit]);
+    const auto low = static_cast<uint32_t>(mass);
+    const uint32_t carry = atomicAdd(halves, low) + low < low;
+    const uint32_t high = static_cast<uint32_t>(mass >> 32) + carry;
+    if (high != 0) atomicAdd(halves + 1, high);
+  }
+  // 32 words of a warp at a time: neighbouring lanes look at neighbouring bits
+  template <class Bit, class Body>
+  __device__ void gather(int64_t n, int member, int members, const Bit& bit,
+                         const Body& body) const {
+    const int64_t lane = threadIdx.x % 32, step = int64_t{blockDim.x} * members;
+    for (int64_t i = int64_t{blockDim.x} * member + threadIdx.x; i - lane < n; i += step) {
+      uint32_t word = 0;
+#pragma unroll 8
+      for (int64_t other = 0; other < 32; ++other) {
+        const int64_t at = i - lane + other;
+        const uint32_t found = __ballot_sync(~0u, at < n && bit(at, lane));
+        if (lane == other) word = found;
+      }
+      if (i < n) body(i, word);
+    }
+  }
+};
+
+// What CTAs that work on the same selection share; all zeros at first
+struct GroupMemory {
+  Histogram bins[3];
+  uint32_t arrivals;
+};
+
+// Several CTAs as a team, all of which must run at the same time. What they add to is global
+// memory; `bins` are each CTA's own, and complete after counting.
+struct CtaGroup : CtaTeam {
+  GroupMemory& memory;
+  const int member, members;
+
+  __device__ CtaGroup(GroupMemory& memory, int member, int members)
+      : memory(memory), member(member), members(members) {}
+
+  template <class Body> __device__ void each(int64_t n, const Body& body) const {
+    const int64_t step = int64_t{blockDim.x} * members;
+    for (int64_t i = int64_t{blockDim.x} * member + threadIdx.x; i < n; i += step) body(i);
+    meet();
+  }
+  template <class Bit, class Body>
+  __device__ void words(int64_t n, const Bit& bit, const Body& body) const {
+    gather(n, member, members, bit, body);
+    meet();
+  }
+  // Three sums take turns. Who adds to one has met all others since they read it last, two counts
+  // before it was cleared.
+  template <class Rank, class Mass>
+  __device__ void count(Histogram& bins, int64_t n, const Digit& digit, bool by_mass,
+                        const Rank& rank, const Mass& mass) const {
+    tally(bins, n, member, members, digit, by_mass, rank, mass);
+    if (members == 1) return;
+    Histogram &sum = memory.bins[counts_ % 3], &next = memory.bins[(counts_ + 1) % 3];
+    ++counts_;
+    for (int i = static_cast<int>(threadIdx.x); i < 256; i += static_cast<int>(blockDim.x)) {
+      if (bins.count[i] != 0) {
+        atomicAdd(&sum.count[i], bins.count[i]);
+        atomicAdd(&sum.mass[i], bins.mass[i]);
+      }
+      if (member == 0) next.count[i] = next.mass[i] = 0;
+    }
+    meet();
+    for (int i = static_cast<int>(threadIdx.x); i < 256; i += static_cast<int>(blockDim.x)) {
+      bins.count[i] = sum.count[i];
+      bins.mass[i] = sum.mass[i];
+    }
+    __syncthreads();
+  }
+
+ private:
+  // Until all CTAs are here, and all that they wrote before is seen
+  __device__ void meet() const {
+    __syncthreads();
+    if (members == 1) return;
+    ++meetings_;
+    if (threadIdx.x == 0) {
+      __threadfence();
+      atomicAdd(&memory.arrivals, 1);
+      const volatile uint32_t& arrivals = memory.arrivals;
+      while (arrivals < meetings_ * static_cast<uint32_t>(members)) __nanosleep(20);
+      __threadfence();
+    }
+    __syncthreads();
+  }
+
+  mutable uint32_t counts_ = 0, meetings_ = 0;
 };
 
 }  // namespace heddle

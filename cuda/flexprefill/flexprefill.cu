@@ -1,23 +1,46 @@
-#include "core/flexprefill.h"
+#include <algorithm>
 
 #include "common/elements.cuh"
-#include "common/team.cuh"
+#include "common/launch.h"
 #include "core/registry.h"
+#include "flexprefill/choice.cuh"
 
 namespace heddle {
 namespace {
 
-// A CTA per head, all heads at once
-__global__ void __launch_bounds__(kThreads) flexprefill_kernel(FlexPrefill op) {
+constexpr int kChoiceThreads = 1024;
+// Entries that a CTA should have before others help it: meeting takes a microsecond
+constexpr int64_t kShare = 8192;
+
+__global__ void __launch_bounds__(kThreads)
+    flexprefill_sums_kernel(const __grid_constant__ FlexArgs args) {
+  flexprefill_sum(args, (blockIdx.x * int64_t{kThreads} + threadIdx.x) / 32);
+}
+
+__global__ void __launch_bounds__(kChoiceThreads)
+    flexprefill_kernel(const __grid_constant__ FlexArgs args) {
   __shared__ FlexMemory memory;
-  flexprefill_head(CtaTeam{}, op, blockIdx.x, memory);
+  flexprefill_choose(args, static_cast<int>(blockIdx.x), memory);
 }
 
 void run(const FlexPrefill& op, CudaContext& context) {
-  const int64_t heads = op.map.shape[0] * op.map.shape[1];
+  const int64_t heads = op.map.shape[0] * op.map.shape[1], nk = op.map.shape[3];
   if (heads == 0) return;
-  flexprefill_kernel<<<static_cast<unsigned>(heads), kThreads, 0, context.stream>>>(op);
-  context.launched("flexprefill_kernel");
+  const int64_t entries = std::max(op.lines.shape[3], op.map.shape[2] * nk);
+  const int64_t members =
+      std::clamp<int64_t>(std::min(entries / kShare, context.processors / heads), 1, 16);
+  const int64_t groups = std::min<int64_t>(heads, context.processors / members);
+  const FlexArgs args{op, context.scratch<GroupMemory>(static_cast<size_t>(groups)), heads,
+                      static_cast<int>(groups), static_cast<int>(members)};
+  const int64_t warps = heads * 2 * nk;
+  HEDDLE_CHECK(warps < INT32_MAX, kUnsupported, "map", "map has too many heads for one call");
+  constexpr int kWarps = kThreads / 32;
+  flexprefill_sums_kernel<<<static_cast<unsigned>((warps + kWarps - 1) / kWarps), kThreads, 0,
+                            context.stream>>>(args);
+  context.launched("flexprefill_sums_kernel");
+  Launch choice{static_cast<int>(groups * members), kChoiceThreads, 0, context.stream};
+  choice.together = members > 1;
+  launch<flexprefill_kernel>(choice, args);
 }
 
 HEDDLE_REGISTER(FlexPrefill);

@@ -92,10 +92,14 @@ export function flexPrefill<D extends FloatDType>(
       const bits = zeros(shape, { dtype: 'int32', device })
       run('flexprefill', {
         lines: probe(last, keys, { ...rows, per: 'line' }),
-        estimate: probe(last, keys, { ...pooled, block: rows.block }),
+        // whole blocks: the last queries are the map's last row
+        estimate:
+          sq % block === 0
+            ? map.slice(2, rowsOfBlocks - 1)
+            : probe(last, keys, { ...pooled, block: rows.block }),
         map,
         blocks: bits,
-        work: zeros([b, heads, 2, columns + 1], { device }),
+        work: zeros([b, heads, 3, columns + 1], { device }),
         gamma,
         tau,
         least,

@@ -61,20 +61,21 @@ uint16_t encode(DType type, float value) {
   return static_cast<uint16_t>(sign + (static_cast<uint32_t>(unit + 24) << 10) + steps);
 }
 
-Cta::Cta(int threads, size_t smem_bytes, uint64_t seed)
+Cta::Cta(int threads, size_t smem_bytes, uint64_t seed, int ctas)
     : random_(seed),
+      threads_of_cta_(threads),
       elected_(static_cast<int>(random_.below(32))),
       pace_(1 + random_.below(3) * random_.below(60)),
       smem_(smem_bytes + kSkew, 0xff),
       async_(smem_bytes + kSkew, 0xff),
-      warpgroups_(static_cast<size_t>(threads + 127) / 128),
-      warps_(static_cast<size_t>(threads) / 32),
+      warpgroups_(static_cast<size_t>(threads * ctas + 127) / 128),
+      warps_(static_cast<size_t>(threads * ctas) / 32),
       groups_of_warps_(warpgroups_.size()),
-      exchanged_(static_cast<size_t>(threads)) {
+      exchanged_(static_cast<size_t>(threads * ctas)) {
   if (threads % 32 != 0 || threads > 1024)
     fault("a CTA of " + std::to_string(threads) + " threads");
   if (smem_bytes > kMostSmem) fault(std::to_string(smem_bytes) + " bytes of shared memory");
-  for (int i = 0; i < threads; ++i) threads_.push_back(std::make_unique<Thread>());
+  for (int i = 0; i < threads * ctas; ++i) threads_.push_back(std::make_unique<Thread>());
 }
 
 uint32_t Cta::address_of(const void* pointer) const {
@@ -163,7 +164,8 @@ void Cta::run(const std::function<void()>& kernel) {
       if (thread.blocked && !thread.blocked()) continue;
       thread.blocked = nullptr;
       current_ = static_cast<int>(at);
-      threadIdx.x = current_;
+      threadIdx.x = current_ % threads_of_cta_;
+      if (count > static_cast<uint32_t>(threads_of_cta_)) blockIdx.x = current_ / threads_of_cta_;
       ran = true;
       resume(thread);
       if (thread.done) --left;
@@ -274,7 +276,7 @@ void Cta::meet_warpgroup() {
 
 void Cta::named_arrive(int id, int threads) {
   if (id < 0 || id > 15 || threads % 32 != 0) fault("no such named barrier");
-  Meeting& meeting = named_[id];
+  Meeting& meeting = named(id);
   if (++meeting.present > threads)
     fault("named barrier " + std::to_string(id) + " has more arrivals than it expects");
   if (meeting.present == threads) {
@@ -284,17 +286,28 @@ void Cta::named_arrive(int id, int threads) {
 }
 
 void Cta::named_sync(int id, int threads) {
-  const uint64_t round = named_[id].round;
+  Meeting& meeting = named(id);
+  const uint64_t round = meeting.round;
   named_arrive(id, threads);
-  wait_until([this, id, round] { return named_[id].round > round; });
+  wait_until([&meeting, round] { return meeting.round > round; });
 }
 
 uint32_t Cta::exchange(uint32_t value, int lane) {
+  return exchange(value)[static_cast<size_t>(lane)];
+}
+
+std::array<uint32_t, 32> Cta::exchange(uint32_t value) {
   exchanged_[static_cast<size_t>(current_)] = value;
   meet_warp();
-  const uint32_t other = exchanged_[static_cast<size_t>(current_ / 32 * 32 + lane)];
+  std::array<uint32_t, 32> all;
+  std::copy_n(exchanged_.begin() + current_ / 32 * 32, 32, all.begin());
   meet_warp();
-  return other;
+  return all;
+}
+
+void Cta::pause() {
+  if (++pauses_ > 1'000'000) fault("a wait for what never happens");
+  yield();
 }
 
 // --- copies
@@ -512,6 +525,16 @@ void launch(int ctas, int threads, size_t smem_bytes, const std::function<void()
     here.run(kernel);
     cta = nullptr;
   }
+}
+
+void launch_together(int ctas, int threads, const std::function<void()>& kernel) {
+  gridDim.x = ctas;
+  blockDim.x = threads;
+  blockIdx.x = 0;
+  Cta here(threads, 0, next_seed++, ctas);
+  cta = &here;
+  here.run(kernel);
+  cta = nullptr;
 }
 
 }  // namespace heddle::emulator

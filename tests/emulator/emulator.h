@@ -3,6 +3,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -65,7 +66,8 @@ uint16_t encode(DType type, float value);
 
 class Cta {
  public:
-  Cta(int threads, size_t smem_bytes, uint64_t seed);
+  // One, or several that run at the same time
+  Cta(int threads, size_t smem_bytes, uint64_t seed, int ctas = 1);
   void run(const std::function<void()>& kernel);
 
   // Shared memory. Threads and asynchronous units each have their view of it; fence_async makes
@@ -114,7 +116,11 @@ class Cta {
   void meet_warpgroup();
   // What another lane of the warp hands over at the same time
   uint32_t exchange(uint32_t value, int lane);
+  std::array<uint32_t, 32> exchange(uint32_t value);
   int elected_lane() const { return elected_; }
+
+  // Of a thread that asks again and again for what another CTA does
+  void pause();
 
   int thread() const { return current_; }
 
@@ -179,9 +185,12 @@ class Cta {
   void execute(int warpgroup, Group& group);
   float element(DType type, uint64_t descriptor, sm90::Major major, int row, int k);
   void finish();
+  Meeting& named(int id) { return named_[current_ / threads_of_cta_ * 16 + id]; }
   Thread& self() { return *threads_[static_cast<size_t>(current_)]; }
 
   Random random_;
+  const int threads_of_cta_;
+  int pauses_ = 0;
   int elected_;
   uint32_t pace_;  // how seldom something happens in the background before somebody waits
   std::vector<uint8_t> smem_, async_;
@@ -202,6 +211,9 @@ extern Cta* cta;
 
 // Runs CTAs one after the other, from the first or from the last
 void launch(int ctas, int threads, size_t smem_bytes, const std::function<void()>& kernel);
+
+// Runs CTAs at the same time; their kernel keeps no shared memory in the emulator's
+void launch_together(int ctas, int threads, const std::function<void()>& kernel);
 
 // Seeds every launch that follows
 void seed(uint64_t value);

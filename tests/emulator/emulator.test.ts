@@ -76,6 +76,7 @@ const backward = 'attention/backward_sm90.cuh'
 const scan = 'lightning/forward_sm90.cuh'
 const sweep = 'lightning/backward_sm90.cuh'
 const tile = 'common/tile.cuh'
+const team = 'common/team.cuh'
 const kernels: Kernel[] = [
   {
     name: 'forward_sm90',
@@ -601,6 +602,62 @@ const kernels: Kernel[] = [
         file: backward,
         from: 'const int its = i / 1024, part = i / 128 % 8,',
         to: 'const int its = i / 1024, part = i / 128 % 8 ^ 1,',
+      },
+    ],
+  },
+  {
+    // portable, with CTAs that run at the same time
+    name: 'flexprefill',
+    variants: { 'of heads': ['-Wall', '-Wextra', '-Werror'] },
+    broken: 'of heads',
+    faults: [
+      {
+        what: 'CTAs do not wait for each other',
+        file: team,
+        from: 'while (arrivals < meetings_ * static_cast<uint32_t>(members)) __nanosleep(20);',
+        to: '',
+      },
+      {
+        what: 'a sum is cleared while others read it',
+        file: team,
+        from: 'memory.bins[counts_ % 3], &next = memory.bins[(counts_ + 1) % 3]',
+        to: 'memory.bins[counts_ % 2], &next = memory.bins[(counts_ + 1) % 2]',
+      },
+      {
+        what: 'a sum is not cleared',
+        file: team,
+        from: 'if (member == 0) next.count[i] = next.mass[i] = 0;',
+        to: '',
+      },
+      {
+        what: 'bins of a CTA are not cleared',
+        file: team,
+        from: 'each(256, [&](int64_t i) { bins.count[i] = bins.mass[i] = 0; });',
+        to: '',
+      },
+      {
+        what: 'a carry is lost',
+        file: team,
+        from: 'static_cast<uint32_t>(mass >> 32) + carry',
+        to: 'static_cast<uint32_t>(mass >> 32) + 0 * carry',
+      },
+      {
+        what: 'a lane counts again what another has counted',
+        file: team,
+        from: 'counts &= !same;',
+        to: '',
+      },
+      {
+        what: 'lanes do not wait for each other with a digit',
+        file: team,
+        from: 'digit == __shfl_sync(~0u, digit, leader) && counts',
+        to: 'counts && digit == __shfl_sync(~0u, digit, leader)',
+      },
+      {
+        what: 'a group begins with what others have left',
+        file: 'flexprefill/choice.cuh',
+        from: 'words[i] = 0;',
+        to: '',
       },
     ],
   },

@@ -7,51 +7,10 @@
 
 #include "common/sm90_format.h"
 #include "core/dtype.h"
-#include "emulator.h"
+#include "cuda_runtime.h"
 
 // The emulator's side of cuda/common/sm90.cuh: the same names, done by emulator.h. Standing in
 // front of it on the include path it is all that a kernel notices of not running on a GPU.
-
-#define __global__
-#define __device__
-#define __forceinline__ inline
-#define __launch_bounds__(...)
-#define __grid_constant__
-
-using std::max;
-using std::min;
-
-struct float2 {
-  float x, y;
-};
-struct float4 {
-  float x, y, z, w;
-};
-struct uint4 {
-  uint32_t x, y, z, w;
-};
-inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
-
-inline void __syncthreads() { heddle::emulator::cta->named_sync(0, blockDim.x); }
-inline void __syncwarp() { heddle::emulator::cta->meet_warp(); }
-template <class T> T __shfl_sync(unsigned, T value, int lane) {
-  static_assert(sizeof(T) == 4);
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  bits = heddle::emulator::cta->exchange(bits, lane);
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-template <class T> T __shfl_xor_sync(unsigned lanes, T value, int mask) {
-  return __shfl_sync(lanes, value, (threadIdx.x % 32) ^ mask);
-}
-
-inline int __clz(int value) { return std::countl_zero(static_cast<uint32_t>(value)); }
-inline int __any_sync(unsigned, bool value) {
-  int any = 0;
-  for (int lane = 0; lane < 32; ++lane) any |= __shfl_sync(~0u, static_cast<int>(value), lane);
-  return any;
-}
 
 namespace heddle::sm90 {
 

@@ -1,0 +1,80 @@
+#pragma once
+#include <algorithm>
+#include <bit>
+#include <cstdint>
+#include <cstring>
+
+#include "emulator.h"
+
+// What CUDA has without a header of ours, done by emulator.h
+
+#define __global__
+#define __device__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __shared__ static
+#define __grid_constant__
+
+using std::max;
+using std::min;
+
+struct float2 {
+  float x, y;
+};
+struct float4 {
+  float x, y, z, w;
+};
+struct uint4 {
+  uint32_t x, y, z, w;
+};
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+inline void __syncthreads() { heddle::emulator::cta->named_sync(0, blockDim.x); }
+inline void __syncwarp() { heddle::emulator::cta->meet_warp(); }
+template <class T> T __shfl_sync(unsigned, T value, int lane) {
+  uint32_t words[sizeof(T) / 4];
+  std::memcpy(words, &value, sizeof(T));
+  for (uint32_t& word : words) word = heddle::emulator::cta->exchange(word, lane);
+  std::memcpy(&value, words, sizeof(T));
+  return value;
+}
+template <class T> T __shfl_up_sync(unsigned lanes, T value, int step) {
+  const int lane = threadIdx.x % 32;
+  return __shfl_sync(lanes, value, lane < step ? lane : lane - step);
+}
+template <class T> T __shfl_xor_sync(unsigned lanes, T value, int mask) {
+  return __shfl_sync(lanes, value, (threadIdx.x % 32) ^ mask);
+}
+
+inline unsigned __ballot_sync(unsigned, bool value) {
+  unsigned lanes = 0;
+  const auto values = heddle::emulator::cta->exchange(value);
+  for (size_t lane = 0; lane < 32; ++lane) lanes |= values[lane] << lane;
+  return lanes;
+}
+inline int __any_sync(unsigned lanes, bool value) { return __ballot_sync(lanes, value) != 0; }
+inline unsigned __reduce_add_sync(unsigned, unsigned value) {
+  unsigned sum = 0;
+  for (const uint32_t other : heddle::emulator::cta->exchange(value)) sum += other;
+  return sum;
+}
+
+inline int __clz(int value) { return std::countl_zero(static_cast<uint32_t>(value)); }
+inline int __ffs(int value) {
+  return value ? std::countr_zero(static_cast<uint32_t>(value)) + 1 : 0;
+}
+inline int __popc(unsigned value) { return std::popcount(value); }
+inline int __float_as_int(float value) { return std::bit_cast<int>(value); }
+
+template <class T, class Y> T atomicAdd(T* x, Y y) {
+  const T before = *x;
+  *x += static_cast<T>(y);
+  return before;
+}
+template <class T> T atomicMax(T* x, T y) {
+  const T before = *x;
+  *x = std::max(before, y);
+  return before;
+}
+inline void __threadfence() {}
+inline void __nanosleep(unsigned) { heddle::emulator::cta->pause(); }

@@ -1,0 +1,135 @@
+#include "flexprefill/choice.cuh"
+
+#include <limits>
+#include <numeric>
+
+#include "cpu/team.h"
+
+namespace heddle {
+namespace {
+
+constexpr float kNone = std::numeric_limits<float>::quiet_NaN();
+
+struct Case {
+  int64_t sq, sk, heads;
+  int threads, members, groups;
+  FlexPrefill settings;  // numbers only
+  float odd = 0;         // stands somewhere in the statistics of a head
+};
+
+FlexPrefill settings(int64_t block, double gamma, double tau, bool coverage, int64_t least = 1,
+                     int64_t most = 0) {
+  FlexPrefill op;
+  op.block = block;
+  op.gamma = gamma;
+  op.tau = tau;
+  op.coverage = coverage;
+  op.least = least;
+  op.most = most;
+  return op;
+}
+
+// Heads of both kinds, alone and together; blocks that sequences end in, many equal masses
+const Case kCases[] = {
+    {1, 1, 1, 32, 1, 1, settings(16, 0.5, 0.1, false)},
+    {40, 40, 1, 64, 2, 1, settings(16, 0.9, 1, true)},
+    {333, 1000, 3, 64, 1, 2, settings(16, 0.6, 0.3, false)},
+    {700, 700, 2, 96, 3, 2, settings(16, 0.8, 0, false)},
+    {700, 711, 2, 64, 2, 1, settings(16, 0.8, 0, true, 3, 9)},
+    {1000, 1000, 3, 128, 2, 2, settings(16, 0.7, 1, false)},
+    {1000, 1003, 3, 64, 4, 1, settings(16, 0.95, 1, true, 2)},
+    {600, 600, 2, 256, 2, 2, settings(128, 0.9, 0.2, true, 2)},
+    {300, 400, 1, 64, 2, 1, settings(32, 1, 0.1, false)},
+    {500, 500, 2, 64, 2, 2, settings(16, 0.9, 1, false), kNone},
+    {500, 500, 2, 64, 2, 1, settings(16, 0.9, 0, true), std::numeric_limits<float>::infinity()},
+};
+
+Tensor tensor(void* data, std::initializer_list<int64_t> shape) {
+  Tensor made;
+  made.data = data;
+  made.rank = static_cast<int>(shape.size());
+  std::copy(shape.begin(), shape.end(), made.shape);
+  int64_t stride = 1;
+  for (int i = made.rank - 1; i >= 0; stride *= made.shape[i--]) made.strides[i] = stride;
+  return made;
+}
+
+// Masses in steps of 2^-20 that add up to 1, so that sums don't depend on their order: even, with
+// some large ones, or with some of nothing
+void spread(float* to, int64_t n, int kind, emulator::Random& random) {
+  const auto count = static_cast<uint32_t>(n), all = 1u << 20, least = kind == 2 ? 0u : 1u;
+  std::vector<uint32_t> steps(count, least);
+  for (uint32_t left = all - count * least; left > 0;) {
+    const uint32_t share = kind == 0 ? all / count / 4 : left / 3;
+    const uint32_t own = std::min(left, 1 + random.below(share + 1));
+    steps[random.below(count)] += own;
+    left -= own;
+  }
+  for (int64_t i = 0; i < n; ++i)
+    to[i] = static_cast<float>(steps[static_cast<size_t>(i)]) / static_cast<float>(all);
+}
+
+double check(const Case& c, emulator::Random& random) {
+  FlexPrefill op = c.settings;
+  op.sq = c.sq;
+  const auto block = op.block;
+  const int64_t nk = (c.sk + block - 1) / block, rows = (c.sq + block - 1) / block,
+                words = (nk + 31) / 32 + random.below(2);
+  const auto size = [](int64_t n) { return static_cast<size_t>(n); };
+  std::vector<float> lines(size(c.heads * 2 * c.sk)), estimate(size(c.heads * nk)),
+      map(size(c.heads * rows * nk), -INFINITY);
+  for (int64_t line = 0; line < c.heads * 2; ++line)
+    spread(&lines[size(line * c.sk)], c.sk, static_cast<int>(line % 3), random);
+  for (int64_t head = 0; head < c.heads; ++head) {
+    spread(&estimate[size(head * nk)], nk, 0, random);
+    for (int64_t row = 0; row < rows; ++row) {
+      const int64_t end = std::min((row + 1) * block, c.sq);
+      spread(&map[size((head * rows + row) * nk)], (c.sk - c.sq + end - 1) / block + 1,
+             static_cast<int>(head % 2), random);
+    }
+  }
+  if (c.odd != 0) (std::isnan(c.odd) ? map[size(rows / 2 * nk)] : lines[size(c.sk / 2)]) = c.odd;
+  op.lines = tensor(lines.data(), {1, c.heads, 2, c.sk});
+  op.estimate = tensor(estimate.data(), {1, c.heads, 1, nk});
+  op.map = tensor(map.data(), {1, c.heads, rows, nk});
+
+  std::vector<int32_t> expected(size(c.heads * rows * words)), bits = expected;
+  std::vector<float> work(size(c.heads * 3 * (nk + 1))), divergence(size(c.heads), kNone);
+  op.work = tensor(work.data(), {1, c.heads, 3, nk + 1});
+  op.divergence = tensor(divergence.data(), {1, c.heads});
+  op.blocks = tensor(expected.data(), {1, c.heads, rows, words});
+  for (int64_t head = 0; head < c.heads; ++head) {
+    for (int64_t i = 0; i < 2 * nk; ++i) {
+      const FlexSum sum(op, head, i / nk, i % nk);
+      *sum.to = std::accumulate(sum.from, sum.from + sum.count, 0.f);
+    }
+    FlexMemory memory;
+    flexprefill_head(HEDDLE_ISA_NAMESPACE::Alone{}, HEDDLE_ISA_NAMESPACE::Alone{}, op, head,
+                     memory);
+  }
+  const std::vector<float> wanted = divergence;
+
+  std::fill(work.begin(), work.end(), kNone);
+  std::fill(divergence.begin(), divergence.end(), kNone);
+  op.blocks.data = bits.data();
+  std::vector<GroupMemory> groups(size(c.groups));
+  std::memset(static_cast<void*>(groups.data()), 0xff, groups.size() * sizeof(GroupMemory));
+  const FlexArgs args{op, groups.data(), c.heads, c.groups, c.members};
+  const int warps = c.threads / 32;
+  emulator::launch(static_cast<int>((c.heads * 2 * nk + warps - 1) / warps), c.threads, 0,
+                   [&] { flexprefill_sum(args, blockIdx.x * warps + threadIdx.x / 32); });
+  std::vector<FlexMemory> shared(size(c.groups * c.members));
+  emulator::launch_together(c.groups * c.members, c.threads, [&] {
+    flexprefill_choose(args, blockIdx.x, shared[size(blockIdx.x)]);
+  });
+  // NaN is what it is
+  const bool same = std::memcmp(wanted.data(), divergence.data(), wanted.size() * 4) == 0;
+  return same && bits == expected ? 0 : INFINITY;
+}
+
+}  // namespace
+}  // namespace heddle
+
+int main(int argc, char** argv) {
+  return heddle::emulator::run_cases(heddle::kCases, argc, argv, heddle::check);
+}
