@@ -66,6 +66,7 @@ std::vector<Part> make_parts(const Problem<T>& problem, const std::vector<Sequen
 template <class T> void finish(const Problem<T>& problem, const Part& part, float* states) {
   const Attention& op = problem.op;
   const int64_t dv = problem.dv, batch = part.sequence->batch;
+  const float scale = Problem<T>::scale_of(op.v_scale, part.head);
   float line[256];
   for (int64_t row = 0; row < part.rows; ++row) {
     const auto split_state = [&](int split) {
@@ -84,13 +85,15 @@ template <class T> void finish(const Problem<T>& problem, const Part& part, floa
     }
     const bool empty = row_sum == 0;
     for (int64_t e = 0; e < dv; ++e)
-      line[e] = empty ? 0.f : op.normalise ? line[e] / row_sum : line[e];
+      line[e] = empty ? 0.f : scale * (op.normalise ? line[e] / row_sum : line[e]);
 
     const int64_t query = part.sequence->q_begin + problem.query_of(part, row),
                   head = problem.head_of(part, row);
-    store_row(op.out.as<T>() + batch * op.out.strides[0] + query * op.out.strides[1] +
-                  head * op.out.strides[2],
-              op.out.strides[3], line, dv);
+    dispatch_float(op.out.dtype, [&]<class O>(O) {
+      store_row(op.out.as<O>() + batch * op.out.strides[0] + query * op.out.strides[1] +
+                    head * op.out.strides[2],
+                op.out.strides[3], line, dv);
+    });
     op.lse.as<float>()[batch * op.lse.strides[0] + head * op.lse.strides[1] +
                        query * op.lse.strides[2]] =
         empty ? -INFINITY
@@ -160,6 +163,7 @@ template <class T> void run_typed(const Attention& op, CpuContext& context) {
 
 void run(const Attention& op, CpuContext& context) {
   if (op.out.size() == 0) return;
+  if (op.q.dtype == DType::kE4M3) return run_typed<E4M3>(op, context);
   dispatch_float(op.q.dtype, [&]<class T>(T) { run_typed<T>(op, context); });
 }
 

@@ -244,6 +244,10 @@ template <class T> struct Problem {
   static float log2_of(const Tensor& per_head, int64_t head) {
     return static_cast<float>(per_head.as<float>()[head * per_head.strides[0]] * kLog2e);
   }
+  // Of float8
+  static float scale_of(const Tensor& per_head, int64_t head) {
+    return per_head ? per_head.as<float>()[head * per_head.strides[0]] : 1;
+  }
   int64_t query_of(const Part& part, int64_t row) const { return (part.first_row + row) / group; }
   int64_t head_of(const Part& part, int64_t row) const {
     return part.head * group + (part.first_row + row) % group;
@@ -319,7 +323,8 @@ template <class T> struct Problem {
     for (int64_t i = 0; i < d; ++i) to[i] *= factor;
   }
   float row_factor(const Part& part, int64_t row) const {
-    return q_factor * length_factor(part, row);
+    return q_factor * length_factor(part, row) * scale_of(op.q_scale, head_of(part, row)) *
+           scale_of(op.k_scale, part.head);
   }
   float length_factor(const Part& part, int64_t row) const {
     if (op.length_scale == 0) return 1;

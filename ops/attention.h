@@ -25,6 +25,9 @@ struct Attention : MaskArguments {
   Tensor sink;           // [hq] f32: a logit per head that only the normaliser sees
   Tensor bias;           // [b, hq, sq, sk]: added to the score; strides of 0 broadcast it
   Tensor level;          // [b, hq, sq] f32: lse of the same call with weights of softplus
+  Tensor q_scale;        // [hq] f32: what q of float8 is multiplied by
+  Tensor k_scale;        // [hk] f32
+  Tensor v_scale;        // [hk] f32
   Tensor out;            // [b, sq, hq, dv]
   Tensor lse;            // [b, hq, sq] f32, natural log
   double scale = std::numeric_limits<double>::quiet_NaN();  // 1/sqrt(d) when left out
@@ -34,12 +37,13 @@ struct Attention : MaskArguments {
   double power = 1;         // of relu and of reweighted
   double offset = 1;        // of reweighted
   int weights = kSoftmax;
+  int dtype = -1;         // of out; q's when left out, which float8 has to name
   bool cosine = false;    // rows of q and k are divided by their lengths
   bool normalise = true;  // weights are divided by their sum
   bool causal = false;
 
   template <class Schema> static void describe(Schema& schema) {
-    schema.input("q", &Attention::q, "b sq hq d", kFloats);
+    schema.input("q", &Attention::q, "b sq hq d", kFloats | DType::kE4M3);
     schema.input("k", &Attention::k, "b sk hk d", like("q"))
         .when("block_table", "pages page_size hk d");
     schema.input("v", &Attention::v, "b sk hk dv", like("q"))
@@ -63,8 +67,12 @@ struct Attention : MaskArguments {
     schema.number("length_scale", &Attention::length_scale, 0);
     schema.optional("level", &Attention::level, "b hq sq", kF32);
     schema.number("offset", &Attention::offset, 1).at_least(0);
+    schema.optional("q_scale", &Attention::q_scale, "hq", kF32);
+    schema.optional("k_scale", &Attention::k_scale, "hk", kF32);
+    schema.optional("v_scale", &Attention::v_scale, "hk", kF32);
+    schema.dtype("dtype", &Attention::dtype, kFloats);
     describe_mask<Attention>(schema);
-    schema.output("out", &Attention::out, "b sq hq dv", like("q"));
+    schema.output("out", &Attention::out, "b sq hq dv", like("q", "dtype"));
     schema.output("lse", &Attention::lse, "b hq sq", kF32);
   }
 
@@ -79,6 +87,14 @@ struct Attention : MaskArguments {
                  "d must be a multiple of 8 up to 256, got ", d);
     HEDDLE_CHECK(dv % 8 == 0 && dv >= 8 && dv <= 256, kShape, "v",
                  "dv must be a multiple of 8 up to 256, got ", dv);
+    const bool float8 = q.dtype == DType::kE4M3;
+    const char* scaled = q_scale ? "qScale" : k_scale ? "kScale" : v_scale ? "vScale" : nullptr;
+    HEDDLE_CHECK(float8 || !scaled, kArgument, scaled, scaled,
+                 " goes with q, k and v of float8_e4m3fn");
+    HEDDLE_CHECK(float8 == (dtype >= 0), kArgument, "dtype",
+                 "dtype goes with q, k and v of float8_e4m3fn, which need it");
+    HEDDLE_CHECK(!cosine || !(q_scale || k_scale), kArgument, scaled, scaled,
+                 " cannot be combined with cosine");
     HEDDLE_CHECK(bool(cu_seqlens_q) == bool(cu_seqlens_k), kArgument, "cuSeqlensQ",
                  "cuSeqlensQ and cuSeqlensK must be given together");
     HEDDLE_CHECK(!cu_seqlens_q || q.shape[0] == 1, kShape, "q", "b must be 1 with cuSeqlensQ, got ",

@@ -10,6 +10,7 @@
 namespace heddle {
 
 extern template void forward_portable<BF16>(const ForwardArgs&, dim3, size_t, CudaContext&);
+extern template void forward_portable<E4M3>(const ForwardArgs&, dim3, size_t, CudaContext&);
 extern template void forward_portable<F16>(const ForwardArgs&, dim3, size_t, CudaContext&);
 extern template void forward_portable<float>(const ForwardArgs&, dim3, size_t, CudaContext&);
 
@@ -125,6 +126,13 @@ ForwardArgs portable_args(const Attention& op) {
   args.normalise = op.normalise;
   args.shifted = op.shifted();
   args.cosine = op.cosine;
+  args.q_scale = floats(op.q_scale);
+  args.k_scale = floats(op.k_scale);
+  args.v_scale = floats(op.v_scale);
+  args.q_scale_stride = op.q_scale.strides[0];
+  args.k_scale_stride = op.k_scale.strides[0];
+  args.v_scale_stride = op.v_scale.strides[0];
+  args.out_dtype = op.out.dtype;
   return args;
 }
 
@@ -259,8 +267,8 @@ void run_portable(const Attention& op, CudaContext& context) {
                           kRowTile * (kKeyTile + 1));
   const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(args.hq),
                   static_cast<unsigned>(args.splits));
-  dispatch_float(q.dtype,
-                 [&]<class T>(T) { forward_portable<T>(args, grid, smem_bytes, context); });
+  const auto forward = [&]<class T>(T) { forward_portable<T>(args, grid, smem_bytes, context); };
+  q.dtype == DType::kE4M3 ? forward(E4M3{}) : dispatch_float(q.dtype, forward);
 }
 
 constexpr Variant<Attention> kVariants[] = {

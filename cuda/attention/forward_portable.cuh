@@ -1,4 +1,6 @@
 #pragma once
+#include <cuda_fp8.h>
+
 #include <cmath>
 
 #include "common/elements.cuh"
@@ -15,6 +17,13 @@
 // CTAs share a row's keys and a second kernel joins them. Under a mask a row's keys of a tile are
 // bits of one word, and a tile that no row sees anything of is not loaded.
 namespace heddle {
+
+struct E4M3 {
+  __nv_fp8_storage_t bits;
+};
+__device__ __forceinline__ float to_float(E4M3 x) {
+  return __half2float(F16(__nv_cvt_fp8_to_halfraw(x.bits, __NV_E4M3)));
+}
 
 constexpr int kRowTile = 32, kKeyTile = 32, kRowThreads = 4;
 constexpr int kAttentionThreads = kRowTile * kRowThreads;
@@ -54,6 +63,9 @@ struct ForwardArgs {
   bool causal, masked, normalise, shifted, cosine;
   MaskView mask;
   int* fault;
+  const float *q_scale, *k_scale, *v_scale;  // of float8, [hq], [hk] and [hk] or null
+  int64_t q_scale_stride, k_scale_stride, v_scale_stride;
+  DType out_dtype;
 };
 
 ForwardArgs portable_args(const Attention& op);
@@ -113,6 +125,21 @@ __device__ inline float bias_at(const ForwardArgs& p, int64_t batch, int64_t hea
   if (p.bias_dtype == DType::kF32) return static_cast<const float*>(p.bias)[at];
   if (p.bias_dtype == DType::kF16) return to_float(static_cast<const F16*>(p.bias)[at]);
   return to_float(static_cast<const BF16*>(p.bias)[at]);
+}
+
+// What float8 is multiplied by; other numbers are what they are
+template <class T>
+__device__ inline float scale_of(const float* scales, int64_t stride, int64_t head) {
+  return std::is_same_v<T, E4M3> && scales ? scales[head * stride] : 1;
+}
+
+// Out has the dtype of q, but float8 names another
+template <class T> __device__ inline void store_out(const ForwardArgs& p, int64_t at, float x) {
+  const auto store = [&]<class O>(O*) { static_cast<O*>(p.out)[at] = from_float<O>(x); };
+  if constexpr (!std::is_same_v<T, E4M3>) return store(static_cast<T*>(nullptr));
+  if (p.out_dtype == DType::kF32) return store(static_cast<float*>(nullptr));
+  if (p.out_dtype == DType::kF16) return store(static_cast<F16*>(nullptr));
+  store(static_cast<BF16*>(nullptr));
 }
 
 // What a score weighs where no maximum is taken off
@@ -247,7 +274,9 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_portable_kernel(F
 
   const float slope = p.slopes ? p.slopes[head * p.slopes_stride] : 0;
   const int64_t row_keys = exists ? keys_seen(p, place, position) : 0;
-  const float scale = p.scale * length_factor(p, row_keys);
+  const float scale = p.scale * length_factor(p, row_keys) *
+                      scale_of<T>(p.q_scale, p.q_scale_stride, head) *
+                      scale_of<T>(p.k_scale, p.k_scale_stride, kv_head);
   const Lift lift = lift_of(p, place.batch, head, place.q_begin + query, row_keys);
   // row_max starts at a large negative finite number: (-inf) - (-inf) would poison empty rows.
   // Other weights than exponentials are relative to nothing
@@ -348,11 +377,14 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_portable_kernel(F
     total_max = row_sum == 0 ? sink : fmaxf(row_max, sink);
     total = row_sum * expf(row_max - total_max) + expf(sink - total_max);
   }
-  const float factor = row_sum == 0 ? 0 : p.normalise ? expf(row_max - total_max) / total : 1;
-  T* out = static_cast<T*>(p.out) + ((place.batch * p.sq + token) * p.hq + head) * p.dv;
+  const float factor = (row_sum == 0  ? 0
+                        : p.normalise ? expf(row_max - total_max) / total
+                                      : 1) *
+                       scale_of<T>(p.v_scale, p.v_scale_stride, kv_head);
+  const int64_t out = ((place.batch * p.sq + token) * p.hq + head) * p.dv;
   for (int f = 0; f < kMostColumns; ++f) {
     const int column = part + kRowThreads * f;
-    if (column < p.dv) out[column] = from_float<T>(row_sum == 0 ? 0 : acc[f] * factor);
+    if (column < p.dv) store_out<T>(p, out + column, row_sum == 0 ? 0 : acc[f] * factor);
   }
   if (part == 0) p.lse[statistic] = total == 0 ? -INFINITY : total_max + logf(total);
 }
@@ -377,13 +409,14 @@ template <class T> __global__ void attention_join_kernel(ForwardArgs p) {
       top = next;
       any = true;
     }
-    T* out = static_cast<T*>(p.out) + ((batch * p.sq + token) * p.hq + head) * p.dv;
+    const int64_t out = ((batch * p.sq + token) * p.hq + head) * p.dv;
+    const float scale = scale_of<T>(p.v_scale, p.v_scale_stride, head / (p.hq / p.hk));
     for (int f = lane; f < p.dv; f += 32) {
       float sum = 0;
       for (int i = 0; i < p.splits; ++i)
         if (row_sum[i] != 0)
           sum += expf(row_max[i] - top) * p.part_out[(row * p.splits + i) * p.dv + f];
-      out[f] = from_float<T>(!any ? 0 : p.normalise ? sum / total : sum);
+      store_out<T>(p, out + f, !any ? 0 : scale * (p.normalise ? sum / total : sum));
     }
     if (lane == 0) p.lse[row] = total == 0 ? -INFINITY : top + logf(total);
   }

@@ -27,7 +27,7 @@ const char* declines_gather_sm80(const Attention& op, const CudaContext& context
     return "mask must have blocks of less than 64 keys";
   if ((op.block_table ? op.block_table.shape[1] : 1) * op.k.shape[1] >= kMostGathered)
     return "sk must be less than 2^30";
-  if (op.q.dtype == DType::kF32) return "q must be of 16 bits";
+  if (size_of(op.q.dtype) != 2) return "q must be of 16 bits";
   if (op.weights != Attention::kSoftmax) return "weights must be of softmax";
   if (op.bias || op.slopes || op.sink || op.cosine)
     return "bias, slopes, sink and cosine must be left out";

@@ -80,15 +80,27 @@ export interface AttentionOptions {
   offset?: number | undefined
 }
 
+/** Options of {@link attention} of float8: numbers of q, k and v are multiplied by the scales of their heads. */
+export interface Float8Options<D extends FloatDType = 'bfloat16'> extends AttentionOptions {
+  /** [hq], f32; 1 if left out. Not with `cosine`. */
+  qScale?: Tensor<'float32'> | readonly number[] | undefined
+  /** [hk], f32; 1 if left out. Not with `cosine`. */
+  kScale?: Tensor<'float32'> | readonly number[] | undefined
+  /** [hk], f32; 1 if left out. */
+  vScale?: Tensor<'float32'> | readonly number[] | undefined
+  /** The dtype of out, bfloat16 if left out. */
+  dtype?: D | undefined
+}
+
 /** What {@link attention} returns. */
 export interface AttentionResult<D extends FloatDType = FloatDType> {
-  /** [b, sq, hq, dv], the dtype of q. */
+  /** [b, sq, hq, dv], the dtype of q or, where that is float8, of the option. */
   out: Tensor<D>
   /** [b, hq, sq], f32: natural log of the sum of exp(score) or of the other weights, the sink included. */
   lse: Tensor<'float32'>
 }
 
-const known: ReadonlySet<string> = new Set<keyof AttentionOptions>([
+const known: ReadonlySet<string> = new Set<keyof Float8Options>([
   'causal',
   'window',
   'scale',
@@ -108,13 +120,20 @@ const known: ReadonlySet<string> = new Set<keyof AttentionOptions>([
   'lengthScale',
   'level',
   'offset',
+  'qScale',
+  'kScale',
+  'vScale',
+  'dtype',
 ])
 
 /**
  * Exact softmax attention in one fused pass: `softmax(q kᵀ · scale + …) v`, with {@link attentionDefinition} as its
  * definition. A row that sees no key gives `out = 0` and `lse = -inf`, which {@link merge} treats as nothing.
  *
- * @param q [b, sq, hq, d], float32, float16 or bfloat16; d a multiple of 8 up to 256.
+ * Of float8 the numbers are what q, k and v store times the scales of their heads, and `out` is bfloat16 or what `dtype`
+ * says. `cast` gives NaN beyond 448, so a scale is best the largest magnitude of its head divided by that.
+ *
+ * @param q [b, sq, hq, d], float32, float16, bfloat16 or float8_e4m3fn; d a multiple of 8 up to 256.
  * @param k [b, sk, hk, d], same dtype; hq a multiple of hk (query head i reads head i div (hq / hk)).
  * @param v [b, sk, hk, dv], same dtype; dv a multiple of 8 up to 256.
  * @throws HeddleError `ERR_SHAPE`, `ERR_DTYPE`, `ERR_DEVICE` or `ERR_ARGUMENT` at the call; reading rejects if the contents
@@ -127,11 +146,11 @@ const known: ReadonlySet<string> = new Set<keyof AttentionOptions>([
  * const { out, lse } = attention(q, k, v, { causal: true })
  * console.log(out.shape, lse.shape) // [1, 128, 8, 64] [1, 8, 128]
  */
-export function attention<D extends FloatDType>(
-  q: Tensor<D>,
-  k: Tensor<D>,
-  v: Tensor<D>,
-  options: AttentionOptions = {},
+export function attention<D extends FloatDType = 'bfloat16'>(
+  q: Tensor<D | 'float8_e4m3fn'>,
+  k: Tensor<D | 'float8_e4m3fn'>,
+  v: Tensor<D | 'float8_e4m3fn'>,
+  options: Float8Options<D> = {},
 ): AttentionResult<D> {
   checkTensor('attention', 'q', q)
   checkTensor('attention', 'k', k)
@@ -139,6 +158,7 @@ export function attention<D extends FloatDType>(
   const call: AttentionOptions & Record<string, unknown> = { q, k, v, ...options }
   const made: Tensor[] = []
   try {
+    if (q.dtype === 'float8_e4m3fn') call.dtype ??= 'bfloat16'
     prepare('attention', call, q, k, made)
     const [out, lse] = run('attention', call)
     return { out, lse } as AttentionResult<D>
@@ -146,6 +166,8 @@ export function attention<D extends FloatDType>(
     for (const tensor of made) tensor.dispose()
   }
 }
+
+const perHead = ['slopes', 'sink', 'qScale', 'kScale', 'vScale'] as const
 
 // Fills in what was left out and places arrays, in a copy of the options, so that each of them was read once. What is not
 // there stays so: most calls have few options, and their time on the host is that of this function.
@@ -164,8 +186,7 @@ function prepare(
     if (placed) call[name] = placed
   }
   place('bias', biasOf(op, call.bias, q, k, made))
-  place('slopes', vector(op, 'slopes', call.slopes, device, made))
-  place('sink', vector(op, 'sink', call.sink, device, made))
+  for (const name of perHead) place(name, vector(op, name, call[name], device, made))
   const { cuSeqlensQ = mask?.cuSeqlensQ, cuSeqlensK = mask?.cuSeqlensK } = call
   place('cuSeqlensQ', offsets(op, 'cuSeqlensQ', cuSeqlensQ, shape[1], device, made))
   place('cuSeqlensK', offsets(op, 'cuSeqlensK', cuSeqlensK, k.shape[1], device, made))

@@ -139,6 +139,8 @@ const targets: Target[] = [
       'cuSeqlensK',
       'blockTable',
       'cacheSeqlens',
+      'qScale',
+      'dtype',
     ],
   },
   {

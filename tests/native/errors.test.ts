@@ -35,7 +35,8 @@ const heads = (s = 4, h = 4, d = 16) => zeros([1, s, h, d])
 const q = heads()
 const kv = heads(4, 2)
 const half = zeros([1, 4, 2, 16], { dtype: 'float16' })
-const fp8 = zeros([1, 4, 4, 16], { dtype: 'float8_e4m3fn' })
+const e4m3 = zeros([1, 4, 4, 16], { dtype: 'float8_e4m3fn' })
+const e5m2 = zeros([1, 4, 4, 16], { dtype: 'float8_e5m2' })
 const matrix = zeros([2, 3])
 const pages = { blockTable: zeros([1, 2], { dtype: 'int32' }), cacheSeqlens: [3] }
 
@@ -76,9 +77,27 @@ const wrong: Wrong[] = [
   ],
   [
     'a float8 tensor',
-    () => attention(any(fp8), any(fp8), any(fp8)),
+    () => attention(any(e5m2), any(e5m2), any(e5m2)),
     'ERR_DTYPE',
-    'attention: q must be float32, float16 or bfloat16, got float8_e4m3fn',
+    'attention: q must be float32, float16, bfloat16 or float8_e4m3fn, got float8_e5m2',
+  ],
+  [
+    'scales of what is not float8',
+    () => attention(q, q, q, { kScale: [1, 1, 1, 1] }),
+    'ERR_ARGUMENT',
+    'attention: kScale goes with q, k and v of float8_e4m3fn',
+  ],
+  [
+    'another dtype of out than that of q',
+    () => attention(q, q, q, any({ dtype: 'bfloat16' })),
+    'ERR_ARGUMENT',
+    'attention: dtype goes with q, k and v of float8_e4m3fn, which need it',
+  ],
+  [
+    'scales of what is divided by its length',
+    () => attention(e4m3, e4m3, e4m3, { cosine: true, kScale: [1, 1, 1, 1] }),
+    'ERR_ARGUMENT',
+    'attention: kScale cannot be combined with cosine',
   ],
   [
     'an integer tensor',

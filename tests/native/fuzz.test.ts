@@ -303,6 +303,10 @@ const targets: readonly Target[] = [
       lengthScale: () => 2,
       level: () => floats(1, 2, 4),
       offset: () => 0.5,
+      qScale: () => [0.5, 2],
+      kScale: () => floats(2),
+      vScale: () => [1, 3],
+      dtype: () => 'float16',
     },
   },
   {

@@ -1,4 +1,4 @@
-import { type Device, type FloatDType, type Tensor, tensor } from 'heddle'
+import { type Device, type DType, type FloatDType, type Tensor, tensor } from 'heddle'
 
 /** Numbers that differ from run to run; HEDDLE_TEST_SEED repeats a run. */
 export const seed = Number(process.env.HEDDLE_TEST_SEED ?? Math.floor(Math.random() * 2 ** 31))
@@ -36,8 +36,8 @@ export function random(stream: number): Random {
 }
 
 /** A tensor of given numbers and those numbers as the dtype rounds them. */
-export interface Sample {
-  tensor: Tensor<FloatDType>
+export interface Sample<D extends DType = FloatDType> {
+  tensor: Tensor<D>
   values: Float32Array
 }
 
@@ -45,27 +45,27 @@ export interface Sample {
  * Random numbers as a tensor, now and then as a view with gaps: of a larger tensor whose other elements are NaN, or with
  * two dimensions stored the other way round.
  */
-export async function sample(
+export async function sample<D extends DType>(
   rng: Random,
   shape: readonly number[],
-  dtype: FloatDType,
+  dtype: D,
   device: Device,
   options: { scale?: number; strided?: boolean } = {},
-): Promise<Sample> {
+): Promise<Sample<D>> {
   const count = shape.reduce((product, size) => product * size, 1)
   const data = rng.normals(count, options.scale)
   const made = place(rng, data, shape, dtype, device, options.strided ?? rng.chance(0.4))
   return { tensor: made, values: await made.read({ as: 'float32' }) }
 }
 
-function place(
+function place<D extends DType>(
   rng: Random,
   data: Float32Array,
   shape: readonly number[],
-  dtype: FloatDType,
+  dtype: D,
   device: Device,
   strided: boolean,
-): Tensor<FloatDType> {
+): Tensor<D> {
   const dense = tensor(data, shape, { dtype, device })
   if (!strided || shape.length < 3) return dense
   if (rng.chance(0.5)) {

@@ -17,6 +17,8 @@ export interface AttentionCase {
   softCap: number
   slopes: readonly number[] | undefined
   sink: readonly number[] | undefined
+  /** Numbers of q, k and v of each of their heads are multiplied by these. */
+  factors?: { q: readonly number[]; k: readonly number[]; v: readonly number[] } | undefined
   /** Whether query i of a head sees key t, beside causality and the window; everything if left out. */
   sees?: (b: number, head: number, i: number, t: number) => boolean
 }
@@ -56,6 +58,8 @@ export function attentionReference(
     const { sq, sk } = lengths(b)
     for (let h = 0; h < c.hq; h++) {
       const hk = Math.floor(h / (c.hq / c.hk))
+      const factor = (c.factors?.q[h] ?? 1) * (c.factors?.k[hk] ?? 1)
+      const factorV = c.factors?.v[hk] ?? 1
       for (let i = 0; i < sq; i++) {
         const p = sk - sq + i
         const seen: number[] = []
@@ -72,7 +76,7 @@ export function attentionReference(
             let dot = 0
             let size = 0
             for (let e = 0; e < c.d; e++) {
-              const term = q(b, i, h, e) * k(b, t, hk, e)
+              const term = factor * q(b, i, h, e) * k(b, t, hk, e)
               dot = accumulated(dot + term)
               size += Math.abs(term)
             }
@@ -97,7 +101,7 @@ export function attentionReference(
           for (let f = 0; f < c.dv; f++) {
             let value = 0
             seen.forEach((t, j) => {
-              value = accumulated(value + r(weights[j]! / sum) * v(b, t, hk, f))
+              value = accumulated(value + r(weights[j]! / sum) * factorV * v(b, t, hk, f))
             })
             ;(rounded ? plain : out)[((b * c.sq + i) * c.hq + h) * c.dv + f] = r(value)
           }
