@@ -246,6 +246,43 @@ describeDevices('lightning', (device) => {
       }
     })
 
+    it('decodes many states at once, in any order of slots', async () => {
+      const rng = random(27)
+      const heads = { hq: 16, hk: 8, hv: 8, hs: 8 }
+      for (const [d, e] of [
+        [128, 128],
+        [72, 100],
+        [24, 136],
+      ] as const) {
+        const slopes = Array.from({ length: 8 }, () => Math.fround(rng.pick([0, 0.01, 0.5, 200])))
+        const c = { b: 40, s: 2, d, e, scale: 0.7, slopes, ...heads }
+        const { q, k, v, reads } = await draw(rng, c, dtype, device)
+        const initial = rng.normals(c.b * c.hs * d * e)
+        const segments = Array.from({ length: c.b }, (_, b) => [b, 0, c.s, b] as const)
+        const reference = lightningReference(c, ...reads, initial, segments)
+        const order = segments.map(([b]) => (7 * b) % c.b)
+        const slots = tensor(order, undefined, { dtype: 'int32', device })
+        for (const stateLayout of ['dk-ev', 'ev-dk'] as const) {
+          const turned = (x: Tensor<'float32'>) =>
+            stateLayout === 'dk-ev' ? x : x.transpose(2, 3).contiguous()
+          const given = turned(tensor(initial, [c.b, c.hs, d, e], { device }))
+          const states = zeros(given.shape, { device })
+          for (const [b, slot] of order.entries())
+            states.select(0, slot).copyFrom(given.select(0, b))
+          const { out } = lightningDecode(q, k, v, states, slots, {
+            slopes,
+            scale: 0.7,
+            stateLayout,
+          })
+          const what = `${d} ${e} ${stateLayout}`
+          close(await out.read({ as: 'float32' }), reference.out, bounds[dtype], `out ${what}`)
+          for (const [b, slot] of order.entries())
+            given.select(0, b).copyFrom(states.select(0, slot))
+          close(await turned(given).read(), reference.state, bounds.float32, `state ${what}`)
+        }
+      }
+    })
+
     it('skips rows with a negative slot', async () => {
       const rng = random(23)
       const c = { ...drawCase(rng), b: 2, s: 3 }
