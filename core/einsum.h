@@ -15,7 +15,7 @@
 // they are computed and f32 in memory.
 //
 // A statement is a list of words: how many variables stand on the left and how many there are with
-// the reduced ones, the reducer, whether nobody reads the result, where its four pieces of code
+// the reduced ones, the reducer, what an empty coordinate holds, where its four pieces of code
 // begin, seen from the first word (0 for one that it does not have), and the size of each variable.
 // Code is for a stack machine. The variables are numbered, and the step of an iteration comes last.
 //
@@ -26,7 +26,8 @@ namespace heddle::einsum {
 constexpr int kVariables = 16, kStack = 32;
 constexpr uint32_t kEmpty = 0x7fc0e317;
 
-enum Header { kLeft, kAll, kReducer, kFinal, kOuter, kInner, kBody, kPlace, kSizes };
+enum Header { kLeft, kAll, kReducer, kHole, kOuter, kInner, kBody, kPlace, kSizes };
+enum Hole { kMarked, kZero, kMinusInfinity };  // the latter in results, which nobody reads
 enum Reducer { kNone, kSum, kMax, kMin, kProd, kLogSumExp };
 // clang-format off
 enum Code {
@@ -289,9 +290,11 @@ HEDDLE_HD inline bool run(const int64_t* words, int64_t count, int64_t index, in
   }
   const double place = machine.run(machine.word(kPlace));
   if (machine.broken || !(place >= 0 && place < static_cast<double>(size))) return false;
-  work[static_cast<int64_t>(place)] = !empty                 ? static_cast<float>(value)
-                                      : machine.word(kFinal) ? 0
-                                                             : std::bit_cast<float>(kEmpty);
+  const int64_t hole = machine.word(kHole);
+  work[static_cast<int64_t>(place)] = !empty                   ? static_cast<float>(value)
+                                      : hole == kZero          ? 0
+                                      : hole == kMinusInfinity ? -INFINITY
+                                                               : std::bit_cast<float>(kEmpty);
   return true;
 }
 

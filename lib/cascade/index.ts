@@ -71,7 +71,7 @@ export interface Cascade {
    * const { O, LSE } = plan(q, k, v, { scale: 0.125 })
    * console.log(plan.explain().slots, explain(plan, q, k, v).variant)
    * @throws HeddleError `CAS020` if no kernel computes it, `CAS021` if it takes several passes besides, `CAS022` if an
-   * operator has the form but not this mask, scale or distance; with `fused: 'preferred'` it runs statement by statement
+   * operator has the form but not this sink, scale or distance; with `fused: 'preferred'` it runs statement by statement
    * instead.
    */
   compile(options?: CompileOptions): Plan

@@ -1,4 +1,5 @@
 import { checkOptions, mustBe } from '../check.js'
+import type { FloatDType } from '../dtype.js'
 import { HeddleError, refuse } from '../errors.js'
 import { type AttentionOptions, attention } from '../ops/attention.js'
 import { sigmoid, silu } from '../ops/elementwise.js'
@@ -7,13 +8,15 @@ import { lightning } from '../ops/lightning.js'
 import { linear } from '../ops/linear.js'
 import { merge } from '../ops/merge.js'
 import { norm } from '../ops/norm.js'
-import { checkTensor, type Tensor } from '../tensor.js'
+import { scope } from '../scope.js'
+import { checkTensor, empty, full, type Tensor } from '../tensor.js'
 import { type Analysis, type AnalyzeOptions, analyze } from './analyze.js'
 import { broken } from './error.js'
 import { type CascadeIR, rankOf, type Statement, statementsOf } from './ir.js'
 import { definitions } from './library.js'
 import {
   type Atom,
+  access,
   argument,
   atomForm,
   type Condition,
@@ -36,6 +39,7 @@ import {
 } from './normal.js'
 import { parse } from './parse.js'
 import { print } from './print.js'
+import { type Layout, Side } from './side.js'
 import { runSteps } from './steps.js'
 import { validate } from './validate.js'
 
@@ -124,33 +128,77 @@ function weightsOf(weight: Form) {
     : undefined
 }
 
-// sum(e) Q K with a factor: what of a score the two operands and what the scale is
+// An operand of attention: what is computed from the tensor that has its axes, or only that tensor
+interface Operand {
+  main: Access
+  form: Form
+}
+
+// sum(e) Q K with a factor: the two operands of a score and its scale
 interface Dot {
-  q: Access
-  k: Access
+  q: Operand
+  k: Operand
   e: string
   scale: Form
 }
 
+const isNumber = (form: Pick<Form, 'free'>, variables: readonly string[]) =>
+  !has(form, variables) && ![...form.free].some((one) => one.endsWith('[]'))
+
+function accessesIn({ terms }: Form): Access[] {
+  const inside = (atom: Atom): Access[] => {
+    if (atom.kind === 'access') return [atom]
+    if (atom.kind === 'call') return atom.args.flatMap(accessesIn)
+    if (atom.kind === 'sum') return accessesIn(atom.form)
+    return atom.kind === 'if' ? [atom.yes, atom.no].flatMap(accessesIn) : []
+  }
+  return terms.flatMap(({ factors }) => factors.flatMap(({ atom }) => inside(atom)))
+}
+
+// The tensor that has these axes, each as a variable of its own
+function operandOf(form: Form, axes: readonly string[]): Operand | undefined {
+  const main = accessesIn(form).find((one) => {
+    const names = one.indices.map(({ key }) => key)
+    return new Set(names).size === names.length && axes.every((axis) => names.includes(axis))
+  })
+  return main && { main, form }
+}
+
 function dotOf(term: Term, key: string, variables: readonly string[]): Dot | undefined {
-  const sums = term.factors.filter(isSum)
-  const rest = formOf([
-    termOf(
-      term.coefficient,
-      term.factors.filter((one) => !sums.includes(one)),
-    ),
-  ])
-  if (sums.length !== 1 || has(rest, [key, ...variables])) return undefined
-  const { over, body, where } = sums[0]!.atom as Reduce
-  const [product] = body.terms
-  const operands = product?.factors.map(({ atom }) => atom) ?? []
-  if (over.length !== 1 || where.length > 0 || body.terms.length !== 1 || operands.length !== 2)
+  const sums = term.factors.filter((one) => isSum(one) && has(one.atom, [key]))
+  const { over, body, where } = (sums[0]?.atom ?? {}) as Reduce
+  if (sums.length !== 1 || over.length !== 1 || where.length > 0 || body.terms.length !== 1)
     return undefined
-  if (product!.coefficient !== 1 || product!.factors.some((one) => one.power !== 1))
-    return undefined
-  const k = operands.find((one): one is Access => one.kind === 'access' && has(one, [key]))
-  const q = operands.find((one): one is Access => one.kind === 'access' && !has(one, [key]))
-  return q && k ? { q, k, e: over[0]!, scale: rest } : undefined
+  const [e] = over as [string]
+  const rest = term.factors.filter((one) => !sums.includes(one))
+  const [product] = body.terms as [Term]
+  const split = (factors: readonly Factor[]) =>
+    [false, true].map((wanted) => factors.filter(({ atom }) => has(atom, [key]) === wanted))
+  const [ofQ, ofK] = split(product.factors) as [Factor[], Factor[]]
+  const [before, withKey] = split(rest) as [Factor[], Factor[]]
+  const scales = before.filter(({ atom }) => isNumber(atom, variables))
+  const q = single([...ofQ, ...before.filter((one) => !scales.includes(one))])
+  const k = single([...ofK, ...withKey])
+  const rows = variables.filter((v) => q.free.has(v) && !single(ofK).free.has(v))
+  const operands = {
+    q: rows.map((row) => operandOf(q, [row, e])).find((one) => one !== undefined),
+    k: operandOf(k, [key, e]),
+  }
+  if (!operands.q || !operands.k || rows.some((row) => k.free.has(row))) return undefined
+  const scale = formOf([termOf(term.coefficient * product.coefficient, scales)])
+  return { q: operands.q, k: operands.k, e, scale }
+}
+
+// Whether a form reduces over a rank
+function sweeps({ terms }: Form, rank: string): boolean {
+  const inside = (atom: Atom): boolean => {
+    if (atom.kind === 'reduce')
+      return atom.over.some((v) => rankIn(v) === rank) || sweeps(atom.body, rank)
+    if (atom.kind === 'call') return atom.args.some((arg) => sweeps(arg, rank))
+    if (atom.kind === 'sum') return sweeps(atom.form, rank)
+    return atom.kind === 'if' && (sweeps(atom.yes, rank) || sweeps(atom.no, rank))
+  }
+  return terms.some(({ factors }) => factors.some(({ atom }) => inside(atom)))
 }
 
 // Whether every index is a variable of its own: those that must be there, and some that may
@@ -170,10 +218,11 @@ function hasAxes(
 // A number per head: a tensor over heads or a scalar
 type PerHead = Form
 
-// Where a row ends and how far back it begins, as offsets from its own index
+// Where a row ends and how far back it begins, as offsets from its own index; the rest of the mask
 interface Interval {
   off: Form | undefined
   back: Form | undefined
+  rest: Condition[]
 }
 
 function intervalOf(
@@ -181,38 +230,125 @@ function intervalOf(
   key: string,
   row: string,
   variables: readonly string[],
-  fail: (reason: string) => Mismatch,
-) {
-  const interval: Interval = { off: undefined, back: undefined }
+): Interval {
+  const interval: Interval = { off: undefined, back: undefined, rest: [] }
   for (const one of where) {
     const form = one.kind === '<=' ? one.form : undefined
     const sign = (text: string) => form?.terms.find((term) => term.key === text)?.coefficient
     const rest = form && formOf(form.terms.filter((term) => term.key !== key && term.key !== row))
     const up = sign(key) === 1 && sign(row) === -1
     const down = sign(key) === -1 && sign(row) === 1
-    if (!rest || (!up && !down) || has(rest, [key, ...variables]))
-      throw fail(`where ${one.key} is no interval of keys around the row`)
     const slot = up ? 'off' : 'back'
-    if (interval[slot]) throw fail('there are two bounds on one side')
-    interval[slot] = up ? times(number(-1), rest) : rest
+    if (!rest || (!up && !down) || !isNumber(rest, [key, ...variables]) || interval[slot])
+      interval.rest.push(one)
+    else interval[slot] = up ? times(number(-1), rest) : rest
   }
-  if (interval.back && !interval.off) throw fail('a window looks back from a causal row alone')
+  // A window looks back from a causal row alone
+  if (interval.back && !interval.off) return { off: undefined, back: undefined, rest: [...where] }
   return interval
 }
 
+// post * sum(m) weight * value, or that divided by the sum of the weights
+interface Weighted {
+  slots: Record<string, string>
+  post: Form
+  /** Axes [b, s, h, d] of the result. */
+  axes: readonly string[]
+  layouts: Layouts
+  run(call: Call): { out: F32; lse: F32; known: Known }
+}
+type Known = Record<string, number>
+
+// Axes [b, s, h, d] of a tensor as places in its text, and what stands for those that the text leaves out
+type Layouts = Map<string, (indices: readonly string[]) => readonly string[]>
+
 function attentionOf(normal: Normal, ir: CascadeIR): Lowered {
   const outputs = ir.outputs.map((tensor) => ({ tensor, ...normal.forms.get(tensor)! }))
+  const [first] = ir.outputs as [string]
+  const out = outputs.find(
+    ({ form: { terms } }) =>
+      terms.length > 0 && terms.length < 3 && terms.every(({ factors }) => factors.some(isSum)),
+  )
+  if (!out) throw new Mismatch(first, 'it is no weighted sum', 0)
+  const others = outputs.filter((one) => one !== out)
+  const parts = out.form.terms.map((term) => weightedSum(ir, out, term, others))
+  const [part] = parts as [Weighted]
+  const spread = parts.some(({ axes }) => axes.join() !== part.axes.join())
+  if (spread) throw new Mismatch(out.tensor, 'its parts have no common axes', 2)
+  const layouts: Layouts = new Map(parts.flatMap((one) => [...one.layouts]))
+  const raw = parts.map((_, i) => access(`O${i}_`, part.axes.map(name)))
+  const sum = plus(...parts.map(({ post }, i) => times(raw[i]!, post)))
+  const post = sum.key === raw[0]!.key ? undefined : sideOf(ir, layouts, sum, part.axes)
+  const slots = Object.assign(
+    {},
+    ...parts.map((one, i) =>
+      Object.fromEntries(
+        Object.entries(one.slots).map(([slot, text]) => [i ? slot + i : slot, text]),
+      ),
+    ),
+  ) as Record<string, string>
+  if (post) slots.result = sum.key
+  const lse = others[0]?.tensor
+  return {
+    operator: 'attention',
+    slots,
+    run: (call) =>
+      scope(() => {
+        const results = parts.map((one) => one.run(call))
+        const [{ out: whole, known, lse: logarithms }] = results as [(typeof results)[number]]
+        const raws = Object.fromEntries(results.map((one, i) => [`O${i}_`, one.out]))
+        const result = post
+          ? cast(post.run({ ...call.tensors, ...raws }, known), whole.dtype)
+          : whole
+        return { [out.tensor]: result, ...(lse === undefined ? {} : { [lse]: logarithms }) }
+      }),
+  }
+}
+
+const cast = (x: Tensor, dtype: FloatDType): F32 =>
+  (x.dtype === dtype ? x : (x as F32).cast(dtype)) as F32
+
+function sideOf(
+  ir: CascadeIR,
+  layouts: Layouts,
+  form: Form,
+  left: readonly string[],
+  names: ReadonlyMap<string, string> = new Map(),
+  where?: readonly Condition[],
+): Side {
+  const layout: Layout = (tensor, indices) => layouts.get(tensor)?.(indices) ?? indices
+  return new Side(ir.variables, layout, names, form, left, where)
+}
+
+// Tensors of [b, s, h, d], whatever axes the text writes; what it leaves out is b_ or h_, or the only head of all
+function layoutsOf(
+  operands: readonly (readonly [Operand, readonly string[]])[],
+  heads: readonly string[],
+  tokens: readonly string[],
+): Layouts {
+  const [batch, head] = heads.length > 1 ? heads : [undefined, heads[0]]
+  const absent = [batch === undefined ? 'b_' : '0', '', head === undefined ? 'h_' : '0', '']
+  return new Map(
+    operands.map(([{ main }, axes]) => {
+      const token = axes.find((x) => tokens.includes(x))
+      const places = [batch, token, head, axes.at(-1)].map((axis) =>
+        main.indices.findIndex(({ key }) => key === axis),
+      )
+      return [main.name, (given) => places.map((at, i) => (at < 0 ? absent[i]! : given[at]!))]
+    }),
+  )
+}
+
+function weightedSum(
+  ir: CascadeIR,
+  out: { tensor: string; left: readonly string[] },
+  { factors, coefficient }: Term,
+  others: readonly { tensor: string; form: Form }[],
+): Weighted {
   let fit = 0
-  let einsum = ir.outputs[0]!
+  let einsum = out.tensor
   const fail = (reason: string, code: 'CAS020' | 'CAS022' = 'CAS020') =>
     new Mismatch(einsum, reason, fit, code)
-
-  const isRatio = ({ form }: (typeof outputs)[number]) =>
-    form.terms.length === 1 && form.terms[0]!.factors.some(isSum)
-  const out = outputs.find(isRatio)
-  if (!out) throw fail('it is no weighted sum')
-  einsum = out.tensor
-  const { factors, coefficient } = out.form.terms[0]!
   const sums = factors.filter(isSum)
   const numerator = sums[0]!.atom as Reduce
   if (sums.length > 1 || numerator.over.length !== 1 || numerator.body.terms.length !== 1)
@@ -220,41 +356,59 @@ function attentionOf(normal: Normal, ir: CascadeIR): Lowered {
   const [m] = numerator.over as [string]
   const inner = numerator.body.terms[0]!.factors
 
-  // The value has a variable of the result that the weight lacks
-  const values = inner.filter(
-    ({ atom, power }) =>
+  const divisors = factors.filter(({ power }) => power === -1)
+  const summed = (atom: Atom) =>
+    atom.kind === 'reduce' &&
+    atom.op === 'sum' &&
+    atom.where.map(({ key }) => key).join() === numerator.where.map(({ key }) => key).join()
+      ? [atom.body]
+      : []
+  // The weight is what the divisor sums up, or a function of a score; the rest is the value, which has a variable of its own
+  const candidates = [
+    ...divisors.flatMap(({ atom }) =>
+      atom.kind === 'sum'
+        ? atom.form.terms.flatMap(({ factors }) => factors.flatMap((one) => summed(one.atom)))
+        : summed(atom),
+    ),
+    ...inner.map((one) => single([one])),
+  ]
+  const columnsOf = (value: Form, weight: Form) =>
+    out.left.filter((x) => value.free.has(x) && !weight.free.has(x))
+  const found = candidates.flatMap((weight) => {
+    const value = times(single(inner), power(weight, -1))
+    const [column, ...more] = columnsOf(value, weight)
+    const v = column === undefined || more.length > 0 ? undefined : operandOf(value, [m, column])
+    const own = weightsOf(weight)
+    const apart = out.left.every((x) => x === column || !value.free.has(x) || v?.main.free.has(x))
+    return v && own && apart && has(own.score, [m]) ? [{ ...own, weight, v, column: column! }] : []
+  })
+  if (found.length === 0) {
+    const isValue = ({ atom }: Factor) =>
       atom.kind === 'access' &&
-      power === 1 &&
-      has(atom, [m]) &&
-      out.left.some(
-        (v) => atom.free.has(v) && inner.every((one) => one.atom === atom || !has(one.atom, [v])),
-      ),
-  )
-  if (values.length !== 1) throw fail('it has no value that is summed')
-  const v = values[0]!.atom as Access
-  fit++
-  const weight = single(inner.filter((one) => one !== values[0]))
-  const { weights, power: exponent, score } = weightsOf(weight) ?? {}
-  if (!weights || !score)
-    throw fail(`its weights are ${weight.key}, no function of a score that attention has`)
-  fit++
+      columnsOf(atomForm(atom), single(inner.filter((x) => x.atom !== atom))).length > 0
+    const rest = single(inner.filter((one) => !isValue(one)))
+    if (!inner.some(isValue)) throw fail('it has no value that is summed')
+    fit++
+    throw fail(`its weights are ${rest.key}, no function of a score that attention has`)
+  }
+  const [{ weights, power: exponent, score, weight, v, column }] = found as [(typeof found)[number]]
+  fit += 2
 
   // exp(shift) sum(…) in both, and a sink beside the sum below
-  const divisors = factors.filter(({ power }) => power === -1)
   const outside = formOf([
     termOf(
       coefficient,
       factors.filter((one) => one !== sums[0] && !divisors.includes(one)),
     ),
   ])
-  const isNormaliser = (atom: Atom) =>
-    atom.kind === 'reduce' &&
-    atom.op === 'sum' &&
-    atom.body.key === weight.key &&
-    atom.where.map(({ key }) => key).join() === numerator.where.map(({ key }) => key).join()
-  const [divisor] = divisors
-  if (divisors.length > 1) throw fail('it is divided twice')
+  const isNormaliser = (atom: Atom) => summed(atom)[0]?.key === weight.key
+  const apart = divisors.filter(
+    ({ atom }) => atom.kind !== 'sum' && !isNormaliser(atom) && !sweeps(atomForm(atom), rankIn(m)),
+  )
+  const [divisor, ...second] = divisors.filter((one) => !apart.includes(one))
+  if (second.length > 0) throw fail('it is divided twice')
   if (!divisor && weights === 'softmax') throw fail('its weights are not divided by their sum')
+  let post = times(outside, single(apart))
   let total = divisor && atomForm(divisor.atom)
   let shift = number(0)
   let sink: PerHead | undefined
@@ -270,151 +424,176 @@ function attentionOf(normal: Normal, ir: CascadeIR): Lowered {
         own!.factors.filter((one) => one !== sum),
       ),
     ])
-    if (!sum || !isNormaliser(sum.atom) || more.length > 0 || before.key !== outside.key)
+    if (!sum || !isNormaliser(sum.atom) || more.length > 0)
       throw fail('its divisor is no sum of its weights and one more')
+    post = times(post, power(before, -1))
     shift = logarithm(before)
     sink = logarithm(formOf([other!]))
-  } else if ((divisor && !isNormaliser(divisor.atom)) || outside.key !== '1') {
+  } else if (divisor && !isNormaliser(divisor.atom))
     throw fail('its divisor is not the sum of its weights')
-  }
+  if (sweeps(post, rankIn(m))) throw fail(`it is multiplied by ${post.key}, which takes all keys`)
   fit++
 
-  // scale q.k, or cap tanh(scale q.k / cap); slope m; a bias; and where nothing cancels it, what a row adds
-  let bias: Form | undefined
-  let added = number(0)
-  let dot: Dot | undefined
+  // scale q.k, the sum of several, or cap tanh(scale q.k / cap); then what is added to it
+  let dots: Dot[] = []
   let cap: Form | undefined
-  let slope: PerHead | undefined
+  const terms: Term[] = []
   for (const term of score.terms) {
     const bent = term.factors.find(({ atom }) => atom.kind === 'call' && atom.fn === 'tanh')
-    const others = term.factors.filter((one) => one !== bent)
     const own = dotOf(term, m, ir.variables)
-    if (own && !dot) dot = own
-    else if (bent?.power === 1 && bent.atom.kind === 'call' && !dot) {
-      cap = formOf([termOf(term.coefficient, others)])
-      const [inside, ...more] = bent.atom.args[0]!.terms
-      dot =
-        more.length === 0 && !has(cap, [m, ...ir.variables]) && inside
-          ? dotOf(inside, m, ir.variables)
-          : undefined
-      if (!dot) throw fail(`its score has ${bent.atom.key}, which is no soft cap`)
-    } else if (term.factors.some(({ atom, power }) => atom.key === m && power === 1) && !slope) {
-      slope = formOf([
+    if (own && !cap) dots.push(own)
+    else if (bent?.power === 1 && bent.atom.kind === 'call' && dots.length === 0) {
+      const inside = bent.atom.args[0]!.terms
+      cap = formOf([
         termOf(
           term.coefficient,
-          term.factors.filter(({ atom }) => atom.key !== m),
+          term.factors.filter((one) => one !== bent),
         ),
       ])
-    } else if (tensorIn(formOf([term])) !== undefined && !bias) bias = formOf([term])
-    else if (has(formOf([term]), [m])) throw fail(`its score has ${formOf([term]).key}`)
-    else added = plus(added, formOf([term]))
+      dots = inside.flatMap((one) => dotOf(one, m, ir.variables) ?? [])
+      if (!isNumber(cap, [m, ...ir.variables]) || dots.length < inside.length)
+        throw fail(`its score has ${bent.atom.key}, which is no soft cap`)
+    } else terms.push(term)
   }
+  const [dot] = dots
   if (!dot) throw fail(`its score ${score.key} has no product of a query and a key`)
   fit++
   const { q, k } = dot
-  const rows = out.left.filter((x) => q.free.has(x) && !k.free.has(x) && !v.free.has(x))
+  let rows = out.left.filter((x) => has(q.form, [x]) && !has(k.form, [x]) && !has(v.form, [x]))
+  // Heads that share keys and values look like rows, but for the mask
+  if (rows.length > 1) rows = rows.filter((x) => numerator.where.some((one) => has(one, [x])))
   if (rows.length !== 1) throw fail('its queries have no variable for rows of their own')
   const [row] = rows as [string]
-  const heads = out.left.filter((x) => q.free.has(x) && x !== row)
-  const columns = out.left.filter((x) => x !== row && !heads.includes(x))
-  if (columns.length !== 1 || heads.length > 2)
-    throw fail('its result has more axes than [b, s, h, d]')
-  const [column] = columns as [string]
-  for (const [one, axes] of [
-    [q, [...heads, row, dot.e]],
-    [k, [m, dot.e]],
-    [v, [m, column]],
-  ] as const)
-    if (!hasAxes(one, axes, heads)) throw fail(`${one.key} is not read along its axes`, 'CAS022')
-  const [only] = bias?.terms[0]?.factors ?? []
-  if (only?.atom.kind === 'access' && !hasAxes(only.atom, [], [...heads, row, m]))
-    throw fail(`its bias is ${bias!.key}, which is not read along its axes`, 'CAS022')
-  const perHead = (form: Form, what: string): PerHead => {
-    const [term] = form.terms
-    const [factor] = term?.factors ?? []
-    const plain = factor?.atom.kind === 'access' && term!.coefficient === 1 && factor.power === 1
-    if (plain && term!.factors.length === 1 && factor.atom.kind === 'access') {
-      const [index] = factor.atom.indices
-      if (factor.atom.indices.length === 1 && index && heads.includes(index.key)) return form
-    }
-    if ([...form.free].some((one) => one.endsWith('[]') || ir.variables.includes(one)))
-      throw fail(`its ${what} is ${form.key}, no number for each head`, 'CAS022')
-    return form
+  const heads = out.left.filter((x) => x !== row && x !== column)
+  if (heads.length > 2) throw fail('its result has more axes than [b, s, h, d]')
+  const operands = [
+    ...dots.flatMap(({ q, k, e }) => [[q, [...heads, row, e]] as const, [k, [m, e]] as const]),
+    [v, [m, column]] as const,
+  ]
+  for (const [{ main, form }, axes] of operands)
+    if (!hasAxes(main, axes, heads) || (has(form, [row]) && !axes.includes(row)))
+      throw fail(`${form.key} is not read along its axes`, 'CAS022')
+
+  const [batch, head] = heads.length > 1 ? heads : [undefined, heads[0]]
+  const layouts = layoutsOf(operands, heads, [row, m])
+  const axes = [batch ?? 'b_', row, head ?? 'h_', column]
+  const names = new Map([[m, 'm_'], ...dots.map(({ e }) => [e, 'e_'] as const)])
+  const side = (form: Form, left: readonly string[], where?: readonly Condition[]) =>
+    sideOf(ir, layouts, form, left, names, where)
+  // What an operand is computed from, undefined where it is a tensor as it stands
+  const sideFor = ({ main, form }: Operand, at: string, last: string) =>
+    form.key === main.key ? undefined : side(form, [axes[0]!, at, axes[2]!, last])
+
+  const isPerHead = (form: Form) =>
+    [m, ...ir.variables].every((x) => heads.includes(x) || !has(form, [x]))
+  let bias = number(0)
+  let added = number(0)
+  let slope: Form | undefined
+  for (const term of terms) {
+    const own = formOf([term])
+    const position = term.factors.some(({ atom, power }) => atom.key === m && power === 1)
+    const rest = formOf([
+      termOf(
+        term.coefficient,
+        term.factors.filter(({ atom }) => atom.key !== m),
+      ),
+    ])
+    if (position && !slope && isPerHead(rest) && heads.length < 2) slope = rest
+    else if (has(own, [m])) bias = plus(bias, own)
+    else added = plus(added, own)
   }
-  if (slope) perHead(slope, 'slope')
-  if (sink) perHead(sink, 'sink')
-  if (has(dot.scale, ir.variables) || [...dot.scale.free].some((one) => one.endsWith('[]')))
+  if (sink && (!isPerHead(sink) || (heads.length > 1 && !isNumber(sink, ir.variables))))
+    throw fail(`its sink is ${sink.key}, no number for each head`, 'CAS022')
+  if (!isNumber(dot.scale, ir.variables))
     throw fail(`its scale is ${dot.scale.key}, no number`, 'CAS022')
   const scale = cap ? times(dot.scale, cap) : dot.scale
-  const { off, back } = intervalOf(numerator.where, m, row, ir.variables, (reason) =>
-    fail(reason, 'CAS022'),
-  )
+  // Further products have the scale of the first
+  const parts = dots.map((one, i) => {
+    const ratio = i === 0 ? number(1) : times(one.scale, power(dot.scale, -1))
+    const ofQ = { main: one.q.main, form: times(ratio, one.q.form) }
+    return { ...one, ofQ: sideFor(ofQ, row, 'e_'), ofK: sideFor(one.k, 'm_', 'e_') }
+  })
+  const ofV = sideFor(v, 'm_', column)
+  const { off, back, rest: hidden } = intervalOf(numerator.where, m, row, ir.variables)
 
   // What must be the distance of the last row from the last key
   const distances = off ? [off] : []
-  const aligned = (form: Form) => {
+  // A part of the score that is the same for all keys: slopes have theirs, the rest is a bias
+  const rowPart = (form: Form) => {
     if (form.terms.length === 0 && !slope) return
     const rest = slope && times(plus(form, times(slope, name(row))), power(slope, -1))
-    if (!rest || has(rest, [row, m]))
-      throw fail('its score has a part that is the same for all keys')
-    distances.push(times(number(-1), rest))
+    if (rest && isNumber(rest, [m, ...ir.variables])) {
+      distances.push(times(number(-1), rest))
+      return
+    }
+    bias = plus(bias, form, slope ? times(slope, name(m)) : number(0))
+    slope = undefined
   }
-  if (sink) aligned(shift)
-  if (added.terms.length > 0 && !slope) {
-    if (bias || has(added, ir.variables) || [...added.free].some((one) => one.endsWith('[]')))
-      throw fail(`its score has ${added.key}`)
-    bias = added
-  } else if (weights !== 'softmax') aligned(added)
-  let lse: string | undefined
-  for (const other of outputs) {
-    if (other === out) continue
+  if (sink) rowPart(shift)
+  if (weights !== 'softmax') {
+    const own = added.terms.filter((term) => !slope || !has(formOf([term]), slope.free))
+    bias = plus(bias, formOf(own))
+    rowPart(formOf(added.terms.filter((term) => !own.includes(term))))
+  }
+  for (const other of others) {
     einsum = other.tensor
-    if (!total || lse !== undefined || other.form.terms.length === 0)
+    if (!total || others.length > 1 || other.form.terms.length === 0)
       throw fail('attention gives a result and the logarithm of its divisor')
     const difference = minus(other.form, logarithm(total))
-    if (sink ? difference.key !== '0' : difference.terms.some((term) => term.factors.some(isSum)))
+    const cancels = !sink && weights === 'softmax'
+    if (cancels ? sweeps(difference, rankIn(m)) : difference.key !== '0')
       throw fail('it is not the logarithm of the divisor')
-    if (!sink && weights === 'softmax') aligned(difference)
-    else if (difference.key !== '0') throw fail('it is not the logarithm of the divisor')
-    lse = other.tensor
+    if (cancels) rowPart(difference)
   }
+  einsum = out.tensor
 
-  const slots: Record<string, string> = { q: q.name, k: k.name, v: v.name, scale: scale.key }
+  const slots: Record<string, string> = { q: shown(q), k: shown(k), v: shown(v) }
+  for (const { q, k } of dots.slice(1)) Object.assign(slots, { q2: shown(q), k2: shown(k) })
+  slots.scale = scale.key
   const note = (slot: string, form: Form | undefined) => {
     if (form) slots[slot] = form.key
   }
   if (weights !== 'softmax')
     Object.assign(slots, { weights, normalise: String(divisor !== undefined) })
   if (exponent !== 1) slots.power = String(exponent)
-  note('bias', bias)
+  note('bias', bias.terms.length > 0 ? bias : undefined)
   note('softCap', cap)
   note('slopes', slope)
   note('sink', sink)
   note('causal', off && plus(name(row), off))
   note('window', back && plus(name(row), back))
-  const shared = heads.filter((x) => !k.free.has(x) || !v.free.has(x))
+  if (hidden.length > 0) slots.mask = hidden.map(({ key }) => key).join(', ')
+
+  const biasAxes = [axes[0]!, axes[2]!, row, 'm_']
+  const biasPlaces = biasPlacesOf(bias, [batch, head, row, m])
+  const computed =
+    hidden.length > 0 || (biasPlaces === undefined && !isNumber(bias, [m, ...ir.variables]))
+      ? new Side(ir.variables, layoutOf(layouts), names, bias, biasAxes, hidden, false)
+      : undefined
+  const perHead = (form: Form | undefined) =>
+    form && !isNumber(form, ir.variables) && tensorIn(form) === undefined
+      ? side(form, [head!])
+      : undefined
+  const [ofSlope, ofSink] = [perHead(slope), perHead(sink)]
   return {
-    operator: 'attention',
     slots,
+    post,
+    axes,
+    layouts,
     run(call) {
-      const [tq, tk, tv] = [q, k, v].map(({ name }) => batched(call, name)) as [F32, F32, F32]
-      const [, sq, hq, d] = tq.shape as [number, number, number, number]
-      const [, sk, hk, dv] = [...tk.shape.slice(0, 3), tv.shape[3]] as [
-        number,
-        number,
-        number,
-        number,
+      const tensors = { ...call.tensors }
+      for (const [{ main }, own] of operands) oneHead(call, main, heads, own.includes(row))
+      const [tq, tk, tv] = [q, k, v].map(({ main }) => batched(call, main.name)) as [F32, F32, F32]
+      const [sq, hq, d, sk, dv] = [
+        tq.shape[1]!,
+        tq.shape[2]!,
+        tq.shape[3]!,
+        tk.shape[1]!,
+        tv.shape[3]!,
       ]
-      if (shared.length > 0 && hk !== 1)
-        throw refuse(
-          'ERR_SHAPE',
-          'cascade',
-          k.name,
-          `${k.name} must have one head, got ${hk} (the text reads it without ${shared.join(' and ')})`,
-        )
       const ends = sk - sq
       const sizes = { [rankOf(column)]: dv, [rankOf(row)]: sq, [rankIn(m)]: sk, [rankIn(dot.e)]: d }
-      const known: Record<string, number> = { ...sizes, ...call.scalars }
+      const known: Known = { ...sizes, M_: sk, ...call.scalars }
       // A name that the call leaves out stands for what the operator takes
       for (const form of distances) {
         const only = bareName(form)
@@ -428,7 +607,8 @@ function attentionOf(normal: Normal, ir: CascadeIR): Lowered {
             out.tensor,
           )
       }
-      const head = (form: Form): F32 | number[] => {
+      const vector = (form: Form, own: Side | undefined): F32 | number[] => {
+        if (own) return own.run(tensors, known)
         const tensor = tensorIn(form)
         if (tensor !== undefined) return call.tensors[tensor] as F32
         return new Array<number>(hq).fill(numberOf(form, known))
@@ -438,20 +618,84 @@ function attentionOf(normal: Normal, ir: CascadeIR): Lowered {
       if (plain === undefined || known[plain] !== undefined) options.scale = numberOf(scale, known)
       if (weights !== 'softmax')
         Object.assign(options, { weights, power: exponent, normalise: divisor !== undefined })
-      if (bias) {
-        const tensor = tensorIn(bias)
-        options.bias = tensor === undefined ? numberOf(bias, known) : (call.tensors[tensor] as F32)
-      }
+      if (computed)
+        options.bias = computed
+          .run(tensors, known, Number.NEGATIVE_INFINITY)
+          .reshape(
+            biasAxes.map((axis, i) =>
+              computed.left.includes(axis) ? [tq.shape[0]!, hq, sq, sk][i]! : 1,
+            ),
+          )
+      else if (biasPlaces) options.bias = placed(call.tensors[tensorIn(bias)!]!, biasPlaces) as F32
+      else if (bias.terms.length > 0) options.bias = numberOf(bias, known)
       if (cap) options.softCap = numberOf(cap, known)
-      if (slope) options.slopes = head(slope)
-      if (sink) options.sink = head(sink)
+      if (slope) options.slopes = vector(slope, ofSlope)
+      if (sink) options.sink = vector(sink, ofSink)
       if (back) options.window = ends + 1 - numberOf(back, known)
-      const result = attention(tq, tk, tv, options)
-      if (lse !== undefined) return { [out.tensor]: result.out, [lse]: result.lse }
-      result.lse.dispose()
-      return { [out.tensor]: result.out }
+      const whole = (own: Side | undefined, { main }: Operand) => {
+        const given = batched(call, main.name)
+        return own ? cast(own.run(tensors, known).reshape(given.shape), tq.dtype) : (given as F32)
+      }
+      const heads2 = Math.max(...parts.map(({ k }) => batched(call, k.main.name).shape[2]!))
+      const qs = parts.map((one) => whole(one.ofQ, one.q))
+      const ks = parts.map((one) => whole(one.ofK, one.k))
+      const result = attention(joined(qs, hq), joined(ks, heads2), whole(ofV, v), options)
+      return { ...result, known }
     },
   }
+}
+
+const layoutOf =
+  (layouts: Layouts): Layout =>
+  (tensor, indices) =>
+    layouts.get(tensor)?.(indices) ?? indices
+
+// Side by side along the last axis, heads that are shared repeated
+function joined(parts: readonly F32[], heads: number): F32 {
+  const [first] = parts as [F32]
+  if (parts.length === 1) return first
+  const [b, s] = first.shape as [number, number]
+  const sizes = parts.map(({ shape }) => shape[3]!)
+  const d = sizes.reduce((sum, size) => sum + size, 0)
+  const whole = empty([b, s, heads, d], { dtype: first.dtype, device: first.device })
+  let at = 0
+  parts.forEach((part, i) => {
+    const to = whole.slice(-1, at, at + sizes[i]!)
+    to.copyFrom(part.expand(to.shape))
+    at += sizes[i]!
+  })
+  return whole
+}
+
+// Where the axes of a bias stand among [b, h, s, keys], if it is a tensor with some of them in this order
+function biasPlacesOf(bias: Form, axes: readonly (string | undefined)[]): number[] | undefined {
+  const atom = tensorIn(bias) === undefined ? undefined : bias.terms[0]!.factors[0]!.atom
+  if (atom?.kind !== 'access') return undefined
+  const places = atom.indices.map(({ key }) => axes.indexOf(key))
+  return places.every((at, i) => at >= 0 && at > (places[i - 1] ?? -1)) ? places : undefined
+}
+
+// A tensor with the axes of the text under all four; one that has four is taken as it is
+function placed(tensor: Tensor, places: readonly number[]): Tensor {
+  if (tensor.rank !== places.length || places.length === 4) return tensor
+  const shape = [1, 1, 1, 1]
+  places.forEach((at, i) => {
+    shape[at] = tensor.shape[i]!
+  })
+  return tensor.reshape(shape)
+}
+
+// What the text reads without a variable of the heads has one
+function oneHead(call: Call, main: Access, heads: readonly string[], isQuery: boolean): void {
+  const shared = heads.filter((x) => !has(main, [x]))
+  const given = batched(call, main.name).shape[2]!
+  if (isQuery || shared.length === 0 || given === 1) return
+  throw refuse(
+    'ERR_SHAPE',
+    'cascade',
+    main.name,
+    `${main.name} must have one head, got ${given} (the text reads it without ${shared.join(' and ')})`,
+  )
 }
 
 type F32 = Tensor<'float32'>
@@ -468,44 +712,78 @@ function lightningOf(normal: Normal, ir: CascadeIR): Lowered {
   if (!main || form.terms.length > 2) throw fail('it is no sum over keys and channels')
   const { over, body, where } = sumOf(main)!
   const [product, ...others] = body.terms
-  const accesses = product!.factors.map(({ atom }) => atom).filter((atom) => atom.kind === 'access')
-  if (others.length > 0 || accesses.length !== 3) throw fail('it does not multiply q, k and v')
+  if (others.length > 0) throw fail('it does not multiply q, k and v')
   const [limit] = where
   const [m, row] = (limit && 'form' in limit ? limit.form.terms : []).map(({ key }) => key)
   if (where.length !== 1 || m === undefined || row === undefined || !over.includes(m))
     throw fail('its rows do not end at their own index')
   if (limit!.key !== `${m} + -1 ${row} <= 0`) throw fail(`where ${limit!.key} is not causal`)
-  const k = accesses.find((one) => over.every((x) => one.free.has(x)))
-  const v = accesses.find((one) => one !== k && one.free.has(m))
-  const q = accesses.find((one) => one !== k && one.free.has(row))
-  if (!k || !v || !q || q === v) throw fail('it does not multiply q, k and v')
   const e = over.find((x) => x !== m)!
-  const columns = left.filter((x) => v.free.has(x) && !q.free.has(x))
+
+  // Factors by the operand that has their variables; what keys alone have is their decay
+  const parts = { q: number(1), k: number(1), v: number(1), decay: number(1) }
+  const sort = (one: Form) => {
+    const tensors = [...one.free].some((x) => x.endsWith('[]') && one.free.has(m))
+    const part = has(one, [e]) ? (has(one, [m]) ? 'k' : 'q') : tensors ? 'v' : 'decay'
+    parts[part] = times(parts[part], one)
+  }
+  for (const { atom, power: exponent } of product!.factors) {
+    const inner = argument(atom)
+    // slope m, of a slope for each head, is no value
+    const isDecay = (term: Term) => term.factors.some(({ atom }) => atom.key === m)
+    if (!inner) sort(power(atomForm(atom), exponent))
+    else
+      for (const term of inner.terms) {
+        const own = exponential(formOf([term]))
+        if (isDecay(term)) parts.decay = times(parts.decay, own)
+        else sort(own)
+      }
+  }
+  const columns = left.filter((x) => has(parts.v, [x]) && !has(parts.q, [x]) && !has(parts.k, [x]))
   const heads = left.filter((x) => x !== row && !columns.includes(x))
   const [column = ''] = columns
+  const q = operandOf(parts.q, [row, e])
+  const k = operandOf(parts.k, [m, e])
+  const v = operandOf(parts.v, [m, column])
+  if (!q || !k || !v || columns.length !== 1) throw fail('it does not multiply q, k and v')
   const axes =
-    hasAxes(q, [...heads, row, e]) && hasAxes(k, [m, e], heads) && hasAxes(v, [m, column], heads)
-  if (columns.length !== 1 || !axes) throw fail('q, k and v are not read along their axes')
+    hasAxes(q.main, [...heads, row, e]) &&
+    hasAxes(k.main, [m, e], heads) &&
+    hasAxes(v.main, [m, column], heads)
+  if (heads.length > 2 || !axes || has(k.form, [row]) || has(v.form, [row]))
+    throw fail('q, k and v are not read along their axes')
   fit += 2
 
-  // exp(-slope t) in front, exp(slope m) inside
-  const weights = product!.factors.filter(({ atom }) => !accesses.includes(atom as Access))
-  const inside =
-    weights.length === 1 ? argument(weights[0]!.atom) : weights.length === 0 ? number(0) : undefined
+  // The sum of the weights, which a column of ones in v gives
+  const divisors = main.factors.filter(({ atom, power }) => atom.kind === 'reduce' && power === -1)
+  const weight = times(body, power(v.form, -1))
+  for (const { atom } of divisors) {
+    const { body: own, where: limits } = atom as Reduce
+    const same = own.key === weight.key && limits.map(({ key }) => key).join() === limit!.key
+    if (!same || divisors.length > 1) throw fail('its divisor is not the sum of its weights')
+  }
+  const [divisor] = divisors
+
+  // exp(-slope t) in front, unless it is divided by, exp(slope m) inside
+  const [factor] = parts.decay.terms[0]!.factors
+  const inside = parts.decay.key === '1' ? number(0) : factor && argument(factor.atom)
   const slope = inside && times(inside, power(name(m), -1))
   const decay = slope && exponential(times(times(number(-1), slope), name(row)))
   const outside = formOf([
     termOf(
-      main.coefficient,
-      main.factors.filter((one) => !isSum(one)),
+      main.coefficient * product!.coefficient,
+      main.factors.filter((one) => !isSum(one) && one !== divisor),
     ),
   ])
-  const scale = decay && times(outside, power(decay, -1))
-  if (!slope || !scale || has(slope, [m, ...over]) || has(scale, ir.variables))
+  const factors = decay && (divisor ? outside : times(outside, power(decay, -1)))
+  const [only, ...rests] = factors?.terms ?? []
+  if (!slope || !only || rests.length > 0 || has(slope, [m, ...over]))
     throw fail('its weights are no decay by distance')
+  const scales = only.factors.filter(({ atom }) => isNumber(atom, ir.variables))
+  const scale = formOf([termOf(only.coefficient, scales)])
+  const post = single(only.factors.filter((one) => !scales.includes(one)))
   fit++
-  const own = tensorIn(slope)
-  if (own === undefined && has(slope, ir.variables))
+  if (left.some((x) => has(slope, [x]) && !heads.includes(x)))
     throw fail(`its decay is ${slope.key}, no number for each head`, 'CAS022')
 
   // What the state before the first token adds
@@ -513,39 +791,114 @@ function lightningOf(normal: Normal, ir: CascadeIR): Lowered {
   const rest = form.terms.find((term) => term !== main)
   if (rest) {
     const start = sumOf(rest)?.body.terms[0]?.factors.map(({ atom }) => atom)
-    initial = start?.find((one): one is Access => one.kind === 'access' && one.name !== q.name)
+    initial = start?.find((one): one is Access => one.kind === 'access' && one.name !== q.main.name)
     const first = formOf([
       termOf(
         rest.coefficient,
         rest.factors.filter((one) => !isSum(one)),
       ),
     ])
-    const wanted = times(times(scale, decay!), exponential(times(number(-1), slope)))
+    const wanted = times(times(outside, decay!), exponential(times(number(-1), slope)))
+    const before = times(wanted, power(decay!, -1))
     if (
       !initial ||
+      divisor ||
+      q.form.key !== q.main.key ||
       start!.length !== 2 ||
-      first.key !== wanted.key ||
-      !start!.some(({ key }) => key.startsWith(`${q.name}[`))
+      first.key !== before.key ||
+      !start!.some(({ key }) => key.startsWith(`${q.main.name}[`))
     )
       throw fail(`it adds ${formOf([rest]).key}`)
   }
-  const slots = { q: q.name, k: k.name, v: v.name, scale: scale.key, slopes: slope.key }
+
+  const operands = [
+    [q, [...heads, row, e]],
+    [k, [m, e]],
+    [v, [m, column]],
+  ] as const
+  const layouts = layoutsOf(operands, heads, [row, m])
+  const names = new Map([
+    [m, 'm_'],
+    [e, 'e_'],
+  ])
+  const [batch = 'b_', head = 'h_'] = heads.length > 1 ? heads : [undefined, heads[0]]
+  const [ofQ, ofK, ofV] = operands.map(([{ main, form }, own]) =>
+    form.key === main.key
+      ? undefined
+      : sideOf(
+          ir,
+          layouts,
+          form,
+          [batch, own.includes(row) ? row : 'm_', head, names.get(own.at(-1)!) ?? own.at(-1)!],
+          names,
+        ),
+  )
+  const ofSlope =
+    isNumber(slope, ir.variables) || tensorIn(slope) !== undefined
+      ? undefined
+      : sideOf(ir, layouts, slope, [head], names)
+  const all = [batch, row, head, column].map(name)
+  const whole = times(access('N_', all), post)
+  const result = divisor
+    ? times(whole, power(access('D_', [...all.slice(0, 3), number(0)]), -1))
+    : whole
+  const finish =
+    result.key === access('N_', all).key
+      ? undefined
+      : sideOf(ir, layouts, result, [batch, row, head, column])
+  const slots: Record<string, string> = {
+    q: shown(q),
+    k: shown(k),
+    v: shown(v),
+    scale: scale.key,
+    slopes: slope.key,
+  }
+  if (initial) slots.initialState = initial.name
+  if (divisor) slots.normalise = 'true'
+  if (post.key !== '1') slots.result = post.key
   return {
     operator: 'lightning',
-    slots: initial ? { ...slots, initialState: initial.name } : slots,
-    run(call) {
-      const [tq, tk, tv] = [q, k, v].map((one) => batched(call, one.name)) as [F32, F32, F32]
-      const { out } = lightning(tq, tk, tv, {
-        slopes:
-          own !== undefined
-            ? (call.tensors[own] as F32)
-            : new Array<number>(tq.shape[2]!).fill(numberOf(slope, call.scalars)),
-        scale: numberOf(scale, call.scalars),
-        initialState: initial && (call.tensors[initial.name] as F32),
-      })
-      return { [tensor]: out }
-    },
+    slots,
+    run: (call) =>
+      scope(() => {
+        const [first] = [batched(call, q.main.name)] as [F32]
+        const known = call.scalars
+        const sizes = {
+          M_: first.shape[1]!,
+          [rankOf(row)]: first.shape[1]!,
+          [rankIn(e)]: first.shape[3]!,
+        }
+        const all = { ...sizes, ...known }
+        const [tq, tk, tv] = [ofQ, ofK, ofV].map((side, i) => {
+          const given = batched(call, operands[i]![0].main.name) as F32
+          return side ? cast(side.run(call.tensors, all).reshape(given.shape), first.dtype) : given
+        }) as [F32, F32, F32]
+        const own = tensorIn(slope)
+        const { out } = lightning(tq, tk, divisor ? withOnes(tv) : tv, {
+          slopes: ofSlope
+            ? ofSlope.run(call.tensors, all)
+            : own !== undefined
+              ? (call.tensors[own] as F32)
+              : new Array<number>(tq.shape[2]!).fill(numberOf(slope, all)),
+          scale: numberOf(scale, all),
+          initialState: initial && (call.tensors[initial.name] as F32),
+        })
+        if (!finish) return { [tensor]: out }
+        const dv = tv.shape[3]!
+        const raw = { N_: out.slice(-1, 0, dv), D_: out.slice(-1, dv) }
+        return { [tensor]: cast(finish.run({ ...call.tensors, ...raw }, all), out.dtype) }
+      }),
   }
+}
+
+const shown = ({ main, form }: Operand) => (form.key === main.key ? main.name : form.key)
+
+// v with one more column, of ones
+function withOnes(v: F32): F32 {
+  const [b, s, h, d] = v.shape as [number, number, number, number]
+  const whole = full([b, s, h, d + 1], 1, { dtype: v.dtype, device: v.device })
+  whole.slice(-1, 0, d).copyFrom(v)
+  return whole
 }
 
 // Operators without slots take exactly their own text, whatever its names
@@ -689,13 +1042,17 @@ function stepsOf(ir: CascadeIR, refusal: string): Lowered {
 
 function fusedOne(ir: CascadeIR, refused: Refused[]): Lowered {
   const normal = normalOf(ir)
+  const made = new Set(statementsOf(ir.steps).map(({ out }) => `${out.name}[]`))
   for (const tensor of ir.outputs) {
     const found = normal.forms.get(tensor)
+    const state = [...(found?.form.free ?? [])].find((one) => made.has(one))
     const why = !found
       ? 'is the state of an iteration'
-      : found.where.length > 0
-        ? 'leaves points of its result empty'
-        : found.form.free.has('inf') && 'computes with infinity'
+      : state
+        ? `hangs on ${state.slice(0, -2)}, whose recurrence is not a sum with a constant decay`
+        : found.where.length > 0
+          ? 'leaves points of its result empty'
+          : found.form.free.has('inf') && 'computes with infinity'
     if (why)
       throw broken(
         'CAS020',
@@ -708,8 +1065,13 @@ function fusedOne(ir: CascadeIR, refused: Refused[]): Lowered {
     try {
       return lower(normal, ir)
     } catch (error) {
-      if (!(error instanceof Mismatch)) throw error
-      refused.push({ operator, mismatch: error })
+      // What would be computed beside an operator may be no text
+      const mismatch =
+        error instanceof HeddleError
+          ? new Mismatch(ir.outputs[0]!, error.message.replace(/^cascade: /, ''), 0)
+          : error
+      if (!(mismatch instanceof Mismatch)) throw error
+      refused.push({ operator, mismatch })
     }
   }
   throw refusal(ir, refused)

@@ -71,11 +71,11 @@ export type Atom = Common &
     | { kind: 'sum'; form: Form }
   )
 
-/** @internal A form that is at most 0, or is or is not 0, or a combination of such. */
+/** @internal A form that is at most, below, or is or is not 0, or a combination of such. */
 export type Condition = Common &
   (
-    | { kind: '<=' | '==' | '!='; form: Form }
-    | { kind: 'or' | 'and' | 'not'; parts: readonly Condition[] }
+    | { kind: '<=' | '<' | '==' | '!='; form: Form }
+    | { kind: 'or' | 'and'; parts: readonly Condition[] }
   )
 
 // A condition or atom without what follows from it
@@ -83,6 +83,9 @@ type Bare<T> = T extends unknown ? Omit<T, keyof Common> : never
 
 const most = 64 // terms that a product is multiplied out to
 const longest = 4000 // key of a form; a text of a few lines can have one beyond memory
+const budget = 1e6 // characters of all keys of one cascade, a few tenths of a second; attention needs 5e4
+
+let spent = 0
 
 /** @internal A form is far larger than any operator's. */
 export class TooLarge {}
@@ -107,7 +110,8 @@ export function formOf(terms: Iterable<Term>): Form {
       key === '' ? `${coefficient}` : coefficient === 1 ? key : `${coefficient} ${key}`,
     )
     .join(' + ')
-  if (key.length > longest) throw new TooLarge()
+  spent += key.length
+  if (key.length > longest || spent > budget) throw new TooLarge()
   const atoms = sorted.flatMap(({ factors }) => factors.map(({ atom }) => atom))
   return { terms: sorted, key: key || '0', ...unite(atoms) }
 }
@@ -135,7 +139,8 @@ export function name(text: string): Form {
   return atomForm({ kind: 'name', name: text, key: text, free: new Set([text]), height: 0 })
 }
 
-function access(tensor: string, indices: readonly Form[]): Form {
+/** @internal */
+export function access(tensor: string, indices: readonly Form[]): Form {
   const key = `${tensor}[${indices.map((index) => index.key).join(',')}]`
   const { free, height } = unite(indices)
   free.add(`${tensor}[]`)
@@ -256,8 +261,8 @@ export function power(form: Form, exponent: number): Form {
   if (exponent === -1 && form.terms.length === 2) {
     const one = form.terms.find(({ factors, coefficient }) => !factors.length && coefficient === 1)
     const other = form.terms.find((each) => each !== one)!
-    const x = other.factors.length === 1 ? argument(other.factors[0]!.atom) : undefined
-    if (one && x && other.coefficient === 1) return apply('sigmoid', [times(number(-1), x)])
+    const x = exponentOf(other)
+    if (one && x) return apply('sigmoid', [times(number(-1), x)])
   }
   if (Number.isInteger(exponent) && exponent > 0 && exponent <= 4)
     return times(form, power(form, exponent - 1))
@@ -306,17 +311,34 @@ export function logarithm(form: Form): Form {
   )
 }
 
+// x for a term exp(x), which sizes and positive numbers may multiply
+function exponentOf({ coefficient, factors }: Term): Form | undefined {
+  const exps = factors.filter(({ atom }) => argument(atom))
+  const rest = factors.filter((one) => !exps.includes(one))
+  const positive = rest.every(({ atom }) => atom.kind === 'name' && /^[A-Z]/.test(atom.name))
+  if (exps.length !== 1 || coefficient <= 0 || !positive) return undefined
+  return plus(argument(exps[0]!.atom)!, logarithm(formOf([termOf(coefficient, rest)])))
+}
+
 function softplusOf({ terms }: Form): Form | undefined {
   const one = terms.find(({ factors, coefficient }) => !factors.length && coefficient === 1)
   const other = terms.find((each) => each !== one)
-  if (!one || !other || terms.length !== 2 || other.coefficient !== 1) return undefined
-  const x = other.factors.length === 1 ? argument(other.factors[0]!.atom) : undefined
+  if (!one || !other || terms.length !== 2) return undefined
+  const x = exponentOf(other)
   return x && apply('softplus', [x])
 }
 
 function call(fn: FunctionName, args: readonly Form[]): Atom {
   const key = `${fn}(${args.map((arg) => arg.key).join(', ')})`
   return { kind: 'call', fn, args, key, ...unite(args) }
+}
+
+// A name or a tensor alone
+function isPlain({ terms }: Form): boolean {
+  const [term, ...more] = terms
+  const [factor, ...others] = term?.factors ?? []
+  const single = term?.coefficient === 1 && more.length === 0 && others.length === 0
+  return single && factor?.power === 1 && ['name', 'access'].includes(factor.atom.kind)
 }
 
 function apply(fn: FunctionName, args: readonly Form[]): Form {
@@ -336,7 +358,9 @@ function apply(fn: FunctionName, args: readonly Form[]): Form {
       return power(x, -0.5)
     case 'pow': {
       const exponent = numberIn(y)
-      return exponent === undefined ? atomForm(call(fn, args)) : power(x, exponent)
+      if (exponent !== undefined) return power(x, exponent)
+      // A decay to the power of a distance
+      return isPlain(x) ? exponential(times(y, logarithm(x))) : atomForm(call(fn, args))
     }
     case 'max': {
       if (numberIn(y) === 0) return apply('relu', [x])
@@ -450,6 +474,7 @@ export class Normal {
   private fresh = 0
 
   constructor(private readonly ir: CascadeIR) {
+    spent = 0
     for (const step of ir.steps) {
       if ('body' in step) for (const statement of step.body) this.iterated(statement, step.variable)
       else if (statementStarts(step)) this.start(step)
@@ -498,10 +523,17 @@ export class Normal {
     if ([rest, factor].some(({ free }) => free.has(`${tensor}[]`))) return undefined
     const next = new Map([[variable, plus(name(variable), number(1))]])
     let g = number(1)
+    let constant = true
     if (factor.key !== '1') {
       const [term] = factor.terms
-      const exponent = term?.factors.length === 1 ? argument(term.factors[0]!.atom) : undefined
+      const decays = (numberIn(factor) ?? 0) > 0 || (isPlain(factor) && !factor.free.has(variable))
+      const exponent = decays
+        ? logarithm(factor)
+        : term?.factors.length === 1
+          ? argument(term.factors[0]!.atom)
+          : undefined
       if (!exponent) return undefined
+      constant = !exponent.free.has(variable)
       // What a step has and takes away again in the next; a constant is a step of a line
       const opposed = (part: Term) => {
         const [ahead] = replace(formOf([part]), next).terms
@@ -510,17 +542,17 @@ export class Normal {
         )
       }
       g = exponential(
-        exponent.free.has(variable)
-          ? formOf(exponent.terms.filter(opposed))
-          : times(times(number(-1), exponent), name(variable)),
+        constant
+          ? times(times(number(-1), exponent), name(variable))
+          : formOf(exponent.terms.filter(opposed)),
       )
     }
     const after = replace(g, next)
-    if (times(times(factor, after), power(g, -1)).key !== '1') return undefined
+    if (numberIn(factor) === undefined && times(times(factor, after), power(g, -1)).key !== '1')
+      return undefined
     const added = times(rest, after)
     // A running maximum has no value before the first step
-    const stateless = ![...g.free].some((one) => one.endsWith('[]'))
-    if (initial.terms.length > 0 && !stateless) return undefined
+    if (initial.terms.length > 0 && !constant) return undefined
     return (index: Form) => {
       const u = `%${++this.fresh}${rankOf(variable)}`
       const body = replace(added, new Map([[variable, name(u)]]))
@@ -700,33 +732,48 @@ export class Normal {
     return replace(known.form, by)
   }
 
-  // Conjuncts; everything is an integer, so `a < b` is `a + 1 <= b`
-  private predicate(one: Predicate, limits: Condition[], whole = false): Condition[] {
+  // Conjuncts; indices are integers, so `a < b` is `a + 1 <= b`
+  private predicate(one: Predicate, limits: Condition[], whole = false, not = false): Condition[] {
     switch (one.kind) {
       case 'not':
-        return [condition({ kind: 'not', parts: this.predicate(one.x, limits, true) })]
+        return this.predicate(one.x, limits, whole, !not)
       case 'or':
       case 'and': {
+        const kind = not ? opposite[one.kind] : one.kind
         const parts = [one.a, one.b].flatMap((x) =>
-          this.predicate(x, limits, one.kind === 'or' || whole),
+          this.predicate(x, limits, kind === 'or' || whole, not),
         )
-        return one.kind === 'and' && !whole ? parts : [condition({ kind: one.kind, parts })]
+        return kind === 'and' && !whole ? parts : [condition({ kind, parts })]
       }
       case 'compare': {
+        const op = not ? opposite[one.op] : one.op
         const [a, b] = [this.expr(one.a, limits), this.expr(one.b, limits)]
-        const rising = one.op === '<' || one.op === '<='
-        const difference = rising ? minus(a, b) : minus(b, a)
-        if (one.op === '==' || one.op === '!=') {
+        const difference = op === '<' || op === '<=' ? minus(a, b) : minus(b, a)
+        if (op === '==' || op === '!=') {
           const other = minus(a, b)
           const form = difference.key < other.key ? difference : other
-          return [condition({ kind: one.op, form })]
+          return [condition({ kind: op, form })]
         }
-        const strict = one.op === '<' || one.op === '>'
-        return [condition({ kind: '<=', form: strict ? plus(difference, number(1)) : difference })]
+        if (op === '<=' || op === '>=') return [condition({ kind: '<=', form: difference })]
+        const counts = ![...difference.free].some((name) => name.endsWith('[]'))
+        return counts
+          ? [condition({ kind: '<=', form: plus(difference, number(1)) })]
+          : [condition({ kind: '<', form: difference })]
       }
     }
   }
 }
+
+const opposite = {
+  and: 'or',
+  or: 'and',
+  '<': '>=',
+  '<=': '>',
+  '>': '<=',
+  '>=': '<',
+  '==': '!=',
+  '!=': '==',
+} as const
 
 interface State {
   at: number

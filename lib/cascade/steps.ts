@@ -53,11 +53,15 @@ interface Launch {
   count: number
 }
 
-/** @internal Runs a cascade statement by statement, on tensors with the axes of the text, and gives f32. */
+/**
+ * @internal Runs a cascade statement by statement, on tensors with the axes of the text, and gives f32. `hole` is what empty
+ * coordinates of results hold.
+ */
 export function runSteps(
   ir: CascadeIR,
   tensors: Readonly<Record<string, Tensor>>,
   scalars: Readonly<Record<string, number>>,
+  hole = 0,
 ): Record<string, Tensor> {
   const shapes = new Map(ir.inputs.map((name) => [name, tensors[name]!.shape]))
   const ranks = Object.entries(scalars).filter(([name]) => !ir.scalars.includes(name))
@@ -76,7 +80,7 @@ export function runSteps(
   for (const [name, shape] of shapes) place(name, shape)
   for (const { out } of all) if (!places.has(out.name)) place(out.name, sizes.shapeOf(out))
 
-  const program = new Program(ir, sizes, places, scalars)
+  const program = new Program(ir, sizes, places, scalars, hole === 0 ? 1 : 2)
   const launches = new Map<Statement, Launch>()
   for (const step of ir.steps) {
     const iterated = 'body' in step ? step.variable : undefined
@@ -123,6 +127,7 @@ class Program {
     readonly sizes: Sizes,
     readonly places: ReadonlyMap<string, Place>,
     readonly scalars: Readonly<Record<string, number>>,
+    readonly hole: number,
   ) {}
 
   add(statement: Statement, iterated: string | undefined): Launch {
@@ -140,7 +145,7 @@ class Program {
     const sizes = loops.map((name) => this.sizes.of(rankOf(name), out.span))
     this.#checkPlace(out, iterated)
     const header = [left.size, loops.length, reducers.indexOf(reduce?.op ?? '')]
-    this.#push(...header, Number(this.ir.outputs.includes(out.name)), 0, 0, 0, 0, ...sizes)
+    this.#push(...header, this.ir.outputs.includes(out.name) ? this.hole : 0, 0, 0, 0, 0, ...sizes)
 
     const inside = (names: Iterable<string>) => [...names].some((name) => over.includes(name))
     const tests = { outer: [] as (() => void)[], inner: [] as (() => void)[] }

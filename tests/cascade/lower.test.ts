@@ -366,8 +366,8 @@ describe('compile', () => {
       probe: 'CAS020',
       keep: 'CAS020',
       softplus: 'CAS021',
-      streaming: 'CAS022',
-      minimax: 'CAS021',
+      streaming: 'attention',
+      minimax: 'CAS020',
       transnormer: 'CAS020',
     })
   })
@@ -382,10 +382,10 @@ describe('compile', () => {
     ],
     [
       'CAS022',
-      `${score} where m <= 2*p
+      `${score}
        D[p] = sum(m) exp(S[p,m])
-       O[p,f] = sum(m) exp(S[p,m]) * V[m,f] / D[p]`,
-      'the nearest operator, attention, does not take O: where #2M + -2 p <= 0 is no interval of keys around the row',
+       O[p,f] = sum(m) exp(S[p,m]) * V[m,f] / (D[p] + exp(sink[p]))`,
+      'the nearest operator, attention, does not take O: its sink is sink[p], no number for each head',
     ],
   ])('refuses with %s', async (code, text, message) => {
     const error = await refused(text)

@@ -1,0 +1,136 @@
+import type { Tensor } from '../tensor.js'
+import type { CascadeIR } from './ir.js'
+import { type Atom, type Condition, type Form, rankIn, type Term } from './normal.js'
+import { parse } from './parse.js'
+import { runSteps } from './steps.js'
+import { validate } from './validate.js'
+
+/** @internal Where a tensor has another order of axes than in the text: its indices there. */
+export type Layout = (tensor: string, indices: readonly string[]) => readonly string[]
+
+/**
+ * @internal What an operator is given or gives, computed beside it: a form as statements again, run on tensors of the
+ * operator's layout.
+ */
+export class Side {
+  readonly #lines: string[] = []
+  readonly #ir: CascadeIR
+  /** Variables of the result, those of `left` that the form depends on. */
+  readonly left: readonly string[]
+  #used = new Set<string>()
+  #fresh = 0
+
+  /** `names` says which variables have another name here; the result has those of `left` that are `always` or used. */
+  constructor(
+    variables: readonly string[],
+    readonly layout: Layout,
+    readonly names: ReadonlyMap<string, string>,
+    form: Form,
+    left: readonly string[],
+    where: readonly Condition[] = [],
+    always = true,
+  ) {
+    this.variables = new Set([...variables, ...names.values(), ...left])
+    const right = this.#form(form)
+    const limit = this.#where(where)
+    this.left = left.filter((name) => always || this.#used.has(name))
+    this.#lines.push(`Y_[${this.left}] = ${right}${limit}`)
+    this.#ir = validate(parse(this.#lines.join('\n')))
+  }
+  private readonly variables: ReadonlySet<string>
+
+  /** `hole` is what an empty coordinate holds. */
+  run(
+    tensors: Readonly<Record<string, Tensor>>,
+    known: Readonly<Record<string, number>>,
+    hole = 0,
+  ): Tensor<'float32'> {
+    const { scalars, families } = this.#ir
+    const wanted = [...scalars, ...families.map(({ name }) => name)]
+    const given = wanted.flatMap((name) => (known[name] === undefined ? [] : [[name, known[name]]]))
+    return runSteps(this.#ir, tensors, Object.fromEntries(given), hole).Y_ as Tensor<'float32'>
+  }
+
+  #form({ terms }: Form): string {
+    return terms.map((term) => this.#term(term)).join(' + ') || '0'
+  }
+
+  #term({ coefficient, factors }: Term): string {
+    let text = `(${coefficient})`
+    for (const { atom, power } of factors) {
+      const one = this.#atom(atom)
+      if (power === 1) text += ` * ${one}`
+      else if (power === -1) text += ` / ${one}`
+      else text += ` * pow(${one}, ${power})`
+    }
+    return text
+  }
+
+  #name(name: string): string {
+    const own = this.#bound.get(name) ?? this.names.get(name) ?? name
+    if (this.variables.has(own) || own !== name) this.#used.add(own)
+    return own
+  }
+  readonly #bound = new Map<string, string>()
+
+  #atom(atom: Atom): string {
+    switch (atom.kind) {
+      case 'name':
+        return this.#name(atom.name)
+      case 'access': {
+        const indices = this.layout(
+          atom.name,
+          atom.indices.map((index) => this.#index(index)),
+        )
+        for (const index of indices) if (this.variables.has(index)) this.#used.add(index)
+        return `${atom.name}[${indices}]`
+      }
+      case 'call':
+        return `${atom.fn}(${atom.args.map((arg) => this.#form(arg)).join(', ')})`
+      case 'if':
+        return `if(${this.#condition(atom.test)}, ${this.#form(atom.yes)}, ${this.#form(atom.no)})`
+      case 'sum':
+        return `(${this.#form(atom.form)})`
+      case 'reduce':
+        return this.#statement(atom)
+    }
+  }
+
+  // An index that is a name alone stays one: it may be the last of a rank
+  #index(form: Form): string {
+    const [term, ...more] = form.terms
+    const plain = term && more.length === 0 && term.coefficient === 1 && term.factors.length === 1
+    const [factor] = plain ? term.factors : []
+    return factor?.power === 1 && factor.atom.kind === 'name'
+      ? this.#name(factor.atom.name)
+      : this.#form(form)
+  }
+
+  #statement({ op, over, body, where }: Atom & { kind: 'reduce' }): string {
+    const outer = this.#used
+    this.#used = new Set()
+    const own = over.map((name) => `${rankIn(name).toLowerCase()}_${++this.#fresh}`)
+    over.forEach((name, i) => {
+      this.#bound.set(name, own[i]!)
+    })
+    const right = this.#form(body)
+    const limit = this.#where(where)
+    const free = [...this.#used].filter((name) => !own.includes(name))
+    for (const name of over) this.#bound.delete(name)
+    this.#used = new Set([...outer, ...free])
+    const name = `R${++this.#fresh}_`
+    const access = free.length > 0 ? `${name}[${free}]` : name
+    this.#lines.push(`${access} = ${op}(${own}) ${right}${limit}`)
+    return access
+  }
+
+  #where(where: readonly Condition[]): string {
+    return where.length > 0 ? ` where ${where.map((one) => this.#condition(one)).join(' && ')}` : ''
+  }
+
+  #condition(one: Condition): string {
+    if ('form' in one) return `${this.#form(one.form)} ${one.kind} 0`
+    const parts = one.parts.map((part) => this.#condition(part))
+    return `(${parts.join(one.kind === 'and' ? ' && ' : ' || ')})`
+  }
+}

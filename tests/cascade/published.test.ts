@@ -1,0 +1,510 @@
+import { cascade, type DenseArray, type HeddleError, type Tensor, tensor } from 'heddle'
+import { expect, it } from 'vitest'
+import { largest, maxError } from '../support/compare.js'
+import { describeDevices } from '../support/devices.js'
+import { type Random, random } from '../support/random.js'
+
+// Mechanisms as papers and code bases write them. Each becomes the operator named here and gives what the text gives, or is
+// refused for the reason named here and runs statement by statement.
+interface Case {
+  text: string
+  /** Axes of each tensor as its text has them, an integer tensor as `P < 3`. */
+  inputs: Record<string, string>
+  scalars?: Record<string, number>
+  operator?: 'attention' | 'lightning'
+  refused?: [code: string, reason: string]
+  /** Inputs of the operator that are [b, s, h, d]; Q, K and V if left out. */
+  packed?: readonly string[]
+  /** Slots that tell how it was taken. */
+  slots?: Record<string, unknown>
+  /** As many rows as keys. */
+  square?: boolean
+}
+
+const scores = 'S[h,p,m] = sum(e) Q[h,p,e] * K[h,m,e] / sqrt(E)'
+const heads = { Q: 'H P E', K: 'H M E', V: 'H M F' }
+const softmax = `
+  A[h,p,m] = exp(T[h,p,m])
+  D[h,p]   = sum(m) A[h,p,m]
+  O[h,p,f] = sum(m) A[h,p,m] * V[h,m,f] / D[h,p]`
+
+const cases: Record<string, Case> = {
+  'queries scaled in advance (Transformer)': {
+    text: `
+      Qs[h,p,e] = Q[h,p,e] * rsqrt(E)
+      T[h,p,m]  = sum(e) Qs[h,p,e] * K[h,m,e]   where !(m > p + off)${softmax}`,
+    inputs: heads,
+    operator: 'attention',
+    slots: { q: 'Q', scale: 'E^-0.5', causal: 'off + p' },
+  },
+  'softmax of base two with a temperature': {
+    text: `
+      ${scores}
+      G[h,p]   = max(m) S[h,p,m] / tau
+      A[h,p,m] = exp2((S[h,p,m] / tau - G[h,p]) * 1.4426950408889634)
+      D[h,p]   = sum(m) A[h,p,m]
+      W[h,p,m] = A[h,p,m] / D[h,p]
+      O[h,p,f] = sum(m) W[h,p,m] * V[h,m,f]`,
+    inputs: heads,
+    scalars: { tau: 1.7 },
+    operator: 'attention',
+  },
+  'a sink under the running maximum (gpt-oss)': {
+    text: `
+      ${scores}                                    where p + off - m >= 0
+      G[h,p]   = max(m) S[h,p,m]
+      X[h,p]   = max(G[h,p], sink[h])
+      A[h,p,m] = exp(S[h,p,m] - X[h,p])
+      Z[h,p]   = exp(sink[h] - X[h,p])
+      D[h,p]   = sum(m) A[h,p,m]
+      O[h,p,f] = sum(m) A[h,p,m] * V[h,m,f] / (D[h,p] + Z[h,p])`,
+    inputs: { ...heads, sink: 'H' },
+    operator: 'attention',
+    slots: { sink: 'sink[h]' },
+  },
+  'softmax off by one with its maximum (Miller)': {
+    text: `
+      ${scores}
+      G[h,p]   = max(m) S[h,p,m]
+      A[h,p,m] = exp(S[h,p,m] - G[h,p])
+      D[h,p]   = sum(m) A[h,p,m]
+      O[h,p,f] = sum(m) A[h,p,m] / (exp(-G[h,p]) + D[h,p]) * V[h,m,f]`,
+    inputs: heads,
+    operator: 'attention',
+    slots: { sink: '0' },
+  },
+  'a sliding window (Mistral)': {
+    text: `
+      T[h,p,m] = sum(e) Q[h,p,e] * K[h,m,e] / sqrt(E)   where m <= p + off && p + off - m < w${softmax}`,
+    inputs: heads,
+    scalars: { w: 4 },
+    operator: 'attention',
+    slots: { window: '1 + off + p + -1 w' },
+  },
+  'a window on both sides (Longformer)': {
+    text: `
+      T[h,p,m] = sum(e) Q[h,p,e] * K[h,m,e] / sqrt(E)   where abs(p - m) <= w || m < g || p < g${softmax}`,
+    inputs: heads,
+    scalars: { w: 3, g: 1 },
+    operator: 'attention',
+    square: true,
+  },
+  'documents and a prefix (PrefixLM in packed rows)': {
+    text: `
+      T[h,p,m] = sum(e) Q[h,p,e] * K[h,m,e]   where doc[p] == dok[m] && (m <= p || m < n)${softmax}`,
+    inputs: { ...heads, doc: 'P < 3', dok: 'M < 3' },
+    scalars: { n: 4 },
+    operator: 'attention',
+  },
+  'dilated rows (Sparse Transformer)': {
+    text: `
+      T[h,p,m] = sum(e) Q[h,p,e] * K[h,m,e]   where m <= p + off && (p - m < 3 || slot[m] == 0)${softmax}`,
+    inputs: { ...heads, slot: 'M < 3' },
+    operator: 'attention',
+    slots: { causal: 'off + p' },
+  },
+  'ALiBi as a distance (Press)': {
+    text: `
+      ${scores}
+      T[h,p,m] = S[h,p,m] - slope[h] * (p + off - m)   where m <= p + off${softmax}`,
+    inputs: { ...heads, slope: 'H' },
+    operator: 'attention',
+    slots: { slopes: 'slope[h]' },
+  },
+  'ALiBi without a mask': {
+    text: `
+      ${scores}
+      T[h,p,m] = S[h,p,m] - slope[h] * abs(p - m)${softmax}`,
+    inputs: { ...heads, slope: 'H' },
+    operator: 'attention',
+    square: true,
+  },
+  'a table of clamped distances (Shaw, T5)': {
+    text: `
+      ${scores}
+      T[h,p,m] = S[h,p,m] + R[h, clamp(m - p + 4, 0, 8)]   where m <= p + off${softmax}`,
+    inputs: { ...heads, R: 'H 9' },
+    operator: 'attention',
+    slots: { causal: 'off + p' },
+  },
+  'a table that ends, beyond which nothing is seen (Swin)': {
+    text: `
+      ${scores}
+      T[h,p,m] = S[h,p,m] + R[h, m - p + 4]${softmax}`,
+    inputs: { ...heads, R: 'H 9' },
+    operator: 'attention',
+    square: true,
+  },
+  'vectors of clamped distances (Shaw)': {
+    text: `
+      S[h,p,m] = sum(e) Q[h,p,e] * K[h,m,e]
+      B[h,p,m] = sum(e) Q[h,p,e] * R[clamp(m - p + 4, 0, 8), e]
+      T[h,p,m] = (S[h,p,m] + B[h,p,m]) / sqrt(E)${softmax}`,
+    inputs: { ...heads, R: '9 E' },
+    operator: 'attention',
+    square: true,
+  },
+  'content and position biases (Transformer-XL)': {
+    text: `
+      T[h,p,m] = sum(e) (Q[h,p,e] + u[h,e]) * K[h,m,e] * 0.3   where m <= p + off${softmax}`,
+    inputs: { ...heads, u: 'H E' },
+    operator: 'attention',
+  },
+  'cosine scores with a learned temperature (Swin v2)': {
+    text: `
+      NQ[h,p]  = sum(e) Q[h,p,e] * Q[h,p,e]
+      NK[h,m]  = sum(e) K[h,m,e] * K[h,m,e]
+      C[h,p,m] = sum(e) Q[h,p,e] / sqrt(NQ[h,p]) * K[h,m,e] / sqrt(NK[h,m])
+      T[h,p,m] = C[h,p,m] * exp(t[h]) + Bias[h,p,m]${softmax}`,
+    inputs: { ...heads, t: 'H', Bias: 'H P M' },
+    operator: 'attention',
+    slots: { bias: 'Bias[h,p,#2M]' },
+  },
+  'normalised queries and keys with gains (Qwen3)': {
+    text: `
+      NQ[h,p]   = sum(e) Q[h,p,e] * Q[h,p,e]
+      NK[h,m]   = sum(e) K[h,m,e] * K[h,m,e]
+      X[h,p,e]  = Q[h,p,e] * rsqrt(NQ[h,p] / E + eps) * WQ[e]
+      Y[h,m,e]  = K[h,m,e] * rsqrt(NK[h,m] / E + eps) * WK[e]
+      T[h,p,m]  = sum(e) X[h,p,e] * Y[h,m,e] * 0.3      where m <= p + off${softmax}`,
+    inputs: { ...heads, WQ: 'E', WK: 'E' },
+    scalars: { eps: 1e-3 },
+    operator: 'attention',
+  },
+  'squared distances (L2 attention, Kim)': {
+    text: `
+      T[h,p,m] = sum(e) -(Q[h,p,e] - K[h,m,e]) * (Q[h,p,e] - K[h,m,e]) / sqrt(E)${softmax}`,
+    inputs: heads,
+    operator: 'attention',
+    slots: { scale: '2 E^-0.5' },
+  },
+  'the logarithm of the length as scale (SSMax)': {
+    text: `
+      ${scores}
+      T[h,p,m] = S[h,p,m] * s[h] * log(p + off + 1)   where m <= p + off${softmax}`,
+    inputs: { ...heads, s: 'H' },
+    operator: 'attention',
+  },
+  'temperatures of tokens (Selective attention)': {
+    text: `
+      ${scores}
+      T[h,p,m] = S[h,p,m] * tanh(a[h,p]) * sigmoid(c[h,m])   where m <= p + off${softmax}`,
+    inputs: { ...heads, a: 'H P', c: 'H M' },
+    operator: 'attention',
+  },
+  'a forget gate (FoX)': {
+    text: `
+      F1[h,m]  = sum(j) log(sigmoid(g[h,j]))          where j <= m
+      ${scores}
+      T[h,p,m] = S[h,p,m] + F1[h,p] - F1[h,m]         where m <= p${softmax}`,
+    inputs: { ...heads, g: 'H M' },
+    operator: 'attention',
+    square: true,
+  },
+  'a gate behind it (gated attention, Qwen)': {
+    text: `
+      T[h,p,m] = sum(e) Q[h,p,e] * K[h,m,e]   where m <= p + off
+      A[h,p,m] = exp(T[h,p,m])
+      D[h,p]   = sum(m) A[h,p,m]
+      X[h,p,f] = sum(m) A[h,p,m] * V[h,m,f] / D[h,p]
+      O[h,p,f] = X[h,p,f] * sigmoid(G[h,p,f])`,
+    inputs: { ...heads, G: 'H P F' },
+    operator: 'attention',
+  },
+  'values with a factor of their token': {
+    text: `
+      ${scores}
+      D[h,p]   = sum(m) exp(S[h,p,m])
+      O[h,p,f] = sum(m) exp(S[h,p,m]) / D[h,p] * V[h,m,f] * relu(r[h,m])`,
+    inputs: { ...heads, r: 'H M' },
+    operator: 'attention',
+  },
+  'two maps of which one is taken off (Differential Transformer)': {
+    text: `
+      S1[h,p,m] = sum(e) Q[h,p,e] * K[h,m,e] / sqrt(E)    where m <= p + off
+      S2[h,p,m] = sum(e) X[h,p,e] * Y[h,m,e] / sqrt(E)    where m <= p + off
+      A1[h,p,m] = exp(S1[h,p,m])
+      A2[h,p,m] = exp(S2[h,p,m])
+      D1[h,p]   = sum(m) A1[h,p,m]
+      D2[h,p]   = sum(m) A2[h,p,m]
+      O[h,p,f]  = sum(m) (A1[h,p,m] / D1[h,p] - lambda * A2[h,p,m] / D2[h,p]) * V[h,m,f]`,
+    inputs: { ...heads, X: 'H P E', Y: 'H M E' },
+    packed: ['Q', 'K', 'V', 'X', 'Y'],
+    scalars: { lambda: 0.4 },
+    operator: 'attention',
+  },
+  'a decoupled position (MLA)': {
+    text: `
+      SC[h,p,m] = sum(e) Q[h,p,e] * K[h,m,e]
+      SR[h,p,m] = sum(r) QR[h,p,r] * KR[m,r]
+      T[h,p,m]  = (SC[h,p,m] + SR[h,p,m]) * scale     where m <= p + off${softmax}`,
+    inputs: { ...heads, QR: 'H P R', KR: 'M R' },
+    packed: ['Q', 'K', 'V', 'QR', 'KR'],
+    scalars: { scale: 0.2 },
+    operator: 'attention',
+    slots: { q2: 'QR', k2: 'KR' },
+  },
+  'one head of keys for all queries (MQA)': {
+    text: `
+      S[h,p,m] = sum(e) Q[h,p,e] * K[m,e]   where m <= p + off
+      D[h,p]   = sum(m) exp(S[h,p,m])
+      O[h,p,f] = sum(m) exp(S[h,p,m]) * V[m,f] / D[h,p]`,
+    inputs: { Q: 'H P E', K: 'M E', V: 'M F' },
+    operator: 'attention',
+  },
+  'groups of queries as an axis of their own (GQA)': {
+    text: `
+      S[b,g,p,m] = sum(e) Q[b,g,p,e] * K[b,m,e]   where m <= p + off
+      D[b,g,p]   = sum(m) exp(S[b,g,p,m])
+      O[b,g,p,f] = sum(m) exp(S[b,g,p,m]) * V[b,m,f] / D[b,g,p]`,
+    inputs: { Q: 'B G P E', K: 'B M E', V: 'B M F' },
+    operator: 'attention',
+  },
+  'relu divided by the length (Wortsman)': {
+    text: `
+      ${scores}
+      O[h,p,f] = sum(m) relu(S[h,p,m]) / M * V[h,m,f]`,
+    inputs: heads,
+    operator: 'attention',
+    slots: { weights: 'relu', normalise: 'false' },
+  },
+  'sigmoid with the logarithm of the length (Ramapuram)': {
+    text: `
+      ${scores}
+      O[h,p,f] = sum(m) V[h,m,f] / (1 + exp(log(M) - S[h,p,m]))`,
+    inputs: heads,
+    operator: 'attention',
+    slots: { weights: 'sigmoid' },
+  },
+  'capped scores (Gemma 2)': {
+    text: `
+      ${scores}
+      T[h,p,m] = tanh(S[h,p,m] / 50) * 50     where m <= p + off${softmax}`,
+    inputs: heads,
+    operator: 'attention',
+    slots: { softCap: '50' },
+  },
+  'capped scores of two products with a bias behind': {
+    text: `
+      S[h,p,m] = sum(e) Q[h,p,e] * K[h,m,e]
+      X[h,p,m] = sum(r) QR[h,p,r] * KR[h,m,r]
+      T[h,p,m] = 3 * tanh((S[h,p,m] + X[h,p,m]) / 3) + Bias[p,m]${softmax}`,
+    inputs: { ...heads, QR: 'H P R', KR: 'H M R', Bias: 'P M' },
+    packed: ['Q', 'K', 'V', 'QR', 'KR'],
+    operator: 'attention',
+  },
+  'retention in parallel (RetNet)': {
+    text: `
+      S[h,t,u] = sum(e) Q[h,t,e] * K[h,u,e]              where u <= t
+      O[h,t,f] = sum(u) S[h,t,u] * pow(gamma[h], t - u) * V[h,u,f]`,
+    inputs: { Q: 'H T E', K: 'H U E', V: 'H U F', gamma: 'H' },
+    operator: 'lightning',
+    square: true,
+  },
+  'retention as a recurrence (RetNet)': {
+    text: `
+      init S[t=0,h,e,f] = 0
+      iterate t {
+        S[t+1,h,e,f] = gamma[h] * S[t,h,e,f] + K[h,t,e] * V[h,t,f]
+        O[h,t,f]     = sum(e) Q[h,t,e] * S[t+1,h,e,f] / sqrt(E)
+      }`,
+    inputs: { K: 'H T E', V: 'H T F', gamma: 'H', Q: 'H T E' },
+    operator: 'lightning',
+  },
+  'linear attention of features with its normaliser (Katharopoulos)': {
+    text: `
+      PQ[h,t,e] = if(Q[h,t,e] > 0, Q[h,t,e] + 1, exp(Q[h,t,e]))
+      PK[h,t,e] = if(K[h,t,e] > 0, K[h,t,e] + 1, exp(K[h,t,e]))
+      init S[t=0,h,e,f] = 0
+      init Z[t=0,h,e] = 0
+      iterate t {
+        S[t+1,h,e,f] = S[t,h,e,f] + PK[h,t,e] * V[h,t,f]
+        Z[t+1,h,e]   = Z[t,h,e] + PK[h,t,e]
+        N[h,t,f]     = sum(e) PQ[h,t,e] * S[t+1,h,e,f]
+        D[h,t]       = sum(e) PQ[h,t,e] * Z[t+1,h,e]
+        O[h,t,f]     = N[h,t,f] / D[h,t]
+      }`,
+    inputs: { Q: 'H T E', K: 'H T E', V: 'H T F' },
+    operator: 'lightning',
+  },
+  'a decay of each head from a state (Lightning Attention 2)': {
+    text: `
+      init S[t=0,h,e,f] = S0[h,e,f]
+      iterate t {
+        S[t+1,h,e,f] = lambda[h] * S[t,h,e,f] + K[h,t,e] * V[h,t,f]
+        O[h,t,f]     = sum(e) Q[h,t,e] * S[t+1,h,e,f]
+      }`,
+    inputs: { S0: 'H E F', lambda: 'H', K: 'H T E', V: 'H T F', Q: 'H T E' },
+    operator: 'lightning',
+    slots: { initialState: 'S0' },
+  },
+  'a decay that is a number, with a gate': {
+    text: `
+      init S[t=0,h,e,f] = 0
+      iterate t {
+        S[t+1,h,e,f] = 0.9 * S[t,h,e,f] + relu(K[h,t,e]) * V[h,t,f]
+        O[h,t,f]     = sum(e) exp(Q[h,t,e]) * S[t+1,h,e,f] * sigmoid(G[h,t,f])
+      }`,
+    inputs: { K: 'H T E', V: 'H T F', Q: 'H T E', G: 'H T F' },
+    operator: 'lightning',
+  },
+  'retention in chunks (RetNet)': {
+    text: `
+      rank J = 4;   split t -> (c, i : 4) tail mask
+      init S[c=0,h,e,f] = 0
+      iterate c {
+        A[c,h,i,f]   = sum(e) Q[h, c*I + i, e] * S[c,h,e,f] * exp(-slope[h] * (i + 1))
+        W[c,h,i,j]   = sum(e) Q[h, c*I + i, e] * K[h, c*I + j, e] * exp(-slope[h] * (i - j))   where j <= i
+        B[c,h,i,f]   = sum(j) W[c,h,i,j] * V[h, c*I + j, f]
+        O[h,c,i,f]   = A[c,h,i,f] + B[c,h,i,f]
+        U[c,h,e,f]   = sum(j) exp(-slope[h] * (I - 1 - j)) * K[h, c*I + j, e] * V[h, c*I + j, f]
+        S[c+1,h,e,f] = exp(-slope[h] * I) * S[c,h,e,f] + U[c,h,e,f]
+      }`,
+    inputs: { Q: 'H T E', slope: 'H', K: 'H T E', V: 'H T F' },
+    refused: ['CAS020', ''],
+  },
+  'a decay of the token (Mamba 2, GLA)': {
+    text: `
+      init S[t=0,h,e,f] = 0
+      iterate t {
+        S[t+1,h,e,f] = sigmoid(a[h,t]) * S[t,h,e,f] + K[h,t,e] * V[h,t,f]
+        O[h,t,f]     = sum(e) Q[h,t,e] * S[t+1,h,e,f]
+      }`,
+    inputs: { a: 'H T', K: 'H T E', V: 'H T F', Q: 'H T E' },
+    refused: ['CAS020', 'O hangs on S, whose recurrence'],
+  },
+  'the delta rule (DeltaNet)': {
+    text: `
+      init S[t=0,h,e,f] = 0
+      iterate t {
+        W[h,t,f]     = sum(e) S[t,h,e,f] * K[h,t,e]
+        S[t+1,h,e,f] = S[t,h,e,f] + beta[h,t] * K[h,t,e] * (V[h,t,f] - W[h,t,f])
+        O[h,t,f]     = sum(e) Q[h,t,e] * S[t+1,h,e,f]
+      }`,
+    inputs: { K: 'H T E', beta: 'H T', V: 'H T F', Q: 'H T E' },
+    refused: ['CAS020', 'O hangs on S, whose recurrence'],
+  },
+  'no products (AFT)': {
+    text: `
+      X[p,m,f] = exp(K[m,f] + w[p,m])   where m <= p + off
+      N[p,f]   = sum(m) X[p,m,f] * V[m,f]
+      D[p,f]   = sum(m) X[p,m,f]
+      O[p,f]   = sigmoid(Q[p,f]) * N[p,f] / D[p,f]`,
+    inputs: { K: 'M F', w: 'P M', V: 'M F', Q: 'P F' },
+    refused: ['CAS020', 'attention'],
+  },
+  'additive scores (GAT)': {
+    text: `
+      T[p,m]  = if(a[p] + b[m] > 0, a[p] + b[m], 0.2 * (a[p] + b[m]))
+      A[p,m]  = exp(T[p,m])
+      D[p]    = sum(m) A[p,m]
+      O[p,f]  = sum(m) A[p,m] * V[m,f] / D[p]`,
+    inputs: { a: 'P', b: 'M', V: 'M F' },
+    refused: ['CAS021', 'has no product of a query and a key'],
+  },
+  'mixed heads (talking heads)': {
+    text: `
+      S[h,p,m] = sum(e) Q[h,p,e] * K[h,m,e]
+      T[g,p,m] = sum(h) L[g,h] * S[h,p,m]
+      A[g,p,m] = exp(T[g,p,m])
+      D[g,p]   = sum(m) A[g,p,m]
+      O[g,p,f] = sum(m) A[g,p,m] * V[g,m,f] / D[g,p]`,
+    inputs: { Q: 'H P E', K: 'H M E', L: 'G H', V: 'G M F' },
+    refused: ['CAS021', 'has no product of a query and a key'],
+  },
+  'weights that are squared again (the power of a softmax)': {
+    text: `
+      ${scores}
+      D[h,p]   = sum(m) exp(S[h,p,m])
+      W[h,p,m] = exp(S[h,p,m]) / D[h,p]
+      O[h,p,f] = sum(m) W[h,p,m] * W[h,p,m] * V[h,m,f]`,
+    inputs: heads,
+    refused: ['CAS021', ''],
+  },
+}
+
+const roles: Record<string, string> = { B: 'b', H: 'h', G: 'h', P: 's', M: 's', T: 's', U: 's' }
+
+/** Numbers with the axes of the text as [b, s, h, d], or back. */
+function turned(data: ArrayLike<number>, axes: string[], sizes: number[], back = false) {
+  const at = ['b', 's', 'h', 'd'].map((role) =>
+    axes.findIndex((axis) => (roles[axis] ?? 'd') === role),
+  )
+  const shape = at.map((i) => (i < 0 ? 1 : sizes[i]!))
+  const out = new Float64Array(data.length)
+  for (let i = 0; i < data.length; i++) {
+    const index = sizes.map((size, a) => {
+      const below = sizes.slice(a + 1).reduce((x, y) => x * y, 1)
+      return Math.floor(i / below) % size
+    })
+    const to = at.reduce((sum, a, r) => sum * shape[r]! + (a < 0 ? 0 : index[a]!), 0)
+    if (back) out[i] = data[to]!
+    else out[to] = data[i]!
+  }
+  return { data: out, shape }
+}
+
+function sizesFor(rng: Random, square: boolean): Record<string, number> {
+  const P = 1 + rng.below(rng.pick([2, 12, 40]))
+  const M = square ? P : P + rng.below(20)
+  return { B: 2, H: 3, G: 2, P, M, T: P, U: P, E: 8, F: 16, R: 8 }
+}
+
+describeDevices('published mechanisms', (device) => {
+  const rng = random(97)
+
+  it.each(Object.entries(cases))('%s', async (_, one) => {
+    const { text, inputs: axes, scalars = {}, operator, refused, slots = {} } = one
+    const parsed = cascade(text)
+    if (refused) {
+      let error: HeddleError | undefined
+      try {
+        parsed.compile()
+      } catch (caught) {
+        error = caught as HeddleError
+      }
+      expect(error?.code).toBe(refused[0])
+      expect(error?.message).toContain(refused[1])
+      expect(error?.span).toBeDefined()
+    }
+    const plan = parsed.compile({ fused: refused ? 'preferred' : 'required' })
+    const found = plan.explain()
+    expect(found.operator).toBe(operator ?? 'einsum')
+    expect(found.slots).toMatchObject(slots)
+    const packed = refused ? [] : (one.packed ?? ['Q', 'K', 'V'])
+    for (let n = 0; n < 4; n++) {
+      const sizes = sizesFor(rng, one.square ?? false)
+      const given: Record<string, DenseArray> = {}
+      const tensors = parsed.ir.inputs.map((name): Tensor => {
+        const [ranks, below] = axes[name]!.split(' < ') as [string, string?]
+        const names = ranks.split(' ')
+        const shape = names.map((rank) => sizes[rank] ?? Number(rank))
+        const count = shape.reduce((a, b) => a * b, 1)
+        const data = below
+          ? Int32Array.from({ length: count }, () => rng.below(Number(below)))
+          : name === 'gamma' || name === 'lambda'
+            ? Float32Array.from({ length: count }, () => 0.5 + rng.next() / 2)
+            : rng.normals(count)
+        given[name] = { data, shape }
+        const own = name === 'S0' ? [1, ...shape] : shape
+        if (!packed.includes(name)) return tensor(data, own, { device })
+        const { data: moved, shape: four } = turned(data, names, shape)
+        return tensor(Float32Array.from(moved), four, { device })
+      })
+      const off = parsed.ir.scalars.includes('off') ? { off: sizes.M! - sizes.P! } : {}
+      const expected = parsed.evaluate(given, { ...scalars, ...off })
+      const results = plan(...tensors, { ...scalars, ...(refused ? off : {}) })
+      expect(Object.keys(results).sort()).toEqual(Object.keys(expected).sort())
+      const { data, shape } = expected.O!
+      const left = text
+        .match(/\bO\[([a-z,]+)\]/)![1]!
+        .toUpperCase()
+        .split(',')
+      const raw = (await results.O!.read()) as Float32Array
+      const actual = refused ? raw : turned(raw, left, [...shape], true).data
+      expect(maxError(actual, data), JSON.stringify(sizes)).toBeLessThanOrEqual(
+        3e-5 * Math.max(1, largest(data)),
+      )
+    }
+  })
+})
