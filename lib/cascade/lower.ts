@@ -994,6 +994,7 @@ export interface CompileOptions {
 
 const known: ReadonlySet<string> = new Set<keyof CompileOptions>(['fused'])
 const plans = new Map<string, Plan>()
+const mostPlans = 1000 // the oldest is forgotten then
 
 /** @internal The option after checks. */
 export function fusedOf(options: CompileOptions): 'required' | 'preferred' {
@@ -1015,6 +1016,7 @@ export function compile(ir: CascadeIR, fused: 'required' | 'preferred'): Plan {
     fused === 'required' ? fusedOne(ir, refused) : either(ir, refused),
     refused,
   )
+  if (plans.size >= mostPlans) plans.delete(plans.keys().next().value!)
   plans.set(key, plan)
   return plan
 }
@@ -1041,6 +1043,12 @@ function stepsOf(ir: CascadeIR, refusal: string): Lowered {
 }
 
 function fusedOne(ir: CascadeIR, refused: Refused[]): Lowered {
+  if (ir.outputs.length === 0) {
+    const { out } = statementsOf(ir.steps)[0]!
+    const text =
+      'no kernel takes this cascade; every tensor is read by another, so it has no result'
+    throw broken('CAS020', text, out.span, out.name)
+  }
   const normal = normalOf(ir)
   const made = new Set(statementsOf(ir.steps).map(({ out }) => `${out.name}[]`))
   for (const tensor of ir.outputs) {
@@ -1065,11 +1073,12 @@ function fusedOne(ir: CascadeIR, refused: Refused[]): Lowered {
     try {
       return lower(normal, ir)
     } catch (error) {
-      // What would be computed beside an operator may be no text
-      const mismatch =
-        error instanceof HeddleError
-          ? new Mismatch(ir.outputs[0]!, error.message.replace(/^cascade: /, ''), 0)
-          : error
+      // What would be computed beside an operator may be no text, or too long a one
+      const why =
+        error instanceof TooLarge
+          ? 'it computes far more'
+          : error instanceof HeddleError && error.message.replace(/^cascade: /, '')
+      const mismatch = why ? new Mismatch(ir.outputs[0]!, why, 0) : error
       if (!(mismatch instanceof Mismatch)) throw error
       refused.push({ operator, mismatch })
     }

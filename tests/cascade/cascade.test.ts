@@ -1,4 +1,4 @@
-import { type Cascade, cascade, HeddleError } from 'heddle'
+import { type Cascade, cascade, definitions, HeddleError } from 'heddle'
 import { describe, expect, it } from 'vitest'
 import { maxError } from '../support/compare.js'
 import { random } from '../support/random.js'
@@ -517,6 +517,50 @@ describe('text', () => {
       'rank',
       '?',
     ]
+    // What a slip of a pen or of a clipboard makes of a text
+    const word = (text: string) => {
+      const words = [...text.matchAll(/[A-Za-z_]\w*|\d+|<=|>=|==|&&|\|\||[-+*/<>]/g)]
+      return words[rng.below(words.length)] ?? { 0: '', index: 0 }
+    }
+    const changes: readonly ((text: string) => string)[] = [
+      (text) => {
+        const at = rng.below(text.length + 1)
+        return text.slice(0, at) + rng.pick(pieces) + text.slice(at + rng.below(4))
+      },
+      (text) => {
+        const { 0: old, index } = word(text)
+        return (
+          text.slice(0, index) +
+          word(rng.chance(0.8) ? text : rng.pick(all))[0] +
+          text.slice(index + old.length)
+        )
+      },
+      (text) => {
+        const lines = text.split('\n')
+        const line = lines[rng.below(lines.length)]!
+        lines.splice(
+          rng.below(lines.length),
+          rng.below(2),
+          rng.chance(0.5) ? line : rng.pick(rng.pick(all).split('\n')),
+        )
+        return lines.join('\n')
+      },
+      (text) =>
+        text
+          .split('\n')
+          .filter(() => rng.chance(0.9))
+          .join('\n'),
+      (text) => {
+        const { 0: old } = word(text)
+        const by = word(text)[0]
+        return /^\w+$/.test(old) ? text.replace(new RegExp(`\\b${old}\\b`, 'g'), by) : text
+      },
+      (text) =>
+        text.replace(/\d+/g, (x) => (rng.chance(0.3) ? String(rng.pick([0, 1, 2, 3, 7, 1e9])) : x)),
+      (text) => text.replace(/ where.*/, ''),
+      (text) => text.slice(0, rng.below(text.length)),
+    ]
+    const all = [...samples, ...Object.values(definitions)]
     // Plain loops and comparisons: a hundred thousand assertions would take longer than what they assert
     const rng = random(62)
     const trace = Error.stackTraceLimit
@@ -524,19 +568,18 @@ describe('text', () => {
     let read = 0
     try {
       for (let run = 0; run < 100_000; run++) {
-        let text = rng.pick(samples)
-        for (let edits = 1 + rng.below(4); edits > 0; edits--) {
-          const at = rng.below(text.length + 1)
-          text = text.slice(0, at) + rng.pick(pieces) + text.slice(at + rng.below(4))
-        }
+        let text = rng.pick(all)
+        for (let edits = 1 + rng.below(4); edits > 0; edits--) text = rng.pick(changes)(text)
         try {
-          const printed = cascade(text).toString()
+          const parsed = cascade(text)
+          const printed = parsed.toString()
+          read++
           if (run % 16 === 0) {
             if (cascade(printed).toString() !== printed)
               throw new Error(`prints what does not parse back: ${text}`)
-            if (run % 64 === 0) cascade(text).analyze()
+            if (run % 64 === 0) parsed.analyze()
+            if (run % 64 === 16) parsed.compile()
           }
-          read++
         } catch (error) {
           const { code, span, message } = error as HeddleError
           const lines = text.split('\n')
