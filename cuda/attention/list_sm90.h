@@ -73,13 +73,42 @@ struct UnitView {
       last = first - 1;
       return;
     }
-    alike = !mask.bounds && !mask.diagonals && first / mask.block_q == last / mask.block_q;
+    alike = !mask.bounds && first / mask.block_q == last / mask.block_q;
     low = rows.row(mask, first);
     high = rows.row(mask, last);
   }
 
   // The keys that causality and the sequence leave
   HEDDLE_HD int64_t end() const { return first > last ? 0 : high.end; }
+
+  // Whether whole units are named, by blocks, or runs of keys
+  HEDDLE_HD bool plain() const {
+    return first > last ||
+           (alike && !low.columns && !low.diagonals && (!low.blocks || mask.block_k_log2 >= 6));
+  }
+
+  // If so: of units 32 * word to 32 * word + 31
+  HEDDLE_HD UnitBits units(int64_t word) const {
+    const int64_t key = word * 32 * kUnitKeys;
+    if (key >= end()) return {0, 0};
+    uint64_t some = 0, all = 0;
+    if (low.blocks) {
+      const int64_t log2 = mask.block_k_log2 - 6;
+      const uint64_t listed = bits_at(low.blocks, mask.block_words, word * 32 >> log2);
+      some = all = log2 >= 5 ? 0 - (listed & 1) : repeat_bits(listed, static_cast<int>(log2));
+    }
+    // keys that some rows see and keys that all see, as far as the keys go
+    const auto name = [&](int64_t from, int64_t all_from, int64_t all_to, int64_t to) {
+      some |= bit_range((from - key) >> 6, (to - key + 63) >> 6);
+      all |= bit_range((all_from - key + 63) >> 6, all_to >= high.end ? 64 : (all_to - key) >> 6);
+    };
+    if (mask.sink_tokens > 0) name(0, 0, mask.sink_tokens, mask.sink_tokens);
+    if (mask.window > 0)
+      name(low.position - mask.window + 1, high.position - mask.window + 1, window_end(),
+           high.position + 1);
+    const uint64_t inside = bit_range(0, (high.end - key + 63) >> 6);
+    return {static_cast<uint32_t>(some & inside), static_cast<uint32_t>(some & all & inside)};
+  }
 
   // Of the unit that begins at key `t0`
   HEDDLE_HD UnitLook operator()(int64_t t0) const {
@@ -92,11 +121,24 @@ struct UnitView {
       uint64_t some = named, all = named;
       if (mask.window > 0) {
         some |= bit_range(low.position - mask.window + 1 - t0, high.position + 1 - t0);
-        // a causal row ends where its window does
-        const int64_t until = rows.causal ? high.position : low.position;
-        all |= bit_range(high.position - mask.window + 1 - t0, until + 1 - t0);
+        all |= bit_range(high.position - mask.window + 1 - t0, window_end() - t0);
       }
-      return {(some & inside) != 0, (inside & ~all) == 0};
+      UnitLook look{(some & inside) != 0, (inside & ~all) == 0};
+      if (low.diagonals) {
+        // rows and keys are runs, and so are the distances between them: two words of bits
+        const int64_t until = t0 + kUnitKeys < high.end ? t0 + kUnitKeys : high.end;
+        const int64_t least = low.position - until + 1, count = high.position - t0 - least + 1;
+        // a causal row sees no key behind it
+        const int64_t from = rows.causal ? -least : 0;
+        bool slashed = true;
+        for (int64_t i = 0; i < 128; i += 64) {
+          const uint64_t distances = bits_at(low.diagonals, mask.token_words, least + i);
+          look.any |= (distances & bit_range(0, count - i)) != 0;
+          slashed &= (bit_range(from - i, count - i) & ~distances) == 0;
+        }
+        look.listed |= slashed;
+      }
+      return look;
     }
     UnitLook look{false, true};
     for (int64_t i = first; i <= last; ++i) {
@@ -109,6 +151,10 @@ struct UnitView {
     look.listed &= look.any;
     return look;
   }
+
+ private:
+  // A causal row ends where its window does
+  HEDDLE_HD int64_t window_end() const { return (rows.causal ? high.position : low.position) + 1; }
 };
 
 }  // namespace heddle

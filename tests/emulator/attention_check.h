@@ -3,6 +3,7 @@
 #include <functional>
 #include <vector>
 
+#include "attention/list_sm90.cuh"
 #include "attention/split_sm90.h"
 #include "common/sm90.cuh"
 
@@ -56,43 +57,6 @@ struct MaskBits {
            table[static_cast<size_t>(line * words * 32 + column)];
   }
 };
-
-// What the kernel that writes lists does on a GPU
-inline void list_units(const ForwardCall& call, int64_t count) {
-  const UnitLists& lists = call.lists;
-  for (int64_t list = 0; list < count; ++list) {
-    const int64_t pair = list / lists.tiles, heads = lists.mask.heads;
-    UnitRows rows{pair / heads, pair / heads, 0,           pair % heads * (lists.mask.hq / heads),
-                  call.sq,      call.sk,      call.causal, call.cu_seqlens_q != nullptr};
-    int64_t tile = list % lists.tiles;
-    if (rows.packed) {
-      rows.sequence = call.sequences - 1;
-      while (lists.first_tile(call.cu_seqlens_q[rows.sequence], rows.sequence) > tile)
-        --rows.sequence;
-      rows.q_begin = call.cu_seqlens_q[rows.sequence];
-      rows.sq = call.cu_seqlens_q[rows.sequence + 1] - rows.q_begin;
-      rows.sk = call.cu_seqlens_k[rows.sequence + 1] - call.cu_seqlens_k[rows.sequence];
-      tile -= lists.first_tile(rows.q_begin, rows.sequence);
-    } else if (call.cache_seqlens) {
-      rows.sk = call.cache_seqlens[rows.batch];
-    }
-    int* marks = lists.marks + list * lists.mark_words();
-    const UnitView views[] = {{lists, rows, tile, 0}, {lists, rows, tile, 1}};
-    for (int64_t unit = 0; unit < 32 * lists.words; ++unit) {
-      bool visited = false;
-      for (int w = 0; w < lists.warpgroups; ++w) {
-        UnitBits& bits = lists.bits[(list * lists.words + unit / 32) * lists.warpgroups + w];
-        if (unit % 32 == 0) bits = {};
-        const UnitLook look = views[w](unit * kUnitKeys);
-        bits.any |= static_cast<uint32_t>(look.any) << unit % 32;
-        bits.listed |= static_cast<uint32_t>(look.listed) << unit % 32;
-        visited |= look.any;
-      }
-      marks[0] += visited;
-      marks[1 + unit / 1024] |= static_cast<int>(uint32_t{visited} << unit / 32 % 32);
-    }
-  }
-}
 
 // One more row and head than the kernel may touch, all of it NaN
 template <DType kType> struct HeadArray {
@@ -259,7 +223,7 @@ double check(const Case& c, int64_t d, int64_t dv, emulator::Random& random,
     unit_marks.resize(static_cast<size_t>(count * call.lists.mark_words()));
     call.lists.bits = unit_bits.data();
     call.lists.marks = unit_marks.data();
-    list_units(call, count);
+    launch_list_sm90(call, count, nullptr);
   }
   const auto sees = [&](int64_t sequence, int64_t q0, int64_t h, int64_t i, int64_t position,
                         int64_t t) {

@@ -283,9 +283,27 @@ const kernels: Kernel[] = [
         to: 'true',
       },
       {
+        what: 'units of runs of keys count as listed that are not',
+        file: list,
+        from: 'static_cast<uint32_t>(some & all & inside)',
+        to: 'static_cast<uint32_t>(some & inside)',
+      },
+      {
+        what: 'the last distances of a unit are left out',
+        file: list,
+        from: 'look.any |= (distances & bit_range(0, count - i)) != 0;',
+        to: 'look.any |= (distances & bit_range(0, 64 - i)) != 0;',
+      },
+      {
+        what: 'a unit of diagonals counts as listed that is not',
+        file: list,
+        from: 'look.listed |= slashed;',
+        to: 'look.listed |= look.any;',
+      },
+      {
         what: 'rows that differ are taken for alike',
         file: list,
-        from: '!mask.bounds && !mask.diagonals && first / mask.block_q == last / mask.block_q',
+        from: '!mask.bounds && first / mask.block_q == last / mask.block_q',
         to: 'true',
       },
       {

@@ -97,6 +97,16 @@ const Case kCases[] = {
      .hk = 1,
      .cached = {300, 20, 131},
      .mask = {64, 64, 1, 60}},
+    // runs of distances
+    {.b = 1,
+     .sq = 150,
+     .sk = 333,
+     .hq = 1,
+     .hk = 1,
+     .causal = true,
+     .mask = {.block_q = 64, .block_k = 64, .columns = 2, .diagonals = 1500}},
+    // the same words where whole units are listed
+    {.b = 1, .sq = 3, .sk = 67000, .hq = 1, .hk = 1, .narrower = 56, .mask = {64, 256, 1, 2}},
 };
 
 }  // namespace
