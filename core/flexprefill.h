@@ -3,13 +3,14 @@
 #include "core/select.h"
 #include "ops/flexprefill.h"
 
-// The selection of one head. With V and O the masses of key blocks and of bands of distances for
+// The selection of one head. With V and O the masses of key blocks and of diagonals of blocks for
 // the last queries, and P the pooled distribution of a row:
 //
 //   divergence   sqrt(JS(estimate, V)); below tau pooling is trusted, the head is query-aware
 //   budgets      how many entries it takes to exceed gamma: single keys divided by 128 in the mode
 //                `reference`, blocks that reach gamma in `coverage`
-//   listed       the best columns by V, the best bands by O, block 0 and the diagonal among them;
+//   listed       the best columns by V, the best diagonals by O, block 0 and the diagonal among
+//   them;
 //                for a query-aware head the pairs of the whole map whose mass is gamma too
 //
 // A head whose statistics are not finite lists everything.
@@ -31,21 +32,30 @@ HEDDLE_HD Cut cover(const Team& team, int64_t n, Wanted wanted, const float* sha
   return select(team, n, wanted, rank, mass, memory.bins);
 }
 
-// Tokens whose masses add up to that of a block: `line` 0 is of keys, 1 of distances
+// Tokens whose masses add up to that of a block: `line` 0 is of keys, 1 of distances. A distance of
+// o + x blocks, x < 1, lies on diagonal o of blocks for 1 - x of all queries and on the next for x,
+// which `coverage` goes by; the released code bands distances instead.
 struct FlexSum {
   const float* from;
   int64_t count;
   float* to;
+  float slope, peak;  // of weights, which are 1 where the slope is 0
 
   HEDDLE_HD FlexSum(const FlexPrefill& op, int64_t head, int64_t line, int64_t c) {
     const int64_t sk = op.lines.shape[3], nk = op.map.shape[3];
+    const bool tent = line == 1 && op.coverage;
     // Bands count from the farthest distance: a short last block shifts them
-    const int64_t shift = line == 1 ? nk * op.block - sk : 0;
+    const int64_t shift = tent ? op.block : line == 1 ? nk * op.block - sk : 0;
     const int64_t begin = c * op.block - shift, first = begin < 0 ? 0 : begin;
-    const int64_t end = begin + op.block < sk ? begin + op.block : sk;
+    const int64_t last = c * op.block + op.block - (tent ? 0 : shift), end = last < sk ? last : sk;
     from = static_cast<float*>(op.lines.data) + (head * 2 + line) * sk + first;
     count = end - first;
     to = static_cast<float*>(op.work.data) + (head * 3 + line) * (nk + 1) + c;
+    slope = tent ? 1.f / static_cast<float>(op.block) : 0.f;
+    peak = static_cast<float>(c * op.block - first);
+  }
+  HEDDLE_HD float operator()(int64_t i) const {
+    return from[i] * (1 - slope * fabsf(static_cast<float>(i) - peak));
   }
 };
 
@@ -165,9 +175,7 @@ HEDDLE_HD void flexprefill_head(const Team& own, const Group& all, const FlexPre
         uint64_t seen = pairs | bits_at(column_bits, line_words, from) |
                         bit_range(-from, 1 - from) |
                         bit_range(first_of(row) - from, last + 1 - from);
-        // Band o lies on block last - o, in full on the one before it too
-        for (int64_t end = last; end >= last - (op.coverage ? 1 : 0); --end)
-          seen |= reverse_bits(bits_at(band_bits, line_words, end - from - 63));
+        seen |= reverse_bits(bits_at(band_bits, line_words, last - from - 63));
         bits[i] |= static_cast<int32_t>(static_cast<uint32_t>(full ? ~uint64_t{0} : seen) &
                                         static_cast<uint32_t>(bit_range(0, last + 1 - from)));
       });

@@ -1,7 +1,5 @@
 #include "core/flexprefill.h"
 
-#include <numeric>
-
 #include "core/cpu_context.h"
 #include "core/registry.h"
 #include "cpu/team.h"
@@ -15,7 +13,8 @@ void run(const FlexPrefill& op, CpuContext& context) {
     for (int64_t line = 0; line < 2; ++line)
       for (int64_t c = 0; c < op.map.shape[3]; ++c) {
         const FlexSum sum(op, head, line, c);
-        *sum.to = std::accumulate(sum.from, sum.from + sum.count, 0.f);
+        *sum.to = 0;
+        for (int64_t i = 0; i < sum.count; ++i) *sum.to += sum(i);
       }
     FlexMemory memory;
     flexprefill_head(Alone{}, Alone{}, op, head, memory);

@@ -16,7 +16,7 @@ struct FlexPrefill {
   double gamma = 0.9, tau = 0.1;
   int64_t least = 8, most = 0;  // blocks of a budget; `most` of 0 is no limit
   int64_t block = 128, sq = 0;
-  bool coverage = false;  // the mode: budgets by the mass of blocks, bands in full
+  bool coverage = false;  // the mode: budgets by the mass of blocks, diagonals instead of bands
 
   template <class Schema> static void describe(Schema& schema) {
     schema.input("lines", &FlexPrefill::lines, "b hq 2 sk", kF32);

@@ -22,7 +22,7 @@ __device__ inline void flexprefill_sum(const FlexArgs& args, int64_t warp) {
   if (warp >= args.heads * 2 * nk) return;
   const FlexSum sum(args.op, warp / nk / 2, warp / nk % 2, warp % nk);
   float own = 0;
-  for (int64_t t = lane; t < sum.count; t += 32) own += sum.from[t];
+  for (int64_t t = lane; t < sum.count; t += 32) own += sum(t);
   for (int step = 16; step > 0; step /= 2) own += __shfl_xor_sync(~0u, own, step);
   if (lane == 0) *sum.to = own;
 }

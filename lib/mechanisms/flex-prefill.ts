@@ -12,7 +12,7 @@ import { everything, type PackedOptions, perSequence } from './packed.js'
 export interface FlexPrefillOptions extends PackedOptions {
   /**
    * `'reference'`, as if left out, selects what the authors' code selects, whose gamma is no coverage of blocks; `'coverage'`
-   * takes as many blocks as reach gamma, and both diagonals of blocks that a band of distances lies on.
+   * takes as many columns of blocks as reach gamma, and as many diagonals, on two of which a distance counts in parts.
    */
   mode?: 'reference' | 'coverage' | undefined
   /** Share of attention mass, 0.9 if left out; from 1 on everything is listed. */

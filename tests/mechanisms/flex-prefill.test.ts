@@ -42,7 +42,13 @@ function selection(
     V[Math.floor(t / b)]! += x
   })
   as.forEach((x, d) => {
-    O[Math.floor((d + pad) / b)]! += x
+    if (mode === 'reference') O[Math.floor((d + pad) / b)]! += x
+    else {
+      // for some queries of a block it lies on one diagonal of blocks, for the others on the next
+      const o = Math.floor(d / b)
+      O[o]! += x * (o + 1 - d / b)
+      if (o + 1 < nb) O[o + 1]! += x * (d / b - o)
+    }
   })
   const estimate = softmax(Array.from({ length: nb }, (_, c) => pooled(n - b, n, c)))
   const js = estimate.reduce((sum, a, c) => {
@@ -59,13 +65,12 @@ function selection(
       .map(([, i]) => i)
   const least = Math.max(Math.ceil(minBudget / b), 1)
   const cover = (values: number[], exceed: boolean, forced = -1) => {
-    const total = values.reduce((sum, x) => sum + x, 0)
     let [sum, count] = [0, 0]
     for (const i of order(values, forced)) {
       sum += values[i]!
       count++
-      if (Math.abs(sum - gamma * total) < 1e-5 * total) near = true
-      if (exceed ? sum > gamma * total : sum >= gamma * total) break
+      if (Math.abs(sum - gamma) < 1e-5) near = true
+      if (exceed ? sum > gamma : sum >= gamma) break
     }
     return count
   }
@@ -85,9 +90,7 @@ function selection(
   const offsets = best(O, as)
   for (let i = 0; i < nb; i++) {
     for (const c of columns) if (c <= i) set.add(i * nb + c)
-    for (const o of offsets)
-      for (const c of mode === 'coverage' ? [i - o, i - o - 1] : [i - o])
-        if (c >= 0) set.add(i * nb + c)
+    for (const o of offsets) if (o <= i) set.add(i * nb + i - o)
   }
   if (aware) {
     const pairs: { at: number; p: number }[] = []
