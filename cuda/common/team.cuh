@@ -174,8 +174,8 @@ struct GroupMemory {
   uint32_t arrivals;
 };
 
-// Several CTAs as a team, all of which must run at the same time. What they add to is global
-// memory; `bins` are each CTA's own, and complete after counting.
+// Several CTAs as a team for words and counting, all of which must run at the same time. `bins` are
+// each CTA's own, and complete after counting.
 struct CtaGroup : CtaTeam {
   GroupMemory& memory;
   const int member, members;
@@ -183,11 +183,6 @@ struct CtaGroup : CtaTeam {
   __device__ CtaGroup(GroupMemory& memory, int member, int members)
       : memory(memory), member(member), members(members) {}
 
-  template <class Body> __device__ void each(int64_t n, const Body& body) const {
-    const int64_t step = int64_t{blockDim.x} * members;
-    for (int64_t i = int64_t{blockDim.x} * member + threadIdx.x; i < n; i += step) body(i);
-    meet();
-  }
   template <class Bit, class Body>
   __device__ void words(int64_t n, const Bit& bit, const Body& body) const {
     gather(n, member, members, bit, body);
