@@ -571,21 +571,26 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kListed>::kThreads), 1)
         uint64_t words[2][2];
         // before there are scores, whose registers it takes
         if (masked) look(work, pair, seen, words);
-        const auto soften = [&] {
-          look_ahead();
-          if (masked) mask_scores(acc_s, words);
-          return rows.update(acc_s, to_log2);
+        const auto soften = [&](bool masked) {
+          return [&, masked] {
+            look_ahead();
+            if (masked) mask_scores(acc_s, words);
+            return rows.update(acc_s, to_log2);
+          };
         };
         // only the last units of a list can reach beyond the end of a sequence
         if (j == 0) clear_tail((pair.unit[1] < 0 ? pair.unit[0] : pair.unit[1] - 1) * kUnitKeys);
-        if (pending && (seen & 5)) {
-          step(j, soften);
+        // what both warpgroups see whole takes the same steps as dense, without a branch in them
+        if (pending && !masked) {
+          step(j, soften(false));
+        } else if (pending && (seen & 5)) {
+          step(j, soften(true));
         } else {
           if (pending) last(j - 1);
           if (j > 0) await_turn();
           if (j > 0) pass_turn();
           if (seen & 5) {
-            if (first(j, soften)) shrink_values();
+            if (first(j, soften(masked))) shrink_values();
           } else {
             smem.k_full[stage.stage].wait(stage.parity);
             look_ahead();

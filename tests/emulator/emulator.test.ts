@@ -321,8 +321,8 @@ const kernels: Kernel[] = [
       {
         what: 'sums of before do not shrink behind such a tile',
         file: forward,
-        from: 'if (first(j, soften)) shrink_values();',
-        to: 'first(j, soften);',
+        from: 'if (first(j, soften(masked))) shrink_values();',
+        to: 'first(j, soften(masked));',
       },
       {
         what: 'a turn is not passed on',
