@@ -1,18 +1,26 @@
 #pragma once
-#include "core/select.h"
+#include <cstdint>
+#include <cstring>
+
 #include "ops/hip.h"
 
 // The search of HiP by a team, for one list: a row of query blocks of one head, of the heads of a
-// group, or of all. core/select.h says what a team is; here it also has
+// group, or of all. A team consists of squads: a CTA of warps, or one thread of the CPU of itself.
 //
-//   raise(x, y)                  x = max(x, y) of a uint32_t, whoever does it at the same time
-//   compact(n, chosen, place)    place(i, at) of the i < n that are chosen, `at` counting them
+//   each(n, body)               calls body(i) for i < n, shared among its threads, and waits
+//   share(n, body)              calls body(squad, i) for i < n, each by a squad, and waits; a squad
+//                               has `each`, and `tile` to itself
+//   raise(x, y)                 x = max(x, y) of a uint32_t, whoever does it at the same time
+//   how_many(n, chosen)         are chosen of the i < n
+//   compact(n, chosen, place)   place(i, at) of the i < n that are chosen, `at` counting them
 //
-// and a scorer looks at keys, kHipTile at a time:
+// A scorer looks at keys, kHipTile at a time:
 //
-//   load(head)                   takes the queries of a head, which may stand there already
-//   score(memory)                memory.best[i] becomes the order of the largest product with key
-//                                memory.keys[i], unless that is negative
+//   heads()                     of how many heads it holds queries
+//   load(head, n)               takes those of n heads from `head` on, unless they stand there
+//   score(squad, i)             best[j] of the squad's tile becomes the order of the largest
+//                               product of the i-th of those heads with keys[j], unless that is
+//                               negative
 //
 // Products are compared as integers of the same order, 0 is none. Candidates stand in the order of
 // their keys all the way, so that choosing keeps them ascending, and nothing is sorted.
@@ -30,14 +38,19 @@ HEDDLE_HD inline uint32_t order_of(float score) {
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
-// Memory that a team shares
-struct HipMemory {
-  Histogram bins;
+struct HipTile {
   int32_t keys[kHipTile];
   uint32_t best[kHipTile];
-  int32_t left[kHipTile], right[kHipTile];  // of a chunk's descent
-  uint32_t most[kHipTile];
+  int32_t left[kHipTile / 2], right[kHipTile / 2];  // of a chunk's descent
+  uint32_t most[kHipTile / 2];
 };
+
+// Of a power of two
+HEDDLE_HD inline int hip_log2(int64_t x) {
+  int bits = 0;
+  while (x >> bits > 1) ++bits;
+  return bits;
+}
 
 // Keys that a sequence may have
 HEDDLE_HD inline int64_t hip_keys(const Hip& op) {
@@ -77,17 +90,24 @@ HEDDLE_HD inline HipPlace hip_place(const Hip& op, int64_t task) {
   return place;
 }
 
+// Ranks are all different: of equal scores the lower index comes first. 0 is none.
+HEDDLE_HD inline uint64_t hip_rank(uint32_t order, int64_t i) {
+  return order == kNoOrder ? 0 : static_cast<uint64_t>(order) << 32 | ~static_cast<uint32_t>(i);
+}
+
+// The rank that `wanted` of the n reach, found bit by bit; scores without ties take few of them
 template <class Team>
-HEDDLE_HD uint64_t hip_threshold(const Team& team, const uint32_t* order, int64_t n, int64_t count,
-                                 HipMemory& memory) {
-  const auto rank = [&](int64_t i) -> uint64_t {
-    return order[i] == kNoOrder ? 0
-                                : static_cast<uint64_t>(order[i]) << 32 | ~static_cast<uint32_t>(i);
-  };
-  const auto none = [](int64_t) { return 0ull; };
-  return select(team, n, Wanted{false, static_cast<unsigned long long>(count)}, rank, none,
-                memory.bins)
-      .least;
+HEDDLE_HD uint64_t hip_threshold(const Team& team, const uint32_t* order, int64_t n,
+                                 int64_t wanted) {
+  uint64_t least = 0;
+  for (int bit = 63; bit >= 0; --bit) {
+    const uint64_t next = least | uint64_t{1} << bit;
+    const int64_t found =
+        team.how_many(n, [&](int64_t i) { return hip_rank(order[i], i) >= next; });
+    if (found >= wanted) least = next;
+    if (found == wanted) break;
+  }
+  return least;
 }
 
 // Writes a list whose i-th entry is start(i), with its bits and its pages
@@ -95,6 +115,7 @@ template <class Team, class Start>
 HEDDLE_HD void hip_finish(const Team& team, const Hip& op, const HipPlace& place, int64_t count,
                           const Start& start) {
   const int64_t width = op.index.shape[3];
+  const int shift = hip_log2(op.block_k);
   int32_t* index = static_cast<int32_t*>(op.index.data) + place.list * width;
   team.each(width,
             [&](int64_t i) { index[i] = i < count ? static_cast<int32_t>(start(i)) : INT32_MAX; });
@@ -107,9 +128,7 @@ HEDDLE_HD void hip_finish(const Team& team, const Hip& op, const HipPlace& place
     int32_t* table = static_cast<int32_t*>(op.table.data) + place.list * pages;
     team.each(pages, [&](int64_t i) {
       const int64_t entry = i - sinks;
-      table[i] = static_cast<int32_t>(entry < 0        ? i
-                                      : entry >= count ? 0
-                                                       : index[entry] / op.block_k);
+      table[i] = static_cast<int32_t>(entry < 0 ? i : entry >= count ? 0 : index[entry] >> shift);
     });
     team.each(1, [&](int64_t) {
       const int64_t end = place.end > 0 ? place.end : 0;
@@ -126,90 +145,101 @@ HEDDLE_HD void hip_finish(const Team& team, const Hip& op, const HipPlace& place
   int32_t* bits = static_cast<int32_t*>(op.blocks.data) + place.list * words;
   // The first of the entries that fall into a word writes it
   team.each(count, [&](int64_t i) {
-    const int64_t word = index[i] / op.block_k / 32;
+    const int64_t word = index[i] >> shift >> 5;
     if (index[i] < 0 || word >= words) return;
-    if (i > 0 && index[i - 1] / op.block_k / 32 == word) return;
+    if (i > 0 && index[i - 1] >> shift >> 5 == word) return;
     uint32_t found = 0;
-    for (int64_t j = i; j < count && index[j] / op.block_k / 32 == word; ++j)
-      found |= 1u << (index[j] / op.block_k & 31);
+    for (int64_t j = i; j < count && index[j] >> shift >> 5 == word; ++j)
+      found |= 1u << (index[j] >> shift & 31);
     bits[word] |= static_cast<int32_t>(found);
   });
 }
 
 // What `halves` needs of a slot of memory: intervals and their halves
 inline int64_t hip_slot(const Hip& op) {
-  return op.kind == Hip::kHalves ? 8 * op.index.shape[3] : op.most_chunks();
+  return op.kind == Hip::kHalves ? 6 * op.index.shape[3] : op.most_chunks();
 }
+
+// Of blocks
+struct HipInterval {
+  int32_t from, to;
+};
 
 template <class Team, class Scorer>
 HEDDLE_HD void hip_halves(const Team& team, const Hip& op, const HipPlace& place, Scorer& scorer,
-                          uint32_t* slot, HipMemory& memory) {
-  const int64_t width = op.index.shape[3], per_block = op.block_k / op.stride_k;
+                          uint32_t* slot) {
+  const int64_t width = op.index.shape[3];
+  const int per_block = hip_log2(op.block_k / op.stride_k);
   const int64_t length = place.end - op.sink_tokens;
   const int64_t blocks = length > 0 ? (length + op.block_k - 1) / op.block_k : 0;
   const auto start = [&](int64_t block) { return op.sink_tokens + block * op.block_k; };
   if (blocks <= width) return hip_finish(team, op, place, blocks, start);
 
-  int32_t* low = reinterpret_cast<int32_t*>(slot);
-  int32_t *high = low + width, *from = high + width, *to = from + 2 * width;
-  uint32_t* order = reinterpret_cast<uint32_t*>(to + 2 * width);
+  HipInterval *kept = reinterpret_cast<HipInterval*>(slot), *next = kept + width;
+  uint32_t* order = slot + 4 * width;
   team.each(width, [&](int64_t i) {
-    low[i] = static_cast<int32_t>(i * blocks / width);
-    high[i] = static_cast<int32_t>((i + 1) * blocks / width);
+    kept[i] = {static_cast<int32_t>(i * blocks / width),
+               static_cast<int32_t>((i + 1) * blocks / width)};
   });
   for (int64_t longest = (blocks + width - 1) / width; longest > 1; longest = (longest + 1) / 2) {
-    team.each(2 * width, [&](int64_t i) {
-      const int32_t a = low[i / 2], b = high[i / 2], middle = a + (b - a) / 2;
-      from[i] = i % 2 ? middle : a;
-      to[i] = i % 2 ? b : middle;
-      order[i] = from[i] < to[i] ? kLeastOrder : kNoOrder;
-    });
-    const auto looked_at = [&](int64_t i) {
-      return op.representative == Hip::kFirst ? from[i] : from[i] + (to[i] - from[i]) / 2;
+    const auto half = [&](int64_t i) {
+      const HipInterval whole = kept[i / 2];
+      const int32_t middle = whole.from + (whole.to - whole.from) / 2;
+      return i % 2 ? HipInterval{middle, whole.to} : HipInterval{whole.from, middle};
     };
-    const int64_t keys = 2 * width * per_block;
-    for (int64_t head = 0; head < place.heads; ++head) {
-      scorer.load(place.first_head + head);
-      for (int64_t t = 0; t < keys; t += kHipTile) {
-        team.each(kHipTile, [&](int64_t i) {
-          const int64_t branch = (t + i) / per_block, offset = (t + i) % per_block;
-          memory.keys[i] = -1;
-          if (t + i >= keys || order[branch] == kNoOrder) return;
-          const int64_t key = start(looked_at(branch)) + (offset + 1) * op.stride_k - 1;
-          if (key < place.end) memory.keys[i] = static_cast<int32_t>(key);
+    team.each(2 * width, [&](int64_t i) {
+      const HipInterval own = half(i);
+      order[i] = own.from < own.to ? kLeastOrder : kNoOrder;
+    });
+    const int64_t keys = 2 * width << per_block, tiles = (keys + kHipTile - 1) / kHipTile;
+    for (int64_t head = 0; head < place.heads; head += scorer.heads()) {
+      const int64_t rest = place.heads - head, held = rest < scorer.heads() ? rest : scorer.heads();
+      scorer.load(place.first_head + head, held);
+      // Heads that look at the same keys come one after the other
+      team.share(tiles * held, [&](const auto& squad, int64_t item) {
+        const int64_t first = item / held * kHipTile;
+        HipTile& tile = squad.tile;
+        squad.each(kHipTile, [&](int64_t i) {
+          const int64_t branch = (first + i) >> per_block;
+          tile.keys[i] = -1;
+          if (first + i >= keys || order[branch] == kNoOrder) return;
+          const HipInterval own = half(branch);
+          const int64_t block =
+              op.representative == Hip::kFirst ? own.from : own.from + (own.to - own.from) / 2;
+          const int64_t offset = (first + i) & ((int64_t{1} << per_block) - 1);
+          const int64_t key = start(block) + (offset + 1) * op.stride_k - 1;
+          if (key < place.end) tile.keys[i] = static_cast<int32_t>(key);
         });
-        scorer.score(memory);
-        team.each(kHipTile, [&](int64_t i) {
-          if (memory.keys[i] >= 0) team.raise(order[(t + i) / per_block], memory.best[i]);
+        scorer.score(squad, item % held);
+        squad.each(kHipTile, [&](int64_t i) {
+          if (tile.keys[i] >= 0) team.raise(order[(first + i) >> per_block], tile.best[i]);
         });
-      }
+      });
     }
-    const uint64_t least = hip_threshold(team, order, 2 * width, width, memory);
+    const uint64_t least = hip_threshold(team, order, 2 * width, width);
     team.compact(
         2 * width,
-        [&](int64_t i) {
-          return order[i] != kNoOrder &&
-                 (static_cast<uint64_t>(order[i]) << 32 | ~static_cast<uint32_t>(i)) >= least;
-        },
-        [&](int64_t i, int64_t at) {
-          low[at] = from[i];
-          high[at] = to[i];
-        });
+        [&](int64_t i) { return order[i] != kNoOrder && hip_rank(order[i], i) >= least; },
+        [&](int64_t i, int64_t at) { next[at] = half(i); });
+    HipInterval* const old = kept;
+    kept = next;
+    next = old;
   }
-  hip_finish(team, op, place, width, [&](int64_t i) { return start(low[i]); });
+  hip_finish(team, op, place, width, [&](int64_t i) { return start(kept[i].from); });
 }
 
 // The chunks that a stage looks at
 struct HipChunks {
   const int32_t* from;  // null for all of the keys
-  int64_t first, size, pieces, count;
+  int64_t first, size, count;
+  int pieces;  // log2 of how many a listed one is cut into
   HEDDLE_HD int64_t start(int64_t i) const {
-    return from ? from[i / pieces] + i % pieces * size : first + i * size;
+    return from ? from[i >> pieces] + (i & ((int64_t{1} << pieces) - 1)) * size : first + i * size;
   }
 };
 
 HEDDLE_HD inline HipChunks hip_chunks(const Hip& op, const HipPlace& place) {
-  HipChunks chunks{nullptr, op.sink_tokens, op.block_k, 1, 0};
+  HipChunks chunks{nullptr, op.sink_tokens, op.block_k, 0, 0};
   const int64_t length = place.end - op.sink_tokens;
   if (length <= 0) return chunks;
   if (!op.from_index.data) {
@@ -219,20 +249,12 @@ HEDDLE_HD inline HipChunks hip_chunks(const Hip& op, const HipPlace& place) {
   const int64_t rows = op.from_index.shape[2], width = op.from_index.shape[3];
   const int64_t list = place.list / op.index.shape[2] * rows + place.first / op.from_block_q;
   chunks.from = static_cast<int32_t*>(op.from_index.data) + list * width;
-  chunks.pieces = op.from_block_k / op.block_k;
+  chunks.pieces = hip_log2(op.from_block_k / op.block_k);
   int64_t listed = static_cast<int32_t*>(op.from_count.data)[list];
   listed = listed < 0 ? 0 : listed < width ? listed : width;
-  // Those that begin too late are the last ones
-  int64_t low = 0, high = listed * chunks.pieces;
-  while (low < high) {
-    const int64_t middle = (low + high) / 2;
-    if (chunks.start(middle) < place.end) {
-      low = middle + 1;
-    } else {
-      high = middle;
-    }
-  }
-  chunks.count = low;
+  // Those that begin too late are the last ones, and few
+  chunks.count = listed << chunks.pieces;
+  while (chunks.count > 0 && chunks.start(chunks.count - 1) >= place.end) --chunks.count;
   return chunks;
 }
 
@@ -240,59 +262,63 @@ HEDDLE_HD inline HipChunks hip_chunks(const Hip& op, const HipPlace& place) {
 template <class Team, class Scorer>
 HEDDLE_HD void hip_descend(const Team& team, const Hip& op, const HipPlace& place,
                            const HipChunks& chunks, int64_t member, int64_t members, Scorer& scorer,
-                           uint32_t* order, HipMemory& memory) {
+                           uint32_t* order) {
   constexpr int kChunks = kHipTile / 2;
   const int64_t tiles = (chunks.count + kChunks - 1) / kChunks;
-  for (int64_t item = member; item < tiles * place.heads; item += members) {
-    const int64_t head = item / tiles, first = item % tiles * kChunks;
-    scorer.load(place.first_head + head);
-    team.each(kChunks, [&](int64_t i) {
-      const bool exists = first + i < chunks.count;
-      const int64_t start = exists ? chunks.start(first + i) : 0, end = start + op.block_k;
-      memory.left[i] = static_cast<int32_t>(start);
-      memory.right[i] = static_cast<int32_t>(!exists ? start : end < place.end ? end : place.end);
-      memory.most[i] = kLeastOrder;
-    });
-    // The largest of all that a chunk's descent meets counts. A chunk of one key has no halves.
-    for (int64_t size = op.block_k;; size /= 2) {
-      team.each(kChunks, [&](int64_t i) {
-        const int32_t left = memory.left[i], right = memory.right[i], middle = (left + right) / 2;
-        const bool halves = right - left > 1;
-        const bool single = right - left == 1 && size == op.block_k;
-        memory.keys[2 * i] = halves ? (left + middle) / 2 : single ? left : -1;
-        memory.keys[2 * i + 1] = halves ? (middle + right) / 2 : -1;
+  // Members take different heads, and share their chunks where they are more
+  const int64_t most = scorer.heads(), sets = (place.heads + most - 1) / most;
+  const int64_t ways = members < sets ? 1 : members / sets, way = member % ways;
+  for (int64_t set = member / ways; set < sets; set += members / ways) {
+    const int64_t rest = place.heads - set * most, held = rest < most ? rest : most;
+    scorer.load(place.first_head + set * most, held);
+    team.share((tiles * held - way + ways - 1) / ways, [&](const auto& squad, int64_t i) {
+      const int64_t item = way + i * ways, first = item / held * kChunks;
+      HipTile& tile = squad.tile;
+      squad.each(kChunks, [&](int64_t i) {
+        const bool exists = first + i < chunks.count;
+        const int64_t start = exists ? chunks.start(first + i) : 0, end = start + op.block_k;
+        tile.left[i] = static_cast<int32_t>(start);
+        tile.right[i] = static_cast<int32_t>(!exists ? start : end < place.end ? end : place.end);
+        tile.most[i] = kLeastOrder;
       });
-      scorer.score(memory);
-      team.each(kChunks, [&](int64_t i) {
-        if (memory.keys[2 * i] < 0) return;
-        const uint32_t a = memory.best[2 * i];
-        const uint32_t b = memory.keys[2 * i + 1] < 0 ? kNoOrder : memory.best[2 * i + 1];
-        const uint32_t larger = a < b ? b : a;
-        if (larger > memory.most[i]) memory.most[i] = larger;
-        const int32_t middle = (memory.left[i] + memory.right[i]) / 2;
-        (a >= b ? memory.right[i] : memory.left[i]) = middle;
+      // The largest of all that a chunk's descent meets counts. A chunk of one key has no halves.
+      for (int64_t size = op.block_k;; size /= 2) {
+        squad.each(kChunks, [&](int64_t i) {
+          const int32_t left = tile.left[i], right = tile.right[i], middle = (left + right) / 2;
+          const bool halves = right - left > 1;
+          const bool single = right - left == 1 && size == op.block_k;
+          tile.keys[2 * i] = halves ? (left + middle) / 2 : single ? left : -1;
+          tile.keys[2 * i + 1] = halves ? (middle + right) / 2 : -1;
+        });
+        scorer.score(squad, item % held);
+        squad.each(kChunks, [&](int64_t i) {
+          if (tile.keys[2 * i] < 0) return;
+          const uint32_t a = tile.best[2 * i];
+          const uint32_t b = tile.keys[2 * i + 1] < 0 ? kNoOrder : tile.best[2 * i + 1];
+          const uint32_t larger = a < b ? b : a;
+          if (larger > tile.most[i]) tile.most[i] = larger;
+          const int32_t middle = (tile.left[i] + tile.right[i]) / 2;
+          (a >= b ? tile.right[i] : tile.left[i]) = middle;
+        });
+        if (size <= 2) break;
+      }
+      squad.each(kChunks, [&](int64_t i) {
+        if (first + i < chunks.count) team.raise(order[first + i], tile.most[i]);
       });
-      if (size <= 2) break;
-    }
-    team.each(kChunks, [&](int64_t i) {
-      if (first + i < chunks.count) team.raise(order[first + i], memory.most[i]);
     });
   }
 }
 
 template <class Team>
 HEDDLE_HD void hip_keep(const Team& team, const Hip& op, const HipPlace& place,
-                        const HipChunks& chunks, const uint32_t* order, HipMemory& memory) {
+                        const HipChunks& chunks, const uint32_t* order) {
   const int64_t width = op.index.shape[3];
   if (chunks.count <= width)
     return hip_finish(team, op, place, chunks.count, [&](int64_t i) { return chunks.start(i); });
-  const uint64_t least = hip_threshold(team, order, chunks.count, width, memory);
+  const uint64_t least = hip_threshold(team, order, chunks.count, width);
   int32_t* index = static_cast<int32_t*>(op.index.data) + place.list * width;
   team.compact(
-      chunks.count,
-      [&](int64_t i) {
-        return (static_cast<uint64_t>(order[i]) << 32 | ~static_cast<uint32_t>(i)) >= least;
-      },
+      chunks.count, [&](int64_t i) { return hip_rank(order[i], i) >= least; },
       [&](int64_t i, int64_t at) { index[at] = static_cast<int32_t>(chunks.start(i)); });
   hip_finish(team, op, place, width, [&](int64_t i) { return index[i]; });
 }

@@ -14,6 +14,20 @@ namespace heddle {
 namespace HEDDLE_ISA_NAMESPACE {
 namespace {
 
+// A team of one, which is its own squad
+struct HipTeam : Alone {
+  HipTile& tile;
+
+  template <class Body> void share(int64_t n, const Body& body) const {
+    each(n, [&](int64_t i) { body(*this, i); });
+  }
+  template <class Chosen> int64_t how_many(int64_t n, const Chosen& chosen) const {
+    int64_t found = 0;
+    for (int64_t i = 0; i < n; ++i) found += chosen(i);
+    return found;
+  }
+};
+
 template <class T> class Scorer {
  public:
   Scorer(const Hip& op, const HipPlace& place)
@@ -26,7 +40,8 @@ template <class T> class Scorer {
         k_(static_cast<size_t>(d_ * kHipTile)),
         scores_(static_cast<size_t>(kHipTile * padded(op.block_q))) {}
 
-  void load(int64_t head) {
+  int64_t heads() const { return 1; }
+  void load(int64_t head, int64_t) {
     if (head == head_) return;
     head_ = head;
     limits_.clear();
@@ -63,11 +78,12 @@ template <class T> class Scorer {
     k_head_ = op_.k.as<T>() + head / (op_.q.shape[2] / op_.k.shape[2]) * op_.k.strides[2];
   }
 
-  void score(HipMemory& memory) {
+  void score(const HipTeam& team, int64_t) {
+    HipTile& tile = team.tile;
     int64_t slots[kHipTile], count = 0;
     for (int64_t i = 0; i < kHipTile; ++i) {
-      if (memory.keys[i] < 0) continue;
-      load_row(k_.data() + count * d_, key(memory.keys[i]), op_.k.strides[3], d_);
+      if (tile.keys[i] < 0) continue;
+      load_row(k_.data() + count * d_, key(tile.keys[i]), op_.k.strides[3], d_);
       slots[count++] = i;
     }
     product(scores_.data(), width_, count, width_, d_, k_.data(), d_, 1, q_.data(), width_,
@@ -75,9 +91,9 @@ template <class T> class Scorer {
     for (int64_t i = 0; i < count; ++i) {
       uint32_t best = kLeastOrder;
       for (size_t r = 0; r < limits_.size(); ++r)
-        if (memory.keys[slots[i]] <= limits_[r])
+        if (tile.keys[slots[i]] <= limits_[r])
           best = std::max(best, order_of(scores_[static_cast<size_t>(i * width_) + r]));
-      memory.best[slots[i]] = best;
+      tile.best[slots[i]] = best;
     }
   }
 
@@ -103,16 +119,16 @@ template <class T> class Scorer {
 };
 
 template <class T> void search(const Hip& op, int64_t task) {
-  const Alone team;
+  HipTile tile;
+  const HipTeam team{{}, tile};
   const HipPlace place = hip_place(op, task);
   Scorer<T> scorer(op, place);
-  HipMemory memory;
   std::vector<uint32_t> slot(static_cast<size_t>(hip_slot(op)));
-  if (op.kind == Hip::kHalves) return hip_halves(team, op, place, scorer, slot.data(), memory);
+  if (op.kind == Hip::kHalves) return hip_halves(team, op, place, scorer, slot.data());
   const HipChunks chunks = hip_chunks(op, place);
   if (chunks.count > op.index.shape[3])
-    hip_descend(team, op, place, chunks, 0, 1, scorer, slot.data(), memory);
-  hip_keep(team, op, place, chunks, slot.data(), memory);
+    hip_descend(team, op, place, chunks, 0, 1, scorer, slot.data());
+  hip_keep(team, op, place, chunks, slot.data());
 }
 
 void run(const Hip& op, CpuContext& context) {

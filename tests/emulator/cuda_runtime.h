@@ -53,6 +53,7 @@ inline unsigned __ballot_sync(unsigned, bool value) {
   return lanes;
 }
 inline int __any_sync(unsigned lanes, bool value) { return __ballot_sync(lanes, value) != 0; }
+inline int __all_sync(unsigned lanes, bool value) { return __ballot_sync(lanes, value) == ~0u; }
 inline unsigned __reduce_add_sync(unsigned, unsigned value) {
   unsigned sum = 0;
   for (const uint32_t other : heddle::emulator::cta->exchange(value)) sum += other;
@@ -66,6 +67,7 @@ inline int __ffs(int value) {
 inline int __popc(unsigned value) { return std::popcount(value); }
 inline int __float_as_int(float value) { return std::bit_cast<int>(value); }
 
+template <class T> T __ldg(const T* from) { return *from; }
 template <class T, class Y> T atomicAdd(T* x, Y y) {
   const T before = *x;
   *x += static_cast<T>(y);

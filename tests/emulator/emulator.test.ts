@@ -78,6 +78,7 @@ const sweep = 'lightning/backward_sm90.cuh'
 const decode = 'lightning/decode_sm90.cuh'
 const tile = 'common/tile.cuh'
 const team = 'common/team.cuh'
+const search = 'hip/search_sm80.cuh'
 const kernels: Kernel[] = [
   {
     name: 'forward_sm90',
@@ -1036,6 +1037,73 @@ const kernels: Kernel[] = [
         file: 'lightning/backward_sm90.h',
         from: 'initial_strides[3],\n                             initial_strides[2]}',
         to: 'initial_strides[2],\n                             initial_strides[3]}',
+      },
+    ],
+  },
+  {
+    name: 'hip_sm80',
+    // every size, and keys that no fragment takes
+    variants: Object.fromEntries(
+      [
+        ['HipMatrix<BF16, 64>', 'BF16'],
+        ['HipMatrix<F16, 128>', 'F16'],
+        ['HipMatrix<BF16, 256>', 'BF16'],
+        ['HipPlain<F16>', 'F16'],
+        ['HipPlain<float>', 'float'],
+      ].map(([scorer, element]) => [
+        scorer!.replace(/\W+/g, ' ').trim(),
+        [`-DHEDDLE_SCORER=${scorer}`, `-DHEDDLE_ELEMENT=${element}`],
+      ]),
+    ),
+    broken: 'HipMatrix BF16 64',
+    faults: [
+      {
+        what: 'lanes go on before their warp has its keys',
+        file: search,
+        from: 'i += 32) body(i);\n    __syncwarp();',
+        to: 'i += 32) body(i);',
+      },
+      {
+        what: 'a warp goes on before its scores are there',
+        file: search,
+        from: 'order_of(best[i]);\n      }\n    }\n    __syncwarp();',
+        to: 'order_of(best[i]);\n      }\n    }',
+      },
+      {
+        what: 'queries are used before they are there',
+        file: search,
+        from: 'sizeof columns);\n    }\n    __syncthreads();',
+        to: 'sizeof columns);\n    }',
+      },
+      {
+        what: 'columns of a fragment are taken for rows',
+        file: search,
+        from: '{above.x, below.x, above.y, below.y}',
+        to: '{above.x, above.y, below.x, below.y}',
+      },
+      {
+        what: 'queries see keys of their windows',
+        file: search,
+        from: 'if (!all_see) hide(tile, first, group, acc);',
+        to: '',
+      },
+      {
+        what: 'a maximum misses half of the queries',
+        file: search,
+        from: '__shfl_xor_sync(~0u, best[i], 2)',
+        to: 'best[i]',
+      },
+      {
+        what: 'scores of the list before stay',
+        file: search,
+        from: 'slot[i] = kNoOrder;',
+        to: '',
+      },
+      {
+        what: 'every member chooses',
+        file: search,
+        from: 'if (args.members > 1 && !arrives_last(args.arrivals + group, args.members)) continue;',
+        to: '',
       },
     ],
   },

@@ -1,0 +1,332 @@
+#pragma once
+#include "common/elements.cuh"
+#include "common/sm80.cuh"
+#include "common/team.cuh"
+#include "core/hip.h"
+
+// The search of HiP on any GPU from sm_80 on. A CTA takes one list after the other: one warp where
+// there are more lists than warps, up to 16 where there are few. Keys of a tile go to a warp, which
+// needs no other until a choice is made among all of them:
+//
+//   best[key] = max over queries that may see it of q . k
+//
+// 16-bit keys come from global memory as fragments of m16n8k16 products: a lane reads 16 bytes at a
+// time, which are the columns of two steps, and queries stand in shared memory with their columns
+// in the same order. Nothing of a key passes through shared memory, and heads that look at the same
+// keys one after the other find them in L1. A stage of few lists splits their chunks among CTAs,
+// the last of which to finish chooses.
+namespace heddle {
+
+constexpr int kHipWarps = 12;  // of a CTA, at most
+
+struct HipArgs {
+  Hip op;
+  uint32_t* slots;  // null if they stand in shared memory, behind queries and tiles
+  int64_t slot, tasks;
+  int members, heads;  // CTAs that share a list; heads whose queries shared memory holds
+  size_t query_bytes;
+  int* arrivals;
+  int* fault;
+};
+
+struct HipWarp {
+  HipTile& tile;
+  template <class Body> __device__ void each(int64_t n, const Body& body) const {
+    for (int64_t i = threadIdx.x % 32; i < n; i += 32) body(i);
+    __syncwarp();
+  }
+};
+
+struct HipTeam : CtaTeam {
+  HipTile* tiles;
+
+  template <class Body> __device__ void share(int64_t n, const Body& body) const {
+    const HipWarp squad{tiles[threadIdx.x / 32]};
+    for (int64_t i = threadIdx.x / 32; i < n; i += blockDim.x / 32) body(squad, i);
+    __syncthreads();
+  }
+  template <class Chosen> __device__ int64_t how_many(int64_t n, const Chosen& chosen) const {
+    __shared__ uint32_t found[kHipWarps];
+    uint32_t own = 0;
+    for (int64_t i = threadIdx.x; i < n; i += blockDim.x) own += chosen(i);
+    own = __reduce_add_sync(~0u, own);
+    if (blockDim.x == 32) return own;
+    const uint32_t lane = threadIdx.x % 32;
+    if (lane == 0) found[threadIdx.x / 32] = own;
+    __syncthreads();
+    const uint32_t all = __reduce_add_sync(~0u, lane < blockDim.x / 32 ? found[lane] : 0);
+    __syncthreads();
+    return all;
+  }
+};
+
+// The queries that a list is searched for and where keys stand
+template <class T> class HipRows {
+ public:
+  int count;  // rows of a head: queries, or means of them
+
+  __device__ HipRows(const HipArgs& args, const HipPlace& place)
+      : args_(args), op_(args.op), place_(place), halves_(op_.kind == Hip::kHalves) {
+    const int64_t queries = place.last - place.first, stride = op_.stride_q;
+    count = static_cast<int>(halves_ ? max(queries / stride, int64_t{1})
+                                     : (queries + stride - 1) / stride);
+  }
+  // The last key that row r may be scored with
+  __device__ int32_t limit(int r) const {
+    const int64_t last = halves_ ? place_.ahead + end(r) - 1 - op_.window : place_.end;
+    return static_cast<int32_t>(last);
+  }
+  // As many columns as one load has
+  template <int kCount> struct alignas(kCount * sizeof(T)) Columns { T values[kCount]; };
+  // Those of row r from e on, as the dtype rounds their mean
+  template <int kCount> __device__ Columns<kCount> read(int64_t head, int r, int e) const {
+    const int64_t last = end(r);
+    const int64_t first = halves_ ? last - 1 : place_.first + r * op_.stride_q;
+    float sum[kCount] = {};
+    for (int64_t query = first; query < last; ++query) {
+      const T* q = static_cast<T*>(op_.q.data) + place_.b * op_.q.strides[0] +
+                   query * op_.q.strides[1] + head * op_.q.strides[2] + e * op_.q.strides[3];
+      const Columns<kCount> own = *reinterpret_cast<const Columns<kCount>*>(q);
+      for (int i = 0; i < kCount; ++i) sum[i] += to_float(own.values[i]);
+    }
+    const auto n = static_cast<float>(last - first);
+    Columns<kCount> mean;
+    for (int i = 0; i < kCount; ++i) mean.values[i] = from_float<T>(sum[i] / n);
+    return mean;
+  }
+  // Null if a page does not exist
+  __device__ const T* key(int64_t head, int64_t t) const {
+    const T* k = static_cast<T*>(op_.k.data) +
+                 static_cast<int>(head) / static_cast<int>(op_.q.shape[2] / op_.k.shape[2]) *
+                     op_.k.strides[2];
+    if (!op_.block_table.data) return k + place_.b * op_.k.strides[0] + t * op_.k.strides[1];
+    const Tensor& table = op_.block_table;
+    const auto size = static_cast<uint32_t>(op_.k.shape[1]), at = static_cast<uint32_t>(t);
+    const int64_t page = static_cast<int32_t*>(
+        table.data)[place_.b * table.strides[0] + at / size * table.strides[1]];
+    if (page < 0 || page >= op_.k.shape[0]) {
+      *args_.fault = 1;
+      return nullptr;
+    }
+    return k + page * op_.k.strides[0] + at % size * op_.k.strides[1];
+  }
+
+ private:
+  __device__ int64_t end(int r) const {
+    return min(place_.first + (r + 1) * op_.stride_q, place_.last);
+  }
+
+  const HipArgs& args_;
+  const Hip& op_;
+  const HipPlace& place_;
+  const bool halves_;
+};
+
+// 16-bit keys of up to kD columns, in whole pieces of 16 bytes
+template <class T, int kD> class HipMatrix {
+ public:
+  __device__ HipMatrix(const HipArgs& args, const HipPlace& place, char* smem)
+      : d_(static_cast<int>(args.op.q.shape[3])),
+        heads_(args.heads),
+        rows_(args, place),
+        groups_((rows_.count + 7) / 8),
+        smem_q_(reinterpret_cast<uint4*>(smem)) {}
+
+  // As query_bytes says, of a head
+  static size_t bytes(const Hip& op) {
+    return static_cast<size_t>((op.block_q / op.stride_q + 7) / 8 * 8 * kD) * sizeof(T);
+  }
+
+  __device__ int64_t heads() const { return heads_; }
+  __device__ void load(int64_t head, int64_t n) {
+    if (head == head_) return;
+    head_ = head;
+    // A row beyond the last is the last once more, and adds nothing to a maximum
+    for (int i = threadIdx.x; i < n * groups_ * kPieces * 32; i += blockDim.x) {
+      const int lane = i % 32, piece = i / 32 % kPieces, group = i / 32 / kPieces;
+      const int e = piece * 32 + lane % 4 * 8;
+      const int row = min(group % groups_ * 8 + lane / 4, rows_.count - 1);
+      smem_q_[i] = uint4{0, 0, 0, 0};
+      if (e >= d_) continue;
+      const auto columns = rows_.template read<8>(head + group / groups_, row, e);
+      memcpy(&smem_q_[i], &columns, sizeof columns);
+    }
+    __syncthreads();
+  }
+
+  __device__ void score(const HipWarp& warp, int64_t head) const {
+    const int lane = threadIdx.x % 32, column = lane % 4 * 8;
+    HipTile& tile = warp.tile;
+    const uint4* q = smem_q_ + head * groups_ * kPieces * 32 + lane;
+#pragma unroll 1
+    for (int first = lane / 4; first < kHipTile; first += kRows * 8) {
+      // Of the keys first, first + 8, ... as many columns as a lane has of a fragment
+      uint4 k[kRows][kPieces];
+      int32_t last_key = -1;
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        const int32_t t = tile.keys[first + i * 8];
+        last_key = max(last_key, t);
+        const T* from = t < 0 ? nullptr : rows_.key(head_ + head, t);
+#pragma unroll
+        for (int piece = 0; piece < kPieces; ++piece) {
+          const int e = piece * 32 + column;
+          k[i][piece] =
+              from && e < d_ ? __ldg(reinterpret_cast<const uint4*>(from + e)) : uint4{0, 0, 0, 0};
+        }
+      }
+      const bool all_see = __all_sync(~0u, last_key <= rows_.limit(0));
+      float best[kRows];
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) best[i] = -INFINITY;
+#pragma unroll 1
+      for (int group = 0; group < groups_; ++group) {
+        float acc[kRows / 2][4] = {};
+#pragma unroll
+        for (int piece = 0; piece < kPieces; ++piece) {
+          const uint4 b = q[(group * kPieces + piece) * 32];
+#pragma unroll
+          for (int i = 0; i < kRows; i += 2) {
+            const uint4 &above = k[i][piece], &below = k[i + 1][piece];
+            multiply<T>(acc[i / 2], {above.x, below.x, above.y, below.y}, b.x, b.y);
+            multiply<T>(acc[i / 2], {above.z, below.z, above.w, below.w}, b.z, b.w);
+          }
+        }
+        if (!all_see) hide(tile, first, group, acc);
+          // NaN ranks as -inf
+#pragma unroll
+        for (int i = 0; i < kRows; ++i)
+          best[i] = fmaxf(best[i], fmaxf(acc[i / 2][i % 2 * 2], acc[i / 2][i % 2 * 2 + 1]));
+      }
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        best[i] = fmaxf(best[i], __shfl_xor_sync(~0u, best[i], 1));
+        best[i] = fmaxf(best[i], __shfl_xor_sync(~0u, best[i], 2));
+        if (lane % 4 == 0) tile.best[first + i * 8] = order_of(best[i]);
+      }
+    }
+    __syncwarp();
+  }
+
+ private:
+  static constexpr int kPieces = kD / 32;     // of four lanes each
+  static constexpr int kRows = 2 * 256 / kD;  // of a lane at a time: 64 registers
+
+  // Products with queries that stand too early for a key
+  __device__ void hide(const HipTile& tile, int first, int group,
+                       float (&acc)[kRows / 2][4]) const {
+    for (int j = 0; j < 2; ++j) {
+      const int32_t limit =
+          rows_.limit(min(group * 8 + static_cast<int>(threadIdx.x) % 4 * 2 + j, rows_.count - 1));
+#pragma unroll
+      for (int i = 0; i < kRows; ++i)
+        if (tile.keys[first + i * 8] > limit) acc[i / 2][i % 2 * 2 + j] = -INFINITY;
+    }
+  }
+
+  const int d_, heads_;
+  const HipRows<T> rows_;
+  const int groups_;  // of eight rows
+  uint4* smem_q_;     // [heads, groups, pieces, lanes]
+  int64_t head_ = -1;
+};
+
+// Any other keys: a lane has one, and eight rows at a time
+template <class T> class HipPlain {
+ public:
+  __device__ HipPlain(const HipArgs& args, const HipPlace& place, char* smem)
+      : op_(args.op), rows_(args, place), smem_q_(reinterpret_cast<float*>(smem)) {}
+
+  static size_t bytes(const Hip& op) {
+    return static_cast<size_t>(op.block_q / op.stride_q * op.q.shape[3] + 3) / 4 * 16;
+  }
+
+  __device__ int64_t heads() const { return 1; }
+  __device__ void load(int64_t head, int64_t) {
+    if (head == head_) return;
+    head_ = head;
+    const int d = static_cast<int>(op_.q.shape[3]);
+    for (int i = threadIdx.x; i < rows_.count * d; i += blockDim.x) {
+      smem_q_[i] = to_float(rows_.template read<1>(head, i / d, i % d).values[0]);
+    }
+    __syncthreads();
+  }
+
+  __device__ void score(const HipWarp& warp, int64_t) const {
+    constexpr int kRows = 8;
+    const int d = static_cast<int>(op_.q.shape[3]);
+    warp.each(kHipTile, [&](int64_t slot) {
+      const int32_t t = warp.tile.keys[slot];
+      const T* k = t < 0 ? nullptr : rows_.key(head_, t);
+      if (!k) return;
+      uint32_t best = kLeastOrder;
+      for (int first = 0; first < rows_.count; first += kRows) {
+        float sum[kRows] = {};
+        for (int e = 0; e < d; ++e) {
+          const float x = to_float(k[e * op_.k.strides[3]]);
+#pragma unroll
+          for (int r = 0; r < kRows; ++r)
+            sum[r] = fmaf(x, smem_q_[min(first + r, rows_.count - 1) * d + e], sum[r]);
+        }
+        for (int r = 0; r < kRows; ++r)
+          if (t <= rows_.limit(min(first + r, rows_.count - 1))) best = max(best, order_of(sum[r]));
+      }
+      warp.tile.best[slot] = best;
+    });
+  }
+
+ private:
+  const Hip& op_;
+  const HipRows<T> rows_;
+  float* smem_q_;  // [rows, d]
+  int64_t head_ = -1;
+};
+
+// Whether all other members are through, whose scores can then be read
+__device__ inline bool arrives_last(int* arrivals, int members) {
+  __shared__ bool last;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) last = atomicAdd(arrivals, 1) == members - 1;
+  __syncthreads();
+  __threadfence();
+  return last;
+}
+
+// `smem` has query_bytes for queries, a tile for each warp, and a slot if they stand here
+template <class Scorer> __device__ void hip_search(const HipArgs& args, char* smem) {
+  const Hip& op = args.op;
+  const HipTeam team{{}, reinterpret_cast<HipTile*>(smem + args.query_bytes)};
+  const int64_t group = blockIdx.x / args.members, member = blockIdx.x % args.members;
+  const int64_t groups = gridDim.x / args.members;
+  uint32_t* slot = args.slots ? args.slots + group * args.slot
+                              : reinterpret_cast<uint32_t*>(team.tiles + blockDim.x / 32);
+  // There and back, so that nobody gets the longer list every time
+  bool back = false;
+  for (int64_t first = 0; first < args.tasks; first += groups, back = !back) {
+    const int64_t task = first + (back ? groups - 1 - group : group);
+    if (task >= args.tasks) continue;
+    const HipPlace place = hip_place(op, task);
+    if (op.cache_seqlens.data && threadIdx.x == 0) {
+      const int32_t keys =
+          static_cast<int32_t*>(op.cache_seqlens.data)[place.b * op.cache_seqlens.strides[0]];
+      if (keys < op.q.shape[1] || keys > hip_keys(op)) *args.fault = 1;
+    }
+    Scorer scorer(args, place, smem);
+    if (op.kind == Hip::kHalves) {
+      hip_halves(team, op, place, scorer, slot);
+      continue;
+    }
+    const HipChunks chunks = hip_chunks(op, place);
+    if (chunks.count > op.index.shape[3]) {
+      if (args.members == 1) team.each(chunks.count, [&](int64_t i) { slot[i] = kNoOrder; });
+      hip_descend(team, op, place, chunks, member, args.members, scorer, slot);
+      if (args.members > 1 && !arrives_last(args.arrivals + group, args.members)) continue;
+    } else if (member > 0) {
+      continue;
+    }
+    hip_keep(team, op, place, chunks, slot);
+  }
+}
+
+}  // namespace heddle

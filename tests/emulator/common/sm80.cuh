@@ -1,0 +1,27 @@
+#pragma once
+#include "common/elements.cuh"
+
+// The emulator's side of cuda/common/sm80.cuh
+namespace heddle {
+
+template <class T>
+void multiply(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  static uint32_t all[32][32][6];  // of a warp and lane
+  auto& lanes = all[threadIdx.x / 32];
+  const int lane = threadIdx.x % 32;
+  const uint32_t own[6] = {a[0], a[1], a[2], a[3], b0, b1};
+  std::copy_n(own, 6, lanes[lane]);
+  __syncwarp();
+  const auto half = [&](uint32_t word, int i) {
+    return to_float(T{static_cast<uint16_t>(word >> 16 * i)});
+  };
+  for (int i = 0; i < 4; ++i) {
+    const int row = lane / 4, column = lane % 4 * 2 + i % 2, below = i / 2;
+    for (int k = 0; k < 16; ++k)
+      acc[i] += half(lanes[row * 4 + k % 8 / 2][k / 8 * 2 + below], k % 2) *
+                half(lanes[column * 4 + k % 8 / 2][4 + k / 8], k % 2);
+  }
+  __syncwarp();
+}
+
+}  // namespace heddle

@@ -1,0 +1,303 @@
+// The search of HiP on the emulator. Its lists are those that one thread finds with plain products
+// of whole numbers, which are exact.
+#include "hip/search_sm80.cuh"
+
+#include <vector>
+
+namespace heddle {
+namespace {
+
+#ifndef HEDDLE_SCORER
+#define HEDDLE_SCORER HipMatrix<BF16, 64>
+#define HEDDLE_ELEMENT BF16
+#endif
+using Scorer = HEDDLE_SCORER;
+using T = HEDDLE_ELEMENT;
+
+struct Case {
+  int kind = Hip::kHalves, representative = Hip::kCenter;
+  int64_t b = 1, sq = 1, sk = 300, hq = 1, hk = 1, lists = 1, d = 64;
+  int64_t block_q = 1, block_k = 2, stride_q = 1, stride_k = 1;
+  int64_t window = 16, sink_tokens = 4, width = 8;
+  int64_t from_block_q = 0, from_block_k = 0, from_width = 0;
+  int64_t page_size = 0;
+  int warps = 1, ctas = 2, members = 1, heads = 1;
+  bool shared = true;
+};
+
+// One thread, which is its own squad
+struct Alone {
+  HipTile& tile;
+  template <class Body> void each(int64_t n, const Body& body) const {
+    for (int64_t i = 0; i < n; ++i) body(i);
+  }
+  template <class Body> void share(int64_t n, const Body& body) const {
+    for (int64_t i = 0; i < n; ++i) body(*this, i);
+  }
+  void raise(uint32_t& x, uint32_t y) const { x = std::max(x, y); }
+  template <class Chosen> int64_t how_many(int64_t n, const Chosen& chosen) const {
+    int64_t found = 0;
+    for (int64_t i = 0; i < n; ++i) found += chosen(i);
+    return found;
+  }
+  template <class Chosen, class Place>
+  void compact(int64_t n, const Chosen& chosen, const Place& place) const {
+    for (int64_t i = 0, at = 0; i < n; ++i)
+      if (chosen(i)) place(i, at++);
+  }
+};
+
+struct Plain {
+  const Hip& op;
+  const HipPlace& place;
+  int64_t head = 0;
+
+  int64_t heads() const { return 1; }
+  void load(int64_t first, int64_t) { head = first; }
+  float k(int64_t t, int64_t e) const {
+    int64_t row = place.b * op.k.strides[0] + t * op.k.strides[1];
+    if (op.block_table) {
+      const int64_t size = op.k.shape[1];
+      row = op.block_table.as<int32_t>()[place.b * op.block_table.shape[1] + t / size] *
+                op.k.strides[0] +
+            t % size * op.k.strides[1];
+    }
+    const int64_t kv = head / (op.q.shape[2] / op.k.shape[2]);
+    return to_float(op.k.as<T>()[row + kv * op.k.strides[2] + e]);
+  }
+  void score(const Alone& team, int64_t) const {
+    const bool halves = op.kind == Hip::kHalves;
+    for (int i = 0; i < kHipTile; ++i) {
+      const int32_t t = team.tile.keys[i];
+      if (t < 0) continue;
+      float best = -INFINITY;
+      for (int64_t first = place.first; first < place.last; first += op.stride_q) {
+        const int64_t end = std::min(first + op.stride_q, place.last);
+        // The only rows of a block that is shorter than a stride
+        const bool short_of = halves && end - first < op.stride_q && first > place.first;
+        if (short_of || (halves && t > place.ahead + end - 1 - op.window)) continue;
+        float sum = 0;
+        for (int64_t e = 0; e < op.q.shape[3]; ++e) {
+          float x = 0;
+          for (int64_t i = halves ? end - 1 : first; i < end; ++i)
+            x += to_float(op.q.as<T>()[place.b * op.q.strides[0] + i * op.q.strides[1] +
+                                       head * op.q.strides[2] + e]);
+          const float n = halves ? 1.f : static_cast<float>(end - first);
+          sum += to_float(from_float<T>(x / n)) * k(t, e);
+        }
+        best = std::max(best, sum);
+      }
+      team.tile.best[i] = order_of(best);
+    }
+  }
+};
+
+template <class X> Tensor view(std::vector<X>& data, std::vector<int64_t> shape, int64_t gap = 0) {
+  Tensor tensor;
+  tensor.rank = static_cast<int>(shape.size());
+  int64_t size = 1;
+  for (int i = tensor.rank - 1; i >= 0; --i) {
+    tensor.shape[i] = shape[static_cast<size_t>(i)];
+    tensor.strides[i] = size;
+    size *= tensor.shape[i];
+    if (i == tensor.rank - 1) size += gap;
+  }
+  data.resize(static_cast<size_t>(size + 16));
+  tensor.data = data.data();
+  while (reinterpret_cast<uintptr_t>(tensor.data) % 16) tensor.data = tensor.as<X>() + 1;
+  return tensor;
+}
+
+struct Lists {
+  std::vector<int32_t> index, count, blocks, table, length;
+  void attach(Hip& op, const Case& c) {
+    const int64_t rows = (c.sq + c.block_q - 1) / c.block_q;
+    op.index = view(index, {c.b, c.lists, rows, c.width});
+    op.count = view(count, {c.b, c.lists, rows});
+    op.blocks = view(blocks, {c.b, c.lists, rows, (op.keys() / c.block_k + 32) / 32});
+    op.table = view(table, {c.b, c.lists, rows, c.sink_tokens / c.block_k + c.width});
+    op.length = view(length, {c.b, c.lists, rows});
+  }
+  bool operator==(const Lists&) const = default;
+};
+
+double check(const Case& c, emulator::Random& random) {
+  std::vector<T> q, k;
+  std::vector<int32_t> table, lengths, from_index, from_count;
+  Hip op;
+  op.kind = c.kind;
+  op.representative = c.representative;
+  op.block_q = c.block_q;
+  op.block_k = c.block_k;
+  op.stride_q = c.stride_q;
+  op.stride_k = c.stride_k;
+  op.window = c.window;
+  op.sink_tokens = c.sink_tokens;
+  op.from_block_q = c.from_block_q;
+  op.from_block_k = c.from_block_k;
+  op.q = view(q, {c.b, c.sq, c.hq, c.d}, 8);
+  op.k = view(k, {c.b, c.sk, c.hk, c.d}, 16);
+  if (c.page_size > 0) {
+    const int64_t pages = (c.sk + c.page_size - 1) / c.page_size;
+    op.k = view(k, {c.b * pages + 3, c.page_size, c.hk, c.d}, 16);
+    op.block_table = view(table, {c.b, pages});
+    for (int64_t i = 0; i < c.b * pages; ++i)
+      table[static_cast<size_t>(i)] = static_cast<int32_t>(c.b * pages + 2 - i);
+    op.block_table.data = table.data();
+  }
+  op.cache_seqlens = view(lengths, {c.b});
+  for (int64_t b = 0; b < c.b; ++b)
+    op.cache_seqlens.as<int32_t>()[b] = static_cast<int32_t>(
+        c.sk - (b > 0 ? random.below(static_cast<uint32_t>(c.sk - c.sq + 1)) : 0));
+  for (auto* numbers : {&q, &k})
+    for (T& x : *numbers) x = from_float<T>(static_cast<float>(random.below(9)) - 4);
+  for (int i = 0; i < 5; ++i) k[random.below(static_cast<uint32_t>(k.size()))] = from_float<T>(NAN);
+  if (c.from_width > 0) {
+    const int64_t rows = (c.sq + c.from_block_q - 1) / c.from_block_q;
+    op.from_index = view(from_index, {c.b, c.lists, rows, c.from_width});
+    op.from_count = view(from_count, {c.b, c.lists, rows});
+    for (int64_t list = 0; list < c.b * c.lists * rows; ++list) {
+      int64_t at = c.sink_tokens;
+      int32_t n = 0;
+      for (; n < c.from_width && at < c.sk; ++n, at += c.from_block_k * (1 + random.below(2)))
+        op.from_index.as<int32_t>()[list * c.from_width + n] = static_cast<int32_t>(at);
+      op.from_count.as<int32_t>()[list] = n;
+    }
+  }
+
+  Lists expected, actual;
+  expected.attach(op, c);
+  const int64_t tasks = op.count.size();
+  std::vector<uint32_t> slot(static_cast<size_t>(hip_slot(op)));
+  HipTile tile;
+  const Alone alone{tile};
+  for (int64_t task = 0; task < tasks; ++task) {
+    const HipPlace place = hip_place(op, task);
+    Plain plain{op, place};
+    if (c.kind == Hip::kHalves) {
+      hip_halves(alone, op, place, plain, slot.data());
+      continue;
+    }
+    const HipChunks chunks = hip_chunks(op, place);
+    std::fill(slot.begin(), slot.end(), kNoOrder);
+    hip_descend(alone, op, place, chunks, 0, 1, plain, slot.data());
+    hip_keep(alone, op, place, chunks, slot.data());
+  }
+
+  HipArgs args{};
+  args.op = op;
+  actual.attach(args.op, c);
+  args.tasks = tasks;
+  args.slot = hip_slot(op);
+  args.members = c.members;
+  args.heads = c.heads;
+  args.query_bytes = static_cast<size_t>(c.heads) * Scorer::bytes(op);
+  const int64_t groups = c.members > 1 ? tasks : std::min<int64_t>(tasks, c.ctas);
+  std::vector<uint32_t> slots(static_cast<size_t>(groups * args.slot), c.members > 1 ? 0 : 77);
+  std::vector<int> arrivals(static_cast<size_t>(groups));
+  int fault = 0;
+  if (!c.shared || c.members > 1) args.slots = slots.data();
+  args.arrivals = arrivals.data();
+  args.fault = &fault;
+  const size_t bytes = args.query_bytes + static_cast<size_t>(c.warps) * sizeof(HipTile) +
+                       static_cast<size_t>(args.slots ? 0 : args.slot) * sizeof(uint32_t);
+  emulator::launch(static_cast<int>(groups) * c.members, c.warps * 32, bytes + 16, [&] {
+    char* smem = reinterpret_cast<char*>(emulator::cta->smem());
+    while (reinterpret_cast<uintptr_t>(smem) % 16) ++smem;
+    hip_search<Scorer>(args, smem);
+  });
+  return fault == 0 && actual == expected ? 0 : INFINITY;
+}
+
+constexpr int kStage = Hip::kStage;
+const Case kCases[] = {
+    {.width = 8},
+    {.b = 2, .sq = 70, .sk = 200, .hq = 4, .hk = 2, .lists = 4, .block_q = 32, .stride_q = 2},
+    {.representative = Hip::kFirst,
+     .sq = 20,
+     .sk = 260,
+     .hq = 4,
+     .hk = 2,
+     .lists = 2,
+     .d = 40,
+     .block_q = 16,
+     .block_k = 4,
+     .stride_k = 2,
+     .window = 1,
+     .width = 5,
+     .warps = 8,
+     .heads = 2,
+     .shared = false},
+    {.sq = 3,
+     .sk = 400,
+     .hq = 6,
+     .hk = 2,
+     .lists = 1,
+     .block_q = 4,
+     .block_k = 1,
+     .width = 33,
+     .page_size = 16,
+     .warps = 2,
+     .heads = 6},
+    {.kind = kStage,
+     .sq = 1,
+     .sk = 500,
+     .hq = 4,
+     .hk = 2,
+     .block_k = 32,
+     .sink_tokens = 32,
+     .width = 3,
+     .warps = 2,
+     .heads = 4},
+    {.kind = kStage,
+     .b = 2,
+     .sq = 40,
+     .sk = 500,
+     .hq = 4,
+     .hk = 2,
+     .lists = 2,
+     .block_q = 16,
+     .block_k = 8,
+     .stride_q = 4,
+     .sink_tokens = 8,
+     .width = 9,
+     .page_size = 32,
+     .warps = 12,
+     .members = 3,
+     .heads = 1},
+    {.kind = kStage,
+     .sq = 40,
+     .sk = 500,
+     .hq = 4,
+     .hk = 2,
+     .lists = 1,
+     .d = 24,
+     .block_q = 16,
+     .block_k = 8,
+     .stride_q = 4,
+     .sink_tokens = 8,
+     .width = 9,
+     .from_block_q = 32,
+     .from_block_k = 32,
+     .from_width = 11,
+     .warps = 12,
+     .heads = 3},
+    {.kind = kStage,
+     .sq = 2,
+     .sk = 200,
+     .hq = 2,
+     .hk = 1,
+     .lists = 2,
+     .block_q = 2,
+     .block_k = 1,
+     .sink_tokens = 3,
+     .width = 20,
+     .warps = 2},
+};
+
+}  // namespace
+}  // namespace heddle
+
+int main(int argc, char** argv) {
+  return heddle::emulator::run_cases(heddle::kCases, argc, argv, heddle::check);
+}
