@@ -4,6 +4,7 @@ import {
   attentionBackward,
   bytesPerElement,
   type Device,
+  type FloatDType,
   flexPrefill,
   hip,
   hipDecoder,
@@ -170,20 +171,34 @@ function weigh(scores: readonly number[], weights: 'softmax' | 'sigmoid' | 'rewe
 /** How to make the case of an operator's problem. */
 export const operators: Readonly<Record<string, (problem: Problem, device: Device) => Case>> = {
   attention(problem, device) {
-    const { b, sq, sk, hq, hk, d, dv, q, k, v, options, sees, pairs, keys, page, table } =
-      attentionProblem(problem, device)
+    const given = attentionProblem(problem, device)
+    const { b, sq, sk, hq, hk, d, dv, options, sees, pairs, keys, page, table } = given
     const element = bytesPerElement[problem.dtype]
     const blocks = drawBlocks(problem, device)
     const reweighted = problem.flags.has('reweighted')
+    // what goes in; out keeps the dtype of the problem
+    const float8 = problem.flags.has('e4m3')
+    const stored = (x: Tensor<FloatDType>) => {
+      if (!float8) return x
+      const cast = x.cast('float8_e4m3fn')
+      x.dispose()
+      return cast
+    }
+    const [q, k, v] = [stored(given.q), stored(given.k), stored(given.v)]
     const run = () =>
       reweighted
-        ? softplusAttention(q, k, v, { causal: options.causal })
-        : attention(q, k, v, blocks ? { mask: blocks.mask } : options)
+        ? softplusAttention(given.q, given.k, given.v, { causal: options.causal })
+        : attention(q, k, v, {
+            ...(blocks ? { mask: blocks.mask } : options),
+            ...(float8 ? { dtype: problem.dtype } : {}),
+          })
     return {
       inputs: [q, k, v],
       // every listed block counts whole; re-weighting needs all scores twice
       flops: 2 * (blocks ? b * blocks.listed : hq * pairs) * (d + dv + (reweighted ? d : 0)),
-      bytes: element * (d + dv) * (b * sq * hq + keys * hk) + 4 * b * hq * sq,
+      bytes:
+        (float8 ? 1 : element) * (b * sq * hq * d + keys * hk * (d + dv)) +
+        (element * dv + 4) * b * sq * hq,
       run() {
         const { out, lse } = run()
         return [out, lse]
@@ -693,6 +708,11 @@ export const suites: Readonly<Record<'cpu' | 'cuda', readonly string[]>> = {
     'attention:b2 sq8192 sk8192 hq10 hk10 d192 bf16 causal',
     'attention:b1 sq32768 sk32768 hq16 hk16 d128 bf16 causal window1024',
     'attention:b2 sq8192 sk8192 hq16 hk16 d128 bf16 causal',
+    'attention:b4 sq4096 sk4096 hq16 hk16 d128 bf16 e4m3',
+    'attention:b4 sq4096 sk4096 hq16 hk16 d128 bf16 e4m3 causal',
+    'attention:b1 sq16384 sk16384 hq16 hk16 d128 bf16 e4m3',
+    'attention:b1 sq16384 sk16384 hq16 hk16 d128 bf16 e4m3 causal',
+    'attention:b4 sq4096 sk4096 hq32 hk32 d64 bf16 e4m3 causal',
     'attention:b2 sq8192 sk8192 hq16 hk16 d128 bf16 causal sigmoid',
     'attention:b2 sq8192 sk8192 hq16 hk16 d128 bf16 causal bias',
     'attention:b2 sq8192 sk8192 hq16 hk16 d128 bf16 causal slopes',

@@ -94,7 +94,8 @@ export async function onnxruntime(
 ): Promise<Peer[]> {
   if (problem.operator !== 'attention' || problem.dtype !== 'float32') return []
   // it knows softmax alone, and no grouped heads
-  if (['sigmoid', 'bias', 'slopes', 'reweighted'].some((flag) => problem.flags.has(flag))) return []
+  if (['sigmoid', 'bias', 'slopes', 'reweighted', 'e4m3'].some((flag) => problem.flags.has(flag)))
+    return []
   if (problem.size('hq') !== problem.size('hk', problem.size('hq'))) return []
   const runtime = find()
   if (!runtime) return []

@@ -176,6 +176,13 @@ SplitCall hopper_call(const Attention& op, const CudaContext& context) {
   call.cache_seqlens = ints(op.cache_seqlens);
   call.cache_stride = op.cache_seqlens.strides[0];
   call.processors = context.processors;
+  call.q_scale = floats(op.q_scale);
+  call.k_scale = floats(op.k_scale);
+  call.v_scale = floats(op.v_scale);
+  call.q_scale_stride = op.q_scale.strides[0];
+  call.k_scale_stride = op.k_scale.strides[0];
+  call.v_scale_stride = op.v_scale.strides[0];
+  call.out_dtype = op.out.dtype;
   if (op.block_table) {
     call.block_table = ints(op.block_table);
     call.table_row = op.block_table.strides[0];

@@ -6,9 +6,11 @@ namespace heddle {
 namespace {
 
 // What a tensor map can describe
-bool addressable(const void* data, const Strides& strides, int64_t b, int64_t s, int64_t h) {
-  const auto fits = [](int64_t size, int64_t stride) {
-    return size == 1 || (stride > 0 && stride % 8 == 0 && stride < int64_t{1} << 39);
+bool addressable(const void* data, const Strides& strides, int64_t b, int64_t s, int64_t h,
+                 DType dtype) {
+  const auto fits = [&](int64_t size, int64_t stride) {
+    const int64_t bytes = stride * static_cast<int64_t>(size_of(dtype));
+    return size == 1 || (stride > 0 && bytes % 16 == 0 && stride < int64_t{1} << 39);
   };
   return reinterpret_cast<uintptr_t>(data) % 16 == 0 && fits(b, strides.batch) &&
          fits(s, strides.row) && fits(h, strides.head);
@@ -44,14 +46,13 @@ template <DType kType> void pick(const ForwardCall& call, cudaStream_t stream) {
 }  // namespace
 
 const char* declines_addresses_sm90(const ForwardCall& call, int64_t blocks, int64_t rows) {
-  if (call.dtype != DType::kF16 && call.dtype != DType::kBF16)
-    return "dtype must be float16 or bfloat16";
+  if (size_of(call.out_dtype) != 2) return "out must be float16 or bfloat16";
   if (call.sk == 0) return "k must not be empty";
-  if (!addressable(call.q, call.q_strides, call.b, call.sq, call.hq) ||
-      !addressable(call.k, call.k_strides, blocks, rows, call.hk) ||
-      !addressable(call.v, call.v_strides, blocks, rows, call.hk) ||
-      !addressable(call.out, call.out_strides, call.b, call.sq, call.hq))
-    return "q, k, v and out must start at a multiple of 16 bytes, strides must be multiples of 8";
+  if (!addressable(call.q, call.q_strides, call.b, call.sq, call.hq, call.dtype) ||
+      !addressable(call.k, call.k_strides, blocks, rows, call.hk, call.dtype) ||
+      !addressable(call.v, call.v_strides, blocks, rows, call.hk, call.dtype) ||
+      !addressable(call.out, call.out_strides, call.b, call.sq, call.hq, call.out_dtype))
+    return "rows of q, k, v and out must start at multiples of 16 bytes";
   return nullptr;
 }
 
@@ -66,10 +67,17 @@ const char* declines_forward_sm90(const ForwardCall& call) {
   if (call.masked && maps_scores(call))
     return "softCap and slopes must be left out with a mask, and scale must be positive";
   if (call.masked && std::max(call.d, call.dv) > 128) return "d must be at most 128 with a mask";
+  const bool float8 = call.dtype == DType::kE4M3;
+  if (float8 && (call.masked || maps_scores(call)))
+    return "mask, softCap and slopes must be left out with float8, and scale must be positive";
+  if (float8 && std::max(call.d, call.dv) > 128) return "d must be at most 128 with float8";
   return declines_addresses_sm90(call, call.b, call.sk);
 }
 
 void forward_sm90(const ForwardCall& call, cudaStream_t stream) {
+  if (call.dtype == DType::kE4M3)
+    return std::max(call.d, call.dv) <= 64 ? launch_float8_sm90<64>(call, stream)
+                                           : launch_float8_sm90<128>(call, stream);
   call.dtype == DType::kF16 ? pick<DType::kF16>(call, stream) : pick<DType::kBF16>(call, stream);
 }
 

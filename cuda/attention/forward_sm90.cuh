@@ -215,11 +215,23 @@ template <int kQueries> struct ForwardOrder {
   }
 };
 
+// Which key tiles a tile of q visits
+template <int kQueries, int kKeys>
+__device__ __forceinline__ void find_keys(const ForwardArgs& args, ForwardWork& work) {
+  // row i sees keys up to i + diagonal, and no more than a window of them
+  const int diagonal = work.sk - work.sq;
+  const int seen = args.causal ? min(work.sk, work.row + kQueries + diagonal) : work.sk;
+  const int first = args.window ? max(work.row + diagonal - args.window + 1, 0) / kKeys : 0;
+  work.key_end = max((seen + kKeys - 1) / kKeys, 1);
+  // a tile that sees no key visits one all the same, fully masked
+  work.key_tiles = max(work.key_end - first, 1);
+}
+
 // Rows of k or v of one head and sequence
-struct KeyRows {
-  const uint16_t* first;
+template <class Element> struct KeyRows {
+  const Element* first;
   int64_t stride;
-  __device__ __forceinline__ const uint16_t* operator()(int key) const {
+  __device__ __forceinline__ const Element* operator()(int key) const {
     return first + key * stride;
   }
 };
@@ -272,13 +284,7 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kListed>::kThreads), 1)
       // units of the key tile whose values are next, and of the one after it
       UnitPair now{}, next{};
       auto open = [&](ForwardWork& work) {
-        // row i sees keys up to i + diagonal, and no more than a window of them
-        const int diagonal = work.sk - work.sq;
-        const int seen = args.causal ? min(work.sk, work.row + kQueries + diagonal) : work.sk;
-        const int first = args.window ? max(work.row + diagonal - args.window + 1, 0) / kKeys : 0;
-        work.key_end = max((seen + kKeys - 1) / kKeys, 1);
-        // a tile that sees no key visits one all the same, fully masked
-        work.key_tiles = max(work.key_end - first, 1);
+        find_keys<kQueries, kKeys>(args, work);
         if constexpr (kListed) {
           walk.begin(args.lists, list_of(work));
           work.key_tiles = max((walk.units + 1) / 2, 1);
@@ -453,7 +459,7 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kListed>::kThreads), 1)
       return x + work.batch * strides.batch + head * strides.head + begin * strides.row;
     };
     const auto rows_of = [&](const uint16_t* x, const Strides& strides) {
-      return KeyRows{base(x, strides, work.head / args.group, work.k_begin), strides.row};
+      return KeyRows<uint16_t>{base(x, strides, work.head / args.group, work.k_begin), strides.row};
     };
     float values[kDv / 32] = {};
     attend_seen<kType>(
@@ -692,21 +698,14 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kListed>::kThreads), 1)
   if (thread == 0) wait_copies_read<0>();
 }
 
-template <DType kType, int kD, int kDv, bool kMapped, bool kListed>
-void launch_forward(const ForwardCall& call, cudaStream_t stream) {
-  using Shape = ForwardTile<kD, kDv, kListed>;
-  const auto map = [&](const void* data, int64_t d, int64_t s, int64_t h, const Strides& strides,
-                       int rows) {
-    return make_tensor_map(kType, data, {d, s, h, call.b, strides.row, strides.head, strides.batch},
-                           rows);
-  };
-  const auto parts = [](int64_t size, int64_t part) { return (size + part - 1) / part; };
-  const int64_t row_tiles = call.cu_seqlens_q ? call.sq / Shape::kQueries + call.sequences
-                                              : parts(call.sq, Shape::kQueries);
+inline ForwardArgs forward_args(const ForwardCall& call, int queries) {
+  const int64_t row_tiles =
+      call.cu_seqlens_q ? call.sq / queries + call.sequences : (call.sq + queries - 1) / queries;
   const int64_t pairs = call.b * call.hq, tiles = row_tiles * pairs;
   // keys and values that L2 keeps while they are needed
   constexpr int64_t kSectionBytes = int64_t{33} << 20;
-  const int64_t bytes = call.sk * (call.d + call.dv) * 2 * call.hk / call.hq;
+  const auto element_bytes = static_cast<int64_t>(size_of(call.dtype));
+  const int64_t bytes = call.sk * (call.d + call.dv) * element_bytes * call.hk / call.hq;
   ForwardArgs args{};
   args.b = static_cast<int>(call.b);
   args.sq = static_cast<int>(call.sq);
@@ -746,8 +745,20 @@ void launch_forward(const ForwardCall& call, cudaStream_t stream) {
   args.lse = call.lse;
   args.tickets = call.tickets;
   args.lists = call.lists;
+  return args;
+}
+
+template <DType kType, int kD, int kDv, bool kMapped, bool kListed>
+void launch_forward(const ForwardCall& call, cudaStream_t stream) {
+  using Shape = ForwardTile<kD, kDv, kListed>;
+  const ForwardArgs args = forward_args(call, Shape::kQueries);
+  const auto map = [&](const void* data, int64_t d, int64_t s, int64_t h, const Strides& strides,
+                       int rows) {
+    return make_tensor_map(kType, data, {d, s, h, call.b, strides.row, strides.head, strides.batch},
+                           rows);
+  };
   launch<forward_sm90_kernel<kType, kD, kDv, kMapped, kListed>>(
-      {static_cast<int>(std::min<int64_t>(tiles, call.processors)), Shape::kThreads,
+      {std::min(args.tiles, call.processors), Shape::kThreads,
        sm90::shared_memory_bytes<ForwardSmem<kD, kDv, kListed>>(), stream},
       map(call.q, call.d, call.sq, call.hq, call.q_strides, Shape::kQueries),
       map(call.k, call.d, call.sk, call.hk, call.k_strides, Shape::kKeysOfBox),

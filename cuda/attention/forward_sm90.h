@@ -32,6 +32,10 @@ struct ForwardCall {
   UnitLists lists;  // sized by size_lists_sm90
   int processors;   // multiprocessors, each of which runs one CTA
   int* tickets;     // two counters at zero, which the kernel leaves at zero
+  // Of float8
+  const float *q_scale, *k_scale, *v_scale;  // [hq], [hk] and [hk] or null
+  int64_t q_scale_stride, k_scale_stride, v_scale_stride;
+  DType out_dtype;
 };
 
 // Softmax attention on Hopper's matrix instructions, for calls that are not declined
@@ -61,5 +65,6 @@ const char* declines_addresses_sm90(const ForwardCall& call, int64_t blocks, int
 // and slopes, or a scale that is not positive. `kListed` keys come from lists.
 template <DType kType, int kD, int kDv, bool kMapped, bool kListed = false>
 void launch_forward_sm90(const ForwardCall& call, cudaStream_t stream);
+template <int kD> void launch_float8_sm90(const ForwardCall& call, cudaStream_t stream);
 
 }  // namespace heddle

@@ -88,8 +88,10 @@ struct RowSoftmax {
     for (int r = 0; r < 2; ++r) row_max[r] = -INFINITY, row_sum[r] = 0;
   }
 
-  // Scores become weights exp2(to_log2 * (score - row_max)); whether sums of before have to shrink
-  template <int kScores>
+  // Scores become weights exp2(to_log2 * (score - row_max) + kLift); whether sums of before have to
+  // shrink. row_max may lag behind the maximum by kLag: with weights of 16 bits that costs no
+  // digits
+  template <int kLag = 8, int kLift = 0, int kScores>
   __device__ __forceinline__ bool update(float (&acc)[kScores], float to_log2) {
     bool moved = false;
 #pragma unroll
@@ -99,18 +101,18 @@ struct RowSoftmax {
       for (int i = 2 * r; i < kScores; i += 4) highest = fmaxf(highest, fmaxf(acc[i], acc[i + 1]));
       highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 1));
       highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 2));
-      // the reference may lag behind the maximum: weights up to 2^8 cost no digits
-      if ((highest - row_max[r]) * to_log2 <= 8) highest = row_max[r];
+      if ((highest - row_max[r]) * to_log2 <= kLag) highest = row_max[r];
       // no key so far: (-inf) - (-inf) would poison the row
       const float base_log2 = highest == -INFINITY ? 0 : highest * to_log2;
       const bool same = highest == row_max[r];
       shrink[r] = same ? 1 : exp2_approx(row_max[r] * to_log2 - base_log2);
       moved |= !same;
+      const float shift_log2 = kLift ? kLift - base_log2 : -base_log2;
       float sum = 0;
 #pragma unroll
       for (int i = 2 * r; i < kScores; i += 4) {
-        acc[i] = exp2_approx(fmaf(acc[i], to_log2, -base_log2));
-        acc[i + 1] = exp2_approx(fmaf(acc[i + 1], to_log2, -base_log2));
+        acc[i] = exp2_approx(fmaf(acc[i], to_log2, shift_log2));
+        acc[i + 1] = exp2_approx(fmaf(acc[i + 1], to_log2, shift_log2));
         sum += acc[i] + acc[i + 1];
       }
       row_sum[r] = fmaf(row_sum[r], shrink[r], sum);
@@ -152,15 +154,15 @@ struct RowEnd {
 // sees: those from `begin` to below `end` of which `sees` is true. Slow, and only for rows that
 // came out as no number: a weight of zero doesn't silence a masked value that is none. `key_at` and
 // `value_at` give the rows of k and v.
-template <DType kType, int kColumns, class Rows, class Sees, class Score>
-__device__ __forceinline__ void attend_seen(float (&values)[kColumns], const uint16_t* q,
+template <DType kType, int kColumns, class Element, class Rows, class Sees, class Score>
+__device__ __forceinline__ void attend_seen(float (&values)[kColumns], const Element* q,
                                             const Rows& key_at, const Rows& value_at, int d, int dv,
                                             int begin, int end, const Sees& sees,
                                             const Score& score_log2, float lse_log2, int lane) {
   for (int key = begin; key < end; key += 32) {
     float weight = -1;  // of keys that are not seen
     if (key + lane < end && sees(key + lane)) {
-      const uint16_t* k = key_at(key + lane);
+      const Element* k = key_at(key + lane);
       float product = 0;
       for (int e = 0; e < d; ++e) product = fmaf(unpack<kType>(q[e]), unpack<kType>(k[e]), product);
       weight = exp2_approx(score_log2(product, key + lane) - lse_log2);
@@ -168,7 +170,7 @@ __device__ __forceinline__ void attend_seen(float (&values)[kColumns], const uin
     for (int i = 0; i < min(32, end - key); ++i) {
       const float shared = __shfl_sync(~0u, weight, i);
       if (shared < 0) continue;
-      const uint16_t* v = value_at(key + i);
+      const Element* v = value_at(key + i);
 #pragma unroll
       for (int c = 0; c < kColumns; ++c)
         if (32 * c + lane < dv)

@@ -8,7 +8,15 @@ const shapes = [
   { a: 'smem', b: 'kMN', widths: [64, 128], first: [64] },
   { a: 'registers', b: 'kMN', widths: [64, 96, 128, 192, 256] },
 ]
-const types = { kF16: 'f16', kBF16: 'bf16' }
+const float8Shapes = [
+  { a: 'smem', b: 'kK', widths: [128] },
+  { a: 'registers', b: 'kK', widths: [64, 128] },
+]
+const types = {
+  kF16: { name: 'f16', depth: 16, shapes },
+  kBF16: { name: 'bf16', depth: 16, shapes },
+  kE4M3: { name: 'e4m3', depth: 32, shapes: float8Shapes },
+}
 
 const list = (count, item) => Array.from({ length: count }, (_, i) => item(i)).join(', ')
 
@@ -17,26 +25,27 @@ function specialisation(dtype, { a, b }, width, first = false) {
   const registers = width / 2
   const inRegisters = a === 'registers'
   const next = registers + (inRegisters ? 4 : 1)
-  const type = types[dtype]
+  const { name, depth } = types[dtype]
   const transposed = b === 'kMN' ? 1 : 0
   const operandA = inRegisters ? `{${list(4, (i) => `%${registers + i}`)}}` : `%${registers}`
   const inputs = inRegisters ? list(4, (i) => `"r"(a[${i}])`) : '"l"(a)'
-  const layouts = inRegisters ? transposed : `0, ${transposed}`
+  // 8-bit operands have no other layout than kK
+  const layouts = depth === 32 ? '' : inRegisters ? `, ${transposed}` : `, 0, ${transposed}`
   return `template <>
 __device__ __forceinline__ void wgmma${first ? '_first' : ''}<DType::${dtype}, Major::${b}, ${registers}>(
     float (&acc)[${registers}], ${inRegisters ? 'const uint32_t (&a)[4]' : 'uint64_t a'}, uint64_t b${first ? '' : ', bool accumulate'}) {
   asm volatile(
       "{\\n.reg .pred p;\\nsetp.ne.b32 p, ${first ? 0 : `%${next + 1}`}, 0;\\n"
-      "wgmma.mma_async.sync.aligned.m64n${width}k16.f32.${type}.${type} "
+      "wgmma.mma_async.sync.aligned.m64n${width}k${depth}.f32.${name}.${name} "
       "{${list(registers, (i) => `%${i}`)}}, "
-      "${operandA}, %${next}, p, 1, 1, ${layouts};\\n}\\n"
+      "${operandA}, %${next}, p, 1, 1${layouts};\\n}\\n"
       : ${list(registers, (i) => `"${first ? '=' : '+'}f"(acc[${i}])`)}
       : ${inputs}, "l"(b)${first ? '' : ', "r"(static_cast<int>(accumulate))'});
 }
 `
 }
 
-const specialisations = Object.keys(types).flatMap((dtype) =>
+const specialisations = Object.entries(types).flatMap(([dtype, { shapes }]) =>
   shapes.flatMap((shape) => [
     ...shape.widths.map((width) => specialisation(dtype, shape, width)),
     ...(shape.first ?? []).map((width) => specialisation(dtype, shape, width, true)),

@@ -185,8 +185,9 @@ __device__ __forceinline__ void fence_async_gmem() {
   asm volatile("fence.proxy.async.global;" ::: "memory");
 }
 
-// acc[64, N] (+)= A[64, 16] B[16, N] for one warpgroup, N = 2 * kRegisters. A is a descriptor of a
-// kK operand or four registers. common/wgmma.cuh has the shapes in use.
+// acc[64, N] (+)= A[64, K] B[K, N] for one warpgroup, N = 2 * kRegisters and K = 16, or 32 of e4m3,
+// of which B is kK. A is a descriptor of a kK operand or four registers. common/wgmma.cuh has the
+// shapes in use.
 template <DType kType, Major kB, int kRegisters>
 __device__ void wgmma(float (&acc)[kRegisters], uint64_t a, uint64_t b, bool accumulate) {
   static_assert(kRegisters < 0, "add this shape to common/generate-wgmma.mjs");
@@ -355,9 +356,24 @@ template <DType kType> __device__ __forceinline__ uint32_t pack(float low, float
   return packed;
 }
 
+// Four of e4m3, `a` in the lowest byte; what is beyond 448 becomes 448
+__device__ __forceinline__ uint32_t pack_e4m3(float a, float b, float c, float d) {
+  uint32_t packed;
+  asm("{\n.reg .b16 low, high;\n"
+      "cvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\ncvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
+      "mov.b32 %0, {low, high};\n}\n"
+      : "=r"(packed)
+      : "f"(a), "f"(b), "f"(c), "f"(d));
+  return packed;
+}
+
 template <DType kType> __device__ __forceinline__ float unpack(uint16_t bits) {
-  static_assert(kType == DType::kF16 || kType == DType::kBF16);
-  if constexpr (kType == DType::kBF16) {
+  static_assert(kType == DType::kF16 || kType == DType::kBF16 || kType == DType::kE4M3);
+  if constexpr (kType == DType::kE4M3) {
+    uint32_t pair;
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(pair) : "h"(bits));
+    return unpack<DType::kF16>(static_cast<uint16_t>(pair));
+  } else if constexpr (kType == DType::kBF16) {
     return __uint_as_float(static_cast<uint32_t>(bits) << 16);
   } else {
     float value;

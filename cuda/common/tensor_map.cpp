@@ -29,14 +29,15 @@ CUtensorMap make_tensor_map(DType dtype, const void* data, const TensorMapShape&
                                static_cast<cuuint64_t>(shape.h), static_cast<cuuint64_t>(shape.b)};
   // a stride along a dimension of size one can be anything, but the encoder reads it
   const auto bytes = [&](int64_t size, int64_t stride) {
-    return static_cast<cuuint64_t>(size == 1 ? shape.d : stride) * 2;
+    return static_cast<cuuint64_t>(size == 1 ? (shape.d + 7) / 8 * 8 : stride) * 2;
   };
   const cuuint64_t strides[3] = {bytes(shape.s, shape.row_stride),
                                  bytes(shape.h, shape.head_stride),
                                  bytes(shape.b, shape.batch_stride)};
   const cuuint32_t box[4] = {64, static_cast<cuuint32_t>(rows), 1, 1}, steps[4] = {1, 1, 1, 1};
-  const auto type =
-      dtype == DType::kF16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  const auto type = dtype == DType::kF16    ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                    : dtype == DType::kBF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                            : CU_TENSOR_MAP_DATA_TYPE_UINT16;
   CUtensorMap map;
   const CUresult result =
       tensor_map_encoder()(&map, type, 4, const_cast<void*>(data), sizes, strides, box, steps,

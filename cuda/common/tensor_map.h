@@ -7,7 +7,8 @@
 
 namespace heddle {
 
-// What the copy engine is told about a [b, s, h, d] tensor of 16-bit elements
+// What the copy engine is told about a [b, s, h, d] tensor of 16-bit elements, or of pairs of 8-bit
+// ones
 struct TensorMapShape {
   int64_t d, s, h, b;
   int64_t row_stride, head_stride, batch_stride;  // multiples of 8

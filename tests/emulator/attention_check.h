@@ -35,6 +35,7 @@ struct Case {
   int64_t poisoned = -1;  // this key and its value are not numbers
   int64_t page_size = 0;  // k and v lie in pages of this size
   CaseMask mask = {};     // with block_q
+  bool scaled = false;    // heads of float8 have scales, some of which are below or at zero
 };
 
 // The lists of a mask as sets of bits, and the same as a table of bools
@@ -60,21 +61,24 @@ struct MaskBits {
 
 // One more row and head than the kernel may touch, all of it NaN
 template <DType kType> struct HeadArray {
+  using Element = std::conditional_t<size_of(kType) == 1, uint8_t, uint16_t>;
+  static constexpr auto kNaN = static_cast<Element>(0x7fff);
+
   HeadArray(int64_t b, int64_t s, int64_t h, int64_t d, int64_t gap)
       : strides{(s + 1) * (h + 1) * (d + gap), (h + 1) * (d + gap), d + gap},
-        bits(static_cast<size_t>(b * strides.batch + 8), 0x7fff) {
+        bits(static_cast<size_t>(b * strides.batch + 16), kNaN) {
     while (reinterpret_cast<uintptr_t>(bits.data() + shift) % 16 != 0) ++shift;
   }
-  uint16_t& at(int64_t b, int64_t s, int64_t h, int64_t i) {
+  Element& at(int64_t b, int64_t s, int64_t h, int64_t i) {
     return data()[b * strides.batch + s * strides.row + h * strides.head + i];
   }
   float value(int64_t b, int64_t s, int64_t h, int64_t i) {
     return emulator::decode(kType, at(b, s, h, i));
   }
-  uint16_t* data() { return bits.data() + shift; }
+  Element* data() { return bits.data() + shift; }
 
   Strides strides;
-  std::vector<uint16_t> bits;
+  std::vector<Element> bits;
   size_t shift = 0;
 };
 
@@ -85,7 +89,7 @@ inline float normal(emulator::Random& random) {
 }
 
 // The largest error over what is allowed, which is above 1 when the kernel is wrong
-template <DType kType>
+template <DType kType, DType kOut = kType>
 double check(const Case& c, int64_t d, int64_t dv, emulator::Random& random,
              const std::function<void(SplitCall&)>& run) {
   // pages of one sequence after another, in descending order and with one between that nobody uses
@@ -99,9 +103,10 @@ double check(const Case& c, int64_t d, int64_t dv, emulator::Random& random,
     return c.page_size ? table[static_cast<size_t>(b * pages_each + t / c.page_size)] : b;
   };
   using Array = HeadArray<kType>;
-  Array q(c.b, c.sq, c.hq, d, 0), k(blocks, block_rows, c.hk, d, 8),
-      v(blocks, block_rows, c.hk, dv, 0), out(c.b, c.sq, c.hq, dv, 0);
-  const auto key_value = [&](Array& x, int64_t b, int64_t t, int64_t h, int64_t e) -> uint16_t& {
+  Array q(c.b, c.sq, c.hq, d, 0), k(blocks, block_rows, c.hk, d, 16 / size_of(kType)),
+      v(blocks, block_rows, c.hk, dv, 0);
+  HeadArray<kOut> out(c.b, c.sq, c.hq, dv, 0);
+  const auto key_value = [&](Array & x, int64_t b, int64_t t, int64_t h, int64_t e) -> auto& {
     return x.at(block_of(b, t), t % block_rows, h, e);
   };
   const auto draw = [&](Array& to, int64_t s, int64_t h, int64_t size, float scale) {
@@ -110,20 +115,21 @@ double check(const Case& c, int64_t d, int64_t dv, emulator::Random& random,
         for (int64_t j = 0; j < h; ++j)
           for (int64_t e = 0; e < size; ++e)
             (&to == &q ? q.at(b, i, j, e) : key_value(to, b, i, j, e)) =
-                emulator::encode(kType, scale * normal(random));
+                static_cast<Array::Element>(emulator::encode(kType, scale * normal(random)));
   };
   draw(q, c.sq, c.hq, d, 2);
   draw(k, c.sk, c.hk, d, 1);
   draw(v, c.sk, c.hk, dv, 1);
   for (int64_t h = 0; c.poisoned >= 0 && h < c.hk; ++h) {
-    for (int64_t e = 0; e < d; ++e) key_value(k, 0, c.poisoned, h, e) = 0x7fff;
-    for (int64_t e = 0; e < dv; ++e) key_value(v, 0, c.poisoned, h, e) = 0x7fff;
+    for (int64_t e = 0; e < d; ++e) key_value(k, 0, c.poisoned, h, e) = Array::kNaN;
+    for (int64_t e = 0; e < dv; ++e) key_value(v, 0, c.poisoned, h, e) = Array::kNaN;
   }
   std::vector<float> lse(static_cast<size_t>(c.b * c.hq * c.sq), NAN);
-  std::vector<float> slopes, sink;
+  std::vector<float> slopes, sink, scales;
   for (int64_t h = 0; h < c.hq; ++h) {
     slopes.push_back(0.01f * static_cast<float>(h + 1));
     sink.push_back(static_cast<float>(h) - 1);
+    scales.push_back(c.scaled ? 0.75f - 0.75f * static_cast<float>(h) : 1);
   }
   std::vector<int32_t> cu_q{0}, cu_k{0}, cache;
   for (const Sequence& sequence : c.packed) {
@@ -166,6 +172,11 @@ double check(const Case& c, int64_t d, int64_t dv, emulator::Random& random,
   }
   call.cache_seqlens = c.cached.empty() ? nullptr : cache.data();
   call.cache_stride = 1;
+  call.out_dtype = kOut;
+  if (c.scaled) {
+    call.q_scale = call.k_scale = call.v_scale = scales.data();
+    call.q_scale_stride = call.k_scale_stride = call.v_scale_stride = 1;
+  }
   call.processors = c.processors;
   call.tickets = tickets;
   if (c.page_size) {
@@ -252,7 +263,11 @@ double check(const Case& c, int64_t d, int64_t dv, emulator::Random& random,
   call.arrivals = arrivals.data();
   run(call);
 
-  const double unit = kType == DType::kBF16 ? 0x1p-8 : 0x1p-11;
+  const auto unit_of = [](DType type) {
+    return type == DType::kE4M3 ? 0x1p-5 : type == DType::kBF16 ? 0x1p-8 : 0x1p-11;
+  };
+  // beyond its least normal number a weight of e4m3, which is of up to 2^8, has a fixed step
+  const double step = kType == DType::kE4M3 ? 0x1p-18 : 0;
   const auto zero = [](int counter) { return counter == 0; };
   const bool left = std::ranges::all_of(tickets, zero) && std::ranges::all_of(arrivals, zero);
   double worst = left ? 0 : INFINITY;
@@ -280,7 +295,7 @@ double check(const Case& c, int64_t d, int64_t dv, emulator::Random& random,
           for (int64_t e = 0; e < d; ++e)
             score += double{q.value(b, q0 + i, h, e)} *
                      emulator::decode(kType, key_value(k, b, k0 + t, head, e));
-          score *= call.scale;
+          score *= double{call.scale} * scales[size_t(h)] * scales[size_t(head)];
           if (c.mapped)
             score = 3 * std::tanh(score / 3) +
                     double{slopes[size_t(h)]} * static_cast<double>(t - position);
@@ -292,15 +307,19 @@ double check(const Case& c, int64_t d, int64_t dv, emulator::Random& random,
         judge(lse[static_cast<size_t>((b * c.hq + h) * c.sq + q0 + i)],
               sum == 0 ? -INFINITY : top + std::log(sum), 1e-4);
         for (int64_t e = 0; e < dv; ++e) {
-          double value = 0, size = 0;
+          double value = 0, size = 0, all = 0;
           for (size_t t = 0; t < weights.size(); ++t) {
-            const double term =
-                weights[t] / sum * emulator::decode(kType, key_value(v, b, k0 + keys[t], head, e));
+            const double at = double{scales[size_t(head)]} *
+                              emulator::decode(kType, key_value(v, b, k0 + keys[t], head, e));
+            const double term = weights[t] / sum * at;
             value += term;
             size += std::fabs(term);
+            all += std::fabs(at);
           }
           // weights and result are each rounded once
-          judge(out.value(b, q0 + i, h, e), value, 2 * unit * (size + std::fabs(value)) + 1e-6);
+          judge(out.value(b, q0 + i, h, e), value,
+                2 * (unit_of(kType) * size + unit_of(kOut) * std::fabs(value)) + step / sum * all +
+                    1e-6);
         }
       }
   };
@@ -322,12 +341,12 @@ double check(const Case& c, int64_t d, int64_t dv, emulator::Random& random,
 }
 
 // Runs cases with the random seed that the command line names; what main returns
-template <DType kType, size_t N>
+template <DType kType, DType kOut = kType, size_t N>
 int check_all(const Case (&cases)[N], int d, int dv, int argc, char** argv,
               const std::function<void(const Case&, SplitCall&)>& run) {
   return emulator::run_cases(cases, argc, argv, [&](const Case& c, emulator::Random& random) {
-    return check<kType>(c, d - c.narrower, dv - c.narrower, random,
-                        [&](SplitCall& call) { run(c, call); });
+    return check<kType, kOut>(c, d - c.narrower, dv - c.narrower, random,
+                              [&](SplitCall& call) { run(c, call); });
   });
 }
 

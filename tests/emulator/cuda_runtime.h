@@ -61,6 +61,13 @@ inline unsigned __reduce_add_sync(unsigned, unsigned value) {
 }
 
 inline int __clz(int value) { return std::countl_zero(static_cast<uint32_t>(value)); }
+inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
+  const uint64_t bytes = uint64_t{b} << 32 | a;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i)
+    result |= static_cast<uint32_t>(bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+  return result;
+}
 inline int __ffs(int value) {
   return value ? std::countr_zero(static_cast<uint32_t>(value)) + 1 : 0;
 }

@@ -33,6 +33,14 @@ float decode(DType type, uint16_t bits) {
     std::memcpy(&value, &wide, 4);
     return value;
   }
+  if (type == DType::kE4M3) {
+    const int exponent = bits >> 3 & 15, mantissa = bits & 7;
+    const float size = (bits & 0x7f) == 0x7f ? NAN
+                       : exponent == 0
+                           ? std::ldexp(static_cast<float>(mantissa), -9)
+                           : std::ldexp(static_cast<float>(8 + mantissa), exponent - 10);
+    return bits >> 7 & 1 ? -size : size;
+  }
   const int exponent = bits >> 10 & 31, mantissa = bits & 1023;
   const float size = exponent == 31 ? (mantissa ? NAN : INFINITY)
                      : exponent == 0
@@ -48,17 +56,24 @@ uint16_t encode(DType type, float value) {
     if (std::isnan(value)) return 0x7fff;
     return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
   }
+  const float size = std::fabs(value);
+  // units of the last place: as many bits below the leading one, or those of the smallest numbers
+  const auto steps_of = [size](int digits, int smallest) {
+    int exponent = 0;
+    std::frexp(size, &exponent);
+    const int unit = std::max(exponent - digits - 1, smallest);
+    const auto steps = static_cast<uint32_t>(std::nearbyint(std::ldexp(size, -unit)));
+    return static_cast<uint16_t>((static_cast<uint32_t>(unit - smallest) << digits) + steps);
+  };
+  if (type == DType::kE4M3) {
+    const auto sign = static_cast<uint16_t>(bits >> 24 & 0x80);
+    if (std::isnan(value)) return sign | 0x7f;
+    return static_cast<uint16_t>(sign | (size >= 448 ? 0x7e : size == 0 ? 0 : steps_of(3, -9)));
+  }
   const auto sign = static_cast<uint16_t>(bits >> 16 & 0x8000);
   if (std::isnan(value)) return static_cast<uint16_t>(sign | 0x7fff);
-  const float size = std::fabs(value);
   if (size >= 65520) return static_cast<uint16_t>(sign | 0x7c00);
-  if (size == 0) return sign;
-  int exponent = 0;
-  std::frexp(size, &exponent);
-  // units of the last place: ten bits below the leading one, or those of the smallest numbers
-  const int unit = std::max(exponent - 11, -24);
-  const auto steps = static_cast<uint32_t>(std::nearbyint(std::ldexp(size, -unit)));
-  return static_cast<uint16_t>(sign + (static_cast<uint32_t>(unit + 24) << 10) + steps);
+  return static_cast<uint16_t>(sign + (size == 0 ? 0 : steps_of(10, -24)));
 }
 
 Cta::Cta(int threads, size_t smem_bytes, uint64_t seed, int ctas)
@@ -465,11 +480,14 @@ float Cta::element(DType type, uint64_t descriptor, sm90::Major major, int row, 
   const uint32_t base = field(0), leading = field(16), stride = field(32);
   if (descriptor >> 62 != 1) fault("a descriptor without 128-byte swizzle");
   const auto r = static_cast<uint32_t>(row), column = static_cast<uint32_t>(k);
-  const uint32_t at = major == sm90::Major::kK ? base + r % 8 * 128 + r / 8 * stride + 2 * column
-                                               : base + 2 * (r % 64) + r / 64 * leading +
-                                                     column % 8 * 128 + column / 8 * stride;
-  uint16_t bits;
-  std::memcpy(&bits, async_view(swizzle(at), 2), 2);
+  const auto nbytes = static_cast<uint32_t>(size_of(type));
+  if (nbytes == 1 && major != sm90::Major::kK) fault("an operand of 8 bits that is not kK");
+  const uint32_t at =
+      major == sm90::Major::kK
+          ? base + r % 8 * 128 + r / 8 * stride + nbytes * column
+          : base + 2 * (r % 64) + r / 64 * leading + column % 8 * 128 + column / 8 * stride;
+  uint16_t bits = 0;
+  std::memcpy(&bits, async_view(swizzle(at), nbytes), nbytes);
   return decode(type, bits);
 }
 
@@ -477,20 +495,22 @@ void Cta::execute(int warpgroup, Group& group) {
   for (const Product& product : group.products) {
     const Operands& operands = product.operands;
     const auto n = static_cast<size_t>(operands.n);
-    std::vector<float> a(64 * 16), b(16 * n);
+    // elements of a register, and of 32 bytes
+    const int each = 4 / static_cast<int>(size_of(operands.type)), depth = 8 * each;
+    std::vector<float> a(static_cast<size_t>(64 * depth)), b(static_cast<size_t>(depth) * n);
     for (int row = 0; row < 64; ++row)
-      for (int k = 0; k < 16; ++k) {
-        float& to = a[static_cast<size_t>(row * 16 + k)];
+      for (int k = 0; k < depth; ++k) {
+        float& to = a[static_cast<size_t>(row * depth + k)];
         if (operands.a_in_registers) {
-          const int lane = row / 16 * 32 + row % 8 * 4 + k % 8 / 2;
-          const uint32_t pair = product.a[lane][row % 16 / 8 + 2 * (k / 8)];
-          to = decode(operands.type, static_cast<uint16_t>(pair >> (k % 2 * 16)));
+          const int lane = row / 16 * 32 + row % 8 * 4 + k % (4 * each) / each;
+          const uint32_t word = product.a[lane][row % 16 / 8 + 2 * (k / (4 * each))];
+          to = decode(operands.type, static_cast<uint16_t>(word >> (k % each * 32 / each)));
         } else {
           to = element(operands.type, operands.a, sm90::Major::kK, row, k);
         }
       }
     for (int column = 0; column < operands.n; ++column)
-      for (int k = 0; k < 16; ++k)
+      for (int k = 0; k < depth; ++k)
         b[static_cast<size_t>(k) * n + static_cast<size_t>(column)] =
             element(operands.type, operands.b, operands.b_major, column, k);
     for (size_t t = 0; t < 128; ++t) {
@@ -500,7 +520,8 @@ void Cta::execute(int warpgroup, Group& group) {
         const size_t row = t / 32 * 16 + t % 32 / 4 + i / 2 % 2 * 8;
         const size_t column = i / 4 * 8 + t % 4 * 2 + i % 2;
         float sum = operands.accumulate ? values[i] : 0;
-        for (size_t k = 0; k < 16; ++k) sum += a[row * 16 + k] * b[k * n + column];
+        for (size_t k = 0; k < static_cast<size_t>(depth); ++k)
+          sum += a[row * static_cast<size_t>(depth) + k] * b[k * n + column];
         values[i] = sum;
       }
     }

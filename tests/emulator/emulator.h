@@ -61,6 +61,7 @@ struct Dim {
 // The 128-byte swizzle, of addresses
 constexpr uint32_t swizzle(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
 
+// Of e4m3 in the lower byte; what is beyond its range becomes its largest
 float decode(DType type, uint16_t bits);
 uint16_t encode(DType type, float value);
 
@@ -97,7 +98,7 @@ class Cta {
   void copies_commit();
   void copies_wait(size_t pending);
 
-  // acc[64, n] (+)= A[64, 16] B[16, n]; A from a descriptor or from registers
+  // acc[64, n] (+)= A[64, k] B[k, n], k of 32 bytes; A from a descriptor or from registers
   struct Operands {
     DType type;
     sm90::Major b_major;

@@ -68,6 +68,7 @@ interface Kernel {
 }
 
 const forward = 'attention/forward_sm90.cuh'
+const float8 = 'attention/float8_sm90.cuh'
 const list = 'attention/list_sm90.h'
 const softmax = 'attention/softmax_sm90.cuh'
 const linear = 'linear/linear_sm90.cuh'
@@ -236,6 +237,154 @@ const kernels: Kernel[] = [
         file: tile,
         from: '^ row % 8)',
         to: '^ row % 4)',
+      },
+    ],
+  },
+  {
+    name: 'float8_sm90',
+    variants: {
+      'kF16 d64': ['-DHEDDLE_DTYPE=kF16'],
+      'kBF16 d128': ['-DHEDDLE_D=128'],
+    },
+    broken: 'kF16 d64',
+    faults: [
+      {
+        what: 'values are transposed before they arrived',
+        file: float8,
+        from: 'smem.v_full[v.stage].wait(v.parity);',
+        to: '',
+      },
+      {
+        what: 'values are transposed over those in use',
+        file: float8,
+        from: 'smem.turned_empty[to.stage].wait(to.parity ^ 1);',
+        to: '',
+      },
+      {
+        what: 'the matrix units read what was not fenced',
+        file: float8,
+        from: 'fence_async_smem();\n        release(',
+        to: 'release(',
+      },
+      {
+        what: 'values are passed on before all lanes have written',
+        file: float8,
+        from: 'release(smem.turned_full[to.stage]);',
+        to: 'if (lane == 0) smem.turned_full[to.stage].arrive();',
+      },
+      {
+        what: 'transposed keys have another order than weights',
+        file: float8,
+        from: 'swap ? 0x7531 : 0x6420',
+        to: 'swap ? 0x7351 : 0x6240',
+      },
+      {
+        what: 'the lanes that swap columns are others',
+        file: float8,
+        from: 'swap = lane / 16;',
+        to: 'swap = lane / 8 % 2;',
+      },
+      {
+        what: 'a row of the transpose is off by one',
+        file: float8,
+        from: '(row >= 4) ^ (lane / 8 % 2)',
+        to: 'lane / 8 % 2',
+      },
+      {
+        what: 'values of other sequences are not silenced',
+        file: float8,
+        from: 'if (key + 16 > left) {',
+        to: 'if (false) {',
+      },
+      {
+        what: 'one more value is silenced',
+        file: float8,
+        from: 'first + 1 < left',
+        to: 'first + 2 < left',
+      },
+      {
+        what: 'weights of two octets are exchanged',
+        file: float8,
+        from: 'pack_e4m3(of[0], of[1], of[4], of[5])',
+        to: 'pack_e4m3(of[4], of[5], of[0], of[1])',
+      },
+      {
+        what: 'weights are lifted but lse is not lowered',
+        file: float8,
+        from: '* size_log2 - kLift',
+        to: '* size_log2',
+      },
+      {
+        what: 'sums shrink by what is for the next tile',
+        file: float8,
+        from: 'add_values(shrink);',
+        to: 'add_values(rows.shrink);',
+      },
+      {
+        what: 'sums of a tile begin with those of the one before',
+        file: float8,
+        from: 'k_major(0, k / 2), k > 0);\n    wgmma_commit();\n  };\n  // acc',
+        to: 'k_major(0, k / 2), true);\n    wgmma_commit();\n  };\n  // acc',
+      },
+      {
+        what: 'a negative scale is taken for a positive one',
+        file: float8,
+        from: 'if (scale_log2 < 0) {',
+        to: 'if (false) {',
+      },
+      {
+        what: 'a scale of zero makes masked scores visible',
+        file: float8,
+        from: 'fabsf(scale_log2) < 1e-30f ? 1e-30f : fabsf(scale_log2)',
+        to: 'fabsf(scale_log2)',
+      },
+      {
+        what: 'the scale is that of another kv head',
+        file: float8,
+        from: 'k_scale[head / group * k_scale_stride]',
+        to: 'k_scale[head * k_scale_stride]',
+      },
+      {
+        what: 'values keep their scale to themselves',
+        file: float8,
+        from: 'end.factor * value_scale;',
+        to: 'end.factor;',
+      },
+      {
+        what: 'a row that is computed again has no scale',
+        file: float8,
+        from: 'values[c] * value_scale',
+        to: 'values[c]',
+      },
+      {
+        what: 'q is loaded over what scores are still made of',
+        file: float8,
+        from: 'smem.q_empty[q.stage].wait(q.parity ^ 1);\n        smem.work',
+        to: 'smem.work',
+      },
+      {
+        what: 'out is written over what a copy reads',
+        file: float8,
+        from: 'if (thread == 0) wait_copies_read<0>();\n    named',
+        to: 'named',
+      },
+      {
+        what: 'masked values that are no numbers leak into rows',
+        file: float8,
+        from: 'args.causal && total != total',
+        to: 'false && total != total',
+      },
+      {
+        what: 'rows of other sequences are overwritten',
+        file: float8,
+        from: 'if (args.cu_seqlens_q && first_row + 64 > work.sq) {',
+        to: 'if (false) {',
+      },
+      {
+        what: 'the window is one key too wide',
+        file: softmax,
+        from: 'beyond - window;',
+        to: 'beyond - window - 1;',
       },
     ],
   },

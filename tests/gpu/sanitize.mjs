@@ -85,6 +85,20 @@ check('packed', () => {
   const packed = draw([1, 150, 2, 128])
   differentiate(packed, packed, packed, { causal: true, cuSeqlensQ: cu, cuSeqlensK: cu })
 })
+// by Hopper's kernel, then by the portable one
+for (const [d, softCap] of [
+  [64, 0],
+  [128, 0],
+  [40, 20],
+])
+  check(`float8 ${d}`, () => {
+    const make = (shape) => draw(shape).cast('float8_e4m3fn')
+    const [q, k] = [make([2, 193, 4, d]), make([2, 257, 2, d])]
+    keep(attention(q, k, k, { window: 150, softCap, kScale: [0.5, 2], sink: [0, 1, 2, 3] }))
+    const x = make([1, 150, 2, d])
+    const cuSeqlens = { cuSeqlensQ: cu, cuSeqlensK: cu }
+    keep(attention(x, x, x, { causal: true, softCap, ...cuSeqlens, dtype: 'float16' }))
+  })
 for (const [d, e] of [
   [64, 64],
   [128, 128],

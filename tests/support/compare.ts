@@ -42,6 +42,8 @@ export interface Sensitivity {
   exponent?: number
   /** The result is such a sum, whose terms are this large while it may be small. */
   terms?: number
+  /** Takes the place of the format's epsilon. */
+  unit?: number
 }
 
 /**
@@ -54,12 +56,11 @@ export function expectClose(
   plain: Numbers,
   dtype: FloatDType,
   what: string,
-  { exponent = 0, terms = 2 ** -14 }: Sensitivity = {},
+  { exponent = 0, terms = 2 ** -14, unit = epsilon[dtype] }: Sensitivity = {},
 ): void {
   expect(actual.length, what).toBe(expected.length)
   const units = dtype === 'float32' ? 4 + exponent : 1
-  const bound =
-    2 * maxError(plain, expected) + units * epsilon[dtype] * Math.max(largest(expected), terms)
+  const bound = 2 * maxError(plain, expected) + units * unit * Math.max(largest(expected), terms)
   const error = maxError(actual, expected)
   expect(error, `${what}: error ${error}, allowed ${bound}`).toBeLessThanOrEqual(bound)
 }

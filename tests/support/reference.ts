@@ -1,4 +1,5 @@
 import type { FloatDType } from 'heddle'
+import { rounded as nearest } from './codecs.js'
 import { round } from './rounding.js'
 
 // Textbook float64 versions of the operators, written for clarity alone and apart from everything they test.
@@ -19,6 +20,8 @@ export interface AttentionCase {
   sink: readonly number[] | undefined
   /** Numbers of q, k and v of each of their heads are multiplied by these. */
   factors?: { q: readonly number[]; k: readonly number[]; v: readonly number[] } | undefined
+  /** Whether plain code multiplies values by weights of e4m3, which are lifted by 2^8 for its range. */
+  coarse?: boolean
   /** Whether query i of a head sees key t, beside causality and the window; everything if left out. */
   sees?: (b: number, head: number, i: number, t: number) => boolean
 }
@@ -38,6 +41,8 @@ export interface Reference {
   plainLse: Float64Array
   /** The largest score, with every term of its sum taken by magnitude. */
   terms: number
+  /** The epsilon of weights that have fewer digits than the dtype. */
+  unit?: number
 }
 
 /** `lengths` gives each batch entry its own number of rows and keys. */
@@ -101,7 +106,11 @@ export function attentionReference(
           for (let f = 0; f < c.dv; f++) {
             let value = 0
             seen.forEach((t, j) => {
-              value = accumulated(value + r(weights[j]! / sum) * factorV * v(b, t, hk, f))
+              const weight =
+                rounded && c.coarse
+                  ? nearest('float8_e4m3fn', 256 * weights[j]!) / 256 / sum
+                  : r(weights[j]! / sum)
+              value = accumulated(value + weight * factorV * v(b, t, hk, f))
             })
             ;(rounded ? plain : out)[((b * c.sq + i) * c.hq + h) * c.dv + f] = r(value)
           }
@@ -109,7 +118,7 @@ export function attentionReference(
       }
     }
   }
-  return { out, lse, plain, plainLse, terms: largest }
+  return { out, lse, plain, plainLse, terms: largest, ...(c.coarse ? { unit: 2 ** -4 } : {}) }
 }
 
 /** Gradients of one call, each as long as its tensor. */

@@ -164,6 +164,12 @@ template <DType kType> uint32_t pack(float low, float high) {
   return emulator::encode(kType, low) | static_cast<uint32_t>(emulator::encode(kType, high)) << 16;
 }
 
+inline uint32_t pack_e4m3(float a, float b, float c, float d) {
+  uint32_t packed = 0;
+  for (const float x : {d, c, b, a}) packed = packed << 8 | emulator::encode(DType::kE4M3, x);
+  return packed;
+}
+
 template <DType kType> float unpack(uint16_t bits) { return emulator::decode(kType, bits); }
 
 }  // namespace heddle::sm90

@@ -1,0 +1,46 @@
+#include "attention/float8_sm90.cuh"
+
+#include "attention_check.h"
+
+namespace heddle {
+namespace {
+
+#ifndef HEDDLE_D
+#define HEDDLE_D 64
+#endif
+#ifndef HEDDLE_DTYPE
+#define HEDDLE_DTYPE kBF16
+#endif
+constexpr int kD = HEDDLE_D;
+
+const Case kCases[] = {
+    {.b = 1, .sq = 1, .sk = 1, .hq = 1, .hk = 1},
+    {.b = 1, .sq = 1, .sk = 3, .hq = 1, .hk = 1, .causal = true, .scaled = true},
+    {.b = 1, .sq = 65, .sk = 127, .hq = 3, .hk = 3, .processors = 2, .scaled = true},
+    {.b = 1, .sq = 193, .sk = 193, .hq = 1, .hk = 1, .causal = true, .narrower = 16},
+    {.b = 2, .sq = 70, .sk = 257, .hq = 3, .hk = 1, .causal = true, .scaled = true},
+    {.b = 1, .sq = 130, .sk = 61, .hq = 1, .hk = 1, .causal = true, .sink = true, .processors = 2},
+    {.b = 1, .sq = 385, .sk = 600, .hq = 1, .hk = 1, .causal = true},
+    {.b = 1, .sq = 200, .sk = 600, .hq = 1, .hk = 1, .window = 150, .sink = true, .scaled = true},
+    {.b = 1, .sq = 18, .sk = 21, .hq = 1, .hk = 1, .causal = true, .poisoned = 13, .scaled = true},
+    {.b = 1, .sq = 30, .sk = 30, .hq = 1, .hk = 1, .window = 5, .narrower = 16, .poisoned = 9},
+    {.b = 1,
+     .sq = 215,
+     .sk = 275,
+     .hq = 2,
+     .hk = 1,
+     .causal = true,
+     .packed = {{70, 1}, {0, 130}, {5, 0}, {129, 129}, {11, 15}},
+     .processors = 2},
+    {.b = 3, .sq = 20, .sk = 300, .hq = 2, .hk = 1, .cached = {300, 20, 131}},
+};
+
+}  // namespace
+}  // namespace heddle
+
+int main(int argc, char** argv) {
+  using namespace heddle;
+  return check_all<DType::kE4M3, DType::HEDDLE_DTYPE>(
+      kCases, kD, kD, argc, argv,
+      [](const Case&, SplitCall& call) { launch_float8_sm90<kD>(call, nullptr); });
+}
