@@ -1,7 +1,5 @@
 #pragma once
-#include <cstdint>
-#include <cstring>
-
+#include "core/select.h"
 #include "ops/hip.h"
 
 // The search of HiP by a team, for one list: a row of query blocks of one head, of the heads of a
