@@ -176,8 +176,8 @@ HEDDLE_HD void flexprefill_head(const Team& own, const Group& all, const FlexPre
                         bit_range(-from, 1 - from) |
                         bit_range(first_of(row) - from, last + 1 - from);
         seen |= reverse_bits(bits_at(band_bits, line_words, last - from - 63));
-        bits[i] |= static_cast<int32_t>(static_cast<uint32_t>(full ? ~uint64_t{0} : seen) &
-                                        static_cast<uint32_t>(bit_range(0, last + 1 - from)));
+        bits[i] = static_cast<int32_t>(static_cast<uint32_t>(full ? ~uint64_t{0} : seen) &
+                                       static_cast<uint32_t>(bit_range(0, last + 1 - from)));
       });
 }
 

@@ -10,7 +10,7 @@ struct FlexPrefill {
   Tensor lines;     // [b, hq, 2, sk] f32: mass of each key for the last queries, of each distance
   Tensor estimate;  // [b, hq, 1, nk] f32: the pooled distribution of blocks for them
   Tensor map;       // [b, hq, nq, nk] f32: the pooled distribution of every row of blocks
-  Tensor blocks;    // [b, hq, nq, words] i32; what is selected is added
+  Tensor blocks;    // [b, hq, nq, words] i32: what is selected
   Tensor work;      // [b, hq, 3, nk + 1] f32: masses of columns and of bands, then which are listed
   Tensor divergence;  // [b, hq] f32: square root of the Jensen-Shannon divergence
   double gamma = 0.9, tau = 0.1;

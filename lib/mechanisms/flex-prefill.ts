@@ -5,7 +5,7 @@ import { run } from '../native.js'
 import { attention } from '../ops/attention.js'
 import { probe } from '../ops/probe.js'
 import { scope } from '../scope.js'
-import { checkTensor, type Tensor, zeros } from '../tensor.js'
+import { checkTensor, empty, type Tensor } from '../tensor.js'
 import { everything, type PackedOptions, perSequence } from './packed.js'
 
 /** Options of {@link flexPrefill}. */
@@ -89,7 +89,7 @@ export function flexPrefill<D extends FloatDType>(
       const [rowsOfBlocks, columns] = [map.shape[2]!, map.shape[3]!]
       const device = q.device
       const shape = [b, heads, rowsOfBlocks, Math.ceil(columns / 32)]
-      const bits = zeros(shape, { dtype: 'int32', device })
+      const bits = empty(shape, { dtype: 'int32', device })
       run('flexprefill', {
         lines: probe(last, keys, { ...rows, per: 'line' }),
         // whole blocks: the last queries are the map's last row
@@ -99,7 +99,7 @@ export function flexPrefill<D extends FloatDType>(
             : probe(last, keys, { ...pooled, block: rows.block }),
         map,
         blocks: bits,
-        work: zeros([b, heads, 3, columns + 1], { device }),
+        work: empty([b, heads, 3, columns + 1], { device }),
         gamma,
         tau,
         least,

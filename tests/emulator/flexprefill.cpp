@@ -92,7 +92,7 @@ double check(const Case& c, emulator::Random& random) {
   op.estimate = tensor(estimate.data(), {1, c.heads, 1, nk});
   op.map = tensor(map.data(), {1, c.heads, rows, nk});
 
-  std::vector<int32_t> expected(size(c.heads * rows * words)), bits = expected;
+  std::vector<int32_t> expected(size(c.heads * rows * words), 1), bits(expected.size(), 2);
   std::vector<float> work(size(c.heads * 3 * (nk + 1))), divergence(size(c.heads), kNone);
   op.work = tensor(work.data(), {1, c.heads, 3, nk + 1});
   op.divergence = tensor(divergence.data(), {1, c.heads});
