@@ -54,6 +54,23 @@ inline void make_unit(float* x, int64_t n) {
   for (int64_t i = 0; i < n; ++i) x[i] = static_cast<float>(static_cast<double>(x[i]) * factor);
 }
 
+// What row x of n numbers gets where `gradient` is that of the row made unit. A row without a
+// length has no direction, and gets nothing.
+inline void unit_gradient(float* gradient, const float* x, int64_t n) {
+  double square = 0, along = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    square += static_cast<double>(x[i]) * static_cast<double>(x[i]);
+    along += static_cast<double>(x[i]) * static_cast<double>(gradient[i]);
+  }
+  const double length = std::sqrt(square);
+  for (int64_t i = 0; i < n; ++i)
+    gradient[i] = length <= 1e-12
+                      ? 0
+                      : static_cast<float>((static_cast<double>(gradient[i]) -
+                                            along / square * static_cast<double>(x[i])) /
+                                           length);
+}
+
 struct Range {
   int64_t begin, end;
 };
@@ -210,12 +227,14 @@ template <class T> struct Problem {
             n > Attention::kYoungRows ? static_cast<float>(op.offset) : 0};
   }
 
-  // The exponent of what a score weighs, both in base 2. Far below 0 softplus is exp
+  // Far below 0 softplus is exp
+  Vec log2_softplus(Vec score) const {
+    return score < splat(-30.f) ? score : log2(softplus(score * static_cast<float>(kLn2)));
+  }
+  // The exponent of what a score weighs, both in base 2
   Vec lift(Vec score, Vec gain_log2, Vec offset) const {
-    const Vec log2_softplus =
-        score < splat(-30.f) ? score : log2(softplus(score * static_cast<float>(kLn2)));
-    if (op.weights == Attention::kSoftplus) return log2_softplus;
-    const Vec share = exp2_to_127(log2_softplus + gain_log2), rest = share - offset;
+    if (op.weights == Attention::kSoftplus) return log2_softplus(score);
+    const Vec share = exp2_to_127(log2_softplus(score) + gain_log2), rest = share - offset;
     return rest <= Attention::kReweightedSnap * share ? splat(-INFINITY)
                                                       : static_cast<float>(op.power) * log2(rest);
   }
@@ -288,19 +307,25 @@ template <class T> struct Problem {
     return {begin, std::clamp(all.end, begin, part.keys.end)};
   }
 
-  // What a score weighs in a row whose weights add up to 2^lse, and how a natural score moves it
+  // What a score weighs in a row whose weights add up to 2^lse, and how a natural score, or the
+  // level of the row, moves it
   struct Weight {
-    Vec p, rate;
+    Vec p, rate, level_rate = zero();
   };
-  Weight differentiate(Vec score, Vec lse_log2) const {
+  Weight differentiate(Vec score, Vec lse_log2, Vec gain_log2, Vec offset) const {
     if (!lifted && shifted) {
       const Vec p = exp2_to_127(score - lse_log2);
       return {p, p};
     }
     const Vec s = score * static_cast<float>(kLn2);
     if (lifted) {
-      const Vec p = exp2_to_127(lift(score, zero(), zero()) - lse_log2);
-      return {p, score < splat(-30.f) ? p : p * sigmoid(s) / softplus(s)};
+      const Vec p = exp2_to_127(lift(score, gain_log2, offset) - lse_log2);
+      Vec moved = p;  // by the log of softplus
+      if (op.level) {
+        const Vec share = exp2_to_127(log2_softplus(score) + gain_log2);
+        moved = p == zero() ? p : static_cast<float>(op.power) * p / (share - offset) * share;
+      }
+      return {p, score < splat(-30.f) ? moved : moved * sigmoid(s) / softplus(s), -moved};
     }
     const Vec share = op.normalise ? exp2_to_127(min(splat(127), -lse_log2)) : splat(1),
               p = share * weight(score);

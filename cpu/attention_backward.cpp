@@ -56,12 +56,13 @@ template <class T> class Backward {
     const int64_t panels = std::max<int64_t>(kMostFloats / (living * d_ * kPanelRows), 1);
     const int64_t section = std::min(panels * kPanelRows, most_rows);
     const Scratch<float> dq(static_cast<size_t>(living * section * d_));
+    const Scratch<float> dlevel(static_cast<size_t>(op_.level ? living * section : 0));
     const size_t work_floats = BackwardKernel<T>::floats(problem_.d, problem_.dv);
     const Scratch<float> work(static_cast<size_t>(context_.threads()) * work_floats);
 
     for (int64_t first = 0; first < most_rows; first += section) {
-      const auto sum_of = [&](int64_t part, int worker) {
-        return dq.data() + (shared ? part : worker) * section * d_;
+      const auto sum_of = [&](const Scratch<float>& sums, int64_t width, int64_t part, int worker) {
+        return sums.data() + (shared ? part : worker) * section * width;
       };
       std::vector<int64_t> order(parts_.size());
       std::iota(order.begin(), order.end(), int64_t{0});
@@ -75,20 +76,23 @@ template <class T> class Backward {
       context_.parallel(static_cast<int64_t>(order.size()), [&](int64_t turn, int worker) {
         const int64_t index = order[static_cast<size_t>(turn)];
         const Part& part = parts_[static_cast<size_t>(index)];
-        float* const sum = sum_of(index, worker);
+        float* const sum = sum_of(dq, d_, index, worker);
+        float* const level = op_.level ? sum_of(dlevel, 1, index, worker) : nullptr;
         std::fill_n(sum, part.rows * d_, 0.f);
+        std::fill_n(level, level ? part.rows : 0, 0.f);
         const Gradients gradients{sum, key_sums(dk_, part, d_), key_sums(dv_sum_, part, dv_),
-                                  dslopes.data() + index * problem_.group};
+                                  dslopes.data() + index * problem_.group, level};
         BackwardKernel<T>(problem_, op_.dout, rows_,
                           work.data() + static_cast<size_t>(worker) * work_floats)
             .run(part, gradients);
-        if (!shared) store_dq(part, sum, 1, 0);
+        if (!shared) store_rows(part, sum, level, 1, 0);
       });
       if (!shared) continue;
       context_.parallel(static_cast<int64_t>(rows_of_parts_.size()), [&](int64_t index, int) {
         const Rows& rows = rows_of_parts_[static_cast<size_t>(index)];
-        store_dq(parts_[static_cast<size_t>(rows.first_part)], sum_of(rows.first_part, 0),
-                 rows.splits, section * d_);
+        store_rows(parts_[static_cast<size_t>(rows.first_part)], sum_of(dq, d_, rows.first_part, 0),
+                   op_.level ? sum_of(dlevel, 1, rows.first_part, 0) : nullptr, rows.splits,
+                   section);
       });
     }
     store_keys();
@@ -115,10 +119,15 @@ template <class T> class Backward {
         const int64_t at = (batch * heads + head) * tokens + token;
         const float natural = lse.as<float>()[batch * lse.strides[0] + head * lse.strides[1] +
                                               token * lse.strides[2]];
+        const float dlse =
+            op_.dlse
+                ? op_.dlse.as<float>()[batch * op_.dlse.strides[0] + head * op_.dlse.strides[1] +
+                                       token * op_.dlse.strides[2]]
+                : 0;
         rows_.lse_log2[at] = natural == -INFINITY
                                  ? INFINITY
                                  : static_cast<float>(static_cast<double>(natural) * kLog2e);
-        rows_.delta[at] = dot(a, b, problem_.dv);
+        rows_.delta[at] = natural == -INFINITY ? 0 : dot(a, b, problem_.dv) - dlse;
       }
     });
   }
@@ -183,21 +192,32 @@ template <class T> class Backward {
                width;
   }
 
-  // Adds up the sums of several splits, `apart` floats from one to the next
-  void store_dq(const Part& part, float* sums, int64_t splits, int64_t apart) const {
+  // Adds up the sums of several splits, `apart` rows from one to the next
+  void store_rows(const Part& part, float* sums, float* levels, int64_t splits,
+                  int64_t apart) const {
     for (int64_t row = 0; row < part.rows; ++row) {
       const float scale = static_cast<float>(op_.scale) * problem_.length_factor(part, row);
       float* const line = sums + row * d_;
       for (int64_t i = 0; i < d_; i += kLanes) {
         Vec sum = load(line + i);
-        for (int64_t split = 1; split < splits; ++split) sum += load(line + split * apart + i);
+        for (int64_t split = 1; split < splits; ++split) sum += load(line + split * apart * d_ + i);
         store(line + i, sum * scale);
       }
-      const Tensor& dq = op_.dq;
-      store_row(dq.as<T>() + part.sequence->batch * dq.strides[0] +
-                    (part.sequence->q_begin + problem_.query_of(part, row)) * dq.strides[1] +
-                    problem_.head_of(part, row) * dq.strides[2],
-                dq.strides[3], line, problem_.d);
+      const int64_t batch = part.sequence->batch, head = problem_.head_of(part, row),
+                    token = part.sequence->q_begin + problem_.query_of(part, row);
+      const auto at = [&](const Tensor& x) {
+        return x.as<T>() + batch * x.strides[0] + token * x.strides[1] + head * x.strides[2];
+      };
+      if (op_.cosine) {
+        float q[256];
+        load_row(q, at(op_.q), op_.q.strides[3], problem_.d);
+        unit_gradient(line, q, problem_.d);
+      }
+      store_row(at(op_.dq), op_.dq.strides[3], line, problem_.d);
+      if (!levels) continue;
+      float level = 0;
+      for (int64_t split = 0; split < splits; ++split) level += levels[split * apart + row];
+      op_.dlevel.as<float>()[(batch * op_.q.shape[2] + head) * op_.q.shape[1] + token] = level;
     }
   }
 
@@ -214,6 +234,11 @@ template <class T> class Backward {
         };
         float* const dk = dk_.data() + at * d_;
         for (int64_t i = 0; i < d_; ++i) dk[i] *= dk_factor;
+        if (op_.cosine) {
+          float k[256];
+          load_row(k, row(op_.k), op_.k.strides[3], problem_.d);
+          unit_gradient(dk, k, problem_.d);
+        }
         store_row(row(op_.dk), op_.dk.strides[3], dk, problem_.d);
         store_row(row(op_.dv), op_.dv.strides[3], dv_sum_.data() + at * dv_, problem_.dv);
       }

@@ -32,13 +32,14 @@ struct Gradients {
   float* dk;        // [part.keys, padded(d)]
   float* dv;        // [part.keys, padded(dv)]
   double* dslopes;  // [group]
+  float* dlevel;    // [part.rows]
 };
 
 template <class T> class BackwardKernel {
  public:
   static size_t floats(int64_t d, int64_t dv) {
     return whole_lines((2 * kPanelRows + kTileKeys) * (padded(d) + padded(dv)) +
-                       2 * kTileKeys * kPanelRows + 7 * kPanelRows);
+                       2 * kTileKeys * kPanelRows + 10 * kPanelRows);
   }
 
   BackwardKernel(const Problem<T>& problem, const Tensor& dout, const RowStatistics& statistics,
@@ -63,6 +64,9 @@ template <class T> class BackwardKernel {
     slope_log2_ = take(kPanelRows);
     distance_ = take(kPanelRows);
     dslopes_ = take(kPanelRows);
+    gain_log2_ = take(kPanelRows);
+    offset_ = take(kPanelRows);
+    dlevel_ = take(kPanelRows);
     low_ = reinterpret_cast<int32_t*>(take(kPanelRows));
     high_ = reinterpret_cast<int32_t*>(take(kPanelRows));
   }
@@ -78,12 +82,14 @@ template <class T> class BackwardKernel {
       // Rows of zeros make the tile whole rows of a product
       padded_count_ = (count_ + kTileRows - 1) / kTileRows * kTileRows;
       k.load(tile_k_, d_, tile, problem_.d);
+      problem_.finish_k(tile_k_, d_, count_);
       v.load(tile_v_, dv_, tile, problem_.dv);
       std::fill_n(tile_k_ + count_ * d_, (padded_count_ - count_) * d_, 0.f);
       std::fill_n(tile_v_ + count_ * dv_, (padded_count_ - count_) * dv_, 0.f);
       const int64_t at = t - part.keys.begin;
-      const Gradients here{gradients.dq, gradients.dk + at * d_, gradients.dv + at * dv_,
-                           gradients.dslopes};
+      Gradients here = gradients;
+      here.dk += at * d_;
+      here.dv += at * dv_;
       for (int64_t row = 0; row < part.rows; row += kPanelRows) step(part, row, tile, here);
     }
   }
@@ -107,6 +113,7 @@ template <class T> class BackwardKernel {
     if (problem_.op.slopes)
       for (int64_t r = 0; r < rows; ++r)
         to.dslopes[(part.first_row + row + r) % problem_.group] += static_cast<double>(dslopes_[r]);
+    for (int64_t r = 0; problem_.op.level && r < rows; ++r) to.dlevel[row + r] += dlevel_[r];
 
     float* dq = to.dq + row * d_;
     if (masked && !all_finite()) return add_visible(rows, dq, to);
@@ -157,24 +164,28 @@ template <class T> class BackwardKernel {
       delta_[r] = statistics_.delta[at];
       slope_log2_[r] = problem_.slope_of(part, row + r);
       distance_[r] = static_cast<float>(tile.begin - problem_.position_of(part, row + r));
+      const auto lift = problem_.lift_of(part, row + r);
+      gain_log2_[r] = lift.gain_log2;
+      offset_[r] = lift.offset;
     }
     for (int64_t r = rows; r < lanes_; ++r) {
       std::fill_n(rows_q_ + r * d_, d_, 0.f);
       std::fill_n(rows_dout_ + r * dv_, dv_, 0.f);
       lse_log2_[r] = INFINITY;
-      delta_[r] = slope_log2_[r] = distance_[r] = 0;
+      delta_[r] = slope_log2_[r] = distance_[r] = gain_log2_[r] = offset_[r] = 0;
     }
     transpose(lanes_q_, kPanelRows, rows_q_, d_, lanes_, problem_.d);
     transpose(lanes_dout_, kPanelRows, rows_dout_, dv_, lanes_, problem_.dv);
   }
 
-  // Turns S and dP into P and dS; sums dS * (t - p) of each row, which is what its slope gets
+  // Turns S and dP into P and dS; sums what of each row its slope and its level get
   void differentiate(const Part& part, int64_t row, int64_t rows, Range tile, bool masked) {
     const Attention& op = problem_.op;
     for (int64_t at = 0; at < lanes_; at += kLanes) {
       const Vec lse = load(lse_log2_ + at), delta = op.normalise ? load(delta_ + at) : zero();
       const Vec slope = load(slope_log2_ + at), distance = load(distance_ + at);
-      Vec dslope = zero();
+      const Vec gain_log2 = load(gain_log2_ + at), offset = load(offset_ + at);
+      Vec dslope = zero(), dlevel = zero();
       for (int64_t t = 0; t < count_; ++t) {
         float* const score = scores_ + t * kPanelRows + at;
         float* const dscore = dscores_ + t * kPanelRows + at;
@@ -189,19 +200,23 @@ template <class T> class BackwardKernel {
         if (op.bias)
           for (int64_t i = 0; i < std::min<int64_t>(kLanes, rows - at); ++i)
             s[i] += problem_.bias_of(part, row + at + i, tile.begin + t);
-        auto [p, rate] = problem_.differentiate(s, lse);
-        Vec ds = rate * (load(dscore) - delta);
+        auto [p, rate, level_rate] = problem_.differentiate(s, lse, gain_log2, offset);
+        const Vec dp = load(dscore) - delta;
+        Vec ds = rate * dp;
         if (masked) {
           const Int word = load_int((t < 32 ? low_ : high_) + at);
           const Mask sees = (word >> static_cast<int>(t & 31) & 1) != 0;
           p = sees ? p : zero();
           ds = sees ? ds : zero();
+          level_rate = sees ? level_rate : zero();
         }
         if (op.slopes) dslope += ds * apart;
+        if (op.level) dlevel += level_rate * dp;
         store(score, p);
         store(dscore, op.soft_cap > 0 ? ds * derivative : ds);
       }
       store(dslopes_ + at, dslope);
+      store(dlevel_ + at, dlevel);
     }
   }
 
@@ -242,7 +257,8 @@ template <class T> class BackwardKernel {
   float *rows_q_, *rows_dout_;            // [kPanelRows, d_] and [kPanelRows, dv_]
   float *lanes_q_, *lanes_dout_;          // the same transposed
   float *scores_, *dscores_;              // [kTileKeys, kPanelRows]
-  float *lse_log2_, *delta_, *slope_log2_, *distance_, *dslopes_;
+  float *lse_log2_, *delta_, *slope_log2_, *distance_, *gain_log2_, *offset_;
+  float *dslopes_, *dlevel_;
   int32_t *low_, *high_;  // a bit for each key of the tile that a row sees
 };
 

@@ -137,15 +137,16 @@ struct Attention : MaskArguments {
 };
 
 // The gradients of a call of attention from the call itself, its results and the gradient of out:
-// it has the same options, except that keys do not come in pages, that scores are no cosines and
-// that weights are not reweighted. A mask is a constant.
+// it has the same options, except that keys do not come in pages. A mask is a constant.
 struct AttentionBackward : Attention {
   static constexpr const char* kName = "attention.backward";
   Tensor dout;                // [b, sq, hq, dv], as out
+  Tensor dlse;                // [b, hq, sq] f32: the gradient of lse, none if left out
   Tensor dq;                  // [b, sq, hq, d]
   Tensor dk, dv;              // [b, sk, hk, d] and [b, sk, hk, dv]
   Tensor dsink;               // [hq] f32, where there is a sink
   Tensor dslopes;             // [hq] f32, where there are slopes
+  Tensor dlevel;              // [b, hq, sq] f32, where there is a level
   bool deterministic = true;  // sums have one order; otherwise it may change from call to call
 
   template <class Schema> static void describe(Schema& schema) {
@@ -167,16 +168,27 @@ struct AttentionBackward : Attention {
     schema.flag("causal", &Op::causal);
     schema.flag("deterministic", &Op::deterministic, true);
     schema.optional("bias", &Op::bias, "b hq sq sk", kFloats);
-    schema.choice("weights", &Op::weights, {"softmax", "sigmoid", "relu", "softplus"});
-    schema.number("power", &Op::power, 1).at_least(1).at_most(8);
+    schema.choice("weights", &Op::weights,
+                  {"softmax", "sigmoid", "relu", "softplus", "reweighted"});
+    schema.number("power", &Op::power, 1).at_least(1).at_most(64);
     schema.flag("normalise", &Op::normalise, true);
+    schema.flag("cosine", &Op::cosine);
     schema.number("length_scale", &Op::length_scale, 0);
+    schema.optional("level", &Op::level, "b hq sq", kF32);
+    schema.number("offset", &Op::offset, 1).at_least(0);
+    schema.optional("dlse", &Op::dlse, "b hq sq", kF32);
     describe_mask<Op>(schema);
     schema.output("dq", &Op::dq, "b sq hq d", like("q"));
     schema.output("dk", &Op::dk, "b sk hk d", like("q"));
     schema.output("dv", &Op::dv, "b sk hk dv", like("q"));
     schema.output("dsink", &Op::dsink, "hq", kF32).only_if("sink");
     schema.output("dslopes", &Op::dslopes, "hq", kF32).only_if("slopes");
+    schema.output("dlevel", &Op::dlevel, "b hq sq", kF32).only_if("level");
+  }
+
+  void validate() {
+    Attention::validate();
+    HEDDLE_CHECK(!dlse || normalise, kArgument, "dlse", "dlse goes with weights that are divided");
   }
 };
 

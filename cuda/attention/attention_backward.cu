@@ -33,6 +33,13 @@ BackwardArgs backward_args(const AttentionBackward& op, CudaContext& context) {
   args.row_delta = context.scratch<float>(rows);
   if (op.sink) args.dsink = op.dsink.as<float>();
   if (op.slopes) args.dslopes = op.dslopes.as<float>();
+  if (op.level) args.dlevel = op.dlevel.as<float>();
+  if (op.dlse) {
+    args.dlse = op.dlse.as<float>();
+    args.dlse_batch = op.dlse.strides[0];
+    args.dlse_head = op.dlse.strides[1];
+    args.dlse_token = op.dlse.strides[2];
+  }
   return args;
 }
 
@@ -54,6 +61,7 @@ BackwardCall backward_call(const AttentionBackward& op, const CudaContext& conte
 const char* declines_wgmma(const AttentionBackward& op, const CudaContext& context) {
   if (const char* reason = declines_hopper(op, context)) return reason;
   if (op.masked) return "mask must be left out";
+  if (op.dlse) return "dlse must be left out";
   if (op.out.strides[3] != 1 || op.dout.strides[3] != 1)
     return "out and dout must be contiguous along d";
   return declines_backward_sm90(backward_call(op, context));

@@ -30,6 +30,9 @@ struct BackwardArgs {
   // [b, hq, slope_parts]: sums of dS (t - p) before the scale, here of rows; null without slopes
   float* dslope_parts;
   int64_t slope_parts;
+  float* dlevel;      // [b, hq, sq] or null
+  const float* dlse;  // or null
+  int64_t dlse_batch, dlse_head, dlse_token;
 };
 
 // One warp per row
@@ -53,7 +56,9 @@ template <class T> __global__ void attention_delta_kernel(BackwardArgs p) {
     if (lane != 0) continue;
     const float lse = p.lse[batch * p.lse_batch + head * p.lse_head + token * p.lse_token];
     p.row_lse[row] = lse == -INFINITY ? INFINITY : lse;
-    p.row_delta[row] = sum;
+    const float dlse =
+        p.dlse ? p.dlse[batch * p.dlse_batch + head * p.dlse_head + token * p.dlse_token] : 0;
+    p.row_delta[row] = lse == -INFINITY ? 0 : sum - dlse;
   }
 }
 
@@ -75,12 +80,14 @@ __device__ inline Place place_tile(const ForwardArgs& p, int64_t batch, int64_t 
   return place;
 }
 
-// 32 rows of query head `owner`, or 32 keys of kv head `owner`; a thread has kColumns of each sum
-template <class T, bool kOwnsKeys, int kColumns, bool kMasked>
+// 32 rows of query head `owner`, or 32 keys of kv head `owner`; a thread has kColumns of each sum.
+// Masks, cosines and levels are `kExtra`, whose registers the rest does without.
+template <class T, bool kOwnsKeys, int kColumns, bool kExtra>
 __device__ void gradient_tile(const BackwardArgs& args, const Place& place, int64_t owner) {
   const ForwardArgs& p = args.call;
   extern __shared__ float smem[];
   __shared__ uint32_t smem_seen[kRowTile];  // of each query of the tile, a bit per key
+  __shared__ float smem_length[kRowTile];   // of the owned tokens, where scores are cosines
   const int width = p.d + 1, width_v = p.dv + 1;
   float* smem_own = smem;                               // [32, d + 1] of q or k
   float* smem_own_v = smem_own + kRowTile * width;      // [32, dv + 1] of dout or v
@@ -118,7 +125,7 @@ __device__ void gradient_tile(const BackwardArgs& args, const Place& place, int6
 
   float acc[kColumns] = {};                    // dq or dk
   float acc_v[kOwnsKeys ? kColumns : 1] = {};  // dv
-  float dslope = 0;
+  float dslope = 0, dlevel = 0;
   const int64_t first_head = kOwnsKeys ? kv_head * group : owner;
   const int64_t last_head = first_head + (kOwnsKeys ? group : 1);
   if (kOwnsKeys) {
@@ -128,12 +135,16 @@ __device__ void gradient_tile(const BackwardArgs& args, const Place& place, int6
     load(smem_own, p.q, false, first_head, place.row0, kRowTile, p.d);
     load(smem_own_v, args.dout, false, first_head, place.row0, kRowTile, p.dv);
   }
+  if (kExtra && p.cosine) {
+    __syncthreads();
+    make_unit(smem_own, kRowTile, width, p.d, smem_length);
+  }
 
   for (int64_t head = first_head; head < last_head; ++head) {
     const float slope = p.slopes ? p.slopes[head * p.slopes_stride] : 0;
     for (int64_t other0 = first; other0 < last; other0 += kOtherTile) {
       __syncthreads();
-      if constexpr (kMasked) {
+      if (kExtra && p.masked) {
         uint32_t seen = 0;
         const int64_t query = (kOwnsKeys ? other0 : place.row0) + thread;
         if (thread < (kOwnsKeys ? kOtherTile : kRowTile)) {
@@ -154,6 +165,10 @@ __device__ void gradient_tile(const BackwardArgs& args, const Place& place, int6
         load(smem_other_v, p.v, true, kv_head, other0, kOtherTile, p.dv);
       }
       __syncthreads();
+      if (kExtra && p.cosine) {
+        make_unit(smem_other, kOtherTile, width, p.d);
+        __syncthreads();
+      }
 
       // -1 marks a pair that does not meet, whatever its tokens hold
       float weight[kOthersPerThread], dscore[kOthersPerThread];
@@ -168,7 +183,8 @@ __device__ void gradient_tile(const BackwardArgs& args, const Place& place, int6
         if (query >= place.sq || t >= place.sk || its >= last) continue;
         if ((p.causal || p.window) && t > position) continue;
         if (p.window && t <= position - p.window) continue;
-        if (kMasked && !(smem_seen[kOwnsKeys ? c : own] >> (kOwnsKeys ? own : c) & 1)) continue;
+        if (kExtra && p.masked && !(smem_seen[kOwnsKeys ? c : own] >> (kOwnsKeys ? own : c) & 1))
+          continue;
         float s = 0, dp = 0;
         for (int e = 0; e < p.d; ++e)
           s = fmaf(smem_own[own * width + e], smem_other[c * width + e], s);
@@ -186,9 +202,21 @@ __device__ void gradient_tile(const BackwardArgs& args, const Place& place, int6
         const int64_t row = (place.batch * p.hq + head) * p.sq + place.q_begin + query;
         if (p.bias) s += bias_at(p, place.batch, head, query, t);
         const float lse = args.row_lse[row], share = p.normalise ? expf(-lse) : 1;
-        weight[j] = p.shifted ? expf(exponent_of(p, s, {}) - lse) : share * weight_of(p, s);
+        Lift lift;
+        if (kExtra && p.level)
+          lift =
+              lift_of(p, place.batch, head, place.q_begin + query, keys_seen(p, place, position));
+        weight[j] = p.shifted ? expf(exponent_of(p, s, lift) - lse) : share * weight_of(p, s);
         const float delta = p.normalise ? args.row_delta[row] : 0;
-        const float ds = rate_of(p, s, weight[j], share) * (dp - delta);
+        float rate;
+        if (kExtra && p.level) {
+          const float moved = reweighted_rate(p, s, lift, weight[j]);
+          dlevel -= moved * (dp - delta);
+          rate = softplus_rate(s, moved);
+        } else {
+          rate = rate_of(p, s, weight[j], share);
+        }
+        const float ds = rate * (dp - delta);
         dslope = fmaf(ds, distance, dslope);
         dscore[j] = ds * derivative;
       }
@@ -212,8 +240,28 @@ __device__ void gradient_tile(const BackwardArgs& args, const Place& place, int6
     }
   }
 
-  dslope += __shfl_xor_sync(~0u, dslope, 1);
-  dslope += __shfl_xor_sync(~0u, dslope, 2);
+  const auto sum_of_four = [](float x) {
+    x += __shfl_xor_sync(~0u, x, 1);
+    return x + __shfl_xor_sync(~0u, x, 2);
+  };
+  dslope = sum_of_four(dslope);
+  if (kExtra) dlevel = sum_of_four(dlevel);
+  if (kExtra && p.cosine) {
+    __syncthreads();
+    const float* unit = smem_own + own * width;
+    float along = 0;
+#pragma unroll
+    for (int f = 0; f < kColumns; ++f)
+      if (const int column = part + kRowThreads * f; column < p.d)
+        along = fmaf(unit[column], acc[f], along);
+    along = sum_of_four(along);
+    // a token without a length has no direction
+    const float length = smem_length[own], inverse = length <= 1e-12f ? 0 : 1 / length;
+#pragma unroll
+    for (int f = 0; f < kColumns; ++f)
+      if (const int column = part + kRowThreads * f; column < p.d)
+        acc[f] = fmaf(-along, unit[column], acc[f]) * inverse;
+  }
   // Keys behind the length of a cache exist, and nothing meets them
   const int64_t token = place.row0 + own;
   const int64_t tokens = kOwnsKeys ? p.sk : p.sq;
@@ -231,12 +279,14 @@ __device__ void gradient_tile(const BackwardArgs& args, const Place& place, int6
   }
   if (!kOwnsKeys && args.dslope_parts && part == 0)
     args.dslope_parts[(place.batch * p.hq + first_head) * p.sq + place.q_begin + token] = dslope;
+  if (kExtra && !kOwnsKeys && p.level && part == 0)
+    args.dlevel[(place.batch * p.hq + first_head) * p.sq + place.q_begin + token] = dlevel;
 }
 
-template <class T, bool kOwnsKeys, bool kMasked>
+template <class T, bool kOwnsKeys, bool kExtra>
 __global__ void __launch_bounds__(kAttentionThreads) attention_gradient_kernel(BackwardArgs args) {
   const Place place = find_place(args.call, blockIdx.x, kOwnsKeys);
-  if (place.any) gradient_tile<T, kOwnsKeys, kMostColumns, kMasked>(args, place, blockIdx.y);
+  if (place.any) gradient_tile<T, kOwnsKeys, kMostColumns, kExtra>(args, place, blockIdx.y);
 }
 
 // The row tiles, or key tiles, that backward_sm90 has marked. Neighbours go to different CTAs.
@@ -331,6 +381,7 @@ template <class T> void backward_portable(const BackwardArgs& args, CudaContext&
     return static_cast<unsigned>(call.cu_seqlens_q ? size / kRowTile + call.sequences + 1
                                                    : call.b * ((size + kRowTile - 1) / kRowTile));
   };
+  const bool extra = call.masked || call.cosine || call.level;
   const auto launch_gradient = [&](auto* kernel, unsigned count, int64_t heads) {
     if (count == 0) return;
     const size_t smem_bytes = gradient_smem_bytes(call, kernel);
@@ -342,13 +393,13 @@ template <class T> void backward_portable(const BackwardArgs& args, CudaContext&
     attention_delta_kernel<T>
         <<<blocks_for(rows * 32, context), kThreads, 0, context.stream>>>(args);
     context.launched("attention_delta_kernel");
-    launch_gradient(call.masked ? attention_gradient_kernel<T, false, true>
-                                : attention_gradient_kernel<T, false, false>,
+    launch_gradient(extra ? attention_gradient_kernel<T, false, true>
+                          : attention_gradient_kernel<T, false, false>,
                     tiles(call.sq), call.hq);
   }
-  launch_gradient(call.masked ? attention_gradient_kernel<T, true, true>
-                              : attention_gradient_kernel<T, true, false>,
-                  tiles(call.sk), call.hk);
+  launch_gradient(
+      extra ? attention_gradient_kernel<T, true, true> : attention_gradient_kernel<T, true, false>,
+      tiles(call.sk), call.hk);
   sum_heads(args, context);
 }
 

@@ -192,13 +192,27 @@ __device__ inline float exponent_of(const ForwardArgs& p, float s, Lift lift) {
   return rest <= Attention::kReweightedSnap * share ? -INFINITY : p.power * logf(rest);
 }
 
+// By how much a score moves what moves with the log of its softplus by `rate`
+__device__ inline float softplus_rate(float s, float rate) {
+  return s < -30 ? rate : rate * sigmoid(s) / (fmaxf(s, 0) + log1pf(expf(-fabsf(s))));
+}
+
+// By how much the log of softplus moves a weight `weight` of reweighted, as the level does
+// downwards
+__device__ inline float reweighted_rate(const ForwardArgs& p, float s, Lift lift, float weight) {
+  if (weight == 0) return 0;
+  const float log_softplus = s < -30 ? s : logf(fmaxf(s, 0) + log1pf(expf(-fabsf(s))));
+  const float share = expf(log_softplus + lift.gain);
+  return p.power * weight / (share - lift.offset) * share;
+}
+
 // By how much a score moves a weight `weight`, which is `share` of what it is before a division
 __device__ inline float rate_of(const ForwardArgs& p, float s, float weight, float share) {
   if (p.weights == Attention::kSoftmax) return weight;
   if (p.weights == Attention::kSigmoid) return weight * (1 - sigmoid(s));
   if (p.weights == Attention::kSoftplus) {
     if (!p.shifted) return share * sigmoid(s);
-    return s < -30 ? weight : weight * sigmoid(s) / (fmaxf(s, 0) + log1pf(expf(-fabsf(s))));
+    return softplus_rate(s, weight);
   }
   if (s <= 0) return 0;
   float rate = share * p.power;
@@ -210,8 +224,10 @@ __device__ inline float length_factor(const ForwardArgs& p, int64_t seen) {
   return p.length_scale == 0 ? 1 : p.length_scale * logf(static_cast<float>(max(seen, int64_t{1})));
 }
 
-// Rows in shared memory get a length of 1, whatever their sizes; a warp takes a row
-__device__ inline void make_unit(float* rows, int count, int width, int d) {
+// Rows in shared memory get a length of 1, whatever their sizes; a warp takes a row. `lengths` are
+// those before.
+__device__ inline void make_unit(float* rows, int count, int width, int d,
+                                 float* lengths = nullptr) {
   const int lane = threadIdx.x % 32;
   for (int row = threadIdx.x / 32; row < count; row += kAttentionThreads / 32) {
     float* const x = rows + row * width;
@@ -223,6 +239,7 @@ __device__ inline void make_unit(float* rows, int count, int width, int d) {
     const float unit = largest > 0 ? largest : 1;
     for (int e = lane; e < d; e += 32) square = fmaf(x[e] / unit, x[e] / unit, square);
     const float length = sqrtf(warp_sum(square));
+    if (lengths && lane == 0) lengths[row] = unit * length;
     const float short_of = fminf(unit * length * 1e12f, 1);
     for (int e = lane; e < d; e += 32) x[e] = length == 0 ? 0 : x[e] / unit / length * short_of;
   }

@@ -1,8 +1,15 @@
 import { checkNumber, checkOptions } from '../check.js'
 import type { FloatDType } from '../dtype.js'
-import { type AttentionOptions, type AttentionResult, attention } from '../ops/attention.js'
+import {
+  type AttentionGradients,
+  type AttentionOptions,
+  type AttentionResult,
+  attention,
+  attentionBackward,
+} from '../ops/attention.js'
+import { add } from '../ops/elementwise.js'
 import { scope } from '../scope.js'
-import { checkTensor, type Tensor } from '../tensor.js'
+import { checkTensor, type Tensor, zeros } from '../tensor.js'
 
 /**
  * What {@link softplusAttention} computes for one head, with `off = sk - sq` and an offset of 1: row p sees
@@ -82,8 +89,90 @@ export function softplusAttention<D extends FloatDType>(
   v: Tensor<D>,
   options: SoftplusOptions = {},
 ): AttentionResult<D> {
-  const op = 'softplusAttention'
-  for (const [name, x] of Object.entries({ q, k, v })) checkTensor(op, name, x)
+  const { call, reweighted } = recipe('softplusAttention', { q, k, v }, options)
+  if (!reweighted) return attention(q, k, v, { ...call, weights: 'softplus' })
+  return scope(() => {
+    const level = levelOf(q, k, v, call)
+    return attention(q, k, v, { ...call, ...reweighted, level })
+  })
+}
+
+/** What {@link softplusBackward} returns. */
+export type SoftplusGradients<D extends FloatDType = FloatDType> = Pick<
+  AttentionGradients<D>,
+  'dq' | 'dk' | 'dv'
+>
+
+/**
+ * Gradients of {@link softplusAttention}, also reachable as `softplusAttention.backward`. A score moves the result through its
+ * own weight and through the mean of the row, so that keys below the mean get gradients too: those of the second pass, and
+ * then those of the first from what the second has for its level. Nothing of the size [sq, sk] is stored.
+ *
+ * @param q [b, sq, hq, d]; q, k, v and options are those of the call of {@link softplusAttention}, but for pages.
+ * @param out [b, sq, hq, dv] and `lse` [b, hq, sq], as {@link softplusAttention} returned them.
+ * @param dout [b, sq, hq, dv]: gradient of `out`, same dtype.
+ * @throws HeddleError `ERR_SHAPE`, `ERR_DTYPE`, `ERR_DEVICE` or `ERR_ARGUMENT` at the call.
+ * @example
+ * import { randn, softplusAttention } from 'heddle'
+ * const [q, k, v, dout] = [1, 2, 3, 4].map((seed) => randn([1, 128, 8, 64], { seed }))
+ * const { out, lse } = softplusAttention(q, k, v)
+ * const { dq } = softplusAttention.backward(q, k, v, out, lse, dout)
+ * console.log(dq.shape) // [1, 128, 8, 64]
+ */
+export function softplusBackward<D extends FloatDType>(
+  q: Tensor<D>,
+  k: Tensor<D>,
+  v: Tensor<D>,
+  out: Tensor<D>,
+  lse: Tensor<'float32'>,
+  dout: Tensor<D>,
+  options: Omit<SoftplusOptions, 'blockTable'> = {},
+): SoftplusGradients<D> {
+  const op = 'softplusAttention.backward'
+  const { call, reweighted } = recipe(op, { q, k, v, out, lse, dout }, options)
+  return scope(() => {
+    if (!reweighted) {
+      const gradients = { ...call, weights: 'softplus' } as const
+      const { dq, dk, dv } = attentionBackward(q, k, v, out, lse, dout, gradients)
+      return { dq, dk, dv }
+    }
+    const level = levelOf(q, k, v, call)
+    const { dlevel: dlse, ...second } = attentionBackward(q, k, v, out, lse, dout, {
+      ...call,
+      ...reweighted,
+      level,
+    })
+    // of the first pass only the sums counted
+    const nothing = zeros([1, 1, 1, 1], { dtype: q.dtype, device: q.device }).expand([
+      ...q.shape.slice(0, 3),
+      8,
+    ])
+    const first = attentionBackward(q, k, few(v), nothing, level, nothing, {
+      ...call,
+      weights: 'softplus',
+      dlse,
+    })
+    return { dq: add(second.dq, first.dq), dk: add(second.dk, first.dk), dv: second.dv }
+  })
+}
+
+/** The same as {@link softplusBackward}. */
+softplusAttention.backward = softplusBackward
+
+// Only sums count in the first pass, so values are as narrow as they may be
+const few = <D extends FloatDType>(v: Tensor<D>) => v.slice(3, 0, 8) as Tensor<D>
+
+const levelOf = <D extends FloatDType>(
+  q: Tensor<D>,
+  k: Tensor<D>,
+  v: Tensor<D>,
+  call: AttentionOptions,
+) => attention(q, k, few(v), { ...call, weights: 'softplus' }).lse
+
+// The options of attention that both passes have, and those of the second one
+function recipe(op: string, tensors: Record<string, Tensor>, options: SoftplusOptions) {
+  for (const [name, x] of Object.entries(tensors)) checkTensor(op, name, x)
+  const q = tensors.q!
   checkOptions(op, options, known)
   const { reweight = true, power = 15, offset = 1, qkNorm = true, eps = 0, ...rest } = options
   const { logD = Math.log(q.shape[3]!), scale = 1, causal = true, ...keys } = rest
@@ -92,10 +181,5 @@ export function softplusAttention<D extends FloatDType>(
   // A logit that only the normaliser sees
   const sink = eps > 0 ? new Array<number>(q.shape[2]!).fill(Math.log(eps)) : undefined
   const call = { ...keys, causal, scale, cosine: qkNorm, lengthScale: logD, sink }
-  if (!reweight) return attention(q, k, v, { ...call, weights: 'softplus' })
-  return scope(() => {
-    // Only the sums count, so values are as narrow as they may be
-    const { lse: level } = attention(q, k, v.slice(3, 0, 8), { ...call, weights: 'softplus' })
-    return attention(q, k, v, { ...call, weights: 'reweighted', level, power, offset })
-  })
+  return { call, reweighted: reweight && ({ weights: 'reweighted', power, offset } as const) }
 }

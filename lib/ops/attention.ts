@@ -221,10 +221,9 @@ function biasOf(
 }
 
 /** Options of {@link attentionBackward}: those of the forward call. */
-export interface AttentionBackwardOptions
-  extends Omit<AttentionOptions, 'blockTable' | 'weights' | 'cosine' | 'level' | 'offset'> {
-  /** As in {@link AttentionOptions}, but for `'reweighted'`. */
-  weights?: 'softmax' | 'sigmoid' | 'relu' | 'softplus' | undefined
+export interface AttentionBackwardOptions extends Omit<AttentionOptions, 'blockTable'> {
+  /** [b, hq, sq], f32: gradient of `lse`, none if left out. Of weights that are divided by their sum. */
+  dlse?: Tensor<'float32'> | undefined
   /**
    * Whether the same call gives the same bits every time, `true` if left out. Without it the order of sums is free, which
    * is faster on some GPUs.
@@ -244,6 +243,8 @@ export interface AttentionGradients<D extends FloatDType = FloatDType> {
   dsink: Tensor<'float32'> | undefined
   /** [hq], f32; only with `slopes`. */
   dslopes: Tensor<'float32'> | undefined
+  /** [b, hq, sq], f32; only with `level`. */
+  dlevel: Tensor<'float32'> | undefined
 }
 
 /** What {@link attentionBackward} computes for one head, in the terms of {@link attentionDefinition}. */
@@ -271,14 +272,19 @@ const knownToBackward: ReadonlySet<string> = new Set<keyof AttentionBackwardOpti
   'weights',
   'power',
   'normalise',
+  'cosine',
   'lengthScale',
+  'level',
+  'offset',
+  'dlse',
   'deterministic',
 ])
 
 /**
  * Gradients of {@link attention}, also reachable as `attention.backward`: scores are computed again from q, k and `lse`, as
  * {@link attentionBackwardDefinition} says, so nothing of the size [sq, sk] is ever stored. A row that sees no key gives
- * and gets nothing. A mask is a constant: what selected its keys gets no gradient.
+ * and gets nothing. A mask is a constant: what selected its keys gets no gradient. Under `cosine` a row of q or k shorter than
+ * 1e-12 gets none either.
  *
  * @param q [b, sq, hq, d]; q, k, v and options are those of the call of {@link attention}.
  * @param out [b, sq, hq, dv], as {@link attention} returned it.
@@ -310,8 +316,8 @@ export function attentionBackward<D extends FloatDType>(
   const made: Tensor[] = []
   try {
     prepare(op, call, q, k, made)
-    const [dq, dk, dv, dsink, dslopes] = run(op, call)
-    return { dq, dk, dv, dsink, dslopes } as AttentionGradients<D>
+    const [dq, dk, dv, dsink, dslopes, dlevel] = run(op, call)
+    return { dq, dk, dv, dsink, dslopes, dlevel } as AttentionGradients<D>
   } finally {
     for (const tensor of made) tensor.dispose()
   }

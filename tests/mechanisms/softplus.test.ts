@@ -1,7 +1,7 @@
 import { attention, type FloatDType, full, randn, softplusAttention, tensor } from 'heddle'
 import { expect, it } from 'vitest'
 import { maxError, relativeRms } from '../support/compare.js'
-import { describeDevices, floats } from '../support/devices.js'
+import { describeDevices, epsilon, floats } from '../support/devices.js'
 import { random, sample } from '../support/random.js'
 import { reader } from '../support/reference.js'
 
@@ -155,6 +155,118 @@ describeDevices('softplus attention', (device) => {
     },
     60_000,
   )
+
+  // Directional derivatives of float64 hold the gradients as a whole, one number for each of q, k and v
+  it.each(floats)(
+    'has the gradients that differences of float64 have in %s',
+    async (dtype) => {
+      const rng = random(18)
+      for (let n = 0; n < 12; n++) {
+        const hk = rng.pick([1, 2])
+        const sq = rng.pick([1, 3, 40, 70])
+        const c: Sizes = {
+          b: rng.pick([1, 2]),
+          sq,
+          sk: sq + rng.pick([0, 1, 70]),
+          hk,
+          hq: hk * rng.pick([1, 3]),
+          d: rng.pick([8, 40]),
+          dv: rng.pick([8, 24]),
+        }
+        const given: Given = {
+          causal: rng.chance(0.8),
+          ...(rng.chance(0.2) ? { window: rng.pick([2, 30]) } : {}),
+          reweight: rng.chance(0.8),
+          power: rng.pick([1, 2.5, 3, 15]),
+          offset: rng.pick([0, 1, 0.5]),
+          qkNorm: rng.chance(0.7),
+          eps: rng.pick([0, 0, 0.1]),
+        }
+        const shapes = [
+          [c.b, c.sq, c.hq, c.d],
+          [c.b, c.sk, c.hk, c.d],
+          [c.b, c.sk, c.hk, c.dv],
+          [c.b, c.sq, c.hq, c.dv],
+        ] as const
+        const scale = given.qkNorm ? 1 : 0.3
+        const [q, k, v, dout] = [
+          await sample(rng, shapes[0], dtype, device, { scale }),
+          await sample(rng, shapes[1], dtype, device, { scale }),
+          await sample(rng, shapes[2], dtype, device),
+          await sample(rng, shapes[3], dtype, device),
+        ]
+        const call = [q.tensor, k.tensor, v.tensor] as const
+        const { out, lse } = softplusAttention(...call, given)
+        const gradients = softplusAttention.backward(...call, out, lse, dout.tensor, given)
+        const inputs = [q, k, v].map(({ values }) => Float64Array.from(values))
+        const loss = () => {
+          const [x, y, z] = inputs.map((values, i) =>
+            reader(values, ...(shapes[i]!.slice(1) as [number, number, number])),
+          )
+          const result = oracle(c, given, x!, y!, z!)
+          return result.reduce((sum, value, i) => sum + value * dout.values[i]!, 0)
+        }
+        for (const [i, name] of (['dq', 'dk', 'dv'] as const).entries()) {
+          const direction = rng.normals(inputs[i]!.length)
+          const before = inputs[i]!
+          const moved = (step: number) => {
+            inputs[i] = before.map((x, at) => x + step * direction[at]!)
+            return loss()
+          }
+          const expected = (moved(1e-6) - moved(-1e-6)) / 2e-6
+          inputs[i] = before
+          const gradient = await read(gradients[name])
+          let [actual, size] = [0, 0]
+          gradient.forEach((x, at) => {
+            actual += x * direction[at]!
+            size += (x * direction[at]!) ** 2
+          })
+          // out was rounded, and a power makes that as much larger
+          const { reweight, power = 1 } = given
+          const terms = Math.sqrt(size) + (reweight ? power : 1)
+          const bound = 8 * (dtype === 'float32' ? 5e-6 : epsilon[dtype]) * terms
+          expect(
+            Math.abs(actual - expected),
+            `${name} ${actual} ${expected} ${JSON.stringify({ ...c, ...given })}`,
+          ).toBeLessThan(bound)
+          if (name === 'dv' || !given.qkNorm) continue
+          // a row only turns
+          const x = inputs[i]!
+          for (let row = 0; row < x.length; row += c.d) {
+            let [along, length, most] = [0, 0, 0]
+            for (let e = row; e < row + c.d; e++) {
+              along += x[e]! * gradient[e]!
+              length += x[e]! ** 2
+              most += gradient[e]! ** 2
+            }
+            const rounding = 8 * epsilon[dtype] * Math.sqrt(length * most)
+            expect(Math.abs(along), `${name} ${row}`).toBeLessThanOrEqual(rounding + 1e-6)
+          }
+        }
+      }
+    },
+    120_000,
+  )
+
+  it('moves keys that weigh nothing, and no rows of zeros', async () => {
+    const rng = random(19)
+    const draw = async () =>
+      (await sample(rng, [1, 60, 1, 16], 'float32', device, { strided: false })).tensor
+    const [q, k, v, dout] = [await draw(), await draw(), await draw(), await draw()]
+    const row = 7
+    for (const one of [q, k])
+      one.slice(1, row, row + 1).copyFrom(tensor([0], [1], { device }).expand([1, 1, 1, 16]))
+    // the last key is seen by the last row alone, and is as far from it as can be
+    const last = await read(q.slice(1, 59))
+    k.slice(1, 59).write(last.map((x) => -x))
+    const { out, lse } = softplusAttention(q, k, v)
+    const { dq, dk, dv } = softplusAttention.backward(q, k, v, out, lse, dout)
+    const [a, b, c] = [await read(dq), await read(dk), await read(dv)]
+    const zero = (x: Float32Array, at: number) =>
+      x.subarray(at * 16, at * 16 + 16).every((value) => value === 0)
+    expect([zero(a, row), zero(b, row)]).toEqual([true, true])
+    expect([zero(b, 59), zero(c, 59)]).toEqual([false, true])
+  })
 
   it('gives nothing where all keys weigh the same, and ones for values of ones', async () => {
     const at = { device } as const
