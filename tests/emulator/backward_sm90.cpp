@@ -16,12 +16,14 @@ constexpr int kD = HEDDLE_D;
 constexpr DType kType = DType::HEDDLE_DTYPE;
 using Array = HeadArray<kType>;
 
-// A sum and the size of its terms, each of which may be wrong by a rounding
+// A sum and the size of its terms, each of which may be wrong by a rounding; and what so many
+// roundings come to where they are independent
 struct Sum {
-  double value = 0, size = 0;
+  double value = 0, size = 0, squares = 0;
   void add(double term) {
     value += term;
     size += std::fabs(term);
+    squares += term * term;
   }
 };
 
@@ -229,7 +231,8 @@ double check(const BackwardCase& c, emulator::Random& random) {
       if (static_cast<int64_t>(i) / tiles.dslope_parts() % c.hq == static_cast<int64_t>(h))
         sum += double{slope_parts[i]};
     const Sum& exact = dslopes[h];
-    const double error = std::fabs(sum - exact.value) / (2 * unit * exact.size + 1e-5);
+    const double error =
+        std::fabs(sum - exact.value) / (4 * unit * std::sqrt(exact.squares) + 1e-5);
     worst = error <= worst ? worst : std::isnan(error) ? INFINITY : error;
   }
   const int* marks = tiles.marks(counters.data());
