@@ -56,7 +56,13 @@ template <class T> class Backward {
     const int64_t panels = std::max<int64_t>(kMostFloats / (living * d_ * kPanelRows), 1);
     const int64_t section = std::min(panels * kPanelRows, most_rows);
     const Scratch<float> dq(static_cast<size_t>(living * section * d_));
-    const Scratch<float> dlevel(static_cast<size_t>(op_.level ? living * section : 0));
+    const bool by_key = op_.biased && op_.bias_by_key(), by_row = op_.level || op_.biased;
+    const Scratch<float> row_sums(static_cast<size_t>(by_row ? living * section * 2 : 0));
+    const bool whole = op_.biased && op_.bias_sums() == op_.dbias.size();
+    const Scratch<float> bias_scratch(
+        static_cast<size_t>(op_.biased && !whole ? op_.bias_sums() : 0));
+    dbias_ = !op_.biased ? nullptr : whole ? op_.dbias.as<float>() : bias_scratch.data();
+    if (dbias_) std::fill_n(dbias_, op_.bias_sums(), 0.f);
     const size_t work_floats = BackwardKernel<T>::floats(problem_.d, problem_.dv);
     const Scratch<float> work(static_cast<size_t>(context_.threads()) * work_floats);
 
@@ -77,25 +83,30 @@ template <class T> class Backward {
         const int64_t index = order[static_cast<size_t>(turn)];
         const Part& part = parts_[static_cast<size_t>(index)];
         float* const sum = sum_of(dq, d_, index, worker);
-        float* const level = op_.level ? sum_of(dlevel, 1, index, worker) : nullptr;
+        float* const own = by_row ? sum_of(row_sums, 2, index, worker) : nullptr;
         std::fill_n(sum, part.rows * d_, 0.f);
-        std::fill_n(level, level ? part.rows : 0, 0.f);
-        const Gradients gradients{sum, key_sums(dk_, part, d_), key_sums(dv_sum_, part, dv_),
-                                  dslopes.data() + index * problem_.group, level};
-        BackwardKernel<T>(problem_, op_.dout, rows_,
+        std::fill_n(own, own ? part.rows * 2 : 0, 0.f);
+        const Gradients gradients{sum,
+                                  key_sums(dk_, part, d_),
+                                  key_sums(dv_sum_, part, dv_),
+                                  dslopes.data() + index * problem_.group,
+                                  own,
+                                  by_key ? dbias_ : nullptr};
+        BackwardKernel<T>(problem_, op_, rows_,
                           work.data() + static_cast<size_t>(worker) * work_floats)
             .run(part, gradients);
-        if (!shared) store_rows(part, sum, level, 1, 0);
+        if (!shared) store_rows(part, sum, own, 1, 0);
       });
       if (!shared) continue;
       context_.parallel(static_cast<int64_t>(rows_of_parts_.size()), [&](int64_t index, int) {
         const Rows& rows = rows_of_parts_[static_cast<size_t>(index)];
         store_rows(parts_[static_cast<size_t>(rows.first_part)], sum_of(dq, d_, rows.first_part, 0),
-                   op_.level ? sum_of(dlevel, 1, rows.first_part, 0) : nullptr, rows.splits,
+                   by_row ? sum_of(row_sums, 2, rows.first_part, 0) : nullptr, rows.splits,
                    section);
       });
     }
     store_keys();
+    if (op_.biased && !whole) store_dbias();
     if (op_.slopes) store_dslopes(dslopes);
   }
 
@@ -193,7 +204,7 @@ template <class T> class Backward {
   }
 
   // Adds up the sums of several splits, `apart` rows from one to the next
-  void store_rows(const Part& part, float* sums, float* levels, int64_t splits,
+  void store_rows(const Part& part, float* sums, const float* own, int64_t splits,
                   int64_t apart) const {
     for (int64_t row = 0; row < part.rows; ++row) {
       const float scale = static_cast<float>(op_.scale) * problem_.length_factor(part, row);
@@ -214,10 +225,15 @@ template <class T> class Backward {
         unit_gradient(line, q, problem_.d);
       }
       store_row(at(op_.dq), op_.dq.strides[3], line, problem_.d);
-      if (!levels) continue;
-      float level = 0;
-      for (int64_t split = 0; split < splits; ++split) level += levels[split * apart + row];
-      op_.dlevel.as<float>()[(batch * op_.q.shape[2] + head) * op_.q.shape[1] + token] = level;
+      if (!own) continue;
+      float level = 0, bias = 0;
+      for (int64_t split = 0; split < splits; ++split) {
+        level += own[(split * apart + row) * 2];
+        bias += own[(split * apart + row) * 2 + 1];
+      }
+      const int64_t index = (batch * op_.q.shape[2] + head) * op_.q.shape[1] + token;
+      if (op_.level) op_.dlevel.as<float>()[index] = level;
+      if (dbias_ && !op_.bias_by_key()) dbias_[index] = bias;
     }
   }
 
@@ -245,6 +261,28 @@ template <class T> class Backward {
     });
   }
 
+  // Adds up the sums over what the bias is broadcast over
+  void store_dbias() const {
+    const int64_t* shape = op_.dbias.shape;
+    const int64_t rows = op_.bias_by_row() ? op_.q.shape[1] : 1;
+    const int64_t sizes[] = {op_.q.shape[0], op_.q.shape[2], rows};
+    context_.parallel(shape[0] * shape[1] * shape[2], [&](int64_t index, int) {
+      const int64_t at[] = {index / shape[2] / shape[1], index / shape[2] % shape[1],
+                            index % shape[2]};
+      const auto begin = [&](int i) { return shape[i] == 1 ? 0 : at[i]; };
+      const auto end = [&](int i) { return shape[i] == 1 ? sizes[i] : at[i] + 1; };
+      for (int64_t column = 0; column < shape[3]; ++column) {
+        double sum = 0;
+        for (int64_t b = begin(0); b < end(0); ++b)
+          for (int64_t head = begin(1); head < end(1); ++head)
+            for (int64_t row = begin(2); row < end(2); ++row)
+              sum += static_cast<double>(
+                  dbias_[((b * sizes[1] + head) * rows + row) * shape[3] + column]);
+        op_.dbias.as<float>()[index * shape[3] + column] = static_cast<float>(sum);
+      }
+    });
+  }
+
   void store_dslopes(const std::vector<double>& dslopes) const {
     for (int64_t head = 0; head < op_.q.shape[2]; ++head) {
       double sum = 0;
@@ -264,6 +302,7 @@ template <class T> class Backward {
   const Scratch<float> statistics_;
   const Scratch<float> dk_, dv_sum_;  // [b, hk, sk, d_] and [b, hk, sk, dv_]
   RowStatistics rows_{};
+  float* dbias_ = nullptr;  // sums of dS of each head, as AttentionBackward has them
   std::vector<Part> parts_;
   std::vector<Rows> rows_of_parts_;
 };

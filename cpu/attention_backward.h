@@ -32,20 +32,22 @@ struct Gradients {
   float* dk;        // [part.keys, padded(d)]
   float* dv;        // [part.keys, padded(dv)]
   double* dslopes;  // [group]
-  float* dlevel;    // [part.rows]
+  float* rows;      // [part.rows, 2]: what the level of a row and a bias for all its keys get
+  float* dbias;     // [b, hq, rows or 1, keys] of the call, or null
 };
 
 template <class T> class BackwardKernel {
  public:
   static size_t floats(int64_t d, int64_t dv) {
     return whole_lines((2 * kPanelRows + kTileKeys) * (padded(d) + padded(dv)) +
-                       2 * kTileKeys * kPanelRows + 10 * kPanelRows);
+                       2 * kTileKeys * kPanelRows + 11 * kPanelRows);
   }
 
-  BackwardKernel(const Problem<T>& problem, const Tensor& dout, const RowStatistics& statistics,
-                 float* memory)
+  BackwardKernel(const Problem<T>& problem, const AttentionBackward& op,
+                 const RowStatistics& statistics, float* memory)
       : problem_(problem),
-        dout_(dout),
+        dout_(op.dout),
+        by_row_(op.bias_by_row()),
         statistics_(statistics),
         d_(padded(problem.d)),
         dv_(padded(problem.dv)) {
@@ -67,6 +69,7 @@ template <class T> class BackwardKernel {
     gain_log2_ = take(kPanelRows);
     offset_ = take(kPanelRows);
     dlevel_ = take(kPanelRows);
+    dbias_ = take(kPanelRows);
     low_ = reinterpret_cast<int32_t*>(take(kPanelRows));
     high_ = reinterpret_cast<int32_t*>(take(kPanelRows));
   }
@@ -109,11 +112,14 @@ template <class T> class BackwardKernel {
             kPanelRows, nullptr);
     product(dscores_, kPanelRows, padded_count_, lanes_, problem_.dv, tile_v_, dv_, 1, lanes_dout_,
             kPanelRows, nullptr);
-    differentiate(part, row, rows, tile, masked);
+    differentiate(part, row, rows, tile, masked, to);
     if (problem_.op.slopes)
       for (int64_t r = 0; r < rows; ++r)
         to.dslopes[(part.first_row + row + r) % problem_.group] += static_cast<double>(dslopes_[r]);
-    for (int64_t r = 0; problem_.op.level && r < rows; ++r) to.dlevel[row + r] += dlevel_[r];
+    for (int64_t r = 0; to.rows && r < rows; ++r) {
+      to.rows[2 * (row + r)] += dlevel_[r];
+      to.rows[2 * (row + r) + 1] += dbias_[r];
+    }
 
     float* dq = to.dq + row * d_;
     if (masked && !all_finite()) return add_visible(rows, dq, to);
@@ -178,14 +184,15 @@ template <class T> class BackwardKernel {
     transpose(lanes_dout_, kPanelRows, rows_dout_, dv_, lanes_, problem_.dv);
   }
 
-  // Turns S and dP into P and dS; sums what of each row its slope and its level get
-  void differentiate(const Part& part, int64_t row, int64_t rows, Range tile, bool masked) {
+  // Turns S and dP into P and dS; sums what of each row its slope, its level and its bias get
+  void differentiate(const Part& part, int64_t row, int64_t rows, Range tile, bool masked,
+                     const Gradients& to) {
     const Attention& op = problem_.op;
     for (int64_t at = 0; at < lanes_; at += kLanes) {
       const Vec lse = load(lse_log2_ + at), delta = op.normalise ? load(delta_ + at) : zero();
       const Vec slope = load(slope_log2_ + at), distance = load(distance_ + at);
       const Vec gain_log2 = load(gain_log2_ + at), offset = load(offset_ + at);
-      Vec dslope = zero(), dlevel = zero();
+      Vec dslope = zero(), dlevel = zero(), dbias = zero();
       for (int64_t t = 0; t < count_; ++t) {
         float* const score = scores_ + t * kPanelRows + at;
         float* const dscore = dscores_ + t * kPanelRows + at;
@@ -212,12 +219,24 @@ template <class T> class BackwardKernel {
         }
         if (op.slopes) dslope += ds * apart;
         if (op.level) dlevel += level_rate * dp;
+        dbias += ds;
+        if (to.dbias)
+          for (int64_t i = 0; i < std::min<int64_t>(kLanes, rows - at); ++i)
+            *bias_sum(part, row + at + i, tile.begin + t, to.dbias) += ds[i];
         store(score, p);
         store(dscore, op.soft_cap > 0 ? ds * derivative : ds);
       }
       store(dslopes_ + at, dslope);
       store(dlevel_ + at, dlevel);
+      store(dbias_ + at, dbias);
     }
+  }
+
+  float* bias_sum(const Part& part, int64_t row, int64_t key, float* sums) const {
+    const Attention& op = problem_.op;
+    int64_t at = part.sequence->batch * op.q.shape[2] + problem_.head_of(part, row);
+    if (by_row_) at = at * op.q.shape[1] + problem_.query_of(part, row);
+    return sums + at * op.k.shape[1] + key;
   }
 
   // A masked pair has P = dS = 0, but 0 * NaN would leak from what it must not see
@@ -249,6 +268,7 @@ template <class T> class BackwardKernel {
 
   const Problem<T>& problem_;
   const Tensor& dout_;
+  const bool by_row_;  // whether rows have a bias of their own
   const RowStatistics statistics_;
   const int64_t d_, dv_;
   int64_t count_ = 0, padded_count_ = 0;  // keys of the tile
@@ -258,7 +278,7 @@ template <class T> class BackwardKernel {
   float *lanes_q_, *lanes_dout_;          // the same transposed
   float *scores_, *dscores_;              // [kTileKeys, kPanelRows]
   float *lse_log2_, *delta_, *slope_log2_, *distance_, *gain_log2_, *offset_;
-  float *dslopes_, *dlevel_;
+  float *dslopes_, *dlevel_, *dbias_;
   int32_t *low_, *high_;  // a bit for each key of the tile that a row sees
 };
 

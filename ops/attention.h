@@ -140,13 +140,15 @@ struct Attention : MaskArguments {
 // it has the same options, except that keys do not come in pages. A mask is a constant.
 struct AttentionBackward : Attention {
   static constexpr const char* kName = "attention.backward";
-  Tensor dout;                // [b, sq, hq, dv], as out
-  Tensor dlse;                // [b, hq, sq] f32: the gradient of lse, none if left out
-  Tensor dq;                  // [b, sq, hq, d]
-  Tensor dk, dv;              // [b, sk, hk, d] and [b, sk, hk, dv]
-  Tensor dsink;               // [hq] f32, where there is a sink
-  Tensor dslopes;             // [hq] f32, where there are slopes
-  Tensor dlevel;              // [b, hq, sq] f32, where there is a level
+  Tensor dout;     // [b, sq, hq, dv], as out
+  Tensor dlse;     // [b, hq, sq] f32: the gradient of lse, none if left out
+  Tensor dq;       // [b, sq, hq, d]
+  Tensor dk, dv;   // [b, sk, hk, d] and [b, sk, hk, dv]
+  Tensor dsink;    // [hq] f32, where there is a sink
+  Tensor dslopes;  // [hq] f32, where there are slopes
+  Tensor dlevel;   // [b, hq, sq] f32, where there is a level
+  Tensor biased;   // [bb, bh, bq, bk]: bias before it was broadcast, where its gradient is wanted
+  Tensor dbias;    // the same in f32
   bool deterministic = true;  // sums have one order; otherwise it may change from call to call
 
   template <class Schema> static void describe(Schema& schema) {
@@ -177,6 +179,7 @@ struct AttentionBackward : Attention {
     schema.optional("level", &Op::level, "b hq sq", kF32);
     schema.number("offset", &Op::offset, 1).at_least(0);
     schema.optional("dlse", &Op::dlse, "b hq sq", kF32);
+    schema.optional("biased", &Op::biased, "...", kFloats);
     describe_mask<Op>(schema);
     schema.output("dq", &Op::dq, "b sq hq d", like("q"));
     schema.output("dk", &Op::dk, "b sk hk d", like("q"));
@@ -184,11 +187,27 @@ struct AttentionBackward : Attention {
     schema.output("dsink", &Op::dsink, "hq", kF32).only_if("sink");
     schema.output("dslopes", &Op::dslopes, "hq", kF32).only_if("slopes");
     schema.output("dlevel", &Op::dlevel, "b hq sq", kF32).only_if("level");
+    schema.output("dbias", &Op::dbias, "...", kF32).only_if("biased");
+  }
+
+  // dS is summed for each head first, [b, hq, rows or 1, keys or 1], and then over heads and the
+  // batch. Where keys share a number rows have sums.
+  bool bias_by_key() const { return biased.shape[3] > 1; }
+  bool bias_by_row() const { return biased.shape[2] > 1 || !bias_by_key(); }
+  int64_t bias_sums() const {
+    return q.shape[0] * q.shape[2] * (bias_by_row() ? q.shape[1] : 1) *
+           (bias_by_key() ? k.shape[1] : 1);
   }
 
   void validate() {
     Attention::validate();
     HEDDLE_CHECK(!dlse || normalise, kArgument, "dlse", "dlse goes with weights that are divided");
+    HEDDLE_CHECK(!biased || bias, kArgument, "biased", "biased goes with bias");
+    HEDDLE_CHECK(!biased || biased.rank == 4, kShape, "biased", "biased must have four axes, got ",
+                 text_of(biased));
+    for (int i = 0; i < 4 && biased; ++i)
+      HEDDLE_CHECK(biased.shape[i] == 1 || biased.shape[i] == bias.shape[i], kShape, "biased",
+                   "biased must broadcast to ", text_of(bias), ", got ", text_of(biased));
   }
 };
 

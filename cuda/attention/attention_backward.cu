@@ -103,6 +103,15 @@ void run_portable(const AttentionBackward& op, CudaContext& context) {
     args.slope_parts = args.call.sq;
     args.dslope_parts = context.scratch<float>(static_cast<size_t>(op.lse.size()));
   }
+  if (op.biased) {
+    const auto sums = static_cast<size_t>(op.bias_sums());
+    args.dbias = op.dbias.as<float>();
+    std::copy_n(op.dbias.shape, 4, args.dbias_shape);
+    args.bias_by_row = op.bias_by_row();
+    args.bias_by_key = op.bias_by_key();
+    args.bias_sums = op.bias_sums() == op.dbias.size() ? args.dbias : context.scratch<float>(sums);
+    HEDDLE_CUDA(cudaMemsetAsync(args.bias_sums, 0, sums * sizeof(float), context.stream));
+  }
   check_lengths(op, args.call, context);
   HEDDLE_CHECK(args.call.hq <= 65535 &&
                    (args.call.b + 1) * (std::max(args.call.sq, args.call.sk) / kRowTile + 1) +

@@ -30,7 +30,11 @@ struct BackwardArgs {
   // [b, hq, slope_parts]: sums of dS (t - p) before the scale, here of rows; null without slopes
   float* dslope_parts;
   int64_t slope_parts;
-  float* dlevel;      // [b, hq, sq] or null
+  float* dlevel;     // [b, hq, sq] or null
+  float* bias_sums;  // of dS, [b, hq, sq or 1, sk or 1], or null
+  bool bias_by_row, bias_by_key;
+  float* dbias;
+  int64_t dbias_shape[4];
   const float* dlse;  // or null
   int64_t dlse_batch, dlse_head, dlse_token;
 };
@@ -125,7 +129,7 @@ __device__ void gradient_tile(const BackwardArgs& args, const Place& place, int6
 
   float acc[kColumns] = {};                    // dq or dk
   float acc_v[kOwnsKeys ? kColumns : 1] = {};  // dv
-  float dslope = 0, dlevel = 0;
+  float dslope = 0, dlevel = 0, dbias = 0;
   const int64_t first_head = kOwnsKeys ? kv_head * group : owner;
   const int64_t last_head = first_head + (kOwnsKeys ? group : 1);
   if (kOwnsKeys) {
@@ -140,6 +144,10 @@ __device__ void gradient_tile(const BackwardArgs& args, const Place& place, int6
     make_unit(smem_own, kRowTile, width, p.d, smem_length);
   }
 
+  const auto sum_of_four = [](float x) {
+    x += __shfl_xor_sync(~0u, x, 1);
+    return x + __shfl_xor_sync(~0u, x, 2);
+  };
   for (int64_t head = first_head; head < last_head; ++head) {
     const float slope = p.slopes ? p.slopes[head * p.slopes_stride] : 0;
     for (int64_t other0 = first; other0 < last; other0 += kOtherTile) {
@@ -217,6 +225,11 @@ __device__ void gradient_tile(const BackwardArgs& args, const Place& place, int6
           rate = rate_of(p, s, weight[j], share);
         }
         const float ds = rate * (dp - delta);
+        if (kExtra && args.bias_sums) {
+          dbias += ds;
+          if (!kOwnsKeys && args.bias_by_row && args.bias_by_key)
+            args.bias_sums[row * p.sk + t] = ds;
+        }
         dslope = fmaf(ds, distance, dslope);
         dscore[j] = ds * derivative;
       }
@@ -238,14 +251,18 @@ __device__ void gradient_tile(const BackwardArgs& args, const Place& place, int6
           }
         }
     }
+    // a bias of keys alone has sums over the rows of a head
+    if (kExtra && kOwnsKeys && args.bias_sums && !args.bias_by_row) {
+      dbias = sum_of_four(dbias);
+      const int64_t key = place.row0 + own;
+      if (part == 0 && key < p.sk) args.bias_sums[(place.batch * p.hq + head) * p.sk + key] = dbias;
+      dbias = 0;
+    }
   }
 
-  const auto sum_of_four = [](float x) {
-    x += __shfl_xor_sync(~0u, x, 1);
-    return x + __shfl_xor_sync(~0u, x, 2);
-  };
   dslope = sum_of_four(dslope);
   if (kExtra) dlevel = sum_of_four(dlevel);
+  if (kExtra) dbias = sum_of_four(dbias);
   if (kExtra && p.cosine) {
     __syncthreads();
     const float* unit = smem_own + own * width;
@@ -281,6 +298,8 @@ __device__ void gradient_tile(const BackwardArgs& args, const Place& place, int6
     args.dslope_parts[(place.batch * p.hq + first_head) * p.sq + place.q_begin + token] = dslope;
   if (kExtra && !kOwnsKeys && p.level && part == 0)
     args.dlevel[(place.batch * p.hq + first_head) * p.sq + place.q_begin + token] = dlevel;
+  if (kExtra && !kOwnsKeys && args.bias_sums && !args.bias_by_key && part == 0)
+    args.bias_sums[(place.batch * p.hq + first_head) * p.sq + token] = dbias;
 }
 
 template <class T, bool kOwnsKeys, bool kExtra>
@@ -348,6 +367,42 @@ template <int kSize> __global__ void attention_heads_kernel(BackwardArgs p) {
   if (p.dslopes) p.dslopes[head] = static_cast<float>(smem_slope[0]);
 }
 
+// Adds up the sums of dS over what the bias is broadcast over, a warp for each number of it. Like
+// attention_heads_kernel a template, so that several files may have it
+template <int kSize> __global__ void attention_bias_kernel(BackwardArgs p, int64_t count) {
+  const ForwardArgs& call = p.call;
+  const int lane = threadIdx.x % 32;
+  const int64_t* shape = p.dbias_shape;
+  const int64_t sizes[] = {call.b, call.hq, p.bias_by_row ? call.sq : 1};
+  for (int64_t i = blockIdx.x * (kSize / 32) + threadIdx.x / 32; i < count;
+       i += static_cast<int64_t>(gridDim.x) * (kSize / 32)) {
+    const int64_t column = i % shape[3], line = i / shape[3];
+    const int64_t at[] = {line / shape[2] / shape[1], line / shape[2] % shape[1], line % shape[2]};
+    int64_t first[3], width[3];
+    for (int a = 0; a < 3; ++a) {
+      first[a] = shape[a] == 1 ? 0 : at[a];
+      width[a] = shape[a] == 1 ? sizes[a] : 1;
+    }
+    double sum = 0;
+    for (int64_t j = lane; j < width[0] * width[1] * width[2]; j += 32) {
+      const int64_t row = first[2] + j % width[2], head = first[1] + j / width[2] % width[1],
+                    batch = first[0] + j / width[2] / width[1];
+      sum += p.bias_sums[((batch * sizes[1] + head) * sizes[2] + row) * shape[3] + column];
+    }
+    for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+    if (lane == 0) p.dbias[i] = static_cast<float>(sum);
+  }
+}
+
+inline void sum_bias(const BackwardArgs& args, CudaContext& context) {
+  const int64_t* shape = args.dbias_shape;
+  const int64_t count = shape[0] * shape[1] * shape[2] * shape[3];
+  if (!args.bias_sums || args.bias_sums == args.dbias || count == 0) return;
+  attention_bias_kernel<kThreads>
+      <<<blocks_for(count * 32, context), kThreads, 0, context.stream>>>(args, count);
+  context.launched("attention_bias_kernel");
+}
+
 inline void sum_heads(const BackwardArgs& args, CudaContext& context) {
   if (!args.dsink && !args.dslopes) return;
   attention_heads_kernel<kThreads>
@@ -381,7 +436,7 @@ template <class T> void backward_portable(const BackwardArgs& args, CudaContext&
     return static_cast<unsigned>(call.cu_seqlens_q ? size / kRowTile + call.sequences + 1
                                                    : call.b * ((size + kRowTile - 1) / kRowTile));
   };
-  const bool extra = call.masked || call.cosine || call.level;
+  const bool extra = call.masked || call.cosine || call.level || args.bias_sums;
   const auto launch_gradient = [&](auto* kernel, unsigned count, int64_t heads) {
     if (count == 0) return;
     const size_t smem_bytes = gradient_smem_bytes(call, kernel);
@@ -400,6 +455,7 @@ template <class T> void backward_portable(const BackwardArgs& args, CudaContext&
   launch_gradient(
       extra ? attention_gradient_kernel<T, true, true> : attention_gradient_kernel<T, true, false>,
       tiles(call.sk), call.hk);
+  sum_bias(args, context);
   sum_heads(args, context);
 }
 

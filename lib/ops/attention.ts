@@ -3,7 +3,7 @@ import type { FloatDType } from '../dtype.js'
 import { refuse } from '../errors.js'
 import type { Mask } from '../mask.js'
 import { run } from '../native.js'
-import { checkTensor, type Tensor } from '../tensor.js'
+import { checkTensor, Tensor } from '../tensor.js'
 import { lengths, maskArguments, offsets, vector } from './arguments.js'
 
 /**
@@ -220,10 +220,21 @@ function biasOf(
   return whole
 }
 
+function fourAxes(bias: Tensor, made: Tensor[]): Tensor {
+  const whole = bias.reshape([...new Array(4 - bias.rank).fill(1), ...bias.shape])
+  made.push(whole)
+  return whole
+}
+
 /** Options of {@link attentionBackward}: those of the forward call. */
 export interface AttentionBackwardOptions extends Omit<AttentionOptions, 'blockTable'> {
   /** [b, hq, sq], f32: gradient of `lse`, none if left out. Of weights that are divided by their sum. */
   dlse?: Tensor<'float32'> | undefined
+  /**
+   * Whether the gradient of `bias`, a tensor, is wanted. A bias for every query and key that heads or the batch share takes
+   * a map of f32 for each head meanwhile.
+   */
+  dbias?: boolean | undefined
   /**
    * Whether the same call gives the same bits every time, `true` if left out. Without it the order of sums is free, which
    * is faster on some GPUs.
@@ -245,6 +256,8 @@ export interface AttentionGradients<D extends FloatDType = FloatDType> {
   dslopes: Tensor<'float32'> | undefined
   /** [b, hq, sq], f32; only with `level`. */
   dlevel: Tensor<'float32'> | undefined
+  /** As `bias`, f32, summed over all that it was broadcast to; only if asked for. */
+  dbias: Tensor<'float32'> | undefined
 }
 
 /** What {@link attentionBackward} computes for one head, in the terms of {@link attentionDefinition}. */
@@ -277,6 +290,7 @@ const knownToBackward: ReadonlySet<string> = new Set<keyof AttentionBackwardOpti
   'level',
   'offset',
   'dlse',
+  'dbias',
   'deterministic',
 ])
 
@@ -312,12 +326,19 @@ export function attentionBackward<D extends FloatDType>(
   checkTensor(op, 'q', q)
   checkTensor(op, 'k', k)
   checkOptions(op, options, knownToBackward)
-  const call = { q, k, v, out, lse, dout, ...options }
+  const { dbias = false, ...rest } = options
+  const { bias } = options
+  if (dbias !== false && !(dbias === true && bias instanceof Tensor))
+    throw refuse('ERR_ARGUMENT', op, 'dbias', 'dbias goes with a bias that is a tensor')
+  const call: AttentionOptions & Record<string, unknown> = { q, k, v, out, lse, dout, ...rest }
   const made: Tensor[] = []
   try {
     prepare(op, call, q, k, made)
-    const [dq, dk, dv, dsink, dslopes, dlevel] = run(op, call)
-    return { dq, dk, dv, dsink, dslopes, dlevel } as AttentionGradients<D>
+    if (dbias) call.biased = fourAxes(bias as Tensor, made)
+    const [dq, dk, dv, dsink, dslopes, dlevel, sums] = run(op, call)
+    if (sums) made.push(sums)
+    const whole = sums?.reshape((bias as Tensor).shape)
+    return { dq, dk, dv, dsink, dslopes, dlevel, dbias: whole } as AttentionGradients<D>
   } finally {
     for (const tensor of made) tensor.dispose()
   }
