@@ -73,10 +73,63 @@ export const definitions = {
   QM[r,e] = sum(i) Q[r*I + i,e]
   KM[c,e] = sum(j) K[c*J + j,e]
   S[r,c]  = sum(e) QM[r,e] * KM[c,e] * scale / (I * J)   where c*J <= r*I + I - 1 + off`,
+  /** The kind `'rows'` of every query, per block: what {@link sampled} ranks blocks by. */
+  'probe.rows': `
+  S[r,i,c,j] = sum(e) Q[r*I + i,e] * K[c*J + j,e] * scale   where c*J + j <= r*I + i + off
+  L[r,i]     = logsumexp(c,j) S[r,i,c,j]
+  A[r,i,c,j] = exp(S[r,i,c,j] - L[r,i])
+  P[r,c]     = sum(i,j) A[r,i,c,j] / I`,
+  /** The kind `'rows'` per key and per distance x: the columns and diagonals of {@link minference}. */
+  'probe.lines': `
+  S[p,m] = sum(e) Q[p,e] * K[m,e] * scale   where m <= p + off
+  L[p]   = logsumexp(m) S[p,m]
+  A[p,m] = exp(S[p,m] - L[p])
+  C[m]   = sum(p) A[p,m] / P
+  D[x]   = sum(p) A[p, p + M - P - x] / P`,
+  /** The kind `'antidiagonal'` of {@link xattention}: g and h count groups in a block, a the tokens of a group. */
+  'probe.antidiagonal': `
+  S[r,g,c,h] = sum(a,e) Q[r*G*A + g*A + A - 1 - a, e] * K[c*H*A + h*A + a, e] * scale / A   where (c*H + h) * A <= (r*G + g) * A + A - 1 + off
+  L[r,g]     = logsumexp(c,h) S[r,g,c,h]
+  N[r,g,c,h] = exp(S[r,g,c,h] - L[r,g])
+  P[r,c]     = sum(g,h) N[r,g,c,h] / G`,
   /** The rule `topBlocks`: 1 for what is kept. */
   keep: `
   R[r,c] = sum(x) if(S[r,x] > S[r,c] || S[r,x] == S[r,c] && x < c, 1, 0)
   B[r,c] = if(R[r,c] < top, 1, 0)`,
+  /** The rule `coverage`: kept as long as what is before falls short of the share. */
+  'keep.coverage': `
+  T[r]   = sum(c) S[r,c]
+  G[r,c] = sum(x) if(S[r,x] > S[r,c] || S[r,x] == S[r,c] && x < c, S[r,x], 0)
+  B[r,c] = if(G[r,c] < coverage * T[r], 1, 0)`,
+  /** {@link attention} under a mask of blocks: what every selection of blocks leads to. */
+  'attention.blocks': `
+  S[r,i,c,j] = sum(e) Q[r*I + i,e] * K[c*J + j,e] * scale   where kept[r,c] == 1 && c*J + j <= r*I + i + off
+  GM[r,i]    = max(c,j) S[r,i,c,j]
+  N[r,i,c,j] = exp(S[r,i,c,j] - GM[r,i])
+  D[r,i]     = sum(c,j) N[r,i,c,j]
+  O[r,i,f]   = sum(c,j) N[r,i,c,j] * V[c*J + j,f] / D[r,i]`,
+  /** {@link attention} with weights of `'relu'` and a power of 2. */
+  'attention.relu': `
+  S[p,m] = sum(e) Q[p,e] * K[m,e] * scale        where m <= p + off
+  O[p,f] = sum(m) relu(S[p,m]) * relu(S[p,m]) * V[m,f]`,
+  /** {@link attention} with weights of `'softplus'`. */
+  'attention.softplus': `
+  S[p,m] = sum(e) Q[p,e] * K[m,e] * scale        where m <= p + off
+  W[p,m] = softplus(S[p,m])
+  D[p]   = sum(m) W[p,m]
+  O[p,f] = sum(m) W[p,m] * V[m,f] / D[p]
+  LSE[p] = log(D[p])`,
+  /** {@link attention} with all that it adds to a score, and a sink. */
+  'attention.options': `
+  S[p,m]  = sum(e) Q[p,e] * K[m,e] * scale       where m <= p + off && m > p + off - window
+  T[p,m]  = cap * tanh(S[p,m] / cap) + slope * (m - p - off) + B[p,m]
+  G[p]    = max(m) T[p,m]
+  GM[p]   = max(G[p], sink)
+  N[p,m]  = exp(T[p,m] - GM[p])
+  D[p]    = sum(m) N[p,m]
+  Z[p]    = D[p] + exp(sink - GM[p])
+  O[p,f]  = sum(m) N[p,m] * V[m,f] / Z[p]
+  LSE[p]  = GM[p] + log(Z[p])`,
   /** {@link softplusAttention}, with all keys of a row among those that it sees. */
   softplus: softplusDefinition,
   streaming: attentionDefinition.replace(

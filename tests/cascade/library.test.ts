@@ -45,6 +45,32 @@ async function qkv({ of, size }: Draw, causal = false) {
   return { q, k, v, Q, K, V, sq, sk, d, f, off: sk - sq }
 }
 
+// Whole blocks of queries and keys, whose sizes `unit` divides
+async function blocksOf({ of, rng }: Draw, unit: number) {
+  const [i, j, d] = [unit * rng.pick([1, 2, 4]), unit * rng.pick([1, 2, 4]), 8]
+  const r = 1 + rng.below(4)
+  const c = Math.ceil((r * i) / j) + rng.below(3)
+  const [sq, sk] = [r * i, c * j]
+  const [q, Q] = await of([1, sq, 1, d], [sq, d])
+  const [k, K] = await of([1, sk, 1, d], [sk, d])
+  return { i, j, r, c, q, k, Q, K, sq, sk, off: sk - sq }
+}
+
+// What a row of blocks does not see is -inf, where a text has an empty point
+const seen = async (score: Tensor) =>
+  Float64Array.from(await numbers(score), (x) => (x === Number.NEGATIVE_INFINITY ? 0 : x))
+
+// 1 for each block that a mask keeps
+async function kept(mask: heddle.Mask, columns: number): Promise<Float64Array> {
+  const bits = await mask.blocks!.read()
+  const words = mask.blocks!.shape.at(-1)!
+  const rows = bits.length / words
+  return Float64Array.from({ length: rows * columns }, (_, at) => {
+    const [row, column] = [Math.floor(at / columns), at % columns]
+    return (bits[row * words + Math.floor(column / 32)]! >> (column % 32)) & 1
+  })
+}
+
 const rows: Record<keyof typeof definitions, (draw: Draw) => Promise<Row>> = {
   async attention(draw) {
     const { q, k, v, Q, K, V, off } = await qkv(draw)
@@ -173,10 +199,8 @@ const rows: Record<keyof typeof definitions, (draw: Draw) => Promise<Row>> = {
     const [sq, sk] = [r * i, j * (Math.ceil((r * i) / j) + rng.below(4))]
     const [q, Q] = await of([1, sq, 1, d], [sq, d])
     const [k, K] = await of([1, sk, 1, d], [sk, d])
-    const score = await heddle.probe(q, k, { block: [i, j], scale: 0.7 }).read()
+    const S = await seen(heddle.probe(q, k, { block: [i, j], scale: 0.7 }))
     const sizes = { I: i, J: j, R: r, C: sk / j }
-    // What a row of blocks does not see is -inf, where a text has an empty point
-    const S = Float64Array.from(score, (x) => (x === Number.NEGATIVE_INFINITY ? 0 : x))
     return { inputs: { Q, K }, scalars: { scale: 0.7, off: sk - sq }, sizes, results: { S } }
   },
   async keep({ rng, place }) {
@@ -184,12 +208,80 @@ const rows: Record<keyof typeof definitions, (draw: Draw) => Promise<Row>> = {
     const values = Float32Array.from({ length: r * c }, () => rng.below(5))
     const score = place(values, [1, 1, r, c])
     const mask = heddle.keep(score, { sq: 16 * r, sk: 16 * c, block: 16, topBlocks: top })
-    const bits = await mask.blocks!.read()
-    const B = Float64Array.from(
-      { length: r * c },
-      (_, at) => (bits[Math.floor(at / c)]! >> (at % c)) & 1,
-    )
+    const B = await kept(mask, c)
     return { inputs: { S: { data: values, shape: [r, c] } }, scalars: { top }, results: { B } }
+  },
+  async 'keep.coverage'({ rng, place }) {
+    const [r, c, coverage] = [7, 9, 0.05 + 0.9 * rng.next()]
+    const values = Float32Array.from({ length: r * c }, () => 1 + rng.below(5))
+    const score = place(values, [1, 1, r, c])
+    const B = await kept(heddle.keep(score, { sq: 16 * r, sk: 16 * c, block: 16, coverage }), c)
+    return { inputs: { S: { data: values, shape: [r, c] } }, scalars: { coverage }, results: { B } }
+  },
+  async 'probe.rows'(draw) {
+    const { i, j, r, c, q, k, Q, K, off } = await blocksOf(draw, 1)
+    const probed = heddle.probe(q, k, { kind: 'rows', stride: 1, block: [i, j], scale: 0.7 })
+    const sizes = { I: i, J: j, R: r, C: c }
+    return {
+      inputs: { Q, K },
+      scalars: { scale: 0.7, off },
+      sizes,
+      results: { P: await seen(probed) },
+    }
+  },
+  async 'probe.lines'(draw) {
+    const { q, k, Q, K, sq, sk, off } = await qkv(draw, true)
+    const lines = (per: 'key' | 'distance') =>
+      seen(heddle.probe(q, k, { kind: 'rows', per, block: [sq, 16], scale: 0.7 }))
+    const results = { C: await lines('key'), D: await lines('distance') }
+    return { inputs: { Q, K }, scalars: { scale: 0.7, off }, sizes: { X: sk }, results }
+  },
+  async 'probe.antidiagonal'(draw) {
+    const { i, j, r, c, q, k, Q, K, off } = await blocksOf(draw, 4)
+    const probed = heddle.probe(q, k, {
+      kind: 'antidiagonal',
+      stride: 4,
+      block: [i, j],
+      scale: 0.7,
+    })
+    const sizes = { A: 4, G: i / 4, H: j / 4, R: r, C: c }
+    return {
+      inputs: { Q, K },
+      scalars: { scale: 0.7, off },
+      sizes,
+      results: { P: await seen(probed) },
+    }
+  },
+  async 'attention.blocks'(draw) {
+    const { i, j, r, c, q, k, Q, K, off, sk } = await blocksOf(draw, 16)
+    const [v, V] = await draw.of([1, sk, 1, 8], [sk, 8])
+    const score = draw.place(draw.rng.normals(r * c), [1, 1, r, c])
+    const topBlocks = 1 + draw.rng.below(c)
+    const mask = heddle.keep(score, { sq: r * i, sk, block: [i, j], topBlocks })
+    const { out } = attention(q, k, v, { mask, scale: 0.4 })
+    const bits = { data: await kept(mask, c), shape: [r, c] }
+    const scalars = { scale: 0.4, off }
+    const sizes = { I: i, J: j, R: r, C: c }
+    return { inputs: { Q, K, V, kept: bits }, scalars, sizes, results: { O: out } }
+  },
+  async 'attention.relu'(draw) {
+    const { q, k, v, Q, K, V, off } = await qkv(draw)
+    const { out } = attention(q, k, v, { causal: true, scale: 0.4, weights: 'relu', power: 2 })
+    return { inputs: { Q, K, V }, scalars: { scale: 0.4, off }, results: { O: out } }
+  },
+  async 'attention.softplus'(draw) {
+    const { q, k, v, Q, K, V, off } = await qkv(draw)
+    const { out, lse } = attention(q, k, v, { causal: true, scale: 0.4, weights: 'softplus' })
+    return { inputs: { Q, K, V }, scalars: { scale: 0.4, off }, results: { O: out, LSE: lse } }
+  },
+  async 'attention.options'(draw) {
+    const { q, k, v, Q, K, V, sq, sk, off } = await qkv(draw)
+    const [bias, B] = await draw.of([1, 1, sq, sk], [sq, sk])
+    const [slope, sink] = [Math.fround(0.2), Math.fround(-0.3)]
+    const scalars = { scale: 0.4, off, window: 9, cap: 2, slope, sink }
+    const options = { window: 9, softCap: 2, slopes: [slope], sink: [sink] }
+    const { out, lse } = attention(q, k, v, { causal: true, scale: 0.4, bias, ...options })
+    return { inputs: { Q, K, V, B }, scalars, results: { O: out, LSE: lse } }
   },
   async softplus(draw) {
     const { q, k, v, Q, K, V, d, off } = await qkv(draw, true)

@@ -1,4 +1,11 @@
-import { cascade, type DenseArray, type HeddleError, type Tensor, tensor } from 'heddle'
+import {
+  cascade,
+  type DenseArray,
+  definitions,
+  type HeddleError,
+  type Tensor,
+  tensor,
+} from 'heddle'
 import { expect, it } from 'vitest'
 import { largest, maxError } from '../support/compare.js'
 import { describeDevices } from '../support/devices.js'
@@ -297,6 +304,13 @@ const cases: Record<string, Case> = {
         ]),
     ),
   ),
+  'all that is added to a score': {
+    text: definitions['attention.options'],
+    inputs: { Q: 'P E', K: 'M E', B: 'P M', V: 'M F' },
+    scalars: { scale: 0.4, window: 9, cap: 2, slope: 0.2, sink: -0.3 },
+    operator: 'attention',
+    slots: { window: '1 + off + p + -1 window', softCap: 'cap', slopes: 'slope', sink: 'sink' },
+  },
   'capped scores (Gemma 2)': {
     text: `
       ${scores}
