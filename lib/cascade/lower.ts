@@ -460,12 +460,24 @@ function weightedSum(
   fit++
   const { q, k } = dot
   let rows = out.left.filter((x) => has(q.form, [x]) && !has(k.form, [x]) && !has(v.form, [x]))
-  // Heads that share keys and values look like rows, but for the mask
-  if (rows.length > 1) rows = rows.filter((x) => numerator.where.some((one) => has(one, [x])))
-  if (rows.length !== 1) throw fail('its queries have no variable for rows of their own')
+  // Heads that share keys and values look like rows, but for the mask, and are as good as rows where nothing names them
+  const masked = rows.filter((x) => numerator.where.some((one) => has(one, [x])))
+  if (masked.length > 0) rows = masked
+  const rest = [...terms.map((term) => formOf([term])), post, shift, ...(sink ? [sink] : [])]
+  if (rows.length > 1 && !rest.some((form) => has(form, rows))) {
+    const order = q.main.indices.map(({ key }) => key)
+    rows = [rows.reduce((x, y) => (order.indexOf(y) > order.indexOf(x) ? y : x))]
+  }
+  if (rows.length !== 1)
+    throw fail('its queries have no variable for rows that a mask, keys or values tell from heads')
   const [row] = rows as [string]
   const heads = out.left.filter((x) => x !== row && x !== column)
-  if (heads.length > 2) throw fail('its result has more axes than [b, s, h, d]')
+  // Groups of queries with a head of keys each: an axis of the text, and part of the heads for attention
+  const [group = '', own = ''] = [heads.at(-1), heads.at(-2)]
+  const grouped =
+    heads.length > 1 &&
+    [...dots.map(({ k }) => k), v].every(({ form }) => has(form, [own]) && !has(form, [group]))
+  if (heads.length > (grouped ? 3 : 2)) throw fail('its result has more axes than [b, s, h, d]')
   const operands = [
     ...dots.flatMap(({ q, k, e }) => [[q, [...heads, row, e]] as const, [k, [m, e]] as const]),
     [v, [m, column]] as const,
@@ -575,6 +587,10 @@ function weightedSum(
       ? side(form, [head!])
       : undefined
   const [ofSlope, ofSink] = [perHead(slope), perHead(sink)]
+  const sides = [computed, ofSlope, ofSink, ofV, ...parts.flatMap(({ ofQ, ofK }) => [ofQ, ofK])]
+  const alone = post.key === '1' && sides.every((one) => one === undefined)
+  if (heads.length > 2 && !alone)
+    throw fail('what is computed beside it has more axes than [b, s, h, d]', 'CAS022')
   return {
     slots,
     post,
@@ -582,7 +598,8 @@ function weightedSum(
     layouts,
     run(call) {
       const tensors = { ...call.tensors }
-      for (const [{ main }, own] of operands) oneHead(call, main, heads, own.includes(row))
+      if (!grouped || !alone)
+        for (const [{ main }, own] of operands) oneHead(call, main, heads, own.includes(row))
       const [tq, tk, tv] = [q, k, v].map(({ main }) => batched(call, main.name)) as [F32, F32, F32]
       const [sq, hq, d, sk, dv] = [
         tq.shape[1]!,

@@ -267,6 +267,32 @@ const cases: Record<string, Case> = {
     inputs: { Q: 'B G P E', K: 'B M E', V: 'B M F' },
     operator: 'attention',
   },
+  'heads without a mask that share keys (MQA)': {
+    text: `
+      S[h,p,m] = sum(e) Q[h,p,e] * K[m,e]
+      D[h,p]   = sum(m) exp(S[h,p,m])
+      O[h,p,f] = sum(m) exp(S[h,p,m]) * V[m,f] / D[h,p]`,
+    inputs: { Q: 'H P E', K: 'M E', V: 'M F' },
+    operator: 'attention',
+  },
+  'groups of queries in a batch (GQA)': {
+    text: `
+      S[b,n,g,p,m] = sum(e) Q[b,n,g,p,e] * K[b,n,m,e]   where m <= p + off
+      D[b,n,g,p]   = sum(m) exp(S[b,n,g,p,m])
+      O[b,n,g,p,f] = sum(m) exp(S[b,n,g,p,m]) * V[b,n,m,f] / D[b,n,g,p]`,
+    inputs: { Q: 'B N G P E', K: 'B N M E', V: 'B N M F' },
+    operator: 'attention',
+  },
+  'groups of queries of one sequence (GQA)': {
+    text: `
+      S[n,g,p,m] = sum(e) Q[n,g,p,e] * K[n,m,e] / sqrt(E)
+      G1[n,g,p]  = max(m) S[n,g,p,m]
+      A[n,g,p,m] = exp(S[n,g,p,m] - G1[n,g,p])
+      D[n,g,p]   = sum(m) A[n,g,p,m]
+      O[n,g,p,f] = sum(m) A[n,g,p,m] * V[n,m,f] / D[n,g,p]`,
+    inputs: { Q: 'N G P E', K: 'N M E', V: 'N M F' },
+    operator: 'attention',
+  },
   'relu divided by the length (Wortsman)': {
     text: `
       ${scores}
@@ -458,10 +484,24 @@ const cases: Record<string, Case> = {
   },
 }
 
-const roles: Record<string, string> = { B: 'b', H: 'h', G: 'h', P: 's', M: 's', T: 's', U: 's' }
+const roles: Record<string, string> = {
+  B: 'b',
+  H: 'h',
+  N: 'h',
+  G: 'h',
+  P: 's',
+  M: 's',
+  T: 's',
+  U: 's',
+}
 
 /** Numbers with the axes of the text as [b, s, h, d], or back. */
-function turned(data: ArrayLike<number>, axes: string[], sizes: number[], back = false) {
+function turned(data: ArrayLike<number>, ranks: string[], lengths: number[], back = false) {
+  // N and G together are the heads
+  const group = ranks.includes('N') ? ranks.indexOf('G') : -1
+  const axes = ranks.filter((_, i) => i !== group)
+  const sizes = lengths.filter((_, i) => i !== group)
+  if (group >= 0) sizes[group - 1]! *= lengths[group]!
   const at = ['b', 's', 'h', 'd'].map((role) =>
     axes.findIndex((axis) => (roles[axis] ?? 'd') === role),
   )
@@ -482,7 +522,7 @@ function turned(data: ArrayLike<number>, axes: string[], sizes: number[], back =
 function sizesFor(rng: Random, square: boolean): Record<string, number> {
   const P = 1 + rng.below(rng.pick([2, 12, 40]))
   const M = square ? P : P + rng.below(20)
-  return { B: 2, H: 3, G: 2, P, M, T: P, U: P, E: 8, F: 16, R: 8 }
+  return { B: 2, H: 3, N: 2, G: 3, P, M, T: P, U: P, E: 8, F: 16, R: 8 }
 }
 
 describeDevices('published mechanisms', (device) => {
