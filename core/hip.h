@@ -38,6 +38,7 @@ HEDDLE_HD inline uint32_t order_of(float score) {
 
 struct HipTile {
   int32_t keys[kHipTile];
+  int32_t positions[kHipTile];  // of keys that turn
   uint32_t best[kHipTile];
   int32_t left[kHipTile / 2], right[kHipTile / 2];  // of a chunk's descent
   uint32_t most[kHipTile / 2];
@@ -63,6 +64,7 @@ struct HipPlace {
   int64_t ahead;              // where query 0 stands
   int64_t end;                // behind the last key that can be listed
   int64_t list;               // index of the list among all
+  int64_t chunks;             // that a stage looks at
 };
 
 // Rows of a head in turn, so that its keys stay in the cache; long ones first
@@ -85,12 +87,57 @@ HEDDLE_HD inline HipPlace hip_place(const Hip& op, int64_t task) {
   place.ahead = keys - op.q.shape[1];
   place.end = place.ahead + place.last - op.window;
   place.list = (place.b * lists + place.head) * rows + place.row;
+  place.chunks = 0;
   return place;
 }
 
 // Ranks are all different: of equal scores the lower index comes first. 0 is none.
 HEDDLE_HD inline uint64_t hip_rank(uint32_t order, int64_t i) {
   return order == kNoOrder ? 0 : static_cast<uint64_t>(order) << 32 | ~static_cast<uint32_t>(i);
+}
+
+// Where a query is taken to stand when it turns
+HEDDLE_HD inline int64_t hip_query_position(const Hip& op, const HipPlace& place, int64_t query) {
+  const int64_t stands = place.ahead + query, most = place.chunks + op.window;
+  const int64_t own = stands > 0 ? stands : 0;  // lengths may be wrong
+  switch (op.positions) {
+    case Hip::kStreaming:
+      return own < most ? own : most;
+    case Hip::kRelative:
+      return op.window + 1;
+    case Hip::kInfllm:
+      return op.window;
+    default:
+      return own;
+  }
+}
+
+// And where a key does, which stands for the left or right half of what is left of a chunk
+HEDDLE_HD inline int64_t hip_key_position(const Hip& op, const HipPlace& place, int64_t key,
+                                          int64_t chunk, bool right) {
+  constexpr int64_t kNear = 8192, kGroup = 16;  // self_extend: keys that stay, keys that are one
+  const int64_t first = place.ahead + place.first, last = place.ahead + place.last - 1;
+  const int64_t away = last - key, near = op.context / 4;
+  switch (op.positions) {
+    case Hip::kStreaming:
+      return chunk;
+    case Hip::kRelative:
+      return right;
+    case Hip::kInfllm:
+      return 0;
+    case Hip::kSelfExtend: {
+      if (away <= kNear || last <= op.context) return key;
+      // Rounded down, where a key stands before the block as well
+      const int64_t grouped = first - (first - key + kGroup - 1) / kGroup;
+      return grouped > 0 ? grouped : 0;
+    }
+    case Hip::kDynamicExtend:
+      // The distance to the first key becomes the context
+      if (away <= near || last <= op.context) return key;
+      return last - near - (away - near) * (op.context - near) / (last - near);
+    default:
+      return key;
+  }
 }
 
 // The rank that `wanted` of the n reach, found bit by bit; scores without ties take few of them
@@ -287,6 +334,9 @@ HEDDLE_HD void hip_descend(const Team& team, const Hip& op, const HipPlace& plac
           const bool single = right - left == 1 && size == op.block_k;
           tile.keys[2 * i] = halves ? (left + middle) / 2 : single ? left : -1;
           tile.keys[2 * i + 1] = halves ? (middle + right) / 2 : -1;
+          for (int side = 0; op.cos.data && side < 2; ++side)
+            tile.positions[2 * i + side] = static_cast<int32_t>(
+                hip_key_position(op, place, tile.keys[2 * i + side], first + i, side == 1));
         });
         scorer.score(squad, item % held);
         squad.each(kChunks, [&](int64_t i) {

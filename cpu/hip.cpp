@@ -66,6 +66,7 @@ template <class T> class Scorer {
         float* mean = line();
         for (int64_t query = i; query < end; ++query) {
           load_q(own.data(), query);
+          turn(own.data(), hip_query_position(op_, place_, query));
           for (int64_t e = 0; e < d_; ++e) mean[e] += own[static_cast<size_t>(e)];
         }
         for (int64_t e = 0; e < d_; ++e)
@@ -83,7 +84,12 @@ template <class T> class Scorer {
     int64_t slots[kHipTile], count = 0;
     for (int64_t i = 0; i < kHipTile; ++i) {
       if (tile.keys[i] < 0) continue;
-      load_row(k_.data() + count * d_, key(tile.keys[i]), op_.k.strides[3], d_);
+      float* row = k_.data() + count * d_;
+      load_row(row, key(tile.keys[i]), op_.k.strides[3], d_);
+      if (op_.cos) {
+        turn(row, tile.positions[i]);
+        for (int64_t e = 0; e < d_; ++e) row[e] = to_float(from_float<T>(row[e]));
+      }
       slots[count++] = i;
     }
     product(scores_.data(), width_, count, width_, d_, k_.data(), d_, 1, q_.data(), width_,
@@ -98,6 +104,18 @@ template <class T> class Scorer {
   }
 
  private:
+  // Rotary embedding, of i with i + d / 2
+  void turn(float* row, int64_t position) const {
+    if (!op_.cos) return;
+    const int64_t half = d_ / 2;
+    for (int64_t i = 0; i < half; ++i) {
+      const float c = op_.cos.as<float>()[position * half + i];
+      const float s = op_.sin.as<float>()[position * half + i];
+      const float a = row[i], b = row[half + i];
+      row[i] = a * c - b * s;
+      row[half + i] = b * c + a * s;
+    }
+  }
   const T* key(int64_t t) const {
     if (!op_.block_table) return k_head_ + place_.b * op_.k.strides[0] + t * op_.k.strides[1];
     const Tensor& table = op_.block_table;
@@ -121,11 +139,12 @@ template <class T> class Scorer {
 template <class T> void search(const Hip& op, int64_t task) {
   HipTile tile;
   const HipTeam team{{}, tile};
-  const HipPlace place = hip_place(op, task);
+  HipPlace place = hip_place(op, task);
   Scorer<T> scorer(op, place);
   std::vector<uint32_t> slot(static_cast<size_t>(hip_slot(op)));
   if (op.kind == Hip::kHalves) return hip_halves(team, op, place, scorer, slot.data());
   const HipChunks chunks = hip_chunks(op, place);
+  place.chunks = chunks.count;
   if (chunks.count > op.index.shape[3])
     hip_descend(team, op, place, chunks, 0, 1, scorer, slot.data());
   hip_keep(team, op, place, chunks, slot.data());

@@ -37,7 +37,14 @@ export * from './ops/attention.js'
 export * from './ops/elementwise.js'
 export * from './ops/embed.js'
 export * from './ops/glu.js'
-export type { HipHeadMode, HipLists, HipOptions, HipStage } from './ops/hip.js'
+export type {
+  HipHeadMode,
+  HipLists,
+  HipOptions,
+  HipPositions,
+  HipRope,
+  HipStage,
+} from './ops/hip.js'
 export { hip, hipLists, hipStages } from './ops/hip.js'
 export type { KeepOptions } from './ops/keep.js'
 export { keep } from './ops/keep.js'

@@ -17,10 +17,12 @@ struct Hip {
   static constexpr const char* kName = "hip";
   enum Kind { kHalves, kStage };
   enum Representative { kCenter, kFirst };
+  enum Positions { kOwn, kStreaming, kRelative, kInfllm, kSelfExtend, kDynamicExtend };
   Tensor q;              // [b, sq, hq, d]
   Tensor k;              // [b, sk, hk, d], or pages of it
   Tensor block_table;    // [b, max_pages] i32: which page holds which part of a sequence
   Tensor cache_seqlens;  // [b] i32: keys in use, at least sq
+  Tensor cos, sin;       // [positions, d / 2] f32: a stage turns queries and keys by them
   Tensor from_index;     // [b, hm, rows, width] i32: what the stage before kept
   Tensor from_count;     // [b, hm, rows] i32
   Tensor index;          // [b, hm, rows, width] i32: first keys of blocks, then INT32_MAX
@@ -29,6 +31,8 @@ struct Hip {
   Tensor table;   // [b, hm, rows, pages] i32: the sink tokens and the list as pages of block_k
   Tensor length;  // [b, hm, rows] i32: how many keys these are
   int kind = kHalves, representative = kCenter;
+  int positions = kOwn;  // where what turns is taken to stand, core/hip.h has the rules
+  int64_t context = 0;   // of the model, for positions that are compressed
   int64_t block_q = 64, block_k = 2;
   int64_t stride_q = 2, stride_k = 1;  // halves look at the last query and key of each so many;
                                        // a stage at means of so many queries
@@ -40,6 +44,8 @@ struct Hip {
     schema.input("k", &Hip::k, "b sk hk d", like("q")).when("block_table", "pages page_size hk d");
     schema.optional("block_table", &Hip::block_table, "b max_pages", kI32);
     schema.optional("cache_seqlens", &Hip::cache_seqlens, "b", kI32);
+    schema.optional("cos", &Hip::cos, "... turns", kF32);
+    schema.optional("sin", &Hip::sin, "... turns", kF32);
     schema.optional("from_index", &Hip::from_index, "b hm from_rows from_width", kI32);
     schema.optional("from_count", &Hip::from_count, "b hm from_rows", kI32);
     schema.inout("index", &Hip::index, "b hm rows width", kI32);
@@ -49,6 +55,9 @@ struct Hip {
     schema.optional("length", &Hip::length, "b hm rows", kI32);
     schema.choice("kind", &Hip::kind, {"halves", "stage"});
     schema.choice("representative", &Hip::representative, {"center", "first"});
+    schema.choice("positions", &Hip::positions,
+                  {"own", "streaming", "relative", "infllm", "self_extend", "dynamic_extend"});
+    schema.integer("context", &Hip::context, 0).at_least(1);
     schema.integer("block_q", &Hip::block_q, 64).at_least(1).at_most(128);
     schema.integer("block_k", &Hip::block_k, 2).at_least(1).at_most(32768);
     schema.integer("stride_q", &Hip::stride_q, 2).at_least(1).at_most(128);
@@ -97,6 +106,17 @@ struct Hip {
                        from_index.shape[2] == (sq + from_block_q - 1) / from_block_q,
                    kArgument, "fromIndex",
                    "fromIndex must have blocks that contain those of index");
+    HEDDLE_CHECK(bool(cos) == bool(sin) && (cos || positions == kOwn), kArgument, "cos",
+                 "cos and sin must be given together, and for positions that are not a key's own");
+    if (cos) {
+      HEDDLE_CHECK(kind == kStage, kArgument, "cos", "cos and sin go with stages");
+      HEDDLE_CHECK(cos.rank == 2 && cos.shape[1] * 2 == d && cos.contiguous() && sin.contiguous() &&
+                       cos.shape[0] >= keys() && cos.shape[0] >= window + 2,
+                   kShape, "cos", "cos must be contiguous, [positions, d / 2], for ", keys(),
+                   " keys and window + 2 positions, got ", text_of(cos));
+      HEDDLE_CHECK(positions < kSelfExtend || context >= 4, kArgument, "context",
+                   "context must be at least 4 where positions are compressed, got ", context);
+    }
     HEDDLE_CHECK(bool(table) == bool(length) &&
                      (!table || (sink_tokens % block_k == 0 &&
                                  table.shape[3] == sink_tokens / block_k + index.shape[3])),

@@ -75,7 +75,7 @@ bool reads_wide(const Tensor& x) {
 template <class T> void choose(const HipArgs& args, CudaContext& context) {
   if constexpr (sizeof(T) == 2) {
     const Tensor& k = args.op.k;
-    if (reads_wide(args.op.q) && reads_wide(k)) {
+    if (reads_wide(args.op.q) && reads_wide(k) && !args.op.cos) {
       if (k.shape[3] <= 64) return search<HipMatrix<T, 64>>(args, context);
       if (k.shape[3] <= 128) return search<HipMatrix<T, 128>>(args, context);
       return search<HipMatrix<T, 256>>(args, context);

@@ -86,13 +86,27 @@ template <class T> class HipRows {
     for (int64_t query = first; query < last; ++query) {
       const T* q = static_cast<T*>(op_.q.data) + place_.b * op_.q.strides[0] +
                    query * op_.q.strides[1] + head * op_.q.strides[2] + e * op_.q.strides[3];
-      const Columns<kCount> own = *reinterpret_cast<const Columns<kCount>*>(q);
-      for (int i = 0; i < kCount; ++i) sum[i] += to_float(own.values[i]);
+      if constexpr (kCount == 1) {
+        sum[0] += turned(q, op_.q.strides[3], e, hip_query_position(op_, place_, query));
+      } else {
+        const Columns<kCount> own = *reinterpret_cast<const Columns<kCount>*>(q);
+        for (int i = 0; i < kCount; ++i) sum[i] += to_float(own.values[i]);
+      }
     }
     const auto n = static_cast<float>(last - first);
     Columns<kCount> mean;
     for (int i = 0; i < kCount; ++i) mean.values[i] = from_float<T>(sum[i] / n);
     return mean;
+  }
+  // Column e of a row, which `x` points to; turned by a position, if any are
+  __device__ float turned(const T* x, int64_t stride, int e, int64_t position) const {
+    const float own = to_float(*x);
+    if (!op_.cos.data) return own;
+    const int half = static_cast<int>(op_.q.shape[3]) / 2;
+    const float other = e < half ? -to_float(x[half * stride]) : to_float(x[-half * stride]);
+    const int64_t at = position * half + e % half;
+    return own * static_cast<float*>(op_.cos.data)[at] +
+           other * static_cast<float*>(op_.sin.data)[at];
   }
   // Null if a page does not exist
   __device__ const T* key(int64_t head, int64_t t) const {
@@ -231,7 +245,7 @@ template <class T, int kD> class HipMatrix {
   int64_t head_ = -1;
 };
 
-// Any other keys: a lane has one, and eight rows at a time
+// Any other keys, and those that turn: a lane has one, and eight rows at a time
 template <class T> class HipPlain {
  public:
   __device__ HipPlain(const HipArgs& args, const HipPlace& place, char* smem)
@@ -263,7 +277,8 @@ template <class T> class HipPlain {
       for (int first = 0; first < rows_.count; first += kRows) {
         float sum[kRows] = {};
         for (int e = 0; e < d; ++e) {
-          const float x = to_float(k[e * op_.k.strides[3]]);
+          const float x = to_float(from_float<T>(rows_.turned(
+              k + e * op_.k.strides[3], op_.k.strides[3], e, warp.tile.positions[slot])));
 #pragma unroll
           for (int r = 0; r < kRows; ++r)
             sum[r] = fmaf(x, smem_q_[min(first + r, rows_.count - 1) * d + e], sum[r]);
@@ -306,7 +321,7 @@ template <class Scorer> __device__ void hip_search(const HipArgs& args, char* sm
   for (int64_t first = 0; first < args.tasks; first += groups, back = !back) {
     const int64_t task = first + (back ? groups - 1 - group : group);
     if (task >= args.tasks) continue;
-    const HipPlace place = hip_place(op, task);
+    HipPlace place = hip_place(op, task);
     if (op.cache_seqlens.data && threadIdx.x == 0) {
       const int32_t keys =
           static_cast<int32_t*>(op.cache_seqlens.data)[place.b * op.cache_seqlens.strides[0]];
@@ -318,6 +333,7 @@ template <class Scorer> __device__ void hip_search(const HipArgs& args, char* sm
       continue;
     }
     const HipChunks chunks = hip_chunks(op, place);
+    place.chunks = chunks.count;
     if (chunks.count > op.index.shape[3]) {
       if (args.members == 1) team.each(chunks.count, [&](int64_t i) { slot[i] = kNoOrder; });
       hip_descend(team, op, place, chunks, member, args.members, scorer, slot);

@@ -36,7 +36,7 @@ export const hipPresets = {
 } as const satisfies Record<string, HipOptions>
 
 /** Options of {@link hipAttention}. */
-export interface HipAttentionOptions extends HipOptions {
+export interface HipAttentionOptions extends Omit<HipOptions, 'rope'> {
   /** Which layer of the model calls; with `layers`. */
   layer?: number | undefined
   /** What other layers do: `'dense'`, or options that replace those given here. */
@@ -119,6 +119,7 @@ export function hipAttention<D extends FloatDType>(
     throw mustBe(op, `layers[${layer}]`, '"dense" or options', mode)
   const searched = { ...shared, ...(mode === 'dense' ? {} : mode) }
   const { topK, window, sinkTokens } = hipSettings(op, searched)
+  if (searched.rope) throw refuse('ERR_ARGUMENT', op, 'rope', 'rope goes with hip alone')
   const tail = checkInteger(
     op,
     'denseTailRows',
@@ -172,7 +173,7 @@ export function hipAttention<D extends FloatDType>(
 
 /** Options of {@link hipDecoder}. */
 export interface HipDecoderOptions
-  extends Omit<HipOptions, 'cuSeqlensQ' | 'cuSeqlensK' | 'blockTable' | 'cacheSeqlens'> {
+  extends Omit<HipOptions, 'rope' | 'cuSeqlensQ' | 'cuSeqlensK' | 'blockTable' | 'cacheSeqlens'> {
   /**
    * After how many tokens lists are made again: 8 if left out. With stages one number for each, none larger than the one
    * before, and [32, 16, 8] for three stages: a stage takes up what the stage before listed last.
@@ -257,6 +258,7 @@ export function hipDecoder(options: HipDecoderOptions = {}): HipDecoder {
   if (options === null || typeof options !== 'object')
     throw mustBe(op, 'options', 'an object', options)
   const [searched, own] = split(options, ['refresh', 'freezeWindowStart', 'scale', 'softCap'])
+  if (searched.rope) throw refuse('ERR_ARGUMENT', op, 'rope', 'rope goes with hip alone')
   for (const name of ['cuSeqlensQ', 'cuSeqlensK', 'blockTable', 'cacheSeqlens'] as const)
     if (searched[name] !== undefined)
       throw refuse(

@@ -22,6 +22,39 @@ export interface HipStage {
 /** Who shares a list: nobody, the query heads of a kv head, or all heads. */
 export type HipHeadMode = 'head' | 'kv_group' | 'all'
 
+/**
+ * Where queries and keys that turn are taken to stand while chunks are compared (InfiniteHiP), p and t being their own
+ * positions:
+ *
+ * | name               | keys                                                | queries           |
+ * | ------------------ | --------------------------------------------------- | ----------------- |
+ * | `'own'`            | t                                                   | p                 |
+ * | `'streaming'`      | number of the chunk among those of the stage        | p, at most chunks + window |
+ * | `'relative'`       | 0 for the left of two halves, 1 for the right       | window + 1        |
+ * | `'infllm'`         | 0                                                   | window            |
+ * | `'self_extend'`    | t within 8192 keys, before that every 16 keys one   | p                 |
+ * | `'dynamic_extend'` | distances beyond a quarter of the context shortened until the first key is one context away | p |
+ */
+export type HipPositions =
+  | 'own'
+  | 'streaming'
+  | 'relative'
+  | 'infllm'
+  | 'self_extend'
+  | 'dynamic_extend'
+
+/** Rotary embedding of queries and keys that have not been turned, while a search looks at them. */
+export interface HipRope {
+  /** [positions, d / 2]: of channels i and i + d / 2, for every key and for window + 2 positions. */
+  cos: Tensor<'float32'>
+  /** As `cos`. */
+  sin: Tensor<'float32'>
+  /** `'own'` if left out. */
+  positions?: HipPositions | undefined
+  /** Of the model, for `'self_extend'` and `'dynamic_extend'`: shorter prompts stand where they are. */
+  context?: number | undefined
+}
+
 /** Options of {@link hip}. What is said of defaults holds without `stages`, and in brackets with them. */
 export interface HipOptions extends PackedOptions {
   /** Keys that a list names beside sink tokens and window: 512 (2048). */
@@ -40,6 +73,8 @@ export interface HipOptions extends PackedOptions {
   representative?: 'center' | 'first' | undefined
   /** Scans instead of halving: what InfiniteHiP does. {@link hipStages} are its own. */
   stages?: readonly HipStage[] | undefined
+  /** With stages: q and k are turned as they are looked at. What is attended afterwards has to be turned by its own positions. */
+  rope?: HipRope | undefined
   /** [b, maxPages], i32: k is pages `[pages, pageSize, hk, d]`, as {@link attention} takes them. Goes with `cacheSeqlens`. */
   blockTable?: Tensor<'int32'> | undefined
   /** [b], i32: how many keys each sequence has, at least sq. */
@@ -63,7 +98,7 @@ export const hipStages: readonly HipStage[] = [
 
 const known: ReadonlySet<string> = new Set<keyof HipOptions>([
   ...(['topK', 'block', 'stride', 'window', 'sinkTokens', 'headMode', 'representative'] as const),
-  ...(['stages', 'blockTable', 'cacheSeqlens', 'cuSeqlensQ', 'cuSeqlensK'] as const),
+  ...(['stages', 'rope', 'blockTable', 'cacheSeqlens', 'cuSeqlensQ', 'cuSeqlensK'] as const),
 ])
 
 /** @internal Options of `hip` with what was left out, checked. */
@@ -76,6 +111,13 @@ export interface HipSettings {
   /** What each call of the operator does: one for halves, one a stage. */
   calls: readonly { width: number; arguments: Record<string, unknown> }[]
 }
+
+const knownRope: ReadonlySet<string> = new Set<keyof HipRope>([
+  'cos',
+  'sin',
+  'positions',
+  'context',
+])
 
 const isPower = (x: unknown, most: number): x is number =>
   Number.isInteger(x) &&
@@ -135,6 +177,12 @@ export function hipSettings(op: string, options: HipOptions): HipSettings {
     }
   }
 
+  const { rope } = options
+  if (rope !== undefined && (rope === null || typeof rope !== 'object'))
+    throw rule('rope', 'an object', rope)
+  if (rope && !stages) throw refuse('ERR_ARGUMENT', op, 'rope', 'rope goes with stages')
+  if (rope) checkOptions(`${op} rope`, rope, knownRope)
+
   if (!stages) {
     const [blockQ, blockK] = pair('block', options.block ?? [64, 2])
     power('block[0]', blockQ, 128)
@@ -191,6 +239,7 @@ export function hipSettings(op: string, options: HipOptions): HipSettings {
       width: kept(i) / stage.chunk,
       arguments: {
         kind: 'stage',
+        ...rope,
         blockQ: stage.block ?? 64,
         blockK: stage.chunk,
         strideQ: stage.stride,

@@ -13,6 +13,7 @@ namespace {
 #endif
 using Scorer = HEDDLE_SCORER;
 using T = HEDDLE_ELEMENT;
+constexpr bool kTurns = std::is_same_v<Scorer, HipPlain<T>>;
 
 struct Case {
   int kind = Hip::kHalves, representative = Hip::kCenter;
@@ -23,6 +24,7 @@ struct Case {
   int64_t page_size = 0;
   int warps = 1, ctas = 2, members = 1, heads = 1;
   bool shared = true;
+  int positions = -1;  // none turns
 };
 
 // One thread, which is its own squad
@@ -49,12 +51,20 @@ struct Alone {
 
 struct Plain {
   const Hip& op;
-  const HipPlace& place;
+  HipPlace& place;
   int64_t head = 0;
 
   int64_t heads() const { return 1; }
   void load(int64_t first, int64_t) { head = first; }
-  float k(int64_t t, int64_t e) const {
+  // Column e of a row that turns
+  float turned(const T* row, int64_t e, int64_t position) const {
+    const float own = to_float(row[e]);
+    if (!op.cos) return own;
+    const int64_t half = op.q.shape[3] / 2, at = position * half + e % half;
+    const float other = e < half ? -to_float(row[e + half]) : to_float(row[e - half]);
+    return own * op.cos.as<float>()[at] + other * op.sin.as<float>()[at];
+  }
+  const T* k(int64_t t) const {
     int64_t row = place.b * op.k.strides[0] + t * op.k.strides[1];
     if (op.block_table) {
       const int64_t size = op.k.shape[1];
@@ -63,7 +73,7 @@ struct Plain {
             t % size * op.k.strides[1];
     }
     const int64_t kv = head / (op.q.shape[2] / op.k.shape[2]);
-    return to_float(op.k.as<T>()[row + kv * op.k.strides[2] + e]);
+    return op.k.as<T>() + row + kv * op.k.strides[2];
   }
   void score(const Alone& team, int64_t) const {
     const bool halves = op.kind == Hip::kHalves;
@@ -80,10 +90,11 @@ struct Plain {
         for (int64_t e = 0; e < op.q.shape[3]; ++e) {
           float x = 0;
           for (int64_t i = halves ? end - 1 : first; i < end; ++i)
-            x += to_float(op.q.as<T>()[place.b * op.q.strides[0] + i * op.q.strides[1] +
-                                       head * op.q.strides[2] + e]);
+            x += turned(op.q.as<T>() + place.b * op.q.strides[0] + i * op.q.strides[1] +
+                            head * op.q.strides[2],
+                        e, hip_query_position(op, place, i));
           const float n = halves ? 1.f : static_cast<float>(end - first);
-          sum += to_float(from_float<T>(x / n)) * k(t, e);
+          sum += to_float(from_float<T>(x / n)) * turned(k(t), e, team.tile.positions[i]);
         }
         best = std::max(best, sum);
       }
@@ -124,6 +135,7 @@ struct Lists {
 double check(const Case& c, emulator::Random& random) {
   std::vector<T> q, k;
   std::vector<int32_t> table, lengths, from_index, from_count;
+  std::vector<float> cosines, sines;
   Hip op;
   op.kind = c.kind;
   op.representative = c.representative;
@@ -152,6 +164,15 @@ double check(const Case& c, emulator::Random& random) {
   for (auto* numbers : {&q, &k})
     for (T& x : *numbers) x = from_float<T>(static_cast<float>(random.below(9)) - 4);
   for (int i = 0; i < 5; ++i) k[random.below(static_cast<uint32_t>(k.size()))] = from_float<T>(NAN);
+  // Whole numbers instead of angles
+  if (c.positions >= 0 && kTurns) {
+    for (auto [tensor, numbers] : {std::pair{&op.cos, &cosines}, std::pair{&op.sin, &sines}}) {
+      *tensor = view(*numbers, {c.sk + c.window, c.d / 2});
+      for (float& x : *numbers) x = static_cast<float>(random.below(3)) - 1;
+    }
+    op.positions = c.positions;
+    op.context = 100;
+  }
   if (c.from_width > 0) {
     const int64_t rows = (c.sq + c.from_block_q - 1) / c.from_block_q;
     op.from_index = view(from_index, {c.b, c.lists, rows, c.from_width});
@@ -172,13 +193,14 @@ double check(const Case& c, emulator::Random& random) {
   HipTile tile;
   const Alone alone{tile};
   for (int64_t task = 0; task < tasks; ++task) {
-    const HipPlace place = hip_place(op, task);
+    HipPlace place = hip_place(op, task);
     Plain plain{op, place};
     if (c.kind == Hip::kHalves) {
       hip_halves(alone, op, place, plain, slot.data());
       continue;
     }
     const HipChunks chunks = hip_chunks(op, place);
+    place.chunks = chunks.count;
     std::fill(slot.begin(), slot.end(), kNoOrder);
     hip_descend(alone, op, place, chunks, 0, 1, plain, slot.data());
     hip_keep(alone, op, place, chunks, slot.data());
@@ -293,6 +315,55 @@ const Case kCases[] = {
      .sink_tokens = 3,
      .width = 20,
      .warps = 2},
+    {.kind = kStage,
+     .sq = 30,
+     .sk = 300,
+     .hq = 2,
+     .hk = 1,
+     .lists = 2,
+     .d = 8,
+     .block_q = 16,
+     .block_k = 8,
+     .stride_q = 4,
+     .sink_tokens = 8,
+     .width = 9,
+     .positions = Hip::kOwn},
+    {.kind = kStage,
+     .sq = 30,
+     .sk = 300,
+     .hq = 2,
+     .hk = 1,
+     .d = 8,
+     .block_q = 16,
+     .block_k = 8,
+     .stride_q = 4,
+     .sink_tokens = 8,
+     .width = 9,
+     .positions = Hip::kStreaming},
+    {.kind = kStage,
+     .sq = 30,
+     .sk = 300,
+     .hq = 2,
+     .hk = 1,
+     .d = 8,
+     .block_q = 16,
+     .block_k = 8,
+     .stride_q = 4,
+     .sink_tokens = 8,
+     .width = 9,
+     .positions = Hip::kRelative},
+    {.kind = kStage,
+     .sq = 30,
+     .sk = 300,
+     .hq = 2,
+     .hk = 1,
+     .d = 8,
+     .block_q = 16,
+     .block_k = 8,
+     .stride_q = 4,
+     .sink_tokens = 8,
+     .width = 9,
+     .positions = Hip::kDynamicExtend},
 };
 
 }  // namespace

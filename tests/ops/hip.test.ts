@@ -116,6 +116,20 @@ function halves(
   return starts(intervals.map(([lo]) => lo))
 }
 
+/** How rows turn, and where they are taken to stand. */
+interface Turn {
+  angle(position: number, channel: number): readonly [cos: number, sin: number]
+  query(p: number, chunks: number): number
+  key(t: number, chunk: number, right: boolean, first: number, last: number): number
+}
+
+const turned = (row: readonly number[], position: number, turn: Turn) =>
+  row.map((x, e) => {
+    const half = row.length / 2
+    const [cos, sin] = turn.angle(position, e % half)
+    return e < half ? x * cos - row[e + half]! * sin : x * cos + row[e - half]! * sin
+  })
+
 /** Section 2.3 with sorts; `round` is what the dtype makes of a mean. */
 function staged(
   p: Problem,
@@ -124,6 +138,7 @@ function staged(
   u: number,
   stages: readonly HipStage[],
   round: (x: number) => number,
+  turn?: Turn,
 ): number[] {
   const last = stages.at(-1)!.block ?? 64
   let chunks: number[] = []
@@ -149,23 +164,35 @@ function staged(
           const rows = range(stage.stride)
             .map((i) => row * bq + g * stage.stride + i)
             .filter((i) => i < until)
+          const own = rows.map((i) => {
+            const line = range(p.d).map((e) => p.q(b, i, head, e))
+            return turn ? turned(line, turn.query(p.sk - p.sq + i, chunks.length), turn) : line
+          })
           return range(p.d).map((e) =>
-            round(rows.reduce((sum, i) => sum + p.q(b, i, head, e), 0) / rows.length),
+            round(own.reduce((sum, line) => sum + line[e]!, 0) / rows.length),
           )
         }),
       ]),
     )
-    const best = (head: number, t: number) =>
-      Math.max(...means.get(head)!.map((row) => dot(p, row, b, t, head)))
+    const [first, final] = [p.sk - p.sq + row * bq, p.sk - p.sq + until - 1]
+    const best = (head: number, t: number, a: number, right = false) => {
+      if (!turn) return Math.max(...means.get(head)!.map((row) => dot(p, row, b, t, head)))
+      const position = turn.key(t, chunks.indexOf(a), right, first, final)
+      const line = range(p.d).map((e) => p.k(b, t, Math.floor(head / (p.hq / p.hk)), e))
+      const key = turned(line, position, turn)
+      return Math.max(
+        ...means.get(head)!.map((row) => row.reduce((sum, x, e) => sum + x * key[e]!, 0)),
+      )
+    }
     const score = (a: number) =>
       Math.max(
         ...classOf(p, h).map((head) => {
           let [l, r] = [a, Math.min(a + stage.chunk, end)]
-          if (r - l === 1) return best(head, l)
+          if (r - l === 1) return best(head, l, a)
           let most = Number.NEGATIVE_INFINITY
           while (r - l > 1) {
             const m = (l + r) >> 1
-            const [left, right] = [best(head, (l + m) >> 1), best(head, (m + r) >> 1)]
+            const [left, right] = [best(head, (l + m) >> 1, a), best(head, (m + r) >> 1, a, true)]
             most = Math.max(most, left, right)
             if (left >= right) r = m
             else l = m
@@ -455,6 +482,81 @@ describeDevices('hip', (device) => {
       expect(changed).not.toEqual(out)
     }
   })
+
+  it.each(['own', 'streaming', 'relative', 'infllm', 'self_extend', 'dynamic_extend'] as const)(
+    'looks at what turns where it is taken to stand: %s',
+    async (positions) => {
+      const rng = random(311)
+      const compressed = positions === 'self_extend' || positions === 'dynamic_extend'
+      // Some keys are more than 8192 away
+      const [sq, sk, d, window, context] = [70, compressed ? 8800 : 700, 8, 20, 400]
+      const rows = sk + 5
+      // Angles of quarters, so that everything stays a whole number
+      const quarters = range((rows * d) / 2).map(() => rng.below(4))
+      const table = (of: readonly number[]) =>
+        tensor(
+          quarters.map((i) => of[i]!),
+          [rows, d / 2],
+          { device },
+        )
+      const [cosines, sines] = [
+        [1, 0, -1, 0],
+        [0, 1, 0, -1],
+      ] as const
+      const where = {
+        own: { query: (p: number) => p, key: (t: number) => t },
+        streaming: {
+          query: (p: number, chunks: number) => Math.min(p, chunks + window),
+          key: (_: number, chunk: number) => chunk,
+        },
+        relative: {
+          query: () => window + 1,
+          key: (_: number, __: number, right: boolean) => Number(right),
+        },
+        infllm: { query: () => window, key: () => 0 },
+        self_extend: {
+          query: (p: number) => p,
+          key: (t: number, _: number, __: boolean, first: number, last: number) =>
+            t >= last - 8192 ? t : Math.max(Math.floor((t - first) / 16) + first, 0),
+        },
+        dynamic_extend: {
+          query: (p: number) => p,
+          key: (t: number, _: number, __: boolean, ___: number, last: number) => {
+            const far = last - t - context / 4
+            const scaled = (far * (context - context / 4)) / (last - context / 4)
+            return far <= 0 ? t : last - context / 4 - Math.floor(scaled)
+          },
+        },
+      }[positions]
+      const turn: Turn = {
+        ...where,
+        angle: (position, channel) => {
+          const quarter = quarters[(position * d) / 2 + channel]!
+          return [cosines[quarter]!, sines[quarter]!]
+        },
+      }
+      const stages = [
+        { chunk: 32, stride: 4 },
+        { chunk: 4, stride: 1, topK: 128 },
+      ]
+      const shared = { topK: 32, window, sinkTokens: 4, headMode: 'kv_group' } as const
+      const [values, keys] = [whole(rng, sq * 4 * d), whole(rng, sk * 2 * d)]
+      const problem = {
+        ...{ ...shared, sq, sk, hq: 4, hk: 2, d },
+        ...{ q: reader(values, sq, 4, d), k: reader(keys, sk, 2, d) },
+      }
+      for (const dtype of floats) {
+        const rope = { cos: table(cosines), sin: table(sines), positions, context }
+        const q = tensor(values, [1, sq, 4, d], { dtype, device }) as never
+        const k = tensor(keys, [1, sk, 2, d], { dtype, device }) as never
+        const actual = await read(q, k, { ...shared, stages, rope })
+        const of = (own?: Turn) =>
+          range(2).map((h) => range(2).map((u) => staged(problem, 0, h, u, stages, (x) => x, own)))
+        expect(actual[0]).toEqual(of(turn))
+        expect(actual[0]).not.toEqual(of())
+      }
+    },
+  )
 
   it('shares lists as its heads are asked to', async () => {
     const rng = random(304)
