@@ -1,5 +1,6 @@
 #include "ops/attention.h"
 
+#include "attention/factors_sm90.h"
 #include "attention/forward_portable.cuh"
 #include "attention/forward_sm90.h"
 #include "attention/gather_sm80.h"
@@ -136,6 +137,39 @@ ForwardArgs portable_args(const Attention& op) {
   return args;
 }
 
+namespace {
+
+// One that is not contiguous along sk is declined
+BiasForm bias_form(const Attention& op) {
+  const Tensor& bias = op.bias;
+  if (!bias) return BiasForm::kNone;
+  if (bias.strides[3] == 0 || bias.shape[3] == 1) return BiasForm::kRow;
+  // a word for two keys must not be cut by the end of a row. Factors of keys need its registers.
+  bool pairs = bias.dtype != DType::kF32 && !op.cosine && bias.shape[3] % 2 == 0 &&
+               reinterpret_cast<uintptr_t>(bias.data) % 4 == 0;
+  for (int i = 0; i < 3; ++i) pairs &= bias.shape[i] == 1 || bias.strides[i] % 2 == 0;
+  return pairs ? BiasForm::kPairs : BiasForm::kSingles;
+}
+
+Slots slots_of(const Attention& op) {
+  Slots slots{};
+  slots.weights = op.weights;
+  slots.normalise = op.normalise;
+  slots.length_scale = static_cast<float>(op.length_scale);
+  slots.power = static_cast<float>(op.power);
+  slots.offset = static_cast<float>(op.offset);
+  slots.cosine = op.cosine;
+  slots.bias_form = bias_form(op);
+  slots.bias_dtype = op.bias.dtype;
+  slots.bias = op.bias ? op.bias.data : nullptr;
+  std::copy_n(op.bias.strides, 4, slots.bias_strides);
+  slots.level = floats(op.level);
+  std::copy_n(op.level.strides, 3, slots.level_strides);
+  return slots;
+}
+
+}  // namespace
+
 SplitCall hopper_call(const Attention& op, const CudaContext& context) {
   const auto strides = [](const Tensor& x) {
     return Strides{x.strides[0], x.strides[1], x.strides[2]};
@@ -175,6 +209,7 @@ SplitCall hopper_call(const Attention& op, const CudaContext& context) {
   call.sequences = op.cu_seqlens_q ? op.cu_seqlens_q.shape[0] - 1 : 0;
   call.cache_seqlens = ints(op.cache_seqlens);
   call.cache_stride = op.cache_seqlens.strides[0];
+  call.slots = slots_of(op);
   call.processors = context.processors;
   call.q_scale = floats(op.q_scale);
   call.k_scale = floats(op.k_scale);
@@ -196,18 +231,23 @@ SplitCall hopper_call(const Attention& op, const CudaContext& context) {
 
 const char* declines_hopper(const Attention& op, const CudaContext& context) {
   if (context.arch != 90) return "the GPU must be of compute capability 9.0";
+  if (op.q.strides[3] != 1 || op.k.strides[3] != 1 || op.v.strides[3] != 1)
+    return "q, k and v must be contiguous along d";
+  return nullptr;
+}
+
+const char* declines_slots(const Attention& op) {
   if (op.weights != Attention::kSoftmax) return "weights must be of softmax";
   if (op.bias) return "bias must be left out";
   if (op.cosine) return "cosine must be left out";
   if (op.length_scale != 0) return "lengthScale must be left out";
-  if (op.q.strides[3] != 1 || op.k.strides[3] != 1 || op.v.strides[3] != 1)
-    return "q, k and v must be contiguous along d";
   return nullptr;
 }
 
 namespace {
 
 const char* declines_split(const Attention& op, const CudaContext& context) {
+  if (const char* reason = declines_slots(op)) return reason;
   if (const char* reason = declines_hopper(op, context)) return reason;
   if (op.masked) return "mask must be left out";
   return declines_split_sm90(hopper_call(op, context));
@@ -224,35 +264,11 @@ void run_split(const Attention& op, CudaContext& context) {
   context.launched("split_sm90_kernel");
 }
 
-const char* declines_forward(const Attention& op, const CudaContext& context) {
-  if (const char* reason = declines_hopper(op, context)) return reason;
-  if (op.block_table) return "blockTable must be left out";
-  return declines_forward_sm90(hopper_call(op, context));
-}
-
-void run_forward(const Attention& op, CudaContext& context) {
-  SplitCall call = hopper_call(op, context);
-  call.tickets = context.counters(2);
-  if (call.masked) {
-    const int64_t lists = size_lists_sm90(call), words = lists * call.lists.words;
-    call.lists.bits = context.scratch<UnitBits>(static_cast<size_t>(words * call.lists.warpgroups));
-    call.lists.marks = context.scratch<int>(static_cast<size_t>(lists * call.lists.mark_words()));
-    list_units_sm90(call, lists, context.stream);
-    context.launched("attention_list_kernel");
-  }
-  forward_sm90(call, context.stream);
-  context.launched("forward_sm90_kernel");
-}
-
-void run_gather(const Attention& op, CudaContext& context) {
-  gather_sm80(op, portable_args(op), context);
-}
-
-const char* declines_portable(const Attention&, const CudaContext&) { return nullptr; }
-
-void run_portable(const Attention& op, CudaContext& context) {
+// With `only_if`, a word on the device, only if that is not 0
+void run_portable(const Attention& op, CudaContext& context, const int* only_if) {
   const Tensor& q = op.q;
   ForwardArgs args = portable_args(op);
+  args.only_if = only_if;
   const int64_t tiles = op.cu_seqlens_q ? args.sq / kRowTile + args.sequences + 1
                                         : args.b * ((args.sq + kRowTile - 1) / kRowTile);
   HEDDLE_CHECK(tiles < INT32_MAX && args.hq <= 65535, kUnsupported, "q",
@@ -278,11 +294,44 @@ void run_portable(const Attention& op, CudaContext& context) {
   q.dtype == DType::kE4M3 ? forward(E4M3{}) : dispatch_float(q.dtype, forward);
 }
 
+const char* declines_forward(const Attention& op, const CudaContext& context) {
+  if (const char* reason = declines_hopper(op, context)) return reason;
+  if (op.block_table) return "blockTable must be left out";
+  if (op.masked)
+    if (const char* reason = declines_slots(op)) return reason;
+  if (bias_form(op) == BiasForm::kSingles && op.bias.strides[3] != 1)
+    return "bias must be contiguous along sk";
+  return declines_forward_sm90(hopper_call(op, context));
+}
+
+void run_forward(const Attention& op, CudaContext& context) {
+  SplitCall call = hopper_call(op, context);
+  call.tickets = context.counters(2);
+  if (call.masked) {
+    const int64_t lists = size_lists_sm90(call), words = lists * call.lists.words;
+    call.lists.bits = context.scratch<UnitBits>(static_cast<size_t>(words * call.lists.warpgroups));
+    call.lists.marks = context.scratch<int>(static_cast<size_t>(lists * call.lists.mark_words()));
+    list_units_sm90(call, lists, context.stream);
+    context.launched("attention_list_kernel");
+  }
+  const int* strange = op.cosine ? row_factors(call, context) : nullptr;
+  forward_sm90(call, context.stream);
+  context.launched("forward_sm90_kernel");
+  if (strange) run_portable(op, context, strange);
+}
+
+void run_gather(const Attention& op, CudaContext& context) {
+  gather_sm80(op, portable_args(op), context);
+}
+
+const char* declines_portable(const Attention&, const CudaContext&) { return nullptr; }
+
 constexpr Variant<Attention> kVariants[] = {
     {"sm90_split", declines_split, run_split},
     {"sm80_gather", declines_gather_sm80, run_gather},
     {"sm90_wgmma", declines_forward, run_forward},
-    {"sm80_simt", declines_portable, run_portable},
+    {"sm80_simt", declines_portable,
+     [](const Attention& op, CudaContext& context) { run_portable(op, context, nullptr); }},
 };
 
 void run(const Attention& op, CudaContext& context) {

@@ -59,6 +59,7 @@ BackwardCall backward_call(const AttentionBackward& op, const CudaContext& conte
 }
 
 const char* declines_wgmma(const AttentionBackward& op, const CudaContext& context) {
+  if (const char* reason = declines_slots(op)) return reason;
   if (const char* reason = declines_hopper(op, context)) return reason;
   if (op.masked) return "mask must be left out";
   if (op.dlse) return "dlse must be left out";

@@ -66,6 +66,7 @@ struct ForwardArgs {
   const float *q_scale, *k_scale, *v_scale;  // of float8, [hq], [hk] and [hk] or null
   int64_t q_scale_stride, k_scale_stride, v_scale_stride;
   DType out_dtype;
+  const int* only_if;  // nothing is done if this word is 0; or null
 };
 
 ForwardArgs portable_args(const Attention& op);
@@ -247,6 +248,7 @@ __device__ inline void make_unit(float* rows, int count, int width, int d,
 
 template <class T>
 __global__ void __launch_bounds__(kAttentionThreads) attention_portable_kernel(ForwardArgs p) {
+  if (p.only_if && *p.only_if == 0) return;
   extern __shared__ float smem[];
   const int q_width = p.d + 1, kv_width = max(p.d, p.dv) + 1;
   float* smem_q = smem;                           // [32, d + 1]
@@ -408,6 +410,7 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_portable_kernel(F
 
 // One warp per row joins its splits, in their order
 template <class T> __global__ void attention_join_kernel(ForwardArgs p) {
+  if (p.only_if && *p.only_if == 0) return;
   const int lane = threadIdx.x % 32;
   const int64_t rows = p.b * p.hq * p.sq,
                 warps = static_cast<int64_t>(gridDim.x) * (blockDim.x / 32);

@@ -32,6 +32,12 @@ template <DType kType> void pick_listed(const ForwardCall& call, cudaStream_t st
                                   : launch_forward_sm90<kType, 128, 128, false, true>(call, stream);
 }
 
+template <DType kType> void pick_slots(const ForwardCall& call, cudaStream_t stream) {
+  constexpr int kD = kSlotColumns;
+  call.dv <= 64 ? launch_forward_sm90<kType, kD, 64, true>(call, stream)
+                : launch_forward_sm90<kType, kD, kD, true>(call, stream);
+}
+
 // elsewhere the maximum is taken before scaling
 bool maps_scores(const ForwardCall& call) {
   return call.soft_cap != 0 || call.slopes || !std::isnormal(call.scale) || call.scale <= 0 ||
@@ -40,6 +46,7 @@ bool maps_scores(const ForwardCall& call) {
 
 template <DType kType> void pick(const ForwardCall& call, cudaStream_t stream) {
   if (call.masked) return pick_listed<kType>(call, stream);
+  if (call.slots.used()) return pick_slots<kType>(call, stream);
   maps_scores(call) ? pick<kType, true>(call, stream) : pick<kType, false>(call, stream);
 }
 
@@ -66,8 +73,12 @@ const char* declines_forward_sm90(const ForwardCall& call) {
     return "q and k must have at most 2^30 rows and tiles";
   if (call.masked && maps_scores(call))
     return "softCap and slopes must be left out with a mask, and scale must be positive";
+  if (call.slots.used() && std::max(call.d, call.dv) > kSlotColumns)
+    return "d must be at most 128 with weights, bias, cosine or lengthScale";
   if (call.masked && std::max(call.d, call.dv) > 128) return "d must be at most 128 with a mask";
   const bool float8 = call.dtype == DType::kE4M3;
+  if (float8 && call.slots.used())
+    return "weights, bias, cosine and lengthScale must be left out with float8";
   if (float8 && (call.masked || maps_scores(call)))
     return "mask, softCap and slopes must be left out with float8, and scale must be positive";
   if (float8 && std::max(call.d, call.dv) > 128) return "d must be at most 128 with float8";

@@ -2,18 +2,22 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include "attention/forward_sm90.h"
+#include "attention/slots_sm90.cuh"
 #include "attention/softmax_sm90.cuh"
 #include "common/sm90.cuh"
 #include "common/tensor_map.h"
 #include "common/tile.cuh"
 
-// Softmax attention in f16 or bf16. With off = sk - sq of each sequence:
+// Attention in f16 or bf16. With off = sk - sq of each sequence:
 //
 //   S[p,t] = map(scale * Q[p,d] * K[t,d])   where t <= p + off if causal or windowed,
 //                                                 t > p + off - window if windowed
 //   out    = softmax(S) V                   lse = ln(sum(exp(S)))
+//
+// or what slots_sm90.cuh makes of S in place of exp.
 //
 // A tile is 64 rows of q per computing warpgroup, 128 or 192 in all, of one head; keys and values
 // pass by in tiles of 80 to 128 rows, from the last to the first. Warpgroup 0 loads: it takes the
@@ -29,13 +33,15 @@
 namespace heddle {
 namespace {
 
-template <int kD, int kDv, bool kListed> struct ForwardTile {
+template <int kD, int kDv, bool kMapped, bool kListed> struct ForwardTile {
+  static constexpr bool kSlots = kMapped && kD == kSlotColumns;
   // exp2 bounds d = 64: a third warpgroup leaves fewer clocks in which no product runs. Lists take
   // registers that three don't have, and more rows would share one.
   static constexpr int kWarpgroups = kListed ? kListedWarpgroups : kD == 64 ? 3 : 2;
   static constexpr int kQueries = 64 * kWarpgroups;
-  // as many as fit into shared memory with two stages
-  static constexpr int kKeys = kDv <= 128 ? 128 : kDv == 192 ? 112 : 80;
+  // as many as fit into shared memory with two stages. With slots scores have less registers, for
+  // what is read of a tile ahead.
+  static constexpr int kKeys = kSlots ? 96 : kDv <= 128 ? 128 : kDv == 192 ? 112 : 80;
   // with two the next q loads, and the last out is stored, under the work on this one
   static constexpr int kBuffers = kD <= 128 ? 2 : 1;
   static constexpr int kStages = 2;
@@ -126,8 +132,8 @@ template <int kWarpgroups> struct UnitWalk {
   }
 };
 
-template <int kD, int kDv, bool kListed> struct ForwardSmem {
-  using Shape = ForwardTile<kD, kDv, kListed>;
+template <int kD, int kDv, bool kMapped, bool kListed> struct ForwardSmem {
+  using Shape = ForwardTile<kD, kDv, kMapped, kListed>;
   // out passes through q's buffer
   static constexpr int kWide = whole_panels(kD > kDv ? kD : kDv);
   // those of the key tile that is worked on, of the one after it, and of the two that are loaded
@@ -164,6 +170,7 @@ struct ForwardArgs {
   float* lse;  // [b, hq, sq]
   int* tickets;
   UnitLists lists;
+  Slots slots;
 };
 
 // Which tile has which number. Inside of a section tiles go from the last rows to the first, which
@@ -237,16 +244,16 @@ template <class Element> struct KeyRows {
 };
 
 template <DType kType, int kD, int kDv, bool kMapped, bool kListed>
-__global__ void __launch_bounds__((ForwardTile<kD, kDv, kListed>::kThreads), 1)
+__global__ void __launch_bounds__((ForwardTile<kD, kDv, kMapped, kListed>::kThreads), 1)
     forward_sm90_kernel(const __grid_constant__ sm90::TensorMap gmem_q,
                         const __grid_constant__ sm90::TensorMap gmem_k,
                         const __grid_constant__ sm90::TensorMap gmem_v,
                         const __grid_constant__ sm90::TensorMap gmem_out, const ForwardArgs args) {
   using namespace sm90;
-  using Shape = ForwardTile<kD, kDv, kListed>;
+  using Shape = ForwardTile<kD, kDv, kMapped, kListed>;
   constexpr int kQueries = Shape::kQueries, kKeys = Shape::kKeys, kStages = Shape::kStages;
   constexpr int kBuffers = Shape::kBuffers, kWarpgroups = Shape::kWarpgroups;
-  auto& smem = shared_memory<ForwardSmem<kD, kDv, kListed>>();
+  auto& smem = shared_memory<ForwardSmem<kD, kDv, kMapped, kListed>>();
   // the same in all lanes, which the compiler cannot know of threadIdx
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
   auto list_of = [&](const ForwardWork& work) {
@@ -377,7 +384,10 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kListed>::kThreads), 1)
   uint32_t frag_p[kKeys / 16][4];
   RowSoftmax rows;
   RowBounds bounds;
+  constexpr bool kSlots = Shape::kSlots;
   ScoreMap map{args.scale, args.soft_cap, 0};
+  SlotMap slots(args.slots, args.scale, args.soft_cap);
+  uint32_t ahead[kSlots ? kKeys / 8 : 1][2];  // what is read while scores are multiplied
   // mapped scores are in log2 units already
   const float to_log2 = kMapped ? 1.f : args.scale_log2;
 
@@ -399,11 +409,25 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kListed>::kThreads), 1)
   auto release = [&](Barrier& empty) {
     if (lane == 0) empty.arrive();
   };
+  auto fetch = [&](int key, int sk) {
+    if constexpr (kSlots) {
+      if (!slots.reads()) return;
+#pragma unroll
+      for (int g = 0; g < kKeys / 8; ++g)
+#pragma unroll
+        for (int x = 0; x < 2; ++x) ahead[g][x] = slots.word(key + 8 * g + lane % 4 * 2, x, sk);
+    }
+  };
   // acc_s becomes exp(S - row_max); whether what was summed before has to shrink
-  auto softmax = [&](int key, bool masked) {
-    if (kMapped) map_scores(acc_s, map, bounds, key, lane);
+  auto softmax = [&](int key, int sk, bool masked) {
+    const int column = key + lane % 4 * 2;
+    if constexpr (kSlots) {
+      slots.map(acc_s, ahead, bounds, column, sk);
+    } else if (kMapped) {
+      map(acc_s, bounds, column);
+    }
     if (masked) mask_scores(acc_s, bounds, key, args.window, lane);
-    return rows.update(acc_s, to_log2);
+    return kSlots ? slots.weigh(acc_s, rows) : rows.update(acc_s, to_log2);
   };
   // What row `row` of a sequence sees under the mask
   auto mask_row = [&](const ForwardWork& work, int row) {
@@ -452,6 +476,14 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kListed>::kThreads), 1)
     named_barrier_sync(4, 128 * kWarpgroups);
   };
 
+  // What row `row` of a sequence, which may be behind its last one, brings to scores
+  auto slots_of = [&](const ForwardWork& work, int row) {
+    const int at = row + work.sk - work.sq;
+    const int end = args.causal ? min(max(at + 1, 0), work.sk) : work.sk;
+    const int begin = args.window ? max(at - args.window + 1, 0) : 0;
+    const int i = min(row, work.sq - 1);
+    return slots.row_of(work.batch, work.head, args.hq, work.q_begin + i, i, max(end - begin, 0));
+  };
   // Row `row` of a sequence again, from the keys alone that it sees
   auto write_seen = [&](const ForwardWork& work, int row, float lse_log2, auto& staged) {
     const int at = row + work.sk - work.sq;
@@ -461,6 +493,8 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kListed>::kThreads), 1)
     const auto rows_of = [&](const uint16_t* x, const Strides& strides) {
       return KeyRows<uint16_t>{base(x, strides, work.head / args.group, work.k_begin), strides.row};
     };
+    SlotRow its{};
+    if (kSlots) its = slots_of(work, row);
     float values[kDv / 32] = {};
     attend_seen<kType>(
         values, base(args.q, args.q_strides, work.head, work.q_begin + row),
@@ -469,9 +503,11 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kListed>::kThreads), 1)
         args.causal ? min(work.sk, at + 1) : work.sk,
         [&](int key) { return !kListed || (args.lists.mask.seen(mask_row(work, row), key) & 1); },
         [&](float product, int key) {
-          return kMapped ? map(product, key - at) : product * args.scale_log2;
+          return kSlots    ? slots.exponent_of(its, product, key, at)
+                 : kMapped ? map(product, key - at)
+                           : product * args.scale_log2;
         },
-        lse_log2, lane);
+        kSlots && !args.slots.normalise ? 0 : lse_log2, lane);
     __syncwarp();
 #pragma unroll
     for (int c = 0; c < kDv / 32; ++c)
@@ -491,7 +527,8 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kListed>::kThreads), 1)
   for (;; ++visit) {
     const Turn<kBuffers> q(visit);
     smem.q_full[q.stage].wait(q.parity);
-    const ForwardWork work = smem.work[q.stage];
+    // stays there until out was stored: where registers are scarce it is read when it is needed
+    std::conditional_t<kSlots, const ForwardWork&, const ForwardWork> work = smem.work[q.stage];
     if (work.row < 0) break;
     __syncwarp();
     release(smem.q_empty[q.stage]);
@@ -506,8 +543,20 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kListed>::kThreads), 1)
       bounds.until[r] = args.causal ? min(work.sk, bounds.position[r] + 1) : work.sk;
     }
     rows.clear();
-    if (kMapped && args.slopes)
-      map.slope_log2 = args.slopes[work.head * args.slopes_stride] * kLog2e;
+    const float slope = kMapped && args.slopes ? args.slopes[work.head * args.slopes_stride] : 0;
+    map.slope_log2 = slope * kLog2e;
+    if constexpr (kSlots) {
+      slots.slope = slope * slots.unit;
+      if (args.slots.k_factors)
+        slots.columns =
+            args.slots.k_factors + work.k_begin +
+            (work.batch * (args.hq / args.group) + work.head / args.group) * args.slots.k_row;
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        slots.row[r] = slots_of(work, row + 8 * r);
+        if (slots.plain_sigmoid()) rows.row_max[r] = slots.kSigmoidBase;
+      }
+    }
 #pragma unroll
     for (int i = 0; i < kDv / 2; ++i) acc_o[i] = 0;
 
@@ -518,6 +567,7 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kListed>::kThreads), 1)
     // `soften` makes weights of the scores and says whether sums of before have to shrink
     auto step = [&](int j, const auto& soften) {
       const Turn<kStages> k = stage_of(j), v = stage_of(j - 1);
+      fetch(key_of(j), work.sk);
       smem.k_full[k.stage].wait(k.parity);
       await_turn();
       issue_scores(k.stage, q.stage);
@@ -535,6 +585,7 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kListed>::kThreads), 1)
 
     auto first = [&](int j, const auto& soften) {
       const Turn<kStages> k = stage_of(j);
+      fetch(key_of(j), work.sk);
       smem.k_full[k.stage].wait(k.parity);
       issue_scores(k.stage, q.stage);
       wgmma_wait<0>(acc_s);
@@ -613,7 +664,7 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kListed>::kThreads), 1)
       if (pending) last(key_tiles - 1);
     } else {
       const auto soften = [&](int j, bool masked) {
-        return [&, j, masked] { return softmax(key_of(j), masked); };
+        return [&, j, masked] { return softmax(key_of(j), work.sk, masked); };
       };
       first(0, soften(0, true));
       if (kBuffers > 1 && visit > 0) release_q(visit - 1);
@@ -624,6 +675,14 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kListed>::kThreads), 1)
           args.window ? max(work.row + kQueries + diagonal - args.window + kKeys - 1, 0) / kKeys
                       : 0;
       int j = 1;
+      if constexpr (kSlots) {
+        // one copy of all that scores may pass through
+#pragma unroll 1
+        for (; j < key_tiles; ++j) {
+          const int tile = key_end - 1 - j;
+          step(j, soften(j, tile >= whole_end || tile < whole_begin));
+        }
+      }
 #pragma unroll 1
       for (; j < key_tiles && key_end - 1 - j >= whole_end; ++j) step(j, soften(j, true));
 #pragma unroll 1
@@ -642,6 +701,9 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kListed>::kThreads), 1)
     for (int r = 0; r < 2; ++r) {
       const RowEnd end(rows.row_max[r] * to_log2, rows.total(r),
                        args.sink ? args.sink + work.head * args.sink_stride : nullptr);
+      const float factor = kSlots && !args.slots.normalise && end.factor != 0
+                               ? exp2_approx(rows.row_max[r])
+                               : end.factor;
       lse_log2[r] = end.lse_log2;
       if (lane % 4 == 0 && row + 8 * r < work.sq)
         args.lse[lse_row + row + 8 * r] = end.lse_log2 * kLn2;
@@ -649,8 +711,8 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kListed>::kThreads), 1)
 #pragma unroll
       for (int i = 2 * r; i < kDv / 2; i += 4) {
         // a row without keys gives zero, whatever its masked values were
-        acc_o[i] = end.factor == 0 ? 0 : acc_o[i] * end.factor;
-        acc_o[i + 1] = end.factor == 0 ? 0 : acc_o[i + 1] * end.factor;
+        acc_o[i] = factor == 0 ? 0 : acc_o[i] * factor;
+        acc_o[i + 1] = factor == 0 ? 0 : acc_o[i + 1] * factor;
         total += acc_o[i] + acc_o[i + 1];
       }
       poisoned[r] = (kListed || args.causal) && total != total && row + 8 * r < work.sq;
@@ -672,12 +734,13 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kListed>::kThreads), 1)
           write_seen(work, work.row + own_row + i, its_lse, staged);
       }
     }
+    const int first_row = work.row + own * 64;
+    // the rows behind the last one may be those of another sequence
+    const bool ends = args.cu_seqlens_q && first_row + 64 > work.sq;
     // every writer fences, before a copy reads this and before the next q overwrites it
     fence_async_smem();
     named_barrier_sync(8 + own, 128);
-    const int first_row = work.row + own * 64;
-    // the rows behind the last one may be those of another sequence
-    if (args.cu_seqlens_q && first_row + 64 > work.sq) {
+    if (ends) {
       uint16_t* out = args.out + work.head * args.out_strides.head;
       for (int i = thread; i < 64 * kDv / 8; i += 128) {
         const int r = i / (kDv / 8), column = i % (kDv / 8) * 8;
@@ -745,12 +808,13 @@ inline ForwardArgs forward_args(const ForwardCall& call, int queries) {
   args.lse = call.lse;
   args.tickets = call.tickets;
   args.lists = call.lists;
+  args.slots = call.slots;
   return args;
 }
 
 template <DType kType, int kD, int kDv, bool kMapped, bool kListed>
 void launch_forward(const ForwardCall& call, cudaStream_t stream) {
-  using Shape = ForwardTile<kD, kDv, kListed>;
+  using Shape = ForwardTile<kD, kDv, kMapped, kListed>;
   const ForwardArgs args = forward_args(call, Shape::kQueries);
   const auto map = [&](const void* data, int64_t d, int64_t s, int64_t h, const Strides& strides,
                        int rows) {
@@ -759,7 +823,7 @@ void launch_forward(const ForwardCall& call, cudaStream_t stream) {
   };
   launch<forward_sm90_kernel<kType, kD, kDv, kMapped, kListed>>(
       {std::min(args.tiles, call.processors), Shape::kThreads,
-       sm90::shared_memory_bytes<ForwardSmem<kD, kDv, kListed>>(), stream},
+       sm90::shared_memory_bytes<ForwardSmem<kD, kDv, kMapped, kListed>>(), stream},
       map(call.q, call.d, call.sq, call.hq, call.q_strides, Shape::kQueries),
       map(call.k, call.d, call.sk, call.hk, call.k_strides, Shape::kKeysOfBox),
       map(call.v, call.dv, call.sk, call.hk, call.v_strides, Shape::kKeysOfBox),

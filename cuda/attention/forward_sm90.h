@@ -4,6 +4,7 @@
 #include "attention/list_sm90.h"
 #include "common/launch.h"
 #include "core/dtype.h"
+#include "ops/attention.h"
 
 namespace heddle {
 
@@ -11,6 +12,35 @@ namespace heddle {
 struct Strides {
   int64_t batch, row, head;
 };
+
+// How a bias is read: one number a row, two neighbours of 16 bits at once, or one by one
+enum class BiasForm { kNone, kRow, kPairs, kSingles };
+
+// Weights and terms of scores besides soft caps and slopes, as ops/attention.h has them
+struct Slots {
+  int weights = Attention::kSoftmax;
+  bool normalise = true, cosine = false;
+  float length_scale = 0, power = 1, offset = 0;
+  BiasForm bias_form = BiasForm::kNone;
+  DType bias_dtype = DType::kF32;
+  const void* bias = nullptr;
+  int64_t bias_strides[4] = {};
+  const float* level = nullptr;
+  int64_t level_strides[3] = {};
+  // With cosine, one over the lengths of rows: [b, hq, q_row] and [b, hk, k_row], with 128 numbers
+  // behind the last that are read and not used
+  const float *q_factors = nullptr, *k_factors = nullptr;
+  int64_t q_row = 0, k_row = 0;
+
+  // Whether it is more than softmax of products, capped or sloped
+  bool used() const {
+    return weights != Attention::kSoftmax || length_scale != 0 || cosine ||
+           bias_form != BiasForm::kNone;
+  }
+};
+
+// Head sizes up to this go through them, as if they were so large
+inline constexpr int kSlotColumns = 128;
 
 struct ForwardCall {
   DType dtype;
@@ -28,6 +58,7 @@ struct ForwardCall {
   int64_t cu_q_stride, cu_k_stride, sequences;
   const int32_t* cache_seqlens;  // [b] or null: keys in use
   int64_t cache_stride;
+  Slots slots;
   bool masked;      // by `lists.mask`
   UnitLists lists;  // sized by size_lists_sm90
   int processors;   // multiprocessors, each of which runs one CTA
@@ -38,7 +69,7 @@ struct ForwardCall {
   DType out_dtype;
 };
 
-// Softmax attention on Hopper's matrix instructions, for calls that are not declined
+// Attention on Hopper's matrix instructions, for calls that are not declined
 void forward_sm90(const ForwardCall& call, cudaStream_t stream);
 
 // Sets the sizes of a masked call's lists and returns how many there are
@@ -62,7 +93,8 @@ const char* declines_forward_sm90(const ForwardCall& call);
 const char* declines_addresses_sm90(const ForwardCall& call, int64_t blocks, int64_t rows);
 
 // What forward_sm90 picks from, one instantiation file each. `kMapped` scores pass through softCap
-// and slopes, or a scale that is not positive. `kListed` keys come from lists.
+// and slopes, or a scale that is not positive, and of kSlotColumns columns through slots. `kListed`
+// keys come from lists.
 template <DType kType, int kD, int kDv, bool kMapped, bool kListed = false>
 void launch_forward_sm90(const ForwardCall& call, cudaStream_t stream);
 template <int kD> void launch_float8_sm90(const ForwardCall& call, cudaStream_t stream);

@@ -11,4 +11,7 @@ SplitCall hopper_call(const Attention& op, const CudaContext& context);
 // Why none of them takes it, or null
 const char* declines_hopper(const Attention& op, const CudaContext& context);
 
+// Why those don't that know softmax alone, or null
+const char* declines_slots(const Attention& op);
+
 }  // namespace heddle

@@ -10,35 +10,59 @@ namespace heddle::sm90 {
 
 inline constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
 
-// softCap and slopes, in log2 units; `distance` is from the row to the key
-struct ScoreMap {
-  float scale, soft_cap, slope_log2;
+// cap * tanh(score / cap), by tanh(x) = 1 - 2 / (exp(2x) + 1)
+__device__ __forceinline__ float cap_score(float score, float cap) {
+  const float e = exp2_approx(score * (2 * kLog2e / cap));
+  return cap * (1 - 2 * reciprocal_approx(e + 1));
+}
 
-  __device__ __forceinline__ float operator()(float product, int distance) const {
-    float score = product * scale;
-    if (soft_cap > 0) {
-      // tanh(x) = 1 - 2 / (exp(2x) + 1)
-      const float e = exp2_approx(score * (2 * kLog2e / soft_cap));
-      score = soft_cap * (1 - 2 * reciprocal_approx(e + 1));
-    }
-    return fmaf(slope_log2, static_cast<float>(distance), score * kLog2e);
+// Scores become cap(score * scale) * unit, without a cap score * scale, and get
+// from + slope * column. Branches are around the loops: inside they cost more than all else.
+template <int kScores>
+__device__ __forceinline__ void map_scores(float (&acc)[kScores], float soft_cap, float unit,
+                                           float slope, const float (&scale)[2],
+                                           const float (&from)[2]) {
+  float factor[2] = {scale[0], scale[1]};
+  if (soft_cap > 0) {
+#pragma unroll
+    for (int i = 0; i < kScores; ++i) acc[i] = cap_score(acc[i] * scale[i / 2 % 2], soft_cap);
+    factor[0] = factor[1] = unit;
   }
-};
+  if (slope != 0) {
+#pragma unroll
+    for (int i = 0; i < kScores; ++i)
+      acc[i] = fmaf(acc[i], factor[i / 2 % 2],
+                    fmaf(slope, static_cast<float>(i / 4 * 8 + i % 2), from[i / 2 % 2]));
+  } else {
+#pragma unroll
+    for (int i = 0; i < kScores; ++i) acc[i] = fmaf(acc[i], factor[i / 2 % 2], from[i / 2 % 2]);
+  }
+}
 
 // Where a thread's two rows stand among the keys, and where the keys end that they see
 struct RowBounds {
   int position[2], until[2];
 };
 
-template <int kScores>
-__device__ __forceinline__ void map_scores(float (&acc)[kScores], const ScoreMap& map,
-                                           const RowBounds& rows, int key, int lane) {
-#pragma unroll
-  for (int i = 0; i < kScores; ++i) {
-    const int t = key + i / 4 * 8 + lane % 4 * 2 + i % 2;
-    acc[i] = map(acc[i], t - rows.position[i / 2 % 2]);
+// softCap and slopes, in log2 units; `distance` is from the row to the key
+struct ScoreMap {
+  float scale, soft_cap, slope_log2;
+
+  __device__ __forceinline__ float operator()(float product, int distance) const {
+    float score = product * scale;
+    if (soft_cap > 0) score = cap_score(score, soft_cap);
+    return fmaf(slope_log2, static_cast<float>(distance), score * kLog2e);
   }
-}
+  // A tile of which this lane's first column is key `first`
+  template <int kScores>
+  __device__ __forceinline__ void operator()(float (&acc)[kScores], const RowBounds& rows,
+                                             int first) const {
+    const float its = soft_cap > 0 ? scale : scale * kLog2e;
+    map_scores(acc, soft_cap, kLog2e, slope_log2, {its, its},
+               {slope_log2 * static_cast<float>(first - rows.position[0]),
+                slope_log2 * static_cast<float>(first - rows.position[1])});
+  }
+};
 
 // Scores of keys that a row doesn't see; a window of 0 is all
 template <int kScores>
@@ -119,6 +143,35 @@ struct RowSoftmax {
       row_max[r] = highest;
     }
     return __any_sync(~0u, moved) != 0;
+  }
+
+  // The largest of a row's scores in this tile
+  template <int kScores>
+  __device__ __forceinline__ static float highest(const float (&acc)[kScores], int r) {
+    float highest = -INFINITY;
+#pragma unroll
+    for (int i = 2 * r; i < kScores; i += 4) highest = fmaxf(highest, fmaxf(acc[i], acc[i + 1]));
+    highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 1));
+    return fmaxf(highest, __shfl_xor_sync(~0u, highest, 2));
+  }
+
+  // Makes weights relative to 2^next from now on; whether they were to something else
+  __device__ __forceinline__ bool move(int r, float next) {
+    const bool same = next == row_max[r];
+    shrink[r] = same ? 1 : exp2_approx(row_max[r] - next);
+    row_max[r] = next;
+    return !same;
+  }
+
+  // Weights that are what they should be already
+  template <int kScores> __device__ __forceinline__ void add(const float (&weights)[kScores]) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float sum = 0;
+#pragma unroll
+      for (int i = 2 * r; i < kScores; i += 4) sum += weights[i] + weights[i + 1];
+      row_sum[r] = fmaf(row_sum[r], shrink[r], sum);
+    }
   }
 
   // Over the four threads of a row

@@ -4,7 +4,7 @@
 
 // A from shared memory or registers, layout of B, and the widths N in use; `first` are those of wgmma_first
 const shapes = [
-  { a: 'smem', b: 'kK', widths: [64, 80, 112, 128, 256], first: [64, 128] },
+  { a: 'smem', b: 'kK', widths: [64, 80, 96, 112, 128, 256], first: [64, 128] },
   { a: 'smem', b: 'kMN', widths: [64, 128], first: [64] },
   { a: 'registers', b: 'kMN', widths: [64, 96, 128, 192, 256] },
 ]

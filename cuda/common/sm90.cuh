@@ -343,6 +343,19 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
+__device__ __forceinline__ float log2_approx(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// NaN stays
+__device__ __forceinline__ float relu(float x) {
+  float y;
+  asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // Two elements in one register, `low` in the lower half
 template <DType kType> __device__ __forceinline__ uint32_t pack(float low, float high) {
   static_assert(kType == DType::kF16 || kType == DType::kBF16);

@@ -23,6 +23,18 @@ struct CaseMask {
   int64_t document = 0;            // its tokens, or 0
 };
 
+// Terms and weights of a case beyond those of softmax
+struct CaseSlots {
+  int weights = Attention::kSoftmax;
+  bool normalise = true;
+  float power = 1, offset = 1, length_scale = 0;
+  bool cosine = false, sloped = false;
+  float shift = 0;  // added to all scores, as a bias that is one number, or
+  BiasForm bias = BiasForm::kNone;
+  DType bias_dtype = DType::kF32;
+  bool shared = false;  // the bias, by all batches, heads and queries
+};
+
 struct Case {
   int64_t b, sq, sk, hq, hk;
   bool causal = false;
@@ -36,6 +48,7 @@ struct Case {
   int64_t page_size = 0;  // k and v lie in pages of this size
   CaseMask mask = {};     // with block_q
   bool scaled = false;    // heads of float8 have scales, some of which are below or at zero
+  CaseSlots slots = {};
 };
 
 // The lists of a mask as sets of bits, and the same as a table of bools
@@ -161,7 +174,7 @@ double check(const Case& c, int64_t d, int64_t dv, emulator::Random& random,
   call.soft_cap = c.mapped ? 3.f : 0.f;
   call.causal = c.causal;
   call.window = c.window;
-  call.slopes = c.mapped ? slopes.data() : nullptr;
+  call.slopes = c.mapped || c.slots.sloped ? slopes.data() : nullptr;
   call.sink = c.sink ? sink.data() : nullptr;
   call.slopes_stride = call.sink_stride = 1;
   if (!c.packed.empty()) {
@@ -254,6 +267,131 @@ double check(const Case& c, int64_t d, int64_t dv, emulator::Random& random,
            (m.diagonals && diagonals_set.get(line, position - t)) ||
            (t <= position && t > position - m.window) || t < m.sink_tokens;
   };
+  const CaseSlots& s = c.slots;
+  Slots& slots = call.slots;
+  slots.weights = s.weights;
+  slots.normalise = s.normalise;
+  slots.power = s.power;
+  slots.offset = s.offset;
+  slots.length_scale = s.length_scale;
+  // rows of a bias are one number longer than they have to be, and begin with a whole word
+  const int64_t bias_row = c.sk + 2 - c.sk % 2, bias_rows = s.shared ? 1 : c.b * c.hq * c.sq;
+  std::vector<float> bias(static_cast<size_t>(bias_rows * bias_row), NAN);
+  std::vector<uint16_t> bias_bits(bias.size(), 0x7fff);
+  for (int64_t i = 0; s.bias > BiasForm::kRow && i < bias_rows; ++i)
+    for (int64_t t = 0; t < c.sk; ++t) {
+      float& value = bias[static_cast<size_t>(i * bias_row + t)] = normal(random);
+      if (s.bias_dtype == DType::kF32) continue;
+      uint16_t& bits = bias_bits[static_cast<size_t>(i * bias_row + t)];
+      bits = emulator::encode(s.bias_dtype, value);
+      value = emulator::decode(s.bias_dtype, bits);
+    }
+  slots.bias_form = s.shift != 0 ? BiasForm::kRow : s.bias;
+  slots.bias_dtype = s.bias_dtype;
+  slots.bias = s.shift != 0                  ? static_cast<const void*>(&s.shift)
+               : s.bias_dtype == DType::kF32 ? static_cast<const void*>(bias.data())
+                                             : bias_bits.data();
+  if (!s.shared && s.shift == 0) {
+    slots.bias_strides[2] = bias_row;
+    slots.bias_strides[1] = c.sq * bias_row;
+    slots.bias_strides[0] = c.hq * c.sq * bias_row;
+  }
+  const auto length = [&](int64_t size, const auto& value) {
+    double sum = 0;
+    for (int64_t e = 0; e < size; ++e) sum += double{value(e)} * value(e);
+    return std::sqrt(sum);
+  };
+  const auto q_length = [&](int64_t b, int64_t i, int64_t h) {
+    return length(d, [&](int64_t e) { return q.value(b, i, h, e); });
+  };
+  const auto k_length = [&](int64_t b, int64_t t, int64_t h) {
+    return length(d, [&](int64_t e) { return emulator::decode(kType, key_value(k, b, t, h, e)); });
+  };
+  // for the kernel that writes them
+  std::vector<float> q_factors, k_factors;
+  if (s.cosine) {
+    slots.cosine = true;
+    slots.q_row = c.sq;
+    slots.k_row = c.sk + 128;
+    q_factors.assign(static_cast<size_t>(c.b * c.hq * slots.q_row), NAN);
+    k_factors.assign(static_cast<size_t>(c.b * c.hk * slots.k_row), NAN);
+    slots.q_factors = q_factors.data();
+    slots.k_factors = k_factors.data();
+  }
+
+  struct Row {
+    int64_t token, index, position, from, until, k0;  // sees keys `from` to below `until` at most
+    size_t line;                                      // of lse
+    std::vector<int64_t> keys;
+  };
+  const auto each_row = [&](const std::function<void(int64_t, int64_t, const Row&)>& visit) {
+    int64_t q0 = 0, k0 = 0;
+    const auto count = static_cast<int64_t>(c.packed.empty() ? size_t(c.b) : c.packed.size());
+    for (int64_t sequence = 0; sequence < count; ++sequence) {
+      const bool packed = !c.packed.empty();
+      const int64_t b = packed ? 0 : sequence;
+      const int64_t sq = packed ? c.packed[size_t(sequence)].sq : c.sq;
+      const int64_t sk = packed             ? c.packed[size_t(sequence)].sk
+                         : c.cached.empty() ? c.sk
+                                            : c.cached[size_t(sequence)];
+      for (int64_t h = 0; h < c.hq; ++h)
+        for (int64_t i = 0; i < sq; ++i) {
+          Row row{q0 + i, i, i + sk - sq, 0, sk, k0, size_t((b * c.hq + h) * c.sq + q0 + i), {}};
+          if (c.causal || c.window) row.until = std::clamp<int64_t>(row.position + 1, 0, sk);
+          if (c.window)
+            row.from = std::min(row.until, std::max<int64_t>(row.position - c.window + 1, 0));
+          for (int64_t t = row.from; t < row.until; ++t)
+            if (sees(sequence, q0, h, i, row.position, t)) row.keys.push_back(t);
+          visit(b, h, row);
+        }
+      if (packed) q0 += sq, k0 += sk;
+    }
+  };
+  const auto scores_of = [&](int64_t b, int64_t h, const Row& row) {
+    const int64_t head = h / (c.hq / c.hk);
+    const auto seen = static_cast<double>(std::max<int64_t>(1, row.until - row.from));
+    std::vector<double> scores;
+    for (const int64_t t : row.keys) {
+      double score = 0;
+      for (int64_t e = 0; e < d; ++e)
+        score += double{q.value(b, row.token, h, e)} *
+                 emulator::decode(kType, key_value(k, b, row.k0 + t, head, e));
+      score *= double{call.scale} * scales[size_t(h)] * scales[size_t(head)];
+      if (s.cosine) score /= q_length(b, row.token, h) * k_length(b, row.k0 + t, head);
+      if (s.length_scale != 0) score *= s.length_scale * std::log(seen);
+      if (c.mapped) score = 3 * std::tanh(score / 3);
+      if (call.slopes) score += double{slopes[size_t(h)]} * static_cast<double>(t - row.position);
+      const int64_t line = s.shared ? 0 : (b * c.hq + h) * c.sq + row.index;
+      if (s.bias > BiasForm::kRow) score += bias[static_cast<size_t>(line * bias_row + t)];
+      scores.push_back(score + s.shift);
+    }
+    return scores;
+  };
+  const auto softplus = [](double x) {
+    return std::max(x, 0.) + std::log1p(std::exp(-std::fabs(x)));
+  };
+  // The log of what a score weighs; a row's `level` is the log of the sum of softplus of its scores
+  const auto exponent_of = [&](double score, float level, int64_t seen) {
+    if (s.weights == Attention::kSoftmax) return score;
+    if (s.weights == Attention::kSigmoid) return -std::log1p(std::exp(-score));
+    if (s.weights == Attention::kRelu)
+      return std::isnan(score) ? score : s.power * std::log(std::max(score, 0.));
+    if (s.weights == Attention::kSoftplus) return std::log(softplus(score));
+    const double share = static_cast<double>(seen) * softplus(score) / std::exp(double{level});
+    const double above = share - (seen > Attention::kYoungRows ? s.offset : 0);
+    return above <= Attention::kReweightedSnap * share ? -INFINITY : s.power * std::log(above);
+  };
+  std::vector<float> levels(lse.size(), NAN);
+  slots.level = s.weights == Attention::kReweighted ? levels.data() : nullptr;
+  each_row([&](int64_t b, int64_t h, const Row& row) {
+    double sum = 0;
+    for (const double score : scores_of(b, h, row)) sum += softplus(score);
+    levels[row.line] = static_cast<float>(std::log(sum));
+  });
+  slots.level_strides[0] = c.hq * c.sq;
+  slots.level_strides[1] = c.sq;
+  slots.level_strides[2] = 1;
+
   // what is not written must not be read
   std::vector<float> part_out(static_cast<size_t>(2 * c.processors * kSplitRows * dv), NAN);
   std::vector<float2> part_state(static_cast<size_t>(2 * c.processors * kSplitRows), {NAN, NAN});
@@ -277,61 +415,41 @@ double check(const Case& c, int64_t d, int64_t dv, emulator::Random& random,
     // otherwise NaN counts as wrong
     worst = error <= worst ? worst : std::isnan(error) ? INFINITY : error;
   };
-  const auto judge_sequence = [&](int64_t b, int64_t sequence, int64_t q0, int64_t sq, int64_t k0,
-                                  int64_t sk) {
-    for (int64_t h = 0; h < c.hq; ++h)
-      for (int64_t i = 0; i < sq; ++i) {
-        const int64_t position = i + sk - sq, head = h / (c.hq / c.hk);
-        const bool ends = c.causal || c.window;
-        const int64_t until = ends ? std::clamp<int64_t>(position + 1, 0, sk) : sk;
-        const int64_t from = c.window ? std::max<int64_t>(position - c.window + 1, 0) : 0;
-        std::vector<double> weights;
-        std::vector<int64_t> keys;
-        double top = c.sink ? sink[size_t(h)] : -INFINITY;
-        for (int64_t t = from; t < until; ++t) {
-          if (!sees(sequence, q0, h, i, position, t)) continue;
-          keys.push_back(t);
-          double score = 0;
-          for (int64_t e = 0; e < d; ++e)
-            score += double{q.value(b, q0 + i, h, e)} *
-                     emulator::decode(kType, key_value(k, b, k0 + t, head, e));
-          score *= double{call.scale} * scales[size_t(h)] * scales[size_t(head)];
-          if (c.mapped)
-            score = 3 * std::tanh(score / 3) +
-                    double{slopes[size_t(h)]} * static_cast<double>(t - position);
-          weights.push_back(score);
-          top = std::max(top, score);
-        }
-        double sum = c.sink ? std::exp(sink[size_t(h)] - top) : 0;
-        for (double& weight : weights) sum += weight = std::exp(weight - top);
-        judge(lse[static_cast<size_t>((b * c.hq + h) * c.sq + q0 + i)],
-              sum == 0 ? -INFINITY : top + std::log(sum), 1e-4);
-        for (int64_t e = 0; e < dv; ++e) {
-          double value = 0, size = 0, all = 0;
-          for (size_t t = 0; t < weights.size(); ++t) {
-            const double at = double{scales[size_t(head)]} *
-                              emulator::decode(kType, key_value(v, b, k0 + keys[t], head, e));
-            const double term = weights[t] / sum * at;
-            value += term;
-            size += std::fabs(term);
-            all += std::fabs(at);
-          }
-          // weights and result are each rounded once
-          judge(out.value(b, q0 + i, h, e), value,
-                2 * (unit_of(kType) * size + unit_of(kOut) * std::fabs(value)) + step / sum * all +
-                    1e-6);
-        }
+  each_row([&](int64_t b, int64_t h, const Row& row) {
+    const std::vector<double> scores = scores_of(b, h, row);
+    const float level = levels[row.line];
+    const int64_t head = h / (c.hq / c.hk);
+    std::vector<double> weights;
+    double top = c.sink ? sink[size_t(h)] : -INFINITY;
+    for (const double score : scores) {
+      weights.push_back(exponent_of(score, level, row.until - row.from));
+      top = std::max(top, weights.back());
+    }
+    double sum = c.sink ? std::exp(sink[size_t(h)] - top) : 0;
+    for (double& weight : weights)
+      sum += weight = top == -INFINITY && !std::isnan(weight) ? 0 : std::exp(weight - top);
+    // what is left of a share has fewer digits than the share, and its power fewer still
+    const double blur = s.weights == Attention::kReweighted
+                            ? 4e-6 * s.power * (1 + s.offset / std::exp(top / double{s.power}))
+                            : 0;
+    judge(lse[row.line], sum == 0 ? -INFINITY : top + std::log(sum), 1e-4 + blur);
+    const double factor = sum == 0 ? 0 : s.normalise ? 1 / sum : std::exp(top);
+    for (int64_t e = 0; e < dv; ++e) {
+      double value = 0, size = 0, all = 0;
+      for (size_t i = 0; i < weights.size(); ++i) {
+        const double at = double{scales[size_t(head)]} *
+                          emulator::decode(kType, key_value(v, b, row.k0 + row.keys[i], head, e));
+        const double term = weights[i] * factor * at;
+        value += term;
+        size += std::fabs(term);
+        all += std::fabs(at);
       }
-  };
-  int64_t q0 = 0, k0 = 0, index = 0;
-  for (const Sequence& sequence : c.packed) {
-    judge_sequence(0, index++, q0, sequence.sq, k0, sequence.sk);
-    q0 += sequence.sq;
-    k0 += sequence.sk;
-  }
-  if (c.packed.empty())
-    for (int64_t b = 0; b < c.b; ++b)
-      judge_sequence(b, b, 0, c.sq, 0, c.cached.empty() ? c.sk : c.cached[size_t(b)]);
+      // weights and result are each rounded once
+      judge(out.value(b, row.token, h, e), value,
+            2 * (unit_of(kType) * size + unit_of(kOut) * std::fabs(value)) + blur * size +
+                step / sum * all + 1e-6);
+    }
+  });
   // nothing beside the rows that exist was written
   for (int64_t b = 0; b < c.b; ++b)
     for (int64_t i = 0; i <= c.sq; ++i)

@@ -71,6 +71,7 @@ const forward = 'attention/forward_sm90.cuh'
 const float8 = 'attention/float8_sm90.cuh'
 const list = 'attention/list_sm90.h'
 const softmax = 'attention/softmax_sm90.cuh'
+const slots = 'attention/slots_sm90.cuh'
 const linear = 'linear/linear_sm90.cuh'
 const split = 'attention/split_sm90.cuh'
 const backward = 'attention/backward_sm90.cuh'
@@ -211,8 +212,8 @@ const kernels: Kernel[] = [
       {
         what: 'rows of other sequences are overwritten',
         file: forward,
-        from: 'if (args.cu_seqlens_q && first_row + 64 > work.sq) {',
-        to: 'if (false) {',
+        from: 'ends = args.cu_seqlens_q && first_row + 64 > work.sq;',
+        to: 'ends = false;',
       },
       {
         what: 'the counters of tiles are left behind',
@@ -385,6 +386,107 @@ const kernels: Kernel[] = [
         file: softmax,
         from: 'beyond - window;',
         to: 'beyond - window - 1;',
+      },
+    ],
+  },
+  {
+    name: 'slots_sm90',
+    variants: {
+      'kF16 dv128': ['-DHEDDLE_DTYPE=kF16'],
+      'kBF16 dv128': [],
+      'kF16 dv64': ['-DHEDDLE_DTYPE=kF16', '-DHEDDLE_DV=64'],
+    },
+    broken: 'kBF16 dv128',
+    faults: [
+      {
+        what: 'biases are those of the tile before',
+        file: forward,
+        from: 'fetch(key_of(j), work.sk);\n      smem.k_full[k.stage].wait(k.parity);\n      await_turn();',
+        to: 'smem.k_full[k.stage].wait(k.parity);\n      await_turn();',
+      },
+      {
+        what: 'both biases of a word are its first',
+        file: slots,
+        from: 'static_cast<uint16_t>(pair >> 16)',
+        to: 'static_cast<uint16_t>(pair)',
+      },
+      {
+        what: 'a slope leaves out every second key',
+        file: softmax,
+        from: 'static_cast<float>(i / 4 * 8 + i % 2)',
+        to: 'static_cast<float>(i / 4 * 8)',
+      },
+      {
+        what: 'the reciprocal of two sigmoids overflows',
+        file: slots,
+        from: 'lowest < kLeast',
+        to: 'false',
+      },
+      {
+        what: 'sums of sigmoids are not what they are relative to',
+        file: forward,
+        from: 'rows.row_max[r] = slots.kSigmoidBase;',
+        to: '{}',
+      },
+      {
+        what: 'sums are divided that should not be',
+        file: forward,
+        from: '!args.slots.normalise && end.factor != 0',
+        to: 'false && end.factor != 0',
+      },
+      {
+        what: 'a row is computed again and divided by its sum',
+        file: forward,
+        from: 'kSlots && !args.slots.normalise ? 0 : lse_log2',
+        to: 'lse_log2',
+      },
+      {
+        what: 'a row is computed again without cosines',
+        file: slots,
+        from: 'if (columns) product *= columns[key];',
+        to: '',
+      },
+      {
+        what: 'weights of softplus underflow',
+        file: slots,
+        from: '(before < kSoftplusBase && highest >= kLeast)',
+        to: 'true',
+      },
+      {
+        what: 'the logarithm loses the digits of a small sum',
+        file: slots,
+        from: 'u < 0.0625f ?',
+        to: 'false ?',
+      },
+      {
+        what: 'shares of a far mean underflow',
+        file: slots,
+        from: 'gain[r] >= kLeastGain && gain[r] <= kMostGain',
+        to: 'true',
+      },
+      {
+        what: 'rows of few keys have an offset',
+        file: slots,
+        from: 'seen > Attention::kYoungRows ? slots.offset : 0',
+        to: 'slots.offset',
+      },
+      {
+        what: 'keys before the window count',
+        file: forward,
+        from: 'max(end - begin, 0)',
+        to: 'end',
+      },
+      {
+        what: 'factors are those of the first sequence',
+        file: forward,
+        from: 'args.slots.k_factors + work.k_begin +',
+        to: 'args.slots.k_factors +',
+      },
+      {
+        what: 'a power is one too high',
+        file: slots,
+        from: 'power >> bit & 1',
+        to: 'true',
       },
     ],
   },

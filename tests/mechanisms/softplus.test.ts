@@ -131,6 +131,27 @@ describeDevices('softplus attention', (device) => {
     expect(maxError(await read(out), expected)).toBeLessThan(1e-4)
   })
 
+  it('does so where products of 16-bit rows leave the range of float32', async () => {
+    const [s, d] = [90, 16]
+    const draw = (seed: number) => randn([1, s, 1, d], { seed, dtype: 'bfloat16', device })
+    const [q, k, v] = [draw(1), draw(2), draw(3)]
+    const expected = await read(softplusAttention(q, k, v).out)
+    // powers of two change no digit
+    for (const factors of [
+      [8, 1, 0.5, 1],
+      [2 ** 90, 1, 2 ** -20, 1],
+    ]) {
+      const stretched = async (x: typeof q) =>
+        tensor(
+          (await read(x)).map((y, i) => y * factors[Math.floor(i / d) % factors.length]!),
+          [1, s, 1, d],
+          { dtype: 'bfloat16', device },
+        )
+      const { out } = softplusAttention(await stretched(q), await stretched(k), v)
+      expect(relativeRms(await read(out), expected)).toBeLessThan(3e-3)
+    }
+  })
+
   it.each([true, false])(
     'overflows for no finite input, with cosines: %s',
     async (qkNorm) => {

@@ -1,4 +1,4 @@
-import { attention, explain, Mask, tensor } from 'heddle'
+import { type AttentionOptions, attention, cuda, explain, Mask, randn, zeros } from 'heddle'
 import { expect, it } from 'vitest'
 import { expectClose, maxError } from '../support/compare.js'
 import { describeDevices, epsilon, floats } from '../support/devices.js'
@@ -272,11 +272,40 @@ describeDevices('attention with other weights', (device) => {
     }
   })
 
-  it('tells what declines', () => {
-    const q = tensor(new Float32Array(64), [1, 1, 1, 64], { device, dtype: 'bfloat16' })
-    const { variant, declined } = explain(attention, q, q, q, { weights: 'sigmoid' })
-    expect(variant).toBeDefined()
-    for (const { reason } of declined)
-      expect(reason).toMatch(/^(weights must be of softmax|the GPU must be of compute)/)
+  it('takes what scores and weights are made of to matrix instructions where there are some', () => {
+    const draw = (shape: number[]) => randn(shape, { device, dtype: 'bfloat16' })
+    const [q, k] = [draw([1, 64, 4, 64]), draw([1, 70, 2, 64])]
+    const level = zeros([1, 4, 64], { device })
+    const bias = draw([1, 1, 64, 70])
+    const hopper = device !== 'cpu' && cuda.devices[0]!.arch === 90
+    const calls: AttentionOptions[] = [
+      { weights: 'sigmoid', bias: -4 },
+      { weights: 'relu', power: 3, cosine: true },
+      { weights: 'softplus', lengthScale: 2, softCap: 5 },
+      { weights: 'reweighted', level, power: 15 },
+      { bias, causal: true, slopes: [1, 2, 3, 4] },
+      { bias: zeros([70], { device }) },
+    ]
+    for (const options of calls) {
+      const { variant, declined } = explain(attention, q, k, k, options)
+      if (device === 'cpu') expect(declined).toEqual([])
+      else expect(variant).toBe(hopper ? 'sm90_wgmma' : 'sm80_simt')
+    }
+    if (!hopper) return
+    const refusals: [AttentionOptions, RegExp][] = [
+      [{ bias: draw([70, 64]).transpose(0, 1) }, /^bias must be contiguous along sk$/],
+      [
+        { weights: 'sigmoid', mask: Mask.fromWindow({ window: 9 }, { sq: 64, sk: 70 }) },
+        /^weights must be/,
+      ],
+    ]
+    for (const [options, reason] of refusals) {
+      const { variant, declined } = explain(attention, q, k, k, options)
+      expect(variant).toBe('sm80_simt')
+      expect(declined.at(-1)!.reason).toMatch(reason)
+    }
+    // a few rows stay where they were
+    const few = explain(attention, draw([1, 1, 4, 64]), k, k, { weights: 'sigmoid' })
+    expect(few.declined[0]!.reason).toBe('weights must be of softmax')
   })
 })

@@ -1,0 +1,33 @@
+#include "attention/factors_sm90.cuh"
+
+#include <bit>
+
+#include "attention/factors_sm90.h"
+#include "common/elements.cuh"
+
+namespace heddle {
+
+const int* row_factors(ForwardCall& call, CudaContext& context) {
+  constexpr int64_t kBehind = 128;
+  int* strange = context.scratch<int>(1);
+  HEDDLE_CUDA(cudaMemsetAsync(strange, 0, sizeof(int), context.stream));
+  const auto factors = [&](const void* x, const Strides& strides, int64_t s, int64_t h) {
+    const int lanes = static_cast<int>(std::bit_ceil(static_cast<uint64_t>(call.d / 8)));
+    const int64_t row = s + kBehind, rows = call.b * s * h;
+    float* out = context.scratch<float>(static_cast<size_t>(call.b * h * row));
+    auto* kernel = call.dtype == DType::kF16 ? attention_factor_kernel<DType::kF16>
+                                             : attention_factor_kernel<DType::kBF16>;
+    kernel<<<blocks_for(rows * lanes, context), kThreads, 0, context.stream>>>(
+        {static_cast<const uint16_t*>(x), strides, s, h, rows, static_cast<int>(call.d), lanes, out,
+         row, strange});
+    context.launched("attention_factor_kernel");
+    return out;
+  };
+  call.slots.q_factors = factors(call.q, call.q_strides, call.sq, call.hq);
+  call.slots.k_factors = factors(call.k, call.k_strides, call.sk, call.hk);
+  call.slots.q_row = call.sq + kBehind;
+  call.slots.k_row = call.sk + kBehind;
+  return strange;
+}
+
+}  // namespace heddle

@@ -1,0 +1,5 @@
+#include "attention/forward_sm90.cuh"
+
+namespace heddle {
+template void launch_forward_sm90<DType::kBF16, 128, 64, true>(const ForwardCall&, cudaStream_t);
+}  // namespace heddle
