@@ -1,0 +1,567 @@
+import { refuse } from '../errors.js'
+import { type AttentionOptions, attention } from '../ops/attention.js'
+import { scope } from '../scope.js'
+import { empty, type Tensor } from '../tensor.js'
+import { broken } from './error.js'
+import { type CascadeIR, rankOf } from './ir.js'
+import {
+  type Atom,
+  access,
+  atomForm,
+  type Condition,
+  type Factor,
+  type Form,
+  formOf,
+  logarithm,
+  minus,
+  type Normal,
+  name,
+  number,
+  plus,
+  power,
+  rankIn,
+  type Term,
+  termOf,
+  times,
+} from './normal.js'
+import { type Layout, Side } from './side.js'
+import {
+  type Access,
+  bareName,
+  batched,
+  type Call,
+  cast,
+  type F32,
+  has,
+  hasAxes,
+  isNumber,
+  isSum,
+  type Known,
+  type Layouts,
+  type Lowered,
+  layoutsOf,
+  Mismatch,
+  numberOf,
+  type Operand,
+  operandOf,
+  type Reduce,
+  shown,
+  sideOf,
+  single,
+  spanOf,
+  sweeps,
+  tensorIn,
+} from './slots.js'
+
+// Which function of which score a weight is
+function weightsOf(weight: Form) {
+  const [term] = weight.terms
+  const [factor, ...more] = term?.factors ?? []
+  if (!factor || more.length > 0 || factor.atom.kind !== 'call') return undefined
+  const { fn, args } = factor.atom
+  const [score] = args as [Form]
+  const { power } = factor
+  if (fn === 'relu' && Number.isInteger(power) && power >= 1 && power <= 8)
+    return { weights: 'relu', power, score } as const
+  if (power !== 1) return undefined
+  if (fn === 'exp') return { weights: 'softmax', power, score } as const
+  return fn === 'sigmoid' || fn === 'softplus'
+    ? ({ weights: fn, power, score } as const)
+    : undefined
+}
+
+// sum(e) Q K with a factor: the two operands of a score and its scale
+interface Dot {
+  q: Operand
+  k: Operand
+  e: string
+  scale: Form
+}
+
+function dotOf(term: Term, key: string, variables: readonly string[]): Dot | undefined {
+  const sums = term.factors.filter((one) => isSum(one) && has(one.atom, [key]))
+  const { over, body, where } = (sums[0]?.atom ?? {}) as Reduce
+  if (sums.length !== 1 || over.length !== 1 || where.length > 0 || body.terms.length !== 1)
+    return undefined
+  const [e] = over as [string]
+  const rest = term.factors.filter((one) => !sums.includes(one))
+  const [product] = body.terms as [Term]
+  const split = (factors: readonly Factor[]) =>
+    [false, true].map((wanted) => factors.filter(({ atom }) => has(atom, [key]) === wanted))
+  const [ofQ, ofK] = split(product.factors) as [Factor[], Factor[]]
+  const [before, withKey] = split(rest) as [Factor[], Factor[]]
+  const scales = before.filter(({ atom }) => isNumber(atom, variables))
+  const q = single([...ofQ, ...before.filter((one) => !scales.includes(one))])
+  const k = single([...ofK, ...withKey])
+  const rows = variables.filter((v) => q.free.has(v) && !single(ofK).free.has(v))
+  const operands = {
+    q: rows.map((row) => operandOf(q, [row, e])).find((one) => one !== undefined),
+    k: operandOf(k, [key, e]),
+  }
+  if (!operands.q || !operands.k || rows.some((row) => k.free.has(row))) return undefined
+  const scale = formOf([termOf(term.coefficient * product.coefficient, scales)])
+  return { q: operands.q, k: operands.k, e, scale }
+}
+
+// A number per head: a tensor over heads or a scalar
+type PerHead = Form
+
+// Where a row ends and how far back it begins, as offsets from its own index; the rest of the mask
+interface Interval {
+  off: Form | undefined
+  back: Form | undefined
+  rest: Condition[]
+}
+
+function intervalOf(
+  where: readonly Condition[],
+  key: string,
+  row: string,
+  variables: readonly string[],
+): Interval {
+  const interval: Interval = { off: undefined, back: undefined, rest: [] }
+  for (const one of where) {
+    const form = one.kind === '<=' ? one.form : undefined
+    const sign = (text: string) => form?.terms.find((term) => term.key === text)?.coefficient
+    const rest = form && formOf(form.terms.filter((term) => term.key !== key && term.key !== row))
+    const up = sign(key) === 1 && sign(row) === -1
+    const down = sign(key) === -1 && sign(row) === 1
+    const slot = up ? 'off' : 'back'
+    if (!rest || (!up && !down) || !isNumber(rest, [key, ...variables]) || interval[slot])
+      interval.rest.push(one)
+    else interval[slot] = up ? times(number(-1), rest) : rest
+  }
+  // A window looks back from a causal row alone
+  if (interval.back && !interval.off) return { off: undefined, back: undefined, rest: [...where] }
+  return interval
+}
+
+// post * sum(m) weight * value, or that divided by the sum of the weights
+interface Weighted {
+  slots: Record<string, string>
+  post: Form
+  /** Axes [b, s, h, d] of the result. */
+  axes: readonly string[]
+  layouts: Layouts
+  run(call: Call): { out: F32; lse: F32; known: Known }
+}
+
+/** @internal */
+export function attentionOf(normal: Normal, ir: CascadeIR): Lowered {
+  const outputs = ir.outputs.map((tensor) => ({ tensor, ...normal.forms.get(tensor)! }))
+  const [first] = ir.outputs as [string]
+  const out = outputs.find(
+    ({ form: { terms } }) =>
+      terms.length > 0 && terms.length < 3 && terms.every(({ factors }) => factors.some(isSum)),
+  )
+  if (!out) throw new Mismatch(first, 'it is no weighted sum', 0)
+  const others = outputs.filter((one) => one !== out)
+  const parts = out.form.terms.map((term) => weightedSum(ir, out, term, others))
+  const [part] = parts as [Weighted]
+  const spread = parts.some(({ axes }) => axes.join() !== part.axes.join())
+  if (spread) throw new Mismatch(out.tensor, 'its parts have no common axes', 2)
+  const layouts: Layouts = new Map(parts.flatMap((one) => [...one.layouts]))
+  const raw = parts.map((_, i) => access(`O${i}_`, part.axes.map(name)))
+  const sum = plus(...parts.map(({ post }, i) => times(raw[i]!, post)))
+  const post = sum.key === raw[0]!.key ? undefined : sideOf(ir, layouts, sum, part.axes)
+  const slots = Object.assign(
+    {},
+    ...parts.map((one, i) =>
+      Object.fromEntries(
+        Object.entries(one.slots).map(([slot, text]) => [i ? slot + i : slot, text]),
+      ),
+    ),
+  ) as Record<string, string>
+  if (post) slots.result = sum.key
+  const lse = others[0]?.tensor
+  return {
+    operator: 'attention',
+    slots,
+    run: (call) =>
+      scope(() => {
+        const results = parts.map((one) => one.run(call))
+        const [{ out: whole, known, lse: logarithms }] = results as [(typeof results)[number]]
+        const raws = Object.fromEntries(results.map((one, i) => [`O${i}_`, one.out]))
+        const result = post
+          ? cast(post.run({ ...call.tensors, ...raws }, known), whole.dtype)
+          : whole
+        return { [out.tensor]: result, ...(lse === undefined ? {} : { [lse]: logarithms }) }
+      }),
+  }
+}
+
+function weightedSum(
+  ir: CascadeIR,
+  out: { tensor: string; left: readonly string[] },
+  { factors, coefficient }: Term,
+  others: readonly { tensor: string; form: Form }[],
+): Weighted {
+  let fit = 0
+  let einsum = out.tensor
+  const fail = (reason: string, code: 'CAS020' | 'CAS022' = 'CAS020') =>
+    new Mismatch(einsum, reason, fit, code)
+  const sums = factors.filter(isSum)
+  const numerator = sums[0]!.atom as Reduce
+  if (sums.length > 1 || numerator.over.length !== 1 || numerator.body.terms.length !== 1)
+    throw fail('it is no sum of weights times values over one variable')
+  const [m] = numerator.over as [string]
+  const inner = numerator.body.terms[0]!.factors
+
+  const divisors = factors.filter(({ power }) => power === -1)
+  const summed = (atom: Atom) =>
+    atom.kind === 'reduce' &&
+    atom.op === 'sum' &&
+    atom.where.map(({ key }) => key).join() === numerator.where.map(({ key }) => key).join()
+      ? [atom.body]
+      : []
+  // The weight is what the divisor sums up, or a function of a score; the rest is the value, which has a variable of its own
+  const candidates = [
+    ...divisors.flatMap(({ atom }) =>
+      atom.kind === 'sum'
+        ? atom.form.terms.flatMap(({ factors }) => factors.flatMap((one) => summed(one.atom)))
+        : summed(atom),
+    ),
+    ...inner.map((one) => single([one])),
+  ]
+  const columnsOf = (value: Form, weight: Form) =>
+    out.left.filter((x) => value.free.has(x) && !weight.free.has(x))
+  const found = candidates.flatMap((weight) => {
+    const value = times(single(inner), power(weight, -1))
+    const [column, ...more] = columnsOf(value, weight)
+    const v = column === undefined || more.length > 0 ? undefined : operandOf(value, [m, column])
+    const own = weightsOf(weight)
+    const apart = out.left.every((x) => x === column || !value.free.has(x) || v?.main.free.has(x))
+    return v && own && apart && has(own.score, [m]) ? [{ ...own, weight, v, column: column! }] : []
+  })
+  if (found.length === 0) {
+    const isValue = ({ atom }: Factor) =>
+      atom.kind === 'access' &&
+      columnsOf(atomForm(atom), single(inner.filter((x) => x.atom !== atom))).length > 0
+    const rest = single(inner.filter((one) => !isValue(one)))
+    if (!inner.some(isValue)) throw fail('it has no value that is summed')
+    fit++
+    throw fail(`its weights are ${rest.key}, no function of a score that attention has`)
+  }
+  const [{ weights, power: exponent, score, weight, v, column }] = found as [(typeof found)[number]]
+  fit += 2
+
+  // exp(shift) sum(…) in both, and a sink beside the sum below
+  const outside = formOf([
+    termOf(
+      coefficient,
+      factors.filter((one) => one !== sums[0] && !divisors.includes(one)),
+    ),
+  ])
+  const isNormaliser = (atom: Atom) => summed(atom)[0]?.key === weight.key
+  const apart = divisors.filter(
+    ({ atom }) => atom.kind !== 'sum' && !isNormaliser(atom) && !sweeps(atomForm(atom), rankIn(m)),
+  )
+  const [divisor, ...second] = divisors.filter((one) => !apart.includes(one))
+  if (second.length > 0) throw fail('it is divided twice')
+  if (!divisor && weights === 'softmax') throw fail('its weights are not divided by their sum')
+  let post = times(outside, single(apart))
+  let total = divisor && atomForm(divisor.atom)
+  let shift = number(0)
+  let sink: PerHead | undefined
+  if (divisor?.atom.kind === 'sum' && weights === 'softmax') {
+    total = divisor.atom.form
+    const [own, other, ...more] = [...total.terms].sort(
+      (a, b) => Number(b.factors.some(isSum)) - Number(a.factors.some(isSum)),
+    )
+    const sum = own!.factors.find(isSum)
+    const before = formOf([
+      termOf(
+        own!.coefficient,
+        own!.factors.filter((one) => one !== sum),
+      ),
+    ])
+    if (!sum || !isNormaliser(sum.atom) || more.length > 0)
+      throw fail('its divisor is no sum of its weights and one more')
+    post = times(post, power(before, -1))
+    shift = logarithm(before)
+    sink = logarithm(formOf([other!]))
+  } else if (divisor && !isNormaliser(divisor.atom))
+    throw fail('its divisor is not the sum of its weights')
+  if (sweeps(post, rankIn(m))) throw fail(`it is multiplied by ${post.key}, which takes all keys`)
+  fit++
+
+  // scale q.k, the sum of several, or cap tanh(scale q.k / cap); then what is added to it
+  let dots: Dot[] = []
+  let cap: Form | undefined
+  const terms: Term[] = []
+  for (const term of score.terms) {
+    const bent = term.factors.find(({ atom }) => atom.kind === 'call' && atom.fn === 'tanh')
+    const own = dotOf(term, m, ir.variables)
+    if (own && !cap) dots.push(own)
+    else if (bent?.power === 1 && bent.atom.kind === 'call' && dots.length === 0) {
+      const inside = bent.atom.args[0]!.terms
+      cap = formOf([
+        termOf(
+          term.coefficient,
+          term.factors.filter((one) => one !== bent),
+        ),
+      ])
+      dots = inside.flatMap((one) => dotOf(one, m, ir.variables) ?? [])
+      if (!isNumber(cap, [m, ...ir.variables]) || dots.length < inside.length)
+        throw fail(`its score has ${bent.atom.key}, which is no soft cap`)
+    } else terms.push(term)
+  }
+  const [dot] = dots
+  if (!dot) throw fail(`its score ${score.key} has no product of a query and a key`)
+  fit++
+  const { q, k } = dot
+  let rows = out.left.filter((x) => has(q.form, [x]) && !has(k.form, [x]) && !has(v.form, [x]))
+  // Heads that share keys and values look like rows, but for the mask, and are as good as rows where nothing names them
+  const masked = rows.filter((x) => numerator.where.some((one) => has(one, [x])))
+  if (masked.length > 0) rows = masked
+  const rest = [...terms.map((term) => formOf([term])), post, shift, ...(sink ? [sink] : [])]
+  if (rows.length > 1 && !rest.some((form) => has(form, rows))) {
+    const order = q.main.indices.map(({ key }) => key)
+    rows = [rows.reduce((x, y) => (order.indexOf(y) > order.indexOf(x) ? y : x))]
+  }
+  if (rows.length !== 1)
+    throw fail('its queries have no variable for rows that a mask, keys or values tell from heads')
+  const [row] = rows as [string]
+  const heads = out.left.filter((x) => x !== row && x !== column)
+  // Groups of queries with a head of keys each: an axis of the text, and part of the heads for attention
+  const [group = '', own = ''] = [heads.at(-1), heads.at(-2)]
+  const grouped =
+    heads.length > 1 &&
+    [...dots.map(({ k }) => k), v].every(({ form }) => has(form, [own]) && !has(form, [group]))
+  if (heads.length > (grouped ? 3 : 2)) throw fail('its result has more axes than [b, s, h, d]')
+  const operands = [
+    ...dots.flatMap(({ q, k, e }) => [[q, [...heads, row, e]] as const, [k, [m, e]] as const]),
+    [v, [m, column]] as const,
+  ]
+  for (const [{ main, form }, axes] of operands)
+    if (!hasAxes(main, axes, heads) || (has(form, [row]) && !axes.includes(row)))
+      throw fail(`${form.key} is not read along its axes`, 'CAS022')
+
+  const [batch, head] = heads.length > 1 ? heads : [undefined, heads[0]]
+  const layouts = layoutsOf(operands, heads, [row, m])
+  const axes = [batch ?? 'b_', row, head ?? 'h_', column]
+  const names = new Map([[m, 'm_'], ...dots.map(({ e }) => [e, 'e_'] as const)])
+  const side = (form: Form, left: readonly string[], where?: readonly Condition[]) =>
+    sideOf(ir, layouts, form, left, names, where)
+  // What an operand is computed from, undefined where it is a tensor as it stands
+  const sideFor = ({ main, form }: Operand, at: string, last: string) =>
+    form.key === main.key ? undefined : side(form, [axes[0]!, at, axes[2]!, last])
+
+  const isPerHead = (form: Form) =>
+    [m, ...ir.variables].every((x) => heads.includes(x) || !has(form, [x]))
+  let bias = number(0)
+  let added = number(0)
+  let slope: Form | undefined
+  for (const term of terms) {
+    const own = formOf([term])
+    const position = term.factors.some(({ atom, power }) => atom.key === m && power === 1)
+    const rest = formOf([
+      termOf(
+        term.coefficient,
+        term.factors.filter(({ atom }) => atom.key !== m),
+      ),
+    ])
+    if (position && !slope && isPerHead(rest) && heads.length < 2) slope = rest
+    else if (has(own, [m])) bias = plus(bias, own)
+    else added = plus(added, own)
+  }
+  if (sink && (!isPerHead(sink) || (heads.length > 1 && !isNumber(sink, ir.variables))))
+    throw fail(`its sink is ${sink.key}, no number for each head`, 'CAS022')
+  if (!isNumber(dot.scale, ir.variables))
+    throw fail(`its scale is ${dot.scale.key}, no number`, 'CAS022')
+  const scale = cap ? times(dot.scale, cap) : dot.scale
+  // Further products have the scale of the first
+  const parts = dots.map((one, i) => {
+    const ratio = i === 0 ? number(1) : times(one.scale, power(dot.scale, -1))
+    const ofQ = { main: one.q.main, form: times(ratio, one.q.form) }
+    return { ...one, ofQ: sideFor(ofQ, row, 'e_'), ofK: sideFor(one.k, 'm_', 'e_') }
+  })
+  const ofV = sideFor(v, 'm_', column)
+  const { off, back, rest: hidden } = intervalOf(numerator.where, m, row, ir.variables)
+
+  // What must be the distance of the last row from the last key
+  const distances = off ? [off] : []
+  // A part of the score that is the same for all keys: slopes have theirs, the rest is a bias
+  const rowPart = (form: Form) => {
+    if (form.terms.length === 0 && !slope) return
+    const rest = slope && times(plus(form, times(slope, name(row))), power(slope, -1))
+    if (rest && isNumber(rest, [m, ...ir.variables])) {
+      distances.push(times(number(-1), rest))
+      return
+    }
+    bias = plus(bias, form, slope ? times(slope, name(m)) : number(0))
+    slope = undefined
+  }
+  if (sink) rowPart(shift)
+  if (weights !== 'softmax') {
+    const own = added.terms.filter((term) => !slope || !has(formOf([term]), slope.free))
+    bias = plus(bias, formOf(own))
+    rowPart(formOf(added.terms.filter((term) => !own.includes(term))))
+  }
+  for (const other of others) {
+    einsum = other.tensor
+    if (!total || others.length > 1 || other.form.terms.length === 0)
+      throw fail('attention gives a result and the logarithm of its divisor')
+    const difference = minus(other.form, logarithm(total))
+    const cancels = !sink && weights === 'softmax'
+    if (cancels ? sweeps(difference, rankIn(m)) : difference.key !== '0')
+      throw fail('it is not the logarithm of the divisor')
+    if (cancels) rowPart(difference)
+  }
+  einsum = out.tensor
+
+  const slots: Record<string, string> = { q: shown(q), k: shown(k), v: shown(v) }
+  for (const { q, k } of dots.slice(1)) Object.assign(slots, { q2: shown(q), k2: shown(k) })
+  slots.scale = scale.key
+  const note = (slot: string, form: Form | undefined) => {
+    if (form) slots[slot] = form.key
+  }
+  if (weights !== 'softmax')
+    Object.assign(slots, { weights, normalise: String(divisor !== undefined) })
+  if (exponent !== 1) slots.power = String(exponent)
+  note('bias', bias.terms.length > 0 ? bias : undefined)
+  note('softCap', cap)
+  note('slopes', slope)
+  note('sink', sink)
+  note('causal', off && plus(name(row), off))
+  note('window', back && plus(name(row), back))
+  if (hidden.length > 0) slots.mask = hidden.map(({ key }) => key).join(', ')
+
+  const biasAxes = [axes[0]!, axes[2]!, row, 'm_']
+  const biasPlaces = biasPlacesOf(bias, [batch, head, row, m])
+  const computed =
+    hidden.length > 0 || (biasPlaces === undefined && !isNumber(bias, [m, ...ir.variables]))
+      ? new Side(ir.variables, layoutOf(layouts), names, bias, biasAxes, hidden, false)
+      : undefined
+  const perHead = (form: Form | undefined) =>
+    form && !isNumber(form, ir.variables) && tensorIn(form) === undefined
+      ? side(form, [head!])
+      : undefined
+  const [ofSlope, ofSink] = [perHead(slope), perHead(sink)]
+  const sides = [computed, ofSlope, ofSink, ofV, ...parts.flatMap(({ ofQ, ofK }) => [ofQ, ofK])]
+  const alone = post.key === '1' && sides.every((one) => one === undefined)
+  if (heads.length > 2 && !alone)
+    throw fail('what is computed beside it has more axes than [b, s, h, d]', 'CAS022')
+  return {
+    slots,
+    post,
+    axes,
+    layouts,
+    run(call) {
+      const tensors = { ...call.tensors }
+      if (!grouped || !alone)
+        for (const [{ main }, own] of operands) oneHead(call, main, heads, own.includes(row))
+      const [tq, tk, tv] = [q, k, v].map(({ main }) => batched(call, main.name)) as [F32, F32, F32]
+      const [sq, hq, d, sk, dv] = [
+        tq.shape[1]!,
+        tq.shape[2]!,
+        tq.shape[3]!,
+        tk.shape[1]!,
+        tv.shape[3]!,
+      ]
+      const ends = sk - sq
+      const sizes = { [rankOf(column)]: dv, [rankOf(row)]: sq, [rankIn(m)]: sk, [rankIn(dot.e)]: d }
+      const known: Known = { ...sizes, M_: sk, ...call.scalars }
+      // A name that the call leaves out stands for what the operator takes
+      for (const form of distances) {
+        const only = bareName(form)
+        if (only !== undefined) known[only] ??= ends
+        const got = numberOf(form, known)
+        if (got !== ends)
+          throw broken(
+            'CAS022',
+            `attention ends its last row at the last key, ${ends} from its index here, but ${form.key} is ${got}`,
+            spanOf(ir, out.tensor),
+            out.tensor,
+          )
+      }
+      const vector = (form: Form, own: Side | undefined): F32 | number[] => {
+        if (own) return own.run(tensors, known)
+        const tensor = tensorIn(form)
+        if (tensor !== undefined) return call.tensors[tensor] as F32
+        return new Array<number>(hq).fill(numberOf(form, known))
+      }
+      const plain = bareName(scale)
+      const options: AttentionOptions = { causal: off !== undefined }
+      if (plain === undefined || known[plain] !== undefined) options.scale = numberOf(scale, known)
+      if (weights !== 'softmax')
+        Object.assign(options, { weights, power: exponent, normalise: divisor !== undefined })
+      if (computed)
+        options.bias = computed
+          .run(tensors, known, Number.NEGATIVE_INFINITY)
+          .reshape(
+            biasAxes.map((axis, i) =>
+              computed.left.includes(axis) ? [tq.shape[0]!, hq, sq, sk][i]! : 1,
+            ),
+          )
+      else if (biasPlaces) options.bias = placed(call.tensors[tensorIn(bias)!]!, biasPlaces) as F32
+      else if (bias.terms.length > 0) options.bias = numberOf(bias, known)
+      if (cap) options.softCap = numberOf(cap, known)
+      if (slope) options.slopes = vector(slope, ofSlope)
+      if (sink) options.sink = vector(sink, ofSink)
+      if (back) options.window = ends + 1 - numberOf(back, known)
+      const whole = (own: Side | undefined, { main }: Operand) => {
+        const given = batched(call, main.name)
+        return own ? cast(own.run(tensors, known).reshape(given.shape), tq.dtype) : (given as F32)
+      }
+      const heads2 = Math.max(...parts.map(({ k }) => batched(call, k.main.name).shape[2]!))
+      const qs = parts.map((one) => whole(one.ofQ, one.q))
+      const ks = parts.map((one) => whole(one.ofK, one.k))
+      const result = attention(joined(qs, hq), joined(ks, heads2), whole(ofV, v), options)
+      return { ...result, known }
+    },
+  }
+}
+
+const layoutOf =
+  (layouts: Layouts): Layout =>
+  (tensor, indices) =>
+    layouts.get(tensor)?.(indices) ?? indices
+
+// Side by side along the last axis, heads that are shared repeated
+function joined(parts: readonly F32[], heads: number): F32 {
+  const [first] = parts as [F32]
+  if (parts.length === 1) return first
+  const [b, s] = first.shape as [number, number]
+  const sizes = parts.map(({ shape }) => shape[3]!)
+  const d = sizes.reduce((sum, size) => sum + size, 0)
+  const whole = empty([b, s, heads, d], { dtype: first.dtype, device: first.device })
+  let at = 0
+  parts.forEach((part, i) => {
+    const to = whole.slice(-1, at, at + sizes[i]!)
+    to.copyFrom(part.expand(to.shape))
+    at += sizes[i]!
+  })
+  return whole
+}
+
+// Where the axes of a bias stand among [b, h, s, keys], if it is a tensor with some of them in this order
+function biasPlacesOf(bias: Form, axes: readonly (string | undefined)[]): number[] | undefined {
+  const atom = tensorIn(bias) === undefined ? undefined : bias.terms[0]!.factors[0]!.atom
+  if (atom?.kind !== 'access') return undefined
+  const places = atom.indices.map(({ key }) => axes.indexOf(key))
+  return places.every((at, i) => at >= 0 && at > (places[i - 1] ?? -1)) ? places : undefined
+}
+
+// A tensor with the axes of the text under all four; one that has four is taken as it is
+function placed(tensor: Tensor, places: readonly number[]): Tensor {
+  if (tensor.rank !== places.length || places.length === 4) return tensor
+  const shape = [1, 1, 1, 1]
+  places.forEach((at, i) => {
+    shape[at] = tensor.shape[i]!
+  })
+  return tensor.reshape(shape)
+}
+
+// What the text reads without a variable of the heads has one
+function oneHead(call: Call, main: Access, heads: readonly string[], isQuery: boolean): void {
+  const shared = heads.filter((x) => !has(main, [x]))
+  const given = batched(call, main.name).shape[2]!
+  if (isQuery || shared.length === 0 || given === 1) return
+  throw refuse(
+    'ERR_SHAPE',
+    'cascade',
+    main.name,
+    `${main.name} must have one head, got ${given} (the text reads it without ${shared.join(' and ')})`,
+  )
+}

@@ -1,0 +1,240 @@
+import { lightning } from '../ops/lightning.js'
+import { scope } from '../scope.js'
+import { full } from '../tensor.js'
+import { type CascadeIR, rankOf } from './ir.js'
+import {
+  access,
+  argument,
+  atomForm,
+  exponential,
+  type Form,
+  formOf,
+  type Normal,
+  name,
+  number,
+  power,
+  rankIn,
+  type Term,
+  termOf,
+  times,
+} from './normal.js'
+import {
+  type Access,
+  batched,
+  cast,
+  type F32,
+  has,
+  hasAxes,
+  isNumber,
+  isSum,
+  type Lowered,
+  layoutsOf,
+  Mismatch,
+  numberOf,
+  operandOf,
+  type Reduce,
+  shown,
+  sideOf,
+  single,
+  tensorIn,
+} from './slots.js'
+
+/** @internal */
+export function lightningOf(normal: Normal, ir: CascadeIR): Lowered {
+  const [tensor, ...more] = ir.outputs as [string]
+  let fit = 0
+  const fail = (reason: string, code: 'CAS020' | 'CAS022' = 'CAS020') =>
+    new Mismatch(tensor, reason, fit, code)
+  if (more.length > 0) throw fail('lightning gives one result')
+  const { form, left } = normal.forms.get(tensor)!
+  const sumOf = (term: Term) => term.factors.find(isSum)?.atom as Reduce | undefined
+  const main = form.terms.find((term) => sumOf(term)?.over.length === 2)
+  if (!main || form.terms.length > 2) throw fail('it is no sum over keys and channels')
+  const { over, body, where } = sumOf(main)!
+  const [product, ...others] = body.terms
+  if (others.length > 0) throw fail('it does not multiply q, k and v')
+  const [limit] = where
+  const [m, row] = (limit && 'form' in limit ? limit.form.terms : []).map(({ key }) => key)
+  if (where.length !== 1 || m === undefined || row === undefined || !over.includes(m))
+    throw fail('its rows do not end at their own index')
+  if (limit!.key !== `${m} + -1 ${row} <= 0`) throw fail(`where ${limit!.key} is not causal`)
+  const e = over.find((x) => x !== m)!
+
+  // Factors by the operand that has their variables; what keys alone have is their decay
+  const parts = { q: number(1), k: number(1), v: number(1), decay: number(1) }
+  const sort = (one: Form) => {
+    const tensors = [...one.free].some((x) => x.endsWith('[]') && one.free.has(m))
+    const part = has(one, [e]) ? (has(one, [m]) ? 'k' : 'q') : tensors ? 'v' : 'decay'
+    parts[part] = times(parts[part], one)
+  }
+  for (const { atom, power: exponent } of product!.factors) {
+    const inner = argument(atom)
+    // slope m, of a slope for each head, is no value
+    const isDecay = (term: Term) => term.factors.some(({ atom }) => atom.key === m)
+    if (!inner) sort(power(atomForm(atom), exponent))
+    else
+      for (const term of inner.terms) {
+        const own = exponential(formOf([term]))
+        if (isDecay(term)) parts.decay = times(parts.decay, own)
+        else sort(own)
+      }
+  }
+  const columns = left.filter((x) => has(parts.v, [x]) && !has(parts.q, [x]) && !has(parts.k, [x]))
+  const heads = left.filter((x) => x !== row && !columns.includes(x))
+  const [column = ''] = columns
+  const q = operandOf(parts.q, [row, e])
+  const k = operandOf(parts.k, [m, e])
+  const v = operandOf(parts.v, [m, column])
+  if (!q || !k || !v || columns.length !== 1) throw fail('it does not multiply q, k and v')
+  const axes =
+    hasAxes(q.main, [...heads, row, e]) &&
+    hasAxes(k.main, [m, e], heads) &&
+    hasAxes(v.main, [m, column], heads)
+  if (heads.length > 2 || !axes || has(k.form, [row]) || has(v.form, [row]))
+    throw fail('q, k and v are not read along their axes')
+  fit += 2
+
+  // The sum of the weights, which a column of ones in v gives
+  const divisors = main.factors.filter(({ atom, power }) => atom.kind === 'reduce' && power === -1)
+  const weight = times(body, power(v.form, -1))
+  for (const { atom } of divisors) {
+    const { body: own, where: limits } = atom as Reduce
+    const same = own.key === weight.key && limits.map(({ key }) => key).join() === limit!.key
+    if (!same || divisors.length > 1) throw fail('its divisor is not the sum of its weights')
+  }
+  const [divisor] = divisors
+
+  // exp(-slope t) in front, unless it is divided by, exp(slope m) inside
+  const [factor] = parts.decay.terms[0]!.factors
+  const inside = parts.decay.key === '1' ? number(0) : factor && argument(factor.atom)
+  const slope = inside && times(inside, power(name(m), -1))
+  const decay = slope && exponential(times(times(number(-1), slope), name(row)))
+  const outside = formOf([
+    termOf(
+      main.coefficient * product!.coefficient,
+      main.factors.filter((one) => !isSum(one) && one !== divisor),
+    ),
+  ])
+  const factors = decay && (divisor ? outside : times(outside, power(decay, -1)))
+  const [only, ...rests] = factors?.terms ?? []
+  if (!slope || !only || rests.length > 0 || has(slope, [m, ...over]))
+    throw fail('its weights are no decay by distance')
+  const scales = only.factors.filter(({ atom }) => isNumber(atom, ir.variables))
+  const scale = formOf([termOf(only.coefficient, scales)])
+  const post = single(only.factors.filter((one) => !scales.includes(one)))
+  fit++
+  if (left.some((x) => has(slope, [x]) && !heads.includes(x)))
+    throw fail(`its decay is ${slope.key}, no number for each head`, 'CAS022')
+
+  // What the state before the first token adds
+  let initial: Access | undefined
+  const rest = form.terms.find((term) => term !== main)
+  if (rest) {
+    const start = sumOf(rest)?.body.terms[0]?.factors.map(({ atom }) => atom)
+    initial = start?.find((one): one is Access => one.kind === 'access' && one.name !== q.main.name)
+    const first = formOf([
+      termOf(
+        rest.coefficient,
+        rest.factors.filter((one) => !isSum(one)),
+      ),
+    ])
+    const wanted = times(times(outside, decay!), exponential(times(number(-1), slope)))
+    const before = times(wanted, power(decay!, -1))
+    if (
+      !initial ||
+      divisor ||
+      q.form.key !== q.main.key ||
+      start!.length !== 2 ||
+      first.key !== before.key ||
+      !start!.some(({ key }) => key.startsWith(`${q.main.name}[`))
+    )
+      throw fail(`it adds ${formOf([rest]).key}`)
+  }
+
+  const operands = [
+    [q, [...heads, row, e]],
+    [k, [m, e]],
+    [v, [m, column]],
+  ] as const
+  const layouts = layoutsOf(operands, heads, [row, m])
+  const names = new Map([
+    [m, 'm_'],
+    [e, 'e_'],
+  ])
+  const [batch = 'b_', head = 'h_'] = heads.length > 1 ? heads : [undefined, heads[0]]
+  const [ofQ, ofK, ofV] = operands.map(([{ main, form }, own]) =>
+    form.key === main.key
+      ? undefined
+      : sideOf(
+          ir,
+          layouts,
+          form,
+          [batch, own.includes(row) ? row : 'm_', head, names.get(own.at(-1)!) ?? own.at(-1)!],
+          names,
+        ),
+  )
+  const ofSlope =
+    isNumber(slope, ir.variables) || tensorIn(slope) !== undefined
+      ? undefined
+      : sideOf(ir, layouts, slope, [head], names)
+  const all = [batch, row, head, column].map(name)
+  const whole = times(access('N_', all), post)
+  const result = divisor
+    ? times(whole, power(access('D_', [...all.slice(0, 3), number(0)]), -1))
+    : whole
+  const finish =
+    result.key === access('N_', all).key
+      ? undefined
+      : sideOf(ir, layouts, result, [batch, row, head, column])
+  const slots: Record<string, string> = {
+    q: shown(q),
+    k: shown(k),
+    v: shown(v),
+    scale: scale.key,
+    slopes: slope.key,
+  }
+  if (initial) slots.initialState = initial.name
+  if (divisor) slots.normalise = 'true'
+  if (post.key !== '1') slots.result = post.key
+  return {
+    operator: 'lightning',
+    slots,
+    run: (call) =>
+      scope(() => {
+        const [first] = [batched(call, q.main.name)] as [F32]
+        const known = call.scalars
+        const sizes = {
+          M_: first.shape[1]!,
+          [rankOf(row)]: first.shape[1]!,
+          [rankIn(e)]: first.shape[3]!,
+        }
+        const all = { ...sizes, ...known }
+        const [tq, tk, tv] = [ofQ, ofK, ofV].map((side, i) => {
+          const given = batched(call, operands[i]![0].main.name) as F32
+          return side ? cast(side.run(call.tensors, all).reshape(given.shape), first.dtype) : given
+        }) as [F32, F32, F32]
+        const own = tensorIn(slope)
+        const { out } = lightning(tq, tk, divisor ? withOnes(tv) : tv, {
+          slopes: ofSlope
+            ? ofSlope.run(call.tensors, all)
+            : own !== undefined
+              ? (call.tensors[own] as F32)
+              : new Array<number>(tq.shape[2]!).fill(numberOf(slope, all)),
+          scale: numberOf(scale, all),
+          initialState: initial && (call.tensors[initial.name] as F32),
+        })
+        if (!finish) return { [tensor]: out }
+        const dv = tv.shape[3]!
+        const raw = { N_: out.slice(-1, 0, dv), D_: out.slice(-1, dv) }
+        return { [tensor]: cast(finish.run({ ...call.tensors, ...raw }, all), out.dtype) }
+      }),
+  }
+}
+
+// v with one more column, of ones
+function withOnes(v: F32): F32 {
+  const [b, s, h, d] = v.shape as [number, number, number, number]
+  const whole = full([b, s, h, d + 1], 1, { dtype: v.dtype, device: v.device })
+  whole.slice(-1, 0, d).copyFrom(v)
+  return whole
+}

@@ -1,0 +1,244 @@
+import type { FloatDType } from '../dtype.js'
+import { refuse } from '../errors.js'
+import type { Tensor } from '../tensor.js'
+import { type CascadeIR, type Statement, statementsOf } from './ir.js'
+import {
+  type Atom,
+  type Condition,
+  type Factor,
+  type Form,
+  formOf,
+  rankIn,
+  type Term,
+  termOf,
+} from './normal.js'
+import { type Layout, Side } from './side.js'
+
+// What the families of operators have in common when they take a cascade apart
+
+/** Numbers of a call by their names in the text. */
+export type Scalars = Readonly<Record<string, number>>
+
+/** @internal */
+export interface Call {
+  tensors: Readonly<Record<string, Tensor>>
+  scalars: Scalars
+}
+
+/** @internal */
+export interface Lowered {
+  operator: string
+  slots: Record<string, string>
+  refusal?: string
+  /** Names that a call may give besides scalars. */
+  ranks?: readonly string[]
+  run(call: Call): Record<string, Tensor>
+}
+
+/** @internal Why an operator does not take a cascade; `fit` grows with what it does take. */
+export class Mismatch {
+  constructor(
+    readonly einsum: string,
+    readonly reason: string,
+    readonly fit: number,
+    readonly code: 'CAS020' | 'CAS022' = 'CAS020',
+  ) {}
+}
+
+/** @internal */
+export const has = (one: { free: ReadonlySet<string> }, names: Iterable<string>) =>
+  [...names].some((each) => one.free.has(each))
+/** @internal */
+export const isSum = ({ atom, power }: Factor) =>
+  atom.kind === 'reduce' && atom.op === 'sum' && power === 1
+/** @internal */
+export const single = (factors: readonly Factor[]): Form => formOf([termOf(1, factors)])
+
+/** @internal */
+export type Access = Atom & { kind: 'access' }
+/** @internal */
+export type Reduce = Atom & { kind: 'reduce' }
+
+/** @internal An operand of attention: what is computed from the tensor that has its axes, or only that tensor. */
+export interface Operand {
+  main: Access
+  form: Form
+}
+
+/** @internal */
+export const isNumber = (form: Pick<Form, 'free'>, variables: readonly string[]) =>
+  !has(form, variables) && ![...form.free].some((one) => one.endsWith('[]'))
+
+/** @internal */
+export function accessesIn({ terms }: Form): Access[] {
+  const inside = (atom: Atom): Access[] => {
+    if (atom.kind === 'access') return [atom]
+    if (atom.kind === 'call') return atom.args.flatMap(accessesIn)
+    if (atom.kind === 'sum') return accessesIn(atom.form)
+    return atom.kind === 'if' ? [atom.yes, atom.no].flatMap(accessesIn) : []
+  }
+  return terms.flatMap(({ factors }) => factors.flatMap(({ atom }) => inside(atom)))
+}
+
+/** @internal The tensor that has these axes, each as a variable of its own. */
+export function operandOf(form: Form, axes: readonly string[]): Operand | undefined {
+  const main = accessesIn(form).find((one) => {
+    const names = one.indices.map(({ key }) => key)
+    return new Set(names).size === names.length && axes.every((axis) => names.includes(axis))
+  })
+  return main && { main, form }
+}
+
+/** @internal Whether a form reduces over a rank. */
+export function sweeps({ terms }: Form, rank: string): boolean {
+  const inside = (atom: Atom): boolean => {
+    if (atom.kind === 'reduce')
+      return atom.over.some((v) => rankIn(v) === rank) || sweeps(atom.body, rank)
+    if (atom.kind === 'call') return atom.args.some((arg) => sweeps(arg, rank))
+    if (atom.kind === 'sum') return sweeps(atom.form, rank)
+    return atom.kind === 'if' && (sweeps(atom.yes, rank) || sweeps(atom.no, rank))
+  }
+  return terms.some(({ factors }) => factors.some(({ atom }) => inside(atom)))
+}
+
+/** @internal Whether every index is a variable of its own: those that must be there, and some that may. */
+export function hasAxes(
+  { indices }: Access,
+  axes: readonly string[],
+  more: readonly string[] = [],
+): boolean {
+  const names = indices.map(({ key }) => key)
+  return (
+    new Set(names).size === names.length &&
+    axes.every((axis) => names.includes(axis)) &&
+    names.every((each) => axes.includes(each) || more.includes(each))
+  )
+}
+
+/**
+ * @internal Axes [b, s, h, d] of a tensor as places in its text, and what stands for those that the text leaves out.
+ */
+export type Layouts = Map<string, (indices: readonly string[]) => readonly string[]>
+
+/** @internal */
+export const cast = (x: Tensor, dtype: FloatDType): F32 =>
+  (x.dtype === dtype ? x : (x as F32).cast(dtype)) as F32
+
+/** @internal */
+export function sideOf(
+  ir: CascadeIR,
+  layouts: Layouts,
+  form: Form,
+  left: readonly string[],
+  names: ReadonlyMap<string, string> = new Map(),
+  where?: readonly Condition[],
+): Side {
+  const layout: Layout = (tensor, indices) => layouts.get(tensor)?.(indices) ?? indices
+  return new Side(ir.variables, layout, names, form, left, where)
+}
+
+/**
+ * @internal Tensors of [b, s, h, d], whatever axes the text writes; what it leaves out is b_ or h_, or the only head
+ * of all.
+ */
+export function layoutsOf(
+  operands: readonly (readonly [Operand, readonly string[]])[],
+  heads: readonly string[],
+  tokens: readonly string[],
+): Layouts {
+  const [batch, head] = heads.length > 1 ? heads : [undefined, heads[0]]
+  const absent = [batch === undefined ? 'b_' : '0', '', head === undefined ? 'h_' : '0', '']
+  return new Map(
+    operands.map(([{ main }, axes]) => {
+      const token = axes.find((x) => tokens.includes(x))
+      const places = [batch, token, head, axes.at(-1)].map((axis) =>
+        main.indices.findIndex(({ key }) => key === axis),
+      )
+      return [main.name, (given) => places.map((at, i) => (at < 0 ? absent[i]! : given[at]!))]
+    }),
+  )
+}
+
+/** @internal */
+export type F32 = Tensor<'float32'>
+
+/** @internal */
+export const shown = ({ main, form }: Operand) => (form.key === main.key ? main.name : form.key)
+
+/** @internal */
+export function spanOf(ir: CascadeIR, tensor: string) {
+  return statementsOf(ir.steps).find(({ out }: Statement) => out.name === tensor)!.out.span
+}
+
+/** @internal */
+export function batched({ tensors }: Call, argument: string): Tensor {
+  const tensor = tensors[argument]!
+  if (tensor.rank === 4) return tensor
+  throw refuse(
+    'ERR_SHAPE',
+    'cascade',
+    argument,
+    `${argument} must be [b, s, h, d], got [${tensor.shape.join(', ')}]`,
+  )
+}
+
+/** @internal */
+export function bareName({ terms }: Form): string | undefined {
+  const [term] = terms
+  const [factor] = term?.factors ?? []
+  return terms.length === 1 &&
+    term!.factors.length === 1 &&
+    term!.coefficient === 1 &&
+    factor!.power === 1 &&
+    factor!.atom.kind === 'name'
+    ? factor!.atom.name
+    : undefined
+}
+
+/** @internal */
+export function tensorIn(form: Form): string | undefined {
+  const atom = form.terms[0]?.factors[0]?.atom
+  return form.terms.length === 1 && atom?.kind === 'access' && form.key === atom.key
+    ? atom.name
+    : undefined
+}
+
+/** @internal A form of numbers alone. */
+export function numberOf(form: Form, known: Readonly<Record<string, number>>): number {
+  const value = ({ factors, coefficient }: Term): number =>
+    factors.reduce(
+      (product, { atom, power }) => product * atomValue(atom, known) ** power,
+      coefficient,
+    )
+  return form.terms.reduce((sum, term) => sum + value(term), 0)
+}
+
+/** @internal */
+export function atomValue(atom: Atom, known: Readonly<Record<string, number>>): number {
+  if (atom.kind === 'name') {
+    const value = known[atom.name]
+    if (value === undefined)
+      throw refuse('ERR_ARGUMENT', 'cascade', atom.name, `${atom.name} is missing`)
+    return value
+  }
+  if (atom.kind === 'sum') return numberOf(atom.form, known)
+  if (atom.kind === 'call') {
+    const args = atom.args.map((arg) => numberOf(arg, known))
+    const of = {
+      exp: Math.exp,
+      log: Math.log,
+      log1p: Math.log1p,
+      tanh: Math.tanh,
+      abs: Math.abs,
+      max: Math.max,
+      min: Math.min,
+      pow: Math.pow,
+    } as const
+    const fn = of[atom.fn as keyof typeof of] as ((...x: number[]) => number) | undefined
+    if (fn) return fn(...args)
+  }
+  throw refuse('ERR_UNSUPPORTED', 'cascade', undefined, `${atom.key} is no number`)
+}
+
+/** @internal */
+export type Known = Record<string, number>
