@@ -24,6 +24,7 @@
 namespace heddle::einsum {
 
 constexpr int kVariables = 16, kStack = 32;
+constexpr int64_t kMostPoints = int64_t{1} << 31;  // of one reduction: a program must end
 constexpr uint32_t kEmpty = 0x7fc0e317;
 
 enum Header { kLeft, kAll, kReducer, kHole, kOuter, kInner, kBody, kPlace, kSizes };
@@ -277,7 +278,10 @@ HEDDLE_HD inline bool run(const int64_t* words, int64_t count, int64_t index, in
   } else if (!empty) {
     Total total(reducer);
     int64_t points = 1;
-    for (int64_t i = left; i < all; ++i) points *= sizes[i];
+    for (int64_t i = left; i < all; ++i) {
+      if (sizes[i] < 0 || (sizes[i] > 0 && points > kMostPoints / sizes[i])) return false;
+      points *= sizes[i];
+    }
     for (; points > 0 && !machine.broken; --points) {
       if (!inner || machine.run(inner) != 0) {
         machine.empty = false;

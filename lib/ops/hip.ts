@@ -45,7 +45,7 @@ export type HipPositions =
 
 /** Rotary embedding of queries and keys that have not been turned, while a search looks at them. */
 export interface HipRope {
-  /** [positions, d / 2]: of channels i and i + d / 2, for every key and for window + 2 positions. */
+  /** Of channels i and i + d / 2, `[positions, d / 2]`: a row for every key, and window + 2 of them at least. */
   cos: Tensor<'float32'>
   /** As `cos`. */
   sin: Tensor<'float32'>
