@@ -7,10 +7,12 @@ import {
   alibiSlopes,
   attention,
   attentionBackward,
+  cascade,
   embed,
   flexPrefill,
   full,
   glu,
+  hip,
   lightning,
   lightningBackward,
   lightningDecode,
@@ -23,6 +25,7 @@ import {
   rope,
   sampled,
   silu,
+  softplusAttention,
   synchronize,
   tensor,
   xattention,
@@ -163,6 +166,56 @@ for (const dtype of ['bfloat16', 'float32']) {
     over(Mask.fromDocuments([0, 100, 401], shape))
   })
 }
+check('gradients of masks', () => {
+  const [q, k] = [draw([1, 150, 4, 64]), draw([1, 150, 2, 64])]
+  const shape = { sq: 150, block: 32, device }
+  const mask = Mask.fromWindow({ window: 40, sinkTokens: 3 }, shape)
+  differentiate(q, k, k, { mask })
+  differentiate(q, k, k, { mask: hip(q, k, { topK: 16, window: 32 }) })
+})
+for (const weights of ['softmax', 'sigmoid', 'relu', 'softplus'])
+  check(`weights ${weights}`, () => {
+    const [q, k] = [draw([2, 193, 4, 128]), draw([2, 257, 2, 128])]
+    const bias = draw([4, 1, 257])
+    for (const normalise of [true, false].slice(weights === 'softmax' ? 1 : 0))
+      differentiate(q, k, k, { weights, bias, normalise: normalise || weights === 'softmax' })
+    keep(attention(q, k, k, { weights, causal: true, cosine: true, scale: 4 }))
+  })
+check('reweighted', () => {
+  const [q, k] = [draw([2, 193, 4, 128]), draw([2, 257, 2, 128])]
+  keep(softplusAttention(q, k, k))
+})
+for (const d of [64, 128])
+  check(`hip ${d}`, () => {
+    const [q, k] = [draw([1, 333, 4, d]), draw([1, 401, 2, d])]
+    const stages = [
+      { chunk: 32, stride: 2 },
+      { chunk: 8, stride: 1, topK: 128 },
+    ]
+    keep(attention(q, k, k, { mask: hip(q, k, { topK: 64, window: 64 }) }))
+    keep(attention(q, k, k, { mask: hip(q, k, { stages, topK: 64, window: 64, sinkTokens: 8 }) }))
+  })
+for (const d of [64, 128])
+  check(`lightning decode of many ${d}`, () => {
+    const token = draw([40, 2, 8, d])
+    const states = zeros([41, 8, d, d], { device })
+    const slots = tensor(
+      Array.from({ length: 40 }, (_, i) => (i === 7 ? -1 : 40 - i)),
+      undefined,
+      { dtype: 'int32', device },
+    )
+    keep(lightningDecode(token, token, token, states, slots, { slopes: alibiSlopes(8) }).out)
+  })
+for (const d of [64, 128])
+  check(`float8 attention ${d}`, () => {
+    const [q, k] = [draw([2, 193, 4, d]), draw([2, 257, 2, d])].map((x) => x.cast('float8_e4m3fn'))
+    for (const causal of [true, false])
+      keep(attention(q, k, k, { causal, qScale: [1, 2, 3, 4], kScale: [0.5, 2] }))
+  })
+check('einsum', () => {
+  const plan = cascade('Y[i] = max(j) A[i,j] * B[j]').compile({ fused: 'preferred' })
+  keep(plan(draw([5, 7], 'float32'), draw([7], 'float32')).Y)
+})
 check('float8', () => keep(full([1001], 3, { device }).cast('float8_e4m3fn').cast('float16')))
 await synchronize(device)
 for (const result of results) await result.read()
