@@ -1,4 +1,4 @@
-import { mustBe } from '../check.js'
+import { checkNumber } from '../check.js'
 import { broken } from './error.js'
 import {
   type Access,
@@ -122,8 +122,7 @@ class Evaluation {
     readonly options: EvaluateOptions,
   ) {
     const { maxPoints = 1e9 } = options
-    if (typeof maxPoints !== 'number' || !(maxPoints >= 1))
-      throw mustBe('cascade', 'maxPoints', 'a number from 1 on', maxPoints)
+    checkNumber('cascade', 'maxPoints', maxPoints, 'a number from 1 on', (x) => x >= 1)
     const all = statementsOf(ir.steps)
     this.#first = all[0]!.out.span
     for (const name of ir.inputs) this.#input(name)

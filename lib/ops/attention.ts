@@ -327,7 +327,7 @@ export function attentionBackward<D extends FloatDType>(
   checkTensor(op, 'k', k)
   checkOptions(op, options, knownToBackward)
   const { dbias = false, ...rest } = options
-  const { bias } = options
+  const { bias } = rest
   if (dbias !== false && !(dbias === true && bias instanceof Tensor))
     throw refuse('ERR_ARGUMENT', op, 'dbias', 'dbias goes with a bias that is a tensor')
   const call: AttentionOptions & Record<string, unknown> = { q, k, v, out, lse, dout, ...rest }

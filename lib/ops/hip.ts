@@ -203,13 +203,13 @@ export function hipSettings(op: string, options: HipOptions): HipSettings {
   if (!Array.isArray(stages) || stages.length === 0)
     throw rule('stages', 'a list of stages', stages)
   const last = stages.at(-1)!
-  power(`stages[${stages.length - 1}].chunk`, last?.chunk, 64)
+  power(`stages[${stages.length - 1}].chunk`, last.chunk, 64)
   const topK = multiple('topK', options.topK ?? 2048, last.chunk, 'the last chunk')
   const kept = (stage: number) => (stages[stage + 1] ? stages[stage + 1]!.topK! : topK)
   stages.forEach((stage: HipStage, i) => {
     const at = `stages[${i}]`
     const before = stages[i - 1] as HipStage | undefined
-    power(`${at}.chunk`, stage?.chunk, i === stages.length - 1 ? 64 : 32768)
+    power(`${at}.chunk`, stage.chunk, i === stages.length - 1 ? 64 : 32768)
     power(`${at}.block`, stage.block ?? 64, 128)
     strideOf(`${at}.stride`, stage.stride, stage.block ?? 64)
     if (!before) {

@@ -254,6 +254,12 @@ const maskOptions = {
   device: () => 'cpu',
   ...packed(4),
 }
+const choiceOptions = {
+  ...packed(4),
+  stride: () => 2,
+  block: () => [2, 2],
+  scale: () => 0.5,
+}
 const hipOptions = {
   topK: () => 2,
   block: () => [2, 2],
@@ -530,25 +536,13 @@ const targets: readonly Target[] = [
     name: 'xattention',
     call: heddle.xattention,
     args: queries,
-    options: {
-      ...packed(4),
-      stride: () => 2,
-      threshold: () => 0.5,
-      block: () => [2, 2],
-      scale: () => 0.5,
-    },
+    options: { ...choiceOptions, threshold: () => 0.5 },
   },
   {
     name: 'sampled',
     call: heddle.sampled,
     args: queries,
-    options: {
-      ...packed(4),
-      stride: () => 2,
-      topK: () => 2,
-      block: () => [2, 2],
-      scale: () => 0.5,
-    },
+    options: { ...choiceOptions, topK: () => 2 },
   },
   {
     name: 'streaming',

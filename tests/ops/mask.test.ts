@@ -202,6 +202,19 @@ async function inputs(rng: Random, c: AttentionCase, dtype: FloatDType, device: 
   return { q, k, v }
 }
 
+// A case under a mask of its own, with slopes and sinks now and then
+function maskedCase(rng: Random) {
+  const c = plainCase(rng)
+  if (rng.chance(0.4)) {
+    c.slopes = Array.from(rng.normals(c.hq), (x) => Math.fround(Math.abs(x) * 0.1))
+    c.sink = Array.from(rng.normals(c.hq))
+  }
+  const m = drawMask(rng, c.b, rng.pick([1, c.hk, c.hq]), c.sq, c.sk)
+  c.causal = m.causal
+  c.sees = (b, head, i, t) => sees(m, b, Math.floor(head / (c.hq / m.heads)), i, t)
+  return { c, m }
+}
+
 async function bytes(result: Tensor): Promise<Buffer> {
   const values = await result.read()
   return Buffer.from(values.buffer, values.byteOffset, values.byteLength)
@@ -212,14 +225,7 @@ describeDevices('attention over a mask', (device) => {
     it('agrees with float64 on random masks of every kind', async () => {
       const rng = random(70)
       for (let n = 0; n < 30; n++) {
-        const c = plainCase(rng)
-        if (rng.chance(0.3)) {
-          c.slopes = Array.from(rng.normals(c.hq), (x) => Math.fround(Math.abs(x) * 0.1))
-          c.sink = Array.from(rng.normals(c.hq))
-        }
-        const m = drawMask(rng, c.b, rng.pick([1, c.hk, c.hq]), c.sq, c.sk)
-        c.causal = m.causal
-        c.sees = (b, head, i, t) => sees(m, b, Math.floor(head / (c.hq / m.heads)), i, t)
+        const { c, m } = maskedCase(rng)
         const { q, k, v } = await inputs(rng, c, dtype, device)
         const reference = attentionReference(
           c,
@@ -265,14 +271,7 @@ describeDevices('attention over a mask', (device) => {
     it('has the gradients of random masks of every kind', async () => {
       const rng = random(78)
       for (let n = 0; n < 14; n++) {
-        const c = plainCase(rng)
-        if (rng.chance(0.4)) {
-          c.slopes = Array.from(rng.normals(c.hq), (x) => Math.fround(Math.abs(x) * 0.1))
-          c.sink = Array.from(rng.normals(c.hq))
-        }
-        const m = drawMask(rng, c.b, rng.pick([1, c.hk, c.hq]), c.sq, c.sk)
-        c.causal = m.causal
-        c.sees = (b, head, i, t) => sees(m, b, Math.floor(head / (c.hq / m.heads)), i, t)
+        const { c, m } = maskedCase(rng)
         const { q, k, v } = await inputs(rng, c, dtype, device)
         const dout = await sample(rng, [c.b, c.sq, c.hq, c.dv], dtype, device)
         const reference = attentionGradients(
