@@ -2,6 +2,7 @@
 #include <cuda_runtime.h>
 
 #include "core/dtype.h"
+#include "lightning/bad_slope.cuh"
 
 namespace heddle {
 
@@ -34,6 +35,14 @@ struct DecodeCall {
   int processors;
 
   __device__ int64_t state_size() const { return static_cast<int64_t>(d) * e; }
+  // Whether this thread finds a slot or a slope that is none. Threads together look at everything,
+  // so that nobody has to clear the word before.
+  __device__ bool finds_bad(int thread, int threads) const {
+    bool bad = false;
+    for (int64_t i = thread; i < batch; i += threads) bad |= slots[i * slots_stride] >= pool;
+    for (int i = thread; i < heads_state; i += threads) bad |= bad_slope(slopes[i * slopes_stride]);
+    return bad;
+  }
 };
 
 }  // namespace heddle

@@ -38,7 +38,7 @@ __device__ __forceinline__ float decode_element(const void* data, int64_t i) {
 }
 
 template <DType kType, bool kTransposed>
-__global__ void __launch_bounds__(2 * 256 + kCopiers, 1)
+__global__ void __launch_bounds__(2 * kDecodeThreads + kCopiers, 1)
     lightning_decode_sm90_kernel(const DecodeCall p) {
   using namespace sm90;
   using Tile = DecodeTile<8, kTransposed>;
@@ -66,15 +66,8 @@ __global__ void __launch_bounds__(2 * 256 + kCopiers, 1)
   if (thread >= consumers) {
     lower_registers<40>();
     if (thread >= consumers + 32) return;
-    if (blockIdx.x == 0) {  // looks at everything, so that nobody has to clear the word before
-      bool bad = false;
-      for (int64_t i = thread % 32; i < p.batch; i += 32)
-        bad |= p.slots[i * p.slots_stride] >= p.pool;
-      for (int i = thread % 32; i < p.heads_state; i += 32) {
-        const float slope = p.slopes[i * p.slopes_stride];
-        bad |= !(slope >= 0 && slope <= 3.4e38f);
-      }
-      bad = __any_sync(~0u, bad);
+    if (blockIdx.x == 0) {
+      const bool bad = __any_sync(~0u, p.finds_bad(thread % 32, 32));
       if (thread % 32 == 0) *p.fault = bad;
     }
     if (thread % 32 != 0) return;
@@ -94,8 +87,8 @@ __global__ void __launch_bounds__(2 * 256 + kCopiers, 1)
   }
 
   raise_registers<112>();
-  const int own = thread / Tile::kThreads;  // which slab of 64 columns of v
-  Tile tile(p.d, p.e, own * Tile::kSlab, thread % Tile::kThreads);
+  const int own = thread / kDecodeThreads;  // which slab of 64 columns of v
+  Tile tile(p.d, p.e, own * kDecodeSlab, thread % kDecodeThreads);
   const auto meet = [&] { named_barrier_sync(1, consumers); };
   // A number of q and of v, or one of k; zeros behind the last
   struct Numbers {
@@ -175,10 +168,10 @@ __global__ void __launch_bounds__(2 * 256 + kCopiers, 1)
 template <DType kType, bool kTransposed>
 void launch_decode_sm90(const DecodeCall& call, cudaStream_t stream) {
   const int64_t tasks = call.batch * call.heads_state;
-  const int slabs = (call.e + 63) / 64;
+  const int slabs = (call.e + kDecodeSlab - 1) / kDecodeSlab;
   launch<lightning_decode_sm90_kernel<kType, kTransposed>>(
-      {static_cast<int>(std::min<int64_t>(tasks, call.processors)), slabs * 256 + kCopiers,
-       sm90::shared_memory_bytes<DecodeSmem>(), stream},
+      {static_cast<int>(std::min<int64_t>(tasks, call.processors)),
+       slabs * kDecodeThreads + kCopiers, sm90::shared_memory_bytes<DecodeSmem>(), stream},
       call);
 }
 

@@ -3,15 +3,16 @@
 
 namespace heddle {
 
+constexpr int kDecodeSlab = 64, kDecodeThreads = 256;  // columns of v in a tile, its threads
+
 // What 256 threads hold of a state: 64 columns of v, each thread up to kPieces pieces of four
 // numbers along a row. kPieces cover d: 16 times as many rows of a state that is [d, e], and if it
 // is [e, d] 64 columns for every four. Numbers behind d and e are zero and stay so.
 template <int kPieces, bool kTransposed> struct DecodeTile {
-  static constexpr int kSlab = 64, kThreads = 256;
-  static constexpr int kAcross = kSlab / 4,
-                       kDown = kThreads / kAcross;              // threads along a row, rows
+  static constexpr int kAcross = kDecodeSlab / 4,
+                       kDown = kDecodeThreads / kAcross;        // threads along a row, rows
   static constexpr int kAlong = kTransposed ? kPieces / 4 : 1;  // pieces of a thread in one row
-  using Sums = float4[kThreads / 32][kAcross];
+  using Sums = float4[kDecodeThreads / 32][kAcross];
 
   int rows, columns, thread, lane, line, slab;
   float acc[kPieces][4] = {};
@@ -28,7 +29,7 @@ template <int kPieces, bool kTransposed> struct DecodeTile {
     return line + i / kAlong * kDown + (kTransposed ? slab : 0);
   }
   __device__ __forceinline__ int column_of(int i) const {
-    return 4 * lane + (kTransposed ? i % kAlong * kSlab : slab);
+    return 4 * lane + (kTransposed ? i % kAlong * kDecodeSlab : slab);
   }
 
   // body(piece, how many of its numbers exist, where they stand)
@@ -89,9 +90,9 @@ template <int kPieces, bool kTransposed> struct DecodeTile {
       for (int j = 0; j < 4; ++j) own[j] += __shfl_xor_sync(~0u, own[j], kAcross);
       if (thread % 32 < kAcross) sums[thread / 32][lane] = float4{own[0], own[1], own[2], own[3]};
       meet();
-      if (thread < kSlab) {
+      if (thread < kDecodeSlab) {
         float sum = 0;
-        for (int warp = 0; warp < kThreads / 32; ++warp)
+        for (int warp = 0; warp < kDecodeThreads / 32; ++warp)
           sum += reinterpret_cast<const float*>(sums[warp])[thread];
         write(slab + thread, sum);
       }

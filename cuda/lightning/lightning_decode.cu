@@ -9,7 +9,7 @@
 namespace heddle {
 namespace {
 
-constexpr int kSlab = 64, kDecodeThreads = 256, kMostSize = 256;
+constexpr int kMostSize = 256;
 
 // A CTA owns one tile of a state, which stays in registers from the first token to the last. All
 // reads are on their way before the first is used: with 8 pieces 128 KB to a multiprocessor, which
@@ -20,24 +20,19 @@ __global__ void __launch_bounds__(kDecodeThreads, kPieces == 8 ? 4 : 1)
   using Tile = DecodeTile<kPieces, kTransposed>;
   __shared__ float smem_q[kMostSize], smem_k[kMostSize], smem_v[kMostSize];
   __shared__ typename Tile::Sums smem_sums;
-  const int slabs = (p.e + kSlab - 1) / kSlab;
+  const int slabs = (p.e + kDecodeSlab - 1) / kDecodeSlab;
   const int64_t index = blockIdx.x / slabs, b = index / p.heads_state;
   const int state_head = index % p.heads_state, group = p.heads / p.heads_state;
   const int thread = threadIdx.x;
   const int64_t slot = p.slots[b * p.slots_stride];
   const float slope = p.slopes[state_head * p.slopes_stride];
-  if (blockIdx.x == 0) {  // looks at everything, so that nobody has to clear the word before
-    bool bad = false;
-    for (int64_t i = thread; i < p.batch; i += kDecodeThreads)
-      bad |= p.slots[i * p.slots_stride] >= p.pool;
-    for (int i = thread; i < p.heads_state; i += kDecodeThreads)
-      bad |= bad_slope(p.slopes[i * p.slopes_stride]);
-    bad = __syncthreads_or(bad);
+  if (blockIdx.x == 0) {
+    const bool bad = __syncthreads_or(p.finds_bad(thread, kDecodeThreads));
     if (thread == 0) *p.fault = bad;
   }
   const bool skipped = slot < 0 || slot >= p.pool;
   const float decay = expf(-slope);
-  Tile tile(p.d, p.e, blockIdx.x % slabs * kSlab, thread);
+  Tile tile(p.d, p.e, blockIdx.x % slabs * kDecodeSlab, thread);
   // the choice between both is no part of a piece, so that all reads of vectors follow each other
   const auto store = [&](float* to) {
     if (p.vectors)
@@ -143,7 +138,7 @@ const char* declines_portable(const LightningDecode&, const CudaContext&) { retu
 
 void run_portable(const LightningDecode& op, CudaContext& context) {
   DecodeCall call = call_of(op, context);
-  const int64_t ctas = call.batch * call.heads_state * ((call.e + kSlab - 1) / kSlab);
+  const int64_t ctas = call.batch * call.heads_state * ((call.e + kDecodeSlab - 1) / kDecodeSlab);
   HEDDLE_CHECK(ctas < INT32_MAX, kUnsupported, "q", "q has too many rows for one call");
   call.fault = context.verdict(kFault);
   dispatch_float(op.q.dtype, [&]<class T>(T) {

@@ -1,5 +1,6 @@
 #pragma once
 #include "common/elements.cuh"
+#include "lightning/bad_slope.cuh"
 #include "ops/lightning.h"
 
 // The chunk form on any GPU from sm_80 on, in f32 arithmetic; cpu/lightning_chunk.h has its
@@ -34,8 +35,6 @@ __device__ float head_row(const Strided& x, int64_t batch, int64_t token, int64_
   return to_float(reinterpret_cast<const T*>(x.data)[batch * x.strides[0] + token * x.strides[1] +
                                                      head * x.strides[2] + i * x.strides[3]]);
 }
-
-__device__ bool bad_slope(float slope) { return !(slope >= 0) || isinf(slope); }
 
 template <class T, class Out, bool kReverse>
 __global__ void __launch_bounds__(kScanThreads) lightning_scan_kernel(PortableArgs p) {

@@ -1131,8 +1131,8 @@ const kernels: Kernel[] = [
       {
         what: 'sums are added up before all came',
         file: 'lightning/decode_tile.cuh',
-        from: 'meet();\n      if (thread < kSlab)',
-        to: 'if (thread < kSlab)',
+        from: 'meet();\n      if (thread < kDecodeSlab)',
+        to: 'if (thread < kDecodeSlab)',
       },
       {
         what: 'the room of a skipped state is lost',
