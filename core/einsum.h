@@ -3,13 +3,7 @@
 #include <cmath>
 #include <cstdint>
 
-#ifndef HEDDLE_HD
-#ifdef __CUDACC__
-#define HEDDLE_HD __host__ __device__
-#else
-#define HEDDLE_HD
-#endif
-#endif
+#include "core/host_device.h"
 
 // One coordinate of one statement of a cascade, the same on every device. Numbers are f64 while
 // they are computed and f32 in memory.

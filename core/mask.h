@@ -2,13 +2,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#ifndef HEDDLE_HD
-#ifdef __CUDACC__
-#define HEDDLE_HD __host__ __device__
-#else
-#define HEDDLE_HD
-#endif
-#endif
+#include "core/host_device.h"
 
 // Which keys a query sees under a mask, 64 of them at a time, the same on every device.
 //

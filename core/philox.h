@@ -2,13 +2,7 @@
 #include <cmath>
 #include <cstdint>
 
-#ifndef HEDDLE_HD
-#ifdef __CUDACC__
-#define HEDDLE_HD __host__ __device__
-#else
-#define HEDDLE_HD
-#endif
-#endif
+#include "core/host_device.h"
 
 // Random numbers that depend on a seed and an index alone, the same on every device:
 //

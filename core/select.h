@@ -3,13 +3,7 @@
 #include <cstdint>
 #include <cstring>
 
-#ifndef HEDDLE_HD
-#ifdef __CUDACC__
-#define HEDDLE_HD __host__ __device__
-#else
-#define HEDDLE_HD
-#endif
-#endif
+#include "core/host_device.h"
 
 // Choosing the best of many scores without sorting them, the same on every device.
 //
