@@ -88,7 +88,7 @@ export function runSteps(
       launches.set(statement, program.add(statement, iterated))
   }
   return scope(() => {
-    const { device } = tensors[ir.inputs[0]!] ?? { device: 'cpu' }
+    const { device } = Object.values(tensors)[0] ?? { device: 'cpu' }
     const work = zeros([Math.max(end, 1)], { device })
     const view = (name: string) => {
       const { offset, shape } = places.get(name)!
