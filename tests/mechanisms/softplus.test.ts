@@ -194,12 +194,14 @@ describeDevices('softplus attention', (device) => {
           d: rng.pick([8, 40]),
           dv: rng.pick([8, 24]),
         }
+        const offset = rng.pick([0, 1, 0.5])
         const given: Given = {
           causal: rng.chance(0.8),
           ...(rng.chance(0.2) ? { window: rng.pick([2, 30]) } : {}),
           reweight: rng.chance(0.8),
-          power: rng.pick([1, 2.5, 3, 15]),
-          offset: rng.pick([0, 1, 0.5]),
+          // the first power of what an offset cuts has a kink, where float32 may be on the other side
+          power: rng.pick(offset ? [2.5, 3, 15] : [1, 2.5, 3, 15]),
+          offset,
           qkNorm: rng.chance(0.7),
           eps: rng.pick([0, 0, 0.1]),
         }
