@@ -1,27 +1,11 @@
 #include "attention/gather_sm80.cuh"
 
 #include <bit>
-#include <cstdlib>
-#include <cstring>
 
 #include "attention/gather_sm80.h"
 
 namespace heddle {
-namespace {
-
-// Not before it has shown on a GPU that it is right, and faster
-bool is_tried() {
-  static const bool tried = [] {
-    const char* names = std::getenv("HEDDLE_TRY");
-    return names && std::strstr(names, "sm80_gather");
-  }();
-  return tried;
-}
-
-}  // namespace
-
 const char* declines_gather_sm80(const Attention& op, const CudaContext& context) {
-  if (!is_tried()) return "it is untried: the variable HEDDLE_TRY must name sm80_gather";
   if (!op.mask_index) return "mask must have lists of blocks in order, as hip makes them";
   if (context.arch == 90 && op.mask_block_k >= 64)
     return "mask must have blocks of less than 64 keys";
