@@ -616,6 +616,7 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kMapped, kListed>::kThre
       bool pending = false;  // weights of tile j - 1
       smem.k_full[stage_of(0).stage].wait(stage_of(0).parity);
       UnitPair next = smem.pairs[used % smem.kPairs];
+      __syncwarp();  // all lanes have read it before one says so
 #pragma unroll 1
       for (int j = 0; j < key_tiles; ++j) {
         const Turn<kStages> stage = stage_of(j);

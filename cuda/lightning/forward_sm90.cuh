@@ -321,7 +321,7 @@ __global__ void __launch_bounds__((ScanShape<kD, kE>::kThreads), 1)
   constexpr int kStages = Shape::kStages, kTiles = Shape::kTiles, kConsumers = Shape::kConsumers;
   // named barriers: the image holds S before the next chunk; it has been read; out is written; rows
   // behind the end are cleared
-  constexpr int kImageFull = 1, kImageEmpty = 2, kOut = 3, kCleared = 4;
+  constexpr int kImageFull = 1, kImageEmpty = 2, kOut = 3, kCleared = 4, kStates = 5;
   auto& smem = shared_memory<ScanSmem<kD, kE>>();
   // the same in all lanes, which the compiler cannot know of threadIdx
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
@@ -546,7 +546,8 @@ __global__ void __launch_bounds__((ScanShape<kD, kE>::kThreads), 1)
       clear_rows(smem.k[turn.stage], tail, threadIdx.x - 256, kConsumers - 128);
       clear_rows(smem.v[turn.stage], tail, threadIdx.x - 256, kConsumers - 128);
       fence_async_smem();
-      named_barrier_sync(kCleared, kConsumers);
+      named_barrier_arrive(kCleared, kConsumers);
+      named_barrier_sync(kStates, kConsumers - 128);
     }
     if (last && !wanted) break;  // nobody needs S after it
     if (last && tail != 0) {

@@ -650,8 +650,8 @@ const kernels: Kernel[] = [
       {
         what: 'the last part of a row is left out',
         file: split,
-        from: 'cta <= last_cta; ++cta) {\n            const float2 state',
-        to: 'cta < last_cta; ++cta) {\n            const float2 state',
+        from: 'from + part > last_cta',
+        to: 'from + part >= last_cta',
       },
       {
         what: 'two parts lie in one place',
@@ -660,10 +660,10 @@ const kernels: Kernel[] = [
         to: '0',
       },
       {
-        what: 'the last part is not added up',
+        what: 'a part between two batches is not added up',
         file: split,
-        from: 'for (int cta = first_cta; cta <= last_cta; ++cta) {',
-        to: 'for (int cta = first_cta; cta < last_cta; ++cta) {',
+        from: 'from += kParts',
+        to: 'from += kParts + 1',
       },
       {
         what: 'the mask is left out of one tile',
@@ -1077,8 +1077,8 @@ const kernels: Kernel[] = [
       {
         what: 'rows are silenced without a fence',
         file: scan,
-        from: 'fence_async_smem();\n      named_barrier_sync(kCleared',
-        to: 'named_barrier_sync(kCleared',
+        from: 'fence_async_smem();\n      named_barrier_arrive(kCleared',
+        to: 'named_barrier_arrive(kCleared',
       },
       {
         what: 'tokens of the next sequence are read before they are silenced',
