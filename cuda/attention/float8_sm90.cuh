@@ -29,8 +29,9 @@ struct Float8Tile {
   static constexpr int kStages = 3;   // of k and v; transposed values have two
   static constexpr int kTurners = 3;  // warps that transpose
   static constexpr int kThreads = 128 * (kWarpgroups + 1);
-  static constexpr int kLoadRegisters = 48;
-  static constexpr int kComputeRegisters = (512 - kLoadRegisters) / kWarpgroups / 8 * 8;
+  // 504 for one thread of each warpgroup
+  static constexpr int load_registers(int d) { return d == 64 ? 56 : 40; }
+  static constexpr int compute_registers(int d) { return (504 - load_registers(d)) / kWarpgroups; }
 };
 
 // Tiles of e4m3 are tiles of pairs to copies, addresses and descriptors
@@ -131,7 +132,7 @@ __global__ void __launch_bounds__(Float8Tile::kThreads, 1)
   __syncthreads();
 
   if (warpgroup == 0) {
-    lower_registers<Shape::kLoadRegisters>();
+    lower_registers<Shape::load_registers(kD)>();
     if (warp == 0) {
       if (!elect_one()) return;
       prefetch(gmem_q);
@@ -199,7 +200,7 @@ __global__ void __launch_bounds__(Float8Tile::kThreads, 1)
     }
   }
 
-  raise_registers<Shape::kComputeRegisters>();
+  raise_registers<Shape::compute_registers(kD)>();
   const int own = warpgroup - 1;
   const int own_row = own * 64 + warp * 16;              // first of this warp's rows in the tile
   float acc_s[kKeys / 2], acc_t[kD / 2], acc_o[kD / 2];  // acc_t is of one key tile

@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(2 * kDecodeThreads + kCopiers, 1)
   __syncthreads();
 
   if (thread >= consumers) {
-    lower_registers<40>();
+    lower_registers<32>();  // what the others take: more would leave one waiting for registers
     if (thread >= consumers + 32) return;
     if (blockIdx.x == 0) {
       const bool bad = __any_sync(~0u, p.finds_bad(thread % 32, 32));

@@ -16,6 +16,7 @@ namespace {
 uint64_t next_seed = 1;
 constexpr size_t kStackBytes = 96 * 1024;
 constexpr uint32_t kMostSmem = 232448;
+constexpr int kRegisters = 65536, kMostRegisters = 248;  // of a multiprocessor, of a thread
 }  // namespace
 
 void seed(uint64_t value) { next_seed = value; }
@@ -90,7 +91,10 @@ Cta::Cta(int threads, size_t smem_bytes, uint64_t seed, int ctas)
   if (threads % 32 != 0 || threads > 1024)
     fault("a CTA of " + std::to_string(threads) + " threads");
   if (smem_bytes > kMostSmem) fault(std::to_string(smem_bytes) + " bytes of shared memory");
-  for (int i = 0; i < threads * ctas; ++i) threads_.push_back(std::make_unique<Thread>());
+  for (int i = 0; i < threads * ctas; ++i) {
+    threads_.push_back(std::make_unique<Thread>());
+    threads_.back()->registers = std::min(kRegisters / threads / 8 * 8, kMostRegisters);
+  }
 }
 
 uint32_t Cta::address_of(const void* pointer) const {
@@ -454,6 +458,15 @@ void Cta::products_commit() {
     fault("the threads of a warpgroup issue different products");
   ++group.committed;
   thread.issued = 0;
+}
+
+void Cta::set_registers(int count) {
+  Thread& thread = self();
+  const int more = count - thread.registers;
+  while (more > 0 && free_registers_ < more)
+    wait_until([this, more] { return free_registers_ >= more; });
+  free_registers_ -= more;
+  thread.registers = count;
 }
 
 void Cta::products_wait(size_t pending) {

@@ -112,6 +112,9 @@ class Cta {
   void products_commit();
   void products_wait(size_t pending);
 
+  // Takes registers that other threads of the CTA gave away, once there are enough, or gives some
+  void set_registers(int count);
+
   // Meetings of 32 or 128 threads that belong together
   void meet_warp();
   void meet_warpgroup();
@@ -144,6 +147,7 @@ class Cta {
     std::vector<uint32_t> inits;                        // not published yet
     std::vector<Action> open_copies;
     std::vector<std::vector<Action>> copies;
+    int registers;
     bool fenced = false;
     std::map<float*, Accumulator> in_flight;
     size_t committed = 0, retired = 0, issued = 0;  // groups, groups, products of the open one
@@ -191,7 +195,7 @@ class Cta {
 
   Random random_;
   const int threads_of_cta_;
-  int pauses_ = 0;
+  int pauses_ = 0, free_registers_ = 0;
   int elected_;
   uint32_t pace_;  // how seldom something happens in the background before somebody waits
   std::vector<uint8_t> smem_, async_;

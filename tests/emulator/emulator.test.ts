@@ -1111,6 +1111,12 @@ const kernels: Kernel[] = [
     broken: 'kBF16',
     faults: [
       {
+        what: 'more registers are taken than given',
+        file: decode,
+        from: 'lower_registers<32>',
+        to: 'lower_registers<40>',
+      },
+      {
         what: 'a state is copied over one that was not read',
         file: decode,
         from: 'smem.empty[turn.stage].wait(turn.parity ^ 1);',
@@ -1184,14 +1190,14 @@ const kernels: Kernel[] = [
       {
         what: 'the image is read before it is complete',
         file: sweep,
-        from: 'named_barrier_sync(kImageFull, kSweepers);',
-        to: 'named_barrier_arrive(kImageFull, kSweepers);',
+        from: 'meet(kImageFull);',
+        to: '',
       },
       {
         what: 'the image is overwritten while it is read',
         file: sweep,
-        from: 'named_barrier_sync(kImageEmpty, kSweepers);',
-        to: 'named_barrier_arrive(kImageEmpty, kSweepers);',
+        from: 'meet(kImageEmpty);',
+        to: '',
       },
       {
         what: 'the image is not fenced',

@@ -90,8 +90,14 @@ template <int kPending, int kRegisters> void wgmma_wait(float (&)[kRegisters]) {
   cta->products_wait(kPending);
 }
 
-template <int kCount> void lower_registers() { static_assert(kCount % 8 == 0 && kCount >= 24); }
-template <int kCount> void raise_registers() { static_assert(kCount % 8 == 0 && kCount <= 256); }
+template <int kCount> void lower_registers() {
+  static_assert(kCount % 8 == 0 && kCount >= 24);
+  cta->set_registers(kCount);
+}
+template <int kCount> void raise_registers() {
+  static_assert(kCount % 8 == 0 && kCount <= 256);
+  cta->set_registers(kCount);
+}
 
 inline void stmatrix_x4(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   const int lane = threadIdx.x % 32;
