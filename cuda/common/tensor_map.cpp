@@ -42,7 +42,7 @@ CUtensorMap make_tensor_map(DType dtype, const void* data, const TensorMapShape&
   const CUresult result =
       tensor_map_encoder()(&map, type, 4, const_cast<void*>(data), sizes, strides, box, steps,
                            CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                           CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+                           CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   HEDDLE_CHECK(result == CUDA_SUCCESS, kCuda, "", "cuTensorMapEncodeTiled failed with ",
                static_cast<int>(result));
   return map;
