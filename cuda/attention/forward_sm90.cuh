@@ -143,6 +143,7 @@ template <int kD, int kDv, bool kMapped, bool kListed> struct ForwardSmem {
   sm90::Tile<Shape::kKeys, whole_panels(kDv)> v[Shape::kStages];
   ForwardWork work[Shape::kBuffers];
   UnitPair pairs[kPairs];
+  UnitPair first_pair[Shape::kBuffers];  // of the work
   sm90::Barrier q_full[Shape::kBuffers], q_empty[Shape::kBuffers];
   sm90::Barrier k_full[Shape::kStages], k_empty[Shape::kStages];
   sm90::Barrier v_full[Shape::kStages], v_empty[Shape::kStages];
@@ -326,12 +327,12 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kMapped, kListed>::kThre
         };
 
         await_empty(smem.k_empty, 0);
-        publish(0, now);
         publish(1, next);
         load(smem.k, smem.k_full, gmem_k, 0, now);
         const Turn<kBuffers> q(visit);
         smem.q_empty[q.stage].wait(q.parity ^ 1);
         smem.work[q.stage] = work;
+        if (kListed) smem.first_pair[q.stage] = now;
         smem.q_full[q.stage].arrive_expect(whole_panels(kD) * kQueries * 2);
         for (int column = 0; column < kD; column += 64)
           copy_to_smem(smem.q[q.stage].panel(column), gmem_q, smem.q_full[q.stage], column,
@@ -614,9 +615,7 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kMapped, kListed>::kThre
       const int whole_end =
           args.causal ? min(work.row + own * 64 + diagonal + 1, work.sk) : work.sk;
       bool pending = false;  // weights of tile j - 1
-      smem.k_full[stage_of(0).stage].wait(stage_of(0).parity);
-      UnitPair next = smem.pairs[used % smem.kPairs];
-      __syncwarp();  // all lanes have read it before one says so
+      UnitPair next = smem.first_pair[q.stage];
 #pragma unroll 1
       for (int j = 0; j < key_tiles; ++j) {
         const Turn<kStages> stage = stage_of(j);

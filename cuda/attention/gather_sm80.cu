@@ -6,7 +6,7 @@
 
 namespace heddle {
 const char* declines_gather_sm80(const Attention& op, const CudaContext& context) {
-  if (!op.mask_index) return "mask must have lists of blocks in order, as hip makes them";
+  if (!op.mask_index) return "mask must be one of hip, whose lists are in order";
   if (context.arch == 90 && op.mask_block_k >= 64)
     return "mask must have blocks of less than 64 keys";
   if ((op.block_table ? op.block_table.shape[1] : 1) * op.k.shape[1] >= kMostGathered)

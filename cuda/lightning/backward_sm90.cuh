@@ -48,7 +48,12 @@ __device__ __forceinline__ void sweep(SweepSmem<kSize>& smem, const sm90::Tensor
   constexpr int kStages = SweepSmem<kSize>::kStages;
   // named barriers: the image holds R behind this chunk; it has been read; a gradient is written;
   // rows behind the end are cleared
-  constexpr int kImageFull = 1, kImageEmpty = 2, kWritten = 3 + kKeys, kCleared = 5;
+  // two each: a barrier that both warpgroups waited at, each in its own code, looks like divergence
+  constexpr int kImageFull = 1, kImageEmpty = 3, kCleared = 5, kWritten = 7 + kKeys;
+  const auto meet = [](int barrier) {
+    named_barrier_arrive(barrier + !kKeys, kSweepers);
+    named_barrier_sync(barrier + kKeys, kSweepers);
+  };
   constexpr bool kCarries = !kKeys || kSize == 128;
   constexpr int kRow0 = kKeys ? 64 : 0;  // of R
   const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
@@ -112,7 +117,7 @@ __device__ __forceinline__ void sweep(SweepSmem<kSize>& smem, const sm90::Tensor
       clear_rows(own, tokens, thread, 128);
       clear_rows(other, tokens, thread, 128);
       fence_async_smem();
-      named_barrier_sync(kCleared, kSweepers);
+      meet(kCleared);
     }
     if constexpr (kCarries) {
       carry.load_keys(keys_address(q, kRow0 + warp * 16, lane));
@@ -125,7 +130,7 @@ __device__ __forceinline__ void sweep(SweepSmem<kSize>& smem, const sm90::Tensor
       wgmma<kType, Major::kK>(acc_p, own.k_major(0, i), other.k_major(0, i), i > 0);
     wgmma_commit();
     if constexpr (kCarries) carry.issue_update(dout);
-    named_barrier_sync(kImageFull, kSweepers);
+    meet(kImageFull);
     wgmma_fence(acc_o);
 #pragma unroll
     for (int i = 0; i < kSize; i += 16)
@@ -162,7 +167,7 @@ __device__ __forceinline__ void sweep(SweepSmem<kSize>& smem, const sm90::Tensor
       wgmma<kType, Major::kMN>(acc_o, frag_p[i / 16], weighted.mn_major(i), true);
     wgmma_commit();
     // and everybody has read `own`, which acc_o goes to
-    named_barrier_sync(kImageEmpty, kSweepers);
+    meet(kImageEmpty);
     write_image();
     wgmma_wait<0>(acc_o);
     if (lane == 0) smem.empty_q[turn.stage].arrive();
