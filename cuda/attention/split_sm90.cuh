@@ -190,26 +190,33 @@ __global__ void __launch_bounds__(SplitTile<kD>::kThreads, 1)
       work.unit_begin = before + inside * tiles;
       work.unit_tiles = tiles;
       publish(work);
+      // a lane copies one box of a tile and asks for its page a tile ahead
+      const int its_row = lane * args.box;
+      auto page_of = [&](int j) {
+        const int key = (work.key_tile + j) * kKeys + its_row;
+        // what lies outside arrives as zeros: pages behind the last key are not looked at
+        return key < sk && its_row < kKeys
+                   ? args.block_table[batch * args.table_row +
+                                      key / args.page_size * args.table_column]
+                   : args.pages;
+      };
+      int block = batch, next = args.block_table ? page_of(0) : 0;
       for (int j = 0; j < work.key_tiles; ++j, ++loaded) {
         const Turn<kStages> turn(loaded);
+        int from = (work.key_tile + j) * kKeys + its_row;
+        if (args.block_table) {
+          block = next;
+          next = j + 1 < work.key_tiles ? page_of(j + 1) : 0;
+          from %= args.page_size;
+        }
         auto load = [&](auto& tile, Barrier& full, Barrier& empty, const TensorMap& map) {
           empty.wait(turn.parity ^ 1);
           if (lane == 0) full.arrive_expect(tile.kBytes);
           __syncwarp();
-          for (int row = lane * args.box; row < kKeys; row += 32 * args.box) {
-            const int key = (work.key_tile + j) * kKeys + row;
-            // what lies outside arrives as zeros: pages behind the last key are not looked at
-            int block = batch, from = key;
-            if (args.block_table) {
-              block = key < sk ? args.block_table[batch * args.table_row +
-                                                  key / args.page_size * args.table_column]
-                               : args.pages;
-              from = key % args.page_size;
-            }
-            for (int column = 0; column < kD; column += 64)
-              copy_to_smem(tile.panel(column) + row * 128, map, full, column, from, work.kv_head,
-                           block, args.row_tiles > 1 ? Keep::kNormal : Keep::kShortly);
-          }
+          if (its_row >= kKeys) return;
+          for (int column = 0; column < kD; column += 64)
+            copy_to_smem(tile.panel(column) + its_row * 128, map, full, column, from, work.kv_head,
+                         block, args.row_tiles > 1 ? Keep::kNormal : Keep::kShortly);
         };
         load(smem.k[turn.stage], smem.k_full[turn.stage], smem.k_empty[turn.stage], gmem_k);
         load(smem.v[turn.stage], smem.v_full[turn.stage], smem.v_empty[turn.stage], gmem_v);

@@ -644,7 +644,7 @@ const kernels: Kernel[] = [
       {
         what: 'every page is read from its first row',
         file: split,
-        from: 'from = key % args.page_size;',
+        from: 'from %= args.page_size;',
         to: 'from = 0;',
       },
       {
