@@ -84,7 +84,7 @@ class CudaBackend final : public Backend {
     if (const Failure failure = call->inherited()) return call->poison_outputs(failure);
     cudaSetDevice(device.index);
     sweep();
-    enqueue(*call);
+    enqueue(*call, false);
   }
 
   std::unique_ptr<Graph> capture(std::vector<std::shared_ptr<Call>> calls) override {
@@ -95,7 +95,7 @@ class CudaBackend final : public Backend {
     cudaGraph_t graph = nullptr;
     cudaGraphExec_t made = nullptr;
     try {
-      for (const auto& call : calls) enqueue(*call);
+      for (const auto& call : calls) enqueue(*call, true);
     } catch (...) {
       cudaStreamEndCapture(stream_, &graph);
       if (graph) cudaGraphDestroy(graph);
@@ -254,8 +254,9 @@ class CudaBackend final : public Backend {
     const cudaGraphExec_t graph_;
   };
 
-  void enqueue(const Call& call) {
-    CallContext context(stream_, info_, *fault_pool_, counters_, scratch_, call.op.name.c_str());
+  void enqueue(const Call& call, bool capturing) {
+    CallContext context(stream_, info_, capturing, *fault_pool_, counters_, scratch_,
+                        call.op.name.c_str());
     try {
       call.op.cuda(call.arguments, context);
     } catch (const Error& error) {

@@ -1,4 +1,5 @@
 #pragma once
+#include <deque>
 #include <memory>
 #include <mutex>
 #include <vector>
@@ -15,17 +16,22 @@ struct Fault {
   const char* text;
 };
 
-// Hands out fault words. One that comes back may yet be set by a kernel of its former owner, so the
-// next must clear or set it in stream order.
+// Hands out fault words at zero. One that comes back may yet be set by a kernel of its former
+// owner: it is used again when all that was enqueued until then is done.
 class FaultPool : public std::enable_shared_from_this<FaultPool> {
  public:
   ~FaultPool();
-  std::shared_ptr<Fault> take();
+  std::shared_ptr<Fault> take(cudaStream_t stream, bool capturing);
 
  private:
+  struct Batch {
+    cudaEvent_t done;
+    std::vector<Fault*> faults;
+  };
   std::mutex mutex_;
   std::vector<void*> blocks_;
-  std::vector<Fault*> free_;
+  std::vector<Fault*> free_, back_;
+  std::deque<Batch> waiting_;
 };
 
 // Counters of a stream that kernels find and leave at zero. Graphs may know all that were ever
@@ -56,9 +62,10 @@ class Scratch {
 // The context of a call that a backend enqueues
 class CallContext final : public CudaContext {
  public:
-  CallContext(cudaStream_t stream, const DeviceInfo& device, FaultPool& pool, Counters& counters,
-              Scratch& scratch, const char* op)
+  CallContext(cudaStream_t stream, const DeviceInfo& device, bool capturing, FaultPool& pool,
+              Counters& counters, Scratch& scratch, const char* op)
       : CudaContext(stream, device.arch, device.processors),
+        capturing_(capturing),
         pool_(pool),
         counters_(counters),
         scratch_(scratch),
@@ -75,6 +82,7 @@ class CallContext final : public CudaContext {
 
  private:
   void* scratch_bytes(size_t nbytes) override;
+  const bool capturing_;  // what runs again whenever its graph does
   FaultPool& pool_;
   Counters& counters_;
   Scratch& scratch_;

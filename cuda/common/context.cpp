@@ -16,26 +16,44 @@ void fail_cuda(cudaError_t status, const char* call) {
 }
 
 FaultPool::~FaultPool() {
+  for (const Batch& batch : waiting_) cudaEventDestroy(batch.done);
   for (void* block : blocks_) cudaFreeHost(block);
 }
 
-std::shared_ptr<Fault> FaultPool::take() {
-  constexpr int kBlock = 256;
+std::shared_ptr<Fault> FaultPool::take(cudaStream_t stream, bool capturing) {
+  constexpr size_t kBlock = 256;
   Fault* fault;
   {
     std::lock_guard lock(mutex_);
+    if (back_.size() >= kBlock / 2 && !capturing) {
+      cudaEvent_t done;
+      HEDDLE_CUDA(cudaEventCreateWithFlags(&done, cudaEventDisableTiming));
+      waiting_.push_back({done, std::move(back_)});
+      back_.clear();
+      HEDDLE_CUDA(cudaEventRecord(done, stream));
+    }
+    if (free_.empty() && !waiting_.empty()) {
+      if (cudaEventQuery(waiting_.front().done) == cudaSuccess) {
+        cudaEventDestroy(waiting_.front().done);
+        free_ = std::move(waiting_.front().faults);
+        waiting_.pop_front();
+      } else {
+        cudaGetLastError();  // not yet
+      }
+    }
     if (free_.empty()) {
       void* block;
       HEDDLE_CUDA(cudaHostAlloc(&block, kBlock * sizeof(Fault), cudaHostAllocDefault));
       blocks_.push_back(block);
-      for (int i = 0; i < kBlock; ++i) free_.push_back(static_cast<Fault*>(block) + i);
+      for (size_t i = 0; i < kBlock; ++i) free_.push_back(static_cast<Fault*>(block) + i);
     }
     fault = free_.back();
     free_.pop_back();
   }
+  fault->word = 0;
   return {fault, [pool = shared_from_this()](Fault* used) {
             std::lock_guard lock(pool->mutex_);
-            pool->free_.push_back(used);
+            pool->back_.push_back(used);
           }};
 }
 
@@ -95,7 +113,7 @@ void Counters::clear(cudaStream_t stream) {
 int* CallContext::counters(size_t count) { return counters_.take(count, stream); }
 
 int* CallContext::verdict(const char* text) {
-  const std::shared_ptr<Fault> fault = pool_.take();
+  const std::shared_ptr<Fault> fault = pool_.take(stream, capturing_);
   fault->op = op_;
   fault->text = text;
   faults.emplace_back(fault, &fault->word);
@@ -104,7 +122,7 @@ int* CallContext::verdict(const char* text) {
 
 int* CallContext::fault(const char* text) {
   int* word = verdict(text);
-  HEDDLE_CUDA(cudaMemsetAsync(word, 0, sizeof *word, stream));
+  if (capturing_) HEDDLE_CUDA(cudaMemsetAsync(word, 0, sizeof *word, stream));
   return word;
 }
 
