@@ -101,10 +101,11 @@ inline float normal(emulator::Random& random) {
   return sum - 6;
 }
 
+using Run = std::function<void(SplitCall&)>;
+
 // The largest error over what is allowed, which is above 1 when the kernel is wrong
 template <DType kType, DType kOut = kType>
-double check(const Case& c, int64_t d, int64_t dv, emulator::Random& random,
-             const std::function<void(SplitCall&)>& run) {
+double check(const Case& c, int64_t d, int64_t dv, emulator::Random& random, const Run& run) {
   // pages of one sequence after another, in descending order and with one between that nobody uses
   const int64_t pages_each = c.page_size ? (c.sk + c.page_size - 1) / c.page_size : 1;
   const int64_t blocks = c.page_size ? 2 * c.b * pages_each : c.b;
@@ -383,11 +384,12 @@ double check(const Case& c, int64_t d, int64_t dv, emulator::Random& random,
   };
   std::vector<float> levels(lse.size(), NAN);
   slots.level = s.weights == Attention::kReweighted ? levels.data() : nullptr;
-  each_row([&](int64_t b, int64_t h, const Row& row) {
+  const auto find_level = [&](int64_t b, int64_t h, const Row& row) {
     double sum = 0;
     for (const double score : scores_of(b, h, row)) sum += softplus(score);
     levels[row.line] = static_cast<float>(std::log(sum));
-  });
+  };
+  if (slots.level) each_row(find_level);
   slots.level_strides[0] = c.hq * c.sq;
   slots.level_strides[1] = c.sq;
   slots.level_strides[2] = 1;
@@ -457,6 +459,17 @@ double check(const Case& c, int64_t d, int64_t dv, emulator::Random& random,
         if ((i == c.sq || h == c.hq) && out.at(b, i, h, 0) != 0x7fff) worst = INFINITY;
   return worst;
 }
+
+#ifdef HEDDLE_CHECKED  // attention_check.cpp has them
+extern template double check<DType::kF16>(const Case&, int64_t, int64_t, emulator::Random&,
+                                          const Run&);
+extern template double check<DType::kBF16>(const Case&, int64_t, int64_t, emulator::Random&,
+                                           const Run&);
+extern template double check<DType::kE4M3, DType::kF16>(const Case&, int64_t, int64_t,
+                                                        emulator::Random&, const Run&);
+extern template double check<DType::kE4M3, DType::kBF16>(const Case&, int64_t, int64_t,
+                                                         emulator::Random&, const Run&);
+#endif
 
 // Runs cases with the random seed that the command line names; what main returns
 template <DType kType, DType kOut = kType, size_t N>

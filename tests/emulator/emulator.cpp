@@ -27,28 +27,25 @@ void fault(const std::string& what) {
   std::_Exit(1);
 }
 
-float decode(DType type, uint16_t bits) {
-  if (type == DType::kBF16) {
-    const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-    float value;
-    std::memcpy(&value, &wide, 4);
-    return value;
+namespace {
+// With so many bits of exponent, of mantissa, and less than it as 1 has
+std::vector<float> decode_all(int exponent_bits, int mantissa_bits, int bias, bool infinite) {
+  std::vector<float> all;
+  const int sign = 1 << (exponent_bits + mantissa_bits), first = 1 << mantissa_bits;
+  for (int code = 0; code < 2 * sign; ++code) {
+    const int size = code % sign, exponent = size / first, mantissa = size % first;
+    float value = std::ldexp(static_cast<float>(exponent ? first + mantissa : mantissa),
+                             std::max(exponent, 1) - bias - mantissa_bits);
+    if (infinite && exponent == sign / first - 1) value = mantissa ? NAN : INFINITY;
+    if (!infinite && size == sign - 1) value = NAN;
+    all.push_back(code < sign ? value : -value);
   }
-  if (type == DType::kE4M3) {
-    const int exponent = bits >> 3 & 15, mantissa = bits & 7;
-    const float size = (bits & 0x7f) == 0x7f ? NAN
-                       : exponent == 0
-                           ? std::ldexp(static_cast<float>(mantissa), -9)
-                           : std::ldexp(static_cast<float>(8 + mantissa), exponent - 10);
-    return bits >> 7 & 1 ? -size : size;
-  }
-  const int exponent = bits >> 10 & 31, mantissa = bits & 1023;
-  const float size = exponent == 31 ? (mantissa ? NAN : INFINITY)
-                     : exponent == 0
-                         ? std::ldexp(static_cast<float>(mantissa), -24)
-                         : std::ldexp(static_cast<float>(1024 + mantissa), exponent - 25);
-  return bits >> 15 ? -size : size;
+  return all;
 }
+}  // namespace
+
+const std::array<std::vector<float>, 2> decoded{decode_all(5, 10, 15, true),
+                                                decode_all(4, 3, 7, false)};
 
 uint16_t encode(DType type, float value) {
   uint32_t bits;
@@ -159,10 +156,10 @@ void Cta::wait_until(std::function<bool()> condition) {
 void Cta::run(const std::function<void()>& kernel) {
   kernel_ = kernel;
   for (auto& thread : threads_) {
-    thread->stack.resize(kStackBytes);
+    thread->stack.reset(new char[kStackBytes]);
     getcontext(&thread->context);
-    thread->context.uc_stack.ss_sp = thread->stack.data();
-    thread->context.uc_stack.ss_size = thread->stack.size();
+    thread->context.uc_stack.ss_sp = thread->stack.get();
+    thread->context.uc_stack.ss_size = kStackBytes;
     makecontext(&thread->context, enter, 0);
   }
   const auto count = static_cast<uint32_t>(threads_.size());
@@ -526,18 +523,25 @@ void Cta::execute(int warpgroup, Group& group) {
       for (int k = 0; k < depth; ++k)
         b[static_cast<size_t>(k) * n + static_cast<size_t>(column)] =
             element(operands.type, operands.b, operands.b_major, column, k);
-    for (size_t t = 0; t < 128; ++t) {
-      auto& values =
-          threads_[static_cast<size_t>(warpgroup) * 128 + t]->in_flight.at(product.acc[t]).values;
-      for (size_t i = 0; i < n / 2; ++i) {
-        const size_t row = t / 32 * 16 + t % 32 / 4 + i / 2 % 2 * 8;
-        const size_t column = i / 4 * 8 + t % 4 * 2 + i % 2;
-        float sum = operands.accumulate ? values[i] : 0;
-        for (size_t k = 0; k < static_cast<size_t>(depth); ++k)
-          sum += a[row * static_cast<size_t>(depth) + k] * b[k * n + column];
-        values[i] = sum;
+    std::vector<float> sums(64 * n);
+    const auto each_value = [&](const auto& visit) {
+      for (size_t t = 0; t < 128; ++t) {
+        auto& values =
+            threads_[static_cast<size_t>(warpgroup) * 128 + t]->in_flight.at(product.acc[t]).values;
+        for (size_t i = 0; i < n / 2; ++i) {
+          const size_t row = t / 32 * 16 + t % 32 / 4 + i / 2 % 2 * 8;
+          visit(values[i], sums[row * n + i / 4 * 8 + t % 4 * 2 + i % 2]);
+        }
       }
-    }
+    };
+    if (operands.accumulate) each_value([](float value, float& sum) { sum = value; });
+    for (size_t row = 0; row < 64; ++row)
+      for (size_t k = 0; k < static_cast<size_t>(depth); ++k) {
+        const float factor = a[row * static_cast<size_t>(depth) + k];
+        for (size_t column = 0; column < n; ++column)
+          sums[row * n + column] += factor * b[k * n + column];
+      }
+    each_value([](float& value, float sum) { value = sum; });
   }
   group.done = true;
   ++warpgroups_[static_cast<size_t>(warpgroup)].done;

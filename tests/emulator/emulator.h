@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -61,8 +62,14 @@ struct Dim {
 // The 128-byte swizzle, of addresses
 constexpr uint32_t swizzle(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
 
+// Every number of f16 and of e4m3
+extern const std::array<std::vector<float>, 2> decoded;
+
 // Of e4m3 in the lower byte; what is beyond its range becomes its largest
-float decode(DType type, uint16_t bits);
+inline float decode(DType type, uint16_t bits) {
+  if (type == DType::kBF16) return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16);
+  return type == DType::kF16 ? decoded[0][bits] : decoded[1][bits & 0xff];
+}
 uint16_t encode(DType type, float value);
 
 class Cta {
@@ -140,7 +147,7 @@ class Cta {
     ucontext_t context;
     jmp_buf place;
     bool started = false;
-    std::vector<char> stack;
+    std::unique_ptr<char[]> stack;
     bool done = false;
     std::function<bool()> blocked;
     std::vector<std::pair<uint32_t, uint32_t>> stores;  // address and bytes, not fenced yet
