@@ -1,11 +1,10 @@
 #pragma once
 #include <exception>
-#include <sstream>
 #include <string>
 
-namespace heddle {
+#include "core/check.h"
 
-enum class Code { kShape, kDType, kDevice, kArgument, kUnsupported, kDisposed, kMemory, kCuda };
+namespace heddle {
 
 const char* name_of(Code code);
 
@@ -23,20 +22,11 @@ class Error : public std::exception {
   std::string text;
 };
 
-[[noreturn]] void fail(Code code, const char* argument, const std::string& text);
+std::string join(const Part* parts, size_t count);
 
 template <class... Parts> std::string concat(const Parts&... parts) {
-  std::ostringstream stream;
-  (stream << ... << parts);
-  return stream.str();
+  const Part all[] = {parts...};
+  return join(all, sizeof...(parts));
 }
 
 }  // namespace heddle
-
-// The parts after the argument's name make up the message without the operator: "window must be at
-// least 1, got ", window
-#define HEDDLE_CHECK(condition, code, argument, ...)                                 \
-  do {                                                                               \
-    if (!(condition)) [[unlikely]]                                                   \
-      ::heddle::fail(::heddle::Code::code, argument, ::heddle::concat(__VA_ARGS__)); \
-  } while (0)

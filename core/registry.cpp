@@ -53,4 +53,6 @@ Operator& operator_entry(const char* name) {
   return const_cast<Operator&>(**at);
 }
 
+Slot<CudaContext>& cuda_slot(const char* op) { return operator_entry(op).cuda; }
+
 }  // namespace heddle

@@ -1,25 +1,13 @@
 #pragma once
 #include <cstddef>
 #include <initializer_list>
-#include <limits>
 #include <string>
 #include <vector>
 
 #include "core/error.h"
-#include "core/tensor.h"
+#include "core/rules.h"
 
 namespace heddle {
-
-// What dtype an argument may have: one of a set, or the same as an earlier argument's.
-struct DTypeRule {
-  DTypes any;
-  const char* like = nullptr;
-  const char* option = nullptr;  // outputs only: a dtype option that overrides `like`
-  DTypeRule(DTypes any) : any(any) {}
-  DTypeRule(const char* like, const char* option) : like(like), option(option) {}
-};
-inline DTypeRule like(const char* argument) { return {argument, nullptr}; }
-inline DTypeRule like(const char* argument, const char* option) { return {argument, option}; }
 
 // A shape as a schema writes it, taken apart once: each dimension is a named size, or the larger of
 // two, plus a constant.

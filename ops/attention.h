@@ -2,7 +2,7 @@
 #include <cmath>
 #include <limits>
 
-#include "core/schema.h"
+#include "core/rules.h"
 #include "ops/mask.h"
 
 namespace heddle {
@@ -204,10 +204,10 @@ struct AttentionBackward : Attention {
     HEDDLE_CHECK(!dlse || normalise, kArgument, "dlse", "dlse goes with weights that are divided");
     HEDDLE_CHECK(!biased || bias, kArgument, "biased", "biased goes with bias");
     HEDDLE_CHECK(!biased || biased.rank == 4, kShape, "biased", "biased must have four axes, got ",
-                 text_of(biased));
+                 biased);
     for (int i = 0; i < 4 && biased; ++i)
       HEDDLE_CHECK(biased.shape[i] == 1 || biased.shape[i] == bias.shape[i], kShape, "biased",
-                   "biased must broadcast to ", text_of(bias), ", got ", text_of(biased));
+                   "biased must broadcast to ", bias, ", got ", biased);
   }
 };
 

@@ -1,5 +1,5 @@
 #pragma once
-#include "core/schema.h"
+#include "core/rules.h"
 
 namespace heddle {
 
@@ -42,9 +42,9 @@ struct FlexPrefill {
     HEDDLE_CHECK(map.shape[2] == (sq + block - 1) / block &&
                      map.shape[3] == (lines.shape[3] + block - 1) / block &&
                      blocks.shape[3] * 32 >= map.shape[3],
-                 kShape, "map", "map must have a row and a column per block, got ", text_of(map));
+                 kShape, "map", "map must have a row and a column per block, got ", map);
     HEDDLE_CHECK(map.shape[2] * blocks.shape[3] <= INT32_MAX, kUnsupported, "map",
-                 "map must have at most 2^31 words per head, got ", text_of(map));
+                 "map must have at most 2^31 words per head, got ", map);
   }
 };
 

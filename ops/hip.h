@@ -1,7 +1,7 @@
 #pragma once
 #include <bit>
 
-#include "core/schema.h"
+#include "core/rules.h"
 
 namespace heddle {
 
@@ -95,7 +95,7 @@ struct Hip {
     HEDDLE_CHECK(heads == 1 || heads == hk || heads == hq, kShape, "index",
                  "index must have 1, hk or hq heads, got ", heads);
     HEDDLE_CHECK(index.shape[2] == rows && index.shape[3] >= 1, kShape, "index", "index must have ",
-                 rows, " rows, got ", text_of(index));
+                 rows, " rows, got ", index);
     for (const Tensor* tensor :
          {&from_index, &from_count, &index, &count, &blocks, &table, &length})
       HEDDLE_CHECK(!*tensor || tensor->contiguous(), kShape, "index", "lists must be contiguous");
@@ -113,19 +113,17 @@ struct Hip {
       HEDDLE_CHECK(cos.rank == 2 && cos.shape[1] * 2 == d && cos.contiguous() && sin.contiguous() &&
                        cos.shape[0] >= keys() && cos.shape[0] >= window + 2,
                    kShape, "cos", "cos must be contiguous, [positions, d / 2], for ", keys(),
-                   " keys and window + 2 positions, got ", text_of(cos));
+                   " keys and window + 2 positions, got ", cos);
       HEDDLE_CHECK(positions < kSelfExtend || context >= 4, kArgument, "context",
                    "context must be at least 4 where positions are compressed, got ", context);
     }
     HEDDLE_CHECK(bool(table) == bool(length) &&
                      (!table || (sink_tokens % block_k == 0 &&
                                  table.shape[3] == sink_tokens / block_k + index.shape[3])),
-                 kShape, "table", "table must have a page for every block of a list, got ",
-                 text_of(table));
+                 kShape, "table", "table must have a page for every block of a list, got ", table);
     if (blocks)
       HEDDLE_CHECK(sink_tokens % block_k == 0 && blocks.shape[3] * 32 * block_k >= keys(), kShape,
-                   "blocks", "blocks must have a bit for every block of keys, got ",
-                   text_of(blocks));
+                   "blocks", "blocks must have a bit for every block of keys, got ", blocks);
   }
 };
 

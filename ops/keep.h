@@ -1,5 +1,5 @@
 #pragma once
-#include "core/schema.h"
+#include "core/rules.h"
 
 namespace heddle {
 
@@ -41,9 +41,9 @@ struct Keep {
     HEDDLE_CHECK(score.contiguous() && blocks.contiguous(), kShape, "score",
                  "score must be contiguous");
     HEDDLE_CHECK(blocks.shape[3] * 32 >= score.shape[3], kShape, "blocks",
-                 "blocks must have a bit for every column, got ", text_of(blocks));
+                 "blocks must have a bit for every column, got ", blocks);
     HEDDLE_CHECK(score.shape[2] * score.shape[3] < INT32_MAX, kUnsupported, "score",
-                 "score must have fewer than 2^31 entries per head, got ", text_of(score));
+                 "score must have fewer than 2^31 entries per head, got ", score);
   }
 };
 

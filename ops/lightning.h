@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "core/schema.h"
+#include "core/rules.h"
 
 namespace heddle {
 
@@ -28,9 +28,10 @@ struct LightningHeads {
                  "multiple of them, got "
                  "hq = ",
                  q, ", hk = ", k, ", hv = ", v);
+    const bool either = queries_share && k != out;
     HEDDLE_CHECK(states == out || (queries_share && states == k), kShape, "slopes",
-                 "slopes must have one entry per state, ", out,
-                 queries_share && k != out ? concat(" or ", k) : "", ", got ", states);
+                 "slopes must have one entry per state, ", out, either ? " or " : "",
+                 either ? Part(k) : Part(""), ", got ", states);
   }
 };
 
@@ -173,7 +174,7 @@ struct LightningDecode {
                  "; longer runs belong to lightning");
     const int64_t rows = state_layout ? e : d, columns = state_layout ? d : e;
     HEDDLE_CHECK(states.shape[2] == rows && states.shape[3] == columns, kShape, "states",
-                 "states must be [pool, hs, ", rows, ", ", columns, "], got ", text_of(states));
+                 "states must be [pool, hs, ", rows, ", ", columns, "], got ", states);
     HEDDLE_CHECK(states.contiguous(), kShape, "states", "states must be contiguous");
   }
 };

@@ -1,5 +1,5 @@
 #pragma once
-#include "core/schema.h"
+#include "core/rules.h"
 
 namespace heddle {
 

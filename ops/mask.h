@@ -2,7 +2,7 @@
 #include <bit>
 
 #include "core/mask.h"
-#include "core/schema.h"
+#include "core/rules.h"
 
 namespace heddle {
 
@@ -53,7 +53,7 @@ struct MaskArguments {
     for (const Tensor* tensor :
          {&mask_blocks, &mask_index, &mask_count, &mask_columns, &mask_diagonals, &mask_bounds})
       HEDDLE_CHECK(!*tensor || tensor->contiguous(), kShape, "mask",
-                   "mask must not be made of strided tensors, got ", text_of(*tensor));
+                   "mask must not be made of strided tensors, got ", *tensor);
     const auto power = [](int64_t x) { return std::has_single_bit(static_cast<uint64_t>(x)); };
     HEDDLE_CHECK(mask_block_q % 16 == 0 || power(mask_block_q), kArgument, "mask",
                  "mask must have query blocks of a power of two or a multiple of 16, got ",
@@ -118,13 +118,13 @@ struct MaskPack {
 
   void validate() const {
     HEDDLE_CHECK(blocks.contiguous() && blocks.shape[3] * 32 >= columns, kShape, "blocks",
-                 "blocks must have a bit for every column, got ", text_of(blocks));
+                 "blocks must have a bit for every column, got ", blocks);
     HEDDLE_CHECK(bool(count) == bool(index), kArgument, "index",
                  "count and index must be given together");
     HEDDLE_CHECK(bool(row_ptr) == bool(column), kArgument, "column",
                  "rowPtr and column must be given together");
     HEDDLE_CHECK(!dense || dense.shape[3] == columns, kShape, "dense",
-                 "dense must have one entry per block, got ", text_of(dense));
+                 "dense must have one entry per block, got ", dense);
     const int64_t rows = blocks.shape[0] * blocks.shape[1] * blocks.shape[2];
     HEDDLE_CHECK(!row_ptr || row_ptr.shape[0] == rows + 1, kShape, "rowPtr",
                  "rowPtr must have one entry more than there are rows of blocks, ", rows + 1,

@@ -2,7 +2,7 @@
 #include <cmath>
 #include <limits>
 
-#include "core/schema.h"
+#include "core/rules.h"
 
 namespace heddle {
 
@@ -49,7 +49,7 @@ struct Probe {
     const int64_t rows = (sq + block_q - 1) / block_q * (per == kLine ? 2 : 1),
                   columns = per == kBlock ? (sk + block_k - 1) / block_k : sk;
     HEDDLE_CHECK(score.shape[2] == rows && score.shape[3] == columns, kShape, "score",
-                 "score must have ", rows, " rows and ", columns, " columns, got ", text_of(score));
+                 "score must have ", rows, " rows and ", columns, " columns, got ", score);
     if (std::isnan(scale)) scale = 1 / std::sqrt(static_cast<double>(q.shape[3]));
     HEDDLE_CHECK(std::isfinite(scale), kArgument, "scale", "scale must be finite, got ", scale);
   }

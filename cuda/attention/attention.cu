@@ -6,7 +6,7 @@
 #include "attention/gather_sm80.h"
 #include "attention/hopper_call.h"
 #include "common/variants.h"
-#include "core/registry.h"
+#include "core/slot.h"
 
 namespace heddle {
 

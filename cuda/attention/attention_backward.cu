@@ -2,7 +2,7 @@
 #include "attention/backward_sm90.h"
 #include "attention/hopper_call.h"
 #include "common/variants.h"
-#include "core/registry.h"
+#include "core/slot.h"
 
 namespace heddle {
 

@@ -1,7 +1,7 @@
 #include "ops/copy.h"
 
 #include "common/convert.cuh"
-#include "core/registry.h"
+#include "core/slot.h"
 
 namespace heddle {
 namespace {

@@ -1,7 +1,7 @@
 #include "ops/elementwise.h"
 
 #include "common/elements.cuh"
-#include "core/registry.h"
+#include "core/slot.h"
 
 namespace heddle {
 namespace {

@@ -1,7 +1,7 @@
 #include "ops/embed.h"
 
 #include "common/elements.cuh"
-#include "core/registry.h"
+#include "core/slot.h"
 
 namespace heddle {
 namespace {

@@ -2,7 +2,7 @@
 
 #include "common/convert.cuh"
 #include "core/philox.h"
-#include "core/registry.h"
+#include "core/slot.h"
 
 namespace heddle {
 namespace {

@@ -2,7 +2,7 @@
 
 #include "common/elements.cuh"
 #include "common/launch.h"
-#include "core/registry.h"
+#include "core/slot.h"
 #include "flexprefill/choice.cuh"
 
 namespace heddle {

@@ -1,6 +1,6 @@
 #include <algorithm>
 
-#include "core/registry.h"
+#include "core/slot.h"
 #include "hip/search_sm80.cuh"
 
 namespace heddle {

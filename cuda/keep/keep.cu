@@ -2,7 +2,7 @@
 
 #include "common/elements.cuh"
 #include "common/team.cuh"
-#include "core/registry.h"
+#include "core/slot.h"
 
 namespace heddle {
 namespace {

@@ -1,7 +1,7 @@
 #include "ops/lightning.h"
 
 #include "common/variants.h"
-#include "core/registry.h"
+#include "core/slot.h"
 #include "lightning/scan_call.h"
 #include "lightning/scan_portable.cuh"
 

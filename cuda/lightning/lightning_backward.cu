@@ -1,5 +1,5 @@
 #include "common/variants.h"
-#include "core/registry.h"
+#include "core/slot.h"
 #include "lightning/backward_sm90.h"
 #include "lightning/scan_call.h"
 #include "lightning/scan_portable.cuh"

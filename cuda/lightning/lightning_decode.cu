@@ -1,5 +1,5 @@
 #include "common/variants.h"
-#include "core/registry.h"
+#include "core/slot.h"
 #include "lightning/decode_sm90.h"
 #include "lightning/decode_tile.cuh"
 #include "lightning/scan_portable.cuh"

@@ -2,7 +2,7 @@
 
 #include "common/elements.cuh"
 #include "common/variants.h"
-#include "core/registry.h"
+#include "core/slot.h"
 #include "linear/linear_sm90.h"
 
 namespace heddle {

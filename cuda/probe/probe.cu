@@ -2,7 +2,7 @@
 
 #include "common/elements.cuh"
 #include "common/variants.h"
-#include "core/registry.h"
+#include "core/slot.h"
 #include "probe/lines.h"
 #include "probe/pooled.h"
 

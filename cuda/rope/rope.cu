@@ -3,7 +3,7 @@
 #include <cmath>
 
 #include "common/elements.cuh"
-#include "core/registry.h"
+#include "core/slot.h"
 
 namespace heddle {
 namespace {
