@@ -5,15 +5,6 @@
 #include "core/slot.h"
 
 namespace heddle {
-
-extern template void backward_portable<BF16>(const BackwardArgs&, CudaContext&);
-extern template void backward_portable<F16>(const BackwardArgs&, CudaContext&);
-extern template void backward_portable<float>(const BackwardArgs&, CudaContext&);
-extern template void backward_redo<BF16>(const BackwardArgs&, const GradientTiles&, const int*,
-                                         CudaContext&);
-extern template void backward_redo<F16>(const BackwardArgs&, const GradientTiles&, const int*,
-                                        CudaContext&);
-
 namespace {
 
 BackwardArgs backward_args(const AttentionBackward& op, CudaContext& context) {
@@ -88,10 +79,7 @@ void run_wgmma(const AttentionBackward& op, CudaContext& context) {
   }
   backward_sm90(call, context.stream);
   context.launched("backward_sm90_kernel");
-  if (leaves_marks(call)) {
-    const auto redo = call.dtype == DType::kF16 ? backward_redo<F16> : backward_redo<BF16>;
-    redo(args, tiles, tiles.marks(call.counters), context);
-  }
+  if (leaves_marks(call)) backward_redo(args, tiles, tiles.marks(call.counters), context);
   args.dslope_parts = call.dslope_parts;
   sum_heads(args, context);
 }
@@ -119,7 +107,7 @@ void run_portable(const AttentionBackward& op, CudaContext& context) {
                            args.call.sequences <
                        INT32_MAX,
                kUnsupported, "q", "q has too many rows or heads for one call");
-  dispatch_float(op.q.dtype, [&]<class T>(T) { backward_portable<T>(args, context); });
+  backward_portable(args, context);
 }
 
 constexpr Variant<AttentionBackward> kVariants[] = {

@@ -40,7 +40,7 @@ struct BackwardArgs {
 };
 
 // One warp per row
-template <class T> __global__ void attention_delta_kernel(BackwardArgs p) {
+__global__ void attention_delta_kernel(BackwardArgs p) {
   const ForwardArgs& call = p.call;
   const int lane = threadIdx.x % 32;
   const int64_t rows = call.b * call.hq * call.sq,
@@ -49,8 +49,8 @@ template <class T> __global__ void attention_delta_kernel(BackwardArgs p) {
     const int64_t token = row % call.sq, head = row / call.sq % call.hq,
                   batch = row / call.sq / call.hq;
     const auto at = [&](const Heads& x, int e) {
-      return to_float(static_cast<const T*>(
-          x.data)[batch * x.batch + token * x.token + head * x.head + e * x.element]);
+      return load_float(x.data, batch * x.batch + token * x.token + head * x.head + e * x.element,
+                        call.out_dtype);
     };
     float sum = 0;
     // out of an empty row is 0, whatever dout holds
@@ -86,7 +86,7 @@ __device__ inline Place place_tile(const ForwardArgs& p, int64_t batch, int64_t 
 
 // 32 rows of query head `owner`, or 32 keys of kv head `owner`; a thread has kColumns of each sum.
 // Masks, cosines and levels are `kExtra`, whose registers the rest does without.
-template <class T, bool kOwnsKeys, int kColumns, bool kExtra>
+template <bool kOwnsKeys, int kColumns, bool kExtra>
 __device__ void gradient_tile(const BackwardArgs& args, const Place& place, int64_t owner) {
   const ForwardArgs& p = args.call;
   extern __shared__ float smem[];
@@ -107,13 +107,16 @@ __device__ void gradient_tile(const BackwardArgs& args, const Place& place, int6
   const auto load = [&](float* to, const Heads& x, bool keys, int64_t head, int64_t first,
                         int count, int size) {
     const int64_t begin = keys ? place.k_begin : place.q_begin, end = keys ? place.sk : place.sq;
-    const T* from =
-        static_cast<const T*>(x.data) + place.batch * x.batch + begin * x.token + head * x.head;
-    for (int i = thread; i < count * size; i += kAttentionThreads) {
-      const int r = i / size, e = i % size;
-      to[r * (size + 1) + e] =
-          first + r < end ? to_float(from[(first + r) * x.token + e * x.element]) : 0;
-    }
+    dispatch_float(p.out_dtype, [&]<class T>(T) {
+      const T* from =
+          static_cast<const T*>(x.data) + place.batch * x.batch + begin * x.token + head * x.head;
+#pragma unroll 1
+      for (int i = thread; i < count * size; i += kAttentionThreads) {
+        const int r = i / size, e = i % size;
+        to[r * (size + 1) + e] =
+            first + r < end ? to_float(from[(first + r) * x.token + e * x.element]) : 0;
+      }
+    });
   };
 
   // Tokens of the other side that some owned token meets
@@ -286,14 +289,16 @@ __device__ void gradient_tile(const BackwardArgs& args, const Place& place, int6
   if (token >= exist) return;
   const int64_t row = place.batch * tokens + (kOwnsKeys ? place.k_begin : place.q_begin) + token;
   const int64_t at = row * (kOwnsKeys ? p.hk : p.hq) + owner;
-  T* const sum = static_cast<T*>(kOwnsKeys ? args.dk : args.dq) + at * p.d;
+  dispatch_float(p.out_dtype, [&]<class T>(T) {
+    T* const sum = static_cast<T*>(kOwnsKeys ? args.dk : args.dq) + at * p.d;
 #pragma unroll
-  for (int f = 0; f < kColumns; ++f) {
-    const int column = part + kRowThreads * f;
-    if (column < p.d) sum[column] = from_float<T>(acc[f]);
-    if constexpr (kOwnsKeys)
-      if (column < p.dv) (static_cast<T*>(args.dv) + at * p.dv)[column] = from_float<T>(acc_v[f]);
-  }
+    for (int f = 0; f < kColumns; ++f) {
+      const int column = part + kRowThreads * f;
+      if (column < p.d) sum[column] = from_float<T>(acc[f]);
+      if constexpr (kOwnsKeys)
+        if (column < p.dv) (static_cast<T*>(args.dv) + at * p.dv)[column] = from_float<T>(acc_v[f]);
+    }
+  });
   if (!kOwnsKeys && args.dslope_parts && part == 0)
     args.dslope_parts[(place.batch * p.hq + first_head) * p.sq + place.q_begin + token] = dslope;
   if (kExtra && !kOwnsKeys && p.level && part == 0)
@@ -302,14 +307,14 @@ __device__ void gradient_tile(const BackwardArgs& args, const Place& place, int6
     args.bias_sums[(place.batch * p.hq + first_head) * p.sq + token] = dbias;
 }
 
-template <class T, bool kOwnsKeys, bool kExtra>
+template <bool kOwnsKeys, bool kExtra>
 __global__ void __launch_bounds__(kAttentionThreads) attention_gradient_kernel(BackwardArgs args) {
   const Place place = find_place(args.call, blockIdx.x, kOwnsKeys);
-  if (place.any) gradient_tile<T, kOwnsKeys, kMostColumns, kExtra>(args, place, blockIdx.y);
+  if (place.any) gradient_tile<kOwnsKeys, kMostColumns, kExtra>(args, place, blockIdx.y);
 }
 
 // The row tiles, or key tiles, that backward_sm90 has marked. Neighbours go to different CTAs.
-template <class T, bool kOwnsKeys>
+template <bool kOwnsKeys>
 __device__ void redo_tiles(const BackwardArgs& args, const GradientTiles& tiles, const int* marks) {
   const ForwardArgs& p = args.call;
   const int64_t count = kOwnsKeys ? tiles.total_keys : tiles.total_rows;
@@ -325,37 +330,36 @@ __device__ void redo_tiles(const BackwardArgs& args, const GradientTiles& tiles,
       const int64_t end = place.row0 + size;
       for (; place.row0 < end; place.row0 += kRowTile) {
         __syncthreads();
-        gradient_tile<T, kOwnsKeys, kHopperColumns, false>(args, place, i / each % heads);
+        gradient_tile<kOwnsKeys, kHopperColumns, false>(args, place, i / each % heads);
       }
     }
   }
 }
 
-template <class T>
 __global__ void __launch_bounds__(kAttentionThreads)
     attention_redo_kernel(BackwardArgs args, GradientTiles tiles, const int* marks) {
-  redo_tiles<T, false>(args, tiles, marks);
-  redo_tiles<T, true>(args, tiles, marks + tiles.total_rows);
+  redo_tiles<false>(args, tiles, marks);
+  redo_tiles<true>(args, tiles, marks + tiles.total_rows);
 }
 
 // What each head's sink and slope get: one CTA per head, in one order. The sink is a key whose
 // value is zero, its dS is -P delta.
-template <int kSize> __global__ void attention_heads_kernel(BackwardArgs p) {
-  __shared__ double smem_sink[kSize], smem_slope[kSize];
+__global__ void attention_heads_kernel(BackwardArgs p) {
+  __shared__ double smem_sink[kThreads], smem_slope[kThreads];
   const ForwardArgs& call = p.call;
   const int64_t head = blockIdx.x;
   double dsink = 0, dslope = 0;
-  for (int64_t i = threadIdx.x; i < call.b * call.sq; i += kSize) {
+  for (int64_t i = threadIdx.x; i < call.b * call.sq; i += kThreads) {
     const int64_t row = (i / call.sq * call.hq + head) * call.sq + i % call.sq;
     if (p.dsink)
       dsink -= expf(call.sink[head * call.sink_stride] - p.row_lse[row]) * p.row_delta[row];
   }
-  for (int64_t i = threadIdx.x; p.dslope_parts && i < call.b * p.slope_parts; i += kSize)
+  for (int64_t i = threadIdx.x; p.dslope_parts && i < call.b * p.slope_parts; i += kThreads)
     dslope +=
         p.dslope_parts[(i / p.slope_parts * call.hq + head) * p.slope_parts + i % p.slope_parts];
   smem_sink[threadIdx.x] = dsink;
   smem_slope[threadIdx.x] = dslope;
-  for (int step = kSize / 2; step > 0; step /= 2) {
+  for (int step = kThreads / 2; step > 0; step /= 2) {
     __syncthreads();
     if (threadIdx.x < step) {
       smem_sink[threadIdx.x] += smem_sink[threadIdx.x + step];
@@ -367,15 +371,14 @@ template <int kSize> __global__ void attention_heads_kernel(BackwardArgs p) {
   if (p.dslopes) p.dslopes[head] = static_cast<float>(smem_slope[0]);
 }
 
-// Adds up the sums of dS over what the bias is broadcast over, a warp for each number of it. Like
-// attention_heads_kernel a template, so that several files may have it
-template <int kSize> __global__ void attention_bias_kernel(BackwardArgs p, int64_t count) {
+// Adds up the sums of dS over what the bias is broadcast over, a warp for each number of it
+__global__ void attention_bias_kernel(BackwardArgs p, int64_t count) {
   const ForwardArgs& call = p.call;
   const int lane = threadIdx.x % 32;
   const int64_t* shape = p.dbias_shape;
   const int64_t sizes[] = {call.b, call.hq, p.bias_by_row ? call.sq : 1};
-  for (int64_t i = blockIdx.x * (kSize / 32) + threadIdx.x / 32; i < count;
-       i += static_cast<int64_t>(gridDim.x) * (kSize / 32)) {
+  for (int64_t i = blockIdx.x * (kThreads / 32) + threadIdx.x / 32; i < count;
+       i += static_cast<int64_t>(gridDim.x) * (kThreads / 32)) {
     const int64_t column = i % shape[3], line = i / shape[3];
     const int64_t at[] = {line / shape[2] / shape[1], line / shape[2] % shape[1], line % shape[2]};
     int64_t first[3], width[3];
@@ -398,15 +401,15 @@ inline void sum_bias(const BackwardArgs& args, CudaContext& context) {
   const int64_t* shape = args.dbias_shape;
   const int64_t count = shape[0] * shape[1] * shape[2] * shape[3];
   if (!args.bias_sums || args.bias_sums == args.dbias || count == 0) return;
-  attention_bias_kernel<kThreads>
-      <<<blocks_for(count * 32, context), kThreads, 0, context.stream>>>(args, count);
+  attention_bias_kernel<<<blocks_for(count * 32, context), kThreads, 0, context.stream>>>(args,
+                                                                                          count);
   context.launched("attention_bias_kernel");
 }
 
 inline void sum_heads(const BackwardArgs& args, CudaContext& context) {
   if (!args.dsink && !args.dslopes) return;
-  attention_heads_kernel<kThreads>
-      <<<static_cast<unsigned>(args.call.hq), kThreads, 0, context.stream>>>(args);
+  attention_heads_kernel<<<static_cast<unsigned>(args.call.hq), kThreads, 0, context.stream>>>(
+      args);
   context.launched("attention_heads_kernel");
 }
 
@@ -420,16 +423,15 @@ template <class Kernel> size_t gradient_smem_bytes(const ForwardArgs& call, Kern
 }
 
 // Once more what backward_sm90 has marked
-template <class T>
-void backward_redo(const BackwardArgs& args, const GradientTiles& tiles, const int* marks,
-                   CudaContext& context) {
-  const auto kernel = attention_redo_kernel<T>;
-  kernel<<<static_cast<unsigned>(context.processors), kAttentionThreads,
-           gradient_smem_bytes(args.call, kernel), context.stream>>>(args, tiles, marks);
+inline void backward_redo(const BackwardArgs& args, const GradientTiles& tiles, const int* marks,
+                          CudaContext& context) {
+  attention_redo_kernel<<<static_cast<unsigned>(context.processors), kAttentionThreads,
+                          gradient_smem_bytes(args.call, attention_redo_kernel), context.stream>>>(
+      args, tiles, marks);
   context.launched("attention_redo_kernel");
 }
 
-template <class T> void backward_portable(const BackwardArgs& args, CudaContext& context) {
+inline void backward_portable(const BackwardArgs& args, CudaContext& context) {
   const ForwardArgs& call = args.call;
   const int64_t rows = call.b * call.hq * call.sq;
   const auto tiles = [&](int64_t size) {
@@ -445,15 +447,14 @@ template <class T> void backward_portable(const BackwardArgs& args, CudaContext&
     context.launched("attention_gradient_kernel");
   };
   if (rows > 0) {
-    attention_delta_kernel<T>
-        <<<blocks_for(rows * 32, context), kThreads, 0, context.stream>>>(args);
+    attention_delta_kernel<<<blocks_for(rows * 32, context), kThreads, 0, context.stream>>>(args);
     context.launched("attention_delta_kernel");
-    launch_gradient(extra ? attention_gradient_kernel<T, false, true>
-                          : attention_gradient_kernel<T, false, false>,
-                    tiles(call.sq), call.hq);
+    launch_gradient(
+        extra ? attention_gradient_kernel<false, true> : attention_gradient_kernel<false, false>,
+        tiles(call.sq), call.hq);
   }
   launch_gradient(
-      extra ? attention_gradient_kernel<T, true, true> : attention_gradient_kernel<T, true, false>,
+      extra ? attention_gradient_kernel<true, true> : attention_gradient_kernel<true, false>,
       tiles(call.sk), call.hk);
   sum_bias(args, context);
   sum_heads(args, context);

@@ -123,9 +123,7 @@ __device__ inline float bias_at(const ForwardArgs& p, int64_t batch, int64_t hea
                                 int64_t t) {
   const int64_t at = batch * p.bias_strides[0] + head * p.bias_strides[1] +
                      query * p.bias_strides[2] + t * p.bias_strides[3];
-  if (p.bias_dtype == DType::kF32) return static_cast<const float*>(p.bias)[at];
-  if (p.bias_dtype == DType::kF16) return to_float(static_cast<const F16*>(p.bias)[at]);
-  return to_float(static_cast<const BF16*>(p.bias)[at]);
+  return load_float(p.bias, at, p.bias_dtype);
 }
 
 // What float8 is multiplied by; other numbers are what they are
@@ -136,11 +134,11 @@ __device__ inline float scale_of(const float* scales, int64_t stride, int64_t he
 
 // Out has the dtype of q, but float8 names another
 template <class T> __device__ inline void store_out(const ForwardArgs& p, int64_t at, float x) {
-  const auto store = [&]<class O>(O*) { static_cast<O*>(p.out)[at] = from_float<O>(x); };
-  if constexpr (!std::is_same_v<T, E4M3>) return store(static_cast<T*>(nullptr));
-  if (p.out_dtype == DType::kF32) return store(static_cast<float*>(nullptr));
-  if (p.out_dtype == DType::kF16) return store(static_cast<F16*>(nullptr));
-  store(static_cast<BF16*>(nullptr));
+  if constexpr (std::is_same_v<T, E4M3>) {
+    store_float(p.out, at, p.out_dtype, x);
+  } else {
+    static_cast<T*>(p.out)[at] = from_float<T>(x);
+  }
 }
 
 // What a score weighs where no maximum is taken off

@@ -25,8 +25,24 @@ template <> __device__ __forceinline__ BF16 from_float<BF16>(float x) {
   return __float2bfloat16_rn(x);
 }
 
+// An element of a float dtype that is known when it runs
+__device__ __forceinline__ float load_float(const void* from, int64_t at, DType dtype) {
+  if (dtype == DType::kF32) return static_cast<const float*>(from)[at];
+  if (dtype == DType::kF16) return to_float(static_cast<const F16*>(from)[at]);
+  return to_float(static_cast<const BF16*>(from)[at]);
+}
+__device__ __forceinline__ void store_float(void* to, int64_t at, DType dtype, float x) {
+  if (dtype == DType::kF32) {
+    static_cast<float*>(to)[at] = x;
+  } else if (dtype == DType::kF16) {
+    static_cast<F16*>(to)[at] = from_float<F16>(x);
+  } else {
+    static_cast<BF16*>(to)[at] = from_float<BF16>(x);
+  }
+}
+
 // Calls body(T{}) with the type that a float dtype is stored as
-template <class Body> void dispatch_float(DType dtype, const Body& body) {
+template <class Body> constexpr void dispatch_float(DType dtype, const Body& body) {
   switch (dtype) {
     case DType::kF32:
       return body(float{});
