@@ -92,9 +92,9 @@ const char* declines_forward_sm90(const ForwardCall& call);
 // What no Hopper kernel can load, or null; k and v are `blocks` blocks of `rows` rows
 const char* declines_addresses_sm90(const ForwardCall& call, int64_t blocks, int64_t rows);
 
-// What forward_sm90 picks from, one instantiation file each. `kMapped` scores pass through softCap
-// and slopes, or a scale that is not positive, and of kSlotColumns columns through slots. `kListed`
-// keys come from lists.
+// What forward_sm90 picks from, an instantiation file for each size, and for each dtype where there
+// are slots. `kMapped` scores pass through softCap and slopes, or a scale that is not positive, and
+// of kSlotColumns columns through slots. `kListed` keys come from lists.
 template <DType kType, int kD, int kDv, bool kMapped, bool kListed = false>
 void launch_forward_sm90(const ForwardCall& call, cudaStream_t stream);
 template <int kD> void launch_float8_sm90(const ForwardCall& call, cudaStream_t stream);

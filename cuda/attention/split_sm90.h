@@ -27,7 +27,7 @@ void split_sm90(const SplitCall& call, cudaStream_t stream);
 // Why it cannot take a call, or null
 const char* declines_split_sm90(const SplitCall& call);
 
-// What split_sm90 picks from, one instantiation file each
+// What split_sm90 picks from, an instantiation file for each size
 template <DType kType, int kD> void launch_split_sm90(const SplitCall& call, cudaStream_t stream);
 
 }  // namespace heddle

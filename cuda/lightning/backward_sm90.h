@@ -48,7 +48,7 @@ void sweep_sm90(const SweepCall& call, const ScanPlan& plan, cudaStream_t stream
 // Why it cannot take a call, or null, beside what scan_sm90 declines
 const char* declines_sweep_sm90(const ScanCall& call);
 
-// What sweep_sm90 picks from, one instantiation file each: d and e up to kSize
+// What sweep_sm90 picks from, an instantiation file for each size: d and e up to kSize
 template <DType kType, int kSize>
 void launch_sweep_sm90(const SweepCall& call, const ScanPlan& plan, cudaStream_t stream);
 

@@ -58,7 +58,8 @@ void scan_sm90(const ScanCall& call, const ScanPlan& plan, cudaStream_t stream);
 // Why it cannot take a call, or null
 const char* declines_scan_sm90(const ScanCall& call);
 
-// What scan_sm90 picks from, one instantiation file each: d up to kD, kE columns of v per CTA
+// What scan_sm90 picks from, an instantiation file for each size: d up to kD, kE columns of v per
+// CTA
 template <DType kType, int kD, int kE>
 void launch_scan_sm90(const ScanCall& call, const ScanPlan& plan, cudaStream_t stream);
 

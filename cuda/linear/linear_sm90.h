@@ -22,7 +22,7 @@ void linear_sm90(const LinearCall& call, cudaStream_t stream);
 // Why it cannot take a call, or null
 const char* declines_linear_sm90(const LinearCall& call);
 
-// What linear_sm90 picks from, one instantiation file each
+// What linear_sm90 picks from
 template <DType kType> void launch_linear_sm90(const LinearCall& call, cudaStream_t stream);
 
 }  // namespace heddle

@@ -3,4 +3,5 @@
 namespace heddle {
 template void launch_scan_sm90<DType::kBF16, 64, 64>(const ScanCall&, const ScanPlan&,
                                                      cudaStream_t);
-}
+template void launch_scan_sm90<DType::kF16, 64, 64>(const ScanCall&, const ScanPlan&, cudaStream_t);
+}  // namespace heddle

@@ -1,5 +1,0 @@
-#include "lightning/backward_sm90.cuh"
-
-namespace heddle {
-template void launch_sweep_sm90<DType::kBF16, 128>(const SweepCall&, const ScanPlan&, cudaStream_t);
-}

@@ -1,6 +1,0 @@
-#include "lightning/forward_sm90.cuh"
-
-namespace heddle {
-template void launch_scan_sm90<DType::kBF16, 128, 128>(const ScanCall&, const ScanPlan&,
-                                                       cudaStream_t);
-}

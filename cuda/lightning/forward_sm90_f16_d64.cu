@@ -1,5 +1,0 @@
-#include "lightning/forward_sm90.cuh"
-
-namespace heddle {
-template void launch_scan_sm90<DType::kF16, 64, 64>(const ScanCall&, const ScanPlan&, cudaStream_t);
-}

@@ -1,5 +1,0 @@
-#include "linear/linear_sm90.cuh"
-
-namespace heddle {
-template void launch_linear_sm90<DType::kBF16>(const LinearCall&, cudaStream_t);
-}
