@@ -265,14 +265,16 @@ export const operators: Readonly<Record<string, (problem: Problem, device: Devic
   'attention.backward'(problem, device) {
     const sizes = attentionProblem(problem, device)
     const { b, sq, sk, hq, hk, d, dv, q, k, v, make, sees, pairs } = sizes
-    const options = { ...sizes.options, deterministic: !problem.flags.has('atomic') }
+    const blocks = drawBlocks(problem, device)
+    const given = blocks ? { mask: blocks.mask } : sizes.options
+    const options = { ...given, deterministic: !problem.flags.has('atomic') }
     const dout = make(4, [b, sq, hq, dv])
-    const { out, lse } = attention(q, k, v, sizes.options)
+    const { out, lse } = attention(q, k, v, given)
     const run = () => attentionBackward(q, k, v, out, lse, dout, options)
     const element = bytesPerElement[problem.dtype]
     return {
       inputs: [q, k, v, out, lse, dout],
-      flops: 2 * hq * pairs * (3 * d + 2 * dv),
+      flops: 2 * (blocks ? b * blocks.listed : hq * pairs) * (3 * d + 2 * dv),
       bytes: element * b * (2 * sq * hq * (d + dv) + 2 * sk * hk * (d + dv)) + 4 * b * hq * sq,
       run() {
         const { dq, dk, dv, dslopes } = run()
@@ -319,6 +321,7 @@ export const operators: Readonly<Record<string, (problem: Problem, device: Devic
             .select(0, head)
             .read()
           const pair = (row: number, t: number) => {
+            if (!(blocks?.sees(head, row, t) ?? true)) return { p: 0, ds: 0 }
             const slope = sizes.options.slopes?.[head] ?? 0
             const score = dot(qs, row, ks, t, d) * scale + slope * (t - (sk - sq + row))
             const p = Math.exp(score - ls[row]!)
@@ -744,6 +747,11 @@ export const suites: Readonly<Record<'cpu' | 'cuda', readonly string[]>> = {
     'attention.backward:b2 sq8192 sk8192 hq16 hk16 d128 bf16 causal',
     'attention.backward:b2 sq8192 sk8192 hq16 hk4 d128 bf16 causal',
     'attention.backward:b2 sq8192 sk8192 hq16 hk16 d128 bf16 causal slopes',
+    'attention.backward:b1 sq32768 sk32768 hq16 hk16 d128 bf16 causal',
+    'attention.backward:b1 sq32768 sk32768 hq16 hk16 d128 bf16 causal blocks128 density0.5 seed1',
+    'attention.backward:b1 sq32768 sk32768 hq16 hk16 d128 bf16 causal blocks128 density0.1 seed1',
+    'attention.backward:b1 sq32768 sk32768 hq16 hk16 d128 bf16 causal blocks128 density0.1 seed1 atomic',
+    'attention.backward:b1 sq32768 sk32768 hq16 hk16 d128 bf16 causal blocks64 density0.1 seed1',
     'attention.backward:b4 sq4096 sk4096 hq16 hk16 d128 bf16 atomic',
     'attention.backward:b4 sq4096 sk4096 hq16 hk16 d128 bf16 causal atomic',
     'attention.backward:b1 sq16384 sk16384 hq16 hk16 d128 bf16 atomic',

@@ -229,6 +229,14 @@ SplitCall hopper_call(const Attention& op, const CudaContext& context) {
   return call;
 }
 
+void list_units(ForwardCall& call, CudaContext& context) {
+  const int64_t lists = size_lists_sm90(call), words = lists * call.lists.words;
+  call.lists.bits = context.scratch<UnitBits>(static_cast<size_t>(words * call.lists.warpgroups));
+  call.lists.marks = context.scratch<int>(static_cast<size_t>(lists * call.lists.mark_words()));
+  list_units_sm90(call, lists, context.stream);
+  context.launched("attention_list_kernel");
+}
+
 const char* declines_hopper(const Attention& op, const CudaContext& context) {
   if (context.arch != 90) return "the GPU must be of compute capability 9.0";
   if (op.q.strides[3] != 1 || op.k.strides[3] != 1 || op.v.strides[3] != 1)
@@ -307,13 +315,7 @@ const char* declines_forward(const Attention& op, const CudaContext& context) {
 void run_forward(const Attention& op, CudaContext& context) {
   SplitCall call = hopper_call(op, context);
   call.tickets = context.counters(2);
-  if (call.masked) {
-    const int64_t lists = size_lists_sm90(call), words = lists * call.lists.words;
-    call.lists.bits = context.scratch<UnitBits>(static_cast<size_t>(words * call.lists.warpgroups));
-    call.lists.marks = context.scratch<int>(static_cast<size_t>(lists * call.lists.mark_words()));
-    list_units_sm90(call, lists, context.stream);
-    context.launched("attention_list_kernel");
-  }
+  if (call.masked) list_units(call, context);
   const int* strange = op.cosine ? row_factors(call, context) : nullptr;
   forward_sm90(call, context.stream);
   context.launched("forward_sm90_kernel");

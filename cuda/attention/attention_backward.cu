@@ -52,7 +52,6 @@ BackwardCall backward_call(const AttentionBackward& op, const CudaContext& conte
 const char* declines_wgmma(const AttentionBackward& op, const CudaContext& context) {
   if (const char* reason = declines_slots(op)) return reason;
   if (const char* reason = declines_hopper(op, context)) return reason;
-  if (op.masked) return "mask must be left out";
   if (op.dlse) return "dlse must be left out";
   if (op.out.strides[3] != 1 || op.dout.strides[3] != 1)
     return "out and dout must be contiguous along d";
@@ -77,6 +76,7 @@ void run_wgmma(const AttentionBackward& op, CudaContext& context) {
     call.dslope_parts = context.scratch<float>(parts);
     HEDDLE_CUDA(cudaMemsetAsync(call.dslope_parts, 0, parts * sizeof(float), context.stream));
   }
+  if (call.masked) list_units(call, context);
   backward_sm90(call, context.stream);
   context.launched("backward_sm90_kernel");
   if (leaves_marks(call)) backward_redo(args, tiles, tiles.marks(call.counters), context);

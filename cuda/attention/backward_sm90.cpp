@@ -5,14 +5,18 @@
 namespace heddle {
 namespace {
 
-template <DType kType, bool kMapped> void pick(const BackwardCall& call, cudaStream_t stream) {
-  GradientTiles(call).columns == 64 ? launch_backward_sm90<kType, 64, kMapped>(call, stream)
-                                    : launch_backward_sm90<kType, 128, kMapped>(call, stream);
+template <DType kType, bool kMapped, bool kListed = false>
+void pick(const BackwardCall& call, cudaStream_t stream) {
+  const auto launch = GradientTiles(call).columns == 64
+                          ? launch_backward_sm90<kType, 64, kMapped, kListed>
+                          : launch_backward_sm90<kType, 128, kMapped, kListed>;
+  launch(call, stream);
 }
 
 template <DType kType> void pick(const BackwardCall& call, cudaStream_t stream) {
-  call.soft_cap > 0 || call.slopes ? pick<kType, true>(call, stream)
-                                   : pick<kType, false>(call, stream);
+  call.masked                        ? pick<kType, false, true>(call, stream)
+  : call.soft_cap > 0 || call.slopes ? pick<kType, true>(call, stream)
+                                     : pick<kType, false>(call, stream);
 }
 
 }  // namespace
@@ -20,6 +24,8 @@ template <DType kType> void pick(const BackwardCall& call, cudaStream_t stream) 
 const char* declines_backward_sm90(const BackwardCall& call) {
   constexpr int64_t kMost = int64_t{1} << 28;  // rows and tiles are counted in 32 bits
   if (call.d > 128 || call.dv > 128) return "d and dv must be at most 128";
+  if (call.masked && (call.soft_cap > 0 || call.slopes))
+    return "softCap and slopes must be left out under a mask";
   if (call.slopes && call.hq > kMostSlopes * call.hk)
     return "slopes must be of at most 64 query heads for each kv head";
   // masked scores are -inf before scaling

@@ -29,6 +29,11 @@
 //
 // A kernel before prepares what rows need, one behind scales and converts dq. Each of the three
 // lets the next one begin when what was before itself has ended.
+//
+// Under a mask the query tiles come from the lists that the forward has (list_sm90.h), read across:
+// lanes look at one row tile and head each, and a vote finds the next that sees some key. Warp 3
+// does so for all others, counts in the row tile's list whose turn it is, and looks up the pairs of
+// what the mask cuts.
 namespace heddle {
 namespace {
 
@@ -53,7 +58,14 @@ struct GradientWork {
   __device__ __forceinline__ int tiles() const { return end - begin; }
 };
 
-template <int kD> struct GradientSmem {
+// What is visited next under a mask
+struct alignas(16) GradientStep {
+  int m, head;      // a query tile of the sequence, or -1 after the last, and a head of q
+  uint32_t masked;  // by a bit for each warpgroup
+  int turn;         // of this key tile at the row tile
+};
+
+template <int kD, bool kListed> struct GradientSmem {
   using Shape = GradientShape<kD>;
   using Keys = sm90::Tile<Shape::kKeys, kD>;
   using Rows = sm90::Tile<Shape::kQueries, kD>;
@@ -66,6 +78,13 @@ template <int kD> struct GradientSmem {
   alignas(16) float delta[Shape::kOStages][Shape::kQueries];
   float dslopes[8][kMostSlopes];  // of each computing warp, of the heads of the group
   GradientWork work;
+  // a step is published before the one ahead of it is looked up, and read until its dq is added up,
+  // five steps later
+  static constexpr int kSteps = kListed ? 8 : 0, kLooks = kListed ? Shape::kQStages : 0;
+  GradientStep steps[kSteps];
+  // of each computing warp's 16 keys those that a query sees
+  alignas(4) uint16_t pairs[kLooks][8][Shape::kQueries];
+  sm90::Barrier step_full[kSteps], look_full[kLooks];
   sm90::Barrier k_full, v_full;
   sm90::Barrier q_full[Shape::kQStages], q_empty[Shape::kQStages];
   sm90::Barrier dout_full[Shape::kOStages], dout_empty[Shape::kOStages];
@@ -98,6 +117,7 @@ struct GradientArgs {
   const int* fault;  // of packed sequences with wrong offsets, which may leave out tiles
   int64_t counters;
   uint16_t *dq, *dk, *dv_out;
+  UnitLists lists;
 };
 
 // Where the packed sequence `i` lies among `total` tokens; nothing is out of bounds, whatever
@@ -174,7 +194,122 @@ __device__ __forceinline__ GradientWork gradient_work(const GradientArgs& args, 
   return work;
 }
 
-template <DType kType, int kD, bool kMapped>
+// What the lists say of a row tile of a sequence and head
+template <int kQueries> struct RowUnits {
+  static constexpr int kHalves = kQueries / 64, kKeys = 2 * kUnitKeys, kTiles = 16;  // of a word
+  const UnitBits* bits;
+  const int* marks;
+  int words;
+
+  // The sequence's first row tile is number `row_tile` of all
+  __device__ __forceinline__ RowUnits(const GradientArgs& args, int batch, int head, int q_begin,
+                                      int row_tile, int m) {
+    const int first = row_tile - q_begin / kQueries + q_begin / 128;
+    const int64_t list = args.lists.index(batch, head, first + m / (2 / kHalves));
+    words = args.lists.words;
+    bits = args.lists.bits + list * words * kListedWarpgroups + m % (2 / kHalves);
+    marks = args.lists.marks + list * args.lists.mark_words() + 1;
+  }
+  __device__ __forceinline__ bool marked(int word) const {
+    return marks[word / 32] >> word % 32 & 1;
+  }
+  // Of each 64 rows four bits: which of a key tile's two units some row sees, then which are listed
+  __device__ __forceinline__ uint32_t seen(int tile) const {
+    const int word = tile / kTiles, shift = tile % kTiles * 2;
+    uint32_t seen = 0;
+    if (marked(word))
+      for (int half = 0; half < kHalves; ++half) {
+        const UnitBits its = bits[word * kListedWarpgroups + half];
+        seen |= ((its.any >> shift & 3) | (its.listed >> shift & 3) << 2) << 4 * half;
+      }
+    return seen;
+  }
+  // How many of the key tiles below `tile` are seen, by a warp
+  __device__ __forceinline__ int tiles_below(int tile, int lane) const {
+    uint32_t count = 0;
+    for (int word = lane; word * kTiles < tile; word += 32) {
+      if (!marked(word)) continue;
+      uint32_t any = 0;
+      for (int half = 0; half < kHalves; ++half) any |= bits[word * kListedWarpgroups + half].any;
+      const uint32_t tiles = (any | any >> 1) & 0x55555555;
+      count += __popc(tiles & static_cast<uint32_t>(bit_range(0, 2 * (tile - word * kTiles))));
+    }
+    return static_cast<int>(__reduce_add_sync(~0u, count));
+  }
+};
+
+// The steps of a key tile from the last rows to the first, for a warp
+template <int kQueries> struct StepWalk {
+  const GradientArgs& args;
+  const GradientWork& work;
+  int lane;
+  int from;  // pairs of a query tile and a head of the group below this one were not looked at
+  uint32_t its_seen = 0, left = 0;  // by this lane's pair, and of which lanes
+  uint32_t seen = 0;                // by the step
+
+  __device__ __forceinline__ StepWalk(const GradientArgs& args, const GradientWork& work, int group,
+                                      int lane)
+      : args(args), work(work), lane(lane), from(work.end * group) {}
+
+  __device__ __forceinline__ RowUnits<kQueries> units(int m, int head) const {
+    return {args, work.batch, head, work.q_begin, work.row_tile, m};
+  }
+  __device__ __forceinline__ GradientStep next() {
+    const int group = args.hq / args.hk, tile = work.first_key / RowUnits<kQueries>::kKeys;
+    // heads in the order that they have without lists
+    const auto step = [&](int pair) {
+      return GradientStep{pair / group, (work.kv_head + 1) * group - 1 - pair % group, 0, 0};
+    };
+    while (left == 0) {
+      if (from <= work.begin * group) return {-1, 0, 0, 0};
+      from -= 32;
+      its_seen = 0;
+      if (from + lane >= work.begin * group) {
+        const GradientStep its = step(from + lane);
+        its_seen = units(its.m, its.head).seen(tile);
+      }
+      left = __ballot_sync(~0u, its_seen != 0);
+    }
+    const int highest = 31 - __clz(static_cast<int>(left));
+    left ^= 1u << highest;
+    seen = __shfl_sync(~0u, its_seen, highest);
+    GradientStep next = step(from + highest);
+    // a warpgroup masks nothing if its unit is listed for each 64 rows and below what the first row
+    // sees last
+    const int end = args.causal ? min(next.m * kQueries + work.off + 1, work.sk) : work.sk;
+    const uint32_t listed = seen >> 2 & (kQueries == 64 ? 3 : seen >> 6);
+    for (int i = 0; i < 2; ++i)
+      if (!(listed >> i & 1) || work.first_key + (i + 1) * kUnitKeys > end) next.masked |= 1 << i;
+    if (args.deterministic) next.turn = units(next.m, next.head).tiles_below(tile, lane);
+    return next;
+  }
+
+  // Which pairs of a step meet, for the warpgroups that mask some; `seen` is as it was then
+  __device__ __forceinline__ void look(const GradientStep& step, uint32_t seen,
+                                       uint16_t (&pairs)[8][kQueries]) const {
+    const bool packed = args.cu_seqlens_q != nullptr;
+    const UnitRows rows{work.batch,   packed ? work.row_tile - work.q_begin / kQueries : work.batch,
+                        work.q_begin, step.head,
+                        work.sq,      work.sk,
+                        args.causal,  packed};
+#pragma unroll 1
+    for (int i = lane; i < 2 * kQueries; i += 32) {
+      const int its = i / kQueries, r = i % kQueries, row = step.m * kQueries + r;
+      if (!(step.masked >> its & 1)) continue;
+      const uint32_t unit = seen >> (r / 64 * 4 + its);
+      const int64_t key = work.first_key + its * kUnitKeys;
+      uint64_t sees = 0;
+      if ((unit & 1) && row < work.sq) {
+        const MaskRow mask_row = rows.row(args.lists.mask, row);
+        sees = unit & 4 ? bit_range(0, mask_row.end - key) : args.lists.mask.seen(mask_row, key);
+      }
+#pragma unroll
+      for (int w = 0; w < 4; ++w) pairs[its * 4 + w][r] = static_cast<uint16_t>(sees >> 16 * w);
+    }
+  }
+};
+
+template <DType kType, int kD, bool kMapped, bool kListed>
 __global__ void __launch_bounds__((GradientShape<kD>::kThreads), 1)
     backward_sm90_kernel(const __grid_constant__ sm90::TensorMap gmem_q,
                          const __grid_constant__ sm90::TensorMap gmem_dout,
@@ -185,7 +320,7 @@ __global__ void __launch_bounds__((GradientShape<kD>::kThreads), 1)
   using namespace sm90;
   using Shape = GradientShape<kD>;
   constexpr int kQueries = Shape::kQueries, kKeys = Shape::kKeys;
-  using Smem = GradientSmem<kD>;
+  using Smem = GradientSmem<kD, kListed>;
   using Frag = uint32_t[kQueries / 16][4];
   auto& smem = shared_memory<Smem>();
   // the same in all lanes, which the compiler cannot know of threadIdx
@@ -198,6 +333,8 @@ __global__ void __launch_bounds__((GradientShape<kD>::kThreads), 1)
       smem.q_full[stage].init(1);
       smem.q_empty[stage].init(8);
     }
+    for (int stage = 0; stage < Smem::kSteps; ++stage) smem.step_full[stage].init(1);
+    for (int stage = 0; stage < Smem::kLooks; ++stage) smem.look_full[stage].init(1);
     for (int stage = 0; stage < Shape::kOStages; ++stage) {
       smem.dout_full[stage].init(1);
       smem.dout_empty[stage].init(8);
@@ -225,68 +362,116 @@ __global__ void __launch_bounds__((GradientShape<kD>::kThreads), 1)
   if (warpgroup == 0) {
     lower_registers<Shape::kLoadRegisters>();
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
+    if constexpr (kListed) {
+      if (tiles > 0 && warp == 3) {
+        StepWalk<kQueries> walk(args, work, group, threadIdx.x % 32);
+        uint32_t i = 0;
+        auto publish = [&](const GradientStep& step) {
+          const auto stage = Turn<Smem::kSteps>(i++).stage;
+          if (walk.lane != 0) return;
+          smem.steps[stage] = step;
+          smem.step_full[stage].arrive();
+        };
+        GradientStep next = walk.next();
+        publish(next);
+        while (next.m >= 0) {
+          const GradientStep step = next;
+          const uint32_t seen = walk.seen;
+          const Turn<Shape::kQStages> q(i - 1);
+          next = walk.next();
+          publish(next);
+          smem.q_empty[q.stage].wait(q.parity ^ 1);
+          if (step.masked) walk.look(step, seen, smem.pairs[q.stage]);
+          __syncwarp();
+          if (walk.lane == 0) smem.look_full[q.stage].arrive();
+        }
+        return;
+      }
+    }
     if (tiles == 0 || warp > 2 || !elect_one()) return;
     // where rows of the tile, and its sums, are
     auto row_tile = [&](int head, int m) {
       return static_cast<int64_t>(work.batch * args.hq + head) * args.row_tiles + work.row_tile + m;
     };
-    const int first_head = work.kv_head * group;
-    if (warp == 0) {
-      smem.k_full.arrive_expect(smem.k.kBytes);
-      smem.k.load(gmem_k, smem.k_full, work.k_begin + first_key, work.kv_head, work.batch,
-                  Keep::kShortly);
-      uint32_t step = 0;
-      for (int m = work.end - 1; m >= work.begin; --m)
-        for (int head = first_head; head < first_head + group; ++head, ++step) {
-          const int row = work.q_begin + m * kQueries;
-          const int64_t vectors = row_tile(head, m) * kQueries;
-          constexpr uint32_t kVectorBytes = kQueries * sizeof(float);
-          const Turn<Shape::kQStages> q(step);
-          smem.q_empty[q.stage].wait(q.parity ^ 1);
-          smem.q_full[q.stage].arrive_expect(smem.q[0].kBytes + kVectorBytes);
-          smem.q[q.stage].load(gmem_q, smem.q_full[q.stage], row, head, work.batch, Keep::kLong);
-          copy_to_smem(smem.lse_log2[q.stage], args.tile_lse_log2 + vectors, kVectorBytes,
-                       smem.q_full[q.stage]);
-          if (step == 0) {
-            smem.v_full.arrive_expect(smem.v.kBytes);
-            smem.v.load(gmem_v, smem.v_full, work.k_begin + first_key, work.kv_head, work.batch,
-                        Keep::kShortly);
-          }
-          const Turn<Shape::kOStages> o(step);
-          smem.dout_empty[o.stage].wait(o.parity ^ 1);
-          smem.dout_full[o.stage].arrive_expect(smem.dout[0].kBytes + kVectorBytes);
-          smem.dout[o.stage].load(gmem_dout, smem.dout_full[o.stage], row, head, work.batch,
-                                  Keep::kLong);
-          copy_to_smem(smem.delta[o.stage], args.tile_delta + vectors, kVectorBytes,
-                       smem.dout_full[o.stage]);
+    auto each_step = [&](const auto& take) {
+      if constexpr (kListed) {
+        for (uint32_t i = 0;; ++i) {
+          const Turn<Smem::kSteps> turn(i);
+          smem.step_full[turn.stage].wait(turn.parity);
+          const GradientStep step = smem.steps[turn.stage];
+          if (step.m < 0) break;
+          take(step);
         }
+      } else {
+        const int first_head = work.kv_head * group;
+        for (int m = work.end - 1; m >= work.begin; --m)
+          for (int head = first_head; head < first_head + group; ++head)
+            take(GradientStep{m, head, 0, 0});
+      }
+    };
+    if (warp == 0) {
+      auto load_keys = [&] {
+        smem.k_full.arrive_expect(smem.k.kBytes);
+        smem.k.load(gmem_k, smem.k_full, work.k_begin + first_key, work.kv_head, work.batch,
+                    Keep::kShortly);
+      };
+      if (!kListed) load_keys();
+      uint32_t step = 0;
+      each_step([&](const GradientStep& next) {
+        const int row = work.q_begin + next.m * kQueries;
+        const int64_t vectors = row_tile(next.head, next.m) * kQueries;
+        constexpr uint32_t kVectorBytes = kQueries * sizeof(float);
+        if (kListed && step == 0) load_keys();
+        const Turn<Shape::kQStages> q(step);
+        smem.q_empty[q.stage].wait(q.parity ^ 1);
+        smem.q_full[q.stage].arrive_expect(smem.q[0].kBytes + kVectorBytes);
+        smem.q[q.stage].load(gmem_q, smem.q_full[q.stage], row, next.head, work.batch, Keep::kLong);
+        copy_to_smem(smem.lse_log2[q.stage], args.tile_lse_log2 + vectors, kVectorBytes,
+                     smem.q_full[q.stage]);
+        if (step == 0) {
+          smem.v_full.arrive_expect(smem.v.kBytes);
+          smem.v.load(gmem_v, smem.v_full, work.k_begin + first_key, work.kv_head, work.batch,
+                      Keep::kShortly);
+        }
+        const Turn<Shape::kOStages> o(step);
+        smem.dout_empty[o.stage].wait(o.parity ^ 1);
+        smem.dout_full[o.stage].arrive_expect(smem.dout[0].kBytes + kVectorBytes);
+        smem.dout[o.stage].load(gmem_dout, smem.dout_full[o.stage], row, next.head, work.batch,
+                                Keep::kLong);
+        copy_to_smem(smem.delta[o.stage], args.tile_delta + vectors, kVectorBytes,
+                     smem.dout_full[o.stage]);
+        ++step;
+      });
     } else {
       const int its = warp - 1;
       uint32_t parity = 0;
-      for (int m = work.end - 1; m >= work.begin; --m)
-        for (int head = first_head; head < first_head + group; ++head, parity ^= 1) {
-          const int64_t tile = row_tile(head, m);
-          int* turn = args.turns + tile * 2 + its;
-          float* sums = args.dq_sum + tile * Shape::kSums + its * (Shape::kSums / 2);
-          bool first = false;
-          smem.dq_full[its].wait(parity);
-          if (args.deterministic) {
-            const KeyTiles<kQueries, kKeys> seen(args, m * kQueries, work.sq, work.sk);
-            first = first_key / kKeys == seen.begin;
-            wait_for_signals(turn, first_key / kKeys - seen.begin, args.fault);
-            fence_async_gmem();
+      each_step([&](const GradientStep& next) {
+        const int64_t tile = row_tile(next.head, next.m);
+        int* turn = args.turns + tile * 2 + its;
+        float* sums = args.dq_sum + tile * Shape::kSums + its * (Shape::kSums / 2);
+        int before = next.turn;  // how many key tiles
+        smem.dq_full[its].wait(parity);
+        if (args.deterministic) {
+          if constexpr (!kListed) {
+            const KeyTiles<kQueries, kKeys> seen(args, next.m * kQueries, work.sq, work.sk);
+            before = first_key / kKeys - seen.begin;
           }
-          first ? copy_to_gmem(sums, smem.dq[its], sizeof(smem.dq[0]), Keep::kLong)
-                : add_to_gmem(sums, smem.dq[its], sizeof(smem.dq[0]), Keep::kLong);
-          commit_copies();
-          wait_copies_read<0>();
-          smem.dq_empty[its].arrive();
-          if (args.deterministic) {
-            wait_copies<0>();
-            fence_async_gmem();
-            signal(turn);
-          }
+          wait_for_signals(turn, before, args.fault);
+          fence_async_gmem();
         }
+        const bool first = args.deterministic && before == 0;
+        first ? copy_to_gmem(sums, smem.dq[its], sizeof(smem.dq[0]), Keep::kLong)
+              : add_to_gmem(sums, smem.dq[its], sizeof(smem.dq[0]), Keep::kLong);
+        commit_copies();
+        wait_copies_read<0>();
+        smem.dq_empty[its].arrive();
+        if (args.deterministic) {
+          wait_copies<0>();
+          fence_async_gmem();
+          signal(turn);
+        }
+        parity ^= 1;
+      });
       wait_copies<0>();
     }
     return;
@@ -355,6 +540,16 @@ __global__ void __launch_bounds__((GradientShape<kD>::kThreads), 1)
           if (i / 4 * 8 + 1 >= sees + args.window) acc[i + 1] = -INFINITY;
         }
       }
+    }
+  };
+  auto mask_unseen = [&](float(&acc)[kQueries / 2], const uint16_t(&pairs)[8][kQueries]) {
+    const auto* mine = reinterpret_cast<const uint32_t*>(pairs[own * 4 + warp]) + lane % 4;
+#pragma unroll
+    for (int i = 0; i < kQueries / 2; i += 4) {
+      const uint32_t seen = mine[i] >> lane / 4;
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        if (!(seen >> (j % 2 * 16 + j / 2 * 8) & 1)) acc[i + j] = -INFINITY;
     }
   };
   // how far the key of acc[i + j] is from its query, from what it is for acc[0]
@@ -465,8 +660,15 @@ __global__ void __launch_bounds__((GradientShape<kD>::kThreads), 1)
     for (int head = lane; head < group; head += 32) smem.dslopes[own * 4 + warp][head] = 0;
     __syncwarp();
   }
-  if (tiles > 0) {
-    const int steps = group * tiles;
+  bool any = tiles > 0;
+  if constexpr (kListed) {
+    if (any) {
+      smem.step_full[0].wait(0);
+      any = __shfl_sync(~0u, smem.steps[0].m, 0) >= 0;
+    }
+  }
+  if (any) {
+    int steps = kListed ? INT32_MAX : group * tiles;
     int m = work.end - 1, head = 0;
     smem.k_full.wait(0);
     smem.v_full.wait(0);
@@ -482,6 +684,17 @@ __global__ void __launch_bounds__((GradientShape<kD>::kThreads), 1)
       const int before = i - 1;
       const Turn<Shape::kQStages> q(i);
       const Turn<Shape::kOStages> o(i);
+      uint32_t masked = 0;
+      if constexpr (kListed) {
+        const Turn<Smem::kSteps> turn(i);
+        smem.step_full[turn.stage].wait(turn.parity);
+        m = __shfl_sync(~0u, smem.steps[turn.stage].m, 0);
+        if (m < 0) {
+          steps = i;
+          break;
+        }
+        masked = __shfl_sync(~0u, smem.steps[turn.stage].masked >> own & 1, 0);
+      }
       // packed rows behind the last one
       const bool clears = args.cu_seqlens_q && (m + 1) * kQueries > work.sq;
       smem.q_full[q.stage].wait(q.parity);
@@ -492,7 +705,12 @@ __global__ void __launch_bounds__((GradientShape<kD>::kThreads), 1)
       wgmma_wait<1>(acc_s);
       pin(acc_dk);
       if (i > 0) release(smem.q_empty[Turn<Shape::kQStages>(before).stage]);
-      if (m < work.whole_begin || m >= work.whole_end) mask(acc_s, m);
+      if constexpr (kListed) {
+        smem.look_full[q.stage].wait(q.parity);
+        if (masked) mask_unseen(acc_s, smem.pairs[q.stage]);
+      } else if (m < work.whole_begin || m >= work.whole_end) {
+        mask(acc_s, m);
+      }
       const float near =
           static_cast<float>(first_key + own_key + lane / 4 - work.off - m * kQueries - column);
       float slope_log2 = 0;
@@ -523,7 +741,7 @@ __global__ void __launch_bounds__((GradientShape<kD>::kThreads), 1)
       wgmma_wait<1>(acc_dv);
       release(smem.dout_empty[o.stage]);
 
-      if (++head == group) {
+      if (!kListed && ++head == group) {
         head = 0;
         --m;
       }
@@ -623,6 +841,11 @@ template <int kQueries> struct GradientRows {
     first = begin + row;
     rows = tile < 0 ? 0 : min(max(sq - row, 0), kQueries);
   }
+  // what the lists say of tile `index`
+  __device__ __forceinline__ RowUnits<kQueries> units(const GradientArgs& args, int index) const {
+    const int tile = row / kQueries;
+    return {args, batch, head, first - row, index % args.row_tiles - tile, tile};
+  }
 };
 
 constexpr int kRowCta = 256;
@@ -707,7 +930,7 @@ __global__ void __launch_bounds__(kRowCta) backward_rows_sm90_kernel(const Gradi
 
 // dq from its sums. In turns a tile is complete when all have had theirs: most are converted while
 // the last key tiles still run.
-template <DType kType, int kD>
+template <DType kType, int kD, bool kListed>
 __global__ void __launch_bounds__(kRowCta) backward_dq_sm90_kernel(const GradientArgs args) {
   using namespace sm90;
   constexpr int kQueries = GradientShape<kD>::kQueries, kSums = GradientShape<kD>::kSums;
@@ -719,15 +942,20 @@ __global__ void __launch_bounds__(kRowCta) backward_dq_sm90_kernel(const Gradien
   const bool early = args.deterministic && !args.cu_seqlens_q;
   if (!early) await_previous();
   if (tile.rows == 0) return;
-  const KeyTiles<kQueries, GradientShape<kD>::kKeys> seen(args, tile.row, tile.sq, tile.sk);
+  int turns = 0;
+  if constexpr (kListed) {
+    if (args.deterministic)
+      turns = tile.units(args, blockIdx.x).tiles_below(args.lists.words * 16, thread % 32);
+  } else {
+    turns = KeyTiles<kQueries, GradientShape<kD>::kKeys>(args, tile.row, tile.sq, tile.sk).count();
+  }
   if (early) {
     if (thread < 2)
-      wait_for_signals(args.turns + static_cast<int64_t>(blockIdx.x) * 2 + thread, seen.count(),
-                       nullptr);
+      wait_for_signals(args.turns + static_cast<int64_t>(blockIdx.x) * 2 + thread, turns, nullptr);
     __syncthreads();
   }
   // where nobody has had the first turn there are no sums
-  const bool any = !args.deterministic || seen.count() > 0;
+  const bool any = !args.deterministic || turns > 0;
   const auto* sums =
       reinterpret_cast<const float4*>(args.dq_sum + static_cast<int64_t>(blockIdx.x) * kSums);
   float4 own[kRounds];
@@ -765,7 +993,7 @@ __global__ void __launch_bounds__(kRowCta) backward_dq_sm90_kernel(const Gradien
   if (early && blockIdx.x + 1 == gridDim.x) await_previous();
 }
 
-template <DType kType, int kD, bool kMapped>
+template <DType kType, int kD, bool kMapped, bool kListed>
 void launch_backward(const BackwardCall& call, cudaStream_t stream) {
   using Shape = GradientShape<kD>;
   const GradientTiles tiles(call);
@@ -787,8 +1015,9 @@ void launch_backward(const BackwardCall& call, cudaStream_t stream) {
   constexpr int64_t kSectionBytes = 40'000'000, kSectionTiles = 256;
   const int64_t bytes = call.sq * group * kD * 8;
   const int64_t most = std::max(kSectionBytes / bytes, kSectionTiles / tiles.key_tiles);
-  args.sections = static_cast<int>(
-      args.causal || call.deterministic ? pairs / std::clamp<int64_t>(most, 1, pairs) : pairs);
+  args.sections = static_cast<int>(args.causal || call.deterministic || kListed
+                                       ? pairs / std::clamp<int64_t>(most, 1, pairs)
+                                       : pairs);
   args.window = static_cast<int>(std::min<int64_t>(call.window, INT32_MAX / 2));
   args.deterministic = call.deterministic;
   args.fault = call.cu_seqlens_q ? call.fault : nullptr;
@@ -828,6 +1057,7 @@ void launch_backward(const BackwardCall& call, cudaStream_t stream) {
   args.dq = static_cast<uint16_t*>(call.dq);
   args.dk = static_cast<uint16_t*>(call.dk);
   args.dv_out = static_cast<uint16_t*>(call.dv_out);
+  args.lists = call.lists;
   const auto map = [&](const void* data, int64_t d, int64_t s, int64_t h, const Strides& strides,
                        int rows) {
     return make_tensor_map(kType, data, {d, s, h, call.b, strides.row, strides.head, strides.batch},
@@ -838,15 +1068,15 @@ void launch_backward(const BackwardCall& call, cudaStream_t stream) {
   };
   const int row_ctas = static_cast<int>(tiles.total_rows);
   launch<backward_rows_sm90_kernel<kType, kD>>({row_ctas, kRowCta, 0, stream, true}, args);
-  launch<backward_sm90_kernel<kType, kD, kMapped>>(
+  launch<backward_sm90_kernel<kType, kD, kMapped, kListed>>(
       {static_cast<int>(tiles.total_keys), Shape::kThreads,
-       sm90::shared_memory_bytes<GradientSmem<kD>>(), stream, true},
+       sm90::shared_memory_bytes<GradientSmem<kD, kListed>>(), stream, true},
       map(call.q, call.d, call.sq, call.hq, call.q_strides, Shape::kQueries),
       map(call.dout, call.dv, call.sq, call.hq, call.dout_strides, Shape::kQueries),
       map(call.k, call.d, call.sk, call.hk, call.k_strides, Shape::kKeys),
       map(call.v, call.dv, call.sk, call.hk, call.v_strides, Shape::kKeys), result(call.dk, call.d),
       result(call.dv_out, call.dv), args);
-  launch<backward_dq_sm90_kernel<kType, kD>>(
+  launch<backward_dq_sm90_kernel<kType, kD, kListed>>(
       {row_ctas, kRowCta, sm90::shared_memory_bytes<sm90::Tile<Shape::kQueries, kD>>(), stream,
        true},
       args);
@@ -854,9 +1084,9 @@ void launch_backward(const BackwardCall& call, cudaStream_t stream) {
 
 }  // namespace
 
-template <DType kType, int kD, bool kMapped>
+template <DType kType, int kD, bool kMapped, bool kListed>
 void launch_backward_sm90(const BackwardCall& call, cudaStream_t stream) {
-  launch_backward<kType, kD, kMapped>(call, stream);
+  launch_backward<kType, kD, kMapped, kListed>(call, stream);
 }
 
 }  // namespace heddle

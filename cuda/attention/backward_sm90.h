@@ -70,7 +70,7 @@ HEDDLE_HOST_DEVICE int sequence_of_tile(const int32_t* offsets, int64_t stride, 
 
 // Whether a masked value that is no number may have spoilt sums. Without a mask there are none.
 inline bool leaves_marks(const ForwardCall& call) {
-  return call.causal || call.window || call.cache_seqlens;
+  return call.causal || call.window || call.cache_seqlens || call.masked;
 }
 
 // Gradients on Hopper's matrix instructions, for calls that are not declined. What it marks is left
@@ -80,8 +80,9 @@ void backward_sm90(const BackwardCall& call, cudaStream_t stream);
 // Why it cannot take a call, or null
 const char* declines_backward_sm90(const BackwardCall& call);
 
-// What backward_sm90 picks from, one instantiation file each. `kMapped` is with softCap or slopes.
-template <DType kType, int kD, bool kMapped>
+// What backward_sm90 picks from. `kMapped` is with softCap or slopes, `kListed` under a mask, whose
+// instances have files of their own.
+template <DType kType, int kD, bool kMapped, bool kListed = false>
 void launch_backward_sm90(const BackwardCall& call, cudaStream_t stream);
 
 }  // namespace heddle

@@ -95,6 +95,90 @@ template <DType kType> struct HeadArray {
   size_t shift = 0;
 };
 
+// The mask of a case, and its lists
+struct DrawnMask {
+  const Case& c;
+  const CaseMask& m;
+  int64_t block_q, block_k, rows_each, lines;
+  MaskBits blocks, columns, diagonals;
+  std::vector<int32_t> bounds;
+  std::vector<UnitBits> unit_bits;
+  std::vector<int> unit_marks;
+
+  DrawnMask(const Case& c, emulator::Random& random)
+      : c(c),
+        m(c.mask),
+        block_q(std::max<int64_t>(m.block_q, 1)),
+        block_k(std::max<int64_t>(m.block_k, 1)),
+        rows_each(c.packed.empty() ? (c.sq + block_q - 1) / block_q
+                                   : c.sq / block_q + static_cast<int64_t>(c.packed.size())),
+        lines((c.packed.empty() ? c.b : static_cast<int64_t>(c.packed.size())) * m.heads),
+        blocks(c.b * m.heads * rows_each, (c.sk + block_k - 1) / block_k),
+        columns(lines, c.sk),
+        diagonals(lines, c.sk) {
+    if (!m.block_q) return;
+    for (int64_t line = 0; line < c.b * m.heads * rows_each; ++line)
+      for (int64_t column = 0; column < (c.sk + block_k - 1) / block_k; ++column)
+        if (random.below(100) < static_cast<uint32_t>(m.percent)) blocks.set(line, column);
+    for (int64_t line = 0; line < lines; ++line) {
+      for (int i = 0; i < m.columns; ++i)
+        columns.set(line, random.below(static_cast<uint32_t>(c.sk)));
+      for (int i = 0; i < m.diagonals; ++i)
+        diagonals.set(line, random.below(static_cast<uint32_t>(c.sk)));
+    }
+    for (int64_t i = 0; m.document && i < c.b * c.sq; ++i) {
+      const int64_t begin = (c.sk - c.sq + i % c.sq) / m.document * m.document;
+      bounds.push_back(static_cast<int32_t>(begin));
+      bounds.push_back(static_cast<int32_t>(begin + m.document));
+    }
+  }
+
+  // Puts it into a call and lists its units
+  void list(ForwardCall& call) {
+    if (!m.block_q) return;
+    call.masked = true;
+    MaskView& view = call.lists.mask;
+    view.blocks = m.percent ? blocks.bits.data() : nullptr;
+    view.columns = m.columns ? columns.bits.data() : nullptr;
+    view.diagonals = m.diagonals ? diagonals.bits.data() : nullptr;
+    view.bounds = m.document ? bounds.data() : nullptr;
+    view.heads = m.heads;
+    view.block_rows = rows_each;
+    view.block_words = blocks.words;
+    view.token_words = columns.words;
+    view.hq = c.hq;
+    view.sq = c.sq;
+    view.block_q = m.block_q;
+    view.window = m.window;
+    view.sink_tokens = m.sink_tokens;
+    while (1 << view.block_k_log2 < m.block_k) ++view.block_k_log2;
+    const int64_t count = size_lists_sm90(call);
+    unit_bits.resize(static_cast<size_t>(count * call.lists.words * call.lists.warpgroups));
+    unit_marks.resize(static_cast<size_t>(count * call.lists.mark_words()));
+    call.lists.bits = unit_bits.data();
+    call.lists.marks = unit_marks.data();
+    launch_list_sm90(call, count, nullptr);
+  }
+
+  // Whether row `i` of a sequence, whose first is row `q0` of q, sees key `t` of it
+  bool sees(int64_t sequence, int64_t q0, int64_t h, int64_t i, int64_t position, int64_t t) const {
+    if (!m.block_q) return true;
+    const int64_t batch = c.packed.empty() ? sequence : 0, own = h / (c.hq / m.heads);
+    const int64_t first = c.packed.empty() ? 0 : q0 / block_q + sequence;
+    if (m.document) {
+      const int64_t at = 2 * (batch * c.sq + q0 + i);
+      if (t < bounds[static_cast<size_t>(at)] || t >= bounds[static_cast<size_t>(at + 1)])
+        return false;
+    }
+    const int64_t line = sequence * m.heads + own;
+    return (m.percent &&
+            blocks.get((batch * m.heads + own) * rows_each + first + i / block_q, t / block_k)) ||
+           (m.columns && columns.get(line, t)) ||
+           (m.diagonals && diagonals.get(line, position - t)) ||
+           (t <= position && t > position - m.window) || t < m.sink_tokens;
+  }
+};
+
 inline float normal(emulator::Random& random) {
   float sum = 0;
   for (int i = 0; i < 12; ++i) sum += static_cast<float>(random.below(1 << 16)) / 65536.f;
@@ -200,74 +284,8 @@ double check(const Case& c, int64_t d, int64_t dv, emulator::Random& random, con
     call.pages = blocks;
     call.page_size = c.page_size;
   }
-  const CaseMask& m = c.mask;
-  const int64_t block_q = std::max<int64_t>(m.block_q, 1),
-                block_k = std::max<int64_t>(m.block_k, 1);
-  const int64_t block_rows_each = c.packed.empty()
-                                      ? (c.sq + block_q - 1) / block_q
-                                      : c.sq / block_q + static_cast<int64_t>(c.packed.size());
-  const int64_t lines = (c.packed.empty() ? c.b : static_cast<int64_t>(c.packed.size())) * m.heads;
-  MaskBits blocks_set(c.b * m.heads * block_rows_each, (c.sk + block_k - 1) / block_k),
-      columns_set(lines, c.sk), diagonals_set(lines, c.sk);
-  std::vector<int32_t> bounds;
-  std::vector<UnitBits> unit_bits;
-  std::vector<int> unit_marks;
-  if (m.block_q) {
-    for (int64_t line = 0; line < c.b * m.heads * block_rows_each; ++line)
-      for (int64_t column = 0; column < (c.sk + block_k - 1) / block_k; ++column)
-        if (random.below(100) < static_cast<uint32_t>(m.percent)) blocks_set.set(line, column);
-    for (int64_t line = 0; line < lines; ++line) {
-      for (int i = 0; i < m.columns; ++i)
-        columns_set.set(line, random.below(static_cast<uint32_t>(c.sk)));
-      for (int i = 0; i < m.diagonals; ++i)
-        diagonals_set.set(line, random.below(static_cast<uint32_t>(c.sk)));
-    }
-    for (int64_t i = 0; m.document && i < c.b * c.sq; ++i) {
-      const int64_t begin = (c.sk - c.sq + i % c.sq) / m.document * m.document;
-      bounds.push_back(static_cast<int32_t>(begin));
-      bounds.push_back(static_cast<int32_t>(begin + m.document));
-    }
-    call.masked = true;
-    MaskView& view = call.lists.mask;
-    view.blocks = m.percent ? blocks_set.bits.data() : nullptr;
-    view.columns = m.columns ? columns_set.bits.data() : nullptr;
-    view.diagonals = m.diagonals ? diagonals_set.bits.data() : nullptr;
-    view.bounds = m.document ? bounds.data() : nullptr;
-    view.heads = m.heads;
-    view.block_rows = block_rows_each;
-    view.block_words = blocks_set.words;
-    view.token_words = columns_set.words;
-    view.hq = c.hq;
-    view.sq = c.sq;
-    view.block_q = m.block_q;
-    view.window = m.window;
-    view.sink_tokens = m.sink_tokens;
-    while (1 << view.block_k_log2 < m.block_k) ++view.block_k_log2;
-    const int64_t count = size_lists_sm90(call);
-    unit_bits.resize(static_cast<size_t>(count * call.lists.words * call.lists.warpgroups));
-    unit_marks.resize(static_cast<size_t>(count * call.lists.mark_words()));
-    call.lists.bits = unit_bits.data();
-    call.lists.marks = unit_marks.data();
-    launch_list_sm90(call, count, nullptr);
-  }
-  const auto sees = [&](int64_t sequence, int64_t q0, int64_t h, int64_t i, int64_t position,
-                        int64_t t) {
-    if (!m.block_q) return true;
-    const int64_t batch = c.packed.empty() ? sequence : 0, own = h / (c.hq / m.heads);
-    const int64_t first = c.packed.empty() ? 0 : q0 / block_q + sequence;
-    if (m.document) {
-      const int64_t at = 2 * (batch * c.sq + q0 + i);
-      if (t < bounds[static_cast<size_t>(at)] || t >= bounds[static_cast<size_t>(at + 1)])
-        return false;
-    }
-    const int64_t line = sequence * m.heads + own;
-    return (m.percent &&
-            blocks_set.get((batch * m.heads + own) * block_rows_each + first + i / block_q,
-                           t / block_k)) ||
-           (m.columns && columns_set.get(line, t)) ||
-           (m.diagonals && diagonals_set.get(line, position - t)) ||
-           (t <= position && t > position - m.window) || t < m.sink_tokens;
-  };
+  DrawnMask mask(c, random);
+  mask.list(call);
   const CaseSlots& s = c.slots;
   Slots& slots = call.slots;
   slots.weights = s.weights;
@@ -342,7 +360,7 @@ double check(const Case& c, int64_t d, int64_t dv, emulator::Random& random, con
           if (c.window)
             row.from = std::min(row.until, std::max<int64_t>(row.position - c.window + 1, 0));
           for (int64_t t = row.from; t < row.until; ++t)
-            if (sees(sequence, q0, h, i, row.position, t)) row.keys.push_back(t);
+            if (mask.sees(sequence, q0, h, i, row.position, t)) row.keys.push_back(t);
           visit(b, h, row);
         }
       if (packed) q0 += sq, k0 += sk;

@@ -76,16 +76,21 @@ double check(const BackwardCase& c, emulator::Random& random) {
   const auto rows = static_cast<size_t>(c.b * c.sq * c.hq * d);
   const auto keys = static_cast<size_t>(c.b * c.sk * c.hk * d);
   std::vector<Sum> dq(rows), dk(keys), dv(keys), dslopes(static_cast<size_t>(c.hq));
-  const auto differentiate = [&](int64_t b, int64_t q0, int64_t sq, int64_t k0, int64_t sk) {
+  DrawnMask mask(c, random);
+  const auto differentiate = [&](int64_t sequence, int64_t q0, int64_t sq, int64_t k0, int64_t sk) {
+    const int64_t b = c.packed.empty() ? sequence : 0;
     for (int64_t h = 0; h < c.hq; ++h)
       for (int64_t i = 0; i < sq; ++i) {
         const int64_t position = i + sk - sq, kv = h / (c.hq / c.hk);
         const bool ends = c.causal || c.window;
         const int64_t until = ends ? std::clamp<int64_t>(position + 1, 0, sk) : sk;
         const int64_t from = c.window ? std::max<int64_t>(position - c.window + 1, 0) : 0;
+        std::vector<int64_t> seen;
+        for (int64_t t = from; t < until; ++t)
+          if (mask.sees(sequence, q0, h, i, position, t)) seen.push_back(t);
         std::vector<double> weights, rates;
         double top = -INFINITY, sum = 0;
-        for (int64_t t = from; t < until; ++t) {
+        for (const int64_t t : seen) {
           double score = 0;
           for (int64_t e = 0; e < d; ++e)
             score += double{q.value(b, q0 + i, h, e)} * k.value(b, k0 + t, kv, e);
@@ -104,19 +109,19 @@ double check(const BackwardCase& c, emulator::Random& random) {
         for (int64_t e = 0; e < d; ++e) {
           double value = 0;
           for (size_t t = 0; t < weights.size(); ++t)
-            value += weights[t] / sum * v.value(b, k0 + from + int64_t(t), kv, e);
+            value += weights[t] / sum * v.value(b, k0 + seen[t], kv, e);
           out.at(b, q0 + i, h, e) = emulator::encode(kType, static_cast<float>(value));
           // of what was rounded, as the definition has it
           delta += double{out.value(b, q0 + i, h, e)} * dout.value(b, q0 + i, h, e);
         }
         for (size_t t = 0; t < weights.size(); ++t) {
-          const int64_t key = k0 + from + static_cast<int64_t>(t);
+          const int64_t key = k0 + seen[t];
           const double p = weights[t] / sum;
           double dp = 0;
           for (int64_t e = 0; e < d; ++e)
             dp += double{dout.value(b, q0 + i, h, e)} * v.value(b, key, kv, e);
           const double ds = p * (dp - delta) * rates[t] * scale;
-          const double apart = static_cast<double>(from + static_cast<int64_t>(t) - position);
+          const double apart = static_cast<double>(seen[t] - position);
           dslopes[size_t(h)].add(p * (dp - delta) * apart);
           for (int64_t e = 0; e < d; ++e) {
             const auto at = static_cast<size_t>(((b * c.sk + key) * c.hk + kv) * d + e);
@@ -128,12 +133,8 @@ double check(const BackwardCase& c, emulator::Random& random) {
         }
       }
   };
-  int64_t q0 = 0, k0 = 0;
-  for (const Sequence& sequence : c.packed) {
-    differentiate(0, q0, sequence.sq, k0, sequence.sk);
-    q0 += sequence.sq;
-    k0 += sequence.sk;
-  }
+  for (size_t n = 0; n < c.packed.size(); ++n)
+    differentiate(int64_t(n), cu_q[n], c.packed[n].sq, cu_k[n], c.packed[n].sk);
   if (c.packed.empty())
     for (int64_t b = 0; b < c.b; ++b)
       differentiate(b, 0, c.sq, 0, c.cached.empty() ? c.sk : c.cached[size_t(b)]);
@@ -201,8 +202,11 @@ double check(const BackwardCase& c, emulator::Random& random) {
   call.dq = &got_q[0];
   call.dk = &got_k[0];
   call.dv_out = &got_v[0];
-  c.mapped || c.sloped ? launch_backward_sm90<kType, kD, true>(call, nullptr)
-                       : launch_backward_sm90<kType, kD, false>(call, nullptr);
+  call.processors = 1;
+  mask.list(call);
+  call.masked            ? launch_backward_sm90<kType, kD, false, true>(call, nullptr)
+  : c.mapped || c.sloped ? launch_backward_sm90<kType, kD, true>(call, nullptr)
+                         : launch_backward_sm90<kType, kD, false>(call, nullptr);
 
   const double unit = kType == DType::kBF16 ? 0x1p-8 : 0x1p-11;
   double worst = counters.back() == -77 ? 0 : INFINITY;
@@ -276,6 +280,66 @@ const BackwardCase kCases[] = {
     // in turns what is written behind a sequence is put right by the next one
     {{.b = 1, .sq = 20, .sk = 40, .hq = 1, .hk = 1, .packed = {{9, 21}, {11, 19}}}, true},
     {{.b = 3, .sq = 64, .sk = 200, .hq = 1, .hk = 1, .cached = {200, 0, 131}}},
+    // masks of query heads, of kv heads and shared; of whole blocks, of cut ones and of single
+    // keys; rows that see nothing and keys that nobody sees
+    {{.b = 1, .sq = 1, .sk = 1, .hq = 1, .hk = 1, .mask = {128, 128, 1, 100}}},
+    {{.b = 2, .sq = 257, .sk = 450, .hq = 2, .hk = 2, .causal = true, .mask = {64, 64, 2, 25}}},
+    {{.b = 1, .sq = 300, .sk = 300, .hq = 4, .hk = 2, .causal = true, .mask = {128, 128, 4, 50}},
+     true},
+    {{.b = 1, .sq = 260, .sk = 700, .hq = 4, .hk = 2, .narrower = 24, .mask = {64, 64, 2, 10}}},
+    {{.b = 1,
+      .sq = 200,
+      .sk = 333,
+      .hq = 2,
+      .hk = 1,
+      .causal = true,
+      .mask = {.block_q = 256,
+               .block_k = 32,
+               .heads = 1,
+               .percent = 30,
+               .window = 70,
+               .sink_tokens = 5}}},
+    {{.b = 1,
+      .sq = 150,
+      .sk = 410,
+      .hq = 2,
+      .hk = 2,
+      .causal = true,
+      .mask =
+          {.block_q = 64, .block_k = 64, .heads = 2, .percent = 15, .columns = 3, .diagonals = 2}}},
+    {{.b = 1,
+      .sq = 210,
+      .sk = 230,
+      .hq = 1,
+      .hk = 1,
+      .causal = true,
+      .mask = {.block_q = 128, .block_k = 128, .sink_tokens = 500, .document = 50}}},
+    // a key that is no number in a tile that is visited for others
+    {{.b = 1,
+      .sq = 70,
+      .sk = 140,
+      .hq = 1,
+      .hk = 1,
+      .causal = true,
+      .poisoned = 100,
+      .mask = {.block_q = 16, .block_k = 16, .percent = 40}}},
+    {{.b = 1,
+      .sq = 415,
+      .sk = 475,
+      .hq = 2,
+      .hk = 1,
+      .causal = true,
+      .packed = {{70, 1}, {0, 130}, {5, 0}, {329, 329}, {11, 15}},
+      .mask = {.block_q = 64, .block_k = 64, .heads = 2, .percent = 50, .columns = 1}}},
+    {{.b = 3,
+      .sq = 20,
+      .sk = 300,
+      .hq = 2,
+      .hk = 1,
+      .cached = {300, 20, 131},
+      .mask = {64, 64, 1, 60}}},
+    // lists of several words, most of whose steps are of no other key tile
+    {{.b = 1, .sq = 70, .sk = 4500, .hq = 1, .hk = 1, .narrower = 56, .mask = {64, 64, 1, 5}}},
 };
 
 }  // namespace

@@ -707,8 +707,8 @@ const kernels: Kernel[] = [
       {
         what: 'rows are loaded over those in use',
         file: backward,
-        from: 'smem.q_empty[q.stage].wait(q.parity ^ 1);',
-        to: '',
+        from: 'smem.q_empty[q.stage].wait(q.parity ^ 1);\n        smem.q_full',
+        to: 'smem.q_full',
       },
       {
         what: 'dout is used before it arrived',
@@ -755,7 +755,7 @@ const kernels: Kernel[] = [
       {
         what: 'sums of dq are given back while they are read',
         file: backward,
-        from: 'commit_copies();\n          wait_copies_read<0>();',
+        from: 'commit_copies();\n        wait_copies_read<0>();',
         to: 'commit_copies();',
       },
       {
@@ -779,8 +779,50 @@ const kernels: Kernel[] = [
       {
         what: 'sums that nobody has stored are read',
         file: backward,
-        from: '!args.deterministic || seen.count() > 0',
+        from: '!args.deterministic || turns > 0',
         to: 'true',
+      },
+      {
+        what: 'pairs are looked up over those in use',
+        file: backward,
+        from: 'smem.q_empty[q.stage].wait(q.parity ^ 1);\n          if (step',
+        to: 'if (step',
+      },
+      {
+        what: 'all warps take the pairs of the first',
+        file: backward,
+        from: 'pairs[own * 4 + warp]',
+        to: 'pairs[own * 4]',
+      },
+      {
+        what: 'a step counts as listed that is not',
+        file: backward,
+        from: '!(listed >> i & 1) || ',
+        to: '',
+      },
+      {
+        what: 'causality does not cut what is listed',
+        file: backward,
+        from: 'work.first_key + (i + 1) * kUnitKeys > end',
+        to: 'false',
+      },
+      {
+        what: 'key tiles that are not listed have turns',
+        file: backward,
+        from: 'units(next.m, next.head).tiles_below(tile, lane)',
+        to: 'tile',
+      },
+      {
+        what: 'row tiles of a list share its first rows',
+        file: backward,
+        from: 'kListedWarpgroups + m % (2 / kHalves);',
+        to: 'kListedWarpgroups;',
+      },
+      {
+        what: 'heads share a list',
+        file: backward,
+        from: 'args.lists.index(batch, head,',
+        to: 'args.lists.index(batch, 0,',
       },
       {
         what: 'a row tile has too many turns',

@@ -102,14 +102,42 @@ describeGpu('attention over a mask on large shapes', () => {
           ]
           expect(relativeRms(out, expected), what).toBeLessThan(dtype === 'bfloat16' ? 4e-3 : 6e-4)
           expect(maxError(await ours.lse.read(), await exact.lse.read()), what).toBeLessThan(1e-4)
-          const full = attention(q, k, v, {
-            mask: Mask.fromBlocks(
-              table(() => true),
-              options,
-            ),
-          })
+          const everything = Mask.fromBlocks(
+            table(() => true),
+            options,
+          )
+          const full = attention(q, k, v, { mask: everything })
           const dense = attention(q, k, v, { causal: options.causal })
           expect(await full.out.read(), what).toEqual(await dense.out.read())
+
+          const dout = draw(sq, hq, 3 * n + 100)
+          const { lse } = ours
+          expect(
+            explain(attentionBackward, q, k, v, ours.out, lse, dout, { mask }).variant,
+            what,
+          ).toBe('sm90_wgmma')
+          const gradients = async (result: ReturnType<typeof attentionBackward>) =>
+            Promise.all([result.dq, result.dk, result.dv].map((x) => x.read({ as: 'float32' })))
+          const wanted = await gradients(
+            attentionBackward<FloatDType>(
+              ...([wide(q), wide(k), wide(v), exact.out, exact.lse, wide(dout)] as const),
+              { mask },
+            ),
+          )
+          for (const deterministic of [true, false]) {
+            const got = await gradients(
+              attentionBackward(q, k, v, ours.out, lse, dout, { mask, deterministic }),
+            )
+            wanted.forEach((x, i) => {
+              expect(relativeRms(got[i]!, x), `${'qkv'[i]} ${what}`).toBeLessThan(
+                dtype === 'bfloat16' ? 1e-2 : 1.5e-3,
+              )
+            })
+          }
+          const given = [q, k, v, dense.out, dense.lse, dout] as const
+          expect(await gradients(attentionBackward(...given, { mask: everything })), what).toEqual(
+            await gradients(attentionBackward(...given, { causal: options.causal })),
+          )
         }
       },
       120_000,

@@ -75,10 +75,11 @@ describeDevices('explain', (device) => {
     for (const options of [{}, { causal: true, softCap: 20, slopes }, { deterministic: false }])
       expect(gradients(options).variant).toBe(hopper ? 'sm90_wgmma' : 'sm80_simt')
     const mask = Mask.fromWindow({ window: 9 }, { sq: 70, device })
-    const { variant, declined } = gradients({ mask })
+    expect(gradients({ mask }).variant).toBe(hopper ? 'sm90_wgmma' : 'sm80_simt')
+    const { variant, declined } = gradients({ mask, softCap: 20 })
     expect(variant).toBe('sm80_simt')
     expect(declined.map((entry) => entry.variant)).toEqual(['sm90_wgmma'])
-    if (hopper) expect(declined[0]!.reason).toBe('mask must be left out')
+    if (hopper) expect(declined[0]!.reason).toBe('softCap and slopes must be left out under a mask')
   })
 
   it('checks what the call would check, and runs again afterwards', async () => {

@@ -10,7 +10,7 @@ import {
 } from 'heddle'
 import { describe, expect, it } from 'vitest'
 import { expectClose, expectGradients, largest, maxError } from '../support/compare.js'
-import { describeDevices, floats } from '../support/devices.js'
+import { describeDevices, epsilon, floats } from '../support/devices.js'
 import { failure } from '../support/failure.js'
 import { type Random, random, sample } from '../support/random.js'
 import {
@@ -311,13 +311,11 @@ describeDevices('attention over a mask', (device) => {
       const gradients = async () => {
         const { out, lse } = attention(q, k, v, { mask })
         const { dq, dk, dv } = attentionBackward(q, k, v, out, lse, dout, { mask })
-        return Promise.all([bytes(dq), bytes(dk), bytes(dv)])
+        return Promise.all([dq, dk, dv].map((x) => x.read({ as: 'float32' })))
       }
       const clean = await gradients()
-      const zero = (of: Buffer, from: number, to: number) =>
-        of
-          .subarray((of.length / 256) * from, (of.length / 256) * to)
-          .every((byte) => byte % 128 === 0)
+      const zero = (of: Float32Array, from: number, to: number) =>
+        of.subarray((of.length / 256) * from, (of.length / 256) * to).every((x) => x === 0)
       expect(zero(clean[0]!, 192, 256)).toBe(true)
       expect(zero(clean[0]!, 0, 192)).toBe(false)
       for (const of of clean.slice(1)) {
@@ -332,7 +330,12 @@ describeDevices('attention over a mask', (device) => {
       poison(v, 64)
       poison(q, 192)
       poison(dout, 192)
-      expect(await gradients()).toEqual(clean)
+      // tiles with what is no number may have been computed in another way
+      const dirty = await gradients()
+      clean.forEach((of, i) => {
+        expect(maxError(dirty[i]!, of)).toBeLessThanOrEqual(4 * epsilon[dtype] * largest(of))
+        expect(zero(dirty[i]!, i ? 64 : 192, i ? 128 : 256)).toBe(true)
+      })
     })
 
     it('is the same for every format, order and head axis of one mask', async () => {
