@@ -61,7 +61,7 @@ struct GradientWork {
 // What is visited next under a mask
 struct alignas(16) GradientStep {
   int m, head;      // a query tile of the sequence, or -1 after the last, and a head of q
-  uint32_t masked;  // by a bit for each warpgroup
+  uint32_t masked;  // bit w: warpgroup w masks pairs; bit 2 + w: it has none and passes by
   int turn;         // of this key tile at the row tile
 };
 
@@ -278,8 +278,15 @@ template <int kQueries> struct StepWalk {
     // sees last
     const int end = args.causal ? min(next.m * kQueries + work.off + 1, work.sk) : work.sk;
     const uint32_t listed = seen >> 2 & (kQueries == 64 ? 3 : seen >> 6);
+    const uint32_t any = kQueries == 64 ? seen : seen | seen >> 4;
+    // where packed rows end both have work in shared memory
+    const bool ends = args.cu_seqlens_q && (next.m + 1) * kQueries > work.sq;
     for (int i = 0; i < 2; ++i)
-      if (!(listed >> i & 1) || work.first_key + (i + 1) * kUnitKeys > end) next.masked |= 1 << i;
+      if (!(any >> i & 1) && !ends) {
+        next.masked |= 4 << i;
+      } else if (!(listed >> i & 1) || work.first_key + (i + 1) * kUnitKeys > end) {
+        next.masked |= 1 << i;
+      }
     if (args.deterministic) next.turn = units(next.m, next.head).tiles_below(tile, lane);
     return next;
   }
@@ -381,7 +388,7 @@ __global__ void __launch_bounds__((GradientShape<kD>::kThreads), 1)
           next = walk.next();
           publish(next);
           smem.q_empty[q.stage].wait(q.parity ^ 1);
-          if (step.masked) walk.look(step, seen, smem.pairs[q.stage]);
+          if (step.masked & 3) walk.look(step, seen, smem.pairs[q.stage]);
           __syncwarp();
           if (walk.lane == 0) smem.look_full[q.stage].arrive();
         }
@@ -693,7 +700,28 @@ __global__ void __launch_bounds__((GradientShape<kD>::kThreads), 1)
           steps = i;
           break;
         }
-        masked = __shfl_sync(~0u, smem.steps[turn.stage].masked >> own & 1, 0);
+        masked = __shfl_sync(~0u, smem.steps[turn.stage].masked >> own, 0);
+        if (masked & 4) {
+          // nothing but its share of dq(i - 1), and zeros for that of dq(i)
+          if (i > 0) smem.ds_full[before & 1].wait(before >> 1 & 1);
+          issue_dq(acc_dq, smem.ds[before & 1]);
+          wgmma_wait<0>(acc_dq);
+          pin(acc_dk);
+          if (i > 0) {
+            release(smem.q_empty[Turn<Shape::kQStages>(before).stage]);
+            smem.dq_empty[own].wait((before & 1) ^ 1);
+            hand_over(acc_dq);
+          }
+#pragma unroll
+          for (int s = 0; s < kQueries / 16; ++s)
+#pragma unroll
+            for (int r = 0; r < 4; ++r) frag_ds[s][r] = 0;
+          write_ds(smem.ds[i & 1]);
+          fence_async_smem();
+          release(smem.ds_full[i & 1]);
+          release(smem.dout_empty[o.stage]);
+          continue;
+        }
       }
       // packed rows behind the last one
       const bool clears = args.cu_seqlens_q && (m + 1) * kQueries > work.sq;
@@ -707,7 +735,7 @@ __global__ void __launch_bounds__((GradientShape<kD>::kThreads), 1)
       if (i > 0) release(smem.q_empty[Turn<Shape::kQStages>(before).stage]);
       if constexpr (kListed) {
         smem.look_full[q.stage].wait(q.parity);
-        if (masked) mask_unseen(acc_s, smem.pairs[q.stage]);
+        if (masked & 1) mask_unseen(acc_s, smem.pairs[q.stage]);
       } else if (m < work.whole_begin || m >= work.whole_end) {
         mask(acc_s, m);
       }

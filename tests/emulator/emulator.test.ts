@@ -731,8 +731,8 @@ const kernels: Kernel[] = [
       {
         what: 'dS of the other warpgroup is not waited for',
         file: backward,
-        from: 'if (i > 0) smem.ds_full[before & 1].wait(before >> 1 & 1);',
-        to: '',
+        from: 'if (i > 0) smem.ds_full[before & 1].wait(before >> 1 & 1);\n      issue_dq',
+        to: 'issue_dq',
       },
       {
         what: 'dS is multiplied before it was fenced',
@@ -743,8 +743,8 @@ const kernels: Kernel[] = [
       {
         what: 'dS has one buffer',
         file: backward,
-        from: 'write_ds(smem.ds[i & 1]);',
-        to: 'write_ds(smem.ds[0]);',
+        from: 'write_ds(smem.ds[i & 1]);\n      issue',
+        to: 'write_ds(smem.ds[0]);\n      issue',
       },
       {
         what: 'sums of dq are overwritten while they are added up',
@@ -787,6 +787,18 @@ const kernels: Kernel[] = [
         file: backward,
         from: 'smem.q_empty[q.stage].wait(q.parity ^ 1);\n          if (step',
         to: 'if (step',
+      },
+      {
+        what: 'dS of before is left where a warpgroup passes by',
+        file: backward,
+        from: 'for (int r = 0; r < 4; ++r) frag_ds[s][r] = 0;',
+        to: 'for (int r = 0; r < 4; ++r) frag_ds[s][r] |= 0;',
+      },
+      {
+        what: 'a warpgroup passes by where it clears rows with the other',
+        file: backward,
+        from: '!(any >> i & 1) && !ends',
+        to: '!(any >> i & 1)',
       },
       {
         what: 'all warps take the pairs of the first',

@@ -37,17 +37,33 @@ describeGpu('attention on large shapes', () => {
 })
 
 describeGpu('attention.backward in its order', () => {
-  it.each([64, 128])(
-    'head size %d gives the same bits 1,000 times while memory moves',
-    async (d) => {
+  it.each([
+    [64, 'causality'],
+    [128, 'causality'],
+    [64, 'a mask'],
+    [128, 'a mask'],
+  ] as const)(
+    'head size %d gives the same bits 1,000 times under %s while memory moves',
+    async (d, under) => {
       const draw = (heads: number, seed: number) =>
         randn([2, 300, heads, d], { dtype: 'bfloat16', device, seed })
       const [q, k, v, dout] = [draw(4, 1), draw(2, 2), draw(2, 3), draw(4, 4)]
-      const { out, lse } = attention(q, k, v, { causal: true })
+      const rng = random(d)
+      const listed = Uint8Array.from({ length: 2 * 4 * 5 * 5 }, () => Number(rng.chance(0.4)))
+      const options =
+        under === 'causality'
+          ? { causal: true }
+          : {
+              mask: Mask.fromBlocks(tensor(listed, [2, 4, 5, 5], { device }), {
+                sq: 300,
+                block: 64,
+              }),
+            }
+      const { out, lse } = attention(q, k, v, options)
       const once = async (seed: number) => {
         // lies where the scratch of the last call was
         using pressure = randn([1 + (seed % 7), 100_003], { device, seed })
-        const gradients = attentionBackward(q, k, v, out, lse, dout, { causal: true })
+        const gradients = attentionBackward(q, k, v, out, lse, dout, options)
         const { dq, dk, dv } = gradients
         const read = await Promise.all([dq.read(), dk.read(), dv.read()])
         for (const made of [dq, dk, dv]) made.dispose()

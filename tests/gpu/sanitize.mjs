@@ -166,13 +166,19 @@ for (const dtype of ['bfloat16', 'float32']) {
     over(Mask.fromDocuments([0, 100, 401], shape))
   })
 }
-check('gradients of masks', () => {
-  const [q, k] = [draw([1, 150, 4, 64]), draw([1, 150, 2, 64])]
-  const shape = { sq: 150, block: 32, device }
-  const mask = Mask.fromWindow({ window: 40, sinkTokens: 3 }, shape)
-  differentiate(q, k, k, { mask })
-  differentiate(q, k, k, { mask: hip(q, k, { topK: 16, window: 32 }) })
-})
+for (const d of [64, 128])
+  check(`gradients of masks ${d}`, () => {
+    const [q, k] = [draw([1, 150, 4, d]), draw([1, 150, 2, d])]
+    const shape = { sq: 150, sk: 150, block: 32, device }
+    const mask = Mask.fromWindow({ window: 40, sinkTokens: 3 }, shape)
+    differentiate(q, k, k, { mask })
+    differentiate(q, k, k, { mask, deterministic: false })
+    differentiate(q, k, k, { mask: hip(q, k, { topK: 16, window: 32 }) })
+    const starts = [0, 70, 150]
+    const packed = { ...shape, cuSeqlensQ: starts, cuSeqlensK: starts }
+    const lines = Mask.fromTokens({ columns: [3], diagonals: [0, 9] }, packed)
+    differentiate(q, k, k, { mask: lines })
+  })
 for (const weights of ['softmax', 'sigmoid', 'relu', 'softplus'])
   check(`weights ${weights}`, () => {
     const [q, k] = [draw([2, 193, 4, 128]), draw([2, 257, 2, 128])]
