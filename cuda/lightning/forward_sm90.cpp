@@ -62,8 +62,7 @@ void ScanPlan::cut(const ScanCall& call, int64_t segments_each) {
     slots = call.sequences;
     return;
   }
-  const int64_t unit = kChunk * parts;
-  segment = static_cast<int>(parts_of(parts_of(tokens_of(call), segments_each), unit) * unit);
+  segment = static_cast<int>(parts_of(parts_of(tokens_of(call), segments_each), kChunk) * kChunk);
   segments = static_cast<int>(parts_of(tokens_of(call), segment));
   slots = call.cu_seqlens ? call.s / segment + call.sequences : call.sequences * segments;
   summed = call.cu_seqlens ? slots : slots - call.sequences;

@@ -128,6 +128,14 @@ __device__ __forceinline__ void begin(const ScanArgs& args) {
   sm90::let_next_begin();
 }
 
+// Of so many chunks before a place in its sequence, how many that place can still see: what is
+// further away has decayed below 2^-48 and is no digit of a number in f32, even if it was 2^24
+// times as large
+__device__ __forceinline__ int in_sight(float slope_log2, int chunks) {
+  const float reach = 48 / (kChunk * fabsf(slope_log2));  // infinite without decay, -0 included
+  return reach < static_cast<float>(chunks) ? static_cast<int>(reach) + 1 : chunks;
+}
+
 // Some rows of S, 64 at a time, and the keys of a chunk as operands
 template <DType kType, int kTiles, int kE, bool kPrecise> struct CarriedState {
   // element i is in row i / 2 % 2 * 8 + lane / 4 of the warp's 16 and in column
@@ -503,7 +511,10 @@ __global__ void __launch_bounds__((ScanShape<kD, kE>::kThreads), 1)
                [&](float& number, int row, int column) { body(number, row, slice * kE + column); });
   };
   each([&](float& number, int, int) { number = 0; });
-  if (args.initial_state) {
+  const int whole = args.segment / kChunk;  // chunks of a segment
+  // as many segments as can be seen
+  int before = (in_sight(slope_log2, place.segment * whole) + whole - 1) / whole;
+  if (args.initial_state && before == place.segment) {
     const float* initial = args.initial_state + place.sequence * args.initial_strides[0] +
                            state_head * args.initial_strides[1];
     each([&](float& number, int row, int column) {
@@ -513,16 +524,17 @@ __global__ void __launch_bounds__((ScanShape<kD, kE>::kThreads), 1)
   }
   if (place.segment > 0) {
     await_previous();  // which made the summaries
-    const int part = args.segment / args.parts;
-    const float keep = static_cast<float>(exp(-static_cast<double>(slope) * part));
-    for (int before = place.segment; before > 0; --before) {
+    const int parts = min(args.parts, in_sight(slope_log2, whole));
+    const float keep = static_cast<float>(exp(-static_cast<double>(slope) * args.segment));
+    for (; before > 0; --before) {
       const int64_t slot = place.slot - before * place.distance;
       const float* summary =
           args.summaries +
           ((slot * args.heads + head) * args.slices + slice) * args.parts * (kD * kE) +
           tile0 * (kE / 8) * 512 + thread * 4;
 #pragma unroll 1
-      for (int i = 0; i < args.parts; ++i, summary += kD * kE) carry.add_summary(summary, keep);
+      for (int i = 0; i < parts; ++i, summary += kD * kE)
+        carry.add_summary(summary, i == 0 ? keep : 1);
     }
   }
   auto write_image = [&] {
@@ -573,12 +585,12 @@ __global__ void __launch_bounds__((ScanShape<kD, kE>::kThreads), 1)
   await_previous();  // what runs behind this kernel waits for it alone
 }
 
-// X = sum of lambda^(n - 1 - j) k_j^T v_j over the n tokens j of a part of a segment. Chunks go
-// from the last to the first: decays are powers of their distance from the end, S is never scaled,
-// the tokens that the scan begins with are read last and are still in L2, and once lambda^distance
-// is below 2^-60 the rest cannot change any digit. What the gradient of S carries is the mirror
-// image, the sum of scale lambda^(i + 1) q_i^T dout_i over whole segments, with q and dout as k and
-// v and from the first chunk to the last.
+// X = sum of lambda^(n - 1 - j) k_j^T v_j over the tokens j of a segment of n. Chunks go from the
+// last to the first: decays are powers of their distance from the end, S is never scaled, the
+// tokens that the scan begins with are read last and are still in L2, and what is out of sight is
+// not read. Parts take turns, so that all of them have as much to do whatever the decay is. What
+// the gradient of S carries is the mirror image, the sum of scale lambda^(i + 1) q_i^T dout_i, with
+// q and dout as k and v and from the first chunk to the last.
 template <DType kType, int kD, int kE, bool kPrecise, bool kReverse = false>
 __global__ void __launch_bounds__((128 + 128 * SummarySmem<kD, kE>::kGroups), 1)
     lightning_summary_sm90_kernel(const __grid_constant__ sm90::TensorMap gmem_k,
@@ -590,9 +602,10 @@ __global__ void __launch_bounds__((128 + 128 * SummarySmem<kD, kE>::kGroups), 1)
   auto& smem = shared_memory<Smem>();
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
 
-  int index = blockIdx.x;
-  const int head = index % args.heads;
-  index /= args.heads;
+  // heads that decay slowly take longest and are mostly the last of a model, so these begin
+  const int ctas = gridDim.x / args.heads;  // of a head
+  const int head = args.heads - 1 - blockIdx.x / ctas;
+  int index = blockIdx.x % ctas;
   const int slice = index % args.slices;
   index /= args.slices;
   const int part = index % args.parts;
@@ -615,16 +628,14 @@ __global__ void __launch_bounds__((128 + 128 * SummarySmem<kD, kE>::kGroups), 1)
   begin(args);
 
   const float slope_log2 = args.slopes[head / args.share_state * args.slopes_stride] * 1.44269504f;
-  const int tokens = kReverse ? place.length : args.segment / args.parts;
-  const int begin = place.begin + part * tokens;
-  int chunks = (tokens + kChunk - 1) / kChunk;
+  const int tokens = kReverse ? place.length : args.segment;
+  const int all = (tokens + kChunk - 1) / kChunk;
   // the chunk that ends before its 64th token, if any
-  const int ragged = args.cu_seqlens && tokens % kChunk != 0 ? chunks - 1 : -1;
-  constexpr float kCutLog2 = 60;
-  // in chunks from the end of the part, infinite without decay
-  const float reach =
-      kCutLog2 / (kChunk * slope_log2) - static_cast<float>((args.parts - 1 - part) * chunks);
-  if (reach < static_cast<float>(chunks)) chunks = max(static_cast<int>(reach) + 1, 0);
+  const int ragged = args.cu_seqlens && tokens % kChunk != 0 ? all - 1 : -1;
+  const int chunks = (in_sight(slope_log2, all) - part + args.parts - 1) / args.parts;
+  // in chunks, from the end of the segment
+  const auto distance = [&](int chunk) { return chunk * args.parts + part; };
+  if (chunks == 0) return;  // nor does the scan read it
 
   if (warpgroup == 0) {
     if (threadIdx.x < 32 && elect_one()) {
@@ -633,7 +644,8 @@ __global__ void __launch_bounds__((128 + 128 * SummarySmem<kD, kE>::kGroups), 1)
         smem.empty[turn.stage].wait(turn.parity ^ 1);
         Barrier& full = smem.full[turn.stage];
         full.arrive_expect(smem.k[0].kBytes + smem.v[0].kBytes);
-        const int row = kReverse ? begin + chunk * kChunk : begin + tokens - (chunk + 1) * kChunk;
+        const int row = place.begin + (kReverse ? distance(chunk) * kChunk
+                                                : tokens - (distance(chunk) + 1) * kChunk);
         smem.k[turn.stage].load(gmem_k, full, row, head / args.share_k, place.batch, Keep::kNormal);
         for (int column = 0; column < kE; column += 64)
           copy_to_smem(smem.v[turn.stage].panel(column), gmem_v, full, slice * kE + column, row,
@@ -658,7 +670,7 @@ __global__ void __launch_bounds__((128 + 128 * SummarySmem<kD, kE>::kGroups), 1)
     auto& k = smem.k[turn.stage];
     auto& v = smem.v[turn.stage];
     smem.full[turn.stage].wait(turn.parity);
-    if (kReverse && chunk == ragged) {
+    if (kReverse && distance(chunk) == ragged) {
       clear_rows(k, tokens % kChunk, threadIdx.x - 128, 128 * kGroups);
       clear_rows(v, tokens % kChunk, threadIdx.x - 128, 128 * kGroups);
       fence_async_smem();
@@ -666,7 +678,7 @@ __global__ void __launch_bounds__((128 + 128 * SummarySmem<kD, kE>::kGroups), 1)
     }
     carry.load_keys(keys_address(k, tile0 * 64 + warp * 16, lane));
     const float factor = (kReverse ? args.scale * lift_of<kType, kPrecise>(slope_log2) : 1) *
-                         exp2f(-slope_log2 * static_cast<float>(kChunk * chunk));
+                         exp2f(-slope_log2 * static_cast<float>(kChunk * distance(chunk)));
     carry.decay_keys([&](int step, int i) {
       return float2{decay.of[step][i].x * factor, decay.of[step][i].y * factor};
     });

@@ -1127,10 +1127,28 @@ const kernels: Kernel[] = [
         to: 'place.slot - (place.segment + 1 - before) * place.distance',
       },
       {
-        what: 'a part of a summary decays from the end of the segment',
+        what: 'parts of a summary all decay as the last chunks do',
         file: scan,
-        from: 'kChunk * chunk));',
-        to: 'kChunk * chunk + tokens * (args.parts - 1 - part)));',
+        from: 'kChunk * distance(chunk)));',
+        to: 'kChunk * chunk));',
+      },
+      {
+        what: 'parts of a summary that nobody made are added',
+        file: scan,
+        from: 'min(args.parts, in_sight(slope_log2, whole))',
+        to: 'args.parts',
+      },
+      {
+        what: 'a segment that can be seen in part is left out',
+        file: scan,
+        from: 'place.segment * whole) + whole - 1) / whole',
+        to: 'place.segment * whole)) / whole',
+      },
+      {
+        what: 'a segment looks one chunk less far back than it can see',
+        file: scan,
+        from: 'static_cast<int>(reach) + 1 : chunks',
+        to: 'static_cast<int>(reach) : chunks',
       },
       {
         what: 'tokens of the next sequence are not silenced',
@@ -1338,7 +1356,7 @@ const kernels: Kernel[] = [
       {
         what: 'the summary of a shorter segment reads its neighbour',
         file: scan,
-        from: 'if (kReverse && chunk == ragged) {',
+        from: 'if (kReverse && distance(chunk) == ragged) {',
         to: 'if (false) {',
       },
       {

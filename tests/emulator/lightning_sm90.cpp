@@ -24,6 +24,7 @@ struct Case {
   int64_t b, s, hq, hk, hv, hs;
   bool initial = false, state = false;
   int segment = 0, parts = 1;
+  float slope = -1;                  // of all heads, drawn where it is negative
   int64_t narrower = 0;              // by how much d and e are smaller than the kernel's
   int slices = 1;                    // times kE
   std::vector<int64_t> packed = {};  // lengths for cuSeqlens, the last is of NaN alone
@@ -47,7 +48,8 @@ double check(const Case& c, emulator::Random& random) {
     for (int64_t i = 0; i < c.hv * e; ++i) v.at(0, t, i / e, i % e) = 0x7fff;
   }
   std::vector<float> slopes, initial, state(static_cast<size_t>(sequences * c.hs * d * e + 1), NAN);
-  for (int64_t h = 0; h < c.hs; ++h) slopes.push_back(draw_slope(random, c.segment != 0));
+  for (int64_t h = 0; h < c.hs; ++h)
+    slopes.push_back(c.slope < 0 ? draw_slope(random, c.segment != 0) : c.slope);
   for (int64_t i = 0; i < sequences * c.hs * d * e; ++i) initial.push_back(normal(random));
   int fault = 0;
 
@@ -142,6 +144,27 @@ const Case kCases[] = {
      .state = true,
      .segment = 128,
      .parts = 2},
+    // segments that see a part of the one before, or not all segments
+    {.b = 1,
+     .s = 350,
+     .hq = 2,
+     .hk = 2,
+     .hv = 2,
+     .hs = 2,
+     .initial = true,
+     .segment = 128,
+     .parts = 2,
+     .slope = 0.6f},
+    {.b = 1,
+     .s = 300,
+     .hq = 1,
+     .hk = 1,
+     .hv = 1,
+     .hs = 1,
+     .initial = true,
+     .state = true,
+     .segment = 64,
+     .slope = 0.3f},
     {.b = 1, .s = 1, .hq = 1, .hk = 1, .hv = 1, .hs = 1, .state = true},
     {.b = 1, .s = 1000, .hq = 1, .hk = 1, .hv = 1, .hs = 1, .state = true},
     {.b = 1, .s = 128, .hq = 2, .hk = 1, .hv = 1, .hs = 1, .initial = true, .state = true},
