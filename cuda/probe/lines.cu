@@ -7,6 +7,7 @@
 
 #include "common/elements.cuh"
 #include "common/launch.h"
+#include "probe/lines_sm90.h"
 
 // Masses of keys and of distances for up to 128 last queries, from sm_80 on:
 //
@@ -31,11 +32,10 @@ constexpr int kOffsets = kQueryTiles + kLineKeys / 8 - 1, kSums = kOffsets * 8;
 
 struct LineArgs {
   Probe op;
-  int64_t chunk, splits;
-  float2* stats;     // [b hq, splits, 128] largest score and sum, in powers of 2
-  float* lse;        // [b hq, 128]
-  float* distances;  // [b hq, splits, chunk + 127], farthest first
-  int* arrivals;     // [b hq]
+  LineStrips chunks;
+  float2* stats;  // [b hq, chunks, 128] largest score and sum, in powers of 2
+  float* lse;     // [b hq, 128]
+  int* arrivals;  // [b hq]
 };
 
 template <class T, int kD> struct LineMemory {
@@ -43,7 +43,7 @@ template <class T, int kD> struct LineMemory {
   float sums[kLineWarps][8][kSums];
   float columns[kLineWarps][kLineKeys];
   bool last;
-  alignas(16) float distances[];  // [chunk + 127]
+  alignas(16) float distances[];  // [chunk + 128]
 
   static size_t bytes(int64_t chunk) {
     return sizeof(LineMemory) + static_cast<size_t>(chunk + kLineQueries) * sizeof(float);
@@ -95,12 +95,12 @@ template <class T, int kD> struct LineCta {
     const Probe& op = args.op;
     const int64_t heads = op.q.shape[2], group = heads / op.k.shape[2];
     const int64_t within = blockIdx.x % group, at = blockIdx.x / group;
-    split = at % args.splits;
-    head = at / args.splits * group + within;  // over the batch
+    split = at % args.chunks.count;
+    head = at / args.chunks.count * group + within;  // over the batch
     sq = op.q.shape[1];
     sk = op.k.shape[1];
-    first = split * args.chunk;
-    end = min(first + args.chunk, sk);
+    first = split * args.chunks.length;
+    end = min(first + args.chunks.length, sk);
     ahead = sk - sq;
     scale_log2 = static_cast<float>(op.scale * 1.4426950408889634);
     const int64_t b = head / heads, h = head % heads;
@@ -200,7 +200,7 @@ __global__ void __launch_bounds__(kLineThreads, kLineCtas)
           }
       },
       [](int64_t) {});
-  float2* stats = args.stats + cta.head * args.splits * kLineQueries;
+  float2* stats = args.stats + cta.head * args.chunks.count * kLineQueries;
 #pragma unroll
   for (int n = 0; n < kQueryTiles; ++n)
 #pragma unroll
@@ -215,16 +215,16 @@ __global__ void __launch_bounds__(kLineThreads, kLineCtas)
   __syncthreads();
   int* arrivals = args.arrivals + cta.head;
   if (threadIdx.x == 0) {
-    memory.last = atomicAdd(arrivals, 1) == args.splits - 1;
+    memory.last = atomicAdd(arrivals, 1) == args.chunks.count - 1;
     if (memory.last) *arrivals = 0;
   }
   __syncthreads();
   if (!memory.last) return;
   __threadfence();
   float top = -3e38f, total = 0;
-  for (int64_t s = 0; s < args.splits; ++s)
+  for (int64_t s = 0; s < args.chunks.count; ++s)
     top = fmaxf(top, stats[s * kLineQueries + threadIdx.x].x);
-  for (int64_t s = 0; s < args.splits; ++s) {
+  for (int64_t s = 0; s < args.chunks.count; ++s) {
     const float2 own = stats[s * kLineQueries + threadIdx.x];
     total += own.y * power_of_2(own.x - top);
   }
@@ -237,7 +237,7 @@ __global__ void __launch_bounds__(kLineThreads, kLineCtas)
   extern __shared__ __align__(16) char smem[];
   auto& memory = *reinterpret_cast<LineMemory<T, kD>*>(smem);
   LineCta<T, kD> cta(args, memory);
-  const int64_t lines = args.chunk + kLineQueries - 1;
+  const int64_t lines = args.chunks.length + kLineQueries;
   for (int64_t i = threadIdx.x; i < lines; i += kLineThreads) memory.distances[i] = 0;
   float lse[kQueryTiles][2];
 #pragma unroll
@@ -291,39 +291,43 @@ __global__ void __launch_bounds__(kLineThreads, kLineCtas)
               const int at = i + 1 - 8 + s - w * kWarpQueries;
               if (at >= 0 && at < kSums) sum += memory.sums[w][s][at];
             }
-          memory.distances[args.chunk - kLineKeys - (t0 - cta.first) + i] += sum;
+          memory.distances[args.chunks.length - kLineKeys - (t0 - cta.first) + i + 1] += sum;
         }
       });
   __syncthreads();
-  float* distances = args.distances + (cta.head * args.splits + cta.split) * lines;
+  float* distances = args.chunks.of(cta.head, cta.split);
   for (int64_t i = threadIdx.x; i < lines; i += kLineThreads) distances[i] = memory.distances[i];
 }
 
-// Of a distance: the chunks that its 128 keys lie in, two at most
-__global__ void __launch_bounds__(kThreads) probe_distances_kernel(LineArgs args) {
-  const Probe& op = args.op;
-  const int64_t sk = op.k.shape[1], sq = op.q.shape[1], chunk = args.chunk;
+// A CTA has some distances of one head
+constexpr int64_t kFewDistances = 4 * kThreads;
+
+__global__ void __launch_bounds__(kThreads) probe_distances_kernel(Probe op, LineStrips strips) {
+  const int64_t sk = op.k.shape[1], sq = op.q.shape[1];
+  const int64_t ctas = (sk + kFewDistances - 1) / kFewDistances, head = blockIdx.x / ctas;
+  const int64_t first = blockIdx.x % ctas * kFewDistances, end = min(first + kFewDistances, sk);
   const float share = 1.f / static_cast<float>(sq);
-  HEDDLE_EACH(i, op.q.shape[0] * op.q.shape[2] * sk) {
-    const int64_t head = i / sk, distance = i % sk, from = sk - sq - distance;
-    const int64_t last = min((from + kLineQueries - 1) / chunk, args.splits - 1);
-    float sum = 0;
-    for (int64_t s = max(from, int64_t{0}) / chunk; s <= last; ++s)
-      sum += args.distances[(head * args.splits + s) * (chunk + kLineQueries - 1) + chunk - 1 +
-                            s * chunk - from];
-    static_cast<float*>(op.score.data)[(head * 2 + 1) * sk + distance] = sum * share;
-  }
+  float* score = static_cast<float*>(op.score.data) + (head * 2 + 1) * sk;
+#pragma unroll 4
+  for (int64_t i = first + threadIdx.x; i < end; i += kThreads)
+    score[i] = strips.sum(head, sk - sq - i) * share;
+}
+
+// Every strip's distances become those of the head
+void add_distances(const Probe& op, const LineStrips& strips, CudaContext& context) {
+  const int64_t heads = op.q.shape[0] * op.q.shape[2], sk = op.k.shape[1];
+  const auto ctas = static_cast<unsigned>(heads * ((sk + kFewDistances - 1) / kFewDistances));
+  probe_distances_kernel<<<ctas, kThreads, 0, context.stream>>>(op, strips);
+  context.launched("probe_distances_kernel");
 }
 
 template <class T, int kD> void enqueue(const LineArgs& args, CudaContext& context) {
   const int64_t heads = args.op.q.shape[0] * args.op.q.shape[2];
-  const Launch plan{static_cast<int>(heads * args.splits), kLineThreads,
+  const Launch plan{static_cast<int>(heads * args.chunks.count), kLineThreads,
                     LineMemory<T, kD>::bytes(kMostLineChunk), context.stream};
   launch<probe_stats_kernel<T, kD>>(plan, args);
   launch<probe_sums_kernel<T, kD>>(plan, args);
-  const unsigned ctas = blocks_for(args.op.score.size() / 2, context);
-  probe_distances_kernel<<<ctas, kThreads, 0, context.stream>>>(args);
-  context.launched("probe_distances_kernel");
+  add_distances(args.op, args.chunks, context);
 }
 
 bool whole_rows(const Tensor& x) {
@@ -351,26 +355,57 @@ void run_lines(const Probe& op, CudaContext& context) {
   const int64_t slots = int64_t{kLineCtas} * context.processors;
   const int64_t waves = (sk * heads + kMostLineChunk * slots - 1) / (kMostLineChunk * slots);
   const int64_t wanted = std::max<int64_t>(waves * slots / heads, 1);
-  const int64_t chunk = (sk + wanted * kLineKeys - 1) / (wanted * kLineKeys) * kLineKeys;
-  LineArgs args{op,
-                std::clamp<int64_t>(chunk, kLineQueries, kMostLineChunk),
-                0,
-                nullptr,
-                nullptr,
-                nullptr,
-                context.counters(static_cast<size_t>(heads))};
-  args.splits = (sk + args.chunk - 1) / args.chunk;
-  HEDDLE_CHECK(heads * args.splits < INT32_MAX, kUnsupported, "k", "k is too long for one call");
-  const auto parts = static_cast<size_t>(heads * args.splits);
-  args.stats = context.scratch<float2>(parts * kLineQueries);
-  args.lse = context.scratch<float>(static_cast<size_t>(heads) * kLineQueries);
-  args.distances =
-      context.scratch<float>(parts * static_cast<size_t>(args.chunk + kLineQueries - 1));
+  const int64_t chunk =
+      std::clamp<int64_t>((sk + wanted * kLineKeys - 1) / (wanted * kLineKeys) * kLineKeys,
+                          kLineQueries, kMostLineChunk);
+  const int64_t chunks = (sk + chunk - 1) / chunk;
+  HEDDLE_CHECK(heads * chunks < INT32_MAX, kUnsupported, "k", "k is too long for one call");
+  const auto parts = static_cast<size_t>(heads * chunks);
+  const LineArgs args{
+      op,
+      {context.scratch<float>(parts * static_cast<size_t>(chunk + kLineQueries)), chunk, chunks},
+      context.scratch<float2>(parts * kLineQueries),
+      context.scratch<float>(static_cast<size_t>(heads) * kLineQueries),
+      context.counters(static_cast<size_t>(heads))};
   const bool wide = op.q.shape[3] == 128;
   if (op.q.dtype == DType::kBF16)
     wide ? enqueue<BF16, 128>(args, context) : enqueue<BF16, 64>(args, context);
   else
     wide ? enqueue<F16, 128>(args, context) : enqueue<F16, 64>(args, context);
+}
+
+const char* declines_lines_sm90(const Probe& op, const CudaContext& context) {
+  if (const char* reason = declines_lines(op, context)) return reason;
+  if (context.arch != 90) return "the GPU must be of compute capability 9.0";
+  constexpr int64_t kMost = int64_t{1} << 30;  // keys and CTAs are counted in 32 bits
+  if (op.k.shape[1] > kMost || op.q.shape[0] * op.q.shape[2] > kMost / context.processors)
+    return "k must have at most 2^30 rows, and q as many heads";
+  for (const Tensor* x : {&op.q, &op.k})
+    for (int i = 0; i < 3; ++i)
+      if (x->shape[i] > 1 && (x->strides[i] <= 0 || x->strides[i] >= int64_t{1} << 38))
+        return "strides must be positive";
+  return nullptr;
+}
+
+void run_lines_sm90(const Probe& op, CudaContext& context) {
+  const LinesPlan plan(op, context.processors);
+  const int64_t strips = plan.parts * int64_t{4};
+  const auto heads = static_cast<size_t>(op.q.shape[0] * op.q.shape[2]);
+  const LinesCall call{
+      op,
+      plan,
+      context.scratch<float2>(heads * static_cast<size_t>(plan.parts) * kLineQueries),
+      {context.scratch<float>(heads * static_cast<size_t>(strips * (plan.strip + kLineQueries))),
+       plan.strip, strips}};
+  const bool wide = op.q.shape[3] == 128;
+  if (op.q.dtype == DType::kBF16)
+    wide ? launch_lines_sm90<DType::kBF16, 128>(call, context.stream)
+         : launch_lines_sm90<DType::kBF16, 64>(call, context.stream);
+  else
+    wide ? launch_lines_sm90<DType::kF16, 128>(call, context.stream)
+         : launch_lines_sm90<DType::kF16, 64>(call, context.stream);
+  context.launched("probe_lines_sm90_kernel");
+  add_distances(op, call.strips, context);
 }
 
 }  // namespace heddle

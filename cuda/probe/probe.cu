@@ -196,6 +196,7 @@ void run_plain(const Probe& op, CudaContext& context) {
 }
 
 constexpr Variant<Probe> kVariants[] = {
+    {"sm90_lines", declines_lines_sm90, run_lines_sm90},
     {"sm80_lines", declines_lines, run_lines},
     {"pooled",
      [](const Probe& op, const CudaContext&) -> const char* {

@@ -91,6 +91,7 @@ const decode = 'lightning/decode_sm90.cuh'
 const tile = 'common/tile.cuh'
 const team = 'common/team.cuh'
 const search = 'hip/search_sm80.cuh'
+const lines = 'probe/lines_sm90.cuh'
 const kernels: Kernel[] = [
   {
     name: 'forward_sm90',
@@ -1443,6 +1444,160 @@ const kernels: Kernel[] = [
         file: search,
         from: 'if (args.members > 1 && !arrives_last(args.arrivals + group, args.members)) continue;',
         to: '',
+      },
+    ],
+  },
+  {
+    name: 'lines_sm90',
+    variants: {
+      'kF16 d128': ['-DHEDDLE_DTYPE=kF16', '-DHEDDLE_D=128'],
+      'kBF16 d64': [],
+    },
+    broken: 'kBF16 d64',
+    faults: [
+      {
+        what: 'keys are loaded over those in use',
+        file: lines,
+        from: 'smem.k_empty[turn.stage].wait(turn.parity ^ 1);',
+        to: '',
+      },
+      {
+        what: 'keys are used before they arrived',
+        file: lines,
+        from: 'smem.k_full[turn.stage].wait(turn.parity);',
+        to: '',
+      },
+      {
+        what: 'queries are used before they arrived',
+        file: lines,
+        from: 'smem.q_full.wait(0);',
+        to: '',
+      },
+      {
+        what: 'a stage is never given back',
+        file: lines,
+        from: '    release(n);\n',
+        to: '',
+      },
+      {
+        what: 'barriers are used before their initialisation is seen',
+        file: lines,
+        from: 'fence_barrier_init();',
+        to: '',
+      },
+      {
+        what: 'registers change without a fence before the product',
+        file: lines,
+        from: 'wgmma_fence(acc[step]);',
+        to: '',
+      },
+      {
+        what: 'scores are read before their product is done',
+        file: lines,
+        from: 'wgmma_wait<0>(acc[1]);\n    release(n);',
+        to: 'release(n);',
+      },
+      {
+        what: 'squares of keys follow each other',
+        file: lines,
+        from: 'k_major(8 * step, d, 2048)',
+        to: 'k_major(8 * step, d)',
+      },
+      {
+        what: 'a mass is that of another key',
+        file: lines,
+        from: 'square = kStep + 2 * line_key(i);',
+        to: 'square = 2 * kStep + line_key(i);',
+      },
+      {
+        what: 'queries see one key more',
+        file: lines,
+        from: '> ahead + query)',
+        to: '> ahead + query + 1)',
+      },
+      {
+        what: 'queries that are none count',
+        file: lines,
+        from: 'query >= sq || ',
+        to: '',
+      },
+      {
+        what: 'both heads of a pair are its first',
+        file: lines,
+        from: '2 * item + own : item',
+        to: '2 * item : item',
+      },
+      {
+        what: 'a lane adds up what others have not written',
+        file: lines,
+        from: '__syncwarp();\n    float sum = 0;',
+        to: 'float sum = 0;',
+      },
+      {
+        what: 'a lane writes over what others still add up',
+        file: lines,
+        from: '__syncwarp();  // what',
+        to: '// what',
+      },
+      {
+        what: 'a diagonal loses what lies in the square before',
+        file: lines,
+        from: 'before[j] = diagonal[kDiagonals - kLineSquares][j];',
+        to: '',
+      },
+      {
+        what: 'the last diagonals are left out',
+        file: lines,
+        from: 'n < turns + kLineQueries / kLineKeys;',
+        to: 'n < turns;',
+      },
+      {
+        what: 'sums overflow',
+        file: lines,
+        from: 'first || __any_sync(~0u, highest > kLag)',
+        to: 'first',
+      },
+      {
+        what: 'sums underflow',
+        file: lines,
+        from: 'first ? -3e38f : 0)',
+        to: '0)',
+      },
+      {
+        what: 'sums stay while what they are relative to moves',
+        file: lines,
+        from: 'first ? 0 : sum[n] * sm90::exp2_approx(-rise)',
+        to: 'first ? 0 : sum[n]',
+      },
+      {
+        what: 'a warpgroup merges before all have written',
+        file: lines,
+        from: 'named_barrier_sync(1 + own, 128);\n    stats[',
+        to: 'stats[',
+      },
+      {
+        what: 'a normaliser is read before it is there',
+        file: lines,
+        from: 'named_barrier_sync(1 + own, 128);\n#pragma',
+        to: '#pragma',
+      },
+      {
+        what: 'a normaliser misses parts',
+        file: lines,
+        from: 'merge_stats(static_cast<int>(parts),',
+        to: 'merge_stats(1,',
+      },
+      {
+        what: 'keys that are none get a mass',
+        file: lines,
+        from: 'if (key < sk) score',
+        to: 'score',
+      },
+      {
+        what: 'a distance misses a strip',
+        file: 'probe/lines_sm90.h',
+        from: 's * length < from + 128',
+        to: 's * length < from + 127',
       },
     ],
   },

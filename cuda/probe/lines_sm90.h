@@ -1,0 +1,65 @@
+#pragma once
+#include <algorithm>
+
+#include "common/launch.h"
+#include "core/host_device.h"
+#include "ops/probe.h"
+
+namespace heddle {
+
+// Masses of distances, of `count` strips of `length` keys for each head: of a strip length + 128,
+// farthest first, the last that of query 127 to the strip's first key
+struct LineStrips {
+  float* distances;
+  int64_t length, count;
+
+  HEDDLE_HD float* of(int64_t head, int64_t strip) const {
+    return distances + (head * count + strip) * (length + 128);
+  }
+  // At the distance from which query 0 would see key `from`, which may be negative
+  HEDDLE_HD float sum(int64_t head, int64_t from) const {
+    float sum = 0;
+    for (int64_t s = (from > 0 ? from : 0) / length; s < count && s * length < from + 128; ++s)
+      sum += of(head, s)[(s + 1) * length - from];
+    return sum;
+  }
+};
+
+// How heads and keys are shared out: a warp has a strip of `strip` keys, 32 at a time, and a
+// warpgroup four strips that follow each other
+struct LinesPlan {
+  bool shared;      // both warpgroups of a CTA have the same keys, and a head each
+  int items;        // heads or pairs of them
+  int strip, ctas;  // of an item
+  int parts;        // of a head, four strips each
+
+  LinesPlan(const Probe& op, int processors)
+      : shared(op.q.shape[2] / op.k.shape[2] % 2 == 0),
+        items(static_cast<int>(op.q.shape[0] * op.q.shape[2] / (shared ? 2 : 1))) {
+    // what a CTA spends on its beginning and end, in turns of 32 keys a warp, and the fewest turns
+    constexpr int64_t kIdle = 4, kLeast = 4;
+    const int64_t turn = shared ? 128 : 256, turns = (op.k.shape[1] + turn - 1) / turn;
+    int64_t best = INT64_MAX;
+    for (int64_t n = 1; n <= processors; ++n) {
+      const int64_t each = std::max((turns + n - 1) / n, kLeast), used = (turns + each - 1) / each;
+      const int64_t waves = (items * used + processors - 1) / processors;
+      if (waves * (each + kIdle) >= best) continue;
+      best = waves * (each + kIdle);
+      strip = static_cast<int>(each * 32);
+      ctas = static_cast<int>(used);
+    }
+    parts = shared ? ctas : 2 * ctas;
+  }
+};
+
+struct LinesCall {
+  Probe op;
+  LinesPlan plan;
+  float2* stats;      // [b hq, parts, 128] largest score and sum, in powers of 2
+  LineStrips strips;  // four of a part
+};
+
+// Masses of keys, and of the distances of every strip, one instantiation file each
+template <DType kType, int kD> void launch_lines_sm90(const LinesCall& call, cudaStream_t stream);
+
+}  // namespace heddle

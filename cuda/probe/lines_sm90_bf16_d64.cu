@@ -1,0 +1,5 @@
+#include "probe/lines_sm90.cuh"
+
+namespace heddle {
+template void launch_lines_sm90<DType::kBF16, 64>(const LinesCall&, cudaStream_t);
+}  // namespace heddle

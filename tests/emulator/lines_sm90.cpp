@@ -1,0 +1,132 @@
+// Masses of lines on the emulator, against float64
+#include "probe/lines_sm90.cuh"
+
+#include <cmath>
+#include <vector>
+
+namespace heddle {
+namespace {
+
+#ifndef HEDDLE_D
+#define HEDDLE_D 64
+#endif
+#ifndef HEDDLE_DTYPE
+#define HEDDLE_DTYPE kBF16
+#endif
+constexpr int kD = HEDDLE_D;
+constexpr DType kType = DType::HEDDLE_DTYPE;
+
+struct Case {
+  int64_t b, sq, sk, hq, hk;
+  int processors;
+  double scale = 0.2;
+  double slope = 0;       // keys grow, or shrink, by so much from the first to the last
+  double offset = 0;      // they have in common
+  int64_t poisoned = -1;  // a key that is no number
+};
+
+// Heads in pairs and alone, strips that end before or after the keys, rows that see one key
+const Case kCases[] = {
+    {.b = 1, .sq = 128, .sk = 700, .hq = 4, .hk = 2, .processors = 5},
+    {.b = 2, .sq = 100, .sk = 457, .hq = 2, .hk = 2, .processors = 3},
+    {.b = 1, .sq = 33, .sk = 33, .hq = 1, .hk = 1, .processors = 9},
+    {.b = 2, .sq = 1, .sk = 300, .hq = 2, .hk = 1, .processors = 2},
+    {.b = 1, .sq = 128, .sk = 1500, .hq = 3, .hk = 1, .processors = 6, .scale = -0.2},
+    {.b = 1, .sq = 128, .sk = 1300, .hq = 2, .hk = 1, .processors = 1, .scale = 2, .slope = 8},
+    {.b = 1, .sq = 70, .sk = 1300, .hq = 2, .hk = 1, .processors = 2, .scale = 2, .slope = -8},
+    {.b = 1, .sq = 128, .sk = 300, .hq = 1, .hk = 1, .processors = 2, .scale = 2, .offset = 10},
+    {.b = 1, .sq = 128, .sk = 520, .hq = 4, .hk = 2, .processors = 3, .poisoned = 519},
+};
+
+// [b, s, h, d], rows of all heads after each other, behind something that is no number
+struct Rows {
+  Rows(int64_t b, int64_t s, int64_t h, emulator::Random& random, double slope = 0,
+       double offset = 0)
+      : bits(static_cast<size_t>((b + 1) * (s + 1) * h * kD), 0x7fff) {
+    Tensor& x = tensor;
+    x.rank = 4;
+    x.dtype = kType;
+    const int64_t shape[] = {b, s, h, kD}, strides[] = {(s + 1) * h * kD, h * kD, kD, 1};
+    std::copy_n(shape, 4, x.shape);
+    std::copy_n(strides, 4, x.strides);
+    size_t shift = 0;
+    while (reinterpret_cast<uintptr_t>(&bits[shift]) % 16 != 0) ++shift;
+    x.data = &bits[shift + static_cast<size_t>(h * kD)];
+    for (int64_t i = 0; i < b; ++i)
+      for (int64_t r = 0; r < s; ++r) {
+        const double size = 1 + slope * ((slope < 0 ? r - s : r) / static_cast<double>(s));
+        for (int64_t e = 0; e < h * kD; ++e)
+          x.as<uint16_t>()[i * x.strides[0] + r * x.strides[1] + e] = emulator::encode(
+              kType, static_cast<float>(offset + size * (random.below(4096) / 2048. - 1)));
+      }
+  }
+  double value(int64_t b, int64_t s, int64_t h, int64_t e) const {
+    const Tensor& x = tensor;
+    return emulator::decode(
+        kType, x.as<uint16_t>()[b * x.strides[0] + s * x.strides[1] + h * x.strides[2] + e]);
+  }
+
+  std::vector<uint16_t> bits;
+  Tensor tensor;
+};
+
+double check(const Case& c, emulator::Random& random) {
+  Rows q(c.b, c.sq, c.hq, random), k(c.b, c.sk, c.hk, random, c.slope, c.offset);
+  if (c.poisoned >= 0)
+    std::fill_n(k.tensor.as<uint16_t>() + c.poisoned * k.tensor.strides[1], kD, 0x7fff);
+  const int64_t heads = c.b * c.hq;
+  const auto size = [](int64_t n) { return static_cast<size_t>(n); };
+  std::vector<float> score(size(heads * 2 * c.sk + 1), NAN);
+  Probe op;
+  op.q = q.tensor;
+  op.k = k.tensor;
+  op.score.data = score.data();
+  op.scale = c.scale;
+  const LinesPlan plan(op, c.processors);
+  std::vector<float2> stats(size(heads * plan.parts * 128), {NAN, NAN});
+  const int64_t strips = plan.parts * int64_t{4};
+  std::vector<float> distances(size(heads * strips * (plan.strip + 128)), NAN);
+  const LinesCall call{op, plan, stats.data(), {distances.data(), plan.strip, strips}};
+  launch_lines_sm90<kType, kD>(call, nullptr);
+
+  double worst = 0;
+  for (int64_t head = 0; head < heads; ++head) {
+    const int64_t b = head / c.hq, h = head % c.hq;
+    std::vector<double> keys(size(c.sk)), far(size(c.sk));
+    for (int64_t i = 0; i < c.sq; ++i) {
+      const int64_t p = c.sk - c.sq + i;
+      std::vector<double> row(size(p + 1));
+      double top = -INFINITY, sum = 0;
+      for (int64_t t = 0; t <= p; ++t) {
+        double dot = 0;
+        for (int64_t e = 0; e < kD; ++e)
+          dot += q.value(b, i, h, e) * k.value(b, t, h / (c.hq / c.hk), e);
+        row[size(t)] = dot * c.scale;
+        top = std::fmax(top, dot * c.scale);
+      }
+      for (double& x : row) sum += x = std::exp(x - top);
+      for (int64_t t = 0; t <= p; ++t) {
+        keys[size(t)] += row[size(t)] / sum / static_cast<double>(c.sq);
+        far[size(p - t)] += row[size(t)] / sum / static_cast<double>(c.sq);
+      }
+    }
+    const auto compare = [&](double actual, double expected) {
+      if (std::isnan(actual) && std::isnan(expected)) return;
+      const double error = std::fabs(actual - expected) / (0x1p-12 * expected + 0x1p-30);
+      worst = error <= worst ? worst : std::isnan(error) ? INFINITY : error;
+    };
+    for (int64_t t = 0; t < c.sk; ++t) {
+      compare(score[size(head * 2 * c.sk + t)], keys[size(t)]);
+      compare(call.strips.sum(head, c.sk - c.sq - t) / static_cast<double>(c.sq), far[size(t)]);
+    }
+  }
+  if (!std::isnan(score.back()) || !std::isnan(score[size(c.sk)])) worst = INFINITY;
+  return worst;
+}
+
+}  // namespace
+}  // namespace heddle
+
+int main(int argc, char** argv) {
+  return heddle::emulator::run_cases(heddle::kCases, argc, argv, heddle::check);
+}
