@@ -92,6 +92,7 @@ const tile = 'common/tile.cuh'
 const team = 'common/team.cuh'
 const search = 'hip/search_sm80.cuh'
 const lines = 'probe/lines_sm90.cuh'
+const pooled = 'probe/pooled.cuh'
 const kernels: Kernel[] = [
   {
     name: 'forward_sm90',
@@ -1598,6 +1599,64 @@ const kernels: Kernel[] = [
         file: 'probe/lines_sm90.h',
         from: 's * length < from + 128',
         to: 's * length < from + 127',
+      },
+    ],
+  },
+  {
+    name: 'pooled',
+    variants: {
+      BF16: [],
+      float: ['-DHEDDLE_ELEMENT=float'],
+    },
+    broken: 'BF16',
+    faults: [
+      {
+        what: 'sums of a block are added up before they are there',
+        file: pooled,
+        from: '__syncthreads();\n  float* mean',
+        to: 'float* mean',
+      },
+      {
+        what: 'a shorter block is divided as if it were whole',
+        file: pooled,
+        from: 'sum / static_cast<float>(end - first)',
+        to: 'sum / static_cast<float>(args.block)',
+      },
+      {
+        what: 'what is behind a mean is not zero',
+        file: pooled,
+        from: 'e < args.depth; e +=',
+        to: 'e < d; e +=',
+      },
+      {
+        what: 'means are used before they are there',
+        file: pooled,
+        from: 'columns, e0);\n      __syncthreads();',
+        to: 'columns, e0);',
+      },
+      {
+        what: 'means are loaded over those in use',
+        file: pooled,
+        from: '__syncthreads();\n      fetch(smem_q',
+        to: 'fetch(smem_q',
+      },
+      {
+        what: 'rows see a block more',
+        file: pooled,
+        from: 'c < seen[r] ?',
+        to: 'c <= seen[r] ?',
+      },
+      {
+        what: 'sums stay while the largest score moves',
+        file: pooled,
+        from: 'sum[r] *= expf(top[r] - next);',
+        to: '',
+      },
+      {
+        what: 'lanes keep their sums to themselves',
+        file: pooled,
+        from: 'total += __shfl_xor_sync(~0u, total, step);',
+        to: 'total += 0;',
       },
     ],
   },
