@@ -59,6 +59,41 @@ struct FlexSum {
   }
 };
 
+// The visible pairs of a map of blocks by number. Row r sees r + ahead + 1 columns, but for the
+// last row, so that rows r and rows - 1 - r fill one line of `width` pairs together, or but for
+// one.
+struct FlexTriangle {
+  int64_t rows, columns, ahead, width, count;
+  uint32_t inverse;  // of the width, in 2^-32, rounded up
+
+  HEDDLE_HD FlexTriangle(int64_t rows, int64_t columns, int64_t ahead)
+      : rows(rows),
+        columns(columns),
+        ahead(ahead),
+        width(rows + 2 * ahead + 1),
+        count((rows + 1) / 2 * width),
+        inverse(static_cast<uint32_t>((int64_t{1} << 32) / width + 1)) {}
+
+  HEDDLE_HD int64_t seen(int64_t row) const {
+    const int64_t all = row + ahead + 1;
+    return all < columns ? all : columns;
+  }
+  // Where the pair stands in the map, or -1
+  HEDDLE_HD int64_t at(int64_t i) const {
+    const auto number = static_cast<uint32_t>(i), all = static_cast<uint32_t>(width);
+    auto line = static_cast<uint32_t>(uint64_t{number} * inverse >> 32);
+    auto c = static_cast<int32_t>(number - line * all);
+    if (c < 0) {  // the line is one too far, at most
+      --line;
+      c += static_cast<int32_t>(all);
+    }
+    const auto upper = static_cast<int32_t>(seen(line));
+    if (c < upper) return line * columns + c;
+    const int64_t other = rows - 1 - line;
+    return other > line && c - upper < seen(other) ? other * columns + (c - upper) : -1;
+  }
+};
+
 // After the sums. `own` is a team for itself, `all` are those who have this head to do.
 template <class Team, class Group>
 HEDDLE_HD void flexprefill_head(const Team& own, const Group& all, const FlexPrefill& op,
@@ -78,11 +113,8 @@ HEDDLE_HD void flexprefill_head(const Team& own, const Group& all, const FlexPre
   int32_t* band_bits = column_bits + line_words;
   int32_t* bits = static_cast<int32_t*>(op.blocks.data) + head * rows * words;
   const int64_t ahead = sk - op.sq;
-  const auto last_of = [&](int64_t row) {
-    const int64_t end = (row + 1) * block < op.sq ? (row + 1) * block : op.sq;
-    return (ahead + end - 1) / block;
-  };
-  const auto first_of = [&](int64_t row) { return (ahead + row * block) / block; };
+  const FlexTriangle visible(rows, nk, (ahead + block - 1) / block);
+  const int64_t first_seen = ahead / block;  // of the diagonal of row 0
   const auto clamp = [](int64_t x, int64_t least, int64_t most) {
     return x < least ? least : x > most ? most : x;
   };
@@ -147,7 +179,12 @@ HEDDLE_HD void flexprefill_head(const Team& own, const Group& all, const FlexPre
   uint64_t pair_floor = ~uint64_t{0};  // pairs above it are listed
   if (aware) {
     const Wanted wanted = exceed(op.gamma * static_cast<double>(rows));
-    const Cut cut = cover(all, rows * nk, wanted, map, share_rank(map), memory);
+    const auto rank = [&](int64_t i) {
+      const int64_t at = visible.at(i);
+      return at < 0 ? 0 : rank_of_share(map[at], at);
+    };
+    const auto mass = [&](int64_t i) { return mass_of_share(map[visible.at(i)]); };
+    const Cut cut = select(all, visible.count, wanted, rank, mass, memory.bins);
     // The pair that crosses gamma is not listed in the released code
     pair_floor = op.coverage ? cut.least - 1 : cut.last;
   }
@@ -167,14 +204,13 @@ HEDDLE_HD void flexprefill_head(const Team& own, const Group& all, const FlexPre
       [&](int64_t i, int64_t bit) {
         if (!aware) return false;
         const int64_t row = row_of(i), c = (i - row * words) * 32 + bit, at = row * nk + c;
-        if (c >= nk) return false;
-        return rank_of_share(map[at], at) > pair_floor;
+        return c < visible.seen(row) && rank_of_share(map[at], at) > pair_floor;
       },
       [&](int64_t i, uint32_t pairs) {
-        const int64_t row = row_of(i), from = (i - row * words) * 32, last = last_of(row);
+        const int64_t row = row_of(i), from = (i - row * words) * 32, last = visible.seen(row) - 1;
         uint64_t seen = pairs | bits_at(column_bits, line_words, from) |
                         bit_range(-from, 1 - from) |
-                        bit_range(first_of(row) - from, last + 1 - from);
+                        bit_range(first_seen + row - from, last + 1 - from);
         seen |= reverse_bits(bits_at(band_bits, line_words, last - from - 63));
         bits[i] = static_cast<int32_t>(static_cast<uint32_t>(full ? ~uint64_t{0} : seen) &
                                        static_cast<uint32_t>(bit_range(0, last + 1 - from)));

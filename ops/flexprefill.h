@@ -43,8 +43,10 @@ struct FlexPrefill {
                      map.shape[3] == (lines.shape[3] + block - 1) / block &&
                      blocks.shape[3] * 32 >= map.shape[3],
                  kShape, "map", "map must have a row and a column per block, got ", map);
-    HEDDLE_CHECK(map.shape[2] * blocks.shape[3] <= INT32_MAX, kUnsupported, "map",
-                 "map must have at most 2^31 words per head, got ", map);
+    HEDDLE_CHECK(map.shape[2] * blocks.shape[3] <= INT32_MAX &&
+                     map.shape[2] * map.shape[3] <= int64_t{1} << 32,
+                 kUnsupported, "map",
+                 "map must have at most 2^31 words and 2^32 pairs per head, got ", map);
   }
 };
 
