@@ -24,14 +24,6 @@ struct FlexMemory {
   bool finite;
 };
 
-// The largest shares that amount to what is wanted
-template <class Team, class Rank>
-HEDDLE_HD Cut cover(const Team& team, int64_t n, Wanted wanted, const float* shares,
-                    const Rank& rank, FlexMemory& memory) {
-  const auto mass = [&](int64_t i) { return mass_of_share(shares[i]); };
-  return select(team, n, wanted, rank, mass, memory.bins);
-}
-
 // Tokens whose masses add up to that of a block: `line` 0 is of keys, 1 of distances. A distance of
 // o + x blocks, x < 1, lies on diagonal o of blocks for 1 - x of all queries and on the next for x,
 // which `coverage` goes by; the released code bands distances instead.
@@ -151,9 +143,7 @@ HEDDLE_HD void flexprefill_head(const Team& own, const Group& all, const FlexPre
   const auto exceed = [](double amount) {
     return Wanted{true, static_cast<unsigned long long>(floor(amount * kMassSteps)) + 1};
   };
-  const auto share_rank = [](const float* shares) {
-    return [shares](int64_t i) { return rank_of_share(shares[i], i); };
-  };
+  const auto share_mass = [](int64_t, uint64_t rank) { return mass_of_share(share_of(rank)); };
   const auto best = [&](const float* blocks, const float* tokens) -> uint64_t {
     if (full) return 1;
     const auto rank = [&](int64_t i) { return rank_of(blocks[i], i, i == 0); };
@@ -162,15 +152,17 @@ HEDDLE_HD void flexprefill_head(const Team& own, const Group& all, const FlexPre
       Wanted wanted = exceed(op.gamma);
       if (op.coverage) {
         wanted.amount = static_cast<unsigned long long>(ceil(op.gamma * kMassSteps));
-        count = static_cast<int64_t>(cover(own, nk, wanted, blocks, rank, memory).count);
+        const auto mass = [&](int64_t i, uint64_t) { return mass_of_share(blocks[i]); };
+        count = static_cast<int64_t>(select(own, nk, wanted, rank, mass, memory.bins).count);
       } else {
         wanted.grain = 128;
-        const Cut cut = cover(all, sk, wanted, tokens, share_rank(tokens), memory);
+        const auto share = [&](int64_t i) { return rank_of_share(tokens[i], i); };
+        const Cut cut = select(all, sk, wanted, share, share_mass, memory.bins);
         count = static_cast<int64_t>(cut.count / 128) + 1;
       }
       count = clamp(count, least, most);
     }
-    const auto none = [](int64_t) { return 0ull; };
+    const auto none = [](int64_t, uint64_t) { return 0ull; };
     return select(own, nk, Wanted{false, static_cast<unsigned long long>(count)}, rank, none,
                   memory.bins)
         .least;
@@ -183,8 +175,7 @@ HEDDLE_HD void flexprefill_head(const Team& own, const Group& all, const FlexPre
       const int64_t at = visible.at(i);
       return at < 0 ? 0 : rank_of_share(map[at], at);
     };
-    const auto mass = [&](int64_t i) { return mass_of_share(map[visible.at(i)]); };
-    const Cut cut = select(all, visible.count, wanted, rank, mass, memory.bins);
+    const Cut cut = select(all, visible.count, wanted, rank, share_mass, memory.bins);
     // The pair that crosses gamma is not listed in the released code
     pair_floor = op.coverage ? cut.least - 1 : cut.last;
   }

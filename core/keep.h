@@ -46,7 +46,7 @@ HEDDLE_HD void keep_part(const Team& team, const Keep& op, int64_t head, int64_t
     if (op.coverage >= 1) wanted = {false, static_cast<unsigned long long>(count)};
   }
   const float largest = memory.largest;
-  const auto mass = [&](int64_t i) { return mass_of(score[i], largest); };
+  const auto mass = [&](int64_t i, uint64_t) { return mass_of(score[i], largest); };
   const auto at_most = [&](int64_t n) {
     return select(team, count, Wanted{false, static_cast<unsigned long long>(n)}, rank, mass,
                   memory.bins);

@@ -80,6 +80,12 @@ HEDDLE_HD inline uint64_t rank_of_share(float share, int64_t index) {
   memcpy(&bits, &share, sizeof bits);
   return static_cast<uint64_t>(bits) << 34 | uint64_t{~static_cast<uint32_t>(index)} << 2;
 }
+HEDDLE_HD inline float share_of(uint64_t rank) {
+  const auto bits = static_cast<uint32_t>(rank >> 34);
+  float share;
+  memcpy(&share, &bits, sizeof share);
+  return share;
+}
 HEDDLE_HD inline unsigned long long mass_of_share(float share) {
   return share > 0 ? static_cast<unsigned long long>(share * static_cast<float>(kMassSteps)) : 0;
 }
@@ -96,8 +102,8 @@ HEDDLE_HD inline int crossing_of(const Histogram& bins, int digit, int last, Wan
   return digit;
 }
 
-// `rank(i)` and `mass(i)` of n scores; all visible ones if they do not amount to what is wanted.
-// `bins` is memory that the team shares.
+// `rank(i)` and `mass(i, rank)` of n scores; all visible ones if they do not amount to what is
+// wanted. `bins` is memory that the team shares.
 template <class Team, class Rank, class Mass>
 HEDDLE_HD Cut select(const Team& team, int64_t n, Wanted wanted, const Rank& rank, const Mass& mass,
                      Histogram& bins) {

@@ -27,7 +27,7 @@ struct Alone {
       const uint64_t own = rank(i);
       if (!digit.has(own)) continue;
       ++bins.count[digit.of(own)];
-      if (by_mass) bins.mass[digit.of(own)] += mass(i);
+      if (by_mass) bins.mass[digit.of(own)] += mass(i, own);
     }
   }
   template <class X, class Y> void add(X& x, Y y) const { x += static_cast<X>(y); }

@@ -108,7 +108,8 @@ struct CtaTeam {
         const int64_t at = first + i * step;
         if (at - lane >= n) break;
         const bool counts = digit.has(ranks[i]);
-        tally_warp(bins, counts, digit.of(ranks[i]), by_mass, counts && by_mass ? mass(at) : 0);
+        tally_warp(bins, counts, digit.of(ranks[i]), by_mass,
+                   counts && by_mass ? mass(at, ranks[i]) : 0);
       }
     }
     __syncthreads();
