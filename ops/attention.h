@@ -16,7 +16,7 @@ struct Attention : MaskArguments {
   // Differences from offset below this part of it are rounding
   static constexpr float kReweightedSnap = 7.6e-6f;
   Tensor q;              // [b, sq, hq, d]
-  Tensor k, v;           // [b, sk, hk, d] and [b, sk, hk, dv], or pages of them
+  Tensor k, v;           // [b, sk, hk, d] and [b, sk, hk, dv], or pages of them; dv may be 0
   Tensor cu_seqlens_q;   // [n + 1] i32: where each packed sequence of q begins, b = 1
   Tensor cu_seqlens_k;   // [n + 1] i32
   Tensor block_table;    // [b, max_pages] i32: which page holds which part of a sequence
@@ -85,7 +85,7 @@ struct Attention : MaskArguments {
                  hq, " and ", hk);
     HEDDLE_CHECK(d % 8 == 0 && d >= 8 && d <= 256, kShape, "q",
                  "d must be a multiple of 8 up to 256, got ", d);
-    HEDDLE_CHECK(dv % 8 == 0 && dv >= 8 && dv <= 256, kShape, "v",
+    HEDDLE_CHECK(dv % 8 == 0 && dv <= 256, kShape, "v",
                  "dv must be a multiple of 8 up to 256, got ", dv);
     const bool float8 = q.dtype == DType::kE4M3;
     const char* scaled = q_scale ? "qScale" : k_scale ? "kScale" : v_scale ? "vScale" : nullptr;
@@ -201,6 +201,7 @@ struct AttentionBackward : Attention {
 
   void validate() {
     Attention::validate();
+    HEDDLE_CHECK(v.shape[3] > 0, kShape, "v", "v must have columns");
     HEDDLE_CHECK(!dlse || normalise, kArgument, "dlse", "dlse goes with weights that are divided");
     HEDDLE_CHECK(!biased || bias, kArgument, "biased", "biased goes with bias");
     HEDDLE_CHECK(!biased || biased.rank == 4, kShape, "biased", "biased must have four axes, got ",

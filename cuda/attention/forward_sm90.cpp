@@ -45,6 +45,7 @@ bool maps_scores(const ForwardCall& call) {
 }
 
 template <DType kType> void pick(const ForwardCall& call, cudaStream_t stream) {
+  if (call.dv == 0) return launch_sums_sm90<kType>(call, stream);
   if (call.masked) return pick_listed<kType>(call, stream);
   if (call.slots.used()) return pick_slots<kType>(call, stream);
   maps_scores(call) ? pick<kType, true>(call, stream) : pick<kType, false>(call, stream);
@@ -57,8 +58,9 @@ const char* declines_addresses_sm90(const ForwardCall& call, int64_t blocks, int
   if (call.sk == 0) return "k must not be empty";
   if (!addressable(call.q, call.q_strides, call.b, call.sq, call.hq, call.dtype) ||
       !addressable(call.k, call.k_strides, blocks, rows, call.hk, call.dtype) ||
-      !addressable(call.v, call.v_strides, blocks, rows, call.hk, call.dtype) ||
-      !addressable(call.out, call.out_strides, call.b, call.sq, call.hq, call.out_dtype))
+      (call.dv > 0 &&
+       (!addressable(call.v, call.v_strides, blocks, rows, call.hk, call.dtype) ||
+        !addressable(call.out, call.out_strides, call.b, call.sq, call.hq, call.out_dtype))))
     return "rows of q, k, v and out must start at multiples of 16 bytes";
   return nullptr;
 }
@@ -77,6 +79,8 @@ const char* declines_forward_sm90(const ForwardCall& call) {
     return "d must be at most 128 with weights, bias, cosine or lengthScale";
   if (call.masked && std::max(call.d, call.dv) > 128) return "d must be at most 128 with a mask";
   const bool float8 = call.dtype == DType::kE4M3;
+  if (call.dv == 0 && (call.masked || float8 || call.d > kSlotColumns))
+    return "v must have columns with a mask, with float8 and with d above 128";
   if (float8 && call.slots.used())
     return "weights, bias, cosine and lengthScale must be left out with float8";
   if (float8 && (call.masked || maps_scores(call)))

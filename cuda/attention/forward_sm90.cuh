@@ -235,6 +235,45 @@ __device__ __forceinline__ void find_keys(const ForwardArgs& args, ForwardWork& 
   work.key_tiles = max(work.key_end - first, 1);
 }
 
+// Where a thread's rows, `row` and the eighth behind it, stand among the keys
+__device__ __forceinline__ sm90::RowBounds bounds_of(const ForwardArgs& args,
+                                                     const ForwardWork& work, int row) {
+  const int diagonal = work.sk - work.sq;
+  sm90::RowBounds bounds;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    bounds.position[r] = row + 8 * r + diagonal;
+    bounds.until[r] = args.causal ? min(work.sk, bounds.position[r] + 1) : work.sk;
+  }
+  return bounds;
+}
+
+// What row `row` of a sequence, which may be behind its last one, brings to scores
+__device__ __forceinline__ sm90::SlotRow slot_row(const ForwardArgs& args, const ForwardWork& work,
+                                                  int row, const sm90::SlotMap& slots) {
+  const int at = row + work.sk - work.sq;
+  const int end = args.causal ? min(max(at + 1, 0), work.sk) : work.sk;
+  const int begin = args.window ? max(at - args.window + 1, 0) : 0;
+  const int i = min(row, work.sq - 1);
+  return slots.row_of(work.batch, work.head, args.hq, work.q_begin + i, i, max(end - begin, 0));
+}
+
+// Slots and sums of a thread's rows before their first key
+__device__ __forceinline__ void open_rows(const ForwardArgs& args, const ForwardWork& work, int row,
+                                          sm90::SlotMap& slots, sm90::RowSoftmax& rows) {
+  slots.slope = args.slopes ? args.slopes[work.head * args.slopes_stride] * slots.unit : 0;
+  if (args.slots.k_factors)
+    slots.columns =
+        args.slots.k_factors + work.k_begin +
+        (work.batch * (args.hq / args.group) + work.head / args.group) * args.slots.k_row;
+  rows.clear();
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    slots.row[r] = slot_row(args, work, row + 8 * r, slots);
+    if (slots.plain_sigmoid()) rows.row_max[r] = slots.kSigmoidBase;
+  }
+}
+
 // Rows of k or v of one head and sequence
 template <class Element> struct KeyRows {
   const Element* first;
@@ -477,14 +516,6 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kMapped, kListed>::kThre
     named_barrier_sync(4, 128 * kWarpgroups);
   };
 
-  // What row `row` of a sequence, which may be behind its last one, brings to scores
-  auto slots_of = [&](const ForwardWork& work, int row) {
-    const int at = row + work.sk - work.sq;
-    const int end = args.causal ? min(max(at + 1, 0), work.sk) : work.sk;
-    const int begin = args.window ? max(at - args.window + 1, 0) : 0;
-    const int i = min(row, work.sq - 1);
-    return slots.row_of(work.batch, work.head, args.hq, work.q_begin + i, i, max(end - begin, 0));
-  };
   // Row `row` of a sequence again, from the keys alone that it sees
   auto write_seen = [&](const ForwardWork& work, int row, float lse_log2, auto& staged) {
     const int at = row + work.sk - work.sq;
@@ -495,7 +526,7 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kMapped, kListed>::kThre
       return KeyRows<uint16_t>{base(x, strides, work.head / args.group, work.k_begin), strides.row};
     };
     SlotRow its{};
-    if (kSlots) its = slots_of(work, row);
+    if (kSlots) its = slot_row(args, work, row, slots);
     float values[kDv / 32] = {};
     attend_seen<kType>(
         values, base(args.q, args.q_strides, work.head, work.q_begin + row),
@@ -538,25 +569,13 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kMapped, kListed>::kThre
     const int key_tiles = __shfl_sync(~0u, work.key_tiles, 0);
     auto key_of = [&](int j) { return (key_end - 1 - j) * kKeys; };
     auto stage_of = [&](int j) { return Turn<kStages>(used + j); };
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      bounds.position[r] = row + 8 * r + diagonal;
-      bounds.until[r] = args.causal ? min(work.sk, bounds.position[r] + 1) : work.sk;
-    }
-    rows.clear();
-    const float slope = kMapped && args.slopes ? args.slopes[work.head * args.slopes_stride] : 0;
-    map.slope_log2 = slope * kLog2e;
+    bounds = bounds_of(args, work, row);
     if constexpr (kSlots) {
-      slots.slope = slope * slots.unit;
-      if (args.slots.k_factors)
-        slots.columns =
-            args.slots.k_factors + work.k_begin +
-            (work.batch * (args.hq / args.group) + work.head / args.group) * args.slots.k_row;
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        slots.row[r] = slots_of(work, row + 8 * r);
-        if (slots.plain_sigmoid()) rows.row_max[r] = slots.kSigmoidBase;
-      }
+      open_rows(args, work, row, slots, rows);
+    } else {
+      rows.clear();
+      map.slope_log2 =
+          kMapped && args.slopes ? args.slopes[work.head * args.slopes_stride] * kLog2e : 0;
     }
 #pragma unroll
     for (int i = 0; i < kDv / 2; ++i) acc_o[i] = 0;

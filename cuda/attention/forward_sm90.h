@@ -97,6 +97,8 @@ const char* declines_addresses_sm90(const ForwardCall& call, int64_t blocks, int
 // of kSlotColumns columns through slots. `kListed` keys come from lists.
 template <DType kType, int kD, int kDv, bool kMapped, bool kListed = false>
 void launch_forward_sm90(const ForwardCall& call, cudaStream_t stream);
+// Of v without columns, up to kSlotColumns columns of q
+template <DType kType> void launch_sums_sm90(const ForwardCall& call, cudaStream_t stream);
 template <int kD> void launch_float8_sm90(const ForwardCall& call, cudaStream_t stream);
 
 }  // namespace heddle

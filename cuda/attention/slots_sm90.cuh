@@ -233,10 +233,10 @@ struct SlotMap {
     return log2_approx(1 + exp2_approx(score));
   }
 
-  // Not if some row's largest is too small or too large
+  // Makes softplus relative to ln 2, not if some row's largest is too small or too large
   template <int kScores>
-  __device__ __forceinline__ bool weigh_softplus(float (&acc)[kScores], RowSoftmax& rows,
-                                                 bool& moved) const {
+  __device__ __forceinline__ bool move_softplus(const float (&acc)[kScores], RowSoftmax& rows,
+                                                bool& moved) const {
     constexpr float kLeast = -1.8f;
     float next[2];
     bool fits = true;
@@ -251,11 +251,41 @@ struct SlotMap {
     if (__any_sync(~0u, !fits)) return false;
 #pragma unroll
     for (int r = 0; r < 2; ++r) moved |= rows.move(r, next[r]);
+    return true;
+  }
+
+  template <int kScores>
+  __device__ __forceinline__ bool weigh_softplus(float (&acc)[kScores], RowSoftmax& rows,
+                                                 bool& moved) const {
+    if (!move_softplus(acc, rows, moved)) return false;
 #pragma unroll
     for (int i = 0; i < kScores; ++i) acc[i] = softplus_log2(acc[i]);
     rows.add(acc);
     moved = __any_sync(~0u, moved) != 0;
     return true;
+  }
+
+  // Adds what scores weigh to the sums of rows, and nothing else: of softplus, one logarithm of the
+  // product of all 1 + exp(-|s|), which are 2 at most
+  template <int kScores>
+  __device__ __forceinline__ void sum(float (&acc)[kScores], RowSoftmax& rows) const {
+    bool moved;
+    if (slots.weights != Attention::kSoftplus || !move_softplus(acc, rows, moved)) {
+      weigh(acc, rows);
+      return;
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float sum = 0, product = 1;
+#pragma unroll
+      for (int i = 2 * r; i < kScores; i += 4)
+#pragma unroll
+        for (int x = 0; x < 2; ++x) {
+          sum += relu(acc[i + x]);
+          product = fmaf(product, exp2_approx(-fabsf(acc[i + x])), product);
+        }
+      rows.row_sum[r] = fmaf(rows.row_sum[r], rows.shrink[r], sum + log2_approx(product));
+    }
   }
 
   // x^power for x = share - offset relative to the largest. Not if that is little beside the

@@ -18,6 +18,7 @@ const char* declines_split_sm90(const SplitCall& call) {
   constexpr int64_t kMost = int64_t{1} << 30;  // rows, keys and tiles are counted in 32 bits
   constexpr int64_t kFewRows = 8, kLeastTile = 64;
   if (call.dtype == DType::kE4M3) return "q must not be float8_e4m3fn";
+  if (call.dv == 0) return "v must have columns";
   if (call.cu_seqlens_q) return "cuSeqlensQ must be left out";
   const int64_t rows = call.sq * (call.hq / call.hk);
   if (!call.block_table && call.sq > kFewRows && rows > kSplitRows)

@@ -142,12 +142,12 @@ export function softplusBackward<D extends FloatDType>(
       ...reweighted,
       level,
     })
-    // of the first pass only the sums counted
+    // of the first pass only the sums counted, so values are as narrow as they may be
     const nothing = zeros([1, 1, 1, 1], { dtype: q.dtype, device: q.device }).expand([
       ...q.shape.slice(0, 3),
       8,
     ])
-    const first = attentionBackward(q, k, few(v), nothing, level, nothing, {
+    const first = attentionBackward(q, k, v.slice(3, 0, 8), nothing, level, nothing, {
       ...call,
       weights: 'softplus',
       dlse,
@@ -159,15 +159,12 @@ export function softplusBackward<D extends FloatDType>(
 /** The same as {@link softplusBackward}. */
 softplusAttention.backward = softplusBackward
 
-// Only sums count in the first pass, so values are as narrow as they may be
-const few = <D extends FloatDType>(v: Tensor<D>) => v.slice(3, 0, 8) as Tensor<D>
-
 const levelOf = <D extends FloatDType>(
   q: Tensor<D>,
   k: Tensor<D>,
   v: Tensor<D>,
   call: AttentionOptions,
-) => attention(q, k, few(v), { ...call, weights: 'softplus' }).lse
+) => attention(q, k, v.slice(3, 0, 0), { ...call, weights: 'softplus' }).lse
 
 // The options of attention that both passes have, and those of the second one
 function recipe(op: string, tensors: Record<string, Tensor>, options: SoftplusOptions) {

@@ -494,7 +494,7 @@ template <DType kType, DType kOut = kType, size_t N>
 int check_all(const Case (&cases)[N], int d, int dv, int argc, char** argv,
               const std::function<void(const Case&, SplitCall&)>& run) {
   return emulator::run_cases(cases, argc, argv, [&](const Case& c, emulator::Random& random) {
-    return check<kType, kOut>(c, d - c.narrower, dv - c.narrower, random,
+    return check<kType, kOut>(c, d - c.narrower, std::max<int64_t>(dv - c.narrower, 0), random,
                               [&](SplitCall& call) { run(c, call); });
   });
 }

@@ -82,6 +82,7 @@ const float8 = 'attention/float8_sm90.cuh'
 const list = 'attention/list_sm90.h'
 const softmax = 'attention/softmax_sm90.cuh'
 const slots = 'attention/slots_sm90.cuh'
+const sums = 'attention/sums_sm90.cuh'
 const linear = 'linear/linear_sm90.cuh'
 const split = 'attention/split_sm90.cuh'
 const backward = 'attention/backward_sm90.cuh'
@@ -188,8 +189,8 @@ const kernels: Kernel[] = [
       {
         what: 'the mask of the tail lets one key through',
         file: forward,
-        from: ': work.sk;\n    }\n    rows.clear',
-        to: ': work.sk + 1;\n    }\n    rows.clear',
+        from: ': work.sk;\n  }\n  return bounds',
+        to: ': work.sk + 1;\n  }\n  return bounds',
       },
       {
         what: 'the diagonal is off by one',
@@ -499,6 +500,61 @@ const kernels: Kernel[] = [
         file: slots,
         from: 'power >> bit & 1',
         to: 'true',
+      },
+    ],
+  },
+  {
+    name: 'sums_sm90',
+    variants: { kF16: ['-DHEDDLE_DTYPE=kF16'], kBF16: [] },
+    broken: 'kBF16',
+    faults: [
+      {
+        what: 'keys are used before they arrived',
+        file: sums,
+        from: 'smem.k_full[k.stage].wait(k.parity);',
+        to: '',
+      },
+      {
+        what: 'a tile is loaded before the last one was used',
+        file: sums,
+        from: 'smem.k_empty[k.stage].wait(k.parity ^ 1);',
+        to: '',
+      },
+      {
+        what: 'a tile is given back while products read it',
+        file: sums,
+        from: 'wgmma_wait<0>(acc_s);\n      release(smem.k_empty[k.stage]);',
+        to: 'release(smem.k_empty[k.stage]);\n      wgmma_wait<0>(acc_s);',
+      },
+      {
+        what: 'q is loaded over the one before the last',
+        file: sums,
+        from: 'smem.q_empty[q.stage].wait(q.parity ^ 1);',
+        to: '',
+      },
+      {
+        what: 'the last key tile is not masked',
+        file: sums,
+        from: 'tile >= whole_end ||',
+        to: '',
+      },
+      {
+        what: 'sums of a later sequence are written over the first',
+        file: sums,
+        from: 'line + work.q_begin +',
+        to: 'line +',
+      },
+      {
+        what: 'scores above zero weigh what those below do',
+        file: slots,
+        from: 'sum += relu(acc[i + x]);',
+        to: '',
+      },
+      {
+        what: 'sums stay relative to what they were before',
+        file: slots,
+        from: 'rows.shrink[r], sum + log2_approx(product)',
+        to: '1, sum + log2_approx(product)',
       },
     ],
   },

@@ -1,5 +1,5 @@
 #include "attention/factors_sm90.cuh"
-#include "attention/forward_sm90.cuh"
+#include "attention/sums_sm90.cuh"
 
 #include "attention_check.h"
 
@@ -204,6 +204,14 @@ void write_factors(const SplitCall& call) {
   write(call.k, call.k_strides, call.sk, call.hk, call.slots.k_factors, call.slots.k_row);
 }
 
+template <int kColumns> void launch(const ForwardCall& call) {
+  if constexpr (kColumns == 0) {
+    launch_sums_sm90<kType>(call, nullptr);
+  } else {
+    launch_forward_sm90<kType, kD, kColumns, true>(call, nullptr);
+  }
+}
+
 }  // namespace
 }  // namespace heddle
 
@@ -211,6 +219,6 @@ int main(int argc, char** argv) {
   using namespace heddle;
   return check_all<kType>(kCases, kD, kDv, argc, argv, [](const Case&, SplitCall& call) {
     if (call.slots.cosine) write_factors(call);
-    launch_forward_sm90<kType, kD, kDv, true>(call, nullptr);
+    launch<kDv>(call);
   });
 }

@@ -174,6 +174,48 @@ describeDevices('attention with other weights', (device) => {
     300_000,
   )
 
+  it.each(floats)('sums weights alone where v has no columns, in %s', async (dtype) => {
+    const rng = random(31)
+    for (let n = 0; n < 24; n++) {
+      const { b, hq, hk, causal, window, softCap, slopes, weights, power, normalise } =
+        drawCase(rng)
+      const [sq, sk] = [rng.pick([1, 20, 130, 300]), rng.pick(lengths)]
+      const d = rng.pick([8, 40, 128, 136])
+      const draw = async (shape: number[]) => (await sample(rng, shape, dtype, device)).tensor
+      const [q, k] = [await draw([b, sq, hq, d]), await draw([b, sk, hk, d])]
+      const options: AttentionOptions = {
+        ...{ causal, softCap, slopes, weights, power, normalise },
+        cosine: rng.chance(0.5),
+        lengthScale: rng.pick([0, 0.7]),
+        ...rng.pick<AttentionOptions>([
+          { window },
+          { window, cacheSeqlens: Array.from({ length: b }, () => rng.below(sk + 1)) },
+          ...(b === 1 ? [{ cuSeqlensQ: [0, sq >> 1, sq], cuSeqlensK: [0, sk >> 2, sk] }] : []),
+          { bias: await draw([1, hq, 1, sk]) },
+          ...(weights === 'softmax' ? [{ sink: Array.from(rng.normals(hq)) }] : []),
+        ]),
+      }
+      const what = JSON.stringify({ b, sq, sk, hq, hk, d, ...options, bias: !!options.bias })
+      const whole = attention(q, k, k, options)
+      const { out, lse } = attention(q, k, k.slice(3, 0, 0), options)
+      expect(out.shape).toEqual([b, sq, hq, 0])
+      const [actual, wanted] = [await lse.read(), await whole.lse.read()]
+      for (const [i, sum] of wanted.entries()) {
+        if (sum === Number.NEGATIVE_INFINITY) expect(actual[i], what).toBe(sum)
+        // the rule of the test above
+        else if (sum > -3) expect(Math.abs(actual[i]! - sum), what).toBeLessThan(2e-4)
+      }
+    }
+    const [q, k] = [randn([1, 9, 2, 8], { device }), randn([1, 80, 2, 8], { device })]
+    const mask = Mask.fromWindow({ window: 9 }, { sq: 9, sk: 80 })
+    const lse = (v: typeof k) => attention(q, k, v, { mask }).lse.read()
+    expect(maxError(await lse(k.slice(3, 0, 0)), await lse(k))).toBeLessThan(1e-5)
+    const { out, lse: sums } = attention(q, k, k)
+    expect(() =>
+      attention.backward(q, k, k.slice(3, 0, 0), out.slice(3, 0, 0), sums, out.slice(3, 0, 0)),
+    ).toThrow('attention.backward: v must have columns')
+  })
+
   // Directional derivatives of float64 hold the gradients as a whole, one number for each of q, k, v and the bias
   it.each(floats)(
     'has the gradients that differences of float64 have in %s',
@@ -291,6 +333,8 @@ describeDevices('attention with other weights', (device) => {
       if (device === 'cpu') expect(declined).toEqual([])
       else expect(variant).toBe(hopper ? 'sm90_wgmma' : 'sm80_simt')
     }
+    const { variant } = explain(attention, q, k, k.slice(3, 0, 0), { weights: 'softplus' })
+    if (device !== 'cpu') expect(variant).toBe(hopper ? 'sm90_wgmma' : 'sm80_simt')
     if (!hopper) return
     const refusals: [AttentionOptions, RegExp][] = [
       [{ bias: draw([70, 64]).transpose(0, 1) }, /^bias must be contiguous along sk$/],

@@ -1,0 +1,170 @@
+#pragma once
+#include "attention/forward_sm90.cuh"
+
+// The sums of attention without its values, for calls whose v has no columns:
+//
+//   lse[p] = ln(sum(w(S[p,t])))   with S and its weights w as in forward_sm90.cuh
+//
+// A tile is 64 rows of q for each of three computing warpgroups. Nothing but scores is in their
+// registers, so there is room for a third, and each sums while the others' products run. Warpgroup
+// 0 loads.
+namespace heddle {
+namespace {
+
+struct SumsTile {
+  static constexpr int kD = kSlotColumns, kWarpgroups = 3, kQueries = 64 * kWarpgroups;
+  static constexpr int kKeys = 128, kBuffers = 2, kStages = 3;
+  static constexpr int kThreads = 128 * (kWarpgroups + 1);
+  static constexpr int kLoadRegisters = 32, kComputeRegisters = 160;
+};
+
+struct SumsSmem {
+  using Shape = SumsTile;
+  sm90::Tile<Shape::kQueries, Shape::kD> q[Shape::kBuffers];
+  sm90::Tile<Shape::kKeys, Shape::kD> k[Shape::kStages];
+  ForwardWork work[Shape::kBuffers];
+  sm90::Barrier q_full[Shape::kBuffers], q_empty[Shape::kBuffers];
+  sm90::Barrier k_full[Shape::kStages], k_empty[Shape::kStages];
+};
+
+template <DType kType>
+__global__ void __launch_bounds__(SumsTile::kThreads, 1)
+    sums_sm90_kernel(const __grid_constant__ sm90::TensorMap gmem_q,
+                     const __grid_constant__ sm90::TensorMap gmem_k, const ForwardArgs args) {
+  using namespace sm90;
+  using Shape = SumsTile;
+  constexpr int kQueries = Shape::kQueries, kKeys = Shape::kKeys, kD = Shape::kD;
+  constexpr int kBuffers = Shape::kBuffers, kStages = Shape::kStages;
+  auto& smem = shared_memory<SumsSmem>();
+  // the same in all lanes, which the compiler cannot know of threadIdx
+  const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
+
+  if (threadIdx.x == 0) {
+    for (int buffer = 0; buffer < kBuffers; ++buffer) {
+      smem.q_full[buffer].init(1);
+      smem.q_empty[buffer].init(Shape::kWarpgroups * 4);
+    }
+    for (int stage = 0; stage < kStages; ++stage) {
+      smem.k_full[stage].init(1);
+      smem.k_empty[stage].init(Shape::kWarpgroups * 4);
+    }
+    fence_barrier_init();
+  }
+  __syncthreads();
+
+  if (warpgroup == 0) {
+    lower_registers<Shape::kLoadRegisters>();
+    if (threadIdx.x < 32 && elect_one()) {
+      prefetch(gmem_q);
+      prefetch(gmem_k);
+      ForwardOrder<kQueries> order{args};
+      ForwardWork work = order.at(blockIdx.x);
+      uint32_t visit = 0, loaded = 0;  // tiles of q, and of k
+      auto publish = [&] {
+        const Turn<kBuffers> q(visit);
+        smem.q_empty[q.stage].wait(q.parity ^ 1);
+        smem.work[q.stage] = work;
+        return q.stage;
+      };
+      for (; work.row >= 0; ++visit) {
+        find_keys<kQueries, kKeys>(args, work);
+        const uint32_t buffer = publish();
+        smem.q_full[buffer].arrive_expect(smem.q[0].kBytes);
+        smem.q[buffer].load(gmem_q, smem.q_full[buffer], work.q_begin + work.row, work.head,
+                            work.batch, Keep::kShortly);
+        for (int j = 0; j < work.key_tiles; ++j, ++loaded) {
+          const Turn<kStages> k(loaded);
+          smem.k_empty[k.stage].wait(k.parity ^ 1);
+          smem.k_full[k.stage].arrive_expect(smem.k[0].kBytes);
+          smem.k[k.stage].load(gmem_k, smem.k_full[k.stage],
+                               work.k_begin + (work.key_end - 1 - j) * kKeys,
+                               work.head / args.group, work.batch, Keep::kLong);
+        }
+        work = order.at(static_cast<int>(gridDim.x) + fetch_add(&args.tickets[0], 1));
+      }
+      smem.q_full[publish()].arrive();
+      // the last CTA leaves the counters as it found them
+      if (fetch_add(&args.tickets[1], 1) == static_cast<int>(gridDim.x) - 1)
+        args.tickets[0] = args.tickets[1] = 0;
+    }
+    return;
+  }
+
+  raise_registers<Shape::kComputeRegisters>();
+  const int own = warpgroup - 1, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
+  float acc_s[kKeys / 2];
+  uint32_t ahead[kKeys / 8][2];  // what is read while scores are multiplied
+  RowSoftmax rows;
+  SlotMap slots(args.slots, args.scale, args.soft_cap);
+  auto release = [&](Barrier& empty) {
+    __syncwarp();
+    if (lane == 0) empty.arrive();
+  };
+
+  for (uint32_t visit = 0, used = 0;; ++visit) {
+    const Turn<kBuffers> q(visit);
+    smem.q_full[q.stage].wait(q.parity);
+    const ForwardWork& work = smem.work[q.stage];
+    if (work.row < 0) break;
+    const int row = work.row + own * 64 + warp * 16 + lane / 4, diagonal = work.sk - work.sq;
+    const RowBounds bounds = bounds_of(args, work, row);
+    open_rows(args, work, row, slots, rows);
+    // key tiles that the first row sees whole, and where the last row's window begins
+    const int whole_end = (args.causal ? max(work.row + diagonal + 1, 0) : work.sk) / kKeys;
+    const int whole_begin =
+        args.window ? max(work.row + kQueries + diagonal - args.window + kKeys - 1, 0) / kKeys : 0;
+    const int key_end = __shfl_sync(~0u, work.key_end, 0);
+    const int key_tiles = __shfl_sync(~0u, work.key_tiles, 0);
+#pragma unroll 1
+    for (int j = 0; j < key_tiles; ++j, ++used) {
+      const Turn<kStages> k(used);
+      const int tile = key_end - 1 - j, column = tile * kKeys + lane % 4 * 2;
+      if (slots.reads()) {
+#pragma unroll
+        for (int g = 0; g < kKeys / 8; ++g)
+#pragma unroll
+          for (int x = 0; x < 2; ++x) ahead[g][x] = slots.word(column + 8 * g, x, work.sk);
+      }
+      smem.k_full[k.stage].wait(k.parity);
+      wgmma_fence(acc_s);
+#pragma unroll
+      for (int d = 0; d < kD; d += 16)
+        wgmma<kType, Major::kK>(acc_s, smem.q[q.stage].k_major(own * 64, d),
+                                smem.k[k.stage].k_major(0, d), d > 0);
+      wgmma_commit();
+      wgmma_wait<0>(acc_s);
+      release(smem.k_empty[k.stage]);
+      slots.map(acc_s, ahead, bounds, column, work.sk);
+      if (tile >= whole_end || tile < whole_begin)
+        mask_scores(acc_s, bounds, tile * kKeys, args.window, lane);
+      slots.sum(acc_s, rows);
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const RowEnd end(rows.row_max[r], rows.total(r),
+                       args.sink ? args.sink + work.head * args.sink_stride : nullptr);
+      const int64_t line = (static_cast<int64_t>(work.batch) * args.hq + work.head) * args.sq;
+      if (lane % 4 == 0 && row + 8 * r < work.sq)
+        args.lse[line + work.q_begin + row + 8 * r] = end.lse_log2 * kLn2;
+    }
+    release(smem.q_empty[q.stage]);
+  }
+}
+
+}  // namespace
+
+template <DType kType> void launch_sums_sm90(const ForwardCall& call, cudaStream_t stream) {
+  using Shape = SumsTile;
+  const ForwardArgs args = forward_args(call, Shape::kQueries);
+  const auto map = [&](const void* data, int64_t s, int64_t h, const Strides& strides, int rows) {
+    return make_tensor_map(kType, data,
+                           {call.d, s, h, call.b, strides.row, strides.head, strides.batch}, rows);
+  };
+  launch<sums_sm90_kernel<kType>>({std::min(args.tiles, call.processors), Shape::kThreads,
+                                   sm90::shared_memory_bytes<SumsSmem>(), stream},
+                                  map(call.q, call.sq, call.hq, call.q_strides, Shape::kQueries),
+                                  map(call.k, call.sk, call.hk, call.k_strides, Shape::kKeys),
+                                  args);
+}
+
+}  // namespace heddle

@@ -1,0 +1,5 @@
+#include "attention/sums_sm90.cuh"
+
+namespace heddle {
+template void launch_sums_sm90<DType::kF16>(const ForwardCall&, cudaStream_t);
+}  // namespace heddle
