@@ -36,6 +36,7 @@ import {
   hasAxes,
   isNumber,
   isSum,
+  isWhole,
   type Known,
   type Layouts,
   type Lowered,
@@ -334,7 +335,10 @@ function weightedSum(
     [v, [m, column]] as const,
   ]
   for (const [{ main, form }, axes] of operands)
-    if (!hasAxes(main, axes, heads) || (has(form, [row]) && !axes.includes(row)))
+    if (
+      !hasAxes(main, axes, axes.includes(row) ? [] : heads) ||
+      (has(form, [row]) && !axes.includes(row))
+    )
       throw fail(`${form.key} is not read along its axes`, 'CAS022')
 
   const [batch, head] = heads.length > 1 ? heads : [undefined, heads[0]]
@@ -344,8 +348,8 @@ function weightedSum(
   const side = (form: Form, left: readonly string[], where?: readonly Condition[]) =>
     sideOf(ir, layouts, form, left, names, where)
   // What an operand is computed from, undefined where it is a tensor as it stands
-  const sideFor = ({ main, form }: Operand, at: string, last: string) =>
-    form.key === main.key ? undefined : side(form, [axes[0]!, at, axes[2]!, last])
+  const sideFor = (operand: Operand, at: string, last: string) =>
+    isWhole(operand) ? undefined : side(operand.form, [axes[0]!, at, axes[2]!, last])
 
   const isPerHead = (form: Form) =>
     [m, ...ir.variables].every((x) => heads.includes(x) || !has(form, [x]))
@@ -502,7 +506,7 @@ function weightedSum(
       if (back) options.window = ends + 1 - numberOf(back, known)
       const whole = (own: Side | undefined, { main }: Operand) => {
         const given = batched(call, main.name)
-        return own ? cast(own.run(tensors, known).reshape(given.shape), tq.dtype) : (given as F32)
+        return own ? cast(own.run(tensors, known), tq.dtype) : (given as F32)
       }
       const heads2 = Math.max(...parts.map(({ k }) => batched(call, k.main.name).shape[2]!))
       const qs = parts.map((one) => whole(one.ofQ, one.q))

@@ -27,6 +27,7 @@ import {
   hasAxes,
   isNumber,
   isSum,
+  isWhole,
   type Lowered,
   layoutsOf,
   Mismatch,
@@ -143,7 +144,7 @@ export function lightningOf(normal: Normal, ir: CascadeIR): Lowered {
     if (
       !initial ||
       divisor ||
-      q.form.key !== q.main.key ||
+      !isWhole(q) ||
       start!.length !== 2 ||
       first.key !== before.key ||
       !start!.some(({ key }) => key.startsWith(`${q.main.name}[`))
@@ -162,13 +163,13 @@ export function lightningOf(normal: Normal, ir: CascadeIR): Lowered {
     [e, 'e_'],
   ])
   const [batch = 'b_', head = 'h_'] = heads.length > 1 ? heads : [undefined, heads[0]]
-  const [ofQ, ofK, ofV] = operands.map(([{ main, form }, own]) =>
-    form.key === main.key
+  const [ofQ, ofK, ofV] = operands.map(([operand, own]) =>
+    isWhole(operand)
       ? undefined
       : sideOf(
           ir,
           layouts,
-          form,
+          operand.form,
           [batch, own.includes(row) ? row : 'm_', head, names.get(own.at(-1)!) ?? own.at(-1)!],
           names,
         ),
@@ -211,7 +212,7 @@ export function lightningOf(normal: Normal, ir: CascadeIR): Lowered {
         const all = { ...sizes, ...known }
         const [tq, tk, tv] = [ofQ, ofK, ofV].map((side, i) => {
           const given = batched(call, operands[i]![0].main.name) as F32
-          return side ? cast(side.run(call.tensors, all).reshape(given.shape), first.dtype) : given
+          return side ? cast(side.run(call.tensors, all), first.dtype) : given
         }) as [F32, F32, F32]
         const own = tensorIn(slope)
         const { out } = lightning(tq, tk, divisor ? withOnes(tv) : tv, {

@@ -1,23 +1,25 @@
 import { checkOptions, mustBe } from '../check.js'
-import { HeddleError } from '../errors.js'
+import { HeddleError, refuse } from '../errors.js'
 import { sigmoid, silu } from '../ops/elementwise.js'
 import { glu } from '../ops/glu.js'
 import { linear } from '../ops/linear.js'
 import { merge } from '../ops/merge.js'
 import { norm } from '../ops/norm.js'
+import { scope } from '../scope.js'
 import { checkTensor, type Tensor } from '../tensor.js'
 import { type Analysis, type AnalyzeOptions, analyze } from './analyze.js'
 import { broken } from './error.js'
-import { type CascadeIR, rankOf, statementsOf } from './ir.js'
+import { type CascadeIR, rankOf, type Statement, statementsOf } from './ir.js'
 import { definitions } from './library.js'
 import { attentionOf } from './lower-attention.js'
 import { lightningOf } from './lower-lightning.js'
 import { Normal, name, TooLarge } from './normal.js'
 import { parse } from './parse.js'
 import { print } from './print.js'
+import { multiply, productOf } from './product.js'
 import { type F32, type Lowered, Mismatch, numberOf, type Scalars, spanOf } from './slots.js'
 import { runSteps } from './steps.js'
-import { validate } from './validate.js'
+import { plainVariable, validate } from './validate.js'
 
 export type { Scalars } from './slots.js'
 
@@ -131,7 +133,39 @@ function fixedOf(_: Normal, ir: CascadeIR): Lowered {
   }
 }
 
-const families = { attention: attentionOf, lightning: lightningOf, fixed: fixedOf }
+// One product of matrices, along whatever axes
+function matrixOf(_: Normal, ir: CascadeIR): Lowered {
+  const [only, ...more] = statementsOf(ir.steps) as [Statement]
+  const product = more.length === 0 ? productOf(only) : undefined
+  const { a, b, names } = product ?? { names: [] }
+  if (!product || !names.every((one) => ir.scalars.includes(one)))
+    throw new Mismatch(ir.outputs[0]!, 'it is no product of matrices', -1)
+  return {
+    operator: 'linear',
+    slots: { x: a!.name, weight: b!.name },
+    run: ({ tensors, scalars }) =>
+      scope(() => {
+        const operands = [a, b].map((one) => {
+          const given = tensors[one!.name]!
+          if (given.rank === one!.indices.length) return given as F32
+          const axes = one!.indices.map((index) => plainVariable(index)).join(', ')
+          const got = given.shape.join(', ')
+          const text = `${one!.name} must be [${axes}], got [${got}]`
+          throw refuse('ERR_SHAPE', 'cascade', one!.name, text)
+        }) as [F32, F32]
+        const numbers = names.map((one) => numberOf(name(one), scalars))
+        const factor = numbers.reduce((x, y) => x * y, product.factor)
+        return { [only.out.name]: multiply(product, operands, factor).contiguous() }
+      }),
+  }
+}
+
+const families = {
+  attention: attentionOf,
+  lightning: lightningOf,
+  fixed: fixedOf,
+  linear: matrixOf,
+}
 
 /** Options of compiling a cascade. */
 export interface CompileOptions {

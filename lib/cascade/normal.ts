@@ -360,7 +360,8 @@ function apply(fn: FunctionName, args: readonly Form[]): Form {
       const exponent = numberIn(y)
       if (exponent !== undefined) return power(x, exponent)
       // A decay to the power of a distance
-      return isPlain(x) ? exponential(times(y, logarithm(x))) : atomForm(call(fn, args))
+      const isBase = isPlain(x) || (numberIn(x) ?? 0) > 0
+      return isBase ? exponential(times(y, logarithm(x))) : atomForm(call(fn, args))
     }
     case 'max': {
       if (numberIn(y) === 0) return apply('relu', [x])

@@ -101,13 +101,25 @@ export function sweeps({ terms }: Form, rank: string): boolean {
   return terms.some(({ factors }) => factors.some(({ atom }) => inside(atom)))
 }
 
-/** @internal Whether every index is a variable of its own: those that must be there, and some that may. */
+// The variable of an axis: an index that is one, or the only one of `heads` by which it is looked up, as in K[map[h],m,e]
+function axisOf(index: Form, heads: readonly string[]): string {
+  const own = [...index.free].filter((one) => !one.endsWith('[]'))
+  return own.length === 1 && heads.includes(own[0]!) ? own[0]! : index.key
+}
+
+/** @internal Whether an operand is its tensor as it stands. */
+export const isWhole = ({ main, form }: Operand) =>
+  form.key === main.key && main.indices.every(({ key, free }) => free.has(key))
+
+/**
+ * @internal Whether every index is a variable of its own: those that must be there, and some that may and may be looked up.
+ */
 export function hasAxes(
   { indices }: Access,
   axes: readonly string[],
   more: readonly string[] = [],
 ): boolean {
-  const names = indices.map(({ key }) => key)
+  const names = indices.map((index) => axisOf(index, more))
   return (
     new Set(names).size === names.length &&
     axes.every((axis) => names.includes(axis)) &&
@@ -152,7 +164,7 @@ export function layoutsOf(
     operands.map(([{ main }, axes]) => {
       const token = axes.find((x) => tokens.includes(x))
       const places = [batch, token, head, axes.at(-1)].map((axis) =>
-        main.indices.findIndex(({ key }) => key === axis),
+        main.indices.findIndex((index) => axisOf(index, heads) === axis),
       )
       return [main.name, (given) => places.map((at, i) => (at < 0 ? absent[i]! : given[at]!))]
     }),
@@ -163,7 +175,7 @@ export function layoutsOf(
 export type F32 = Tensor<'float32'>
 
 /** @internal */
-export const shown = ({ main, form }: Operand) => (form.key === main.key ? main.name : form.key)
+export const shown = (operand: Operand) => (isWhole(operand) ? operand.main.name : operand.form.key)
 
 /** @internal */
 export function spanOf(ir: CascadeIR, tensor: string) {

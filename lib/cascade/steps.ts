@@ -15,11 +15,12 @@ import {
   statementsOf,
   visitPredicate,
 } from './ir.js'
+import { multiply, type Product, productOf } from './product.js'
 import { leftOf, Sizes } from './sizes.js'
-import { plainVariable } from './validate.js'
+import { plainVariable, readsOf } from './validate.js'
 
 // What no operator computes, one statement after another: a program of the operator `einsum`, whose words core/einsum.h
-// explains. All tensors of the cascade lie in one, in f32.
+// explains. All tensors of the cascade lie in one, in f32. Large products of matrices are those of `linear`.
 
 const codes = [
   ...['end', 'constant', 'variable', 'load', 'gather', 'clamp', 'jump', 'jumpIfNot'],
@@ -98,9 +99,15 @@ export function runSteps(
     const code = tensor(BigInt64Array.from(program.words), [program.words.length], { device })
     const launch = (statement: Statement, step: number) =>
       run('einsum', { program: code, work, step, ...launches.get(statement)! })
+    const products = productsIn(ir, sizes, places, scalars)
     for (const step of ir.steps) {
       if (!('body' in step)) {
-        launch(step, 0)
+        const product = products.get(step)
+        if (!product) launch(step, 0)
+        else {
+          const operands = [view(product.a.name), view(product.b.name)] as const
+          view(step.out.name).copyFrom(multiply(product, operands, product.factor))
+        }
         continue
       }
       const steps = sizes.of(rankOf(step.variable), step.span)
@@ -108,6 +115,50 @@ export function runSteps(
     }
     return Object.fromEntries(ir.outputs.map((name) => [name, view(name).clone()]))
   })
+}
+
+// Products that are large, and of operands that are read whole and have no empty coordinates
+function productsIn(
+  ir: CascadeIR,
+  sizes: Sizes,
+  places: ReadonlyMap<string, Place>,
+  scalars: Readonly<Record<string, number>>,
+): Map<Statement, Product> {
+  const least = { points: 1 << 18, summands: 16 }
+  const mostProducts = 64
+  const found = new Map<Statement, Product>()
+  const holey = new Set<string>()
+  const isWhole = ({ name, indices }: Access) =>
+    !holey.has(name) &&
+    indices.every((index, i) => {
+      const variable = plainVariable(index)
+      return variable !== undefined && sizes.get(rankOf(variable)) === places.get(name)!.shape[i]
+    })
+  const parts = new Set(ir.splits.flatMap(({ outer, inner }) => [outer, inner]))
+  for (const statement of statementsOf(ir.steps)) {
+    const { out, where, reduce } = statement
+    const reads = readsOf(statement)
+    const variables = [...leftOf(statement), ...(reduce?.over ?? [])]
+    if (where || !reads.every(isWhole) || variables.some((name) => parts.has(name)))
+      holey.add(out.name)
+    else {
+      const product = productOf(statement)
+      const count = (names: readonly string[]) =>
+        names.reduce((n, name) => n * sizes.of(rankOf(name), out.span), 1)
+      const values = product?.names.map((name) =>
+        ir.variables.includes(name) || places.has(name)
+          ? undefined
+          : (sizes.get(name) ?? scalars[name]),
+      )
+      if (!product || values!.includes(undefined) || !isWhole(out)) continue
+      const { batch, over } = product
+      const small = count(variables) < least.points || count(over) < least.summands
+      if (small || count(batch) > mostProducts) continue
+      const factor = (values as number[]).reduce((a, b) => a * b, product.factor)
+      found.set(statement, { ...product, factor })
+    }
+  }
+  return found
 }
 
 function checkMask({ name, span }: Access, tensors: Readonly<Record<string, Tensor>>): void {

@@ -293,6 +293,22 @@ const cases: Record<string, Case> = {
     inputs: { Q: 'N G P E', K: 'N M E', V: 'N M F' },
     operator: 'attention',
   },
+  'heads that look up their keys (GQA)': {
+    text: `
+      S[h,p,m] = sum(e) Q[h,p,e] * K[own[h],m,e] / sqrt(E)   where m <= p + off
+      D[h,p]   = sum(m) exp(S[h,p,m])
+      O[h,p,f] = sum(m) exp(S[h,p,m]) * V[own[h],m,f] / D[h,p]`,
+    inputs: { Q: 'H P E', K: 'N M E', V: 'N M F', own: 'H < 2' },
+    operator: 'attention',
+    slots: { k: 'K[own[h],#2M,#1E]', v: 'V[own[h],#2M,f]' },
+  },
+  'heads that look up their keys (GLA)': {
+    text: `
+      S[h,t,u] = sum(e) Q[h,t,e] * K[own[h],u,e]   where u <= t
+      O[h,t,f] = sum(u) S[h,t,u] * pow(0.9, t - u) * V[own[h],u,f]`,
+    inputs: { Q: 'H T E', K: 'N U E', V: 'N U F', own: 'H < 2' },
+    operator: 'lightning',
+  },
   'relu divided by the length (Wortsman)': {
     text: `
       ${scores}

@@ -9,6 +9,7 @@ import {
   tensor,
 } from 'heddle'
 import { describe, expect, it } from 'vitest'
+import { productOf } from '../../dist/cascade/product.js'
 import { run } from '../../dist/native.js'
 import { largest, maxError } from '../support/compare.js'
 import { describeDevices } from '../support/devices.js'
@@ -164,6 +165,42 @@ describeDevices('statement by statement', (device) => {
     }
   })
 
+  // As large as these, they are those of `linear`
+  it('multiplies matrices', async () => {
+    const text = `
+      S[h,p,m] = sum(e) Q[p,h,e] * K[e,m,h] * 2 * scale
+      G[h,p,m] = tanh(S[h,p,m])                           where m <= p + 30
+      O[p,h,f] = sum(m) S[h,p,m] * V[m,f]
+      U[p,h,f] = sum(m) G[h,p,m] * V[m,f]
+      L[h,p]   = sum(m) S[h,p,m] * S[h,p,m]`
+    const parsed = cascade(text)
+    const [h, p, m, e, f] = [3, 70, 90, 24, 20]
+    const shapes = { Q: [p, h, e], K: [e, m, h], V: [m, f] }
+    const inputs = Object.fromEntries(
+      Object.entries(shapes).map(([name, shape]) => [
+        name,
+        { shape, data: rng.normals(shape.reduce((a, b) => a * b, 1)) },
+      ]),
+    )
+    const expected = parsed.evaluate(inputs, { scale: 0.2 })
+    const plan = parsed.compile({ fused: 'preferred' })
+    const tensors = Object.values(inputs).map(({ data, shape }) => tensor(data, shape, { device }))
+    const results = plan(...tensors, { scale: 0.2 })
+    for (const [name, { data }] of Object.entries(expected))
+      expect(
+        maxError((await results[name]!.read()) as Float32Array, data),
+        name,
+      ).toBeLessThanOrEqual(5e-6 * largest(data))
+    const products = parsed.ir.steps.map((step) => ('body' in step ? undefined : productOf(step)))
+    expect(products.map((one) => one && [one.batch, one.rows, one.columns, one.over])).toEqual([
+      [['h'], ['p'], ['m'], ['e']],
+      undefined,
+      [[], ['h', 'p'], ['f'], ['m']],
+      [[], ['h', 'p'], ['f'], ['m']],
+      undefined,
+    ])
+  })
+
   it('touches nothing but its memory, whatever the program', async () => {
     // Y[i] = sum(j) A[i,j], A being 3 x 2, and Y behind it
     const header = [1, 2, 1, 1, 0, 0, 10, 18, 3, 2]
@@ -264,7 +301,9 @@ describe('statement by statement', () => {
     const { operator, refusal, refused } = all.compile({ fused: 'preferred' }).explain()
     expect(operator).toBe('einsum')
     expect(refusal).toBe(required.message)
-    expect(refused.map((one) => one.operator)).toEqual(['attention', 'lightning', 'fixed'])
+    expect(refused.map((one) => one.operator)).toEqual([
+      ...['attention', 'lightning', 'fixed', 'linear'],
+    ])
     const other = await failure(() => cascade(text).compile({ fused: 'perhaps' as 'required' }))
     expect(other.message).toBe("cascade: fused must be 'required' or 'preferred', got \"perhaps\"")
     const fused = cascade(definitions.attention)

@@ -1,0 +1,100 @@
+import { mul } from '../ops/elementwise.js'
+import { linear } from '../ops/linear.js'
+import { empty, full } from '../tensor.js'
+import type { Access, Expr, Statement } from './ir.js'
+import type { F32 } from './slots.js'
+import { plainVariable } from './validate.js'
+
+// A statement of the form sum(i) A[…] * B[…] * numbers is a product of matrices: rows of A, rows of B, and what both share with
+// the result, for each of which there is a product of its own
+
+/** @internal */
+export interface Product {
+  a: Access
+  b: Access
+  batch: readonly string[]
+  rows: readonly string[]
+  columns: readonly string[]
+  over: readonly string[]
+  /** The order of the result. */
+  left: readonly string[]
+  /** Names that the product is multiplied by, and a number. */
+  names: readonly string[]
+  factor: number
+}
+
+const factorsOf = (expr: Expr): Expr[] =>
+  expr.kind === 'binary' && expr.op === '*' ? [...factorsOf(expr.a), ...factorsOf(expr.b)] : [expr]
+
+// Variables of an access all of whose indices are one of its own
+function variablesOf({ indices }: Access): string[] | undefined {
+  const names = indices.map(plainVariable)
+  const plain = names.every((name) => name !== undefined) && new Set(names).size === names.length
+  return plain ? (names as string[]) : undefined
+}
+
+/** @internal */
+export function productOf({ out, reduce, expr, where }: Statement): Product | undefined {
+  if (where || reduce?.op !== 'sum') return undefined
+  const factors = factorsOf(expr)
+  const [a, b, ...more] = factors.filter((one) => one.kind === 'access')
+  const numbers = factors.filter((one) => one.kind === 'number')
+  const scalars = factors.filter((one) => one.kind === 'name')
+  if (!a || !b || more.length > 0 || numbers.length + scalars.length + 2 < factors.length)
+    return undefined
+  const [ofA, ofB, left] = [a, b, out].map(variablesOf)
+  if (!ofA || !ofB || !left) return undefined
+  const { over } = reduce
+  const both = ofA.filter((name) => ofB.includes(name))
+  const batch = both.filter((name) => left.includes(name))
+  const names = scalars.map(({ name }) => name)
+  const rows = ofA.filter((name) => !both.includes(name))
+  const columns = ofB.filter((name) => !both.includes(name))
+  const apart =
+    rows.length > 0 &&
+    columns.length > 0 &&
+    [...rows, ...columns].every((name) => left.includes(name))
+  const found = left.length === batch.length + rows.length + columns.length
+  if (!apart || !found || batch.length + over.length < both.length) return undefined
+  const factor = numbers.reduce((product, { value }) => product * value, 1)
+  return { a, b, batch, rows, columns, over, left, names, factor }
+}
+
+// The axes `from` in the order of `to`
+function arranged(x: F32, from: readonly string[], to: readonly string[]): F32 {
+  const order = [...from]
+  return to.reduce((view, name, at) => {
+    const other = order.indexOf(name)
+    ;[order[at], order[other]] = [order[other]!, order[at]!]
+    return view.transpose(at, other)
+  }, x)
+}
+
+/** @internal The product of two tensors, with axes in the order of the text. */
+export function multiply(
+  { a, b, batch, rows, columns, over, left }: Product,
+  operands: readonly [F32, F32],
+  factor: number,
+): F32 {
+  const sizes = new Map<string, number>()
+  const names = [a, b].map((access) => variablesOf(access)!)
+  operands.forEach(({ shape }, i) => {
+    names[i]!.forEach((name, at) => {
+      sizes.set(name, shape[at]!)
+    })
+  })
+  const count = (of: readonly string[]) => of.reduce((n, name) => n * sizes.get(name)!, 1)
+  const [x, y] = operands.map((operand, i) => {
+    const own = [rows, columns][i]!
+    const whole = arranged(operand, names[i]!, [...batch, ...own, ...over]).contiguous()
+    return whole.reshape([count(batch), count(own), count(over)])
+  }) as [F32, F32]
+  const { dtype, device } = x
+  const result = empty([count(batch), count(rows), count(columns)], { dtype, device })
+  for (let i = 0; i < count(batch); i++)
+    result.select(0, i).copyFrom(linear(x.select(0, i), y.select(0, i)))
+  const scaled = factor === 1 ? result : mul(result, full([1], factor, { dtype, device }))
+  const axes = [...batch, ...rows, ...columns]
+  const shape = axes.map((name) => sizes.get(name)!)
+  return arranged(scaled.reshape(shape), axes, left)
+}
