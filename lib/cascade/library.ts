@@ -19,8 +19,23 @@ const scan = `
   OS[t]    = sum(h,f) O[t,h,f] * O[t,h,f]
   ON[t,h,f] = O[t,h,f] * rsqrt(OS[t] / (H * F) + eps)`
 
+// Of the chunks that begin at F, each by the best of a descent that halves it, the W best in order: they begin at Y
+const stage = (n: number) =>
+  `
+  init X_[u_=0,c_] = F_[c_];   init T_[u_=0,c_] = -inf
+  iterate u_ {
+    D_[u_,c_,s,i] = sum(e) QM[i,e] * K[X_[u_,c_] + s * pow(2, U_ - 1 - u_) + if(u_ < U_ - 1, pow(2, U_ - 2 - u_), 0), e]
+    A_[u_,c_,s]   = max(i) D_[u_,c_,s,i]
+    M_[u_,c_]     = max(s) A_[u_,c_,s]
+    T_[u_+1,c_]   = max(T_[u_,c_], M_[u_,c_])
+    X_[u_+1,c_]   = X_[u_,c_] + if(A_[u_,c_,0] >= A_[u_,c_,1], 0, pow(2, U_ - 1 - u_))
+  }
+  R_[c_] = sum(x_) if(T_[U_,x_] > T_[U_,c_] || T_[U_,x_] == T_[U_,c_] && x_ < c_, 1, 0)
+  P_[c_] = sum(x_) if(x_ < c_ && R_[x_] < W_, 1, 0)
+  Y_[w_] = sum(c_) if(R_[c_] < W_ && P_[c_] == w_, F_[c_], 0)`.replaceAll('_', `${n}`)
+
 /**
- * What every operator computes, and every mechanism that is a composition of operators, as cascades: for one batch entry,
+ * What every operator and mechanism computes, as cascades: for one batch entry,
  * and for one head where heads do not meet. Tests hold each against its kernels on every device.
  *
  * Selections are named by what they select: a mask is `where` in the cascade of attention.
@@ -136,6 +151,60 @@ export const definitions = {
     'm <= p + off',
     'm <= p + off && (m < sinks || m > p + off - window)',
   ),
+  /**
+   * {@link hip} for one block of queries: N intervals of blocks of J keys are cut in two and the best N halves kept, L times.
+   * One query of T is looked at. B has 1 for what is listed.
+   */
+  hip: `
+  rank T = ?
+  init X[l=0,n] = n * pow(2, L)
+  iterate l {
+    H[l,n,s]     = X[l,n] + s * pow(2, L - 1 - l)
+    M[l,n,s]     = sinks + (H[l,n,s] + if(l < L - 1, pow(2, L - 2 - l), 0)) * J
+    D[l,n,s,i,j] = sum(e) Q[i*T + T - 1, e] * K[M[l,n,s] + j, e]
+    A[l,n,s]     = max(i,j) if(M[l,n,s] + j <= i*T + T - 1 + off - window, D[l,n,s,i,j], -inf)
+    R[l,n,s]     = sum(x,y) if(A[l,x,y] > A[l,n,s] || A[l,x,y] == A[l,n,s] && 2*x + y < 2*n + s, 1, 0)
+    P[l,n,s]     = sum(x,y) if(2*x + y < 2*n + s && R[l,x,y] < N, 1, 0)
+    X[l+1,n]     = sum(x,y) if(R[l,x,y] < N && P[l,x,y] == n, H[l,x,y], 0)
+  }
+  B[b] = sum(n) if(X[L,n]*J + sinks == b*J, 1, 0)`,
+  /** {@link infiniteHip} for one block of queries and two stages: the best of all chunks, and the best of what they are cut into. */
+  infiniteHip: `
+  QM[i,e] = sum(a) Q[i*A + a, e] / A
+  F1[c1]  = sinks + c1 * pow(2, U1)${stage(1)}
+  F2[c2]  = sum(w1,g) if(w1*G + g == c2, Y1[w1] + g * pow(2, U2), 0)${stage(2)}
+  B[b]    = sum(w2) if(Y2[w2] == b * pow(2, U2), 1, 0)`,
+  /**
+   * {@link flexPrefill} in the mode `'coverage'`, for whole blocks. V has the mass of columns of blocks and O of diagonals, for the
+   * last queries, E what pooling expects of V. B has 1 for what is listed.
+   */
+  flexPrefill: `
+  S[i,m]  = sum(e) Q[R*I - I + i, e] * K[m,e] * scale    where m <= R*I - I + i
+  L[i]    = logsumexp(m) S[i,m]
+  A[i,m]  = exp(S[i,m] - L[i]) / I
+  V[c]    = sum(i,j) A[i, c*I + j]
+  D[d]    = sum(i) A[i, R*I - I + i - d]
+  O1[c]   = sum(j) D[c*I + j] * (1 - j / I)
+  O2[c]   = sum(j) D[c*I - I + j] * j / I
+  O[c]    = O1[c] + O2[c]
+  QM[r,e] = sum(i) Q[r*I + i, e] / I
+  KM[c,e] = sum(j) K[c*I + j, e] / I
+  G[r,c]  = sum(e) QM[r,e] * KM[c,e] * scale             where c <= r
+  LG[r]   = logsumexp(c) G[r,c]
+  P[r,c]  = exp(G[r,c] - LG[r])
+  E[c]    = P[R,c]
+  JS      = sum(c) E[c] * log(2 * E[c] / (E[c] + V[c])) + V[c] * log(2 * V[c] / (E[c] + V[c]))
+  W       = sqrt(JS / 2)
+  V0[c]   = if(c == 0, inf, V[c])
+  O0[c]   = if(c == 0, inf, O[c])
+  RV[c]   = sum(x) if(V0[x] > V0[c] || V0[x] == V0[c] && x < c, 1, 0)
+  RO[c]   = sum(x) if(O0[x] > O0[c] || O0[x] == O0[c] && x < c, 1, 0)
+  BV[c]   = sum(x) if(RV[x] < RV[c], V[x], 0)
+  BO[c]   = sum(x) if(RO[x] < RO[c], O[x], 0)
+  NV      = sum(c) if(W >= tau && BV[c] < gamma, 1, 0)
+  NO      = sum(c) if(W >= tau && BO[c] < gamma, 1, 0)
+  BP[r,c] = sum(x,y) if(P[x,y] > P[r,c] || P[x,y] == P[r,c] && x*R + y < r*R + c, P[x,y], 0)
+  B[r,c]  = if(c == 0 || c == r || RV[c] < max(NV, least) || RO[r - c] < max(NO, least) || W < tau && BP[r,c] <= gamma * R, 1, 0)   where c <= r`,
   minimax: `
   AQ[t,h,e] = sum(i) X[t,i] * WQKV[h,0,e,i]
   AK[t,h,e] = sum(i) X[t,i] * WQKV[h,1,e,i]

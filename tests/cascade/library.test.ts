@@ -71,6 +71,18 @@ async function kept(mask: heddle.Mask, columns: number): Promise<Float64Array> {
   })
 }
 
+function wholeNumbers({ rng, place }: Pick<Draw, 'rng' | 'place'>, sq: number, sk: number) {
+  const draw = (s: number) => {
+    const data = Float32Array.from({ length: s * 4 }, () => rng.below(5) - 2)
+    return { made: place(data, [1, s, 1, 4]), dense: { data, shape: [s, 4] } }
+  }
+  const [{ made: q, dense: Q }, { made: k, dense: K }] = [draw(sq), draw(sk)]
+  return [
+    { q, Q },
+    { k, K },
+  ] as const
+}
+
 const rows: Record<keyof typeof definitions, (draw: Draw) => Promise<Row>> = {
   async attention(draw) {
     const { q, k, v, Q, K, V, off } = await qkv(draw)
@@ -296,6 +308,66 @@ const rows: Record<keyof typeof definitions, (draw: Draw) => Promise<Row>> = {
     const { out, lse } = attention(q, k, v, { mask, scale: 0.4 })
     const scalars = { scale: 0.4, off, sinks, window }
     return { inputs: { Q, K, V }, scalars, results: { O: out, LSE: lse } }
+  },
+  // Whole numbers: every score is exact and many are equal
+  async hip({ rng, place }) {
+    const [block, J, N, L] = [rng.pick([4, 16]), rng.pick([1, 2, 4]), rng.pick([2, 3, 8]), 3]
+    const [T, window, sinks] = [rng.pick([1, 2]), 1 + rng.below(9), J * rng.below(5)]
+    const sk = sinks + N * 2 ** L * J + window
+    const [{ q, Q }, { k, K }] = wholeNumbers({ rng, place }, block, sk)
+    const options = { topK: N * J, block: [block, J], stride: [T, 1] } as const
+    const mask = heddle.hip(q, k, { ...options, window, sinkTokens: sinks })
+    const sizes = { I: block / T, T, J, L, N, S: 2, X: N, Y: 2, B: Math.ceil(sk / J) }
+    const scalars = { window, sinks, off: sk - block }
+    return { inputs: { Q, K }, scalars, sizes, results: { B: await kept(mask, sizes.B) } }
+  },
+  async infiniteHip({ rng, place }) {
+    const [block, A] = [rng.pick([4, 16]), rng.pick([1, 2])]
+    const [C1, W1, W2] = [9, 1 + rng.below(8), 1 + rng.below(2)]
+    const [U1, U2] = [rng.pick([2, 3, 4]), rng.pick([1, 2])]
+    const G = 2 ** (U1 - U2)
+    const [window, sinks] = [block + rng.below(9), 2 ** U2 * rng.below(3)]
+    const sk = sinks + C1 * 2 ** U1 + window
+    const [{ q, Q }, { k, K }] = wholeNumbers({ rng, place }, block, sk)
+    const last = Math.min(W2, W1 * G)
+    const mask = heddle.infiniteHip(q, k, {
+      stages: [
+        { chunk: 2 ** U1, stride: A, block },
+        { chunk: 2 ** U2, stride: A, block, topK: W1 * 2 ** U1 },
+      ],
+      topK: last * 2 ** U2,
+      window,
+      sinkTokens: sinks,
+    })
+    const ranks = { C1, U1, W1, X1: C1, C2: W1 * G, U2, W2: last, X2: W1 * G }
+    const sizes = { A, G, I: block / A, S: 2, ...ranks, B: Math.ceil(sk / 2 ** U2) }
+    const results = { B: await kept(mask, sizes.B) }
+    return { inputs: { Q, K }, scalars: { sinks }, sizes, results }
+  },
+  async flexPrefill({ of, rng }) {
+    const [block, d] = [16, 8]
+    const [r, least] = [5 + rng.below(4), 1 + rng.below(3)]
+    for (;;) {
+      const [q, Q] = await of([1, r * block, 1, d], [r * block, d], rng.pick([0.3, 2]))
+      const [k, K] = await of([1, r * block, 1, d], [r * block, d])
+      const scalars = {
+        ...{ scale: 0.4, least, gamma: 0.3 + 0.6 * rng.next(), tau: rng.pick([0.1, 0.5, 0.9]) },
+      }
+      const sizes = { I: block, J: block, R: r, C: r, D: r * block, X: r, Y: r }
+      const keep = ['V', 'O', 'BV', 'BO', 'BP', 'W']
+      const parts = cascade(definitions.flexPrefill).evaluate({ Q, K }, scalars, { sizes, keep })
+      // What float32 may decide otherwise is drawn again
+      const near = (name: string, cut: number) =>
+        parts[name]!.data.some((x) => Math.abs(x - cut) < 1e-5)
+      const tied = (name: string) =>
+        parts[name]!.data.toSorted().some((x, i, all) => x - all[i - 1]! < 1e-6)
+      const { gamma, tau, scale } = scalars
+      const cuts = near('BV', gamma) || near('BO', gamma) || near('BP', gamma * r) || near('W', tau)
+      if (cuts || tied('V') || tied('O')) continue
+      const budget = { gamma, tau, minBudget: least * block }
+      const mask = heddle.flexPrefill(q, k, { ...budget, mode: 'coverage', block, scale })
+      return { inputs: { Q, K }, scalars, sizes, results: { B: await kept(mask, r) } }
+    }
   },
   async minimax({ of, rng }) {
     const [s, heads, d, model] = [1 + rng.below(20), 3, 4, 10]

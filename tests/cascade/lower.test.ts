@@ -403,6 +403,9 @@ describe('compile', () => {
       'keep.coverage': 'CAS021',
       softplus: 'CAS021',
       streaming: 'attention',
+      hip: 'CAS020',
+      infiniteHip: 'CAS020',
+      flexPrefill: 'CAS020',
       minimax: 'CAS020',
       transnormer: 'CAS020',
     })
