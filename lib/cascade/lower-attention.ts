@@ -26,7 +26,6 @@ import {
 } from './normal.js'
 import { type Layout, Side } from './side.js'
 import {
-  type Access,
   bareName,
   batched,
   type Call,
@@ -144,6 +143,8 @@ interface Weighted {
   /** Axes [b, s, h, d] of the result. */
   axes: readonly string[]
   layouts: Layouts
+  /** Nothing is computed beside the operator. */
+  alone: boolean
   run(call: Call): { out: F32; lse: F32; known: Known }
 }
 
@@ -175,6 +176,19 @@ export function attentionOf(normal: Normal, ir: CascadeIR): Lowered {
   ) as Record<string, string>
   if (post) slots.result = sum.key
   const lse = others[0]?.tensor
+  if (parts.length === 1 && part.alone)
+    return {
+      operator: 'attention',
+      slots,
+      run(call) {
+        const result = part.run(call)
+        const made: Record<string, Tensor> = {}
+        made[out.tensor] = result.out
+        if (lse === undefined) result.lse.dispose()
+        else made[lse] = result.lse
+        return made
+      },
+    }
   return {
     operator: 'attention',
     slots,
@@ -443,6 +457,13 @@ function weightedSum(
       : undefined
   const [ofSlope, ofSink] = [perHead(slope), perHead(sink)]
   const sides = [computed, ofSlope, ofSink, ofV, ...parts.flatMap(({ ofQ, ofK }) => [ofQ, ofK])]
+  const lengths = distances.map((form) => ({ form, only: bareName(form) }))
+  const plainScale = bareName(scale)
+  const ranks = [rankOf(column), rankOf(row), rankIn(m), rankIn(dot.e), 'M_']
+  const shared = operands.flatMap(([{ main }, own]) => {
+    const by = own.includes(row) ? [] : heads.filter((x) => !has(main, [x]))
+    return by.length > 0 ? [{ tensor: main.name, by }] : []
+  })
   const alone = post.key === '1' && sides.every((one) => one === undefined)
   if (heads.length > 2 && !alone)
     throw fail('what is computed beside it has more axes than [b, s, h, d]', 'CAS022')
@@ -451,26 +472,24 @@ function weightedSum(
     post,
     axes,
     layouts,
+    alone: alone && dots.length === 1 && !biasPlaces,
     run(call) {
-      const tensors = { ...call.tensors }
-      if (!grouped || !alone)
-        for (const [{ main }, own] of operands) oneHead(call, main, heads, own.includes(row))
-      const [tq, tk, tv] = [q, k, v].map(({ main }) => batched(call, main.name)) as [F32, F32, F32]
-      const [sq, hq, d, sk, dv] = [
-        tq.shape[1]!,
-        tq.shape[2]!,
-        tq.shape[3]!,
-        tk.shape[1]!,
-        tv.shape[3]!,
-      ]
+      const { tensors } = call
+      if (!grouped || !alone) for (const one of shared) oneHead(call, one)
+      const tq = batched(call, q.main.name) as F32
+      const [, sq, hq, d] = tq.shape as [number, number, number, number]
+      const sk = batched(call, k.main.name).shape[1]!
+      const dv = batched(call, v.main.name).shape[3]!
       const ends = sk - sq
-      const sizes = { [rankOf(column)]: dv, [rankOf(row)]: sq, [rankIn(m)]: sk, [rankIn(dot.e)]: d }
-      const known: Known = { ...sizes, M_: sk, ...call.scalars }
+      // literals with names of the text would be ten times as slow
+      const known: Known = {}
+      const sizes = [dv, sq, sk, d, sk]
+      for (let i = 0; i < sizes.length; i++) known[ranks[i]!] = sizes[i]!
+      for (const one of Object.keys(call.scalars)) known[one] = call.scalars[one]!
       // A name that the call leaves out stands for what the operator takes
-      for (const form of distances) {
-        const only = bareName(form)
+      for (const { form, only } of lengths) {
         if (only !== undefined) known[only] ??= ends
-        const got = numberOf(form, known)
+        const got = only === undefined ? numberOf(form, known) : known[only]
         if (got !== ends)
           throw broken(
             'CAS022',
@@ -485,9 +504,8 @@ function weightedSum(
         if (tensor !== undefined) return call.tensors[tensor] as F32
         return new Array<number>(hq).fill(numberOf(form, known))
       }
-      const plain = bareName(scale)
       const options: AttentionOptions = { causal: off !== undefined }
-      if (plain === undefined || known[plain] !== undefined) options.scale = numberOf(scale, known)
+      options.scale = plainScale === undefined ? numberOf(scale, known) : known[plainScale]
       if (weights !== 'softmax')
         Object.assign(options, { weights, power: exponent, normalise: divisor !== undefined })
       if (computed)
@@ -508,11 +526,12 @@ function weightedSum(
         const given = batched(call, main.name)
         return own ? cast(own.run(tensors, known), tq.dtype) : (given as F32)
       }
-      const heads2 = Math.max(...parts.map(({ k }) => batched(call, k.main.name).shape[2]!))
-      const qs = parts.map((one) => whole(one.ofQ, one.q))
-      const ks = parts.map((one) => whole(one.ofK, one.k))
-      const result = attention(joined(qs, hq), joined(ks, heads2), whole(ofV, v), options)
-      return { ...result, known }
+      const each = (of: (one: (typeof parts)[number]) => F32) =>
+        parts.length === 1 ? of(parts[0]!) : joined(parts.map(of))
+      const query = each((one) => whole(one.ofQ, one.q))
+      const key = each((one) => whole(one.ofK, one.k))
+      const result = attention(query, key, whole(ofV, v), options)
+      return { out: result.out, lse: result.lse, known }
     },
   }
 }
@@ -523,10 +542,10 @@ const layoutOf =
     layouts.get(tensor)?.(indices) ?? indices
 
 // Side by side along the last axis, heads that are shared repeated
-function joined(parts: readonly F32[], heads: number): F32 {
+function joined(parts: readonly F32[]): F32 {
   const [first] = parts as [F32]
-  if (parts.length === 1) return first
   const [b, s] = first.shape as [number, number]
+  const heads = Math.max(...parts.map(({ shape }) => shape[2]!))
   const sizes = parts.map(({ shape }) => shape[3]!)
   const d = sizes.reduce((sum, size) => sum + size, 0)
   const whole = empty([b, s, heads, d], { dtype: first.dtype, device: first.device })
@@ -558,14 +577,13 @@ function placed(tensor: Tensor, places: readonly number[]): Tensor {
 }
 
 // What the text reads without a variable of the heads has one
-function oneHead(call: Call, main: Access, heads: readonly string[], isQuery: boolean): void {
-  const shared = heads.filter((x) => !has(main, [x]))
-  const given = batched(call, main.name).shape[2]!
-  if (isQuery || shared.length === 0 || given === 1) return
+function oneHead(call: Call, { tensor, by }: { tensor: string; by: readonly string[] }): void {
+  const given = batched(call, tensor).shape[2]!
+  if (given === 1) return
   throw refuse(
     'ERR_SHAPE',
     'cascade',
-    main.name,
-    `${main.name} must have one head, got ${given} (the text reads it without ${shared.join(' and ')})`,
+    tensor,
+    `${tensor} must have one head, got ${given} (the text reads it without ${by.join(' and ')})`,
   )
 }

@@ -324,8 +324,9 @@ function planOf(ir: CascadeIR, lowered: Lowered, refused: readonly Refused[]): P
     })
     const scalars = (inputs[count] ?? {}) as Scalars
     checkOptions('cascade', scalars, scalarNames)
-    for (const [scalar, value] of Object.entries(scalars))
-      if (typeof value !== 'number') throw mustBe('cascade', scalar, 'a number', value)
+    for (const scalar of Object.keys(scalars))
+      if (typeof scalars[scalar] !== 'number')
+        throw mustBe('cascade', scalar, 'a number', scalars[scalar])
     return lowered.run({ tensors, scalars })
   }
   return Object.freeze(
