@@ -1,5 +1,5 @@
 import type { Tensor } from '../tensor.js'
-import type { CascadeIR } from './ir.js'
+import { type CascadeIR, rankOf } from './ir.js'
 import { type Atom, type Condition, type Form, rankIn, type Term } from './normal.js'
 import { parse } from './parse.js'
 import { runSteps } from './steps.js'
@@ -19,6 +19,8 @@ export class Side {
   readonly left: readonly string[]
   #used = new Set<string>()
   #fresh = 0
+  // Of variables that have new names
+  readonly #ranks = new Map<string, string>()
 
   /** `names` says which variables have another name here; the result has those of `left` that are `always` or used. */
   constructor(
@@ -47,7 +49,10 @@ export class Side {
   ): Tensor<'float32'> {
     const { scalars, families } = this.#ir
     const wanted = [...scalars, ...families.map(({ name }) => name)]
-    const given = wanted.flatMap((name) => (known[name] === undefined ? [] : [[name, known[name]]]))
+    const given = wanted.flatMap((name) => {
+      const value = known[name] ?? known[this.#ranks.get(name) ?? '']
+      return value === undefined ? [] : [[name, value]]
+    })
     return runSteps(this.#ir, tensors, Object.fromEntries(given), hole).Y_ as Tensor<'float32'>
   }
 
@@ -111,6 +116,7 @@ export class Side {
     this.#used = new Set()
     const own = over.map((name) => `${rankIn(name).toLowerCase()}_${++this.#fresh}`)
     over.forEach((name, i) => {
+      this.#ranks.set(rankOf(own[i]!), rankIn(name))
       this.#bound.set(name, own[i]!)
     })
     const right = this.#form(body)
