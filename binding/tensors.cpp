@@ -136,7 +136,8 @@ HostBuffer unpinned(const HostBuffer& buffer, size_t nbytes) {
 Napi::Value make_empty(const Napi::CallbackInfo& info) {
   Environment& environment = Environment::of(info.Env());
   Tensor view = shape_of(info[1], dtype_of(info[0]), device_of(info[2], info[3]));
-  StorageRef storage = environment.backend(view.device).allocate(bytes_of(view));
+  StorageRef storage =
+      environment.backend(view.device).allocate(bytes_of(view), info[4].ToBoolean());
   view.data = storage->data;
   return Napi::Number::New(info.Env(), environment.add(std::move(storage), view, true));
 }
@@ -148,7 +149,7 @@ Napi::Value make_from(const Napi::CallbackInfo& info) {
   HEDDLE_CHECK(bytes.size == bytes_of(view), kShape, "data", "data must have ", view.size(),
                " elements for shape ", text_of(view), ", got ", bytes.size / size_of(view.dtype));
   Backend& backend = environment.backend(view.device);
-  StorageRef storage = backend.allocate(bytes.size);
+  StorageRef storage = backend.allocate(bytes.size, info[5].ToBoolean());
   view.data = storage->data;
   if (view.device.kind == Device::kCpu) {
     if (bytes.size)
@@ -324,10 +325,11 @@ Napi::Value release(const Napi::CallbackInfo& info) {
 Napi::Value memory(const Napi::CallbackInfo& info) {
   const MemoryCount& count =
       Environment::of(info.Env()).backend(device_of(info[0], info[1])).memory;
-  Napi::Array out = Napi::Array::New(info.Env(), 3);
+  Napi::Array out = Napi::Array::New(info.Env(), 4);
   out[0u] = static_cast<double>(count.tensors.load());
   out[1u] = static_cast<double>(count.bytes.load());
   out[2u] = static_cast<double>(count.peak_bytes.load());
+  out[3u] = static_cast<double>(count.pinned_bytes.load());
   return out;
 }
 

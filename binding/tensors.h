@@ -5,9 +5,10 @@ namespace heddle {
 
 // Devices cross the boundary as (kind, index), dtypes as their number, shapes as arrays of numbers.
 
-Napi::Value make_empty(const Napi::CallbackInfo& info);  // (dtype, shape, kind, index): handle
+Napi::Value make_empty(
+    const Napi::CallbackInfo& info);  // (dtype, shape, kind, index, pinned): handle
 Napi::Value make_from(
-    const Napi::CallbackInfo& info);  // (bytes, dtype, shape, kind, index): handle
+    const Napi::CallbackInfo& info);  // (bytes, dtype, shape, kind, index, pinned): handle
 Napi::Value make_view(const Napi::CallbackInfo& info);  // (handle, offset, shape, strides): handle
 Napi::Value transfer(
     const Napi::CallbackInfo& info);  // (handle, kind, index): handle; contiguous only
@@ -19,7 +20,8 @@ Napi::Value finish(const Napi::CallbackInfo& info);      // (kind, index): promi
 Napi::Value begin_span(const Napi::CallbackInfo& info);  // (kind, index): handle
 Napi::Value end_span(const Napi::CallbackInfo& info);    // (handle): promise of milliseconds
 Napi::Value release(const Napi::CallbackInfo& info);     // (handle)
-Napi::Value memory(const Napi::CallbackInfo& info);  // (kind, index): [tensors, bytes, peak bytes]
-Napi::Value cuda(const Napi::CallbackInfo& info);    // what is known of CUDA here
+Napi::Value memory(
+    const Napi::CallbackInfo& info);  // (kind, index): [tensors, bytes, peak bytes, pinned bytes]
+Napi::Value cuda(const Napi::CallbackInfo& info);  // what is known of CUDA here
 
 }  // namespace heddle

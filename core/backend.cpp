@@ -9,8 +9,14 @@ namespace heddle {
 
 Storage::~Storage() {
   backend->memory.tensors.fetch_sub(1, std::memory_order_relaxed);
-  backend->memory.bytes.fetch_sub(static_cast<int64_t>(nbytes), std::memory_order_relaxed);
-  backend->release_bytes(data, nbytes);
+  MemoryCount& memory = backend->memory;
+  (pinned ? memory.pinned_bytes : memory.bytes)
+      .fetch_sub(static_cast<int64_t>(nbytes), std::memory_order_relaxed);
+  if (pinned) {
+    backend->release_pinned(data, nbytes);
+  } else {
+    backend->release_bytes(data, nbytes);
+  }
 }
 
 Failure Storage::failure() const {
@@ -72,17 +78,19 @@ Failure Gate::wait() {
   return failure_;
 }
 
-StorageRef Backend::allocate(size_t nbytes) {
-  void* data = allocate_bytes(nbytes);
-  HEDDLE_CHECK(data, kMemory, "", "cannot allocate ", nbytes, " bytes on ", text_of(device),
-               ", where ", memory.bytes.load(),
+StorageRef Backend::allocate(size_t nbytes, bool pinned) {
+  void* data = pinned ? allocate_pinned(nbytes) : allocate_bytes(nbytes);
+  HEDDLE_CHECK(data, kMemory, "", "cannot allocate ", nbytes, pinned ? " pinned" : "", " bytes on ",
+               text_of(device), ", where ", memory.bytes.load(),
                " bytes are in use; dispose tensors that are no longer needed");
   memory.tensors.fetch_add(1, std::memory_order_relaxed);
+  const auto size = static_cast<int64_t>(nbytes);
   const int64_t now =
-      memory.bytes.fetch_add(static_cast<int64_t>(nbytes), std::memory_order_relaxed) +
-      static_cast<int64_t>(nbytes);
-  if (now > memory.peak_bytes.load(std::memory_order_relaxed)) memory.peak_bytes.store(now);
-  return std::make_shared<Storage>(shared_from_this(), data, nbytes);
+      (pinned ? memory.pinned_bytes : memory.bytes).fetch_add(size, std::memory_order_relaxed) +
+      size;
+  if (!pinned && now > memory.peak_bytes.load(std::memory_order_relaxed))
+    memory.peak_bytes.store(now);
+  return std::make_shared<Storage>(shared_from_this(), data, nbytes, pinned);
 }
 
 namespace {

@@ -20,8 +20,8 @@ using Failure = std::shared_ptr<const Error>;
 // references, so the memory goes back once the last tensor is gone and the last work on it is done.
 class Storage {
  public:
-  Storage(std::shared_ptr<Backend> backend, void* data, size_t nbytes)
-      : backend(std::move(backend)), data(data), nbytes(nbytes) {}
+  Storage(std::shared_ptr<Backend> backend, void* data, size_t nbytes, bool pinned)
+      : backend(std::move(backend)), data(data), nbytes(nbytes), pinned(pinned) {}
   ~Storage();
   Storage(const Storage&) = delete;
   Storage& operator=(const Storage&) = delete;
@@ -34,6 +34,7 @@ class Storage {
   const std::shared_ptr<Backend> backend;
   void* const data;
   const size_t nbytes;
+  const bool pinned;                               // in memory of the host
   const char* producer = "tensor";                 // the operator that filled it last
   std::vector<std::shared_ptr<const int>> faults;  // words that kernels set when they meet bad data
 
@@ -99,7 +100,7 @@ class Mark {
 };
 
 struct MemoryCount {
-  std::atomic<int64_t> tensors{0}, bytes{0}, peak_bytes{0};
+  std::atomic<int64_t> tensors{0}, bytes{0}, peak_bytes{0}, pinned_bytes{0};
 };
 
 // A device as one environment sees it: an ordered queue of work and the memory it works on. Methods
@@ -109,7 +110,8 @@ class Backend : public std::enable_shared_from_this<Backend> {
   explicit Backend(Device device) : device(device) {}
   virtual ~Backend() = default;
 
-  StorageRef allocate(size_t nbytes);
+  // Pinned memory is the host's, and the device reads and writes it through the same pointers
+  StorageRef allocate(size_t nbytes, bool pinned = false);
   virtual void launch(std::shared_ptr<Call> call) = 0;
   // The graph holds the memory of all tensors that the calls use
   virtual std::unique_ptr<Graph> capture(std::vector<std::shared_ptr<Call>> calls);
@@ -132,6 +134,9 @@ class Backend : public std::enable_shared_from_this<Backend> {
   friend class Storage;
   virtual void* allocate_bytes(size_t nbytes) = 0;  // null when there is none
   virtual void release_bytes(void* data, size_t nbytes) noexcept = 0;
+  // All memory is the host's where these are not overridden
+  virtual void* allocate_pinned(size_t nbytes) { return allocate_bytes(nbytes); }
+  virtual void release_pinned(void* data, size_t nbytes) noexcept { release_bytes(data, nbytes); }
 };
 
 // How many bytes this machine could hold at most

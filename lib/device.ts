@@ -101,6 +101,8 @@ export interface MemoryInfo {
   tensors: number
   bytes: number
   peakBytes: number
+  /** Of `pinned` tensors, which take nothing of the device's own memory and do not count above. */
+  pinnedBytes: number
 }
 
 /**
@@ -115,8 +117,10 @@ export interface MemoryInfo {
  */
 export function memory(device: DeviceLike = 'cpu'): MemoryInfo {
   const { kind, index } = parseDevice('memory', device)
-  const [tensors, bytes, peakBytes] = named('memory', () => addon().memory(kind, index))
-  return { tensors, bytes, peakBytes }
+  const [tensors, bytes, peakBytes, pinnedBytes] = named('memory', () =>
+    addon().memory(kind, index),
+  )
+  return { tensors, bytes, peakBytes, pinnedBytes }
 }
 
 /**

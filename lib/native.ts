@@ -56,13 +56,20 @@ export interface Addon {
   operators(): Schema[]
   run(operator: number, ...positionsAndValues: unknown[]): number
   explain(operator: number, ...positionsAndValues: unknown[]): Explanation
-  empty(dtype: number, shape: readonly number[], kind: number, index: number): number
+  empty(
+    dtype: number,
+    shape: readonly number[],
+    kind: number,
+    index: number,
+    pinned: boolean,
+  ): number
   from(
     bytes: ArrayBufferView,
     dtype: number,
     shape: readonly number[],
     kind: number,
     index: number,
+    pinned: boolean,
   ): number
   view(handle: number, offset: number, shape: readonly number[], strides: readonly number[]): number
   transfer(handle: number, kind: number, index: number): number
@@ -78,7 +85,10 @@ export interface Addon {
   endGraph(keep: false): undefined
   replayGraph(graph: number): void
   releaseGraph(graph: number): void
-  memory(kind: number, index: number): [tensors: number, bytes: number, peakBytes: number]
+  memory(
+    kind: number,
+    index: number,
+  ): [tensors: number, bytes: number, peakBytes: number, pinnedBytes: number]
   cuda(): NativeCuda
 }
 

@@ -31,6 +31,11 @@ export interface CreateOptions<D extends DType = DType> {
   dtype?: D | undefined
   /** `'cpu'` unless given. */
   device?: DeviceLike | undefined
+  /**
+   * Whether a GPU's tensor stands in page-locked memory of the host, which its kernels reach at the speed of the bus: for
+   * what the GPU has no room for. It stays a tensor of that device. What is computed from it stands on the GPU again.
+   */
+  pinned?: boolean | undefined
 }
 
 const mostDimensions = 8
@@ -124,15 +129,17 @@ export class Tensor<D extends DType = DType> {
     dtype: D,
     device: DeviceLike | undefined,
     bytes?: ArrayBufferView,
+    pinned = false,
   ): Tensor<D> {
     const sizes = checkShape(op, shape, 0)
     if (!isDType(dtype)) throw mustBe(op, 'dtype', `one of ${dtypes.join(', ')}`, dtype)
     const target = parseDevice(op, device)
+    if (typeof pinned !== 'boolean') throw mustBe(op, 'pinned', 'a boolean', pinned)
     const number = dtypes.indexOf(dtype)
     const handle = named(op, () =>
       bytes
-        ? addon().from(bytes, number, sizes, target.kind, target.index)
-        : addon().empty(number, sizes, target.kind, target.index),
+        ? addon().from(bytes, number, sizes, target.kind, target.index, pinned)
+        : addon().empty(number, sizes, target.kind, target.index, pinned),
     )
     return new Tensor(handle, dtype, Tensor.layout(sizes), target.device)
   }
@@ -476,8 +483,8 @@ export class Tensor<D extends DType = DType> {
 }
 
 const readOptions: ReadonlySet<string> = new Set(['as', 'signal'])
-const createOptions: ReadonlySet<string> = new Set(['dtype', 'device'])
-const randnOptions: ReadonlySet<string> = new Set(['dtype', 'device', 'seed'])
+const createOptions: ReadonlySet<string> = new Set(['dtype', 'device', 'pinned'])
+const randnOptions: ReadonlySet<string> = new Set([...createOptions, 'seed'])
 
 async function unlessAborted<T>(promise: Promise<T>, signal: AbortSignal | undefined): Promise<T> {
   if (!signal) return promise
@@ -574,19 +581,26 @@ export function tensor<A extends AnyTypedArray | readonly number[], D extends DT
   if (dtype !== undefined && !isDType(dtype))
     throw mustBe('tensor', 'dtype', `one of ${dtypes.join(', ')}`, dtype)
   const given = hostValues('tensor', data, dtype)
-  const made = Tensor.make(
-    'tensor',
-    shape ?? [given.bytes.length],
-    given.dtype,
-    options?.device,
-    given.bytes,
-  )
-  if (dtype === undefined || dtype === given.dtype) return made as unknown as Tensor<D>
+  const sizes = shape ?? [given.bytes.length]
+  const make = <E extends DType>(as: E, bytes?: AnyTypedArray, pinned?: boolean) =>
+    Tensor.make('tensor', sizes, as, options?.device, bytes, pinned)
+  if (dtype === undefined || dtype === given.dtype)
+    return make(given.dtype, given.bytes, options?.pinned) as unknown as Tensor<D>
+  const made = make(given.dtype, given.bytes)
   try {
-    return made.cast(dtype)
+    return make(dtype, undefined, options?.pinned).copyFrom(made)
   } finally {
     made.dispose()
   }
+}
+
+const emptyOf = <D extends DType>(
+  op: string,
+  shape: readonly number[],
+  options: CreateOptions<D> | undefined,
+): Tensor<D> => {
+  const { dtype = 'float32' as D, device, pinned } = options ?? {}
+  return Tensor.make(op, shape, dtype, device, undefined, pinned)
 }
 
 /** Makes a tensor whose elements are whatever the memory held. */
@@ -595,7 +609,7 @@ export function empty<D extends DType = 'float32'>(
   options?: CreateOptions<D>,
 ): Tensor<D> {
   checkOptions('empty', options, createOptions)
-  return Tensor.make('empty', shape, (options?.dtype ?? 'float32') as D, options?.device)
+  return emptyOf('empty', shape, options)
 }
 
 function filled<D extends DType = 'float32'>(
@@ -606,7 +620,7 @@ function filled<D extends DType = 'float32'>(
 ): Tensor<D> {
   checkOptions(op, options, createOptions)
   if (typeof value !== 'number') throw mustBe(op, 'value', 'a number', value)
-  const made = Tensor.make(op, shape, (options?.dtype ?? 'float32') as D, options?.device)
+  const made = emptyOf(op, shape, options)
   if (Number.isFinite(value)) run('fill', { to: made, value })
   else {
     const one = tensor([value], [], { device: made.device })
@@ -646,7 +660,7 @@ export function randn<D extends FloatDType = 'float32'>(
   options?: CreateOptions<D> & { seed?: number | undefined },
 ): Tensor<D> {
   checkOptions('randn', options, randnOptions)
-  const made = Tensor.make('randn', shape, (options?.dtype ?? 'float32') as D, options?.device)
+  const made = emptyOf('randn', shape, options)
   const seed = options?.seed ?? Math.floor(Math.random() * Number.MAX_SAFE_INTEGER)
   try {
     const from = checkInteger('randn', 'seed', seed, 0)

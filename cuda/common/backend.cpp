@@ -142,7 +142,7 @@ class CudaBackend final : public Backend {
     }
     if (nbytes)
       HEDDLE_CUDA(cudaMemcpyAsync(static_cast<char*>(to->data) + offset, from.get(), nbytes,
-                                  cudaMemcpyHostToDevice, stream_));
+                                  cudaMemcpyDefault, stream_));
     uploads_.push_back({record(), std::move(to), std::move(from), std::move(gate)});
   }
 
@@ -153,7 +153,7 @@ class CudaBackend final : public Backend {
     cudaError_t status = cudaSuccess;
     if (nbytes)
       status = cudaMemcpyAsync(to.get(), static_cast<const char*>(from->data) + offset, nbytes,
-                               cudaMemcpyDeviceToHost, stream_);
+                               cudaMemcpyDefault, stream_);
     cudaEvent_t event = nullptr;
     if (status == cudaSuccess) status = try_record(event);
     {
@@ -199,6 +199,22 @@ class CudaBackend final : public Backend {
   void release_bytes(void* data, size_t nbytes) noexcept override {
     const size_t size = blocks_.class_of(nbytes);
     if (!size || !blocks_.give(data, size)) cudaFreeAsync(data, stream_);
+  }
+  void* allocate_pinned(size_t nbytes) override {
+    check_lost();
+    cudaSetDevice(device.index);
+    sweep();
+    void* data = nullptr;
+    if (cudaHostAlloc(&data, std::max<size_t>(nbytes, 1),
+                      cudaHostAllocPortable | cudaHostAllocMapped) == cudaSuccess)
+      return data;
+    cudaGetLastError();
+    return nullptr;
+  }
+  // Nothing frees it in the order of the stream, so it waits for an event, which `sweep` records
+  void release_pinned(void* data, size_t) noexcept override {
+    std::lock_guard lock(mutex_);
+    retired_.emplace_back(data, cudaFreeHost);
   }
 
  private:
@@ -302,6 +318,13 @@ class CudaBackend final : public Backend {
 
   // Lets go of host memory whose copies are done
   void sweep() {
+    std::vector<HostBuffer> retired;
+    {
+      std::lock_guard lock(mutex_);
+      retired.swap(retired_);
+    }
+    for (HostBuffer& buffer : retired)
+      uploads_.push_back({record(), nullptr, std::move(buffer), nullptr});
     while (!uploads_.empty() && cudaEventQuery(uploads_.front().event) == cudaSuccess) {
       {
         std::lock_guard lock(mutex_);
@@ -385,6 +408,7 @@ class CudaBackend final : public Backend {
   std::vector<cudaEvent_t> events_;
   Failure lost_;
   bool stopping_ = false;
+  std::vector<HostBuffer> retired_;  // pinned tensors that are gone
   std::thread thread_;
 };
 

@@ -56,6 +56,32 @@ function normal(index: number, seed: number): number {
 }
 
 describeDevices('creating tensors', (device) => {
+  it('makes pinned tensors that compute as others do and take no memory of the device', async () => {
+    const before = memory(device)
+    const x = empty([64, 33], { dtype: 'float32', device, pinned: true })
+    const held = memory(device)
+    expect(held.bytes).toBe(before.bytes)
+    expect(held.pinnedBytes).toBe(before.pinnedBytes + 64 * 33 * 4)
+    const y = randn([64, 33], { seed: 3, device })
+    x.copyFrom(y)
+    for (const one of [x, y]) {
+      using part = one.slice(1, 3, 5)
+      part.write(new Float32Array(128).fill(2))
+    }
+    expect(await x.read()).toEqual(await y.read())
+    using there = x.to('cpu')
+    expect(await there.read()).toEqual(await y.read())
+    there.dispose()
+    const half = tensor(await y.read(), [64, 33], { dtype: 'float16', device, pinned: true })
+    expect(await half.read()).toEqual(await y.cast('float16').read())
+    for (const one of [x, half]) one.dispose()
+    await zeros([1], { device }).read()
+    expect(memory(device).pinnedBytes).toBe(before.pinnedBytes)
+    expect((await failure(() => empty([1], { pinned: 1 as never }))).message).toBe(
+      'empty: pinned must be a boolean, got 1',
+    )
+  })
+
   const expectLaidOut = (x: Tensor, dtype: DType, shape: readonly number[]) => {
     const size = shape.reduce((product, one) => product * one, 1)
     expect({ ...x }).toEqual({ dtype, shape, strides: rowMajor(shape), device })
