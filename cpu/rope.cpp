@@ -14,12 +14,14 @@ namespace {
 // million times a frequency near one has no fraction left in f32.
 class Table {
  public:
-  Table(double theta, int64_t rotary, bool interleaved)
-      : pairs_(rotary / 2),
-        interleaved_(interleaved),
+  explicit Table(const Rope& op)
+      : op_(op),
+        pairs_(op.rotary / 2),
+        interleaved_(op.layout == 1),
         exact_(static_cast<size_t>(5 * pairs_)),
-        rounded_(static_cast<size_t>(2 * rotary)) {
-    const double step = -2 * std::log(theta) / static_cast<double>(rotary);
+        rounded_(static_cast<size_t>(2 * op.rotary)) {
+    if (op.cos) return;
+    const double step = -2 * std::log(op.theta) / static_cast<double>(op.rotary);
     for (int64_t i = 0; i < pairs_; ++i) {
       const double frequency = std::exp(step * static_cast<double>(i));
       frequencies()[i] = frequency;
@@ -35,8 +37,13 @@ class Table {
 
   void move_to(int64_t position) {
     if (known_ && position == position_) return;
-    // One turn further is four products, and in double a few hundred of them cost nothing
-    if (known_ && position == position_ + 1 && position % 256 != 0) {
+    if (op_.cos) {
+      HEDDLE_CHECK(position >= 0 && position < op_.cos.shape[0], kArgument, "positions",
+                   "positions must be at least 0 and below ", op_.cos.shape[0], ", got ", position);
+      std::copy_n(op_.cos.as<float>() + position * pairs_, pairs_, cosines());
+      std::copy_n(op_.sin.as<float>() + position * pairs_, pairs_, sines());
+      // One turn further is four products, and in double a few hundred of them cost nothing
+    } else if (known_ && position == position_ + 1 && position % 256 != 0) {
       for (int64_t i = 0; i < pairs_; ++i) {
         const double c = cosines()[i], s = sines()[i];
         cosines()[i] = c * step_cosines()[i] - s * step_sines()[i];
@@ -72,6 +79,7 @@ class Table {
   double* cosines() { return exact_.data() + 3 * pairs_; }
   double* sines() { return exact_.data() + 4 * pairs_; }
 
+  const Rope& op_;
   const int64_t pairs_;
   const bool interleaved_;
   std::vector<double> exact_;
@@ -117,7 +125,7 @@ template <class T> void rotate(const Rope& op, const CpuContext& context) {
   const Walk<1> walk({&op.x}, 2);
   walk.run(context, std::max<int64_t>(heads * d, 1),
            [&](int64_t index, int64_t count, const auto& at) {
-             Table table(op.theta, op.rotary, op.layout == 1);
+             Table table(op);
              Scratch<T> buffer(static_cast<size_t>(d));
              for (int64_t token = index; token < index + count; ++token) {
                const int64_t b = token / tokens, s = token % tokens;

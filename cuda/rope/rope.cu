@@ -12,7 +12,8 @@ namespace {
 // of a million times a frequency near one has no fraction left in f32.
 template <class T>
 __global__ void rope_kernel(Strided x, Strided positions, T* out, bool given, int64_t offset,
-                            int64_t rotary, double step, bool split) {
+                            int64_t rotary, double step, bool split, const float* cosines,
+                            const float* sines, int64_t rows, int* fault) {
   const int64_t tokens = x.shape[0] * x.shape[1], heads = x.shape[2], d = x.shape[3];
   const int64_t pairs = rotary / 2, slots = pairs + (d - rotary);
   HEDDLE_EACH(index, tokens * slots) {
@@ -26,9 +27,19 @@ __global__ void rope_kernel(Strided x, Strided positions, T* out, bool given, in
       continue;
     }
     const int64_t position = given ? positions.at<int32_t>(token) : offset + s;
-    double sine, cosine;
-    sincos(static_cast<double>(position) * exp(step * static_cast<double>(slot)), &sine, &cosine);
-    const float c = static_cast<float>(cosine), n = static_cast<float>(sine);
+    float c, n;
+    if (!cosines) {
+      double sine, cosine;
+      sincos(static_cast<double>(position) * exp(step * static_cast<double>(slot)), &sine, &cosine);
+      c = static_cast<float>(cosine);
+      n = static_cast<float>(sine);
+    } else if (position >= 0 && position < rows) {
+      c = cosines[position * pairs + slot];
+      n = sines[position * pairs + slot];
+    } else {
+      *fault = 1;
+      continue;
+    }
     const int64_t first = split ? slot : 2 * slot, second = split ? slot + pairs : 2 * slot + 1;
     for (int64_t h = 0; h < heads; ++h) {
       const float a = to_float(from[h * x.strides[2] + first * x.strides[3]]);
@@ -42,11 +53,13 @@ __global__ void rope_kernel(Strided x, Strided positions, T* out, bool given, in
 void run(const Rope& op, CudaContext& context) {
   if (op.x.size() == 0) return;
   const int64_t count = op.x.size() / op.x.shape[2];
+  int* fault = op.cos ? context.fault("positions must be inside the tables") : nullptr;
   const double step = -2.0 / static_cast<double>(op.rotary) * std::log(op.theta);
   dispatch_float(op.x.dtype, [&]<class T>(T) {
     rope_kernel<T><<<blocks_for(count, context), kThreads, 0, context.stream>>>(
         Strided(op.x), Strided(op.positions ? op.positions : op.x), op.out.as<T>(),
-        bool(op.positions), op.offset, op.rotary, step, op.layout == 0);
+        bool(op.positions), op.offset, op.rotary, step, op.layout == 0, op.cos.as<float>(),
+        op.sin.as<float>(), op.cos ? op.cos.shape[0] : 0, fault);
   });
   context.launched("rope_kernel");
 }

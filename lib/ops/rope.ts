@@ -13,7 +13,11 @@ export interface RopeOptions {
   positions?: Tensor<'int32'> | undefined
   /** Which channels form a pair: i with i + rotary/2 (`'half-split'`, the default), or 2i with 2i + 1. */
   layout?: 'half-split' | 'interleaved' | undefined
-  /** How many leading channels turn, an even number; all of them if left out. */
+  /** [rows, rotary / 2]: cosines of every position, instead of those of `theta`; with `sin`. */
+  cos?: Tensor<'float32'> | undefined
+  /** As `cos`. */
+  sin?: Tensor<'float32'> | undefined
+  /** How many leading channels turn, an even number; as many as tables have, or all of them, if left out. */
   rotary?: number | undefined
 }
 
@@ -23,6 +27,8 @@ const known: ReadonlySet<string> = new Set<keyof RopeOptions>([
   'positions',
   'layout',
   'rotary',
+  'cos',
+  'sin',
 ])
 
 /**

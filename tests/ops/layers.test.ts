@@ -11,10 +11,12 @@ import {
   silu,
   type Tensor,
   tensor,
+  zeros,
 } from 'heddle'
 import { describe, expect, it } from 'vitest'
 import { expectClose, maxError } from '../support/compare.js'
 import { describeDevices, epsilon, floats } from '../support/devices.js'
+import { failure } from '../support/failure.js'
 import { random, sample } from '../support/random.js'
 import { round } from '../support/rounding.js'
 
@@ -119,14 +121,19 @@ describeDevices('layers', (device) => {
         const rotary = rng.chance(0.3) ? Math.max(2, d / 2) : d
         const layout = rng.pick(['half-split', 'interleaved'] as const)
         const theta = rng.pick([10000, 500000])
-        const offset = rng.pick([0, 7, 100000])
+        // tables of any angles, for 40 positions
+        const angles = rng.chance(0.4) ? rng.normals(20 * rotary, 9) : undefined
+        const table = (f: (angle: number) => number) =>
+          angles && tensor(angles.map(f), [40, rotary / 2], { device })
+        const offset = rng.pick(angles ? [0, 7] : [0, 7, 100000])
         const positions = rng.chance(0.5)
-          ? Array.from({ length: b * s }, () => rng.below(200000))
+          ? Array.from({ length: b * s }, () => rng.below(angles ? 40 : 200000))
           : undefined
         const x = await sample(rng, [b, s, h, d], dtype, device)
         const result = rope(x.tensor, {
           theta,
           layout,
+          ...{ cos: table(Math.cos), sin: table(Math.sin) },
           ...(rotary === d ? {} : { rotary }),
           ...(positions
             ? { positions: tensor(positions, [b, s], { dtype: 'int32', device }) }
@@ -139,7 +146,8 @@ describeDevices('layers', (device) => {
           for (let i = 0; i < rotary / 2; i++) {
             const [first, second] =
               layout === 'half-split' ? [i, i + rotary / 2] : [2 * i, 2 * i + 1]
-            const angle = position * theta ** ((-2 * i) / rotary)
+            const angle =
+              angles?.[(position * rotary) / 2 + i] ?? position * theta ** ((-2 * i) / rotary)
             const [a, c] = [x.values[row * d + first]!, x.values[row * d + second]!]
             expected[row * d + first] = a * Math.cos(angle) - c * Math.sin(angle)
             expected[row * d + second] = c * Math.cos(angle) + a * Math.sin(angle)
@@ -148,6 +156,14 @@ describeDevices('layers', (device) => {
         const error = maxError(await result.read({ as: 'float32' }), expected)
         expect(error, `rope ${layout} ${offset}`).toBeLessThanOrEqual(4 * epsilon[dtype] + 2e-6)
       }
+      const [x, cos] = [zeros([1, 3, 1, 4], { dtype, device }), zeros([4, 2], { device })]
+      expect((await failure(() => rope(x, { cos, sin: cos, offset: 2 }))).message).toBe(
+        'rope: cos must be contiguous, with 2 columns and a row for every position, got [4, 2]',
+      )
+      const positions = tensor([0, 4, 0], [1, 3], { dtype: 'int32', device })
+      expect((await failure(() => rope(x, { cos, sin: cos, positions }).read())).message).toMatch(
+        /^rope: positions must be/,
+      )
     })
 
     it('glu, silu, sigmoid, add and mul round once', async () => {
