@@ -1,4 +1,5 @@
 #pragma once
+#include "core/fetch.h"
 #include "core/select.h"
 #include "ops/hip.h"
 
@@ -20,6 +21,9 @@
 //                               product of the i-th of those heads with keys[j], unless that is
 //                               negative
 //
+// Where rows of k stand nearby, squads look them up, for which they also have `take`, as
+// core/fetch.h says, and `put(x, value)`: x = value, as others may do at the same time.
+//
 // Products are compared as integers of the same order, 0 is none. Candidates stand in the order of
 // their keys all the way, so that choosing keeps them ascending, and nothing is sorted.
 namespace heddle {
@@ -39,6 +43,7 @@ HEDDLE_HD inline uint32_t order_of(float score) {
 struct HipTile {
   int32_t keys[kHipTile];
   int32_t positions[kHipTile];  // of keys that turn
+  // Before a key is scored, where it stands nearby, ~0 for a key that does not
   uint32_t best[kHipTile];
   int32_t left[kHipTile / 2], right[kHipTile / 2];  // of a chunk's descent
   uint32_t most[kHipTile / 2];
@@ -113,8 +118,9 @@ HEDDLE_HD inline int64_t hip_query_position(const Hip& op, const HipPlace& place
 }
 
 // And where a key does, which stands for the left or right half of what is left of a chunk
-HEDDLE_HD inline int64_t hip_key_position(const Hip& op, const HipPlace& place, int64_t key,
-                                          int64_t chunk, bool right) {
+template <class Op>
+HEDDLE_HD int64_t hip_key_position(const Op& op, const HipPlace& place, int64_t key, int64_t chunk,
+                                   bool right) {
   constexpr int64_t kNear = 8192, kGroup = 16;  // self_extend: keys that stay, keys that are one
   const int64_t first = place.ahead + place.first, last = place.ahead + place.last - 1;
   const int64_t away = last - key, near = op.context / 4;
@@ -200,6 +206,30 @@ HEDDLE_HD void hip_finish(const Team& team, const Hip& op, const HipPlace& place
   });
 }
 
+// Which of a tile's keys stand nearby
+template <class Squad> HEDDLE_HD void hip_look_up(const Squad& squad, const Hip& op, int64_t head) {
+  if (!op.near.data) return;
+  const int64_t hk = op.k.shape[2], kv = head / (op.q.shape[2] / hk);
+  auto* counts = static_cast<unsigned long long*>(op.near_counts.data);
+  auto* missed = static_cast<int32_t*>(op.missed.data);
+  squad.each(kHipTile, [&](int64_t i) {
+    const int64_t key = squad.tile.keys[i];
+    if (key < 0) return;
+    const auto row = static_cast<int32_t>(key * hk + kv);
+    const int32_t slot = static_cast<int32_t*>(op.near_places.data)[row];
+    const bool stands = slot >= 0 && slot < op.near.shape[0];
+    squad.tile.best[i] = stands ? static_cast<uint32_t>(slot) : ~0u;
+    if (stands) {
+      squad.put(static_cast<FetchSlot*>(op.near_slots.data)[slot].wanted,
+                static_cast<int32_t>(counts[Fetch::kTime]));
+      squad.take(counts[Fetch::kFound]);
+    } else {
+      const int64_t at = squad.take(missed[0]);
+      if (at >= 0 && at < op.near.shape[0]) missed[1 + at] = row;
+    }
+  });
+}
+
 // What `halves` needs of a slot of memory: intervals and their halves
 inline int64_t hip_slot(const Hip& op) {
   return op.kind == Hip::kHalves ? 6 * op.index.shape[3] : op.most_chunks();
@@ -255,6 +285,7 @@ HEDDLE_HD void hip_halves(const Team& team, const Hip& op, const HipPlace& place
           const int64_t key = start(block) + (offset + 1) * op.stride_k - 1;
           if (key < place.end) tile.keys[i] = static_cast<int32_t>(key);
         });
+        hip_look_up(squad, op, place.first_head + head + item % held);
         scorer.score(squad, item % held);
         squad.each(kHipTile, [&](int64_t i) {
           if (tile.keys[i] >= 0) team.raise(order[(first + i) >> per_block], tile.best[i]);
@@ -338,6 +369,7 @@ HEDDLE_HD void hip_descend(const Team& team, const Hip& op, const HipPlace& plac
             tile.positions[2 * i + side] = static_cast<int32_t>(
                 hip_key_position(op, place, tile.keys[2 * i + side], first + i, side == 1));
         });
+        hip_look_up(squad, op, place.first_head + set * most + item % held);
         scorer.score(squad, item % held);
         squad.each(kChunks, [&](int64_t i) {
           if (tile.keys[2 * i] < 0) return;
@@ -369,6 +401,54 @@ HEDDLE_HD void hip_keep(const Team& team, const Hip& op, const HipPlace& place,
       chunks.count, [&](int64_t i) { return hip_rank(order[i], i) >= least; },
       [&](int64_t i, int64_t at) { index[at] = static_cast<int32_t>(chunks.start(i)); });
   hip_finish(team, op, place, width, [&](int64_t i) { return index[i]; });
+}
+
+// One list as HipPlaces has it
+template <class Team>
+HEDDLE_HD void hip_place_slots(const Team& team, const HipPlaces& op, int64_t list) {
+  const int64_t rows = op.index.shape[2], width = op.index.shape[3], pages = op.table.shape[3];
+  const int64_t sinks = op.sink_tokens / op.block_k, slots = pages * op.block_k;
+  const int shift = hip_log2(op.block_k);
+  const int32_t* index = static_cast<const int32_t*>(op.index.data) + list * width;
+  const int64_t given = static_cast<const int32_t*>(op.count.data)[list];
+  const int64_t count = given < 0 ? 0 : given < width ? given : width;
+  HipPlace place{};
+  place.first = list % rows * op.block_q;
+  place.last = place.first + op.block_q < op.sq ? place.first + op.block_q : op.sq;
+  place.ahead = op.sk - op.sq;
+  const int64_t first = place.ahead + place.first;  // of the block's queries
+
+  int32_t* table = static_cast<int32_t*>(op.table.data) + list * pages;
+  team.each(pages, [&](int64_t i) {
+    const int64_t page = i < sinks ? i : i - sinks < count ? index[i - sinks] >> shift : 0;
+    // Nobody sees one that does not exist as a whole
+    table[i] = static_cast<int32_t>((page + 1) << shift <= op.sk ? page : 0);
+  });
+  int32_t* places = static_cast<int32_t*>(op.places.data) + list * slots;
+  team.each(slots, [&](int64_t i) {
+    const int64_t key = (int64_t{table[i >> shift]} << shift) + (i & (op.block_k - 1));
+    int64_t at = 0;
+    if (op.positions == Hip::kStreaming) {
+      at = i + first - op.window + 1 - op.sink_tokens - (count << shift);
+    } else if (op.positions == Hip::kInfllm) {
+      at = first - op.window;
+    } else {
+      at = hip_key_position(op, place, key, 0, false);
+    }
+    places[i] = static_cast<int32_t>(i < op.sink_tokens + (count << shift) && at > 0 ? at : 0);
+  });
+  int32_t* bounds = static_cast<int32_t*>(op.bounds.data) + list * op.block_q * 2;
+  team.each(op.block_q, [&](int64_t i) {
+    const int64_t end = place.first + i < place.last ? first + i - op.window + 1 : 0;
+    int64_t seen = end <= 0 ? 0 : end < op.sink_tokens ? end : op.sink_tokens, listed = count;
+    while (listed > 0 && index[listed - 1] >= end) --listed;
+    if (listed > 0) {
+      const int64_t rest = end - index[listed - 1];
+      seen += ((listed - 1) << shift) + (rest < op.block_k ? rest : op.block_k);
+    }
+    bounds[2 * i] = 0;
+    bounds[2 * i + 1] = static_cast<int32_t>(seen);
+  });
 }
 
 }  // namespace heddle

@@ -1,6 +1,7 @@
 #include "core/hip.h"
 
 #include <algorithm>
+#include <atomic>
 #include <vector>
 
 #include "core/cpu_context.h"
@@ -18,6 +19,8 @@ namespace {
 struct HipTeam : Alone {
   HipTile& tile;
 
+  template <class X> X take(X& x) const { return std::atomic_ref(x).fetch_add(1); }
+  void put(int32_t& x, int32_t value) const { std::atomic_ref(x).store(value); }
   template <class Body> void share(int64_t n, const Body& body) const {
     each(n, [&](int64_t i) { body(*this, i); });
   }
@@ -85,7 +88,7 @@ template <class T> class Scorer {
     for (int64_t i = 0; i < kHipTile; ++i) {
       if (tile.keys[i] < 0) continue;
       float* row = k_.data() + count * d_;
-      load_row(row, key(tile.keys[i]), op_.k.strides[3], d_);
+      load_row(row, key(tile.keys[i], tile.best[i]), op_.k.strides[3], d_);
       if (op_.cos) {
         turn(row, tile.positions[i]);
         for (int64_t e = 0; e < d_; ++e) row[e] = to_float(from_float<T>(row[e]));
@@ -116,7 +119,9 @@ template <class T> class Scorer {
       row[half + i] = b * c + a * s;
     }
   }
-  const T* key(int64_t t) const {
+  // A slot is one nearby
+  const T* key(int64_t t, uint32_t slot) const {
+    if (op_.near && ~slot) return op_.near.as<T>() + slot * d_;
     if (!op_.block_table) return k_head_ + place_.b * op_.k.strides[0] + t * op_.k.strides[1];
     const Tensor& table = op_.block_table;
     const int64_t page =
@@ -163,7 +168,12 @@ void run(const Hip& op, CpuContext& context) {
   });
 }
 
+void run(const HipPlaces& op, CpuContext& context) {
+  context.parallel(op.count.size(), [&](int64_t list, int) { hip_place_slots(Alone{}, op, list); });
+}
+
 HEDDLE_REGISTER(Hip);
+HEDDLE_REGISTER(HipPlaces);
 
 }  // namespace
 }  // namespace HEDDLE_ISA_NAMESPACE

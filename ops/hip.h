@@ -25,11 +25,18 @@ struct Hip {
   Tensor cos, sin;       // [positions, d / 2] f32: a stage turns queries and keys by them
   Tensor from_index;     // [b, hm, rows, width] i32: what the stage before kept
   Tensor from_count;     // [b, hm, rows] i32
-  Tensor index;          // [b, hm, rows, width] i32: first keys of blocks, then INT32_MAX
-  Tensor count;          // [b, hm, rows] i32
-  Tensor blocks;         // [b, hm, rows, words] i32: what is listed is added as bits of a mask
-  Tensor table;   // [b, hm, rows, pages] i32: the sink tokens and the list as pages of block_k
-  Tensor length;  // [b, hm, rows] i32: how many keys these are
+  // Rows of k that stand nearby, t * hk + head counting them, as the operator `fetch` keeps them: k
+  // is far away then, and no pages
+  Tensor near;         // [slots, d]
+  Tensor near_places;  // [most_rows] i32
+  Tensor near_slots;   // [slots, 2] i32
+  Tensor near_counts;  // [4] i64
+  Tensor missed;       // [slots + 1] i32: how many rows were not there, and which, as far as fits
+  Tensor index;        // [b, hm, rows, width] i32: first keys of blocks, then INT32_MAX
+  Tensor count;        // [b, hm, rows] i32
+  Tensor blocks;       // [b, hm, rows, words] i32: what is listed is added as bits of a mask
+  Tensor table;        // [b, hm, rows, pages] i32: the sink tokens and the list as pages of block_k
+  Tensor length;       // [b, hm, rows] i32: how many keys these are
   int kind = kHalves, representative = kCenter;
   int positions = kOwn;  // where what turns is taken to stand, core/hip.h has the rules
   int64_t context = 0;   // of the model, for positions that are compressed
@@ -48,6 +55,12 @@ struct Hip {
     schema.optional("sin", &Hip::sin, "... turns", kF32);
     schema.optional("from_index", &Hip::from_index, "b hm from_rows from_width", kI32);
     schema.optional("from_count", &Hip::from_count, "b hm from_rows", kI32);
+    // With these k is no pages, whose names of sizes are free for them
+    schema.optional("near", &Hip::near, "page_size d", like("q"));
+    schema.optional("near_places", &Hip::near_places, "max_pages", kI32);
+    schema.optional("near_slots", &Hip::near_slots, "page_size 2", kI32);
+    schema.optional("near_counts", &Hip::near_counts, "4", DTypes{1u << int(DType::kI64)});
+    schema.optional("missed", &Hip::missed, "page_size+1", kI32);
     schema.inout("index", &Hip::index, "b hm rows width", kI32);
     schema.inout("count", &Hip::count, "b hm rows", kI32);
     schema.optional("blocks", &Hip::blocks, "b hm rows words", kI32);
@@ -117,6 +130,14 @@ struct Hip {
       HEDDLE_CHECK(positions < kSelfExtend || context >= 4, kArgument, "context",
                    "context must be at least 4 where positions are compressed, got ", context);
     }
+    if (near) {
+      for (const Tensor* tensor : {&k, &near, &near_places, &near_slots, &near_counts, &missed})
+        HEDDLE_CHECK(*tensor && tensor->contiguous(), kArgument, "near",
+                     "near must come with all that goes with it, without gaps, as k must be");
+      HEDDLE_CHECK(!block_table && k.shape[0] == 1 && near_places.shape[0] >= keys() * hk &&
+                       keys() * hk <= INT32_MAX,
+                   kArgument, "near", "near must have places for the rows of one sequence");
+    }
     HEDDLE_CHECK(bool(table) == bool(length) &&
                      (!table || (sink_tokens % block_k == 0 &&
                                  table.shape[3] == sink_tokens / block_k + index.shape[3])),
@@ -124,6 +145,54 @@ struct Hip {
     if (blocks)
       HEDDLE_CHECK(sink_tokens % block_k == 0 && blocks.shape[3] * 32 * block_k >= keys(), kShape,
                    "blocks", "blocks must have a bit for every block of keys, got ", blocks);
+  }
+};
+
+// What attention reads of lists whose keys are taken to stand elsewhere than they do: sink tokens
+// and listed blocks one after the other, in slots
+struct HipPlaces {
+  static constexpr const char* kName = "hip.places";
+  Tensor index, count;  // as in Hip
+  Tensor table;         // [b, hm, rows, pages] i32: which pages of block_k the slots are
+  Tensor places;        // [b, hm, rows, slots] i32: where their keys are taken to stand
+  Tensor bounds;  // [b, hm, rows, block_q, 2] i32: 0, and how many a query sees, that is those that
+                  // its window has left behind
+  int positions = Hip::kStreaming;
+  int64_t context = 0, block_q = 64, block_k = 8, window = 256, sink_tokens = 16;
+  int64_t sq = 1, sk = 1;
+
+  template <class Schema> static void describe(Schema& schema) {
+    schema.input("index", &HipPlaces::index, "b hm rows width", kI32);
+    schema.input("count", &HipPlaces::count, "b hm rows", kI32);
+    schema.inout("table", &HipPlaces::table, "b hm rows pages", kI32);
+    schema.inout("places", &HipPlaces::places, "b hm rows slots", kI32);
+    schema.inout("bounds", &HipPlaces::bounds, "b hm rows block_q 2", kI32);
+    schema.choice("positions", &HipPlaces::positions,
+                  {"own", "streaming", "relative", "infllm", "self_extend", "dynamic_extend"});
+    schema.integer("context", &HipPlaces::context, 0).at_least(1);
+    schema.integer("block_q", &HipPlaces::block_q, 64).at_least(1).at_most(128);
+    schema.integer("block_k", &HipPlaces::block_k, 8).at_least(1).at_most(64);
+    schema.integer("window", &HipPlaces::window, 256).at_least(1);
+    schema.integer("sink_tokens", &HipPlaces::sink_tokens, 16).at_least(0);
+    schema.integer("sq", &HipPlaces::sq, 1).at_least(1);
+    schema.integer("sk", &HipPlaces::sk, 1).at_least(1);
+  }
+
+  void validate() const {
+    for (const Tensor* tensor : {&index, &count, &table, &places, &bounds})
+      HEDDLE_CHECK(tensor->contiguous(), kShape, "index", "lists must be contiguous");
+    HEDDLE_CHECK(std::has_single_bit(static_cast<uint64_t>(block_k)) && sink_tokens % block_k == 0,
+                 kArgument, "block", "block must be a power of two that divides sinkTokens, got ",
+                 block_k);
+    HEDDLE_CHECK(table.shape[3] == sink_tokens / block_k + index.shape[3] &&
+                     places.shape[3] == table.shape[3] * block_k && bounds.shape[3] == block_q &&
+                     index.shape[2] == (sq + block_q - 1) / block_q,
+                 kShape, "table", "table must have a page for every block of a list, got ",
+                 text_of(table));
+    HEDDLE_CHECK(positions != Hip::kRelative, kArgument, "positions",
+                 "positions must not be relative: there are no halves to attend");
+    HEDDLE_CHECK(positions < Hip::kSelfExtend || context >= 4, kArgument, "context",
+                 "context must be at least 4 where positions are compressed, got ", context);
   }
 };
 

@@ -93,7 +93,21 @@ void run(const Hip& op, CudaContext& context) {
   dispatch_float(op.q.dtype, [&]<class T>(T) { choose<T>(args, context); });
 }
 
+__global__ void __launch_bounds__(kThreads)
+    hip_places_kernel(const __grid_constant__ HipPlaces op) {
+  hip_place_slots(CtaTeam{}, op, blockIdx.x);
+}
+
+void run(const HipPlaces& op, CudaContext& context) {
+  const int64_t lists = op.count.size();
+  if (lists == 0) return;
+  HEDDLE_CHECK(lists < INT32_MAX, kUnsupported, "index", "there are too many lists for one call");
+  hip_places_kernel<<<static_cast<unsigned>(lists), kThreads, 0, context.stream>>>(op);
+  context.launched("hip_places_kernel");
+}
+
 HEDDLE_REGISTER(Hip);
+HEDDLE_REGISTER(HipPlaces);
 
 }  // namespace
 }  // namespace heddle

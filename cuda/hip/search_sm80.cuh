@@ -31,6 +31,8 @@ struct HipArgs {
 
 struct HipWarp {
   HipTile& tile;
+  template <class X> __device__ X take(X& x) const { return atomicAdd(&x, X{1}); }
+  __device__ void put(int32_t& x, int32_t value) const { x = value; }
   template <class Body> __device__ void each(int64_t n, const Body& body) const {
     for (int64_t i = threadIdx.x % 32; i < n; i += 32) body(i);
     __syncwarp();
@@ -108,8 +110,10 @@ template <class T> class HipRows {
     return own * static_cast<float*>(op_.cos.data)[at] +
            other * static_cast<float*>(op_.sin.data)[at];
   }
-  // Null if a page does not exist
-  __device__ const T* key(int64_t head, int64_t t) const {
+  // Null if a page does not exist; a slot is one nearby
+  __device__ const T* key(int64_t head, int64_t t, uint32_t slot) const {
+    if (op_.near.data && ~slot)
+      return static_cast<T*>(op_.near.data) + int64_t{slot} * op_.near.shape[1];
     const T* k = static_cast<T*>(op_.k.data) +
                  static_cast<int>(head) / static_cast<int>(op_.q.shape[2] / op_.k.shape[2]) *
                      op_.k.strides[2];
@@ -181,7 +185,7 @@ template <class T, int kD> class HipMatrix {
       for (int i = 0; i < kRows; ++i) {
         const int32_t t = tile.keys[first + i * 8];
         last_key = max(last_key, t);
-        const T* from = t < 0 ? nullptr : rows_.key(head_ + head, t);
+        const T* from = t < 0 ? nullptr : rows_.key(head_ + head, t, tile.best[first + i * 8]);
 #pragma unroll
         for (int piece = 0; piece < kPieces; ++piece) {
           const int e = piece * 32 + column;
@@ -271,7 +275,7 @@ template <class T> class HipPlain {
     const int d = static_cast<int>(op_.q.shape[3]);
     warp.each(kHipTile, [&](int64_t slot) {
       const int32_t t = warp.tile.keys[slot];
-      const T* k = t < 0 ? nullptr : rows_.key(head_, t);
+      const T* k = t < 0 ? nullptr : rows_.key(head_, t, warp.tile.best[slot]);
       if (!k) return;
       uint32_t best = kLeastOrder;
       for (int first = 0; first < rows_.count; first += kRows) {

@@ -80,6 +80,11 @@ template <class T, class Y> T atomicAdd(T* x, Y y) {
   *x += static_cast<T>(y);
   return before;
 }
+template <class T> T atomicCAS(T* x, T from, T to) {
+  const T before = *x;
+  if (before == from) *x = to;
+  return before;
+}
 template <class T> T atomicMax(T* x, T y) {
   const T before = *x;
   *x = std::max(before, y);

@@ -1438,6 +1438,25 @@ const kernels: Kernel[] = [
     ],
   },
   {
+    name: 'fetch',
+    variants: { pages: [] },
+    broken: 'pages',
+    faults: [
+      {
+        what: 'a page that is named twice comes twice',
+        file: 'fetch/fetch.cuh',
+        from: 'return atomicCAS(&x, from, to) == from;',
+        to: 'return true;',
+      },
+      {
+        what: 'copies go to the slot of the next',
+        file: 'fetch/fetch.cuh',
+        from: 'slot * units + at % units',
+        to: '(slot + 1) % op.slots.shape[0] * units + at % units',
+      },
+    ],
+  },
+  {
     name: 'hip_sm80',
     // every size, and keys that no fragment takes
     variants: Object.fromEntries(
@@ -1495,6 +1514,12 @@ const kernels: Kernel[] = [
         file: search,
         from: 'slot[i] = kNoOrder;',
         to: '',
+      },
+      {
+        what: 'keys that stand nearby are read from afar',
+        file: search,
+        from: 'if (op_.near.data && ~slot)',
+        to: 'if (false)',
       },
       {
         what: 'every member chooses',

@@ -25,11 +25,14 @@ struct Case {
   int warps = 1, ctas = 2, members = 1, heads = 1;
   bool shared = true;
   int positions = -1;  // none turns
+  int64_t near = 0;    // slots
 };
 
 // One thread, which is its own squad
 struct Alone {
   HipTile& tile;
+  template <class X> X take(X& x) const { return x++; }
+  void put(int32_t& x, int32_t value) const { x = value; }
   template <class Body> void each(int64_t n, const Body& body) const {
     for (int64_t i = 0; i < n; ++i) body(i);
   }
@@ -52,6 +55,7 @@ struct Alone {
 struct Plain {
   const Hip& op;
   HipPlace& place;
+  int64_t& looked_at;
   int64_t head = 0;
 
   int64_t heads() const { return 1; }
@@ -80,6 +84,7 @@ struct Plain {
     for (int i = 0; i < kHipTile; ++i) {
       const int32_t t = team.tile.keys[i];
       if (t < 0) continue;
+      ++looked_at;
       float best = -INFINITY;
       for (int64_t first = place.first; first < place.last; first += op.stride_q) {
         const int64_t end = std::min(first + op.stride_q, place.last);
@@ -192,9 +197,10 @@ double check(const Case& c, emulator::Random& random) {
   std::vector<uint32_t> slot(static_cast<size_t>(hip_slot(op)));
   HipTile tile;
   const Alone alone{tile};
+  int64_t looked_at = 0;
   for (int64_t task = 0; task < tasks; ++task) {
     HipPlace place = hip_place(op, task);
-    Plain plain{op, place};
+    Plain plain{op, place, looked_at};
     if (c.kind == Hip::kHalves) {
       hip_halves(alone, op, place, plain, slot.data());
       continue;
@@ -207,6 +213,28 @@ double check(const Case& c, emulator::Random& random) {
   }
 
   HipArgs args{};
+  // What stands nearby is wrong where it comes from
+  std::vector<T> near;
+  std::vector<int32_t> places, slot_list, missed;
+  std::vector<uint64_t> counts{0, 0, 7, 0};
+  if (c.near > 0) {
+    const int64_t rows = c.sk * c.hk;
+    op.near = view(near, {c.near, c.d});
+    op.near_places = view(places, {rows});
+    op.near_slots = view(slot_list, {c.near, 2});
+    op.missed = view(missed, {c.near + 1});
+    op.near_counts.data = counts.data();
+    std::fill(places.begin(), places.end(), -1);
+    for (int64_t slot = 0; slot < c.near; ++slot) {
+      const int64_t row = slot * rows / c.near, at = row / c.hk;
+      op.near_places.as<int32_t>()[row] = static_cast<int32_t>(slot);
+      T* from = op.k.as<T>() + at * op.k.strides[1] + row % c.hk * op.k.strides[2];
+      for (int64_t e = 0; e < c.d; ++e) {
+        op.near.as<T>()[slot * c.d + e] = from[e];
+        from[e] = from_float<T>(9);
+      }
+    }
+  }
   args.op = op;
   actual.attach(args.op, c);
   args.tasks = tasks;
@@ -228,6 +256,16 @@ double check(const Case& c, emulator::Random& random) {
     while (reinterpret_cast<uintptr_t>(smem) % 16) ++smem;
     hip_search<Scorer>(args, smem);
   });
+  if (c.near > 0) {
+    const int64_t gone = op.missed.as<int32_t>()[0], listed = std::min(gone, c.near);
+    if (static_cast<int64_t>(counts[0]) + gone != looked_at || counts[0] == 0) return INFINITY;
+    for (int64_t i = 0; i < listed; ++i)
+      if (op.near_places.as<int32_t>()[op.missed.as<int32_t>()[1 + i]] != -1) return INFINITY;
+    int64_t used = 0;
+    for (int64_t slot = 0; slot < c.near; ++slot)
+      used += op.near_slots.as<int32_t>()[2 * slot + 1] == 7;
+    if (used == 0 || used > static_cast<int64_t>(counts[0])) return INFINITY;
+  }
   return fault == 0 && actual == expected ? 0 : INFINITY;
 }
 
@@ -331,6 +369,21 @@ const Case kCases[] = {
      .sink_tokens = 3,
      .width = 20,
      .warps = 2},
+    {.sk = 400, .hq = 4, .hk = 2, .lists = 2, .warps = 2, .heads = 2, .near = 300},
+    {.kind = kStage,
+     .sq = 30,
+     .sk = 500,
+     .hq = 4,
+     .hk = 2,
+     .block_q = 16,
+     .block_k = 8,
+     .stride_q = 4,
+     .sink_tokens = 8,
+     .width = 9,
+     .warps = 3,
+     .members = 2,
+     .heads = 2,
+     .near = 400},
     turning(Hip::kOwn, 2),
     turning(Hip::kStreaming),
     turning(Hip::kRelative),
