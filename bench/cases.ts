@@ -477,14 +477,15 @@ export const operators: Readonly<Record<string, (problem: Problem, device: Devic
   },
 
   // A search and attention over what it lists; the search alone with `lists`; with one row a decoder's step, its searches
-  // spread over the steps they stand for
+  // spread over the steps they stand for, and with `offload` keys and values in pinned memory
   hip(problem, device) {
     const { dtype, size, flags } = problem
     const [b, sq, sk, hq, d] = [size('b'), size('sq'), size('sk'), size('hq'), size('d')]
     const hk = size('hk', hq)
-    const make = (seed: number, s: number, h: number) =>
-      randn([b, s, h, d], { seed, dtype, device })
-    const [q, k, v] = [make(1, sq, hq), make(2, sk, hk), make(3, sk, hk)]
+    const offload = flags.has('offload')
+    const make = (seed: number, s: number, h: number, pinned: boolean) =>
+      randn([b, s, h, d], { seed, dtype, device, pinned })
+    const [q, k, v] = [make(1, sq, hq, false), make(2, sk, hk, offload), make(3, sk, hk, offload)]
     const staged = flags.has('stages')
     const topK = size('k', staged ? 2048 : 512)
     const [window, sinkTokens] = [size('w', staged ? 1024 : 256), size('n', staged ? 256 : 16)]
@@ -498,7 +499,8 @@ export const operators: Readonly<Record<string, (problem: Problem, device: Devic
       stride: Math.min(stage.stride, bq),
     }))
     const options = staged ? { ...budget, stages } : { ...budget, block, stride }
-    const decoder = hipDecoder(staged ? { ...budget, stages: hipStages } : { ...budget, block })
+    const searched = staged ? { ...budget, stages: hipStages } : { ...budget, block }
+    const decoder = hipDecoder({ ...searched, offload })
     const rows = b * Math.ceil(sq / bq)
     // keys that the searches of a layer multiply, each with the queries that are looked at
     const products = () => {
@@ -782,6 +784,7 @@ export const suites: Readonly<Record<'cpu' | 'cuda', readonly string[]>> = {
     'hip:b1 sq1 sk131072 hq32 hk8 d128 bf16 stages',
     'hip:b1 sq1 sk131072 hq32 hk8 d128 bf16 stages lists',
     'hip:b1 sq1 sk1048576 hq32 hk8 d128 bf16 stages',
+    'hip:b1 sq1 sk1048576 hq32 hk8 d128 bf16 stages offload',
     'linear:m8192 n8192 k8192 bf16',
     'linear:m1 n8192 k8192 bf16',
     'norm:m16384 d4096 bf16',

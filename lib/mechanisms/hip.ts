@@ -2,6 +2,7 @@ import { checkInteger, mustBe } from '../check.js'
 import type { FloatDType } from '../dtype.js'
 import { refuse } from '../errors.js'
 import { type AttentionResult, attention } from '../ops/attention.js'
+import { pagesOf } from '../ops/fetch.js'
 import {
   disposeLists,
   type HipLists,
@@ -17,6 +18,8 @@ import {
 import { merge } from '../ops/merge.js'
 import { scope, untrack } from '../scope.js'
 import { checkTensor, empty, type Tensor, zeros } from '../tensor.js'
+import { type HipCacheCounts, type HipListed, type HipOffload, hipCaches } from './hip-offload.js'
+import { attendListed, substitutes, turn } from './hip-rope.js'
 
 /** Settings of {@link hip} that halve intervals, by what they trade. */
 export const hipPresets = {
@@ -36,7 +39,7 @@ export const hipPresets = {
 } as const satisfies Record<string, HipOptions>
 
 /** Options of {@link hipAttention}. */
-export interface HipAttentionOptions extends Omit<HipOptions, 'rope'> {
+export interface HipAttentionOptions extends HipOptions {
   /** Which layer of the model calls; with `layers`. */
   layer?: number | undefined
   /** What other layers do: `'dense'`, or options that replace those given here. */
@@ -118,8 +121,8 @@ export function hipAttention<D extends FloatDType>(
   if (mode !== undefined && mode !== 'dense' && (mode === null || typeof mode !== 'object'))
     throw mustBe(op, `layers[${layer}]`, '"dense" or options', mode)
   const searched = { ...shared, ...(mode === 'dense' ? {} : mode) }
-  const { topK, window, sinkTokens } = hipSettings(op, searched)
-  if (searched.rope) throw refuse('ERR_ARGUMENT', op, 'rope', 'rope goes with hip alone')
+  const settings = hipSettings(op, searched)
+  const { topK, window, sinkTokens } = settings
   const tail = checkInteger(
     op,
     'denseTailRows',
@@ -134,46 +137,85 @@ export function hipAttention<D extends FloatDType>(
   )
   const { blockTable, cacheSeqlens, cuSeqlensQ, cuSeqlensK } = searched
   const place = { scale, softCap, blockTable, cacheSeqlens }
-  const [b = 0, sq = 0, hq = 0] = q.shape
+  const [b = 0, sq = 0] = q.shape
   if (blockTable !== undefined) checkTensor(op, 'blockTable', blockTable)
   const sk = keysOf({ q, k, blockTable })
+  const { rope } = searched
+  if (rope && (blockTable || cacheSeqlens || cuSeqlensQ))
+    throw refuse('ERR_ARGUMENT', op, 'rope', 'rope cannot be combined with lengths of sequences')
   const isDense = mode === 'dense' || (sk <= threshold && !cuSeqlensQ)
-  if (isDense) return attention(q, k, v, { ...place, causal: true, cuSeqlensQ, cuSeqlensK })
-
-  const sparse = (rows: Tensor<D>, keys: Tensor<D>, values: Tensor<D>) => {
-    using mask = hip(rows, keys, searched)
-    return attention(rows, keys, values, { ...place, mask })
-  }
-  if (tail === 0 || sq < 2 * tail || cuSeqlensQ) return sparse(q, k, v)
-  if (blockTable || cacheSeqlens)
+  if (!isDense && tail > 0 && sq >= 2 * tail && (blockTable || cacheSeqlens))
     throw refuse(
       'ERR_ARGUMENT',
       op,
       'denseTailRows',
       'denseTailRows cannot be combined with cacheSeqlens',
     )
-  using head = q.slice(1, 0, sq - tail)
-  using last = q.slice(1, sq - tail)
-  using keys = k.slice(1, 0, sk - tail)
-  using values = v.slice(1, 0, sk - tail)
-  const parts = [sparse(head, keys, values), attention(last, k, v, { ...place, causal: true })]
-  const out = empty([b, sq, hq, v.shape[3]!], { dtype: q.dtype, device: q.device })
-  const lse = empty([b, hq, sq], { device: q.device })
-  for (const [i, part] of parts.entries()) {
-    const [from, to] = i === 0 ? [0, sq - tail] : [sq - tail, sq]
-    using rows = out.slice(1, from, to)
-    using sums = lse.slice(2, from, to)
-    rows.copyFrom(part.out)
-    sums.copyFrom(part.lse)
-    part.out.dispose()
-    part.lse.dispose()
+
+  return scope(() => {
+    const [turnedQ, turnedK] = rope ? [turn(q, rope, sk - sq), turn(k, rope, 0)] : [q, k]
+    const dense = { ...place, causal: true }
+    if (isDense) return attention(turnedQ, turnedK, v, { ...dense, cuSeqlensQ, cuSeqlensK })
+    const elsewhere = substitutes(op, rope, settings)
+    // Without the last rows
+    const sparse = (without: number): AttentionResult<D> => {
+      const cut = (x: Tensor<D>) => (without > 0 ? x.slice(1, 0, x.shape[1]! - without) : x)
+      const [rows, keys, values] = [cut(q), cut(k), cut(v)]
+      if (!elsewhere) {
+        const mask = hip(rows, keys, searched)
+        return attention(cut(turnedQ), cut(turnedK), values, { ...place, mask })
+      }
+      const { index, count } = searchHip({ q: rows, k: keys }, settings).at(-1)!
+      const near = attention(cut(turnedQ), cut(turnedK), values, { ...dense, window })
+      const listed = Array.from({ length: b }, (_, i) => {
+        const of = <T extends Tensor>(x: T) => x.slice(0, i, i + 1) as T
+        const pages = (x: Tensor<D>) => pagesOf(of(x).contiguous(), settings.block[1])
+        const lists = { index: of(index), count: of(count) }
+        const given = { k: pages(keys), v: pages(values), lists, sk: sk - without, window }
+        return attendListed(of(cut(turnedQ)), given, elsewhere, settings, { scale, softCap })
+      })
+      return merge([joined(listed, 0, 0), near])
+    }
+    if (tail === 0 || sq < 2 * tail || cuSeqlensQ) return sparse(0)
+    const last = attention(turnedQ.slice(1, sq - tail), turnedK, v, dense)
+    return joined([sparse(tail), last], 1, 2)
+  })
+}
+
+/** Results one after the other along a dimension of out, and one of lse. */
+function joined<D extends FloatDType>(
+  parts: readonly AttentionResult<D>[],
+  ofOut: number,
+  ofLse: number,
+): AttentionResult<D> {
+  const join = <E extends FloatDType>(tensors: readonly Tensor<E>[], dimension: number) => {
+    const [{ shape, dtype, device }] = tensors as [Tensor<E>]
+    const size = tensors.reduce((sum, one) => sum + one.shape[dimension]!, 0)
+    const all = empty(shape.with(dimension, size), { dtype, device })
+    let at = 0
+    for (const one of tensors) {
+      const next = at + one.shape[dimension]!
+      all.slice(dimension, at, next).copyFrom(one)
+      at = next
+    }
+    return all
   }
-  return { out, lse }
+  if (parts.length === 1) return parts[0]!
+  return {
+    out: join(
+      parts.map(({ out }) => out),
+      ofOut,
+    ),
+    lse: join(
+      parts.map(({ lse }) => lse),
+      ofLse,
+    ),
+  }
 }
 
 /** Options of {@link hipDecoder}. */
 export interface HipDecoderOptions
-  extends Omit<HipOptions, 'rope' | 'cuSeqlensQ' | 'cuSeqlensK' | 'blockTable' | 'cacheSeqlens'> {
+  extends Omit<HipOptions, 'cuSeqlensQ' | 'cuSeqlensK' | 'blockTable' | 'cacheSeqlens'> {
   /**
    * After how many tokens lists are made again: 8 if left out. With stages one number for each, none larger than the one
    * before, and [32, 16, 8] for three stages: a stage takes up what the stage before listed last.
@@ -188,6 +230,12 @@ export interface HipDecoderOptions
   scale?: number | undefined
   /** Scores become `softCap * tanh(score / softCap)`. */
   softCap?: number | undefined
+  /**
+   * Keys and values stand in `pinned` memory, contiguous and of one sequence, and what is looked at again and again on the
+   * device: rows of keys for the search, and, where all heads share a list, listed blocks and the window for attention. Its
+   * results are those without, bit by bit.
+   */
+  offload?: boolean | HipOffload | undefined
 }
 
 /** What {@link hipDecoder} makes: the lists of one layer for one sequence. */
@@ -202,13 +250,18 @@ export interface HipDecoder {
    * @param v [b, sk, hk, dv].
    */
   attend<D extends FloatDType>(q: Tensor<D>, k: Tensor<D>, v: Tensor<D>): AttentionResult<D>
-  /** Has the next call make all lists again, as after a guess whose keys were taken back. */
+  /** Has the next call make all lists and caches again, as after a guess whose keys were taken back. */
   reset(): void
-  /** Frees the lists. */
+  /** How often keys and blocks stood on the device, with `offload`; counted since the caches were made. */
+  cacheCounts(): Promise<HipCacheCounts>
+  /** Frees lists and caches. */
   dispose(): void
   /** Lets `using decoder = …` dispose of it. */
   [Symbol.dispose](): void
 }
+
+const nothing = { found: 0, missed: 0 }
+const noCounts: HipCacheCounts = { scanned: nothing, attended: nothing }
 
 function checkRefresh(
   op: string,
@@ -257,8 +310,13 @@ export function hipDecoder(options: HipDecoderOptions = {}): HipDecoder {
   const op = 'hipDecoder'
   if (options === null || typeof options !== 'object')
     throw mustBe(op, 'options', 'an object', options)
-  const [searched, own] = split(options, ['refresh', 'freezeWindowStart', 'scale', 'softCap'])
-  if (searched.rope) throw refuse('ERR_ARGUMENT', op, 'rope', 'rope goes with hip alone')
+  const [searched, own] = split(options, [
+    'refresh',
+    'freezeWindowStart',
+    'scale',
+    'softCap',
+    'offload',
+  ])
   for (const name of ['cuSeqlensQ', 'cuSeqlensK', 'blockTable', 'cacheSeqlens'] as const)
     if (searched[name] !== undefined)
       throw refuse(
@@ -267,7 +325,7 @@ export function hipDecoder(options: HipDecoderOptions = {}): HipDecoder {
         name,
         `${name} is not taken here: a decoder is one sequence's`,
       )
-  const { stages } = searched
+  const { stages, rope } = searched
   const settingsOf = (rows: number) => {
     // One block holds the rows of the call
     const block = 2 ** Math.ceil(Math.log2(rows))
@@ -284,11 +342,13 @@ export function hipDecoder(options: HipDecoderOptions = {}): HipDecoder {
       stride: [strideOf(queries), stride],
     })
   }
-  hipSettings(op, searched)
+  const whole = hipSettings(op, searched)
   const refresh = checkRefresh(op, options.refresh, stages?.length)
-  const { freezeWindowStart = true, scale, softCap } = own as HipDecoderOptions
+  const { freezeWindowStart = true, scale, softCap, offload = false } = own as HipDecoderOptions
   if (typeof freezeWindowStart !== 'boolean')
     throw mustBe(op, 'freezeWindowStart', 'a boolean', freezeWindowStart)
+  const elsewhere = substitutes(op, searched.rope, whole)
+  const caches = offload === false ? undefined : hipCaches(op, offload, whole)
 
   let tokens = 0
   let lists: HipLists[] = []
@@ -310,6 +370,7 @@ export function hipDecoder(options: HipDecoderOptions = {}): HipDecoder {
     lists = []
     blocks = undefined
     pages = undefined
+    caches?.dispose()
   }
   // Keys have come since, and with them words of bits
   const lengthen = (words: number) => {
@@ -327,22 +388,34 @@ export function hipDecoder(options: HipDecoderOptions = {}): HipDecoder {
     q: Tensor<D>,
     k: Tensor<D>,
     v: Tensor<D>,
-    size: number,
+    settings: HipSettings,
     window: number,
   ): AttentionResult<D> =>
     scope(() => {
-      const [, sk = 0] = k.shape
-      const whole = Math.floor(sk / size)
-      const paged = (x: Tensor<D>) =>
-        x.slice(1, 0, whole * size).reshape([whole, size, ...x.shape.slice(2)])
+      const [, size] = settings.block
+      const [sk, n] = [k.shape[1]!, q.shape[1]!]
+      const from = Math.max(sk - n + 1 - window, 0)
+      const listed: HipListed<D> = caches?.listed() ?? {
+        ...{ k: pagesOf(k, size), v: pagesOf(v, size), table: pages!.table },
+      }
+      const last = caches?.recent(k, v, from) ?? [k.slice(1, from), v.slice(1, from)]
+      const factors = { scale, softCap }
+      if (elsewhere) {
+        const turned = turn(q, elsewhere, sk - n)
+        const given = { ...listed, lists: lists.at(-1)!, sk, window }
+        const near = { ...factors, causal: true, window }
+        return merge([
+          attendListed(turned, given, elsewhere, settings, factors),
+          attention(turned, turn(last[0]!, elsewhere, from), last[1]!, near),
+        ])
+      }
       const place = {
-        blockTable: pages!.table.reshape([1, pages!.table.size]),
+        blockTable: listed.table.reshape([1, listed.table.size]),
         cacheSeqlens: pages!.length.reshape([1]),
       }
-      const from = Math.max(sk - window, 0)
       return merge([
-        attention(q, paged(k), paged(v), { ...place, scale, softCap }),
-        attention(q, k.slice(1, from), v.slice(1, from), { scale, softCap }),
+        attention(q, listed.k, listed.v, { ...place, ...factors }),
+        attention(q, last[0]!, last[1]!, factors),
       ])
     })
 
@@ -357,7 +430,17 @@ export function hipDecoder(options: HipDecoderOptions = {}): HipDecoder {
       checkInteger(op, 'q.shape[1]', n, 1, 128)
       const settings: HipSettings = settingsOf(n)
       const sk = k.shape[1]!
-      const words = Math.ceil(sk / settings.block[1] / 32)
+      if (caches && (b !== 1 || !k.isContiguous || !v.isContiguous))
+        throw refuse(
+          'ERR_ARGUMENT',
+          op,
+          'offload',
+          'offload takes contiguous keys and values of one sequence',
+        )
+      const size = settings.block[1]
+      const words = Math.ceil(sk / size / 32)
+      const isShared =
+        b === 1 && settings.headMode === 'all' && settings.window >= size && sk >= size
       const first = restart(n)
       if (first < refresh.length) {
         const heads = listHeads(settings.headMode, { q, k })
@@ -368,7 +451,10 @@ export function hipDecoder(options: HipDecoderOptions = {}): HipDecoder {
           table: made(b, heads, 1, settings.sinkTokens / settings.block[1] + width),
           length: made(b, heads, 1),
         }
-        const next = searchHip({ q, k }, settings, lists.slice(0, first), found)
+        const next = scope(() =>
+          searchHip({ q, k }, settings, lists.slice(0, first), found, caches?.search(k)),
+        )
+        if (isShared) scope(() => caches?.list(k, v, found.table, found.length))
         for (const one of lists.slice(first)) disposeLists(one)
         for (const one of [blocks, pages?.table, pages?.length]) one?.dispose()
         ;[lists, blocks, pages, listedAt] = [next, found.blocks, found, sk]
@@ -381,12 +467,15 @@ export function hipDecoder(options: HipDecoderOptions = {}): HipDecoder {
         untrack(one)
       const drift = freezeWindowStart ? sk - listedAt : 0
       const window = settings.window + drift
-      const size = settings.block[1]
-      const isPaged = b === 1 && n === 1 && settings.headMode === 'all' && settings.window >= size
-      if (isPaged && sk >= size) return attendPages(q, k, v, size, window)
+      if (isShared && (elsewhere || (n === 1 && !rope)))
+        return attendPages(q, k, v, settings, window)
       const mask = hipMask({ q, k }, settings, blocks, window, lists.at(-1)!)
-      return attention(q, k, v, { mask, scale, softCap })
+      if (!rope) return attention(q, k, v, { mask, scale, softCap })
+      return scope(() =>
+        attention(turn(q, rope, sk - n), turn(k, rope, 0), v, { mask, scale, softCap }),
+      )
     },
+    cacheCounts: async () => caches?.counts() ?? noCounts,
     reset() {
       forget()
       tokens = 0

@@ -1,6 +1,6 @@
 import type { FloatDType } from '../dtype.js'
 import type { Mask } from '../mask.js'
-import { type HipOptions, hip, hipStages } from '../ops/hip.js'
+import { type HipOptions, type HipRope, hip, hipStages } from '../ops/hip.js'
 import type { Tensor } from '../tensor.js'
 
 /** Settings of {@link infiniteHip}, by what they trade. */
@@ -48,4 +48,21 @@ export function infiniteHip<D extends FloatDType>(
   options: HipOptions = {},
 ): Mask {
   return hip(q, k, { stages: hipStages, ...options })
+}
+
+/**
+ * Positions as InfiniteHiP substitutes them, for the option `rope` of {@link hipAttention} and {@link hipDecoder}: the first
+ * three layers compare chunks in their order, the others two halves as neighbours, and what is listed is attended as if it
+ * stood right before the window. No distance is beyond what the model has learnt, however long the sequence.
+ *
+ * @example
+ * import { hipAttention, infiniteHipPresets, infiniteHipRope, randn, tensor } from 'heddle'
+ * const [q, k, v] = [1, 2, 3].map((seed) => randn([1, 4096, 2, 64], { seed }))
+ * const angles = Array.from({ length: 4096 * 32 }, (_, i) => Math.floor(i / 32) * 10000 ** ((i % 32) / -32))
+ * const [cos, sin] = [Math.cos, Math.sin].map((f) => tensor(angles.map(f), [4096, 32]))
+ * const rope = infiniteHipRope(5, { cos, sin })
+ * const { out } = hipAttention(q, k, v, { ...infiniteHipPresets.fineScans, rope, layer: 5 })
+ */
+export function infiniteHipRope(layer: number, tables: Pick<HipRope, 'cos' | 'sin'>): HipRope {
+  return { ...tables, positions: layer < 3 ? 'streaming' : 'relative', attended: 'streaming' }
 }

@@ -51,6 +51,12 @@ export interface HipRope {
   sin: Tensor<'float32'>
   /** `'own'` if left out. */
   positions?: HipPositions | undefined
+  /**
+   * Where attention takes the keys of a list and sink tokens to stand, those of the window and queries standing at their own
+   * positions: as `positions`, but `'streaming'` (if left out) has them stand one after the other right before the window,
+   * and `'infllm'` all where the window begins. `'own'` leaves them. For {@link hipAttention} and {@link hipDecoder}.
+   */
+  attended?: Exclude<HipPositions, 'relative'> | undefined
   /** Of the model, for `'self_extend'` and `'dynamic_extend'`: shorter prompts stand where they are. */
   context?: number | undefined
 }
@@ -73,7 +79,10 @@ export interface HipOptions extends PackedOptions {
   representative?: 'center' | 'first' | undefined
   /** Scans instead of halving: what InfiniteHiP does. {@link hipStages} are its own. */
   stages?: readonly HipStage[] | undefined
-  /** With stages: q and k are turned as they are looked at. What is attended afterwards has to be turned by its own positions. */
+  /**
+   * With stages: q and k are turned as they are looked at. What is attended afterwards has to be turned as well, which
+   * {@link hipAttention} and {@link hipDecoder} do.
+   */
   rope?: HipRope | undefined
   /** [b, maxPages], i32: k is pages `[pages, pageSize, hk, d]`, as {@link attention} takes them. Goes with `cacheSeqlens`. */
   blockTable?: Tensor<'int32'> | undefined
@@ -117,6 +126,7 @@ const knownRope: ReadonlySet<string> = new Set<keyof HipRope>([
   'sin',
   'positions',
   'context',
+  'attended',
 ])
 
 const isPower = (x: unknown, most: number): x is number =>
@@ -266,13 +276,15 @@ export const keysOf = ({ k, blockTable }: HipKeys): number =>
   blockTable ? (blockTable.shape[1] ?? 0) * (k.shape[1] ?? 0) : (k.shape[1] ?? 0)
 
 /**
- * @internal Lists of every call from `first` on; those before are given. What is in `last` goes to the last call.
+ * @internal Lists of every call from `first` on; those before are given. What is in `last` goes to the last call, what is in
+ * `near` to all.
  */
 export function searchHip(
   keys: HipKeys,
   { headMode, calls }: HipSettings,
   given: readonly HipLists[] = [],
   last: { blocks?: Tensor; table?: Tensor; length?: Tensor } = {},
+  near?: { arguments: Record<string, Tensor>; after(): void },
 ): HipLists[] {
   const { q, k, ...place } = keys
   const lists = [...given]
@@ -289,7 +301,9 @@ export function searchHip(
         fromIndex: before?.index,
         fromCount: before?.count,
         ...(lists.length === calls.length && last),
+        ...near?.arguments,
       })
+      near?.after()
     }
     return lists
   } catch (error) {

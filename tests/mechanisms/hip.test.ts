@@ -2,6 +2,9 @@ import { join } from 'node:path'
 import {
   attention,
   attentionBackward,
+  empty,
+  type HipDecoderOptions,
+  type HipOptions,
   hip,
   hipAttention,
   hipDecoder,
@@ -9,8 +12,10 @@ import {
   hipStages,
   infiniteHip,
   Mask,
+  memory,
   merge,
   openSafetensors,
+  scope,
   type Tensor,
   tensor,
 } from 'heddle'
@@ -288,6 +293,245 @@ describeDevices('hip mechanisms', (device) => {
         expect(maxError(actual, expected)).toBeLessThan(8 * epsilon.bfloat16)
         at = to
       }
+    }
+  })
+
+  it('attend what is listed at positions that stand for its own', async () => {
+    const rng = random(327)
+    const [hq, hk, d, dv, w, sinks, bk] = [4, 2, 16, 8, 24, 8, 4]
+    const [sk, sq, context] = [300, 75, 128]
+    const angles = range(512 * 8).map((i) => Math.floor(i / 8) * 10000 ** ((i % 8) / -8))
+    const [cos, sin] = [Math.cos, Math.sin].map((f) =>
+      tensor(Float32Array.from(angles, f), [512, 8], { device }),
+    ) as [Tensor<'float32'>, Tensor<'float32'>]
+    const make = (b: number, s: number, h: number, width: number) =>
+      sample(rng, [b, s, h, width], 'float32', device)
+    const turned = (x: ArrayLike<number>, at: number) =>
+      range(d).map((e) => {
+        const [c, n] = [Math.cos, Math.sin].map((f) => Math.fround(f(angles[at * 8 + (e % 8)]!)))
+        return x[e]! * c! + (e < 8 ? -x[e + 8]! : x[e - 8]!) * n!
+      })
+    // What a query at p of a block that begins at `first` and ends with `last` sees of a list, one softmax with its window
+    const attend = (
+      query: ArrayLike<number>,
+      k: (t: number) => ArrayLike<number>,
+      v: (t: number) => ArrayLike<number>,
+      [p, first, last, window]: readonly [number, number, number, number],
+      starts: readonly number[],
+      mode: string,
+    ) => {
+      const slots = range(sinks).concat(starts.flatMap((start) => range(bk).map((j) => start + j)))
+      const place = (t: number, j: number) => {
+        const away = last - t
+        if (mode === 'streaming') return j + first - window + 1 - slots.length
+        if (mode === 'infllm') return first - window
+        if (mode === 'self_extend')
+          return away <= 8192 || last <= context ? t : Math.floor((t - first) / 16) + first
+        if (away <= context / 4 || last <= context) return t
+        const near = context / 4
+        return last - near - Math.floor(((away - near) * (context - near)) / (last - near))
+      }
+      const seen = slots
+        .map((t, j) => [t, Math.max(place(t, j), 0)] as const)
+        .filter(([t]) => t <= p - window)
+        .concat(range(p + 1).flatMap((t) => (t > p - window ? [[t, t] as const] : [])))
+      const own = turned(query, p)
+      const scores = seen.map(([t, at]) => {
+        const key = turned(k(t), at)
+        return range(d).reduce((sum, e) => sum + own[e]! * key[e]!, 0) / 4
+      })
+      const most = Math.max(...scores)
+      const weights = scores.map((score) => Math.exp(score - most))
+      const total = weights.reduce((sum, x) => sum + x, 0)
+      return range(dv).map((e) =>
+        seen.reduce((sum, [t], i) => sum + (weights[i]! / total) * v(t)[e]!, 0),
+      )
+    }
+    const stages = [
+      { chunk: 16, stride: 2, block: 16 },
+      { chunk: bk, stride: 1, topK: 96, block: 16 },
+    ]
+    const base = { topK: 40, window: w, sinkTokens: sinks, stages }
+    for (const [b, attended] of [
+      [1, undefined],
+      [2, 'infllm'],
+      [1, 'dynamic_extend'],
+      [1, 'self_extend'],
+    ] as const) {
+      const mode = attended ?? 'streaming'
+      const [q, k, v] = [
+        await make(b, sq, hq, d),
+        await make(b, sk, hk, d),
+        await make(b, sk, hk, dv),
+      ]
+      const given = [q.tensor, k.tensor, v.tensor] as const
+      const rope = { cos, sin, positions: 'relative', attended, context } as const
+      const options = { ...base, rope }
+      const starts = async (x: Tensor<'float32'>, y: Tensor<'float32'>, own: HipOptions) => {
+        const { index, count } = hipLists(x, y, own)
+        const [all, counts] = [await index.read(), await count.read()]
+        return [...counts].map((n, row) => [...all.slice(row * 10, row * 10 + n)])
+      }
+      const row =
+        (x: Float32Array, s: number, h: number, width: number) =>
+        (seq: number, head: number) =>
+        (t: number) =>
+          x.subarray(((seq * s + t) * h + head) * width, ((seq * s + t) * h + head + 1) * width)
+      const [qs, ks, vs] = [
+        row(q.values, sq, hq, d),
+        row(k.values, sk, hk, d),
+        row(v.values, sk, hk, dv),
+      ]
+
+      const lists = await starts(q.tensor, k.tensor, options)
+      const { out } = hipAttention(...given, { ...options, denseTailRows: 0, denseThreshold: 0 })
+      const actual = await out.read()
+      const expected: number[] = []
+      for (const seq of range(b))
+        for (const i of range(sq)) {
+          const first = sk - sq + i - (i % 16)
+          const block = [sk - sq + i, first, Math.min(first + 15, sk - 1), w] as const
+          for (const head of range(hq)) {
+            const [keys, values] = [ks(seq, head >> 1), vs(seq, head >> 1)]
+            const list = lists[seq * 5 + Math.floor(i / 16)]!
+            expected.push(...attend(qs(seq, head)(i), keys, values, block, list, mode))
+          }
+        }
+      expect(maxError(actual, Float32Array.from(expected)), mode).toBeLessThan(2e-5)
+
+      // dense rows, and all of a short prompt, are turned by their own positions
+      const own = hipAttention(...given, { ...options, denseThreshold: sk })
+      const tail = hipAttention(...given, { ...options, denseThreshold: 0, denseTailRows: 20 })
+      const [whole, part] = [await own.out.read(), await tail.out.read()]
+      const each = sq * hq * dv
+      const from = (sq - 20) * hq * dv
+      expect(maxError(part.slice(from, each), whole.slice(from, each))).toBeLessThan(1e-5)
+      expect(maxError(part.slice(0, from), actual.slice(0, from))).toBeGreaterThan(0)
+
+      if (b > 1) continue
+      const single = stages.map((stage) => ({ ...stage, block: 1, stride: 1 }))
+      const far = [k, v].map(({ tensor }) =>
+        empty(tensor.shape, { device, pinned: true }).copyFrom(tensor),
+      ) as [Tensor<'float32'>, Tensor<'float32'>]
+      using decoder = hipDecoder({ ...options, refresh: [4, 2] })
+      using offloaded = hipDecoder({ ...options, refresh: [4, 2], offload: { scanned: 50 } })
+      let kept: number[][] = []
+      for (let n = 0; n < 7; n++) {
+        const length = 280 + n
+        const x = q.tensor.slice(1, n, n + 1)
+        const [y, z] = [k.tensor.slice(1, 0, length), v.tensor.slice(1, 0, length)]
+        const result = decoder.attend(x, y, z)
+        const out = await result.out.read()
+        const same = offloaded.attend(x, far[0].slice(1, 0, length), far[1].slice(1, 0, length))
+        expect(await same.out.read()).toEqual(out)
+        if (n % 4 === 0) kept = await starts(x, y, { ...options, stages: single })
+        // a search that is taken up goes on from what the first stage listed then
+        if (n % 4 >= 2) continue
+        const [p, window] = [length - 1, w + (n % 4)]
+        const expected = range(hq).flatMap((head) =>
+          attend(
+            qs(0, head)(n),
+            ks(0, head >> 1),
+            vs(0, head >> 1),
+            [p, p, p, window],
+            kept[0]!,
+            mode,
+          ),
+        )
+        expect(maxError(out, Float32Array.from(expected)), `${mode} ${n}`).toBeLessThan(2e-5)
+      }
+      // several tokens are a block of queries
+      const [x, y, z] = [
+        q.tensor.slice(1, 0, 3),
+        k.tensor.slice(1, 0, 290),
+        v.tensor.slice(1, 0, 290),
+      ]
+      decoder.reset()
+      const three = stages.map((stage) => ({
+        ...stage,
+        block: 4,
+        stride: Math.min(stage.stride, 4),
+      }))
+      expect(
+        maxError(
+          await decoder.attend(x, y, z).out.read(),
+          await hipAttention(x, y, z, {
+            ...{ ...options, stages: three, denseTailRows: 0, denseThreshold: 0 },
+          }).out.read(),
+        ),
+      ).toBeLessThan(1e-5)
+    }
+  })
+
+  it('decode the same from pinned memory, of which little is on the device', async () => {
+    const rng = random(326)
+    const [T, first] = [900, 700]
+    const make = (h: number, s: number, dtype: 'float32' | 'bfloat16') =>
+      tensor(rng.normals(s * h * 16), [1, s, h, 16], { device }).cast(dtype)
+    const stages = [
+      { chunk: 32, stride: 1 },
+      { chunk: 8, stride: 1, topK: 256 },
+    ]
+    const cases: { own: HipDecoderOptions; counts: number[]; isShared: boolean }[] = [
+      { own: { topK: 64, stages, refresh: [6, 3] }, counts: [1], isShared: true },
+      {
+        own: { topK: 64, stages, refresh: [4, 4], freezeWindowStart: false },
+        ...{ counts: [1, 1, 3], isShared: true },
+      },
+      {
+        own: { topK: 64, block: [64, 8], headMode: 'all', refresh: 2 },
+        ...{ counts: [1, 2], isShared: true },
+      },
+      {
+        own: { topK: 32, block: [64, 2], headMode: 'kv_group', refresh: 3 },
+        ...{ counts: [1], isShared: false },
+      },
+      { own: { topK: 32, block: [64, 4], refresh: 2 }, counts: [1, 4], isShared: false },
+    ]
+    const decode = async ({ own, counts, isShared }: (typeof cases)[number]) => {
+      const dtype = rng.pick(['float32', 'bfloat16'] as const)
+      const [q, k, v] = [make(4, T, dtype), make(2, T, dtype), make(2, T, dtype)]
+      const far = [k, v].map((x) =>
+        empty(x.shape, { dtype, device, pinned: true }).copyFrom(x),
+      ) as [Tensor<'float32'>, Tensor<'float32'>]
+      const options = { ...own, window: 32, sinkTokens: 16 }
+      const offload = rng.pick([true, { scanned: 64, attended: own.topK! + 16 }])
+      using plain = hipDecoder(options)
+      using offloaded = hipDecoder({ ...options, offload })
+      let isWrong = true
+      for (let at = first; at < first + 60; ) {
+        const n = rng.pick(counts)
+        at += n
+        const rows = q.slice(1, at - n, at)
+        const expected = plain.attend(rows, k.slice(1, 0, at), v.slice(1, 0, at))
+        const actual = offloaded.attend(rows, far[0].slice(1, 0, at), far[1].slice(1, 0, at))
+        expect(await actual.out.read()).toEqual(await expected.out.read())
+        expect(await actual.lse.read()).toEqual(await expected.lse.read())
+        // A guess was wrong
+        if (isWrong && at > 730) {
+          for (const x of [k, v, ...far])
+            x.slice(1, 600, 740).copyFrom(q.slice(1, 0, 140).slice(2, 0, 2))
+          for (const decoder of [plain, offloaded]) decoder.reset()
+          at = 725
+          isWrong = false
+        }
+      }
+      const { scanned, attended } = await offloaded.cacheCounts()
+      expect(scanned.missed).toBeGreaterThan(0)
+      expect(scanned.found).toBeGreaterThan(scanned.missed / 20)
+      if (isShared) {
+        expect(attended.missed).toBeGreaterThan(0)
+        expect(attended.found).toBeGreaterThan(0)
+      }
+      expect(await plain.cacheCounts()).toEqual({
+        scanned: { found: 0, missed: 0 },
+        attended: { found: 0, missed: 0 },
+      })
+    }
+    for (const one of cases) {
+      const held = memory(device).tensors
+      await scope(() => decode(one))
+      expect(memory(device).tensors).toBeLessThanOrEqual(held)
     }
   })
 
