@@ -15,6 +15,7 @@
 //
 // A scorer looks at keys, kHipTile at a time:
 //
+//   kNear                       whether rows may stand nearby, which it then looks for
 //   heads()                     of how many heads it holds queries
 //   load(head, n)               takes those of n heads from `head` on, unless they stand there
 //   score(squad, i)             best[j] of the squad's tile becomes the order of the largest
@@ -285,7 +286,7 @@ HEDDLE_HD void hip_halves(const Team& team, const Hip& op, const HipPlace& place
           const int64_t key = start(block) + (offset + 1) * op.stride_k - 1;
           if (key < place.end) tile.keys[i] = static_cast<int32_t>(key);
         });
-        hip_look_up(squad, op, place.first_head + head + item % held);
+        if constexpr (Scorer::kNear) hip_look_up(squad, op, place.first_head + head + item % held);
         scorer.score(squad, item % held);
         squad.each(kHipTile, [&](int64_t i) {
           if (tile.keys[i] >= 0) team.raise(order[(first + i) >> per_block], tile.best[i]);
@@ -369,7 +370,8 @@ HEDDLE_HD void hip_descend(const Team& team, const Hip& op, const HipPlace& plac
             tile.positions[2 * i + side] = static_cast<int32_t>(
                 hip_key_position(op, place, tile.keys[2 * i + side], first + i, side == 1));
         });
-        hip_look_up(squad, op, place.first_head + set * most + item % held);
+        if constexpr (Scorer::kNear)
+          hip_look_up(squad, op, place.first_head + set * most + item % held);
         scorer.score(squad, item % held);
         squad.each(kChunks, [&](int64_t i) {
           if (tile.keys[2 * i] < 0) return;

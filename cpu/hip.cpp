@@ -43,6 +43,7 @@ template <class T> class Scorer {
         k_(static_cast<size_t>(d_ * kHipTile)),
         scores_(static_cast<size_t>(kHipTile * padded(op.block_q))) {}
 
+  static constexpr bool kNear = true;
   int64_t heads() const { return 1; }
   void load(int64_t head, int64_t) {
     if (head == head_) return;

@@ -63,7 +63,7 @@ struct HipTeam : CtaTeam {
 };
 
 // The queries that a list is searched for and where keys stand
-template <class T> class HipRows {
+template <class T, bool kNear> class HipRows {
  public:
   int count;  // rows of a head: queries, or means of them
 
@@ -112,8 +112,9 @@ template <class T> class HipRows {
   }
   // Null if a page does not exist; a slot is one nearby
   __device__ const T* key(int64_t head, int64_t t, uint32_t slot) const {
-    if (op_.near.data && ~slot)
-      return static_cast<T*>(op_.near.data) + int64_t{slot} * op_.near.shape[1];
+    if constexpr (kNear)
+      if (op_.near.data && ~slot)
+        return static_cast<T*>(op_.near.data) + int64_t{slot} * op_.near.shape[1];
     const T* k = static_cast<T*>(op_.k.data) +
                  static_cast<int>(head) / static_cast<int>(op_.q.shape[2] / op_.k.shape[2]) *
                      op_.k.strides[2];
@@ -141,8 +142,9 @@ template <class T> class HipRows {
 };
 
 // 16-bit keys of up to kD columns, in whole pieces of 16 bytes
-template <class T, int kD> class HipMatrix {
+template <class T, int kD, bool kLooksNear = false> class HipMatrix {
  public:
+  static constexpr bool kNear = kLooksNear;
   __device__ HipMatrix(const HipArgs& args, const HipPlace& place, char* smem)
       : d_(static_cast<int>(args.op.q.shape[3])),
         heads_(args.heads),
@@ -243,15 +245,16 @@ template <class T, int kD> class HipMatrix {
   }
 
   const int d_, heads_;
-  const HipRows<T> rows_;
+  const HipRows<T, kNear> rows_;
   const int groups_;  // of eight rows
   uint4* smem_q_;     // [heads, groups, pieces, lanes]
   int64_t head_ = -1;
 };
 
 // Any other keys, and those that turn: a lane has one, and eight rows at a time
-template <class T> class HipPlain {
+template <class T, bool kLooksNear = false> class HipPlain {
  public:
+  static constexpr bool kNear = kLooksNear;
   __device__ HipPlain(const HipArgs& args, const HipPlace& place, char* smem)
       : op_(args.op), rows_(args, place), smem_q_(reinterpret_cast<float*>(smem)) {}
 
@@ -296,7 +299,7 @@ template <class T> class HipPlain {
 
  private:
   const Hip& op_;
-  const HipRows<T> rows_;
+  const HipRows<T, kNear> rows_;
   float* smem_q_;  // [rows, d]
   int64_t head_ = -1;
 };

@@ -58,6 +58,7 @@ struct Plain {
   int64_t& looked_at;
   int64_t head = 0;
 
+  static constexpr bool kNear = false;
   int64_t heads() const { return 1; }
   void load(int64_t first, int64_t) { head = first; }
   // Column e of a row that turns
@@ -217,7 +218,7 @@ double check(const Case& c, emulator::Random& random) {
   std::vector<T> near;
   std::vector<int32_t> places, slot_list, missed;
   std::vector<uint64_t> counts{0, 0, 7, 0};
-  if (c.near > 0) {
+  if (Scorer::kNear && c.near > 0) {
     const int64_t rows = c.sk * c.hk;
     op.near = view(near, {c.near, c.d});
     op.near_places = view(places, {rows});
@@ -256,7 +257,7 @@ double check(const Case& c, emulator::Random& random) {
     while (reinterpret_cast<uintptr_t>(smem) % 16) ++smem;
     hip_search<Scorer>(args, smem);
   });
-  if (c.near > 0) {
+  if (op.near) {
     const int64_t gone = op.missed.as<int32_t>()[0], listed = std::min(gone, c.near);
     if (static_cast<int64_t>(counts[0]) + gone != looked_at || counts[0] == 0) return INFINITY;
     for (int64_t i = 0; i < listed; ++i)
