@@ -75,11 +75,9 @@ bool reads_wide(const Tensor& x) {
 template <class T> void choose(const HipArgs& args, CudaContext& context) {
   if constexpr (sizeof(T) == 2) {
     const Tensor& k = args.op.k;
-    const bool wide = reads_wide(args.op.q) && reads_wide(k) && !args.op.cos;
-    // From afar, what comes over the bus is what takes the time
-    if (wide && args.op.near && k.shape[3] <= 128)
-      return search<HipMatrix<T, 128, true>>(args, context);
-    if (wide && !args.op.near) {
+    if (reads_wide(args.op.q) && reads_wide(k) && !args.op.cos) {
+      // One size for all: what comes over the bus takes longer than products, and zeros change none
+      if (args.op.near) return search<HipMatrix<T, 256, true>>(args, context);
       if (k.shape[3] <= 64) return search<HipMatrix<T, 64>>(args, context);
       if (k.shape[3] <= 128) return search<HipMatrix<T, 128>>(args, context);
       return search<HipMatrix<T, 256>>(args, context);

@@ -577,6 +577,7 @@ describeDevices('hip mechanisms', (device) => {
   })
 
   it('refuse what they cannot do', async () => {
+    const z = tensor(new Float32Array(32), [1, 2, 2, 8], { device })
     const cases = [
       [
         () => hipDecoder({ refresh: 0 }),
@@ -593,6 +594,26 @@ describeDevices('hip mechanisms', (device) => {
       [
         () => hipDecoder({ cacheSeqlens: [1] } as never),
         "hipDecoder: cacheSeqlens is not taken here: a decoder is one sequence's",
+      ],
+      [
+        () => hipDecoder({ offload: { attended: 16 } }),
+        'hipDecoder: offload.attended must be an integer at least 528, got 16',
+      ],
+      [
+        () => hipDecoder({ offload: { scaned: 16 } as never }),
+        'hipDecoder offload: unknown option "scaned"; did you mean "scanned"?',
+      ],
+      [
+        () => hipDecoder({ stages: hipStages, headMode: 'kv_group', rope: {} as never }),
+        'hipDecoder: rope with keys attended elsewhere than they stand takes one list for all heads and a window of at least a block',
+      ],
+      [
+        () => hipAttention(z, z, z, { stages: hipStages, rope: {} as never, cacheSeqlens: [1] }),
+        'hipAttention: rope cannot be combined with lengths of sequences',
+      ],
+      [
+        () => hipDecoder({ offload: true }).attend(z, z.transpose(1, 2), z),
+        'hipDecoder: offload takes contiguous keys and values of one sequence',
       ],
       [
         () => hipDecoder({ topK: 7 }),
