@@ -151,11 +151,18 @@ HEDDLE_HD int64_t hip_key_position(const Op& op, const HipPlace& place, int64_t 
 template <class Team>
 HEDDLE_HD uint64_t hip_threshold(const Team& team, const uint32_t* order, int64_t n,
                                  int64_t wanted) {
-  uint64_t least = 0;
-  for (int bit = 63; bit >= 0; --bit) {
+  uint32_t score = 0;
+  for (int bit = 31; bit >= 0; --bit) {
+    const uint32_t next = score | uint32_t{1} << bit;
+    const int64_t found = team.how_many(n, [&](auto i) { return order[i] >= next; });
+    if (found >= wanted) score = next;
+    if (found == wanted) return uint64_t{score} << 32;
+  }
+  if (score == kNoOrder) return 0;
+  uint64_t least = uint64_t{score} << 32;
+  for (int bit = 31; bit >= 0; --bit) {
     const uint64_t next = least | uint64_t{1} << bit;
-    const int64_t found =
-        team.how_many(n, [&](int64_t i) { return hip_rank(order[i], i) >= next; });
+    const int64_t found = team.how_many(n, [&](auto i) { return hip_rank(order[i], i) >= next; });
     if (found >= wanted) least = next;
     if (found == wanted) break;
   }
@@ -258,7 +265,7 @@ HEDDLE_HD void hip_halves(const Team& team, const Hip& op, const HipPlace& place
                static_cast<int32_t>((i + 1) * blocks / width)};
   });
   for (int64_t longest = (blocks + width - 1) / width; longest > 1; longest = (longest + 1) / 2) {
-    const auto half = [&](int64_t i) {
+    const auto half = [&](auto i) {
       const HipInterval whole = kept[i / 2];
       const int32_t middle = whole.from + (whole.to - whole.from) / 2;
       return i % 2 ? HipInterval{middle, whole.to} : HipInterval{whole.from, middle};
@@ -273,23 +280,26 @@ HEDDLE_HD void hip_halves(const Team& team, const Hip& op, const HipPlace& place
       scorer.load(place.first_head + head, held);
       // Heads that look at the same keys come one after the other
       team.share(tiles * held, [&](const auto& squad, int64_t item) {
-        const int64_t first = item / held * kHipTile;
+        const int32_t of_tile = static_cast<int32_t>(held > 1 ? item / held : item),
+                      first = of_tile * kHipTile;
         HipTile& tile = squad.tile;
-        squad.each(kHipTile, [&](int64_t i) {
-          const int64_t branch = (first + i) >> per_block;
+        squad.each(kHipTile, [&](auto i) {
+          const int32_t at = first + static_cast<int32_t>(i), branch = at >> per_block;
           tile.keys[i] = -1;
-          if (first + i >= keys || order[branch] == kNoOrder) return;
+          if (at >= keys || order[branch] == kNoOrder) return;
           const HipInterval own = half(branch);
-          const int64_t block =
+          const int32_t block =
               op.representative == Hip::kFirst ? own.from : own.from + (own.to - own.from) / 2;
-          const int64_t offset = (first + i) & ((int64_t{1} << per_block) - 1);
+          const int32_t offset = at & ((1 << per_block) - 1);
           const int64_t key = start(block) + (offset + 1) * op.stride_k - 1;
           if (key < place.end) tile.keys[i] = static_cast<int32_t>(key);
         });
-        if constexpr (Scorer::kNear) hip_look_up(squad, op, place.first_head + head + item % held);
-        scorer.score(squad, item % held);
-        squad.each(kHipTile, [&](int64_t i) {
-          if (tile.keys[i] >= 0) team.raise(order[(first + i) >> per_block], tile.best[i]);
+        const int64_t own_head = item - int64_t{of_tile} * held;
+        if constexpr (Scorer::kNear) hip_look_up(squad, op, place.first_head + head + own_head);
+        scorer.score(squad, own_head);
+        squad.each(kHipTile, [&](auto i) {
+          if (tile.keys[i] >= 0)
+            team.raise(order[(first + static_cast<int32_t>(i)) >> per_block], tile.best[i]);
         });
       });
     }

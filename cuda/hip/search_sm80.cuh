@@ -33,8 +33,8 @@ struct HipWarp {
   HipTile& tile;
   template <class X> __device__ X take(X& x) const { return atomicAdd(&x, X{1}); }
   __device__ void put(int32_t& x, int32_t value) const { x = value; }
-  template <class Body> __device__ void each(int64_t n, const Body& body) const {
-    for (int64_t i = threadIdx.x % 32; i < n; i += 32) body(i);
+  template <class Body> __device__ void each(int n, const Body& body) const {
+    for (int i = static_cast<int>(threadIdx.x) % 32; i < n; i += 32) body(i);
     __syncwarp();
   }
 };
@@ -49,8 +49,10 @@ struct HipTeam : CtaTeam {
   }
   template <class Chosen> __device__ int64_t how_many(int64_t n, const Chosen& chosen) const {
     __shared__ uint32_t found[kHipWarps];
+    const auto count = static_cast<int>(n), step = static_cast<int>(blockDim.x);
     uint32_t own = 0;
-    for (int64_t i = threadIdx.x; i < n; i += blockDim.x) own += chosen(i);
+#pragma unroll 8
+    for (int i = static_cast<int>(threadIdx.x); i < count; i += step) own += chosen(i);
     own = __reduce_add_sync(~0u, own);
     if (blockDim.x == 32) return own;
     const uint32_t lane = threadIdx.x % 32;
@@ -110,15 +112,18 @@ template <class T, bool kNear> class HipRows {
     return own * static_cast<float*>(op_.cos.data)[at] +
            other * static_cast<float*>(op_.sin.data)[at];
   }
-  // Null if a page does not exist; a slot is one nearby
-  __device__ const T* key(int64_t head, int64_t t, uint32_t slot) const {
+  // Where those of a head begin
+  __device__ const T* keys(int64_t head) const {
+    const int kv_head = static_cast<int>(head) / static_cast<int>(op_.q.shape[2] / op_.k.shape[2]);
+    const int64_t batch = op_.block_table.data ? 0 : place_.b * op_.k.strides[0];
+    return static_cast<T*>(op_.k.data) + batch + kv_head * op_.k.strides[2];
+  }
+  // One of those at k, null if a page does not exist; a slot is one nearby
+  __device__ const T* key(const T* k, int64_t t, uint32_t slot) const {
     if constexpr (kNear)
       if (op_.near.data && ~slot)
         return static_cast<T*>(op_.near.data) + int64_t{slot} * op_.near.shape[1];
-    const T* k = static_cast<T*>(op_.k.data) +
-                 static_cast<int>(head) / static_cast<int>(op_.q.shape[2] / op_.k.shape[2]) *
-                     op_.k.strides[2];
-    if (!op_.block_table.data) return k + place_.b * op_.k.strides[0] + t * op_.k.strides[1];
+    if (!op_.block_table.data) return k + t * op_.k.strides[1];
     const Tensor& table = op_.block_table;
     const auto size = static_cast<uint32_t>(op_.k.shape[1]), at = static_cast<uint32_t>(t);
     const int64_t page = static_cast<int32_t*>(
@@ -178,6 +183,7 @@ template <class T, int kD, bool kLooksNear = false> class HipMatrix {
     const int lane = threadIdx.x % 32, column = lane % 4 * 8;
     HipTile& tile = warp.tile;
     const uint4* q = smem_q_ + head * groups_ * kPieces * 32 + lane;
+    const T* keys = rows_.keys(head_ + head);
 #pragma unroll 1
     for (int first = lane / 4; first < kHipTile; first += kRows * 8) {
       // Of the keys first, first + 8, ... as many columns as a lane has of a fragment
@@ -187,7 +193,7 @@ template <class T, int kD, bool kLooksNear = false> class HipMatrix {
       for (int i = 0; i < kRows; ++i) {
         const int32_t t = tile.keys[first + i * 8];
         last_key = max(last_key, t);
-        const T* from = t < 0 ? nullptr : rows_.key(head_ + head, t, tile.best[first + i * 8]);
+        const T* from = t < 0 ? nullptr : rows_.key(keys, t, tile.best[first + i * 8]);
 #pragma unroll
         for (int piece = 0; piece < kPieces; ++piece) {
           const int e = piece * 32 + column;
@@ -276,9 +282,10 @@ template <class T, bool kLooksNear = false> class HipPlain {
   __device__ void score(const HipWarp& warp, int64_t) const {
     constexpr int kRows = 8;
     const int d = static_cast<int>(op_.q.shape[3]);
-    warp.each(kHipTile, [&](int64_t slot) {
+    const T* keys = rows_.keys(head_);
+    warp.each(kHipTile, [&](int slot) {
       const int32_t t = warp.tile.keys[slot];
-      const T* k = t < 0 ? nullptr : rows_.key(head_, t, warp.tile.best[slot]);
+      const T* k = t < 0 ? nullptr : rows_.key(keys, t, warp.tile.best[slot]);
       if (!k) return;
       uint32_t best = kLeastOrder;
       for (int first = 0; first < rows_.count; first += kRows) {
