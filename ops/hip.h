@@ -187,8 +187,7 @@ struct HipPlaces {
     HEDDLE_CHECK(table.shape[3] == sink_tokens / block_k + index.shape[3] &&
                      places.shape[3] == table.shape[3] * block_k && bounds.shape[3] == block_q &&
                      index.shape[2] == (sq + block_q - 1) / block_q,
-                 kShape, "table", "table must have a page for every block of a list, got ",
-                 text_of(table));
+                 kShape, "table", "table must have a page for every block of a list, got ", table);
     HEDDLE_CHECK(positions != Hip::kRelative, kArgument, "positions",
                  "positions must not be relative: there are no halves to attend");
     HEDDLE_CHECK(positions < Hip::kSelfExtend || context >= 4, kArgument, "context",

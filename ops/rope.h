@@ -39,7 +39,7 @@ struct Rope {
       HEDDLE_CHECK(cos.shape[1] * 2 == rotary && cos.contiguous() && sin.contiguous() &&
                        (positions || offset + x.shape[1] <= cos.shape[0]),
                    kShape, "cos", "cos must be contiguous, with ", rotary / 2,
-                   " columns and a row for every position, got ", text_of(cos));
+                   " columns and a row for every position, got ", cos);
   }
 };
 
