@@ -426,41 +426,24 @@ __global__ void __launch_bounds__(SplitTile<kD>::kThreads, 1)
         const int pieces = args.dv / 4;
         for (int i = thread; i < rows_here * pieces; i += 128) {
           const int mine = i / pieces, column = i % pieces * 4;
+          auto at = [&](int cta) { return int64_t{slot_of(cta)} * kSplitRows + mine; };
           float top = -INFINITY, sum = 0;
           float4 total_v{};
-          // side by side, as every look at memory takes long: eight kv heads have 17 or 18 parts
-          // each
-          constexpr int kParts = 9;
-#pragma unroll 1
-          for (int from = first_cta; from <= last_cta; from += kParts) {
-            float2 state[kParts];
-            float4 values[kParts];
-#pragma unroll
-            for (int part = 0; part < kParts; ++part) {
-              const int64_t at = int64_t{slot_of(min(from + part, last_cta))} * kSplitRows + mine;
-              state[part] = load_fresh(args.part_state + at);
-              values[part] = load_fresh(
-                  reinterpret_cast<const float4*>(args.part_out + at * args.dv + column));
-            }
-            const float before = top;
-#pragma unroll
-            for (int part = 0; part < kParts; ++part)
-              if (state[part].y != 0) top = fmaxf(top, state[part].x);
-            const float base = top == -INFINITY ? 0 : top, shrink = exp2_approx(before - base);
-            sum *= shrink;
-            total_v = {total_v.x * shrink, total_v.y * shrink, total_v.z * shrink,
-                       total_v.w * shrink};
-#pragma unroll
-            for (int part = 0; part < kParts; ++part) {
-              // without keys, so values may be anything
-              if (from + part > last_cta || state[part].y == 0) continue;
-              const float weight = exp2_approx(state[part].x - base);
-              sum = fmaf(weight, state[part].y, sum);
-              total_v.x = fmaf(weight, values[part].x, total_v.x);
-              total_v.y = fmaf(weight, values[part].y, total_v.y);
-              total_v.z = fmaf(weight, values[part].z, total_v.z);
-              total_v.w = fmaf(weight, values[part].w, total_v.w);
-            }
+          // unrolled, as every look at memory takes long and none depends on another
+#pragma unroll 8
+          for (int cta = first_cta; cta <= last_cta; ++cta) {
+            const float2 state = load_fresh(args.part_state + at(cta));
+            const float4 values = load_fresh(
+                reinterpret_cast<const float4*>(args.part_out + at(cta) * args.dv + column));
+            if (state.y == 0) continue;  // without keys, so values may be anything
+            const float higher = fmaxf(top, state.x), base = higher == -INFINITY ? 0 : higher;
+            const float shrink = exp2_approx(top - base), weight = exp2_approx(state.x - base);
+            top = higher;
+            sum = sum * shrink + weight * state.y;
+            total_v.x = fmaf(weight, values.x, total_v.x * shrink);
+            total_v.y = fmaf(weight, values.y, total_v.y * shrink);
+            total_v.z = fmaf(weight, values.z, total_v.z * shrink);
+            total_v.w = fmaf(weight, values.w, total_v.w * shrink);
           }
           const RowEnd end(top, sum, sink_of(mine));
           write(mine, column, total_v.x, total_v.y, end);

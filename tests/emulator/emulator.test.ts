@@ -718,20 +718,14 @@ const kernels: Kernel[] = [
       {
         what: 'the last part of a row is left out',
         file: split,
-        from: 'from + part > last_cta',
-        to: 'from + part >= last_cta',
+        from: 'cta <= last_cta; ++cta) {\n            const float2 state',
+        to: 'cta < last_cta; ++cta) {\n            const float2 state',
       },
       {
         what: 'two parts lie in one place',
         file: split,
         from: '(cta == first_cta ? late : 0)',
         to: '0',
-      },
-      {
-        what: 'a part between two batches is not added up',
-        file: split,
-        from: 'from += kParts',
-        to: 'from += kParts + 1',
       },
       {
         what: 'the mask is left out of one tile',
