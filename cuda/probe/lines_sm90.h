@@ -59,7 +59,7 @@ struct LinesCall {
   LineStrips strips;  // four of a part
 };
 
-// Masses of keys, and of the distances of every strip, one instantiation file each
+// Masses of keys, and of the distances of every strip; an instantiation file for each size
 template <DType kType, int kD> void launch_lines_sm90(const LinesCall& call, cudaStream_t stream);
 
 }  // namespace heddle

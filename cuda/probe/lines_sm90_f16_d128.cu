@@ -1,5 +1,0 @@
-#include "probe/lines_sm90.cuh"
-
-namespace heddle {
-template void launch_lines_sm90<DType::kF16, 128>(const LinesCall&, cudaStream_t);
-}  // namespace heddle
