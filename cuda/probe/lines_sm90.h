@@ -30,7 +30,7 @@ struct LineStrips {
 struct LinesPlan {
   bool shared;      // both warpgroups of a CTA have the same keys, and a head each
   int items;        // heads or pairs of them
-  int strip, ctas;  // of an item
+  int strip = 0, ctas = 0;  // of an item
   int parts;        // of a head, four strips each
 
   LinesPlan(const Probe& op, int processors)
