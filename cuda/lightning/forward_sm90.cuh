@@ -70,6 +70,7 @@ struct ScanArgs {
   int64_t initial_strides[4];
   float* state;
   float* summaries;  // [slots, heads, slices, parts, kD, kE], a thread's numbers together
+  int* made;         // 1 for each of these that is there
   uint16_t* out;
   int* fault;
 };
@@ -335,6 +336,11 @@ __global__ void __launch_bounds__((ScanShape<kD, kE>::kThreads), 1)
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
 
   int index = blockIdx.x;
+  if (args.segments > 1) {
+    // one head after the other: those that decay fast are mostly the first, and soon summed up
+    const int ctas = gridDim.x / args.heads;
+    index = index % ctas * args.heads + index / ctas;
+  }
   const int head = index % args.heads;
   index /= args.heads;
   const int slice = index % args.slices;
@@ -523,15 +529,19 @@ __global__ void __launch_bounds__((ScanShape<kD, kE>::kThreads), 1)
     });
   }
   if (place.segment > 0) {
-    await_previous();  // which made the summaries
     const int parts = min(args.parts, in_sight(slope_log2, whole));
+    const auto summary_of = [&](int segments_before) {
+      const int64_t slot = place.slot - segments_before * place.distance;
+      return ((slot * args.heads + head) * args.slices + slice) * args.parts;
+    };
+    // all CTAs that make summaries have begun before this one
+    for (int i = threadIdx.x - 256; i < before * parts; i += kConsumers - 128)
+      wait_for_signals(args.made + summary_of(before - i / parts) + i % parts, 1, nullptr);
+    named_barrier_sync(kStates, kConsumers - 128);
     const float keep = static_cast<float>(exp(-static_cast<double>(slope) * args.segment));
     for (; before > 0; --before) {
-      const int64_t slot = place.slot - before * place.distance;
       const float* summary =
-          args.summaries +
-          ((slot * args.heads + head) * args.slices + slice) * args.parts * (kD * kE) +
-          tile0 * (kE / 8) * 512 + thread * 4;
+          args.summaries + summary_of(before) * (kD * kE) + tile0 * (kE / 8) * 512 + thread * 4;
 #pragma unroll 1
       for (int i = 0; i < parts; ++i, summary += kD * kE)
         carry.add_summary(summary, i == 0 ? keep : 1);
@@ -614,6 +624,9 @@ __global__ void __launch_bounds__((128 + 128 * SummarySmem<kD, kE>::kGroups), 1)
     if (blockIdx.x == 0) await_previous();  // all may return here
     return;
   }
+  const int64_t summary =
+      ((static_cast<int64_t>(place.slot) * args.heads + head) * args.slices + slice) * args.parts +
+      part;
 
   if (threadIdx.x == 0) {
     prefetch(gmem_k);
@@ -623,6 +636,12 @@ __global__ void __launch_bounds__((128 + 128 * SummarySmem<kD, kE>::kGroups), 1)
       smem.empty[stage].init(4 * kGroups);
     }
     fence_barrier_init();
+    if (!kReverse) {
+      // before the scan may begin, which waits for it
+      await_previous();
+      args.made[summary] = 0;
+      fence_gmem();
+    }
   }
   __syncthreads();
   begin(args);
@@ -685,12 +704,11 @@ __global__ void __launch_bounds__((128 + 128 * SummarySmem<kD, kE>::kGroups), 1)
     carry.update(v);
     if (lane == 0) smem.empty[turn.stage].arrive();
   }
-  carry.store_summary(
-      args.summaries +
-      (((static_cast<int64_t>(place.slot) * args.heads + head) * args.slices + slice) * args.parts +
-       part) *
-          (kD * kE) +
-      tile0 * (kE / 8) * 512 + thread * 4);
+  carry.store_summary(args.summaries + summary * (kD * kE) + tile0 * (kE / 8) * 512 + thread * 4);
+  if (!kReverse) {
+    named_barrier_sync(1, 128 * kGroups);
+    if (threadIdx.x == 128) signal(args.made + summary);
+  }
   await_previous();  // what runs behind this kernel waits for it alone
 }
 
@@ -727,6 +745,8 @@ inline ScanArgs scan_args(const ScanCall& call, const ScanPlan& plan) {
   std::copy_n(call.initial_strides, 4, args.initial_strides);
   args.state = call.state;
   args.summaries = call.summaries;
+  args.made =
+      reinterpret_cast<int*>(call.summaries + plan.summaries(call) * plan.rows * plan.columns);
   args.out = static_cast<uint16_t*>(call.out);
   args.fault = call.fault;
   return args;

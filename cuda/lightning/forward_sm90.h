@@ -46,8 +46,10 @@ struct ScanPlan {
   static int64_t segments_for(const ScanCall& call, int64_t ctas);
   void cut(const ScanCall& call, int64_t segments_each);
 
+  int64_t summaries(const ScanCall& call) const { return summed * call.heads * slices * parts; }
+  // In numbers, with one more for each that tells that it is there
   int64_t summary_size(const ScanCall& call) const {
-    return summed * call.heads * slices * parts * rows * columns;
+    return summaries(call) * (rows * columns + 1);
   }
 };
 ScanPlan plan_scan_sm90(const ScanCall& call);

@@ -1175,14 +1175,26 @@ const kernels: Kernel[] = [
       {
         what: 'summaries are combined in the wrong order',
         file: scan,
-        from: 'place.slot - before * place.distance',
-        to: 'place.slot - (place.segment + 1 - before) * place.distance',
+        from: 'place.slot - segments_before * place.distance',
+        to: 'place.slot - (place.segment + 1 - segments_before) * place.distance',
       },
       {
         what: 'parts of a summary all decay as the last chunks do',
         file: scan,
         from: 'kChunk * distance(chunk)));',
         to: 'kChunk * chunk));',
+      },
+      {
+        what: 'a summary counts as made before it is begun',
+        file: scan,
+        from: 'args.made[summary] = 0;',
+        to: '',
+      },
+      {
+        what: 'nobody learns that a summary is made',
+        file: scan,
+        from: 'if (threadIdx.x == 128) signal(args.made + summary);',
+        to: '',
       },
       {
         what: 'parts of a summary that nobody made are added',

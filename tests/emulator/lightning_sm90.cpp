@@ -84,6 +84,7 @@ double check(const Case& c, emulator::Random& random) {
   call.processors = 4;
   call.fault = &fault;
   ScanPlan plan{};
+  plan.rows = kD;
   plan.columns = kE;
   plan.slices = c.slices;
   plan.parts = c.parts;
@@ -91,8 +92,7 @@ double check(const Case& c, emulator::Random& random) {
   plan.segments = static_cast<int>((c.s + plan.segment - 1) / plan.segment);
   plan.slots = c.packed.empty() ? c.b * plan.segments : c.s / plan.segment + sequences;
   plan.summed = c.segment == 0 ? 0 : c.packed.empty() ? plan.slots - c.b : plan.slots;
-  std::vector<float> summaries(
-      static_cast<size_t>(plan.summed * heads * plan.slices * plan.parts * kD * kE + 4), NAN);
+  std::vector<float> summaries(static_cast<size_t>(plan.summary_size(call) + 4), NAN);
   call.summaries = summaries.data();
   while (reinterpret_cast<uintptr_t>(call.summaries) % 16 != 0) ++call.summaries;
   launch_scan_sm90<kType, kD, kE>(call, plan, nullptr);
