@@ -204,7 +204,7 @@ template <int kQueries> struct RowUnits {
   // The sequence's first row tile is number `row_tile` of all
   __device__ __forceinline__ RowUnits(const GradientArgs& args, int batch, int head, int q_begin,
                                       int row_tile, int m) {
-    const int first = row_tile - q_begin / kQueries + q_begin / 128;
+    const int first = row_tile - q_begin / kQueries + q_begin / (64 * kListedWarpgroups);
     const int64_t list = args.lists.index(batch, head, first + m / (2 / kHalves));
     words = args.lists.words;
     bits = args.lists.bits + list * words * kListedWarpgroups + m % (2 / kHalves);
