@@ -3,7 +3,7 @@ import { type AttentionOptions, attention } from '../ops/attention.js'
 import { scope } from '../scope.js'
 import { empty, type Tensor } from '../tensor.js'
 import { broken } from './error.js'
-import { type CascadeIR, rankOf } from './ir.js'
+import { type CascadeIR, rankOf, type Split } from './ir.js'
 import {
   type Atom,
   access,
@@ -145,6 +145,8 @@ interface Weighted {
   layouts: Layouts
   /** Nothing is computed beside the operator. */
   alone: boolean
+  /** Sizes that a call may give. */
+  ranks: readonly string[]
   run(call: Call): { out: F32; lse: F32; known: Known }
 }
 
@@ -158,7 +160,7 @@ export function attentionOf(normal: Normal, ir: CascadeIR): Lowered {
   )
   if (!out) throw new Mismatch(first, 'it is no weighted sum', 0)
   const others = outputs.filter((one) => one !== out)
-  const parts = out.form.terms.map((term) => weightedSum(ir, out, term, others))
+  const parts = out.form.terms.map((term) => weightedSum(normal, ir, out, term, others))
   const [part] = parts as [Weighted]
   const spread = parts.some(({ axes }) => axes.join() !== part.axes.join())
   if (spread) throw new Mismatch(out.tensor, 'its parts have no common axes', 2)
@@ -180,6 +182,7 @@ export function attentionOf(normal: Normal, ir: CascadeIR): Lowered {
     return {
       operator: 'attention',
       slots,
+      ranks: part.ranks,
       run(call) {
         const result = part.run(call)
         const made: Record<string, Tensor> = {}
@@ -206,6 +209,7 @@ export function attentionOf(normal: Normal, ir: CascadeIR): Lowered {
 }
 
 function weightedSum(
+  { pages }: Normal,
   ir: CascadeIR,
   out: { tensor: string; left: readonly string[] },
   { factors, coefficient }: Term,
@@ -465,6 +469,19 @@ function weightedSum(
     return by.length > 0 ? [{ tensor: main.name, by }] : []
   })
   const alone = post.key === '1' && sides.every((one) => one === undefined)
+  // Keys and values that lie in pages
+  const table = pages.get(k.main.name)
+  const page = ir.splits.find(({ variable }) => rankOf(variable) === rankIn(m))
+  if (pages.size > 0) {
+    const both = [...pages.keys()].every((one) => one === k.main.name || one === v.main.name)
+    const same = table !== undefined && pages.get(v.main.name) === table
+    if (!both || !same || pages.has(q.main.name) || !alone || biasPlaces || dots.length > 1)
+      throw fail(
+        'its pages are not those of k and v alone, which nothing is computed from',
+        'CAS022',
+      )
+    slots.blockTable = table
+  }
   if (heads.length > 2 && !alone)
     throw fail('what is computed beside it has more axes than [b, s, h, d]', 'CAS022')
   return {
@@ -473,12 +490,15 @@ function weightedSum(
     axes,
     layouts,
     alone: alone && dots.length === 1 && !biasPlaces,
+    ranks: table === undefined ? [] : [rankIn(m)],
     run(call) {
       const { tensors } = call
       if (!grouped || !alone) for (const one of shared) oneHead(call, one)
       const tq = batched(call, q.main.name) as F32
       const [, sq, hq, d] = tq.shape as [number, number, number, number]
-      const sk = batched(call, k.main.name).shape[1]!
+      const tk = batched(call, k.main.name)
+      const options: AttentionOptions = { causal: off !== undefined }
+      const sk = table === undefined ? tk.shape[1]! : pagesOf(call, table, tk, page!, options)
       const dv = batched(call, v.main.name).shape[3]!
       const ends = sk - sq
       // literals with names of the text would be ten times as slow
@@ -504,7 +524,6 @@ function weightedSum(
         if (tensor !== undefined) return call.tensors[tensor] as F32
         return new Array<number>(hq).fill(numberOf(form, known))
       }
-      const options: AttentionOptions = { causal: off !== undefined }
       options.scale = plainScale === undefined ? numberOf(scale, known) : known[plainScale]
       if (weights !== 'softmax')
         Object.assign(options, { weights, power: exponent, normalise: divisor !== undefined })
@@ -534,6 +553,24 @@ function weightedSum(
       return { out: result.out, lse: result.lse, known }
     },
   }
+}
+
+// Sets where pages lie and how many keys they hold: as the call says, or all
+function pagesOf(
+  { tensors, scalars }: Call,
+  table: string,
+  k: Tensor,
+  { variable, size, span }: Split,
+  options: AttentionOptions,
+): number {
+  const [rank, given] = [rankOf(variable), tensors[table] as Tensor<'int32'>]
+  if (k.shape[1] !== size)
+    throw broken('CAS003', `pages of ${rank} have ${size} keys but ${k.shape[1]} here`, span, rank)
+  const [b = 1, most] = given.rank === 1 ? [1, given.size] : given.shape
+  const keys = scalars[rank] ?? most! * size
+  options.blockTable = given.rank === 1 ? given.reshape([1, most!]) : given
+  options.cacheSeqlens = new Array<number>(b).fill(keys)
+  return keys
 }
 
 const layoutOf =

@@ -256,6 +256,7 @@ function fusedOne(ir: CascadeIR, refused: Refused[]): Lowered {
       )
   }
   for (const [operator, lower] of Object.entries(families)) {
+    if (normal.pages.size > 0 && operator !== 'attention') continue
     try {
       return lower(normal, ir)
     } catch (error) {

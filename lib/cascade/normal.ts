@@ -471,6 +471,8 @@ export class Normal {
     string,
     { form: Form; where: readonly Condition[]; left: readonly string[] }
   >()
+  /** Tables of the inputs that are read page by page, as K[table[m1],m0,e] of a split rank; they have m here. */
+  readonly pages = new Map<string, string>()
   private readonly states = new Map<string, State>()
   private fresh = 0
 
@@ -700,11 +702,34 @@ export class Normal {
   }
 
   private access({ name: tensor, indices }: Access, limits: Condition[]): Form {
+    const forms = indices.map((index) => this.index(index, limits))
     return this.read(
       tensor,
-      indices.map((index) => this.index(index, limits)),
+      this.ir.inputs.includes(tensor) ? this.paged(tensor, forms) : forms,
       limits,
     )
+  }
+
+  // [table[b,m1],m0,…] as [b,m,…]
+  private paged(tensor: string, indices: readonly Form[]): readonly Form[] {
+    for (const [at, index] of indices.entries()) {
+      const page = index.terms[0]?.factors[0]?.atom
+      const inner = indices[at + 1]
+      if (page?.kind !== 'access' || page.key !== index.key || !inner) continue
+      const outer = page.indices.at(-1)
+      const { splits } = this.ir
+      if (!outer || !splits.some((one) => one.outer === outer.key && one.inner === inner.key))
+        continue
+      this.pages.set(tensor, page.name)
+      const whole = plus(times(outer, name(rankOf(inner.key))), inner)
+      return [
+        ...indices.slice(0, at),
+        ...page.indices.slice(0, -1),
+        whole,
+        ...indices.slice(at + 2),
+      ]
+    }
+    return indices
   }
 
   private index(index: Index, limits: Condition[]): Form {

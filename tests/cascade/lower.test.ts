@@ -304,6 +304,43 @@ describeDevices('compile', (device) => {
     close((await O!.read()) as Float32Array, whole as Float32Array, 'merge')
   })
 
+  it('finds pages', async () => {
+    const parsed = cascade(`
+      split m -> (m1, m0 : 8) tail mask
+      S[b,h,p,m1,m0] = sum(e) Q[b,p,h,e] * K[table[b,m1],m0,h,e] * scale   where m1*M0 + m0 <= p + off
+      G[b,h,p]       = max(m1,m0) S[b,h,p,m1,m0]
+      N[b,h,p,m1,m0] = exp(S[b,h,p,m1,m0] - G[b,h,p])
+      D[b,h,p]       = sum(m1,m0) N[b,h,p,m1,m0]
+      O[b,p,h,f]     = sum(m1,m0) N[b,h,p,m1,m0] * V[table[b,m1],m0,h,f] / D[b,h,p]`)
+    const plan = parsed.compile()
+    expect(plan.explain().slots).toMatchObject({ k: 'K', v: 'V', blockTable: 'table' })
+    const [b, sq, h, e, f, pages] = [2, 5, 2, 8, 16, 9]
+    const draw = async (...shape: number[]) => {
+      const { tensor: made, values } = await sample(rng, shape, 'float32', device)
+      return [made, { data: values, shape }] as const
+    }
+    const [q, Q] = await draw(b, sq, h, e)
+    const [k, K] = await draw(pages, 8, h, e)
+    const [v, V] = await draw(pages, 8, h, f)
+    const order = Int32Array.from([4, 0, 8, 3, 7, 1])
+    const table = tensor(order, [b, 3], { device })
+    const by: Record<string, Tensor> = { Q: q, K: k, V: v, table }
+    const tensors = parsed.ir.inputs.map((name) => by[name]!)
+    for (const m of [17, 24]) {
+      const inputs = { Q, K, V, table: { data: order, shape: [b, 3] } }
+      const scalars = { scale: 0.4, off: m - sq }
+      const { O } = parsed.evaluate(inputs, scalars, { sizes: { M: m } })
+      // all that the table has, unless the call says less
+      const given = m === 24 ? { scale: 0.4 } : { ...scalars, M: m }
+      close((await plan(...tensors, given).O!.read()) as Float32Array, O!.data, `${m} keys`)
+    }
+    const short = await failure(() => plan(q, table, k.slice(1, 0, 4), v.slice(1, 0, 4)))
+    expect(short.message).toBe('cascade: pages of M have 8 keys but 4 here')
+    const half = parsed.toString().replace('V[table[b,m1],m0,h,f]', 'V[b,m1*M0 + m0,h,f]')
+    const refused = await failure(() => cascade(half).compile())
+    expect(refused.message).toContain('its pages are not those of k and v alone')
+  })
+
   it('finds a product of matrices along whatever axes', async () => {
     const text = 'Y[b,o,s] = sum(i,j) X[j,b,s,i] * 0.5 * W[i,o,j] * scale'
     const parsed = cascade(text)
