@@ -28,10 +28,10 @@ struct LineStrips {
 // How heads and keys are shared out: a warp has a strip of `strip` keys, 32 at a time, and a
 // warpgroup four strips that follow each other
 struct LinesPlan {
-  bool shared;      // both warpgroups of a CTA have the same keys, and a head each
-  int items;        // heads or pairs of them
+  bool shared;              // both warpgroups of a CTA have the same keys, and a head each
+  int items;                // heads or pairs of them
   int strip = 0, ctas = 0;  // of an item
-  int parts;        // of a head, four strips each
+  int parts;                // of a head, four strips each
 
   LinesPlan(const Probe& op, int processors)
       : shared(op.q.shape[2] / op.k.shape[2] % 2 == 0),

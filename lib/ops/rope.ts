@@ -13,7 +13,7 @@ export interface RopeOptions {
   positions?: Tensor<'int32'> | undefined
   /** Which channels form a pair: i with i + rotary/2 (`'half-split'`, the default), or 2i with 2i + 1. */
   layout?: 'half-split' | 'interleaved' | undefined
-  /** [rows, rotary / 2]: cosines of every position, instead of those of `theta`; with `sin`. */
+  /** Cosines of every position, `[rows, rotary / 2]`, instead of those of `theta`; with `sin`. */
   cos?: Tensor<'float32'> | undefined
   /** As `cos`. */
   sin?: Tensor<'float32'> | undefined
