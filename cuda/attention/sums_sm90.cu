@@ -1,5 +1,6 @@
 #include "attention/sums_sm90.cuh"
 
 namespace heddle {
+template void launch_sums_sm90<DType::kBF16>(const ForwardCall&, cudaStream_t);
 template void launch_sums_sm90<DType::kF16>(const ForwardCall&, cudaStream_t);
 }  // namespace heddle

@@ -1,5 +1,0 @@
-#include "attention/sums_sm90.cuh"
-
-namespace heddle {
-template void launch_sums_sm90<DType::kBF16>(const ForwardCall&, cudaStream_t);
-}  // namespace heddle
