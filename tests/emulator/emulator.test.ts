@@ -498,7 +498,7 @@ const kernels: Kernel[] = [
       {
         what: 'a power is one too high',
         file: slots,
-        from: 'power >> bit & 1',
+        from: 'times >> bit & 1',
         to: 'true',
       },
     ],
