@@ -135,6 +135,15 @@ __device__ __forceinline__ void copy_to_gmem(const TensorMap& map, const void* s
       "r"(address_of(smem)), "r"(column), "r"(row), "r"(head), "r"(batch)
       : "memory");
 }
+__device__ __forceinline__ void copy_to_gmem(const TensorMap& map, const void* smem, int column,
+                                             int row, int head, int batch, Keep keep) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group.L2::cache_hint"
+      " [%0, {%2, %3, %4, %5}], [%1], %6;" ::"l"(&map),
+      "r"(address_of(smem)), "r"(column), "r"(row), "r"(head), "r"(batch),
+      "l"(static_cast<uint64_t>(keep))
+      : "memory");
+}
 
 // Without a map and without swizzling: `bytes` is a multiple of 16, and both addresses are
 __device__ __forceinline__ void copy_to_smem(void* smem, const void* gmem, uint32_t bytes,

@@ -52,7 +52,7 @@ inline void copy_to_smem(void* smem, const TensorMap& map, Barrier& full, int co
   cta->copy_in(address_of(smem), map, address_of(&full), column, row, head, batch);
 }
 inline void copy_to_gmem(const TensorMap& map, const void* smem, int column, int row, int head,
-                         int batch) {
+                         int batch, Keep = Keep::kNormal) {
   cta->copy_out(map, address_of(smem), column, row, head, batch);
 }
 inline void copy_to_smem(void* smem, const void* gmem, uint32_t bytes, Barrier& full) {
