@@ -205,8 +205,6 @@ __global__ void __launch_bounds__(kDecodeThreads, kPieces == 8 ? 4 : 1)
         tile.advance(decay, smem_k, smem_v);
         if (p.all_states)
           store(p.all_states + ((b * p.tokens + t) * p.heads_state + state_head) * p.state_size());
-        // on its way while the output is computed
-        if (t + 1 == p.tokens && !skipped) store(state);
       }
       T* const out = static_cast<T*>(p.out) + ((b * p.tokens + t) * p.heads + head) * p.e;
       tile.project(
@@ -215,6 +213,7 @@ __global__ void __launch_bounds__(kDecodeThreads, kPieces == 8 ? 4 : 1)
             if (f < p.e) out[f] = from_float<T>(skipped ? 0 : p.scale * sum);
           });
     }
+  if (!skipped) store(state);
 }
 
 DecodeCall call_of(const LightningDecode& op) {
