@@ -326,9 +326,7 @@ export function hipDecoder(options: HipDecoderOptions = {}): HipDecoder {
         `${name} is not taken here: a decoder is one sequence's`,
       )
   const { stages, rope } = searched
-  const settingsOf = (rows: number) => {
-    // One block holds the rows of the call
-    const block = 2 ** Math.ceil(Math.log2(rows))
+  const settingsFor = (block: number) => {
     const strideOf = (stride: number) => Math.min(stride, block)
     if (stages) {
       const fitted = stages.map((stage) => ({ ...stage, block, stride: strideOf(stage.stride) }))
@@ -341,6 +339,14 @@ export function hipDecoder(options: HipDecoderOptions = {}): HipDecoder {
       block: [block, keys],
       stride: [strideOf(queries), stride],
     })
+  }
+  // One block holds the rows of a call
+  const fitted = new Map<number, HipSettings>()
+  const settingsOf = (rows: number) => {
+    const block = 2 ** Math.ceil(Math.log2(rows))
+    const known = fitted.get(block) ?? settingsFor(block)
+    fitted.set(block, known)
+    return known
   }
   const whole = hipSettings(op, searched)
   const refresh = checkRefresh(op, options.refresh, stages?.length)
@@ -428,7 +434,7 @@ export function hipDecoder(options: HipDecoderOptions = {}): HipDecoder {
       checkTensor(op, 'k', k)
       const [b = 0, n = 0] = q.shape
       checkInteger(op, 'q.shape[1]', n, 1, 128)
-      const settings: HipSettings = settingsOf(n)
+      const settings = settingsOf(n)
       const sk = k.shape[1]!
       if (caches && (b !== 1 || !k.isContiguous || !v.isContiguous))
         throw refuse(
