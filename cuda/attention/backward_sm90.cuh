@@ -1040,9 +1040,12 @@ void launch_backward(const BackwardCall& call, cudaStream_t stream) {
   // As many heads take turns as have q, dout and sums of dq that L2 keeps, but enough for two tiles
   // a multiprocessor: else a last section would leave most of them idle beside its longest tile.
   // Where nobody waits and all tiles are equal, those of a head run side by side.
-  constexpr int64_t kSectionBytes = 40'000'000, kSectionTiles = 256;
+  // Under lists a tile has few steps beside those until its first turn, one for each tile of its
+  // head before it, so that more heads take turns.
+  constexpr int64_t kSectionBytes = 40'000'000, kSectionTiles = 256, kListedHeads = 16;
   const int64_t bytes = call.sq * group * kD * 8;
-  const int64_t most = std::max(kSectionBytes / bytes, kSectionTiles / tiles.key_tiles);
+  const int64_t most = std::max({kSectionBytes / bytes, kSectionTiles / tiles.key_tiles,
+                                 kListed && call.deterministic ? kListedHeads : 0});
   args.sections = static_cast<int>(args.causal || call.deterministic || kListed
                                        ? pairs / std::clamp<int64_t>(most, 1, pairs)
                                        : pairs);
