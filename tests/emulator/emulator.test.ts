@@ -264,8 +264,8 @@ const kernels: Kernel[] = [
       {
         what: 'more registers are taken than given',
         file: float8,
-        from: 'd == 64 ? 56 : 40',
-        to: '48',
+        from: '(504 - load',
+        to: '(520 - load',
       },
       {
         what: 'values are transposed before they arrived',

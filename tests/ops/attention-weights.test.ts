@@ -283,7 +283,7 @@ describeDevices('attention with other weights', (device) => {
           // terms nor that out was rounded
           const rows = c.b * c.sq * c.hq
           const coarse = dtype === 'float32' ? 0 : epsilon[dtype]
-          const floor = (8 * epsilon.float32 + coarse / 2) * Math.sqrt(rows * c.dv) * steep
+          const floor = (24 * epsilon.float32 + coarse / 2) * Math.sqrt(rows * c.dv) * steep
           const bound = 8 * ((coarse + 2e-6) * Math.sqrt(size) + uncertain) + floor
           expect(
             Math.abs(actual - expected),
