@@ -701,13 +701,14 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kMapped, kListed>::kThre
           const int tile = key_end - 1 - j;
           step(j, soften(j, tile >= whole_end || tile < whole_begin));
         }
+      } else {
+#pragma unroll 1
+        for (; j < key_tiles && key_end - 1 - j >= whole_end; ++j) step(j, soften(j, true));
+#pragma unroll 1
+        for (; j < key_tiles && key_end - 1 - j >= whole_begin; ++j) step(j, soften(j, false));
+#pragma unroll 1
+        for (; j < key_tiles; ++j) step(j, soften(j, true));
       }
-#pragma unroll 1
-      for (; j < key_tiles && key_end - 1 - j >= whole_end; ++j) step(j, soften(j, true));
-#pragma unroll 1
-      for (; j < key_tiles && key_end - 1 - j >= whole_begin; ++j) step(j, soften(j, false));
-#pragma unroll 1
-      for (; j < key_tiles; ++j) step(j, soften(j, true));
       last(key_tiles - 1);
     }
     used += key_tiles;
