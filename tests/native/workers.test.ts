@@ -104,7 +104,7 @@ describe('workers', () => {
       const kept = heddle.zeros([1000])
       parentPort.postMessage({ memory: heddle.memory(), read: kept.readSync()[0] })`)
     expect(await message(worker)).toEqual({
-      memory: { tensors: 1, bytes: 4000, peakBytes: 4000 },
+      memory: { tensors: 1, bytes: 4000, peakBytes: 4000, pinnedBytes: 0 },
       read: 0,
     })
     // fewer when some were collected meanwhile
