@@ -158,7 +158,9 @@ class CudaBackend final : public Backend {
     if (status == cudaSuccess) status = try_record(event);
     {
       std::lock_guard lock(mutex_);
-      downloads_.push_back({event, status, std::move(from), std::move(to), std::move(done)});
+      auto faults = from->faults;
+      downloads_.push_back(
+          {event, status, std::move(from), std::move(faults), std::move(to), std::move(done)});
     }
     filled_.notify_one();
   }
@@ -228,6 +230,7 @@ class CudaBackend final : public Backend {
     cudaEvent_t event;
     cudaError_t status;
     StorageRef from;
+    std::vector<std::shared_ptr<const int>> faults;  // of `from` when this was queued
     HostBuffer to;
     std::function<void(Failure)> done;
   };
@@ -367,7 +370,7 @@ class CudaBackend final : public Backend {
       return std::make_shared<Error>(error);
     }
     if (Failure failure = from->failure()) return failure;
-    for (const auto& word : from->faults) {
+    for (const auto& word : download.faults) {
       const auto* fault = reinterpret_cast<const Fault*>(word.get());
       if (*static_cast<const volatile int*>(word.get()) == 0) continue;
       auto error = std::make_shared<Error>(Code::kArgument, "", fault->text);
