@@ -80,14 +80,14 @@ Failure Gate::wait() {
 
 StorageRef Backend::allocate(size_t nbytes, bool pinned) {
   void* data = pinned ? allocate_pinned(nbytes) : allocate_bytes(nbytes);
-  HEDDLE_CHECK(data, kMemory, "", "cannot allocate ", nbytes, pinned ? " pinned" : "", " bytes on ",
-               text_of(device), ", where ", memory.bytes.load(),
+  std::atomic<int64_t>& bytes = pinned ? memory.pinned_bytes : memory.bytes;
+  const char* kind = pinned ? " pinned" : "";
+  HEDDLE_CHECK(data, kMemory, "", "cannot allocate ", nbytes, kind, " bytes on ", text_of(device),
+               ", where ", bytes.load(), kind,
                " bytes are in use; dispose tensors that are no longer needed");
   memory.tensors.fetch_add(1, std::memory_order_relaxed);
   const auto size = static_cast<int64_t>(nbytes);
-  const int64_t now =
-      (pinned ? memory.pinned_bytes : memory.bytes).fetch_add(size, std::memory_order_relaxed) +
-      size;
+  const int64_t now = bytes.fetch_add(size, std::memory_order_relaxed) + size;
   if (!pinned && now > memory.peak_bytes.load(std::memory_order_relaxed))
     memory.peak_bytes.store(now);
   return std::make_shared<Storage>(shared_from_this(), data, nbytes, pinned);

@@ -97,11 +97,11 @@ export function parseDevice(
 
 /** What tensors of this thread hold on one device. */
 export interface MemoryInfo {
-  /** Allocations that are alive, views not counted. */
+  /** Allocations that are alive, pinned ones among them, views not counted. */
   tensors: number
   bytes: number
   peakBytes: number
-  /** Of `pinned` tensors, which take nothing of the device's own memory and do not count above. */
+  /** Of `pinned` tensors, which take nothing of the device's own memory and do not count in `bytes`. */
   pinnedBytes: number
 }
 
