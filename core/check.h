@@ -12,6 +12,7 @@ enum class Code { kShape, kDType, kDevice, kArgument, kUnsupported, kDisposed, k
 struct Part {
   Part(const char* text) : text(text) {}
   Part(const Tensor& tensor) : tensor(&tensor) {}  // its shape
+  Part(char) = delete;                             // would be a number
   Part(double number) : number(number) {}
   Part(int integer) : Part(static_cast<long long>(integer)) {}
   Part(unsigned integer) : Part(static_cast<long long>(integer)) {}
