@@ -282,12 +282,17 @@ class CudaBackend final : public Backend {
       if (error.code == Code::kCuda) lose(error, call.op.name.c_str());
       throw;
     }
-    // Whatever is computed from a faulty tensor is faulty as well
+    // Whatever is computed from a faulty tensor is faulty as well. Tensors that are updated for
+    // ever let go of words that have nothing more to say.
     std::vector<std::shared_ptr<const int>> faults = std::move(context.faults);
-    for (const StorageRef& input : call.inputs)
+    const auto settled = [](const auto& word) { return fault_of(word)->settled.load(); };
+    for (const StorageRef& input : call.inputs) {
+      std::erase_if(input->faults, settled);
       faults.insert(faults.end(), input->faults.begin(), input->faults.end());
+    }
     for (const StorageRef& output : call.outputs) {
       output->producer = call.op.name.c_str();
+      std::erase_if(output->faults, settled);
       for (const auto& fault : faults)
         if (std::find(output->faults.begin(), output->faults.end(), fault) == output->faults.end())
           output->faults.push_back(fault);
@@ -359,6 +364,10 @@ class CudaBackend final : public Backend {
     }
   }
 
+  static Fault* fault_of(const std::shared_ptr<const int>& word) {
+    return reinterpret_cast<Fault*>(const_cast<int*>(word.get()));
+  }
+
   Failure failure_of(const Download& download) {
     const StorageRef& from = download.from;
     if (download.status != cudaSuccess) {
@@ -371,8 +380,11 @@ class CudaBackend final : public Backend {
     }
     if (Failure failure = from->failure()) return failure;
     for (const auto& word : download.faults) {
-      const auto* fault = reinterpret_cast<const Fault*>(word.get());
-      if (*static_cast<const volatile int*>(word.get()) == 0) continue;
+      Fault* fault = fault_of(word);
+      if (*static_cast<const volatile int*>(word.get()) == 0) {
+        fault->settled = !fault->captured;
+        continue;
+      }
       auto error = std::make_shared<Error>(Code::kArgument, "", fault->text);
       error->op = fault->op;
       return error;

@@ -1,4 +1,5 @@
 #pragma once
+#include <atomic>
 #include <deque>
 #include <memory>
 #include <mutex>
@@ -12,6 +13,8 @@ namespace heddle {
 // A word in memory that the host and every device see, and what it means once it is set
 struct Fault {
   int word;
+  bool captured;              // a graph can set it again
+  std::atomic<bool> settled;  // all that could set it has run, and did not
   const char* op;
   const char* text;
 };

@@ -51,6 +51,8 @@ std::shared_ptr<Fault> FaultPool::take(cudaStream_t stream, bool capturing) {
     free_.pop_back();
   }
   fault->word = 0;
+  fault->captured = capturing;
+  fault->settled = false;
   return {fault, [pool = shared_from_this()](Fault* used) {
             std::lock_guard lock(pool->mutex_);
             pool->back_.push_back(used);
