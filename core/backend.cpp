@@ -114,10 +114,10 @@ std::unique_ptr<Graph> Backend::capture(std::vector<std::shared_ptr<Call>> calls
   return std::make_unique<LaunchGraph>(shared_from_this(), std::move(calls));
 }
 
-size_t physical_memory() {
-  static const size_t bytes =
+bool fits_machine(size_t nbytes, int64_t held) {
+  static const size_t physical =
       static_cast<size_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<size_t>(sysconf(_SC_PAGESIZE));
-  return bytes;
+  return nbytes <= physical && static_cast<size_t>(held) <= physical - nbytes;
 }
 
 namespace {

@@ -139,8 +139,9 @@ class Backend : public std::enable_shared_from_this<Backend> {
   virtual void release_pinned(void* data, size_t nbytes) noexcept { release_bytes(data, nbytes); }
 };
 
-// How many bytes this machine could hold at most
-size_t physical_memory();
+// Whether this machine could hold so many bytes beside others. More than it has would be granted
+// and end the process when it is touched.
+bool fits_machine(size_t nbytes, int64_t held);
 
 std::shared_ptr<Backend> make_cpu_backend();
 

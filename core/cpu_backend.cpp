@@ -93,10 +93,9 @@ class CpuBackend final : public Backend {
 
  protected:
   void* allocate_bytes(size_t nbytes) override {
-    // More than the machine has would be granted now and end the process when it is touched
-    const auto held = static_cast<size_t>(memory.bytes.load(std::memory_order_relaxed) +
-                                          memory.pinned_bytes.load(std::memory_order_relaxed));
-    if (nbytes > physical_memory() || held > physical_memory() - nbytes) return nullptr;
+    const int64_t held = memory.bytes.load(std::memory_order_relaxed) +
+                         memory.pinned_bytes.load(std::memory_order_relaxed);
+    if (!fits_machine(nbytes, held)) return nullptr;
     const size_t kept = blocks_.class_of(nbytes);
     if (kept)
       if (void* block = blocks_.take(kept)) return block;

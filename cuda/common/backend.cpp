@@ -204,6 +204,7 @@ class CudaBackend final : public Backend {
   }
   void* allocate_pinned(size_t nbytes) override {
     check_lost();
+    if (!fits_machine(nbytes, memory.pinned_bytes.load())) return nullptr;
     cudaSetDevice(device.index);
     sweep();
     void* data = nullptr;

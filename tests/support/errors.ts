@@ -26,7 +26,7 @@ const sentences: readonly RegExp[] = [
   /^shape \[.*\] has more bytes than can be addressed$/,
   /^shape \[.*\] would need a copy \(.*\); call contiguous\(\) first$/,
   /^no kernel takes this call on sm_\d+ \(.*\)$/,
-  /^cannot allocate \d+ bytes (on (cpu|cuda:\d+), where \d+ bytes are in use; dispose tensors|of host memory)/,
+  /^cannot allocate \d+ (pinned )?bytes (on (cpu|cuda:\d+), where \d+ (pinned )?bytes are in use; dispose tensors|of host memory)/,
   /^ran out of host memory$/,
   /^device cuda:\d+ cannot be used: \S.*; \S/,
   /^this tensor was disposed$/,

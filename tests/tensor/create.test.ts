@@ -80,6 +80,11 @@ describeDevices('creating tensors', (device) => {
     expect((await failure(() => empty([1], { pinned: 1 as never }))).message).toBe(
       'empty: pinned must be a boolean, got 1',
     )
+    const { pinnedBytes } = before
+    expect((await failure(() => empty([2 ** 48], { device, pinned: true }))).message).toBe(
+      `empty: cannot allocate ${2 ** 50} pinned bytes on ${device}, where ${pinnedBytes} pinned bytes are in use; ` +
+        'dispose tensors that are no longer needed',
+    )
   })
 
   const expectLaidOut = (x: Tensor, dtype: DType, shape: readonly number[]) => {
