@@ -332,8 +332,12 @@ class CudaBackend final : public Backend {
       std::lock_guard lock(mutex_);
       retired.swap(retired_);
     }
-    for (HostBuffer& buffer : retired)
-      uploads_.push_back({record(), nullptr, std::move(buffer), nullptr});
+    for (HostBuffer& buffer : retired) {
+      cudaEvent_t event = nullptr;
+      // A device that fails here was lost, and uses nothing any more: copies from it say so
+      if (try_record(event) == cudaSuccess)
+        uploads_.push_back({event, nullptr, std::move(buffer), nullptr});
+    }
     while (!uploads_.empty() && cudaEventQuery(uploads_.front().event) == cudaSuccess) {
       {
         std::lock_guard lock(mutex_);
