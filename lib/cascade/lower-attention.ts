@@ -474,10 +474,10 @@ function weightedSum(
   const page = ir.splits.find(({ variable }) => rankOf(variable) === rankIn(m))
   if (pages.size > 0) {
     const both = [...pages.keys()].every((one) => one === k.main.name || one === v.main.name)
-    const same = table !== undefined && pages.get(v.main.name) === table
+    const same = table && pages.get(v.main.name) === table
     if (!both || !same || pages.has(q.main.name) || !alone || biasPlaces || dots.length > 1)
       throw fail(
-        'its pages are not those of k and v alone, which nothing is computed from',
+        'its pages are not those of k and v alone, by one table, which nothing is computed from',
         'CAS022',
       )
     slots.blockTable = table

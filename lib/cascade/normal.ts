@@ -471,7 +471,9 @@ export class Normal {
     string,
     { form: Form; where: readonly Condition[]; left: readonly string[] }
   >()
-  /** Tables of the inputs that are read page by page, as K[table[m1],m0,e] of a split rank; they have m here. */
+  /**
+   * Tables of the inputs that are read page by page, as K[table[m1],m0,e] of a split rank, or '' for several; they have m here.
+   */
   readonly pages = new Map<string, string>()
   private readonly states = new Map<string, State>()
   private fresh = 0
@@ -720,7 +722,8 @@ export class Normal {
       const { splits } = this.ir
       if (!outer || !splits.some((one) => one.outer === outer.key && one.inner === inner.key))
         continue
-      this.pages.set(tensor, page.name)
+      const table = this.pages.get(tensor) ?? page.name
+      this.pages.set(tensor, table === page.name ? table : '')
       const whole = plus(times(outer, name(rankOf(inner.key))), inner)
       return [
         ...indices.slice(0, at),

@@ -55,7 +55,7 @@ export function productOf({ out, reduce, expr, where }: Statement): Product | un
     columns.length > 0 &&
     [...rows, ...columns].every((name) => left.includes(name))
   const found = left.length === batch.length + rows.length + columns.length
-  if (!apart || !found || batch.length + over.length < both.length) return undefined
+  if (!apart || !found || batch.length + over.length !== both.length) return undefined
   const factor = numbers.reduce((product, { value }) => product * value, 1)
   return { a, b, batch, rows, columns, over, left, names, factor }
 }

@@ -339,6 +339,9 @@ describeDevices('compile', (device) => {
     const half = parsed.toString().replace('V[table[b,m1],m0,h,f]', 'V[b,m1*M0 + m0,h,f]')
     const refused = await failure(() => cascade(half).compile())
     expect(refused.message).toContain('its pages are not those of k and v alone')
+    // the values of one page and the keys of another, of one tensor
+    const both = parsed.toString().replace('V[table', 'K[other')
+    expect((await failure(() => cascade(both).compile())).message).toContain('by one table')
   })
 
   it('finds a product of matrices along whatever axes', async () => {
@@ -366,6 +369,9 @@ describeDevices('compile', (device) => {
     )
     const error = await failure(() => batched(q.select(0, 0), q))
     expect(error.message).toBe('cascade: Q must be [h, p, e], got [7, 16]')
+    // a sum over what neither operand has is as many times as large
+    const unread = await failure(() => cascade('Y[a,b] = sum(i,j) A[a,i] * B[b,i]').compile())
+    expect(unread.message).toContain('no kernel takes this cascade')
   })
 
   it('finds a norm under other names', async () => {
