@@ -128,8 +128,10 @@ export function hipCaches(
       const make = (x: Tensor) =>
         kept(empty([1, 3 * (sk - from), ...x.shape.slice(2)], { dtype: x.dtype, device: x.device }))
       const isNext = last && last.start <= from && from <= last.end && last.end <= sk
-      const isFull = last && sk - last.start > last.k.shape[1]!
-      if (!last || !isNext || (isFull && last.end - from > from - last.start)) {
+      const room = last?.k.shape[1] ?? 0
+      const isFull = last && sk - last.start > room
+      const isTight = last && (sk - from > room || last.end - from > from - last.start)
+      if (!last || !isNext || (isFull && isTight)) {
         last?.k.dispose()
         last?.v.dispose()
         last = { k: make(k), v: make(v), start: from, end: from }

@@ -1,3 +1,4 @@
+import { mustBe } from '../check.js'
 import type { FloatDType } from '../dtype.js'
 import { refuse } from '../errors.js'
 import { makeMask } from '../mask.js'
@@ -14,9 +15,13 @@ export function turn<D extends FloatDType>(x: Tensor<D>, { cos, sin }: HipRope, 
   return rope(x, { cos, sin, offset })
 }
 
+const attendedAt = ['own', 'streaming', 'infllm', 'self_extend', 'dynamic_extend'] as const
+
 /** @internal Where attention takes listed keys to stand, unless that is where they do. */
 export function substitutes(op: string, rope: HipRope | undefined, settings: HipSettings) {
   const { attended = 'streaming' } = rope ?? {}
+  if (!attendedAt.includes(attended))
+    throw mustBe(op, 'rope.attended', `one of ${attendedAt.join(', ')}`, attended)
   if (!rope || attended === 'own') return undefined
   if (settings.headMode !== 'all' || settings.window < settings.block[1])
     throw refuse(

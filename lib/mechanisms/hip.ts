@@ -112,6 +112,7 @@ export function hipAttention<D extends FloatDType>(
   const op = 'hipAttention'
   checkTensor(op, 'q', q)
   checkTensor(op, 'k', k)
+  checkTensor(op, 'v', v)
   if (options === null || typeof options !== 'object')
     throw mustBe(op, 'options', 'an object', options)
   const [shared] = split(options, ownOptions)
@@ -432,8 +433,16 @@ export function hipDecoder(options: HipDecoderOptions = {}): HipDecoder {
     attend(q, k, v) {
       checkTensor(op, 'q', q)
       checkTensor(op, 'k', k)
+      checkTensor(op, 'v', v)
       const [b = 0, n = 0] = q.shape
       checkInteger(op, 'q.shape[1]', n, 1, 128)
+      if (elsewhere && b !== 1)
+        throw refuse(
+          'ERR_UNSUPPORTED',
+          op,
+          'q',
+          'rope with keys attended elsewhere than they stand takes one sequence; make a decoder for each',
+        )
       const settings = settingsOf(n)
       const sk = k.shape[1]!
       if (caches && (b !== 1 || !k.isContiguous || !v.isContiguous))

@@ -1,3 +1,4 @@
+import { checkInteger } from '../check.js'
 import type { FloatDType } from '../dtype.js'
 import type { Mask } from '../mask.js'
 import { type HipOptions, type HipRope, hip, hipStages } from '../ops/hip.js'
@@ -55,6 +56,7 @@ export function infiniteHip<D extends FloatDType>(
  * three layers compare chunks in their order, the others two halves as neighbours, and what is listed is attended as if it
  * stood right before the window. No distance is beyond what the model has learnt, however long the sequence.
  *
+ * @throws HeddleError `ERR_ARGUMENT` if `layer` is no integer from 0 on.
  * @example
  * import { hipAttention, infiniteHipPresets, infiniteHipRope, randn, tensor } from 'heddle'
  * const [q, k, v] = [1, 2, 3].map((seed) => randn([1, 4096, 2, 64], { seed }))
@@ -64,5 +66,6 @@ export function infiniteHip<D extends FloatDType>(
  * const { out } = hipAttention(q, k, v, { ...infiniteHipPresets.fineScans, rope, layer: 5 })
  */
 export function infiniteHipRope(layer: number, tables: Pick<HipRope, 'cos' | 'sin'>): HipRope {
+  checkInteger('infiniteHipRope', 'layer', layer, 0)
   return { ...tables, positions: layer < 3 ? 'streaming' : 'relative', attended: 'streaming' }
 }

@@ -440,6 +440,16 @@ describeDevices('hip mechanisms', (device) => {
         )
         expect(maxError(out, Float32Array.from(expected)), `${mode} ${n}`).toBeLessThan(2e-5)
       }
+      // many tokens at once, after steps that leave little of the room for a window
+      for (const one of [decoder, offloaded]) one.reset()
+      const steps = [...range(30).map((i) => [1, 201 + i] as const), [64, 294] as const]
+      for (const [n, length] of steps) {
+        const rows = q.tensor.slice(1, 0, n)
+        const [near, other] = [[k.tensor, v.tensor] as const, far].map(([y, z], i) =>
+          [decoder, offloaded][i]!.attend(rows, y!.slice(1, 0, length), z!.slice(1, 0, length)),
+        )
+        expect(await other!.out.read()).toEqual(await near!.out.read())
+      }
       // several tokens are a block of queries
       const [x, y, z] = [
         q.tensor.slice(1, 0, 3),
@@ -608,12 +618,27 @@ describeDevices('hip mechanisms', (device) => {
         'hipDecoder: rope with keys attended elsewhere than they stand takes one list for all heads and a window of at least a block',
       ],
       [
+        () => hipDecoder({ stages: hipStages, rope: { attended: 'relative' } as never }),
+        'hipDecoder: rope.attended must be one of own, streaming, infllm, self_extend, dynamic_extend, got "relative"',
+      ],
+      [
         () => hipAttention(z, z, z, { stages: hipStages, rope: {} as never, cacheSeqlens: [1] }),
         'hipAttention: rope cannot be combined with lengths of sequences',
       ],
       [
         () => hipDecoder({ offload: true }).attend(z, z.transpose(1, 2), z),
         'hipDecoder: offload takes contiguous keys and values of one sequence',
+      ],
+      [
+        () => hipDecoder({ offload: true }).attend(z, z, undefined as never),
+        'hipDecoder: v must be a tensor, got undefined',
+      ],
+      [
+        () => {
+          const two = z.expand([2, 2, 2, 8])
+          return hipDecoder({ stages: hipStages, rope: {} as never }).attend(two, two, two)
+        },
+        'hipDecoder: rope with keys attended elsewhere than they stand takes one sequence; make a decoder for each',
       ],
       [
         () => hipDecoder({ topK: 7 }),
