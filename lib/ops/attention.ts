@@ -135,8 +135,8 @@ const known: ReadonlySet<string> = new Set<keyof Float8Options>([
  *
  * @param q [b, sq, hq, d], float32, float16, bfloat16 or float8_e4m3fn; d a multiple of 8 up to 256.
  * @param k [b, sk, hk, d], same dtype; hq a multiple of hk (query head i reads head i div (hq / hk)).
- * @param v [b, sk, hk, dv], same dtype; dv a multiple of 8 up to 256. Of 0 columns (`v.slice(3, 0, 0)`), which is faster,
- * the result is `lse` alone.
+ * @param v [b, sk, hk, dv], same dtype; dv a multiple of 8 up to 256. Of 0 columns (`v.slice(3, 0, 0)`) the result
+ * is `lse` alone.
  * @throws HeddleError `ERR_SHAPE`, `ERR_DTYPE`, `ERR_DEVICE` or `ERR_ARGUMENT` at the call; reading rejects if the contents
  * of `cuSeqlensQ`, `cuSeqlensK`, `blockTable` or `cacheSeqlens` are out of range.
  * @example
