@@ -1,3 +1,4 @@
+import { refuse } from '../errors.js'
 import { mul } from '../ops/elementwise.js'
 import { linear } from '../ops/linear.js'
 import { empty, full } from '../tensor.js'
@@ -80,7 +81,13 @@ export function multiply(
   const names = [a, b].map((access) => variablesOf(access)!)
   operands.forEach(({ shape }, i) => {
     names[i]!.forEach((name, at) => {
-      sizes.set(name, shape[at]!)
+      const known = sizes.get(name) ?? shape[at]!
+      if (known !== shape[at]) {
+        const text = `${b.name} must be [${names[i]!.join(', ')}], got [${shape.join(', ')}]`
+        const why = `${name} is ${shape[at]}, but ${a.name} has ${name} = ${known}`
+        throw refuse('ERR_SHAPE', 'cascade', b.name, `${text} (${why})`)
+      }
+      sizes.set(name, known)
     })
   })
   const count = (of: readonly string[]) => of.reduce((n, name) => n * sizes.get(name)!, 1)

@@ -369,6 +369,10 @@ describeDevices('compile', (device) => {
     )
     const error = await failure(() => batched(q.select(0, 0), q))
     expect(error.message).toBe('cascade: Q must be [h, p, e], got [7, 16]')
+    const other = await failure(() => batched(q, q.slice(2, 0, 8).contiguous().reshape([6, 7, 4])))
+    expect(other.message).toBe(
+      'cascade: K must be [h, m, e], got [6, 7, 4] (h is 6, but Q has h = 3)',
+    )
     // a sum over what neither operand has is as many times as large
     const unread = await failure(() => cascade('Y[a,b] = sum(i,j) A[a,i] * B[b,i]').compile())
     expect(unread.message).toContain('no kernel takes this cascade')
