@@ -466,9 +466,15 @@ export function hipDecoder(options: HipDecoderOptions = {}): HipDecoder {
           table: made(b, heads, 1, settings.sinkTokens / settings.block[1] + width),
           length: made(b, heads, 1),
         }
-        const next = scope(() =>
-          searchHip({ q, k }, settings, lists.slice(0, first), found, caches?.search(k)),
-        )
+        const next = scope(() => {
+          try {
+            return searchHip({ q, k }, settings, lists.slice(0, first), found, caches?.search(k))
+          } catch (error) {
+            // they may have the sizes of what was refused
+            caches?.dispose()
+            throw error
+          }
+        })
         if (isShared) scope(() => caches?.list(k, v, found.table, found.length))
         for (const one of lists.slice(first)) disposeLists(one)
         for (const one of [blocks, pages?.table, pages?.length]) one?.dispose()

@@ -646,6 +646,11 @@ describeDevices('hip mechanisms', (device) => {
       ],
     ] as const
     for (const [call, message] of cases) expect((await failure(call)).message).toBe(message)
+    // what was refused leaves no cache of its sizes
+    using decoder = hipDecoder({ offload: true })
+    const narrow = tensor(new Float32Array(16), [1, 2, 2, 4], { device })
+    expect((await failure(() => decoder.attend(z, narrow, z))).message).toContain('but q has d = 8')
+    expect(decoder.attend(z, z, z).out.shape).toEqual([1, 2, 2, 8])
     const q = tensor(new Float32Array(129 * 8), [1, 129, 1, 8], { device })
     expect((await failure(() => hipDecoder().attend(q, q, q))).message).toBe(
       'hipDecoder: q.shape[1] must be an integer from 1 to 128, got 129',
