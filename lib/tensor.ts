@@ -33,7 +33,8 @@ export interface CreateOptions<D extends DType = DType> {
   device?: DeviceLike | undefined
   /**
    * Whether a GPU's tensor stands in page-locked memory of the host, which its kernels reach at the speed of the bus: for
-   * what the GPU has no room for. It stays a tensor of that device. What is computed from it stands on the GPU again.
+   * what the GPU has no room for. It stays a tensor of that device. What is computed from it stands on the GPU again. On
+   * `'cpu'` it changes nothing but what `memory()` counts it as.
    */
   pinned?: boolean | undefined
 }

@@ -1,5 +1,6 @@
 import { checkOptions } from '../check.js'
 import type { FloatDType } from '../dtype.js'
+import { refuse } from '../errors.js'
 import { run } from '../native.js'
 import type { Tensor } from '../tensor.js'
 
@@ -43,5 +44,7 @@ const known: ReadonlySet<string> = new Set<keyof RopeOptions>([
  */
 export function rope<D extends FloatDType>(x: Tensor<D>, options: RopeOptions = {}): Tensor<D> {
   checkOptions('rope', options, known)
+  if (options.theta !== undefined && options.cos !== undefined)
+    throw refuse('ERR_ARGUMENT', 'rope', 'theta', 'theta must be left out where cos is given')
   return run('rope', { ...options, x })[0] as Tensor<D>
 }

@@ -157,6 +157,9 @@ describeDevices('layers', (device) => {
         expect(error, `rope ${layout} ${offset}`).toBeLessThanOrEqual(4 * epsilon[dtype] + 2e-6)
       }
       const [x, cos] = [zeros([1, 3, 1, 4], { dtype, device }), zeros([4, 2], { device })]
+      expect((await failure(() => rope(x, { cos, sin: cos, theta: 5 }))).message).toBe(
+        'rope: theta must be left out where cos is given',
+      )
       expect((await failure(() => rope(x, { cos, sin: cos, offset: 2 }))).message).toBe(
         'rope: cos must be contiguous, with 2 columns and a row for every position, got [4, 2]',
       )
