@@ -131,9 +131,8 @@ describeDevices('layers', (device) => {
           : undefined
         const x = await sample(rng, [b, s, h, d], dtype, device)
         const result = rope(x.tensor, {
-          theta,
           layout,
-          ...{ cos: table(Math.cos), sin: table(Math.sin) },
+          ...(angles ? { cos: table(Math.cos), sin: table(Math.sin) } : { theta }),
           ...(rotary === d ? {} : { rotary }),
           ...(positions
             ? { positions: tensor(positions, [b, s], { dtype: 'int32', device }) }
