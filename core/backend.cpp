@@ -8,8 +8,8 @@
 namespace heddle {
 
 Storage::~Storage() {
-  backend->memory.tensors.fetch_sub(1, std::memory_order_relaxed);
   MemoryCount& memory = backend->memory;
+  memory.tensors.fetch_sub(1, std::memory_order_relaxed);
   (pinned ? memory.pinned_bytes : memory.bytes)
       .fetch_sub(static_cast<int64_t>(nbytes), std::memory_order_relaxed);
   if (pinned) {

@@ -11,9 +11,10 @@ export function track(tensor: Tensor): void {
   scopes.getStore()?.add(tensor)
 }
 
-/** @internal */
-export function untrack(tensor: Tensor): void {
+/** @internal The tensor, which outlives the scope that it was made in. */
+export function untrack<T extends Tensor>(tensor: T): T {
   scopes.getStore()?.delete(tensor)
+  return tensor
 }
 
 // Takes the tensors that a result holds out of the inner scope, so that they outlive it

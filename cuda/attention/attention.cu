@@ -68,7 +68,8 @@ const int* check_lengths(const Attention& op, const ForwardArgs& lengths, CudaCo
                        : "cacheSeqlens must be from 0 to sk";
   const int64_t pages = op.block_table ? op.block_table.shape[1] : 0;
   const int64_t count = std::max(args.sequences + 1, args.b * std::max<int64_t>(pages, 1));
-  // a launch is long beside a decode step, so a few looks don't get a second one to clear the word
+  // in a graph a word is cleared by a launch, which is long beside a decode step: a few looks need
+  // none
   constexpr int kMost = 1024;
   const bool alone = count <= 4 * kMost;
   args.fault = alone ? context.verdict(text) : context.fault(text);

@@ -84,17 +84,13 @@ export function hipCaches(
   let table: Tensor<'int32'> | undefined
   let last: { k: Tensor; v: Tensor; start: number; end: number } | undefined
 
-  const kept = <T extends Tensor>(tensor: T): T => {
-    untrack(tensor)
-    return tensor
-  }
   return {
     search(k) {
       const [, sk = 0, hk = 0, d = 0] = k.shape
       const far = k.reshape([sk * hk, 1, 1, d])
       const slots = scanned * hk
       rows ??= makeNearby(slots, far)
-      missed ??= kept(zeros([slots + 1], { dtype: 'int32', device: k.device }))
+      missed ??= untrack(zeros([slots + 1], { dtype: 'int32', device: k.device }))
       growNearby(rows, sk * hk)
       const { k: near, places, counts } = rows
       return {
@@ -114,7 +110,7 @@ export function hipCaches(
       const [keys, values] = [pagesOf(k, size), pagesOf(v, size)]
       pages ??= makeNearby(Math.floor(attended / size), keys, values)
       table?.dispose()
-      table = kept(
+      table = untrack(
         fetchPages(pages, keys, values, {
           ...{ wanted: wanted.reshape([wanted.size]), length: length.reshape([1]) },
         }),
@@ -126,7 +122,9 @@ export function hipCaches(
       const [, sk = 0] = k.shape
       // There is room for three times as many, so that they seldom move, and not onto themselves
       const make = (x: Tensor) =>
-        kept(empty([1, 3 * (sk - from), ...x.shape.slice(2)], { dtype: x.dtype, device: x.device }))
+        untrack(
+          empty([1, 3 * (sk - from), ...x.shape.slice(2)], { dtype: x.dtype, device: x.device }),
+        )
       const isNext = last && last.start <= from && from <= last.end && last.end <= sk
       const room = last?.k.shape[1] ?? 0
       const isFull = last && sk - last.start > room

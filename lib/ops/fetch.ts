@@ -18,11 +18,6 @@ export interface Nearby<D extends FloatDType = FloatDType> {
   counts: Tensor<'int64'>
 }
 
-const kept = <D extends Tensor | undefined>(tensor: D): D => {
-  if (tensor) untrack(tensor)
-  return tensor
-}
-
 /** @internal The whole pages of one sequence, [1, s, h, d], in its memory. */
 export function pagesOf<D extends FloatDType>(x: Tensor<D>, size: number): Tensor<D> {
   const whole = Math.floor(x.shape[1]! / size)
@@ -37,9 +32,9 @@ export function makeNearby<D extends FloatDType>(
 ): Nearby<D> {
   const { device } = k
   const like = (x: Tensor<D>) =>
-    kept(empty([slots, ...x.shape.slice(1)], { dtype: x.dtype, device }))
-  const none = (shape: number[]) => kept(full(shape, -1, { dtype: 'int32', device }))
-  const counts = kept(zeros([4], { dtype: 'int64', device }))
+    untrack(empty([slots, ...x.shape.slice(1)], { dtype: x.dtype, device }))
+  const none = (shape: number[]) => untrack(full(shape, -1, { dtype: 'int32', device }))
+  const counts = untrack(zeros([4], { dtype: 'int64', device }))
   return {
     k: like(k),
     v: v && like(v),
@@ -53,7 +48,7 @@ export function makeNearby<D extends FloatDType>(
 export function growNearby(near: Nearby, pages: number): void {
   const { places } = near
   if (pages <= places.size) return
-  near.places = kept(full([2 * pages], -1, { dtype: 'int32', device: places.device }))
+  near.places = untrack(full([2 * pages], -1, { dtype: 'int32', device: places.device }))
   using old = near.places.slice(0, 0, places.size)
   old.copyFrom(places)
   places.dispose()
