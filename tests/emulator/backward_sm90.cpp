@@ -2,18 +2,11 @@
 #include "attention/backward_sm90.cuh"
 
 #include "attention_check.h"
+#include "variant.h"
 
 namespace heddle {
 namespace {
 
-#ifndef HEDDLE_D
-#define HEDDLE_D 64
-#endif
-#ifndef HEDDLE_DTYPE
-#define HEDDLE_DTYPE kBF16
-#endif
-constexpr int kD = HEDDLE_D;
-constexpr DType kType = DType::HEDDLE_DTYPE;
 using Array = HeadArray<kType>;
 
 // A sum and the size of its terms, each of which may be wrong by a rounding; and what so many

@@ -567,7 +567,7 @@ const kernels: Kernel[] = [
     name: 'listed_sm90',
     variants: {
       'kF16 d64': ['-DHEDDLE_DTYPE=kF16', '-DHEDDLE_D=64'],
-      'kBF16 d128': [],
+      'kBF16 d128': ['-DHEDDLE_D=128'],
     },
     broken: 'kBF16 d128',
     faults: [

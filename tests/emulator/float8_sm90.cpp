@@ -1,17 +1,10 @@
 #include "attention/float8_sm90.cuh"
 
 #include "attention_check.h"
+#include "variant.h"
 
 namespace heddle {
 namespace {
-
-#ifndef HEDDLE_D
-#define HEDDLE_D 64
-#endif
-#ifndef HEDDLE_DTYPE
-#define HEDDLE_DTYPE kBF16
-#endif
-constexpr int kD = HEDDLE_D;
 
 const Case kCases[] = {
     {.b = 1, .sq = 1, .sk = 1, .hq = 1, .hk = 1},
@@ -40,7 +33,7 @@ const Case kCases[] = {
 
 int main(int argc, char** argv) {
   using namespace heddle;
-  return check_all<DType::kE4M3, DType::HEDDLE_DTYPE>(
+  return check_all<DType::kE4M3, kType>(
       kCases, kD, kD, argc, argv,
       [](const Case&, SplitCall& call) { launch_float8_sm90<kD>(call, nullptr); });
 }

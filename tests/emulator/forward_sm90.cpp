@@ -1,21 +1,15 @@
 #include "attention/forward_sm90.cuh"
 
 #include "attention_check.h"
+#include "variant.h"
 
 namespace heddle {
 namespace {
 
-#ifndef HEDDLE_D
-#define HEDDLE_D 64
-#endif
 #ifndef HEDDLE_DV
 #define HEDDLE_DV HEDDLE_D
 #endif
-#ifndef HEDDLE_DTYPE
-#define HEDDLE_DTYPE kBF16
-#endif
-constexpr int kD = HEDDLE_D, kDv = HEDDLE_DV;
-constexpr DType kType = DType::HEDDLE_DTYPE;
+constexpr int kDv = HEDDLE_DV;
 
 const Case kCases[] = {
     {.b = 1, .sq = 1, .sk = 1, .hq = 1, .hk = 1},

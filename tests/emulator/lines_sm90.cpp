@@ -4,17 +4,10 @@
 #include <cmath>
 #include <vector>
 
+#include "variant.h"
+
 namespace heddle {
 namespace {
-
-#ifndef HEDDLE_D
-#define HEDDLE_D 64
-#endif
-#ifndef HEDDLE_DTYPE
-#define HEDDLE_DTYPE kBF16
-#endif
-constexpr int kD = HEDDLE_D;
-constexpr DType kType = DType::HEDDLE_DTYPE;
 
 struct Case {
   int64_t b, sq, sk, hq, hk;

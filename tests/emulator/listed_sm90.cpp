@@ -1,18 +1,10 @@
 #include "attention/forward_sm90.cuh"
 
 #include "attention_check.h"
+#include "variant.h"
 
 namespace heddle {
 namespace {
-
-#ifndef HEDDLE_D
-#define HEDDLE_D 128
-#endif
-#ifndef HEDDLE_DTYPE
-#define HEDDLE_DTYPE kBF16
-#endif
-constexpr int kD = HEDDLE_D;
-constexpr DType kType = DType::HEDDLE_DTYPE;
 
 // q heads and kv heads with lists of their own, shared by a group and shared by all; blocks as
 // large as a warpgroup's rows, as a tile, larger and smaller; nothing listed and everything

@@ -1,18 +1,10 @@
 #include "attention/split_sm90.cuh"
 
 #include "attention_check.h"
+#include "variant.h"
 
 namespace heddle {
 namespace {
-
-#ifndef HEDDLE_D
-#define HEDDLE_D 64
-#endif
-#ifndef HEDDLE_DTYPE
-#define HEDDLE_DTYPE kBF16
-#endif
-constexpr int kD = HEDDLE_D;
-constexpr DType kType = DType::HEDDLE_DTYPE;
 
 const Case kCases[] = {
     {.b = 1, .sq = 1, .sk = 1, .hq = 1, .hk = 1},
