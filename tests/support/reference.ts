@@ -33,6 +33,10 @@ export function reader(values: ArrayLike<number>, s: number, h: number, d: numbe
   return (b, row, head, i) => values[((b * s + row) * h + head) * d + i]!
 }
 
+/** One row of a head. */
+const line = (read: Read, b: number, row: number, head: number, n: number) =>
+  Float64Array.from({ length: n }, (_, e) => read(b, row, head, e))
+
 export interface Reference {
   out: Float64Array
   lse: Float64Array
@@ -61,12 +65,19 @@ export function attentionReference(
   let largest = 0
   for (let b = 0; b < c.b; b++) {
     const { sq, sk } = lengths(b)
+    const lines = (read: Read, head: number, n: number) =>
+      Array.from({ length: sk }, (_, t) => line(read, b, t, head, n))
+    const [keys, values] = [
+      Array.from({ length: c.hk }, (_, head) => lines(k, head, c.d)),
+      Array.from({ length: c.hk }, (_, head) => lines(v, head, c.dv)),
+    ]
     for (let h = 0; h < c.hq; h++) {
       const hk = Math.floor(h / (c.hq / c.hk))
       const factor = (c.factors?.q[h] ?? 1) * (c.factors?.k[hk] ?? 1)
       const factorV = c.factors?.v[hk] ?? 1
       for (let i = 0; i < sq; i++) {
         const p = sk - sq + i
+        const query = line(q, b, i, h, c.d)
         const seen: number[] = []
         for (let t = 0; t < sk; t++) {
           if (c.causal && t > p) continue
@@ -76,13 +87,13 @@ export function attentionReference(
         }
         for (const rounded of [false, true]) {
           const r = (x: number) => (rounded ? round(x, dtype) : x)
-          const accumulated = (x: number) => (rounded ? Math.fround(x) : x)
           const scores = seen.map((t) => {
+            const key = keys[hk]![t]!
             let dot = 0
             let size = 0
             for (let e = 0; e < c.d; e++) {
-              const term = factor * q(b, i, h, e) * k(b, t, hk, e)
-              dot = accumulated(dot + term)
+              const term = factor * query[e]! * key[e]!
+              dot = rounded ? Math.fround(dot + term) : dot + term
               size += Math.abs(term)
             }
             largest = Math.max(largest, size * c.scale)
@@ -93,27 +104,31 @@ export function attentionReference(
           })
           const sink = c.sink?.[h]
           const top = Math.max(...scores, sink ?? Number.NEGATIVE_INFINITY)
+          if (top === Number.NEGATIVE_INFINITY) continue
           const weights = scores.map((score) => Math.exp(score - top))
           const sum = weights.reduce(
-            (a, w) => accumulated(a + w),
+            (a, w) => (rounded ? Math.fround(a + w) : a + w),
             sink === undefined ? 0 : Math.exp(sink - top),
           )
-          if (top === Number.NEGATIVE_INFINITY) continue
           const at = (b * c.hq + h) * c.sq + i
           ;(rounded ? plainLse : lse)[at] = rounded
             ? Math.fround(top + Math.log(sum))
             : top + Math.log(sum)
-          for (let f = 0; f < c.dv; f++) {
-            let value = 0
-            seen.forEach((t, j) => {
-              const weight =
-                rounded && c.coarse
-                  ? nearest('float8_e4m3fn', 256 * weights[j]!) / 256 / sum
-                  : r(weights[j]! / sum)
-              value = accumulated(value + weight * factorV * v(b, t, hk, f))
-            })
-            ;(rounded ? plain : out)[((b * c.sq + i) * c.hq + h) * c.dv + f] = r(value)
-          }
+          const row = ((b * c.sq + i) * c.hq + h) * c.dv
+          const to = (rounded ? plain : out).subarray(row, row + c.dv)
+          seen.forEach((t, j) => {
+            const weight =
+              factorV *
+              (rounded && c.coarse
+                ? nearest('float8_e4m3fn', 256 * weights[j]!) / 256 / sum
+                : r(weights[j]! / sum))
+            const value = values[hk]![t]!
+            for (let f = 0; f < c.dv; f++) {
+              const term = to[f]! + weight * value[f]!
+              to[f] = rounded ? Math.fround(term) : term
+            }
+          })
+          if (rounded) for (let f = 0; f < c.dv; f++) to[f] = r(to[f]!)
         }
       }
     }
@@ -161,8 +176,6 @@ export function attentionGradients(
   })
   const [exact, plain, size, inherited] = [zeros(), zeros(), zeros(), zeros()]
   let exponent = 0
-  const line = (read: Read, b: number, row: number, head: number, n: number) =>
-    Float64Array.from({ length: n }, (_, e) => read(b, row, head, e))
   for (let b = 0; b < c.b; b++) {
     const { sq, sk } = lengths(b)
     for (let h = 0; h < c.hq; h++) {

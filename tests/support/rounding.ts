@@ -1,28 +1,24 @@
 import type { FloatDType } from 'heddle'
 
-const buffer = new DataView(new ArrayBuffer(4))
+const number = new Float64Array(1)
+const words = new Uint32Array(number.buffer)
 
-function toBfloat16(x: number): number {
+/** To a significand of so many bits behind its first, where `least` is the exponent of the smallest normal number. */
+function toDigits(x: number, digits: number, least: number, largest: number): number {
   if (!Number.isFinite(x)) return x
-  buffer.setFloat32(0, x)
-  const bits = buffer.getUint32(0)
-  buffer.setUint32(0, (bits + 0x7fff + ((bits >>> 16) & 1)) & 0xffff0000)
-  return buffer.getFloat32(0)
-}
-
-function toFloat16(x: number): number {
-  if (!Number.isFinite(x) || x === 0) return x
-  const exponent = Math.max(Math.floor(Math.log2(Math.abs(x))), -14)
-  const unit = 2 ** (exponent - 10)
-  const steps = x / unit
-  const low = Math.floor(steps)
-  const rest = steps - low
-  const rounded = rest > 0.5 || (rest === 0.5 && low % 2 !== 0) ? low + 1 : low
-  const value = rounded * unit
-  return Math.abs(value) > 65504 ? Math.sign(x) * Number.POSITIVE_INFINITY : value
+  number[0] = x
+  const exponent = Math.max(((words[1]! >>> 20) & 0x7ff) - 1023, least)
+  // the units of a float64 of this size are those of the result
+  words[0] = 0
+  words[1] = ((exponent - digits + 52 + 1023) << 20) | 0x80000
+  const rounded = x + number[0]! - number[0]!
+  return Math.abs(rounded) > largest ? Math.sign(x) * Number.POSITIVE_INFINITY : rounded
 }
 
 /** Rounds a number to the nearest of a format, ties to even: the tests' own, apart from the library's. */
 export function round(x: number, dtype: FloatDType): number {
-  return dtype === 'float32' ? Math.fround(x) : dtype === 'bfloat16' ? toBfloat16(x) : toFloat16(x)
+  if (dtype === 'float32') return Math.fround(x)
+  return dtype === 'bfloat16'
+    ? toDigits(x, 7, -126, (2 - 2 ** -7) * 2 ** 127)
+    : toDigits(x, 10, -14, 65504)
 }
