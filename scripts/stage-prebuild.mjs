@@ -1,6 +1,7 @@
 // Links the addon without CUDA, of objects that a build has made or makes now, and puts it into prebuilds/, where an
 // installed package finds it
 import { execFileSync } from 'node:child_process'
+import { existsSync, readFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { release } from './binary.mjs'
@@ -11,12 +12,22 @@ if (process.platform !== 'linux' || process.arch !== 'x64')
 
 const script = join(root, 'scripts/build-native.mjs')
 // What a developer may have set, and no package may have
-const plain = ['DEBUG=OFF', 'SANITIZE=OFF', 'WIDER_CPUS=ON']
-const settings = plain.map((setting) => `--CDHEDDLE_${setting}`)
-// stdout belongs to npm pack
-execFileSync(process.execPath, [script, '--target', 'heddle_prebuild', ...settings], {
-  stdio: ['ignore', 2, 2],
+const plain = { HEDDLE_DEBUG: 'OFF', HEDDLE_SANITIZE: 'OFF', HEDDLE_WIDER_CPUS: 'ON' }
+const cache = join(root, 'build/CMakeCache.txt')
+const lines = existsSync(cache) ? readFileSync(cache, 'utf8').split('\n') : []
+const set = lines.flatMap((line) => {
+  const [, name, value] = /^(\w+):\w+=(.*)$/.exec(line) ?? []
+  return name in plain && (value || 'OFF') !== plain[name] ? [[name, value]] : []
 })
+// stdout belongs to npm pack
+const stdio = ['ignore', 2, 2]
+try {
+  const settings = Object.entries(plain).map(([name, value]) => `--CD${name}=${value}`)
+  execFileSync(process.execPath, [script, '--target', 'heddle_prebuild', ...settings], { stdio })
+} finally {
+  const given = set.map(([name, value]) => `-D${name}=${value}`)
+  if (given.length > 0) execFileSync('cmake', [...given, join(root, 'build')], { stdio })
+}
 const to = join(root, 'prebuilds/linux-x64/heddle.glibc.node')
 const { bytes, glibc } = release(join(root, 'build/prebuild/heddle.node'), to)
 console.error(
