@@ -3,8 +3,8 @@
 
 #include <cmath>
 
+#include "attention/forward_args.cuh"
 #include "common/elements.cuh"
-#include "ops/attention.h"
 
 // Every option of attention on any GPU from sm_80 on, in f32 arithmetic:
 //
@@ -29,46 +29,6 @@ constexpr int kRowTile = 32, kKeyTile = 32, kRowThreads = 4;
 constexpr int kAttentionThreads = kRowTile * kRowThreads;
 constexpr int kMostColumns = 256 / kRowThreads;
 
-// A tensor [b, s, h, d]
-struct Heads {
-  const void* data = nullptr;
-  int64_t batch = 0, token = 0, head = 0, element = 0;
-  Heads() = default;
-  explicit Heads(const Tensor& x)
-      : data(x.data),
-        batch(x.strides[0]),
-        token(x.strides[1]),
-        head(x.strides[2]),
-        element(x.strides[3]) {}
-};
-
-struct ForwardArgs {
-  Heads q, k, v;
-  const int32_t *cu_seqlens_q, *cu_seqlens_k, *block_table, *cache_seqlens;
-  int64_t cu_q_stride, cu_k_stride, table_row, table_column, cache_stride;
-  const float *slopes, *sink;
-  int64_t slopes_stride, sink_stride;
-  void* out;                              // [b, sq, hq, dv]
-  float* lse;                             // [b, hq, sq]
-  float *part_out, *part_max, *part_sum;  // of each split, unnormalised; null without splits
-  int64_t b, sq, sk, hq, hk, sequences, pages, page_size, window;
-  int d, dv, splits;
-  const void* bias;  // null for none; of bias_dtype, with strides of 0 where it is broadcast
-  int64_t bias_strides[4];
-  DType bias_dtype;
-  const float* level;  // null but for weights of reweighted
-  int64_t level_strides[3];
-  float scale, soft_cap, length_scale, power, offset;
-  int weights;
-  bool causal, masked, normalise, shifted, cosine;
-  MaskView mask;
-  int* fault;
-  const float *q_scale, *k_scale, *v_scale;  // of float8, [hq], [hk] and [hk] or null
-  int64_t q_scale_stride, k_scale_stride, v_scale_stride;
-  DType out_dtype;
-  const int* only_if;  // nothing is done if this word is 0; or null
-};
-
 ForwardArgs portable_args(const Attention& op);
 
 // Enqueues the look at lengths and pages, which only the device knows. Returns the word that it
@@ -80,10 +40,6 @@ struct Place {
   int64_t batch, q_begin, sq, k_begin, sk, row0, sequence;
   bool any;
 };
-
-__device__ inline int64_t clamp_to(int64_t x, int64_t least, int64_t most) {
-  return min(max(x, least), most);
-}
 
 // Packed sequences have unequal numbers of tiles: the CTA counts through them to find its own, a
 // tile of rows or, on request, of keys. Offsets are clamped, so that wrong ones, which the check

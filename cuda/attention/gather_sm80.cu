@@ -1,10 +1,22 @@
 #include "attention/gather_sm80.cuh"
 
-#include <bit>
+#include <algorithm>
 
 #include "attention/gather_sm80.h"
+#include "common/launch.h"
 
 namespace heddle {
+namespace {
+
+template <class T, int kD, bool kSplit>
+__global__ void __launch_bounds__(kGatherThreads)
+    gather_sm80_kernel(const __grid_constant__ GatherArgs args) {
+  extern __shared__ __align__(16) char smem[];
+  gather_attention<T, kD, kSplit>(args, *reinterpret_cast<GatherSmem<T, kD>*>(smem));
+}
+
+}  // namespace
+
 const char* declines_gather_sm80(const Attention& op, const CudaContext& context) {
   if (!op.mask_index) return "mask must be one of hip, whose lists are in order";
   if (context.arch == 90 && op.mask_block_k >= 64)
@@ -37,29 +49,40 @@ void gather_sm80(const Attention& op, const ForwardArgs& call, CudaContext& cont
   args.lists = op.mask_index.shape[1];
   args.rows = op.mask_index.shape[2];
   args.width = op.mask_index.shape[3];
-  args.page_size_log2 = std::countr_zero(static_cast<uint64_t>(call.page_size));
-  args.block_q = static_cast<int>(std::min<int64_t>(op.mask_block_q, kGatherTile));
-  // Heads can share a tile if they share its list
-  const int64_t group = call.hq / call.hk;
-  args.heads = args.lists > call.hk
-                   ? 1
-                   : static_cast<int>(std::min<int64_t>(group, kGatherTile / args.block_q));
-  args.head_tiles = static_cast<int>((group + args.heads - 1) / args.heads);
-  const int64_t tiles = (call.sq + args.block_q - 1) / args.block_q;
-  const int64_t heads = call.hk * args.head_tiles;
-  HEDDLE_CHECK(tiles < INT32_MAX && heads <= 65535 && call.b <= 65535, kUnsupported, "q",
+  const GatherGrid grid = plan_gather(args);
+  const int64_t units = grid.units();
+  // Two CTAs fit on a multiprocessor. A share of less than two tiles is mostly waiting.
+  const int64_t keys = call.mask.sink_tokens + args.width * op.mask_block_k + args.block_q +
+                       std::min(call.mask.window, call.sk);
+  const int64_t most = (std::min(keys, call.sk) + kGatherTile - 1) / kGatherTile / 2;
+  const int64_t splits =
+      std::clamp<int64_t>(2 * context.processors / units, 1, std::max<int64_t>(most, 1));
+  args.splits = static_cast<int>(splits);
+  if (splits > 1) {
+    const auto sums = static_cast<size_t>(units * splits * args.block_q * args.heads);
+    args.part_out = context.scratch<float>(sums * static_cast<size_t>(call.d));
+    args.part_state = context.scratch<float2>(sums);
+    args.arrivals = context.counters(static_cast<size_t>(units));
+  }
+  const int64_t row_ctas = grid.row_tiles * splits;
+  HEDDLE_CHECK(row_ctas < INT32_MAX && grid.heads <= 65535 && grid.b <= 65535, kUnsupported, "q",
                "q has too many rows or heads for one call");
-  const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(heads),
-                  static_cast<unsigned>(call.b));
-  const auto launch = [&]<class T, int kD>() {
-    auto* kernel = gather_sm80_kernel<T, kD>;
+  const dim3 ctas(static_cast<unsigned>(row_ctas), static_cast<unsigned>(grid.heads),
+                  static_cast<unsigned>(grid.b));
+  const auto launch = [&]<class T, int kD, bool kSplit>() {
+    static uint64_t ready = 0;
+    auto* kernel = gather_sm80_kernel<T, kD, kSplit>;
     constexpr int kBytes = sizeof(GatherSmem<T, kD>);
-    HEDDLE_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
-    kernel<<<grid, kGatherThreads, kBytes, context.stream>>>(args);
+    allow_shared_memory(reinterpret_cast<const void*>(kernel), kBytes, ready);
+    kernel<<<ctas, kGatherThreads, kBytes, context.stream>>>(args);
+  };
+  const auto of_size = [&]<class T, int kD>() {
+    if (splits > 1) return launch.template operator()<T, kD, true>();
+    launch.template operator()<T, kD, false>();
   };
   const auto of_type = [&]<class T>() {
-    if (call.d == 64) return launch.template operator()<T, 64>();
-    launch.template operator()<T, 128>();
+    if (call.d == 64) return of_size.template operator()<T, 64>();
+    of_size.template operator()<T, 128>();
   };
   if (op.q.dtype == DType::kBF16) {
     of_type.template operator()<BF16>();

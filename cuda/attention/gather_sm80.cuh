@@ -1,7 +1,10 @@
 #pragma once
 #include <cuda_pipeline.h>
 
-#include "attention/forward_portable.cuh"
+#include <algorithm>
+#include <bit>
+
+#include "attention/forward_args.cuh"
 #include "common/sm80.cuh"
 
 // Attention of blocks of queries over lists of short key blocks, on any GPU from sm_80 on:
@@ -14,6 +17,9 @@
 // bytes at a time, a tile ahead of the products; a warp has 16 rows, whose queries, scores and sums
 // stay in registers. The window of a row begins where its sink tokens and list end, so no key
 // counts twice.
+//
+// Where there are few lists, as in a decode step, CTAs share the tiles of one. Each leaves its sums
+// in memory, and the last to arrive adds them up in the order of the keys.
 namespace heddle {
 
 constexpr int kGatherTile = 64, kGatherThreads = 128;
@@ -27,7 +33,33 @@ struct GatherArgs {
   int block_q;     // rows of a head in a CTA
   int heads;       // of a kv head, in a CTA
   int head_tiles;  // CTAs that share the heads of a kv head
+  // CTAs that share the keys of a list, and for each its sums: [units, splits, block_q * heads, d]
+  int splits;
+  float* part_out;
+  float2* part_state;  // maximum in base 2 and sum, without d
+  int* arrivals;       // [units]
 };
+
+// CTAs of a call, without splits: x counts tiles of rows, y heads, z the batch
+struct GatherGrid {
+  int64_t row_tiles, heads, b;
+  int64_t units() const { return row_tiles * heads * b; }
+};
+
+// Shapes are there; fills in what a CTA has of them
+inline GatherGrid plan_gather(GatherArgs& args) {
+  const ForwardArgs& call = args.call;
+  const int64_t block_q = std::min<int64_t>(call.mask.block_q, kGatherTile);
+  // Heads can share a tile if they share its list
+  const int64_t group = call.hq / call.hk;
+  const int64_t heads = args.lists > call.hk ? 1 : std::min<int64_t>(group, kGatherTile / block_q);
+  const int64_t head_tiles = (group + heads - 1) / heads;
+  args.page_size_log2 = std::countr_zero(static_cast<uint64_t>(call.page_size));
+  args.block_q = static_cast<int>(block_q);
+  args.heads = static_cast<int>(heads);
+  args.head_tiles = static_cast<int>(head_tiles);
+  return {(call.sq + block_q - 1) / block_q, call.hk * head_tiles, call.b};
+}
 
 template <class T, int kD> struct GatherSmem {
   static constexpr int kPieces = kD / 8;  // of 16 bytes, swizzled by their row
@@ -36,6 +68,7 @@ template <class T, int kD> struct GatherSmem {
   // Of the tiles in work and the next two: positions, -1 for none, and where their rows stand
   int32_t keys[4][kGatherTile];
   const T *k_rows[4][kGatherTile], *v_rows[4][kGatherTile];
+  bool last;  // of the CTAs that share a list
 
   static __device__ int at(int row, int piece) { return row * kD + (piece ^ row % 8) * 8; }
 };
@@ -63,31 +96,35 @@ struct GatherKeys {
   }
 };
 
-template <class T, int kD>
-__global__ void __launch_bounds__(kGatherThreads)
-    gather_sm80_kernel(const __grid_constant__ GatherArgs args) {
+template <class T, int kD, bool kSplit>
+__device__ __forceinline__ void gather_attention(const GatherArgs& args, GatherSmem<T, kD>& smem) {
   using Smem = GatherSmem<T, kD>;
-  extern __shared__ __align__(16) char dynamic[];
-  Smem& smem = *reinterpret_cast<Smem*>(dynamic);
   const ForwardArgs& p = args.call;
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   const int group = static_cast<int>(p.hq / p.hk);
   const int kv_head = static_cast<int>(blockIdx.y) / args.head_tiles;
   const int head0 = static_cast<int>(blockIdx.y) % args.head_tiles * args.heads;
   const int64_t batch = blockIdx.z;
-  const int sq = static_cast<int>(p.sq), row0 = static_cast<int>(blockIdx.x) * args.block_q;
+  const int splits = kSplit ? args.splits : 1;
+  const int row_tile = static_cast<int>(blockIdx.x) / splits;
+  const int sq = static_cast<int>(p.sq), row0 = row_tile * args.block_q;
   const int64_t sk =
       p.cache_seqlens ? clamp_to(p.cache_seqlens[batch * p.cache_stride], 0, p.sk) : p.sk;
   const int ahead = static_cast<int>(sk) - sq;
 
-  // Two rows of a thread: their query, which is -1 if there is none, and its head
+  const auto head_of = [&](int row) { return kv_head * group + head0 + row / args.block_q; };
+  // -1 if there is none
+  const auto query_of = [&](int row) {
+    const int sub = row / args.block_q, query = row0 + row % args.block_q;
+    return sub >= args.heads || head0 + sub >= group || query >= sq ? -1 : query;
+  };
+  // Two rows of a thread
   int query[2], head[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const int row = warp * 16 + lane / 4 + i * 8, sub = head0 + row / args.block_q;
-    head[i] = kv_head * group + sub;
-    query[i] = row0 + row % args.block_q;
-    if (row / args.block_q >= args.heads || sub >= group || query[i] >= sq) query[i] = -1;
+    const int row = warp * 16 + lane / 4 + i * 8;
+    head[i] = head_of(row);
+    query[i] = query_of(row);
   }
 
   GatherKeys keys;
@@ -107,6 +144,8 @@ __global__ void __launch_bounds__(kGatherThreads)
     keys.count = keys.listed + max(keys.last + 1 - keys.window_begin, 0);
   }
   const int tiles = (keys.count + kGatherTile - 1) / kGatherTile;
+  const int split = static_cast<int>(blockIdx.x) % splits;
+  const int begin = tiles * split / splits, end = tiles * (split + 1) / splits;
 
   const auto find = [&](int tile) {
     if (thread >= kGatherTile) return;
@@ -144,10 +183,10 @@ __global__ void __launch_bounds__(kGatherThreads)
     }
   };
 
-  find(0);
-  find(1);
+  find(begin);
+  find(begin + 1);
   __syncthreads();
-  if (tiles > 0) gather(0);
+  if (begin < end) gather(begin);
   __pipeline_commit();
 
   uint32_t frag_q[kD / 16][4];
@@ -168,13 +207,14 @@ __global__ void __launch_bounds__(kGatherThreads)
   float row_max[2] = {-1e30f, -1e30f}, row_sum[2] = {};
   float acc_o[kD / 8][4] = {};
 
-  for (int tile = 0; tile < tiles; ++tile) {
+  for (int tile = begin; tile < end; ++tile) {
     __pipeline_wait_prior(0);
     // The tile is there for all, and nobody needs the one before it any more
     __syncthreads();
     find(tile + 2);
-    if (tile + 1 < tiles) gather(tile + 1);
+    if (tile + 1 < end) gather(tile + 1);
     __pipeline_commit();
+    if (kSplit && warp * 16 >= args.block_q * args.heads) continue;  // it has no rows
 
     float acc_s[kGatherTile / 8][4] = {};
     const int matrix = lane / 8, line = lane % 8;
@@ -253,18 +293,77 @@ __global__ void __launch_bounds__(kGatherThreads)
   for (int i = 0; i < 2; ++i) {
     row_sum[i] += __shfl_xor_sync(~0u, row_sum[i], 1);
     row_sum[i] += __shfl_xor_sync(~0u, row_sum[i], 2);
-    if (query[i] < 0) continue;
-    const bool empty = row_sum[i] == 0;
-    const float factor = empty ? 0 : 1 / row_sum[i];
-    T* out =
-        static_cast<T*>(p.out) + ((batch * p.sq + query[i]) * p.hq + head[i]) * kD + lane % 4 * 2;
+  }
+  const auto out_of = [&](int query, int head) {
+    return static_cast<T*>(p.out) + ((batch * p.sq + query) * p.hq + head) * kD;
+  };
+  const auto write_lse = [&](int query, int head, float max, float sum) {
+    p.lse[(batch * p.hq + head) * p.sq + query] = sum == 0 ? -INFINITY : max * kLn2 + logf(sum);
+  };
+
+  if constexpr (!kSplit) {
 #pragma unroll
-    for (int f = 0; f < kD / 8; ++f)
-      *reinterpret_cast<uint32_t*>(out + f * 8) =
-          pack_pair<T>(acc_o[f][2 * i] * factor, acc_o[f][2 * i + 1] * factor);
-    if (lane % 4 == 0)
-      p.lse[(batch * p.hq + head[i]) * p.sq + query[i]] =
-          empty ? -INFINITY : row_max[i] * kLn2 + logf(row_sum[i]);
+    for (int i = 0; i < 2; ++i) {
+      if (query[i] < 0) continue;
+      const float factor = row_sum[i] == 0 ? 0 : 1 / row_sum[i];
+      T* out = out_of(query[i], head[i]) + lane % 4 * 2;
+#pragma unroll
+      for (int f = 0; f < kD / 8; ++f)
+        *reinterpret_cast<uint32_t*>(out + f * 8) =
+            pack_pair<T>(acc_o[f][2 * i] * factor, acc_o[f][2 * i + 1] * factor);
+      if (lane % 4 == 0) write_lse(query[i], head[i], row_max[i], row_sum[i]);
+    }
+  } else {
+    const int rows = args.block_q * args.heads;
+    const int64_t row_tiles = gridDim.x / splits;
+    const int64_t unit = (batch * gridDim.y + blockIdx.y) * row_tiles + row_tile;
+    const int64_t first = unit * splits * rows;  // of the sums of this unit
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (query[i] < 0) continue;
+      const int64_t at = first + split * rows + warp * 16 + lane / 4 + i * 8;
+#pragma unroll
+      for (int f = 0; f < kD / 8; ++f)
+        *reinterpret_cast<float2*>(args.part_out + at * kD + f * 8 + lane % 4 * 2) = {
+            acc_o[f][2 * i], acc_o[f][2 * i + 1]};
+      if (lane % 4 == 0) args.part_state[at] = {row_max[i], row_sum[i]};
+    }
+    // All have written before the arrival says so, and the last reads what the others wrote
+    __threadfence();
+    __syncthreads();
+    if (thread == 0) smem.last = atomicAdd(args.arrivals + unit, 1) == splits - 1;
+    __syncthreads();
+    if (!smem.last) return;
+    __threadfence();
+    if (thread == 0) args.arrivals[unit] = 0;
+    // A warp has a row, of which a lane has pairs
+    for (int row = warp; row < rows; row += kGatherThreads / 32) {
+      const int query = query_of(row);
+      if (query < 0) continue;
+      float max = -1e30f, sum = 0;
+      float2 total[kD / 64] = {};
+#pragma unroll 4
+      for (int from = 0; from < splits; ++from) {
+        const int64_t at = first + from * rows + row;
+        const float2 state = args.part_state[at];
+        const float higher = fmaxf(max, state.x);
+        const float shrink = exp2_approx(max - higher), weight = exp2_approx(state.x - higher);
+        max = higher;
+        sum = sum * shrink + state.y * weight;
+#pragma unroll
+        for (int f = 0; f < kD / 64; ++f) {
+          const auto part =
+              *reinterpret_cast<const float2*>(args.part_out + at * kD + f * 64 + lane * 2);
+          total[f] = {total[f].x * shrink + part.x * weight, total[f].y * shrink + part.y * weight};
+        }
+      }
+      const float factor = sum == 0 ? 0 : 1 / sum;
+#pragma unroll
+      for (int f = 0; f < kD / 64; ++f)
+        *reinterpret_cast<uint32_t*>(out_of(query, head_of(row)) + f * 64 + lane * 2) =
+            pack_pair<T>(total[f].x * factor, total[f].y * factor);
+      if (lane == 0) write_lse(query, head_of(row), max, sum);
+    }
   }
 }
 

@@ -55,8 +55,9 @@ struct TensorMap {
   }
 };
 
+// A launch has one dimension, unless its program counts the others
 struct Dim {
-  int x;
+  int x, y, z;
 };
 
 // The 128-byte swizzle, of addresses

@@ -91,6 +91,7 @@ const sweep = 'lightning/backward_sm90.cuh'
 const tile = 'common/tile.cuh'
 const team = 'common/team.cuh'
 const search = 'hip/search_sm80.cuh'
+const gather = 'attention/gather_sm80.cuh'
 const lines = 'probe/lines_sm90.cuh'
 const pooled = 'probe/pooled.cuh'
 const kernels: Kernel[] = [
@@ -1491,6 +1492,76 @@ const kernels: Kernel[] = [
         file: search,
         from: 'if (args.members > 1 && !arrives_last(args.arrivals + group, args.members)) continue;',
         to: '',
+      },
+    ],
+  },
+  {
+    name: 'gather_sm80',
+    variants: {
+      'kF16 d128': ['-DHEDDLE_DTYPE=kF16', '-DHEDDLE_D=128'],
+      'kBF16 d64': [],
+    },
+    broken: 'kBF16 d64',
+    faults: [
+      {
+        what: 'keys are used before they arrived',
+        file: gather,
+        from: '__pipeline_wait_prior(0);',
+        to: '',
+      },
+      {
+        what: 'keys are used before those of others arrived',
+        file: gather,
+        from: '// The tile is there for all, and nobody needs the one before it any more\n    __syncthreads();',
+        to: '',
+      },
+      {
+        what: 'keys of the list are seen in the window as well',
+        file: gather,
+        from: 'return n < listed ? t <= position - window :',
+        to: 'return n < listed ? t <= position :',
+      },
+      {
+        what: 'queries of a block see one window',
+        file: gather,
+        from: 'keys.sees(ahead + query[row], n0 + c, t)',
+        to: 'keys.sees(keys.last, n0 + c, t)',
+      },
+      {
+        what: 'keys that nobody sees are whatever they were',
+        file: gather,
+        from: '*reinterpret_cast<uint4*>(smem_row + to) = {};',
+        to: '',
+      },
+      {
+        what: 'columns of values are taken for rows',
+        file: gather,
+        from: 'load_matrices<true>(',
+        to: 'load_matrices<false>(',
+      },
+      {
+        what: 'shares of a list meet in a tile',
+        file: gather,
+        from: 'end = tiles * (split + 1) / splits',
+        to: 'end = (tiles * (split + 1) + splits - 1) / splits',
+      },
+      {
+        what: 'the last but one to arrive adds up',
+        file: gather,
+        from: ', 1) == splits - 1;',
+        to: ', 1) == splits - 2;',
+      },
+      {
+        what: 'counters stay',
+        file: gather,
+        from: 'args.arrivals[unit] = 0;',
+        to: '',
+      },
+      {
+        what: 'sums of different maxima are added as they are',
+        file: gather,
+        from: 'weight = exp2_approx(state.x - higher);',
+        to: 'weight = 1;',
       },
     ],
   },

@@ -24,4 +24,36 @@ void multiply(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1)
   __syncwarp();
 }
 
+inline uint32_t smem_address(const void* pointer) { return emulator::cta->address_of(pointer); }
+
+template <bool kTransposed> void load_matrices(uint32_t address, uint32_t (&to)[4]) {
+  static uint32_t all[32][32];  // of a warp and lane
+  auto& lines = all[threadIdx.x / 32];
+  const int lane = threadIdx.x % 32;
+  if (address % 16 != 0) emulator::fault("lines of a matrix are aligned to 16 bytes");
+  lines[lane] = address;
+  __syncwarp();
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    uint16_t pair[2];
+    for (int i = 0; i < 2; ++i) {
+      const int along = lane % 4 * 2 + i, own = lane / 4;
+      const int line = kTransposed ? along : own, column = kTransposed ? own : along;
+      emulator::cta->load(&pair[i],
+                          lines[matrix * 8 + line] + static_cast<uint32_t>(column) * sizeof pair[i],
+                          sizeof pair[i]);
+    }
+    std::memcpy(&to[matrix], pair, sizeof pair);
+  }
+  __syncwarp();
+}
+
+inline float exp2_approx(float x) { return std::exp2(x); }
+
+template <class T> uint32_t pack_pair(float low, float high) {
+  const T pair[2] = {from_float<T>(low), from_float<T>(high)};
+  uint32_t word;
+  std::memcpy(&word, pair, sizeof word);
+  return word;
+}
+
 }  // namespace heddle
