@@ -55,6 +55,12 @@ export interface PaddedTokens {
   index: Tensor<'int32'>
 }
 
+/** @internal */
+export interface GatheredLists extends HipLists {
+  /** Keys and values of the window, from the key `from` on, where they stand apart from the others. */
+  recent?: { k: Tensor; v: Tensor; from: number } | undefined
+}
+
 /** How {@link Mask.svg} draws. */
 export interface SvgOptions {
   /** Which head of the mask, 0 if left out. */
@@ -94,7 +100,7 @@ export interface Mask {
   readonly cuSeqlensQ: readonly number[] | undefined
   readonly cuSeqlensK: readonly number[] | undefined
   /** @internal What `blocks` lists, once more as first keys: none before the sink tokens, none twice. For kernels that gather. */
-  readonly lists?: HipLists | undefined
+  readonly lists?: GatheredLists | undefined
   /** How many (query, key) pairs are visible, over all heads and sequences. */
   count(): Promise<number>
   /** Visible pairs over those of the same shape without lists: causal pairs, or all where the mask is not causal. */

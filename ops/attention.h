@@ -25,17 +25,21 @@ struct Attention : MaskArguments {
   Tensor sink;           // [hq] f32: a logit per head that only the normaliser sees
   Tensor bias;           // [b, hq, sq, sk]: added to the score; strides of 0 broadcast it
   Tensor level;          // [b, hq, sq] f32: lse of the same call with weights of softplus
-  Tensor q_scale;        // [hq] f32: what q of float8 is multiplied by
-  Tensor k_scale;        // [hk] f32
-  Tensor v_scale;        // [hk] f32
-  Tensor out;            // [b, sq, hq, dv]
-  Tensor lse;            // [b, hq, sq] f32, natural log
+  // Rows of k and v from key recent_from on, which stand apart from those that a mask lists: a
+  // window of one sequence, for kernels that gather
+  Tensor recent_k, recent_v;
+  Tensor q_scale;  // [hq] f32: what q of float8 is multiplied by
+  Tensor k_scale;  // [hk] f32
+  Tensor v_scale;  // [hk] f32
+  Tensor out;      // [b, sq, hq, dv]
+  Tensor lse;      // [b, hq, sq] f32, natural log
   double scale = std::numeric_limits<double>::quiet_NaN();  // 1/sqrt(d) when left out
   double soft_cap = 0;                                      // 0 is off
   int64_t window = 0;       // keys a row sees, its own included; 0 is all
   double length_scale = 0;  // not 0: scores are multiplied by it and by the log of the row's keys
   double power = 1;         // of relu and of reweighted
   double offset = 1;        // of reweighted
+  int64_t recent_from = 0;
   int weights = kSoftmax;
   int dtype = -1;         // of out; q's when left out, which float8 has to name
   bool cosine = false;    // rows of q and k are divided by their lengths
@@ -67,6 +71,10 @@ struct Attention : MaskArguments {
     schema.number("length_scale", &Attention::length_scale, 0);
     schema.optional("level", &Attention::level, "b hq sq", kF32);
     schema.number("offset", &Attention::offset, 1).at_least(0);
+    // With these nothing is packed, whose names of sizes are free for them
+    schema.optional("recent_k", &Attention::recent_k, "b n hk d", like("q"));
+    schema.optional("recent_v", &Attention::recent_v, "b n hk dv", like("q"));
+    schema.integer("recent_from", &Attention::recent_from, 0).at_least(0);
     schema.optional("q_scale", &Attention::q_scale, "hq", kF32);
     schema.optional("k_scale", &Attention::k_scale, "hk", kF32);
     schema.optional("v_scale", &Attention::v_scale, "hk", kF32);
@@ -126,6 +134,8 @@ struct Attention : MaskArguments {
                  "power must be a whole number up to 8 with weights of relu, got ", power);
     HEDDLE_CHECK((weights == kReweighted) == bool(level), kArgument, "level",
                  "level goes with weights of reweighted, which need it");
+    HEDDLE_CHECK(bool(recent_k) == bool(recent_v) && (!recent_k || (mask_index && q.shape[0] == 1)),
+                 kArgument, "recentK", "recentK and recentV go with lists of one sequence");
     HEDDLE_CHECK(!masked || (!length_scale && !level), kArgument, "mask",
                  "mask cannot be combined with ", level ? "level" : "lengthScale");
     HEDDLE_CHECK(std::isfinite(length_scale) && std::isfinite(offset), kArgument,

@@ -34,8 +34,8 @@ const char* declines_gather_sm80(const Attention& op, const CudaContext& context
     return "mask must have blocks of up to 64 queries or a multiple of 64";
   if (op.mask_columns || op.mask_diagonals || op.mask_bounds || !op.causal)
     return "mask must be causal and have no other lists";
-  for (const Tensor* x : {&op.q, &op.k, &op.v})
-    if (reinterpret_cast<uintptr_t>(x->data) % 16 != 0 || x->strides[3] != 1 ||
+  for (const Tensor* x : {&op.q, &op.k, &op.v, &op.recent_k, &op.recent_v})
+    if (reinterpret_cast<uintptr_t>(x->data) % 16 != 0 || (*x && x->strides[3] != 1) ||
         x->strides[0] % 8 != 0 || x->strides[1] % 8 != 0 || x->strides[2] % 8 != 0)
       return "q, k and v must be aligned to 16 bytes";
   return nullptr;
@@ -49,6 +49,10 @@ void gather_sm80(const Attention& op, const ForwardArgs& call, CudaContext& cont
   args.lists = op.mask_index.shape[1];
   args.rows = op.mask_index.shape[2];
   args.width = op.mask_index.shape[3];
+  args.recent_k = Heads(op.recent_k);
+  args.recent_v = Heads(op.recent_v);
+  args.recent_from = static_cast<int>(op.recent_from);
+  args.recents = static_cast<int>(op.recent_k.shape[1]);
   const GatherGrid grid = plan_gather(args);
   const int64_t units = grid.units();
   // Two CTAs fit on a multiprocessor. A share of less than two tiles is mostly waiting.
@@ -58,7 +62,8 @@ void gather_sm80(const Attention& op, const ForwardArgs& call, CudaContext& cont
   const int64_t splits =
       std::clamp<int64_t>(2 * context.processors / units, 1, std::max<int64_t>(most, 1));
   args.splits = static_cast<int>(splits);
-  if (splits > 1) {
+  const bool shared = splits > 1 || op.recent_k;
+  if (shared) {
     const auto sums = static_cast<size_t>(units * splits * args.block_q * args.heads);
     args.part_out = context.scratch<float>(sums * static_cast<size_t>(call.d));
     args.part_state = context.scratch<float2>(sums);
@@ -77,7 +82,7 @@ void gather_sm80(const Attention& op, const ForwardArgs& call, CudaContext& cont
     kernel<<<ctas, kGatherThreads, kBytes, context.stream>>>(args);
   };
   const auto of_size = [&]<class T, int kD>() {
-    if (splits > 1) return launch.template operator()<T, kD, true>();
+    if (shared) return launch.template operator()<T, kD, true>();
     launch.template operator()<T, kD, false>();
   };
   const auto of_type = [&]<class T>() {

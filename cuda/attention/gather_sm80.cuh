@@ -33,6 +33,9 @@ struct GatherArgs {
   int block_q;     // rows of a head in a CTA
   int heads;       // of a kv head, in a CTA
   int head_tiles;  // CTAs that share the heads of a kv head
+  // Where keys of the window stand, from recent_from on, if not with the others; of shared lists
+  Heads recent_k, recent_v;
+  int recent_from, recents;
   // CTAs that share the keys of a list, and for each its sums: [units, splits, block_q * heads, d]
   int splits;
   float* part_out;
@@ -158,13 +161,21 @@ __device__ __forceinline__ void gather_attention(const GatherArgs& args, GatherS
           p.block_table[batch * p.table_row + int64_t{t >> args.page_size_log2} * p.table_column];
       if (block >= p.pages) block = -1;
     }
+    bool recent = false;
+    if constexpr (kSplit) {
+      recent = args.recent_k.data && tile * kGatherTile + thread >= keys.listed && t >= 0;
+      if (recent) {
+        row = t - args.recent_from;
+        block = row >= 0 && row < args.recents ? 0 : -1;
+      }
+    }
     const auto row_of = [&](const Heads& x) {
       if (block < 0) return static_cast<const T*>(nullptr);
       return static_cast<const T*>(x.data) + block * x.batch + row * x.token + kv_head * x.head;
     };
     smem.keys[slot][thread] = t;
-    smem.k_rows[slot][thread] = row_of(p.k);
-    smem.v_rows[slot][thread] = row_of(p.v);
+    smem.k_rows[slot][thread] = row_of(recent ? args.recent_k : p.k);
+    smem.v_rows[slot][thread] = row_of(recent ? args.recent_v : p.v);
   };
   const auto gather = [&](int tile) {
 #pragma unroll 1

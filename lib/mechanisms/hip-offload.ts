@@ -41,8 +41,8 @@ export interface HipCaches {
     table: Tensor<'int32'>,
     length: Tensor<'int32'>,
   ): void
-  /** They and their table, if there are any. */
-  listed<D extends FloatDType>(): HipListed<D> | undefined
+  /** They and their tables, if there are any, for a sequence of `sk` keys. */
+  listed<D extends FloatDType>(sk: number): (HipListed<D> & HipPlaced) | undefined
   /** The rows of k and v from `from` on. */
   recent<D extends FloatDType>(
     k: Tensor<D>,
@@ -58,6 +58,11 @@ export interface HipListed<D extends FloatDType> {
   k: Tensor<D>
   v: Tensor<D>
   table: Tensor<'int32'>
+}
+
+/** @internal Which pages those of the sequence are, [1, pages]; -1 for those that are not there. */
+export interface HipPlaced {
+  places: Tensor<'int32'>
 }
 
 const known: ReadonlySet<string> = new Set<keyof HipOffload>(['scanned', 'attended'])
@@ -116,8 +121,13 @@ export function hipCaches(
         }),
       )
     },
-    listed: <D extends FloatDType>() =>
-      table && ({ k: pages!.k, v: pages!.v, table } as HipListed<D>),
+    listed<D extends FloatDType>(sk: number) {
+      if (!table || !pages) return undefined
+      const count = Math.ceil(sk / size)
+      growNearby(pages, count)
+      const places = pages.places.slice(0, 0, count).reshape([1, count])
+      return { k: pages.k, v: pages.v, table, places } as HipListed<D> & HipPlaced
+    },
     recent(k, v, from) {
       const [, sk = 0] = k.shape
       // There is room for three times as many, so that they seldom move, and not onto themselves

@@ -261,6 +261,10 @@ export interface HipDecoder {
   [Symbol.dispose](): void
 }
 
+// Whether a kernel walks a list where it stands; others take its blocks as pages
+const isGathered = ({ device, dtype, shape: [, , , d] }: Tensor) =>
+  device !== 'cpu' && (dtype === 'bfloat16' || dtype === 'float16') && (d === 64 || d === 128)
+
 const nothing = { found: 0, missed: 0 }
 const noCounts: HipCacheCounts = { scanned: nothing, attended: nothing }
 
@@ -383,14 +387,16 @@ export function hipDecoder(options: HipDecoderOptions = {}): HipDecoder {
   const lengthen = (words: number) => {
     const old = blocks!
     if (old.shape[3] === words) return old
-    const longer = zeros([...old.shape.slice(0, 3), words], { dtype: 'int32', device: old.device })
+    const { device } = old
+    const longer = untrack(zeros([...old.shape.slice(0, 3), words], { dtype: 'int32', device }))
     using place = longer.slice(3, 0, old.shape[3]!)
     place.copyFrom(old)
     old.dispose()
     return longer
   }
 
-  // One list for all heads is a table of pages of its blocks, which kernels for paged keys take; the window is attended apart
+  // For keys that no kernel gathers, or that stand elsewhere: one list for all heads is a table of pages of its blocks, which
+  // kernels for paged keys take, and the window is attended apart
   const attendPages = <D extends FloatDType>(
     q: Tensor<D>,
     k: Tensor<D>,
@@ -402,7 +408,7 @@ export function hipDecoder(options: HipDecoderOptions = {}): HipDecoder {
       const [, size] = settings.block
       const [sk, n] = [k.shape[1]!, q.shape[1]!]
       const from = Math.max(sk - n + 1 - window, 0)
-      const listed: HipListed<D> = caches?.listed() ?? {
+      const listed: HipListed<D> = caches?.listed(sk) ?? {
         ...{ k: pagesOf(k, size), v: pagesOf(v, size), table: pages!.table },
       }
       const last = caches?.recent(k, v, from) ?? [k.slice(1, from), v.slice(1, from)]
@@ -424,6 +430,27 @@ export function hipDecoder(options: HipDecoderOptions = {}): HipDecoder {
         attention(q, listed.k, listed.v, { ...place, ...factors }),
         attention(q, last[0]!, last[1]!, factors),
       ])
+    })
+
+  // The list is walked where its blocks stand on the device, as it would be among all keys
+  const attendNear = <D extends FloatDType>(
+    q: Tensor<D>,
+    k: Tensor<D>,
+    v: Tensor<D>,
+    settings: HipSettings,
+    window: number,
+  ): AttentionResult<D> =>
+    scope(() => {
+      const sk = k.shape[1]!
+      const from = Math.max(sk - window, 0)
+      const near = caches!.listed<D>(sk)!
+      const [recentK, recentV] = caches!.recent(k, v, from)
+      const recent = { k: recentK!, v: recentV!, from }
+      const given = { ...lists.at(-1)!, recent }
+      const keys = { q, k: near.k, blockTable: near.places }
+      const mask = hipMask(keys, settings, blocks!, window, given)
+      const place = { blockTable: near.places, cacheSeqlens: [sk] }
+      return attention(q, near.k, near.v, { ...place, mask, scale, softCap })
     })
 
   return {
@@ -459,12 +486,12 @@ export function hipDecoder(options: HipDecoderOptions = {}): HipDecoder {
       const first = restart(n)
       if (first < refresh.length) {
         const heads = listHeads(settings.headMode, { q, k })
-        const made = (...shape: number[]) => zeros(shape, { dtype: 'int32', device: q.device })
+        const made = { dtype: 'int32', device: q.device } as const
         const { width } = settings.calls.at(-1)!
         const found = {
-          blocks: made(b, heads, 1, words),
-          table: made(b, heads, 1, settings.sinkTokens / settings.block[1] + width),
-          length: made(b, heads, 1),
+          blocks: untrack(zeros([b, heads, 1, words], made)),
+          table: untrack(empty([b, heads, 1, settings.sinkTokens / size + width], made)),
+          length: untrack(empty([b, heads, 1], made)),
         }
         const next = scope(() => {
           try {
@@ -472,24 +499,23 @@ export function hipDecoder(options: HipDecoderOptions = {}): HipDecoder {
           } catch (error) {
             // they may have the sizes of what was refused
             caches?.dispose()
+            for (const one of Object.values(found)) one.dispose()
             throw error
           }
         })
         if (isShared) scope(() => caches?.list(k, v, found.table, found.length))
         for (const one of lists.slice(first)) disposeLists(one)
         for (const one of [blocks, pages?.table, pages?.length]) one?.dispose()
+        for (const { index, count } of next) [index, count].forEach(untrack)
         ;[lists, blocks, pages, listedAt] = [next, found.blocks, found, sk]
       }
       blocks = lengthen(words)
       tokens += n
-      // They outlive the scope of this call
-      const kept = [blocks, pages!.table, pages!.length]
-      for (const one of [...kept, ...lists.flatMap(({ index, count }) => [index, count])])
-        untrack(one)
       const drift = freezeWindowStart ? sk - listedAt : 0
       const window = settings.window + drift
-      if (isShared && (elsewhere || (n === 1 && !rope)))
+      if (isShared && (elsewhere || (n === 1 && !rope && !isGathered(k))))
         return attendPages(q, k, v, settings, window)
+      if (isShared && n === 1 && !rope && caches) return attendNear(q, k, v, settings, window)
       const mask = hipMask({ q, k }, settings, blocks, window, lists.at(-1)!)
       if (!rope) return attention(q, k, v, { mask, scale, softCap })
       return scope(() =>

@@ -1,7 +1,7 @@
 import { checkInteger, checkOptions, elements, mustBe } from '../check.js'
 import type { FloatDType } from '../dtype.js'
 import { refuse } from '../errors.js'
-import { type Mask, makeMask } from '../mask.js'
+import { type GatheredLists, type Mask, makeMask } from '../mask.js'
 import { lengthsOf, type PackedOptions, perSequence } from '../mechanisms/packed.js'
 import { run } from '../native.js'
 import { checkTensor, empty, type Tensor, zeros } from '../tensor.js'
@@ -440,7 +440,7 @@ export function hipMask(
   settings: HipSettings,
   blocks: Tensor<'int32'>,
   window: number,
-  lists: HipLists,
+  lists: GatheredLists,
 ): Mask {
   const { block, sinkTokens } = settings
   return makeMask({
