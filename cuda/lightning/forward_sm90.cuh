@@ -16,8 +16,9 @@
 //
 // A CTA owns one head of the output, kE columns of v and a segment of a sequence. Warpgroup 0 loads
 // q, k and v of a chunk at a time into a ring. Warpgroup 1 makes P and O; P of the next chunk is
-// multiplied behind P V of this one. The others hold S in f32 registers, each some of its rows, and
-// leave its image in 16 bits in shared memory for Q S. Segments but the first begin with the
+// multiplied behind P V of this one. Where registers allow it a second one takes turns with it.
+// The others hold S in f32 registers, each some of its rows, and leave its image in 16 bits in
+// shared memory for Q S. Segments but the first begin with the
 // summaries of those before, which a kernel that reads k and v alone has made. Sizes that are
 // smaller than the tile's are filled with zeros by the copies.
 namespace heddle {
@@ -29,11 +30,18 @@ template <int kD, int kE> struct ScanShape {
   // one warpgroup has registers for 64 by 192 numbers of S
   static constexpr int kStateGroups = kD * kE > 192 * 64 ? 2 : 1;
   static constexpr int kTiles = kD / 64 / kStateGroups;  // of 64 rows of S per warpgroup
-  static constexpr int kConsumers = 128 * (1 + kStateGroups);
-  static constexpr int kThreads = 128 + kConsumers;
+  static constexpr int kOutGroups = kD == 128 && kE == 64 ? 2 : 1;
+  static constexpr int kConsumers = 128 * (1 + kStateGroups);  // of one chunk
+  static constexpr int kThreads = 128 * (1 + kOutGroups + kStateGroups);
   // the 512 registers per lane that a CTA has
-  static constexpr int kOutRegisters = kStateGroups == 1 ? 240 : kE == 128 ? 184 : 144;
-  static constexpr int kStateRegisters = kStateGroups == 1 ? 240 : kE == 128 ? 152 : 168;
+  static constexpr int kOutRegisters = kOutGroups == 2     ? 152
+                                       : kStateGroups == 1 ? 240
+                                       : kE == 128         ? 184
+                                                           : 144;
+  static constexpr int kStateRegisters = kOutGroups == 2     ? 184
+                                         : kStateGroups == 1 ? 240
+                                         : kE == 128         ? 152
+                                                             : 168;
   // as many as fit beside the image and two tiles of out
   static constexpr int kStages = kD == 256 ? 2 : kD + kE <= 192 ? 4 : 3;
 };
@@ -328,9 +336,10 @@ __global__ void __launch_bounds__((ScanShape<kD, kE>::kThreads), 1)
   using namespace sm90;
   using Shape = ScanShape<kD, kE>;
   constexpr int kStages = Shape::kStages, kTiles = Shape::kTiles, kConsumers = Shape::kConsumers;
-  // named barriers: the image holds S before the next chunk; it has been read; out is written; rows
-  // behind the end are cleared
-  constexpr int kImageFull = 1, kImageEmpty = 2, kOut = 3, kCleared = 4, kStates = 5;
+  constexpr int kOutGroups = Shape::kOutGroups, kStateThread = 128 * (1 + kOutGroups);
+  // named barriers: the image holds S before the next chunk, one for each that reads it; it has
+  // been read; out is written; rows behind the end are cleared
+  constexpr int kImageFull = 1, kImageEmpty = 3, kOut = 4, kCleared = 6, kStates = 7;
   auto& smem = shared_memory<ScanSmem<kD, kE>>();
   // the same in all lanes, which the compiler cannot know of threadIdx
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
@@ -394,9 +403,10 @@ __global__ void __launch_bounds__((ScanShape<kD, kE>::kThreads), 1)
     if (lane == 0) smem.empty[stage].arrive();
   };
 
-  if (warpgroup == 1) {
+  if (warpgroup <= kOutGroups) {
     raise_registers<Shape::kOutRegisters>();
-    if (chunks == 0) return;
+    const int group = kOutGroups == 1 ? 0 : warpgroup - 1;  // has every chunk or every other one
+    if (group >= chunks) return;
     float acc_p[kChunk / 2], acc_o[kE / 2];
     float decay[kChunk / 2];  // of acc_p, scale included: the same in every chunk
     float carried[2];         // what S decays by until a row, scale included
@@ -436,10 +446,11 @@ __global__ void __launch_bounds__((ScanShape<kD, kE>::kThreads), 1)
     };
     auto step = [&](int chunk, bool more) {
       const Turn<kStages> turn(chunk);
+      const bool last = kOutGroups == 1 ? !more : chunk + 1 == chunks;
       // the buffer of out that is written next was read two chunks ago
-      if (thread == 0) wait_copies_read<1>();
+      if (thread == 0) wait_copies_read<2 / kOutGroups - 1>();
       __syncwarp();
-      named_barrier_sync(kImageFull, kConsumers);
+      named_barrier_sync(kImageFull + group, kConsumers);
       wgmma_fence(acc_o);
 #pragma unroll
       for (int d = 0; d < kD; d += 16)
@@ -447,7 +458,7 @@ __global__ void __launch_bounds__((ScanShape<kD, kE>::kThreads), 1)
                                  d > 0);
       wgmma_commit();
       wgmma_wait<0>(acc_o);
-      if (more) named_barrier_arrive(kImageEmpty, kConsumers);
+      if (!last) named_barrier_arrive(kImageEmpty, kConsumers);
 #pragma unroll
       for (int i = 0; i < kE / 2; ++i) acc_o[i] *= carried[i / 2 % 2];
       wgmma_fence(acc_o);
@@ -456,13 +467,13 @@ __global__ void __launch_bounds__((ScanShape<kD, kE>::kThreads), 1)
         wgmma<kType, Major::kMN>(acc_o, frag_p[j / 16], smem.v[turn.stage].mn_major(j), true);
       wgmma_commit();
       // a chunk that is done makes room before the next one has come
-      const bool late = more && is_late(chunk + 1);
+      const bool late = more && is_late(chunk + kOutGroups);
       if (late) {
         wgmma_wait<0>(acc_o);
         release(turn.stage);
       }
       if (more) {
-        issue_scores(chunk + 1);
+        issue_scores(chunk + kOutGroups);
         wgmma_wait<1>(acc_o);
       } else {
         wgmma_wait<0>(acc_o);
@@ -471,9 +482,9 @@ __global__ void __launch_bounds__((ScanShape<kD, kE>::kThreads), 1)
       auto& staged = smem.out[chunk % 2];
       store_rows<kType>(staged, 0, acc_o, warp, lane);
       fence_async_smem();
-      named_barrier_sync(kOut, 128);
+      named_barrier_sync(kOut + group, 128);
       const int token = place.begin + chunk * kChunk;
-      if (clears && !more) {
+      if (clears && last) {
         for (int i = thread; i < tail * kE / 8; i += 128) {
           const int r = i / (kE / 8), column = i % (kE / 8) * 8;
           if (slice * kE + column < args.e)
@@ -495,13 +506,14 @@ __global__ void __launch_bounds__((ScanShape<kD, kE>::kThreads), 1)
       }
     };
 
-    issue_scores(0);
+    issue_scores(group);
     wgmma_wait<0>(acc_p);
     pack_scores();
+    int chunk = group;
 #pragma unroll 1
-    for (int chunk = 0; chunk + 1 < chunks; ++chunk) step(chunk, true);
+    for (; chunk + kOutGroups < chunks; chunk += kOutGroups) step(chunk, true);
     // apart, so that no product is issued under a condition
-    step(chunks - 1, false);
+    step(chunk, false);
     // shared memory must outlive the copies that read it
     if (thread == 0) wait_copies_read<0>();
     return;
@@ -509,7 +521,7 @@ __global__ void __launch_bounds__((ScanShape<kD, kE>::kThreads), 1)
 
   raise_registers<Shape::kStateRegisters>();
   CarriedState<kType, kTiles, kE, kPrecise> carry;
-  const int tile0 = (warpgroup - 2) * kTiles;  // of 64 rows of S
+  const int tile0 = (warpgroup - 1 - kOutGroups) * kTiles;  // of 64 rows of S
   const int64_t state_head = head / args.share_state;
   // body(number, row and column of S)
   auto each = [&](const auto& body) {
@@ -535,7 +547,7 @@ __global__ void __launch_bounds__((ScanShape<kD, kE>::kThreads), 1)
       return ((slot * args.heads + head) * args.slices + slice) * args.parts;
     };
     // all CTAs that make summaries have begun before this one
-    for (int i = threadIdx.x - 256; i < before * parts; i += kConsumers - 128)
+    for (int i = threadIdx.x - kStateThread; i < before * parts; i += kConsumers - 128)
       wait_for_signals(args.made + summary_of(before - i / parts) + i % parts, 1, nullptr);
     named_barrier_sync(kStates, kConsumers - 128);
     const float keep = static_cast<float>(exp(-static_cast<double>(slope) * args.segment));
@@ -547,15 +559,15 @@ __global__ void __launch_bounds__((ScanShape<kD, kE>::kThreads), 1)
         carry.add_summary(summary, i == 0 ? keep : 1);
     }
   }
-  auto write_image = [&] {
+  auto write_image = [&](int chunk) {
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile)
       store_rows<kType>(smem.image, (tile0 + tile) * 64, carry.acc[tile], warp, lane);
     // writers fence before the matrix instructions of another warpgroup read
     fence_async_smem();
-    named_barrier_arrive(kImageFull, kConsumers);
+    named_barrier_arrive(kImageFull + chunk % kOutGroups, kConsumers);
   };
-  if (chunks > 0) write_image();
+  if (chunks > 0) write_image(0);
   KeyDecay decay = decay_to_end(slope_log2, kChunk, lane);
   float keep = static_cast<float>(exp(-static_cast<double>(slope) * kChunk));
 #pragma unroll 1
@@ -565,8 +577,8 @@ __global__ void __launch_bounds__((ScanShape<kD, kE>::kThreads), 1)
     smem.full[turn.stage].wait(turn.parity);
     if (last && clears) {
       // zero weights don't silence what is not a number
-      clear_rows(smem.k[turn.stage], tail, threadIdx.x - 256, kConsumers - 128);
-      clear_rows(smem.v[turn.stage], tail, threadIdx.x - 256, kConsumers - 128);
+      clear_rows(smem.k[turn.stage], tail, threadIdx.x - kStateThread, kConsumers - 128);
+      clear_rows(smem.v[turn.stage], tail, threadIdx.x - kStateThread, kConsumers - 128);
       fence_async_smem();
       named_barrier_arrive(kCleared, kConsumers);
       named_barrier_sync(kStates, kConsumers - 128);
@@ -583,7 +595,7 @@ __global__ void __launch_bounds__((ScanShape<kD, kE>::kThreads), 1)
     release(turn.stage);
     if (!last) {
       named_barrier_sync(kImageEmpty, kConsumers);
-      write_image();
+      write_image(chunk + 1);
     }
   }
   if (wanted)

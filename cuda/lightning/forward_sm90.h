@@ -42,7 +42,9 @@ struct ScanPlan {
   int64_t slots;   // segments of all sequences; packed ones have at most so many
   int64_t summed;  // of these, how many are summed up: all but the last of a sequence
 
-  // How many segments a sequence is worth when so many CTAs would take all sequences whole
+  // How many segments of a sequence run side by side when so many CTAs would take all sequences
+  // whole, and how many are worth it
+  static int64_t most_segments(const ScanCall& call, int64_t ctas);
   static int64_t segments_for(const ScanCall& call, int64_t ctas);
   void cut(const ScanCall& call, int64_t segments_each);
 

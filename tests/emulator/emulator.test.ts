@@ -1105,6 +1105,7 @@ const kernels: Kernel[] = [
     variants: Object.fromEntries(
       [
         ['kBF16', 64, 64],
+        ['kBF16', 128, 64],
         ['kF16', 128, 128],
         ['kBF16', 192, 64],
         ['kBF16', 256, 64],
@@ -1116,7 +1117,7 @@ const kernels: Kernel[] = [
         ],
       ]),
     ),
-    broken: 'kBF16 d64 e64',
+    broken: 'kBF16 d128 e64',
     faults: [
       {
         what: 'a chunk is loaded before the last one was used',
@@ -1137,6 +1138,18 @@ const kernels: Kernel[] = [
         to: 'named_barrier_arrive(kImageEmpty, kConsumers);',
       },
       {
+        what: 'one of two warpgroups takes the image of the other',
+        file: scan,
+        from: 'named_barrier_sync(kImageFull + group, kConsumers);',
+        to: 'named_barrier_sync(kImageFull, kConsumers);',
+      },
+      {
+        what: 'the last chunk but one is taken for the last',
+        file: scan,
+        from: '!more : chunk + 1 == chunks',
+        to: '!more : !more',
+      },
+      {
         what: 'the image is not fenced',
         file: scan,
         from: 'fence_async_smem();\n    named_barrier_arrive(kImageFull',
@@ -1145,13 +1158,13 @@ const kernels: Kernel[] = [
       {
         what: 'out is copied before all have written it',
         file: scan,
-        from: 'named_barrier_sync(kOut, 128);',
+        from: 'named_barrier_sync(kOut + group, 128);',
         to: '',
       },
       {
         what: 'a buffer of out is overwritten while it is copied',
         file: scan,
-        from: 'if (thread == 0) wait_copies_read<1>();',
+        from: 'if (thread == 0) wait_copies_read<2 / kOutGroups - 1>();',
         to: '',
       },
       {
@@ -1223,7 +1236,7 @@ const kernels: Kernel[] = [
       {
         what: 'tokens of the next sequence are not silenced',
         file: scan,
-        from: 'clear_rows(smem.k[turn.stage], tail, threadIdx.x - 256, kConsumers - 128);',
+        from: 'clear_rows(smem.k[turn.stage], tail, threadIdx.x - kStateThread, kConsumers - 128);',
         to: '',
       },
       {
@@ -1247,7 +1260,7 @@ const kernels: Kernel[] = [
       {
         what: 'rows of the next sequence are overwritten',
         file: scan,
-        from: 'if (clears && !more) {',
+        from: 'if (clears && last) {',
         to: 'if (false) {',
       },
     ],

@@ -132,7 +132,7 @@ double check(const Case& c, emulator::Random& random) {
   return worst;
 }
 
-#if HEDDLE_D == 64
+#if HEDDLE_D <= 128 && HEDDLE_E == 64
 const Case kCases[] = {
     {.b = 2,
      .s = 200,
