@@ -35,6 +35,8 @@ export interface Case {
   check(): Promise<number>
   /** What peers need to run the same. */
   inputs: readonly Tensor[]
+  /** Other operators of ours for the same inputs, to compare with. */
+  others?: Readonly<Record<string, () => Tensor[]>>
 }
 
 /** The same numbers from 0 to 1 from the same seed. */
@@ -355,7 +357,7 @@ export const operators: Readonly<Record<string, (problem: Problem, device: Devic
   },
 
   lightning(problem, device) {
-    const { dtype, size } = problem
+    const { dtype, size, flags } = problem
     const [b, h, s, d] = [size('b'), size('h'), size('s'), size('d')]
     const e = size('e', d)
     const make = (seed: number, last: number) => randn([b, s, h, last], { seed, dtype, device })
@@ -367,25 +369,33 @@ export const operators: Readonly<Record<string, (problem: Problem, device: Devic
       flops: b * h * s * (2 * 64 * (d + e) + 4 * d * e),
       bytes: bytesPerElement[dtype] * b * h * s * (2 * d + 2 * e),
       run: () => [lightning(q, k, v, { slopes }).out],
+      ...(flags.has('softmax') && {
+        others: {
+          'our softmax attention': () => {
+            const { out, lse } = attention(q, k, v, { causal: true })
+            return [out, lse]
+          },
+        },
+      }),
       async check() {
         const { out } = lightning(q, k, v, { slopes })
-        const read = (x: Tensor) =>
-          x
-            .select(0, b - 1)
-            .select(1, h - 1)
-            .read({ as: 'float32' })
-        const [qs, ks, vs, os] = [await read(q), await read(k), await read(v), await read(out)]
+        const rows = (x: Tensor) => x.select(0, b - 1).select(1, h - 1)
+        const read = (x: Tensor) => x.read({ as: 'float32' })
+        const [qs, ks] = [await read(rows(q)), await read(rows(k))]
+        const [vs, os] = [
+          await read(rows(v).select(1, e - 1)),
+          await read(rows(out).select(1, e - 1)),
+        ]
         const decay = Math.exp(-rates[h - 1]!)
-        const column = e - 1
         const state = new Float64Array(d)
         let [worst, top] = [0, 0]
         for (let t = 0; t < s; t++) {
           let value = 0
           for (let i = 0; i < d; i++) {
-            state[i] = decay * state[i]! + ks[t * d + i]! * vs[t * e + column]!
+            state[i] = decay * state[i]! + ks[t * d + i]! * vs[t]!
             value += qs[t * d + i]! * state[i]!
           }
-          worst = Math.max(worst, Math.abs(value - os[t * e + column]!))
+          worst = Math.max(worst, Math.abs(value - os[t]!))
           top = Math.max(top, Math.abs(value))
         }
         out.dispose()
@@ -769,6 +779,11 @@ export const suites: Readonly<Record<'cpu' | 'cuda', readonly string[]>> = {
     'lightning:b1 h16 s32768 d128 e128 bf16',
     'lightning:b1 h64 s4096 d128 e128 bf16',
     'lightning:b1 h64 s131072 d128 e128 bf16',
+    'lightning:b32 h64 s32768 d128 e128 bf16',
+    'lightning:b8 h64 s131072 d128 e128 bf16',
+    'lightning:b1 h64 s1048576 d128 e128 bf16',
+    'lightning:b4 h32 s1024 d128 e128 bf16 softmax',
+    'lightning:b4 h32 s2048 d128 e128 bf16 softmax',
     'lightning.backward:b4 h32 s8192 d128 e128 bf16',
     'lightning.backward:b4 h32 s32768 d128 e128 bf16',
     'lightning.backward:b1 h16 s32768 d128 e128 bf16',

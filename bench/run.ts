@@ -115,6 +115,8 @@ async function measure(
   const { times, once } = await repeatsFor(made.run, device, roundMilliseconds(device))
   const peers =
     device === 'cpu' ? await onnxruntime(problem, made.inputs, threads) : await torch(problem)
+  for (const [name, run] of Object.entries(made.others ?? {}))
+    peers.push({ name, round: (times) => timeRound(run, device, times) })
   const ours: number[] = []
   const theirs = peers.map((): number[] => [])
   const few = (most: number) => Math.max(3, Math.min(most, Math.round(5000 / once))) // what takes long
