@@ -2,6 +2,7 @@
 #include "core/mask.h"
 #include "core/select.h"
 #include "ops/flexprefill.h"
+#include "ops/probe.h"
 
 // The selection of one head. With V and O the masses of key blocks and of diagonals of blocks for
 // the last queries, and P the pooled distribution of a row:
@@ -15,6 +16,81 @@
 //
 // A head whose statistics are not finite lists everything.
 namespace heddle {
+
+// What is decided on, of all heads; Probe says what the first three hold
+struct FlexTask {
+  FlexPrefill op;
+  int64_t heads, sq, sk, rows, nk;
+  float* lines;     // [heads, 2, sk] mass of each key for the last queries, of each distance
+  float* map;       // [heads, rows, nk] the pooled distribution of every row of blocks
+  float* estimate;  // [heads, nk] the same of the last queries
+  float* work;      // [heads, 3, nk + 1] masses of columns and of bands, then which are listed
+  bool whole;       // blocks: the estimate is the last row of a map
+
+  // `allocate(n)` makes room for n numbers
+  template <class Allocate>
+  FlexTask(const FlexPrefill& op, const Allocate& allocate)
+      : op(op),
+        heads(op.q.shape[0] * op.q.shape[2]),
+        sq(op.q.shape[1]),
+        sk(op.k.shape[1]),
+        rows(op.rows()),
+        nk(op.columns()),
+        whole(sq % op.block == 0) {
+    lines = allocate(heads * 2 * sk);
+    map = allocate(heads * rows * nk);
+    work = allocate(heads * 3 * (nk + 1));
+    estimate = whole ? map + (rows - 1) * nk : allocate(heads * nk);
+  }
+
+  Probe probe_lines() const {
+    Probe probe = of_last(lines, 2, sk);
+    probe.kind = Probe::kRows;
+    probe.per = Probe::kLine;
+    return probe;
+  }
+  Probe probe_map() const {
+    Probe probe = of(op.q, map, rows, nk);
+    probe.softmax = true;
+    return probe;
+  }
+  // Unless blocks are whole
+  Probe probe_estimate() const {
+    Probe probe = of_last(estimate, 1, nk);
+    probe.softmax = true;
+    return probe;
+  }
+
+ private:
+  Probe of(const Tensor& q, float* to, int64_t lines, int64_t columns) const {
+    Probe probe;
+    probe.q = q;
+    probe.k = op.k;
+    probe.block_q = probe.block_k = op.block;
+    probe.scale = op.scale;
+    Tensor& score = probe.score;
+    score.data = to;
+    score.rank = 4;
+    score.device = q.device;
+    const int64_t shape[] = {q.shape[0], q.shape[2], lines, columns};
+    int64_t stride = 1;
+    for (int i = 3; i >= 0; stride *= shape[i--]) {
+      score.shape[i] = shape[i];
+      score.strides[i] = stride;
+    }
+    return probe;
+  }
+  Probe of_last(float* to, int64_t lines, int64_t columns) const {
+    Tensor last = op.q;
+    const int64_t first = sq > op.block ? sq - op.block : 0;
+    last.data =
+        last.as<char>() + first * last.strides[1] * static_cast<int64_t>(size_of(last.dtype));
+    last.shape[1] -= first;
+    Probe probe = of(last, to, lines, columns);
+    probe.block_q = last.shape[1];
+    return probe;
+  }
+};
 
 // Memory of a team; several that work on one head find the same
 struct FlexMemory {
@@ -33,16 +109,17 @@ struct FlexSum {
   float* to;
   float slope, peak;  // of weights, which are 1 where the slope is 0
 
-  HEDDLE_HD FlexSum(const FlexPrefill& op, int64_t head, int64_t line, int64_t c) {
-    const int64_t sk = op.lines.shape[3], nk = op.map.shape[3];
+  HEDDLE_HD FlexSum(const FlexTask& task, int64_t head, int64_t line, int64_t c) {
+    const FlexPrefill& op = task.op;
+    const int64_t sk = task.sk, nk = task.nk;
     const bool tent = line == 1 && op.coverage;
     // Bands count from the farthest distance: a short last block shifts them
     const int64_t shift = tent ? op.block : line == 1 ? nk * op.block - sk : 0;
     const int64_t begin = c * op.block - shift, first = begin < 0 ? 0 : begin;
     const int64_t last = c * op.block + op.block - (tent ? 0 : shift), end = last < sk ? last : sk;
-    from = static_cast<float*>(op.lines.data) + (head * 2 + line) * sk + first;
+    from = task.lines + (head * 2 + line) * sk + first;
     count = end - first;
-    to = static_cast<float*>(op.work.data) + (head * 3 + line) * (nk + 1) + c;
+    to = task.work + (head * 3 + line) * (nk + 1) + c;
     slope = tent ? 1.f / static_cast<float>(op.block) : 0.f;
     peak = static_cast<float>(c * op.block - first);
   }
@@ -88,23 +165,22 @@ struct FlexTriangle {
 
 // After the sums. `own` is a team for itself, `all` are those who have this head to do.
 template <class Team, class Group>
-HEDDLE_HD void flexprefill_head(const Team& own, const Group& all, const FlexPrefill& op,
+HEDDLE_HD void flexprefill_head(const Team& own, const Group& all, const FlexTask& task,
                                 int64_t head, FlexMemory& memory) {
-  const int64_t sk = op.lines.shape[3], rows = op.map.shape[2], nk = op.map.shape[3],
-                heads = op.map.shape[1], block = op.block, line_words = (nk + 31) / 32;
+  const FlexPrefill& op = task.op;
+  const int64_t sk = task.sk, rows = task.rows, nk = task.nk, block = op.block,
+                line_words = (nk + 31) / 32;
   const auto words = static_cast<uint32_t>(op.blocks.shape[3]);
-  const float* columns = static_cast<float*>(op.lines.data) + head * 2 * sk;
+  const float* columns = task.lines + head * 2 * sk;
   const float* distances = columns + sk;
-  const float* estimate = static_cast<float*>(op.estimate.data) +
-                          head / heads * op.estimate.strides[0] +
-                          head % heads * op.estimate.strides[1];
-  const float* map = static_cast<float*>(op.map.data) + head * rows * nk;
-  float* vertical = static_cast<float*>(op.work.data) + head * 3 * (nk + 1);
+  const float* estimate = task.estimate + head * (task.whole ? rows : 1) * nk;
+  const float* map = task.map + head * rows * nk;
+  float* vertical = task.work + head * 3 * (nk + 1);
   float* slash = vertical + nk + 1;
   auto* column_bits = reinterpret_cast<int32_t*>(slash + nk + 1);
   int32_t* band_bits = column_bits + line_words;
   int32_t* bits = static_cast<int32_t*>(op.blocks.data) + head * rows * words;
-  const int64_t ahead = sk - op.sq;
+  const int64_t ahead = sk - task.sq;
   const FlexTriangle visible(rows, nk, (ahead + block - 1) / block);
   const int64_t first_seen = ahead / block;  // of the diagonal of row 0
   const auto clamp = [](int64_t x, int64_t least, int64_t most) {

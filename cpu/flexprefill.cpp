@@ -1,5 +1,7 @@
 #include "core/flexprefill.h"
 
+#include <deque>
+
 #include "core/cpu_context.h"
 #include "core/registry.h"
 #include "cpu/team.h"
@@ -9,15 +11,23 @@ namespace HEDDLE_ISA_NAMESPACE {
 namespace {
 
 void run(const FlexPrefill& op, CpuContext& context) {
-  context.parallel(op.map.shape[0] * op.map.shape[1], [&](int64_t head, int) {
+  std::deque<Scratch<float>> memory;
+  const FlexTask task(
+      op, [&](int64_t count) { return memory.emplace_back(static_cast<size_t>(count)).data(); });
+  if (task.heads == 0) return;
+  const auto probe = [&](const Probe& own) { operator_entry(Probe::kName).cpu(&own, context); };
+  probe(task.probe_lines());
+  probe(task.probe_map());
+  if (!task.whole) probe(task.probe_estimate());
+  context.parallel(task.heads, [&](int64_t head, int) {
     for (int64_t line = 0; line < 2; ++line)
-      for (int64_t c = 0; c < op.map.shape[3]; ++c) {
-        const FlexSum sum(op, head, line, c);
+      for (int64_t c = 0; c < task.nk; ++c) {
+        const FlexSum sum(task, head, line, c);
         *sum.to = 0;
         for (int64_t i = 0; i < sum.count; ++i) *sum.to += sum(i);
       }
-    FlexMemory memory;
-    flexprefill_head(Alone{}, Alone{}, op, head, memory);
+    FlexMemory own;
+    flexprefill_head(Alone{}, Alone{}, task, head, own);
   });
 }
 

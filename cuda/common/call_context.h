@@ -53,7 +53,7 @@ class Counters {
 class Scratch {
  public:
   void restart() { used_ = 0; }
-  // Null for what is too large to keep
+  // Null for what is too large to keep, of one piece or of a call
   void* take(size_t nbytes, cudaStream_t stream);
   void clear(cudaStream_t stream);
 

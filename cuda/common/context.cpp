@@ -74,7 +74,7 @@ void* CallContext::scratch_bytes(size_t nbytes) {
 void* Scratch::take(size_t nbytes, cudaStream_t stream) {
   constexpr size_t kAlignment = 256, kMost = size_t{64} << 20;
   nbytes = std::max((nbytes + kAlignment - 1) / kAlignment, size_t{1}) * kAlignment;
-  if (nbytes > kMost) return nullptr;
+  if (nbytes > kMost || (size_ == kMost && used_ + nbytes > size_)) return nullptr;
   if (used_ + nbytes > size_) {
     const size_t size = std::max(std::min(2 * size_, kMost), std::max(nbytes, size_t{1} << 20));
     void* block;

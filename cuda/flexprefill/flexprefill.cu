@@ -24,13 +24,19 @@ __global__ void __launch_bounds__(kChoiceThreads)
 }
 
 void run(const FlexPrefill& op, CudaContext& context) {
-  const int64_t heads = op.map.shape[0] * op.map.shape[1], nk = op.map.shape[3];
+  const FlexTask task(
+      op, [&](int64_t count) { return context.scratch<float>(static_cast<size_t>(count)); });
+  const int64_t heads = task.heads, nk = task.nk;
   if (heads == 0) return;
-  const int64_t entries = std::max(op.lines.shape[3], op.map.shape[2] * nk);
+  const auto probe = [&](const Probe& own) { cuda_slot(Probe::kName)(&own, context); };
+  probe(task.probe_lines());
+  probe(task.probe_map());
+  if (!task.whole) probe(task.probe_estimate());
+  const int64_t entries = std::max(task.sk, task.rows * nk);
   const int64_t members =
       std::clamp<int64_t>(std::min(entries / kShare, context.processors / heads), 1, 16);
   const int64_t groups = std::min<int64_t>(heads, context.processors / members);
-  const FlexArgs args{op, context.scratch<GroupMemory>(static_cast<size_t>(groups)), heads,
+  const FlexArgs args{task, context.scratch<GroupMemory>(static_cast<size_t>(groups)),
                       static_cast<int>(groups), static_cast<int>(members)};
   const int64_t warps = heads * 2 * nk;
   HEDDLE_CHECK(warps < INT32_MAX, kUnsupported, "map", "map has too many heads for one call");

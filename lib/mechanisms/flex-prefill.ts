@@ -3,8 +3,6 @@ import type { FloatDType } from '../dtype.js'
 import { type Mask, makeMask } from '../mask.js'
 import { run } from '../native.js'
 import { attention } from '../ops/attention.js'
-import { probe } from '../ops/probe.js'
-import { scope } from '../scope.js'
 import { checkTensor, empty, type Tensor } from '../tensor.js'
 import { everything, type PackedOptions, perSequence } from './packed.js'
 
@@ -80,36 +78,21 @@ export function flexPrefill<D extends FloatDType>(
     const sk = keys.shape[1]!
     const parts = everything(sq, sk, block)
     if (gamma >= 1 || sk <= Math.max(2 * block, least * block)) return parts
-    const blocks = scope(() => {
-      const last = queries.slice(1, Math.max(sq - block, 0))
-      const shared = { scale: mode === 'coverage' ? scale : undefined }
-      const rows = { ...shared, kind: 'rows', block: [last.shape[1]!, block] } as const
-      const pooled = { ...shared, kind: 'pooled', softmax: true } as const
-      const map = probe(queries, keys, { ...pooled, block })
-      const [rowsOfBlocks, columns] = [map.shape[2]!, map.shape[3]!]
-      const device = q.device
-      const shape = [b, heads, rowsOfBlocks, Math.ceil(columns / 32)]
-      const bits = empty(shape, { dtype: 'int32', device })
-      run('flexprefill', {
-        lines: probe(last, keys, { ...rows, per: 'line' }),
-        // whole blocks: the last queries are the map's last row
-        estimate:
-          sq % block === 0
-            ? map.slice(2, rowsOfBlocks - 1)
-            : probe(last, keys, { ...pooled, block: rows.block }),
-        map,
-        blocks: bits,
-        work: empty([b, heads, 3, columns + 1], { device }),
-        gamma,
-        tau,
-        least,
-        most,
-        block,
-        sq,
-        coverage: mode === 'coverage',
-      })
-      return bits
-    })
+    const [rows, columns] = [sq, sk].map((size) => Math.ceil(size / block)) as [number, number]
+    const shape = [b, heads, rows, Math.ceil(columns / 32)]
+    const blocks = empty(shape, { dtype: 'int32', device: q.device })
+    const coverage = mode === 'coverage'
+    const settings = {
+      gamma,
+      tau,
+      least,
+      most,
+      block,
+      coverage,
+      scale: coverage ? scale : undefined,
+    }
+    const [divergence] = run('flexprefill', { q: queries, k: keys, blocks, ...settings })
+    divergence?.dispose()
     return makeMask({ ...parts, sequences: b, heads, sinkTokens: 0, blocks })
   }
   return perSequence(op, q, k, [block, block], options, select)

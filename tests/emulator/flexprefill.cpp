@@ -1,5 +1,6 @@
 #include "flexprefill/choice.cuh"
 
+#include <deque>
 #include <limits>
 
 #include "cpu/team.h"
@@ -70,51 +71,46 @@ void spread(float* to, int64_t n, int kind, emulator::Random& random) {
 
 double check(const Case& c, emulator::Random& random) {
   FlexPrefill op = c.settings;
-  op.sq = c.sq;
-  const auto block = op.block;
-  const int64_t nk = (c.sk + block - 1) / block, rows = (c.sq + block - 1) / block,
-                words = (nk + 31) / 32 + random.below(2);
+  op.q = tensor(nullptr, {1, c.sq, c.heads, 64});
+  op.k = tensor(nullptr, {1, c.sk, c.heads, 64});
+  const auto block = op.block, nk = op.columns(), rows = op.rows(),
+             words = (nk + 31) / 32 + random.below(2);
   const auto size = [](int64_t n) { return static_cast<size_t>(n); };
-  std::vector<float> lines(size(c.heads * 2 * c.sk)), estimate(size(c.heads * nk)),
-      map(size(c.heads * rows * nk), -INFINITY);
+  std::deque<std::vector<float>> memory;
+  FlexTask task(op, [&](int64_t n) { return memory.emplace_back(size(n), -INFINITY).data(); });
+  float *lines = task.lines, *map = task.map;
   for (int64_t line = 0; line < c.heads * 2; ++line)
-    spread(&lines[size(line * c.sk)], c.sk, static_cast<int>(line % 3), random);
+    spread(lines + line * c.sk, c.sk, static_cast<int>(line % 3), random);
   for (int64_t head = 0; head < c.heads; ++head) {
-    spread(&estimate[size(head * nk)], nk, 0, random);
+    if (!task.whole) spread(task.estimate + head * nk, nk, 0, random);
     for (int64_t row = 0; row < rows; ++row) {
       const int64_t end = std::min((row + 1) * block, c.sq);
-      spread(&map[size((head * rows + row) * nk)], (c.sk - c.sq + end - 1) / block + 1,
+      spread(map + (head * rows + row) * nk, (c.sk - c.sq + end - 1) / block + 1,
              static_cast<int>(head % 2), random);
     }
   }
-  if (c.odd != 0) (std::isnan(c.odd) ? map[size(rows / 2 * nk)] : lines[size(c.sk / 2)]) = c.odd;
-  op.lines = tensor(lines.data(), {1, c.heads, 2, c.sk});
-  op.estimate = tensor(estimate.data(), {1, c.heads, 1, nk});
-  op.map = tensor(map.data(), {1, c.heads, rows, nk});
-
+  if (c.odd != 0) (std::isnan(c.odd) ? map[rows / 2 * nk] : lines[c.sk / 2]) = c.odd;
   std::vector<int32_t> expected(size(c.heads * rows * words), 1), bits(expected.size(), 2);
-  std::vector<float> work(size(c.heads * 3 * (nk + 1))), divergence(size(c.heads), kNone);
-  op.work = tensor(work.data(), {1, c.heads, 3, nk + 1});
-  op.divergence = tensor(divergence.data(), {1, c.heads});
-  op.blocks = tensor(expected.data(), {1, c.heads, rows, words});
+  std::vector<float> divergence(size(c.heads), kNone);
+  task.op.divergence = tensor(divergence.data(), {1, c.heads});
+  task.op.blocks = tensor(expected.data(), {1, c.heads, rows, words});
   for (int64_t head = 0; head < c.heads; ++head) {
     for (int64_t i = 0; i < 2 * nk; ++i) {
-      const FlexSum sum(op, head, i / nk, i % nk);
+      const FlexSum sum(task, head, i / nk, i % nk);
       *sum.to = 0;
       for (int64_t t = 0; t < sum.count; ++t) *sum.to += sum(t);
     }
-    FlexMemory memory;
-    flexprefill_head(HEDDLE_ISA_NAMESPACE::Alone{}, HEDDLE_ISA_NAMESPACE::Alone{}, op, head,
-                     memory);
+    FlexMemory own;
+    flexprefill_head(HEDDLE_ISA_NAMESPACE::Alone{}, HEDDLE_ISA_NAMESPACE::Alone{}, task, head, own);
   }
   const std::vector<float> wanted = divergence;
 
-  std::fill(work.begin(), work.end(), kNone);
+  std::fill_n(task.work, c.heads * 3 * (nk + 1), kNone);
   std::fill(divergence.begin(), divergence.end(), kNone);
-  op.blocks.data = bits.data();
+  task.op.blocks.data = bits.data();
   std::vector<GroupMemory> groups(size(c.groups));
   std::memset(static_cast<void*>(groups.data()), 0xff, groups.size() * sizeof(GroupMemory));
-  const FlexArgs args{op, groups.data(), c.heads, c.groups, c.members};
+  const FlexArgs args{task, groups.data(), c.groups, c.members};
   const int warps = c.threads / 32;
   emulator::launch(static_cast<int>((c.heads * 2 * nk + warps - 1) / warps), c.threads, 0,
                    [&] { flexprefill_sum(args, blockIdx.x * warps + threadIdx.x / 32); });
