@@ -304,6 +304,26 @@ __device__ __forceinline__ void store_16_bytes(uint32_t address, const void* gme
                : "memory");
 }
 
+// The same some time later, or zeros where there is nothing. Groups of a thread end in their order.
+__device__ __forceinline__ void request_16_bytes(uint32_t address, const void* gmem, bool exists) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(gmem),
+               "r"(exists ? 16 : 0)
+               : "memory");
+}
+__device__ __forceinline__ void commit_requests() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+// Until at most kPending groups of this thread are unfinished
+template <int kPending> __device__ __forceinline__ void wait_requests() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+__device__ __forceinline__ void load_16_bytes(uint32_t address, uint32_t (&to)[4]) {
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(address)
+               : "memory");
+}
+
 // From shared to global memory, both aligned
 __device__ __forceinline__ void copy_16_bytes(void* gmem, uint32_t address) {
   uint32_t a, b, c, d;

@@ -4,6 +4,7 @@
 #include "common/launch.h"
 #include "core/slot.h"
 #include "flexprefill/choice.cuh"
+#include "probe/lines.h"
 
 namespace heddle {
 namespace {
@@ -29,8 +30,15 @@ void run(const FlexPrefill& op, CudaContext& context) {
   const int64_t heads = task.heads, nk = task.nk;
   if (heads == 0) return;
   const auto probe = [&](const Probe& own) { cuda_slot(Probe::kName)(&own, context); };
-  probe(task.probe_lines());
-  probe(task.probe_map());
+  const Probe lines = task.probe_lines(), map = task.probe_map();
+  const Means means(map, context);
+  if (declines_lines_sm90(lines, context)) {
+    probe(lines);
+    run_means(means, context);
+  } else {
+    run_lines_sm90(lines, &means, context);
+  }
+  run_products(map, means, context);
   if (!task.whole) probe(task.probe_estimate());
   const int64_t entries = std::max(task.sk, task.rows * nk);
   const int64_t members =

@@ -387,7 +387,7 @@ const char* declines_lines_sm90(const Probe& op, const CudaContext& context) {
   return nullptr;
 }
 
-void run_lines_sm90(const Probe& op, CudaContext& context) {
+void run_lines_sm90(const Probe& op, const Means* means, CudaContext& context) {
   const LinesPlan plan(op, context.processors);
   const int64_t strips = plan.parts * int64_t{4};
   const auto heads = static_cast<size_t>(op.q.shape[0] * op.q.shape[2]);
@@ -396,7 +396,9 @@ void run_lines_sm90(const Probe& op, CudaContext& context) {
       plan,
       context.scratch<float2>(heads * static_cast<size_t>(plan.parts) * kLineQueries),
       {context.scratch<float>(heads * static_cast<size_t>(strips * (plan.strip + kLineQueries))),
-       plan.strip, strips}};
+       plan.strip, strips},
+      means ? means->q : MeanArgs{},
+      means ? means->k : MeanArgs{}};
   const bool wide = op.q.shape[3] == 128;
   if (op.q.dtype == DType::kBF16)
     wide ? launch_lines_sm90<DType::kBF16, 128>(call, context.stream)

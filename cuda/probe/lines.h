@@ -1,12 +1,14 @@
 #pragma once
 #include "common/context.h"
 #include "ops/probe.h"
+#include "probe/pooled.h"
 
 namespace heddle {
 
 const char* declines_lines(const Probe& op, const CudaContext& context);
 void run_lines(const Probe& op, CudaContext& context);
 const char* declines_lines_sm90(const Probe& op, const CudaContext& context);
-void run_lines_sm90(const Probe& op, CudaContext& context);
+// With the means of whole tensors, if asked for, of which q and k are of those of the probe
+void run_lines_sm90(const Probe& op, const Means* means, CudaContext& context);
 
 }  // namespace heddle

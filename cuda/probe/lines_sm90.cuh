@@ -22,10 +22,15 @@
 // A thread's scores lie on few diagonals of 8 x 8 squares. It adds them up in registers, which move
 // on with the keys: a stage ends four diagonals of squares, whose 32 distances are then added up
 // from shared memory. No sum depends on timing.
+//
+// The three warps beside the one that loads average blocks of q and k, half of them in each walk:
+// memory has nothing else to do.
 namespace heddle {
 namespace {
 
-constexpr int kLineQueries = 128, kLineKeys = 32, kLineStages = 4, kLineThreads = 384;
+constexpr int kLineQueries = 128, kLineKeys = 32, kLineStages = 3, kLineThreads = 384;
+// Warps that average blocks. Of a lane so many requests go together, and are on their way in all.
+constexpr int kMeanWarps = 3, kBatch = 4, kRequests = 6 * kBatch;
 // Diagonals of a stage's squares: 16 of queries, 4 of keys
 constexpr int kLineSquares = kLineKeys / 8, kDiagonals = kLineQueries / 8 + kLineSquares - 1;
 
@@ -34,6 +39,7 @@ struct LinesArgs {
   LinesPlan plan;
   float2* stats;
   LineStrips strips;
+  MeanArgs mean_q, mean_k;
   float scale_log2;
 };
 
@@ -43,6 +49,7 @@ template <int kD> struct LinesSmem {
   float2 stats[2][4][kLineQueries];
   float lse[2][kLineQueries];
   float diagonals[8][8][kLineKeys + 8];  // per warp; rows of squares, and the square before
+  alignas(16) uint32_t requests[kMeanWarps][kRequests][32][4];
   sm90::Barrier q_full, k_full[kLineStages], k_empty[kLineStages];
 };
 
@@ -145,6 +152,79 @@ struct LineSums {
   }
 };
 
+// Means of the blocks from `first` to `end`, those of k behind those of q and of the same size,
+// every `step`-th. A lane has 16 bytes of rows that are kRows apart, and nobody else looks at them.
+template <DType kType, int kD>
+__device__ __forceinline__ void average_blocks(const MeanArgs& q, const MeanArgs& k,
+                                               uint32_t (&smem)[kRequests][32][4], int first,
+                                               int end, int step) {
+  using namespace sm90;
+  constexpr int kLanes = kD / 8, kRows = 32 / kLanes;
+  const int lane = static_cast<int>(threadIdx.x) % 32, row = lane / kLanes,
+            column = lane % kLanes * 8;
+  const int of_q = static_cast<int>(q.count());
+  const int batches = (static_cast<int>(q.block) + kBatch * kRows - 1) / (kBatch * kRows);
+  const auto args_of = [&](int block) -> const MeanArgs& { return block < of_q ? q : k; };
+  const auto find = [&](int block) {
+    return args_of(block).at(static_cast<uint32_t>(block < of_q ? block : block - of_q));
+  };
+  // What is asked for next, and the rows left of its block from this lane's on
+  int block = first, batch = 0, left = 0;
+  const uint16_t* from = nullptr;
+  int64_t stride = 0;
+  const auto request = [&](int slot) {
+    if (block < end) {
+      if (batch == 0) {
+        const MeanArgs::Block found = find(block);
+        const Tensor& x = args_of(block).x;
+        from = static_cast<const uint16_t*>(x.data) + found.from + row * x.strides[1] + column;
+        stride = kRows * x.strides[1];
+        left = static_cast<int>(found.rows) - row;
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i, left -= kRows) {
+        request_16_bytes(address_of(smem[slot + i][lane]), from, left > 0);
+        if (left > kRows) from += stride;  // no address behind the tensor
+      }
+      if (++batch == batches) {
+        batch = 0;
+        block += step;
+      }
+    }
+    commit_requests();
+  };
+#pragma unroll 1
+  for (int slot = 0; slot < kRequests; slot += kBatch) request(slot);
+  int slot = 0;
+#pragma unroll 1
+  for (int own = first; own < end; own += step) {
+    float sum[8] = {};
+#pragma unroll 1
+    for (int n = 0; n < batches; ++n) {
+      wait_requests<kRequests / kBatch - 1>();
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        uint32_t words[4];
+        load_16_bytes(address_of(smem[slot + i][lane]), words);
+#pragma unroll
+        for (int e = 0; e < 8; ++e)
+          sum[e] += unpack<kType>(static_cast<uint16_t>(words[e / 2] >> 16 * (e % 2)));
+      }
+      request(slot);
+      slot = slot + kBatch == kRequests ? 0 : slot + kBatch;
+    }
+    const MeanArgs::Block found = find(own);
+    float* to = args_of(own).mean + found.to + column;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      for (int other = kLanes; other < 32; other *= 2)
+        sum[i] += __shfl_xor_sync(~0u, sum[i], other);
+      if (row == 0) to[i] = sum[i] / static_cast<float>(found.rows);
+    }
+  }
+  wait_requests<0>();  // of nothing by now
+}
+
 template <DType kType, int kD, bool kSums>
 __global__ void __launch_bounds__(kLineThreads, 1)
     probe_lines_sm90_kernel(const __grid_constant__ sm90::TensorMap gmem_q,
@@ -167,7 +247,7 @@ __global__ void __launch_bounds__(kLineThreads, 1)
     smem.q_full.init(1);
     for (int stage = 0; stage < kLineStages; ++stage) {
       smem.k_full[stage].init(1);
-      smem.k_empty[stage].init(plan.shared ? 8 : 4);
+      smem.k_empty[stage].init(8);
     }
     fence_barrier_init();
   }
@@ -175,8 +255,15 @@ __global__ void __launch_bounds__(kLineThreads, 1)
   if (!kSums) let_next_begin();
 
   if (warpgroup == 0) {
-    lower_registers<24>();
-    if (threadIdx.x < 32 && elect_one()) {
+    lower_registers<40>();
+    if (threadIdx.x >= 32) {
+      const int warp = static_cast<int>(threadIdx.x) / 32 - 1;
+      const auto count = static_cast<int>(args.mean_q.count() + args.mean_k.count());
+      average_blocks<kType, kD>(
+          args.mean_q, args.mean_k, smem.requests[warp],
+          (kSums ? count / 2 : 0) + static_cast<int>(blockIdx.x) * kMeanWarps + warp,
+          kSums ? count : count / 2, static_cast<int>(gridDim.x) * kMeanWarps);
+    } else if (elect_one()) {
       prefetch(gmem_q);
       prefetch(gmem_k);
       smem.q_full.arrive_expect(2 * smem.q[0].kBytes);
@@ -197,7 +284,7 @@ __global__ void __launch_bounds__(kLineThreads, 1)
     return;
   }
 
-  raise_registers<240>();
+  raise_registers<232>();
   const int own = warpgroup - 1, thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
   const int row = lane / 4, column = lane % 4 * 2;
   const int64_t head = head_of(own), parts = plan.parts;
@@ -244,9 +331,20 @@ __global__ void __launch_bounds__(kLineThreads, 1)
     }
     sums.template add<kStep>(x, n == 0 && kStep == 0);
   };
-  const auto await_keys = [&](int n) {
-    const auto turn = turn_of(n);
+  const auto await_turn = [&](const Turn<kLineStages>& turn) {
     smem.k_full[turn.stage].wait(turn.parity);
+  };
+  const auto release = [&](const Turn<kLineStages>& turn) {
+    if (lane == 0) smem.k_empty[turn.stage].arrive();
+  };
+  const auto await_keys = [&](int n) {
+    // Stages of the other warpgroup pass by: whoever missed one would take the next for it
+    if (!plan.shared && n + own > 0) {
+      const Turn<kLineStages> before(static_cast<uint32_t>(2 * n + own - 1));
+      await_turn(before);
+      release(before);
+    }
+    await_turn(turn_of(n));
   };
 
   [[maybe_unused]] const float share = 1.f / static_cast<float>(sq);
@@ -260,9 +358,6 @@ __global__ void __launch_bounds__(kLineThreads, 1)
 
   using First = std::integral_constant<int, 0>;
   using Second = std::integral_constant<int, 1>;
-  const auto release = [&](int n) {
-    if (lane == 0) smem.k_empty[turn_of(n).stage].arrive();
-  };
   const auto finish = [&](int n) {
     if constexpr (kSums) {
       const int key = first + n * kLineKeys + lane % 4 * 8 + row;
@@ -275,19 +370,20 @@ __global__ void __launch_bounds__(kLineThreads, 1)
   smem.q_full.wait(0);
   await_keys(0);
   issue(0, 0);
-  wgmma_wait<0>(acc[0]);
+  // A product is waited for behind a branch, or the compiler lets the work wait as well
 #pragma unroll 1
   for (int n = 0; n < turns - 1; ++n) {
+    wgmma_wait<0>(acc[0]);
     issue(n, 1);
     work(First{}, n);
-    wgmma_wait<0>(acc[1]);
-    release(n);
     await_keys(n + 1);
+    wgmma_wait<0>(acc[1]);
+    release(turn_of(n));
     issue(n + 1, 0);
     work(Second{}, n);
     finish(n);
-    wgmma_wait<0>(acc[0]);
   }
+  wgmma_wait<0>(acc[0]);
   issue(turns - 1, 1);
   work(First{}, turns - 1);
   wgmma_wait<0>(acc[1]);
@@ -325,7 +421,7 @@ void launch_lines(const LinesCall& call, cudaStream_t stream) {
       {call.plan.items * call.plan.ctas, kLineThreads, sm90::shared_memory_bytes<LinesSmem<kD>>(),
        stream, kSums},
       map(op.q, kLineQueries), map(op.k, kLineKeys),
-      LinesArgs{op, call.plan, call.stats, call.strips,
+      LinesArgs{op, call.plan, call.stats, call.strips, call.mean_q, call.mean_k,
                 static_cast<float>(op.scale * 1.4426950408889634)});
 }
 

@@ -4,6 +4,7 @@
 #include "common/launch.h"
 #include "core/host_device.h"
 #include "ops/probe.h"
+#include "probe/means.h"
 
 namespace heddle {
 
@@ -55,8 +56,9 @@ struct LinesPlan {
 struct LinesCall {
   Probe op;
   LinesPlan plan;
-  float2* stats;      // [b hq, parts, 128] largest score and sum, in powers of 2
-  LineStrips strips;  // four of a part
+  float2* stats;            // [b hq, parts, 128] largest score and sum, in powers of 2
+  LineStrips strips;        // four of a part
+  MeanArgs mean_q, mean_k;  // of none if they are not asked for
 };
 
 // Masses of keys, and of the distances of every strip; an instantiation file for each size

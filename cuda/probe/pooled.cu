@@ -13,28 +13,35 @@ template <class T> bool moves_wide(const Tensor& x) {
 
 }  // namespace
 
-void run_pooled(const Probe& op, CudaContext& context) {
-  const int64_t heads = op.q.shape[0] * op.q.shape[2], depth = (op.q.shape[3] + 3) / 4 * 4;
-  const int64_t rows = op.score.shape[2], columns = op.score.shape[3];
-  const auto means = [&](const Tensor& x, int64_t block, int64_t blocks) {
-    const int64_t count = x.shape[0] * x.shape[2] * blocks * depth;
-    return MeanArgs{x, block, depth, context.scratch<float>(static_cast<size_t>(count))};
+Means::Means(const Probe& op, CudaContext& context) {
+  const int64_t depth = (op.q.shape[3] + 3) / 4 * 4;
+  const auto means = [&](const Tensor& x, int64_t block) {
+    MeanArgs args{x, block, depth};
+    args.mean = context.scratch<float>(static_cast<size_t>(args.count() * depth));
+    return args;
   };
-  const MeanArgs q = means(op.q, op.block_q, rows), k = means(op.k, op.block_k, columns);
-  const int64_t ctas_of_q = q.ctas(), ctas_of_means = ctas_of_q + k.ctas();
-  HEDDLE_CHECK(ctas_of_means < INT32_MAX, kUnsupported, "block",
-               "block gives too many for one call");
-  dispatch_float(op.q.dtype, [&]<class T>(T) {
-    auto* kernel = moves_wide<T>(op.q) && moves_wide<T>(op.k)
-                       ? probe_means_kernel<T, Wide<T>::kCount>
-                       : probe_means_kernel<T, 1>;
-    kernel<<<static_cast<unsigned>(ctas_of_means), kMeanThreads, 0, context.stream>>>(
-        q, k, static_cast<int>(ctas_of_q));
+  q = means(op.q, op.block_q);
+  k = means(op.k, op.block_k);
+}
+
+void run_means(const Means& means, CudaContext& context) {
+  const auto& [q, k] = means;
+  const int64_t ctas = q.count() + k.count();
+  HEDDLE_CHECK(ctas < INT32_MAX, kUnsupported, "block", "block gives too many for one call");
+  dispatch_float(q.x.dtype, [&]<class T>(T) {
+    auto* kernel = moves_wide<T>(q.x) && moves_wide<T>(k.x) ? probe_means_kernel<T, Wide<T>::kCount>
+                                                            : probe_means_kernel<T, 1>;
+    kernel<<<static_cast<unsigned>(ctas), kMeanThreads, 0, context.stream>>>(
+        q, k, static_cast<int>(q.count()));
   });
   context.launched("probe_means_kernel");
-  const int64_t ctas = heads * ((rows + kTileRows - 1) / kTileRows);
+}
+
+void run_products(const Probe& op, const Means& means, CudaContext& context) {
+  const int64_t ctas =
+      op.q.shape[0] * op.q.shape[2] * ((op.score.shape[2] + kTileRows - 1) / kTileRows);
   probe_pooled_kernel<<<static_cast<unsigned>(ctas), kPooledThreads, 0, context.stream>>>(
-      {op, depth, q.mean, k.mean});
+      {op, means.q.depth, means.q.mean, means.k.mean});
   context.launched("probe_pooled_kernel");
 }
 

@@ -3,6 +3,7 @@
 
 #include "common/elements.cuh"
 #include "ops/probe.h"
+#include "probe/means.h"
 
 // Scores of pooled blocks: the mean of every block once, limited by memory, then
 //
@@ -17,15 +18,6 @@ namespace {
 constexpr int kMeanThreads = 256, kPooledThreads = 128;
 constexpr int kTileRows = 32, kTileColumns = 128, kDepth = 64;
 constexpr int kWarpRows = kTileRows / (kPooledThreads / 32), kLaneColumns = kTileColumns / 32;
-
-// Blocks of rows of x, and where their means go: [b, heads, blocks, depth] with zeros from d on
-struct MeanArgs {
-  Tensor x;
-  int64_t block, depth;
-  float* mean;
-
-  int64_t ctas() const { return x.shape[0] * x.shape[2] * ((x.shape[1] + block - 1) / block); }
-};
 
 struct PooledArgs {
   Probe op;
@@ -42,19 +34,15 @@ __device__ __forceinline__ void average_block(const MeanArgs& args, int64_t cta)
   };
   __shared__ float sums[kMeanThreads * kCount];
   const Tensor& x = args.x;
-  const int64_t rows = x.shape[1], heads = x.shape[2],
-                blocks = (rows + args.block - 1) / args.block;
-  const int64_t head = cta % heads, index = cta / heads % blocks, b = cta / heads / blocks;
-  const int64_t first = index * args.block, end = min(first + args.block, rows);
+  const auto [first, rows, to] = args.at(static_cast<uint32_t>(cta));
   const int d = static_cast<int>(x.shape[3]), pieces = d / kCount, lines = kMeanThreads / pieces;
   const int line = static_cast<int>(threadIdx.x) / pieces,
             piece = static_cast<int>(threadIdx.x) % pieces;
-  const T* from = static_cast<T*>(x.data) + b * x.strides[0] + head * x.strides[2] +
-                  piece * kCount * x.strides[3];
+  const T* from = static_cast<T*>(x.data) + first + piece * kCount * x.strides[3];
   if (line < lines) {
     float sum[kCount] = {};
 #pragma unroll 8
-    for (int64_t i = first + line; i < end; i += lines) {
+    for (int64_t i = line; i < rows; i += lines) {
       const Piece own = *reinterpret_cast<const Piece*>(from + i * x.strides[1]);
 #pragma unroll
       for (int e = 0; e < kCount; ++e) sum[e] += to_float(own.values[e]);
@@ -63,11 +51,11 @@ __device__ __forceinline__ void average_block(const MeanArgs& args, int64_t cta)
     for (int e = 0; e < kCount; ++e) sums[line * d + piece * kCount + e] = sum[e];
   }
   __syncthreads();
-  float* mean = args.mean + ((b * heads + head) * blocks + index) * args.depth;
+  float* mean = args.mean + to;
   for (int e = static_cast<int>(threadIdx.x); e < args.depth; e += kMeanThreads) {
     float sum = 0;
     for (int i = 0; e < d && i < lines; ++i) sum += sums[i * d + e];
-    mean[e] = sum / static_cast<float>(end - first);
+    mean[e] = sum / static_cast<float>(rows);
   }
 }
 

@@ -196,13 +196,18 @@ void run_plain(const Probe& op, CudaContext& context) {
 }
 
 constexpr Variant<Probe> kVariants[] = {
-    {"sm90_lines", declines_lines_sm90, run_lines_sm90},
+    {"sm90_lines", declines_lines_sm90,
+     [](const Probe& op, CudaContext& context) { run_lines_sm90(op, nullptr, context); }},
     {"sm80_lines", declines_lines, run_lines},
     {"pooled",
      [](const Probe& op, const CudaContext&) -> const char* {
        return op.kind == Probe::kPooled ? nullptr : "kind must be pooled";
      },
-     run_pooled},
+     [](const Probe& op, CudaContext& context) {
+       const Means means(op, context);
+       run_means(means, context);
+       run_products(op, means, context);
+     }},
     {"portable", [](const Probe&, const CudaContext&) -> const char* { return nullptr; },
      run_plain}};
 

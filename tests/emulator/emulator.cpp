@@ -399,6 +399,16 @@ void Cta::copy_out(const TensorMap& map, uint32_t address, int column, int row, 
   });
 }
 
+void Cta::request(uint32_t address, const void* from) {
+  if (address % 16 || reinterpret_cast<uintptr_t>(from) % 16) fault("a request off 16 bytes");
+  std::memset(async_view(address, 16), 0xff, 16);
+  std::memset(smem_.data() + address, 0xff, 16);
+  self().open_copies.push_back([=, this] {
+    uint8_t* to = smem_.data() + address;
+    from ? std::memcpy(to, from, 16) : std::memset(to, 0, 16);
+  });
+}
+
 void Cta::copies_commit() {
   self().copies.push_back(std::move(self().open_copies));
   self().open_copies.clear();

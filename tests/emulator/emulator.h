@@ -103,6 +103,8 @@ class Cta {
   void copy_out(float* to, uint32_t address, uint32_t nbytes);
   void add_out(float* to, uint32_t address, uint32_t nbytes);
   void copy_out(const TensorMap& map, uint32_t address, int column, int row, int head, int batch);
+  // 16 bytes, or zeros from null, for this thread
+  void request(uint32_t address, const void* from);
   void copies_commit();
   void copies_wait(size_t pending);
 

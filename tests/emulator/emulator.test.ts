@@ -1599,6 +1599,12 @@ const kernels: Kernel[] = [
         to: '',
       },
       {
+        what: 'a stage of the other warpgroup is missed',
+        file: lines,
+        from: 'if (!plan.shared && n + own > 0)',
+        to: 'if (!plan.shared && own > 0)',
+      },
+      {
         what: 'queries are used before they arrived',
         file: lines,
         from: 'smem.q_full.wait(0);',
@@ -1607,7 +1613,7 @@ const kernels: Kernel[] = [
       {
         what: 'a stage is never given back',
         file: lines,
-        from: '    release(n);\n',
+        from: '    release(turn_of(n));\n',
         to: '',
       },
       {
@@ -1625,8 +1631,8 @@ const kernels: Kernel[] = [
       {
         what: 'scores are read before their product is done',
         file: lines,
-        from: 'wgmma_wait<0>(acc[1]);\n    release(n);',
-        to: 'release(n);',
+        from: 'wgmma_wait<0>(acc[1]);\n    release(turn_of(n));',
+        to: 'release(turn_of(n));',
       },
       {
         what: 'squares of keys follow each other',
@@ -1719,6 +1725,24 @@ const kernels: Kernel[] = [
         to: 'merge_stats(1,',
       },
       {
+        what: 'a lane adds up what has not arrived',
+        file: lines,
+        from: 'wait_requests<kRequests / kBatch - 1>();',
+        to: 'wait_requests<kRequests / kBatch>();',
+      },
+      {
+        what: 'a block is one row longer than the tensor',
+        file: lines,
+        from: 'from, left > 0);',
+        to: 'from, left >= 0);',
+      },
+      {
+        what: 'the first walk averages nothing',
+        file: lines,
+        from: '(kSums ? count / 2 : 0) +',
+        to: 'count / 2 +',
+      },
+      {
         what: 'keys that are none get a mass',
         file: lines,
         from: 'if (key < sk) score',
@@ -1749,7 +1773,7 @@ const kernels: Kernel[] = [
       {
         what: 'a shorter block is divided as if it were whole',
         file: pooled,
-        from: 'sum / static_cast<float>(end - first)',
+        from: 'sum / static_cast<float>(rows)',
         to: 'sum / static_cast<float>(args.block)',
       },
       {

@@ -16,13 +16,14 @@ struct Case {
   double slope = 0;       // keys grow, or shrink, by so much from the first to the last
   double offset = 0;      // they have in common
   int64_t poisoned = -1;  // a key that is no number
+  int64_t block = 0;      // whose means are asked for
 };
 
 // Heads in pairs and alone, strips that end before or after the keys, rows that see one key
 const Case kCases[] = {
-    {.b = 1, .sq = 128, .sk = 700, .hq = 4, .hk = 2, .processors = 5},
-    {.b = 2, .sq = 100, .sk = 457, .hq = 2, .hk = 2, .processors = 3},
-    {.b = 1, .sq = 33, .sk = 33, .hq = 1, .hk = 1, .processors = 9},
+    {.b = 1, .sq = 128, .sk = 700, .hq = 4, .hk = 2, .processors = 5, .block = 32},
+    {.b = 2, .sq = 100, .sk = 457, .hq = 2, .hk = 2, .processors = 3, .block = 20},
+    {.b = 1, .sq = 33, .sk = 33, .hq = 1, .hk = 1, .processors = 9, .block = 128},
     {.b = 2, .sq = 1, .sk = 300, .hq = 2, .hk = 1, .processors = 2},
     {.b = 1, .sq = 128, .sk = 1500, .hq = 3, .hk = 1, .processors = 6, .scale = -0.2},
     {.b = 1, .sq = 128, .sk = 1300, .hq = 2, .hk = 1, .processors = 1, .scale = 2, .slope = 8},
@@ -79,10 +80,32 @@ double check(const Case& c, emulator::Random& random) {
   std::vector<float2> stats(size(heads * plan.parts * 128), {NAN, NAN});
   const int64_t strips = plan.parts * int64_t{4};
   std::vector<float> distances(size(heads * strips * (plan.strip + 128)), NAN);
-  const LinesCall call{op, plan, stats.data(), {distances.data(), plan.strip, strips}};
+  LinesCall call{op, plan, stats.data(), {distances.data(), plan.strip, strips}, {}, {}};
+  std::vector<float> means[2];
+  for (const bool of_k : {false, true}) {
+    MeanArgs& args = of_k ? call.mean_k : call.mean_q;
+    if (c.block == 0) continue;
+    args = {of_k ? k.tensor : q.tensor, c.block, kD};
+    means[of_k].assign(size(args.count() * kD), NAN);
+    args.mean = means[of_k].data();
+  }
   launch_lines_sm90<kType, kD>(call, nullptr);
 
   double worst = 0;
+  for (const bool of_k : {false, true})
+    for (size_t at = 0; at < means[of_k].size(); ++at) {
+      const Rows& x = of_k ? k : q;
+      const int64_t rows = x.tensor.shape[1], heads = x.tensor.shape[2],
+                    blocks = (rows + c.block - 1) / c.block;
+      const auto number = static_cast<int64_t>(at) / kD, first = number % blocks * c.block,
+                 end = std::min(first + c.block, rows);
+      double sum = 0;
+      for (int64_t s = first; s < end; ++s)
+        sum += x.value(number / blocks / heads, s, number / blocks % heads,
+                       static_cast<int64_t>(at) % kD);
+      const double error = std::fabs(means[of_k][at] - sum / static_cast<double>(end - first));
+      worst = error * 0x1p18 <= worst ? worst : std::isnan(error) ? INFINITY : error * 0x1p18;
+    }
   for (int64_t head = 0; head < heads; ++head) {
     const int64_t b = head / c.hq, h = head % c.hq;
     std::vector<double> keys(size(c.sk)), far(size(c.sk));

@@ -77,8 +77,8 @@ double check(const Case& c, emulator::Random& random) {
   auto* mean_q = reinterpret_cast<float*>(means.data());
   const MeanArgs of_q{q.tensor, c.block_q, depth, mean_q};
   const MeanArgs of_k{k.tensor, c.block_k, depth, mean_q + c.b * c.hq * rows * depth};
-  const auto ctas_of_q = static_cast<int>(of_q.ctas());
-  emulator::launch(ctas_of_q + static_cast<int>(of_k.ctas()), kMeanThreads, 0, [&] {
+  const auto ctas_of_q = static_cast<int>(of_q.count());
+  emulator::launch(ctas_of_q + static_cast<int>(of_k.count()), kMeanThreads, 0, [&] {
     c.count == 1 ? probe_means_kernel<T, 1>(of_q, of_k, ctas_of_q)
                  : probe_means_kernel<T, kWide>(of_q, of_k, ctas_of_q);
   });

@@ -149,6 +149,12 @@ inline void store_4_floats(uint32_t address, float a, float b, float c, float d)
 inline void store_4_bytes(uint32_t address, uint32_t bits) { cta->store(address, &bits, 4); }
 inline void store_16_bits(uint32_t address, uint16_t bits) { cta->store(address, &bits, 2); }
 inline void store_16_bytes(uint32_t address, const void* gmem) { cta->store(address, gmem, 16); }
+inline void request_16_bytes(uint32_t address, const void* gmem, bool exists) {
+  cta->request(address, exists ? gmem : nullptr);
+}
+inline void commit_requests() { cta->copies_commit(); }
+template <int kPending> void wait_requests() { cta->copies_wait(kPending); }
+inline void load_16_bytes(uint32_t address, uint32_t (&to)[4]) { cta->load(to, address, 16); }
 inline void copy_16_bytes(void* gmem, uint32_t address) { cta->load(gmem, address, 16); }
 inline int fetch_add(int* counter, int value) {
   const int before = *counter;
