@@ -1,6 +1,7 @@
 #include "binding/call.h"
 
 #include <array>
+#include <bit>
 #include <cmath>
 
 #include "binding/environment.h"
@@ -98,32 +99,33 @@ class Marshal {
   // After the operator come positions in its schema, each with a value
   void read_arguments() {
     const std::vector<Argument>& arguments = op_.schema.arguments;
-    constexpr size_t kMostArguments = 64;
-    std::array<napi_value, kMostArguments> given{};
+    std::array<napi_value, 64> given;
+    uint64_t present = 0;
     for (size_t i = 1; i + 1 < info_.Length(); i += 2) {
       const uint32_t position = info_[i].As<Napi::Number>().Uint32Value();
-      HEDDLE_CHECK(position < arguments.size() && position < kMostArguments, kArgument, "",
-                   "there is no argument ", position);
+      HEDDLE_CHECK(position < arguments.size(), kArgument, "", "there is no argument ", position);
       given[position] = info_[i + 1];
+      present |= uint64_t{1} << position;
     }
-    call_->inputs.reserve(arguments.size());
-    for (size_t i = 0; i < arguments.size(); ++i) {
-      const Argument& argument = arguments[i];
-      if (argument.is_output()) continue;
-      const Napi::Value value(info_.Env(), given[i]);
-      if (!given[i]) {
-        if (!argument.may_be_absent())
-          fail(Code::kArgument, argument.name.c_str(), argument.name + " is missing");
-      } else if (argument.is_tensor()) {
-        read_tensor(argument, value);
-      } else {
-        read_value(argument, value);
-      }
-    }
-    for (const Argument& argument : arguments)
-      if (argument.is_tensor() && !argument.is_output() && tensor(argument))
-        sizes_.match(argument, shape_of(argument), tensor(argument));
+    present &= ~op_.schema.outputs;
+    for_each(op_.schema.required & ~present, [](const Argument& argument) {
+      fail(Code::kArgument, argument.name.c_str(), argument.name + " is missing");
+    });
+    call_->inputs.reserve(static_cast<size_t>(std::popcount(present)));
+    for_each(present, [&](const Argument& argument) {
+      const Napi::Value value(info_.Env(), given[&argument - arguments.data()]);
+      argument.is_tensor() ? read_tensor(argument, value) : read_value(argument, value);
+    });
+    // what a shape depends on may come behind it
+    for_each(present, [&](const Argument& argument) {
+      if (argument.is_tensor()) sizes_.match(argument, shape_of(argument), tensor(argument));
+    });
     if (op_.validate) op_.validate(call_->arguments);
+  }
+
+  // The arguments of a set, in their order
+  template <class Body> void for_each(uint64_t set, const Body& body) const {
+    for (; set; set &= set - 1) body(op_.schema.arguments[std::countr_zero(set)]);
   }
 
   Tensor& tensor(const Argument& argument) { return call_->member<Tensor>(argument.offset); }
@@ -246,41 +248,36 @@ class Marshal {
   Napi::Value launch() {
     check_implemented();
     Backend& backend = environment_.backend(device_);
-    struct Output {
-      StorageRef storage;
-      Tensor view;
-    };
-    std::vector<Output> outputs;
-    outputs.reserve(Environment::kMostOutputs);
-    for (const Argument& argument : op_.schema.arguments) {
-      if (!argument.is_output()) continue;
-      HEDDLE_CHECK(outputs.size() < Environment::kMostOutputs, kUnsupported, "",
-                   "an operator has at most ", Environment::kMostOutputs, " outputs");
-      Output& output = outputs.emplace_back();
-      if (!is_wanted(argument)) continue;
+    const uint64_t outputs = op_.schema.outputs;
+    const auto count = static_cast<size_t>(std::popcount(outputs));
+    HEDDLE_CHECK(count <= Environment::kMostOutputs, kUnsupported, "", "an operator has at most ",
+                 Environment::kMostOutputs, " outputs");
+    call_->outputs.reserve(call_->updated + count);
+    for_each(outputs, [&](const Argument& argument) {
+      if (!is_wanted(argument)) return;
       Tensor& view = describe_output(argument);
-      output.storage = backend.allocate(static_cast<size_t>(view.size()) * size_of(view.dtype));
-      view.data = output.storage->data;
-      output.view = view;
-      call_->outputs.push_back(output.storage);
-    }
+      const StorageRef& storage = call_->outputs.emplace_back(
+          backend.allocate(static_cast<size_t>(view.size()) * size_of(view.dtype)));
+      view.data = storage->data;
+    });
     backend.launch(call_);
     if (environment_.recording) environment_.recording->push_back(call_);
 
     // Read before the next call: making a JavaScript array of them would cost more than the launch
     double* next = environment_.results;
-    for (Output& output : outputs) {
-      if (!output.storage) {
+    const StorageRef* made = call_->outputs.data() + call_->updated;
+    for_each(outputs, [&](const Argument& argument) {
+      if (!is_wanted(argument)) {
         *next++ = -1;
-        continue;
+        return;
       }
-      *next++ = environment_.add(std::move(output.storage), output.view, true);
-      *next++ = static_cast<int>(output.view.dtype);
-      *next++ = output.view.rank;
-      for (int i = 0; i < output.view.rank; ++i)
-        *next++ = static_cast<double>(output.view.shape[i]);
-    }
-    return Napi::Number::New(info_.Env(), static_cast<double>(outputs.size()));
+      const Tensor& view = tensor(argument);
+      *next++ = environment_.add(*made++, view, true);
+      *next++ = static_cast<int>(view.dtype);
+      *next++ = view.rank;
+      for (int i = 0; i < view.rank; ++i) *next++ = static_cast<double>(view.shape[i]);
+    });
+    return Napi::Number::New(info_.Env(), static_cast<double>(count));
   }
 
   Environment& environment_;

@@ -1,10 +1,8 @@
 #include "binding/environment.h"
 
-#include <cmath>
-
 namespace heddle {
 namespace {
-constexpr double kSlots = 1 << 26;  // more tensors than this never live at once
+constexpr uint64_t kSlots = 1 << 26;  // more tensors than this never live at once
 }
 
 Environment::Environment(napi_env env) : env_(env) {
@@ -60,15 +58,15 @@ double Environment::add(StorageRef storage, const Tensor& view, bool owns) {
   entry.storage = std::move(storage);
   entry.view = view;
   if (entry.accounted) Napi::MemoryManagement::AdjustExternalMemory(env_, entry.accounted);
-  return slot + kSlots * entry.generation;
+  return static_cast<double>(slot + kSlots * entry.generation);
 }
 
 TensorEntry& Environment::entry(double handle) {
-  if (handle >= 0) {
-    const double generation = std::floor(handle / kSlots), slot = handle - generation * kSlots;
-    if (slot < static_cast<double>(entries_.size()) && slot == std::floor(slot)) {
-      TensorEntry& entry = entries_[static_cast<size_t>(slot)];
-      if (entry.storage && entry.generation == generation) return entry;
+  if (handle >= 0 && handle <= 9007199254740991.0) {
+    const auto number = static_cast<uint64_t>(handle), slot = number % kSlots;
+    if (slot < entries_.size() && static_cast<double>(number) == handle) {
+      TensorEntry& entry = entries_[slot];
+      if (entry.storage && entry.generation == number / kSlots) return entry;
     }
   }
   fail(Code::kDisposed, "", "this tensor was disposed");

@@ -93,7 +93,11 @@ void Schema::finish() {
       }
     }
   };
-  for (Argument& argument : arguments) {
+  for (size_t i = 0; i < arguments.size(); ++i) {
+    Argument& argument = arguments[i];
+    const uint64_t bit = uint64_t{1} << i;
+    if (argument.is_output()) outputs |= bit;
+    if (!argument.is_output() && !argument.may_be_absent()) required |= bit;
     parse(argument.shape);
     parse(argument.conditional_shape);
     if (argument.dtype.like) argument.like = index_of(camel_case(argument.dtype.like));

@@ -58,9 +58,9 @@ const float* floats(const Tensor& x) { return x ? x.as<float>() : nullptr; }
 
 }  // namespace
 
-const int* check_lengths(const Attention& op, const ForwardArgs& lengths, CudaContext& context) {
+const int* check_lengths(const Attention& op, CudaContext& context) {
   if (!op.cu_seqlens_q && !op.cache_seqlens) return nullptr;
-  ForwardArgs args = lengths;
+  ForwardArgs args = portable_args(op);
   const char* text =
       op.cu_seqlens_q
           ? "cuSeqlensQ and cuSeqlensK must start at 0, never descend and end at the totals"
@@ -349,7 +349,7 @@ constexpr Variant<Attention> kVariants[] = {
 
 void run(const Attention& op, CudaContext& context) {
   // Pages of a cache that lacks most of them are none, and nobody looks at those
-  if (!op.recent_k) check_lengths(op, portable_args(op), context);
+  if (!op.recent_k) check_lengths(op, context);
   if (op.lse.size() > 0) run_variants(kVariants, op, context);
 }
 

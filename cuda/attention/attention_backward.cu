@@ -61,7 +61,7 @@ const char* declines_wgmma(const AttentionBackward& op, const CudaContext& conte
 void run_wgmma(const AttentionBackward& op, CudaContext& context) {
   BackwardArgs args = backward_args(op, context);
   BackwardCall call = backward_call(op, context);
-  call.fault = check_lengths(op, args.call, context);
+  call.fault = check_lengths(op, context);
   const GradientTiles tiles(call);
   const auto rows = static_cast<size_t>(tiles.total_rows * tiles.queries);
   call.row_lse = args.row_lse;
@@ -101,7 +101,7 @@ void run_portable(const AttentionBackward& op, CudaContext& context) {
     args.bias_sums = op.bias_sums() == op.dbias.size() ? args.dbias : context.scratch<float>(sums);
     HEDDLE_CUDA(cudaMemsetAsync(args.bias_sums, 0, sums * sizeof(float), context.stream));
   }
-  check_lengths(op, args.call, context);
+  check_lengths(op, context);
   HEDDLE_CHECK(args.call.hq <= 65535 &&
                    (args.call.b + 1) * (std::max(args.call.sq, args.call.sk) / kRowTile + 1) +
                            args.call.sequences <

@@ -418,8 +418,7 @@ inline void sum_heads(const BackwardArgs& args, CudaContext& context) {
 template <class Kernel> size_t gradient_smem_bytes(const ForwardArgs& call, Kernel* kernel) {
   const size_t bytes =
       sizeof(float) * static_cast<size_t>((kRowTile + kOtherTile) * (call.d + call.dv + 2));
-  HEDDLE_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                   static_cast<int>(bytes)));
+  allow_shared_memory(kernel, bytes);
   return bytes;
 }
 

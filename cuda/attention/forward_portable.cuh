@@ -5,6 +5,7 @@
 
 #include "attention/forward_args.cuh"
 #include "common/elements.cuh"
+#include "common/launch.h"
 
 // Every option of attention on any GPU from sm_80 on, in f32 arithmetic:
 //
@@ -33,7 +34,7 @@ ForwardArgs portable_args(const Attention& op);
 
 // Enqueues the look at lengths and pages, which only the device knows. Returns the word that it
 // sets if they are wrong, or null.
-const int* check_lengths(const Attention& op, const ForwardArgs& lengths, CudaContext& context);
+const int* check_lengths(const Attention& op, CudaContext& context);
 
 // What one CTA works on. `row0` counts from the sequence's first row, or key.
 struct Place {
@@ -399,8 +400,7 @@ template <class T> __global__ void attention_join_kernel(ForwardArgs p) {
 template <class T>
 void forward_portable(const ForwardArgs& args, dim3 grid, size_t smem_bytes, CudaContext& context) {
   auto* kernel = attention_portable_kernel<T>;
-  HEDDLE_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                   static_cast<int>(smem_bytes)));
+  allow_shared_memory(kernel, smem_bytes);
   kernel<<<grid, kAttentionThreads, smem_bytes, context.stream>>>(args);
   context.launched("attention_portable_kernel");
   if (!args.part_out) return;

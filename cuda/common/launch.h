@@ -18,6 +18,14 @@ struct Launch {
 // `ready` is the kernel's own and remembers the devices.
 void allow_shared_memory(const void* kernel, size_t smem_bytes, uint64_t& ready);
 
+// The same for a kernel whose tiles differ in size from call to call
+template <class Kernel> void allow_shared_memory(Kernel* kernel, size_t smem_bytes) {
+  // what every kernel has, with room for variables that are static
+  if (smem_bytes <= size_t{40} << 10) return;
+  HEDDLE_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   static_cast<int>(smem_bytes)));
+}
+
 // Enqueues a kernel that keeps its tiles in dynamic shared memory. Every call of one kernel asks
 // for the same amount.
 template <auto kKernel, class... Args> void launch(const Launch& launch, const Args&... args) {

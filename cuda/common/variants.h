@@ -18,12 +18,13 @@ template <class Op> struct Variant {
 // Runs the first variant that does not decline; if all do, the error lists every reason
 template <class Op, size_t N>
 void run_variants(const Variant<Op> (&table)[N], const Op& op, CudaContext& context) {
+  for (const Variant<Op>& variant : table)
+    if (!variant.declines(op, context)) return variant.run(op, context);
+  // asked again, as a call that is taken has no time for texts
   std::string reasons;
-  for (const Variant<Op>& variant : table) {
-    const char* reason = variant.declines(op, context);
-    if (!reason) return variant.run(op, context);
-    reasons += concat(reasons.empty() ? "" : "; ", variant.name, ": ", reason);
-  }
+  for (const Variant<Op>& variant : table)
+    reasons +=
+        concat(reasons.empty() ? "" : "; ", variant.name, ": ", variant.declines(op, context));
   fail(Code::kUnsupported, "",
        concat("no kernel takes this call on sm_", context.arch, " (", reasons, ")"));
 }
