@@ -41,14 +41,35 @@ export interface CreateOptions<D extends DType = DType> {
 
 const mostDimensions = 8
 
+// Collected with the tensor that has it; what it watches over is apart from it, for the registry to hold
+interface Guard {
+  readonly watched: { handle: number | undefined }
+}
+
 // Tensors that are collected without dispose() give their memory back here, in time but not at a known time
-const abandoned = new FinalizationRegistry<number>((handle) => {
+const abandoned = new FinalizationRegistry<Guard['watched']>(({ handle }) => {
+  if (handle === undefined) return
   try {
     addon().release(handle)
   } catch {
     // freed in another way, or the environment is closing
   }
 })
+
+// Those of disposed tensors serve again: to register and unregister one takes as long as all else that JavaScript does
+// for a call
+const guards: Guard[] = []
+const mostGuards = 4096
+
+function guardOf(handle: number): Guard {
+  let guard = guards.pop()
+  if (!guard) {
+    guard = { watched: { handle } }
+    abandoned.register(guard, guard.watched)
+  }
+  guard.watched.handle = handle
+  return guard
+}
 
 function checkShape(op: string, shape: unknown, least: number): number[] {
   if (!Array.isArray(shape)) throw mustBe(op, 'shape', 'an array of sizes', shape)
@@ -96,21 +117,20 @@ export class Tensor<D extends DType = DType> {
   /** Elements from one index to the next, per dimension. */
   readonly strides: readonly number[]
   readonly device: Device
-  #handle: number | undefined
+  #guard: Guard | undefined
 
   private constructor(handle: number, dtype: D, { shape, strides }: Layout, device: Device) {
-    this.#handle = handle
+    this.#guard = guardOf(handle)
     this.dtype = dtype
     this.shape = shape
     this.strides = strides
     this.device = device
-    abandoned.register(this, handle, this)
     track(this)
   }
 
   /** @internal What only looks like a tensor is none. */
   static [Symbol.hasInstance](value: unknown): boolean {
-    return typeof value === 'object' && value !== null && #handle in value
+    return typeof value === 'object' && value !== null && #guard in value
   }
 
   /** @internal Wraps what the addon made. */
@@ -147,10 +167,11 @@ export class Tensor<D extends DType = DType> {
 
   /** @internal The addon's name for it; a disposed tensor has none. */
   get handle(): number {
-    if (this.#handle === undefined) {
+    const handle = this.#guard?.watched.handle
+    if (handle === undefined) {
       throw refuse('ERR_DISPOSED', 'tensor', undefined, 'this tensor was disposed')
     }
-    return this.#handle
+    return handle
   }
 
   /** Number of dimensions. */
@@ -180,7 +201,7 @@ export class Tensor<D extends DType = DType> {
 
   /** Whether {@link Tensor.dispose} was called. */
   get disposed(): boolean {
-    return this.#handle === undefined
+    return this.#guard === undefined
   }
 
   #view(op: string, offset: number, shape: number[], strides: number[]): Tensor<D> {
@@ -460,11 +481,12 @@ export class Tensor<D extends DType = DType> {
 
   /** Lets go of the memory; views of it and enqueued work keep what they need. Doing it twice does nothing. */
   dispose(): void {
-    if (this.#handle === undefined) return
-    abandoned.unregister(this)
+    if (this.#guard === undefined) return
     untrack(this)
-    addon().release(this.#handle)
-    this.#handle = undefined
+    addon().release(this.handle)
+    this.#guard.watched.handle = undefined
+    if (guards.length < mostGuards) guards.push(this.#guard)
+    this.#guard = undefined
   }
 
   /** Lets `using x = …` dispose of it. */
