@@ -16,16 +16,18 @@
 //   dS = P (dP - delta)    dv = P^T dout     dk = scale dS^T Q     dq = scale dS K
 //
 // A CTA owns 128 keys of a kv head and walks the query tiles that see them from the last one on,
-// the query heads of the group inside of each. Scores are transposed, so that packed P^T and dS^T
-// are operands A of dv and dk, which stay in registers; each of two computing warpgroups has 64 of
-// the keys. dS passes through shared memory for dq, whose sums over key tiles are f32 numbers in
-// global memory, in the order in which threads hold them. Warp 0 loads, warps 1 and 2 add up dq,
-// one for each warpgroup.
+// the query heads of the group inside of each. Each of two computing warpgroups has 64 of the keys
+// and sums of dk and dv in registers. Scores are transposed, so that packed P^T is operand A of dv
+// as it stands. dS passes through shared memory, for dk and for dq, whose sums over key tiles are
+// f32 numbers in global memory, in the order in which threads hold them. Warp 0 loads, warps 1 and
+// 2 add up dq, one for each warpgroup.
 //
-// One step takes a query tile. dq is one step late, so that warpgroups need not meet inside of one:
+// One step takes a query tile. dq and dk are one step late, so that warpgroups need not meet inside
+// of one and whatever is not a product has one of its own warpgroup to run under:
 //
-//   issue S(i), dq(i - 1)   | P(i) under dq(i - 1)   | hand dq(i - 1) over
-//   issue dP(i), dv(i)      | dS(i) under dv(i)      | write dS(i), issue dk(i)
+//   issue S(i), dq(i - 1)   | P(i) under dq(i - 1), issue dv(i) by halves
+//                           | hand dq(i - 1) over under dv(i)
+//   issue dP(i), dk(i - 1)  | dS(i) under dk(i - 1), write it
 //
 // A kernel before prepares what rows need, one behind scales and converts dq. Each of the three
 // lets the next one begin when what was before itself has ended.
@@ -104,7 +106,6 @@ struct GradientArgs {
   const float* slopes;   // [hq] or null
   int64_t slopes_stride;
   float* dslope_parts;
-  uint32_t zero;  // that the compiler doesn't know of
   const int32_t *cu_seqlens_q, *cu_seqlens_k, *cache_seqlens;
   int64_t cu_q_stride, cu_k_stride, cache_stride;
   int sequences;
@@ -457,7 +458,7 @@ __global__ void __launch_bounds__((GradientShape<kD>::kThreads), 1)
         int* turn = args.turns + tile * 2 + its;
         float* sums = args.dq_sum + tile * Shape::kSums + its * (Shape::kSums / 2);
         int before = next.turn;  // how many key tiles
-        smem.dq_full[its].wait(parity);
+        // the turn has mostly come before the sums have, and asking takes time
         if (args.deterministic) {
           if constexpr (!kListed) {
             const KeyTiles<kQueries, kKeys> seen(args, next.m * kQueries, work.sq, work.sk);
@@ -466,6 +467,7 @@ __global__ void __launch_bounds__((GradientShape<kD>::kThreads), 1)
           wait_for_signals(turn, before, args.fault);
           fence_async_gmem();
         }
+        smem.dq_full[its].wait(parity);
         const bool first = args.deterministic && before == 0;
         first ? copy_to_gmem(sums, smem.dq[its], sizeof(smem.dq[0]), Keep::kLong)
               : add_to_gmem(sums, smem.dq[its], sizeof(smem.dq[0]), Keep::kLong);
@@ -508,16 +510,30 @@ __global__ void __launch_bounds__((GradientShape<kD>::kThreads), 1)
       wgmma<kType, Major::kK>(acc, advance(a, keys.k_step(d)), advance(b, rows.k_step(d)), true);
     wgmma_commit();
   };
-  auto issue_sums = [&](float(&acc)[kD / 2], const Frag& frag, const typename Smem::Rows& rows) {
-    const uint64_t b = rows.mn_major(0);
-    wgmma_fence(acc);
+  // of one half of the rows
+  auto issue_dv = [&](const typename Smem::Rows& dout, int half) {
+    const uint64_t b = dout.mn_major(0);
+    wgmma_fence(acc_dv);
+#pragma unroll
+    for (int from = 0; from < kQueries / 2; from += 16) {
+      const int k = from + half * kQueries / 2;
+      wgmma<kType, Major::kMN>(acc_dv, frag_p[k / 16], advance(b, k * 128), true);
+    }
+    wgmma_commit();
+  };
+  auto issue_dk = [&](int step) {
+    const auto& ds = smem.ds[step & 1];
+    const uint64_t a = advance(ds.mn_major(0), own * ds.kPanelBytes);
+    const uint64_t b = smem.q[Turn<Shape::kQStages>(step).stage].mn_major(0);
+    wgmma_fence(acc_dk);
 #pragma unroll
     for (int k = 0; k < kQueries; k += 16)
-      wgmma<kType, Major::kMN>(acc, frag[k / 16], advance(b, k * 128), true);
+      wgmma_transposed<kType>(acc_dk, advance(a, k * 128), advance(b, k * 128), k > 0 || step > 0);
     wgmma_commit();
   };
   // kD = 128: all rows and 64 columns; kD = 64: 64 rows and all columns
-  auto issue_dq = [&](float(&acc)[32], const typename Smem::Pairs& ds) {
+  auto issue_dq = [&](float(&acc)[32], int step) {
+    const auto& ds = smem.ds[step & 1];
     const uint64_t a = ds.k_major(kQueries == 128 ? own * 64 : 0, 0);
     const uint64_t b = advance(smem.k.mn_major(0), kD == 128 ? own * smem.k.kPanelBytes : 0);
     wgmma_fence();
@@ -572,11 +588,12 @@ __global__ void __launch_bounds__((GradientShape<kD>::kThreads), 1)
     const float score_log2 = fmaf(half, -2 * args.cap_log2, args.cap_log2);
     return product == -INFINITY ? 0 : exp2_approx(score_log2 + rest_log2);
   };
-  // acc becomes P, times the rate of softCap; frag_p is P
+  // acc becomes P, times the rate of softCap; frag_p is P. Of one half of the rows.
   auto weigh = [&](bool capped, float(&acc)[kQueries / 2], const float* lse_log2, float near,
-                   float slope_log2) {
+                   float slope_log2, int half) {
 #pragma unroll
-    for (int i = 0; i < kQueries / 2; i += 4) {
+    for (int from = 0; from < kQueries / 4; from += 4) {
+      const int i = from + half * kQueries / 4;
       const float2 lse = *reinterpret_cast<const float2*>(lse_log2 + i * 2 + column);
       float rate[4];
 #pragma unroll
@@ -628,31 +645,25 @@ __global__ void __launch_bounds__((GradientShape<kD>::kThreads), 1)
     if (lane == 0) smem.dslopes[own * 4 + warp][head] += sum;
   };
   // registers hold [key][query], shared memory gets [query][key]
-  auto write_ds = [&](const typename Smem::Pairs& ds) {
-    const uint32_t to = ds.address(lane / 16 * 8 + lane % 8, own_key + lane / 8 % 2 * 8);
+  auto write_ds = [&](int step) {
+    const uint32_t to =
+        smem.ds[step & 1].address(lane / 16 * 8 + lane % 8, own_key + lane / 8 % 2 * 8);
 #pragma unroll
     for (int s = 0; s < kQueries / 16; ++s)
       stmatrix_x4_transposed(to + s * 2048, frag_ds[s][0], frag_ds[s][1], frag_ds[s][2],
                              frag_ds[s][3]);
+    fence_async_smem();
+    release(smem.ds_full[step & 1]);
   };
   // hands 32 sums a thread over to the warp that adds them up
-  auto hand_over = [&](const float(&acc)[32]) {
+  auto hand_over = [&](const float(&acc)[32], int step) {
+    smem.dq_empty[own].wait((step & 1) ^ 1);
     const uint32_t to = address_of(smem.dq[own]) + thread * 16;
 #pragma unroll
     for (int i = 0; i < 32; i += 4)
       store_4_floats(to + i * 512, acc[i], acc[i + 1], acc[i + 2], acc[i + 3]);
     fence_async_smem();
     release(smem.dq_full[own]);
-  };
-  // the compiler moves waits for products above arithmetic that doesn't need them: an index that
-  // depends on all of P keeps the exponentials before the wait, under the product
-  auto settled = [&] {
-    uint32_t all = 0;
-    if (kD == 128) {
-#pragma unroll
-      for (int i = 0; i < kQueries / 4; ++i) all ^= frag_p[i / 4][i % 4];
-    }
-    return all & args.zero;
   };
   // rows behind the last one belong to somebody else and may be anything: weights of zero don't
   // silence what is not a number
@@ -683,6 +694,8 @@ __global__ void __launch_bounds__((GradientShape<kD>::kThreads), 1)
       clear_beyond(smem.k, work.sk - first_key, kKeys);
       clear_beyond(smem.v, work.sk - first_key, kKeys);
     }
+    const int whole_begin = __shfl_sync(~0u, work.whole_begin, 0);
+    const int whole_end = __shfl_sync(~0u, work.whole_end, 0);
     // the first step multiplies what nobody has written and drops it: two copies of the loop's body
     // would not fit the registers
 #pragma unroll 1
@@ -702,23 +715,20 @@ __global__ void __launch_bounds__((GradientShape<kD>::kThreads), 1)
         }
         masked = __shfl_sync(~0u, smem.steps[turn.stage].masked >> own, 0);
         if (masked & 4) {
-          // nothing but its share of dq(i - 1), and zeros for that of dq(i)
+          // nothing but dk(i - 1) and its share of dq(i - 1), and zeros for those of i
+          smem.q_full[q.stage].wait(q.parity);
           if (i > 0) smem.ds_full[before & 1].wait(before >> 1 & 1);
-          issue_dq(acc_dq, smem.ds[before & 1]);
+          issue_dq(acc_dq, before);
+          issue_dk(before);
           wgmma_wait<0>(acc_dq);
           pin(acc_dk);
-          if (i > 0) {
-            release(smem.q_empty[Turn<Shape::kQStages>(before).stage]);
-            smem.dq_empty[own].wait((before & 1) ^ 1);
-            hand_over(acc_dq);
-          }
+          if (i > 1) release(smem.q_empty[Turn<Shape::kQStages>(i - 2).stage]);
+          if (i > 0) hand_over(acc_dq, before);
 #pragma unroll
           for (int s = 0; s < kQueries / 16; ++s)
 #pragma unroll
             for (int r = 0; r < 4; ++r) frag_ds[s][r] = 0;
-          write_ds(smem.ds[i & 1]);
-          fence_async_smem();
-          release(smem.ds_full[i & 1]);
+          write_ds(i);
           release(smem.dout_empty[o.stage]);
           continue;
         }
@@ -729,14 +739,14 @@ __global__ void __launch_bounds__((GradientShape<kD>::kThreads), 1)
       if (clears) clear_beyond(smem.q[q.stage], work.sq - m * kQueries, kQueries);
       issue_scores(acc_s, smem.k, smem.q[q.stage]);
       if (i > 0) smem.ds_full[before & 1].wait(before >> 1 & 1);
-      issue_dq(acc_dq, smem.ds[before & 1]);
+      issue_dq(acc_dq, before);
       wgmma_wait<1>(acc_s);
       pin(acc_dk);
-      if (i > 0) release(smem.q_empty[Turn<Shape::kQStages>(before).stage]);
+      if (i > 1) release(smem.q_empty[Turn<Shape::kQStages>(i - 2).stage]);
       if constexpr (kListed) {
         smem.look_full[q.stage].wait(q.parity);
         if (masked & 1) mask_unseen(acc_s, smem.pairs[q.stage]);
-      } else if (m < work.whole_begin || m >= work.whole_end) {
+      } else if (m < whole_begin || m >= whole_end) {
         mask(acc_s, m);
       }
       const float near =
@@ -744,30 +754,31 @@ __global__ void __launch_bounds__((GradientShape<kD>::kThreads), 1)
       float slope_log2 = 0;
       if (kMapped && args.slopes)
         slope_log2 = args.slopes[(work.kv_head * group + head) * args.slopes_stride] * kLog2e;
-      if (kMapped && args.cap_log2 > 0) {
-        weigh(true, acc_s, smem.lse_log2[q.stage], near, slope_log2);
-      } else {
-        weigh(false, acc_s, smem.lse_log2[q.stage], near, slope_log2);
-      }
-      if (i > 0) smem.dq_empty[own + settled()].wait((before & 1) ^ 1);
-      wgmma_wait<0>(acc_dq);
-      if (i > 0) hand_over(acc_dq);
-
       smem.dout_full[o.stage].wait(o.parity);
       if (clears) clear_beyond(smem.dout[o.stage], work.sq - m * kQueries, kQueries);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        if (kMapped && args.cap_log2 > 0) {
+          weigh(true, acc_s, smem.lse_log2[q.stage], near, slope_log2, half);
+        } else {
+          weigh(false, acc_s, smem.lse_log2[q.stage], near, slope_log2, half);
+        }
+        issue_dv(smem.dout[o.stage], half);
+      }
+      wgmma_wait<2>(acc_dq);
+      if (i > 0) hand_over(acc_dq, before);
+      // else P, as dv reads it, would not fit the registers beside dP
+      if constexpr (kD == 64) wgmma_wait<0>(acc_dv);
       issue_scores(acc_dp, smem.v, smem.dout[o.stage]);
-      issue_sums(acc_dv, frag_p, smem.dout[o.stage]);
+      issue_dk(before);
       wgmma_wait<1>(acc_dp);
+      pin(acc_dv);
       weigh_gradients(acc_s, acc_dp, smem.delta[o.stage]);
       if (kMapped && args.slopes) add_dslope(acc_dp, smem.delta[o.stage], near, head);
-      write_ds(smem.ds[i & 1]);
-      issue_sums(acc_dk, frag_ds, smem.q[q.stage]);
-      fence_async_smem();
+      release(smem.dout_empty[o.stage]);
       // the other warpgroup has passed dq(i - 2), the last to read this buffer, for it has written
       // dS(i - 1), which this one has waited for
-      release(smem.ds_full[i & 1]);
-      wgmma_wait<1>(acc_dv);
-      release(smem.dout_empty[o.stage]);
+      write_ds(i);
 
       if (!kListed && ++head == group) {
         head = 0;
@@ -777,11 +788,11 @@ __global__ void __launch_bounds__((GradientShape<kD>::kThreads), 1)
     float acc_dq[32];
     const int last = steps - 1;
     smem.ds_full[last & 1].wait(last >> 1 & 1);
-    issue_dq(acc_dq, smem.ds[last & 1]);
+    issue_dq(acc_dq, last);
+    issue_dk(last);
     wgmma_wait<0>(acc_dq);
     pin(acc_dk);
-    smem.dq_empty[own].wait((last & 1) ^ 1);
-    hand_over(acc_dq);
+    hand_over(acc_dq, last);
   }
 
   if (kMapped && args.slopes) {

@@ -2,10 +2,12 @@
 // after adding a shape here; a test compares the committed file with what this prints.
 //   node cuda/common/generate-wgmma.mjs > cuda/common/wgmma.cuh
 
-// A from shared memory or registers, layout of B, and the widths N in use; `first` are those of wgmma_first
+// A from shared memory, as it is kK or, `transposed`, kMN, or from registers; layout of B, and the widths N in use;
+// `first` are those of wgmma_first
 const shapes = [
   { a: 'smem', b: 'kK', widths: [64, 80, 96, 112, 128, 256], first: [64, 128] },
   { a: 'smem', b: 'kMN', widths: [64, 128], first: [64] },
+  { a: 'transposed', b: 'kMN', widths: [64, 128] },
   { a: 'registers', b: 'kMN', widths: [64, 96, 128, 192, 256] },
 ]
 const float8Shapes = [
@@ -30,9 +32,16 @@ function specialisation(dtype, { a, b }, width, first = false) {
   const operandA = inRegisters ? `{${list(4, (i) => `%${registers + i}`)}}` : `%${registers}`
   const inputs = inRegisters ? list(4, (i) => `"r"(a[${i}])`) : '"l"(a)'
   // 8-bit operands have no other layout than kK
-  const layouts = depth === 32 ? '' : inRegisters ? `, ${transposed}` : `, 0, ${transposed}`
+  const layouts =
+    depth === 32
+      ? ''
+      : inRegisters
+        ? `, ${transposed}`
+        : `, ${a === 'transposed' ? 1 : 0}, ${transposed}`
+  const suffix = first ? '_first' : a === 'transposed' ? '_transposed' : ''
+  const layout = a === 'transposed' ? '' : `Major::${b}, `
   return `template <>
-__device__ __forceinline__ void wgmma${first ? '_first' : ''}<DType::${dtype}, Major::${b}, ${registers}>(
+__device__ __forceinline__ void wgmma${suffix}<DType::${dtype}, ${layout}${registers}>(
     float (&acc)[${registers}], ${inRegisters ? 'const uint32_t (&a)[4]' : 'uint64_t a'}, uint64_t b${first ? '' : ', bool accumulate'}) {
   asm volatile(
       "{\\n.reg .pred p;\\nsetp.ne.b32 p, ${first ? 0 : `%${next + 1}`}, 0;\\n"

@@ -207,6 +207,13 @@ __device__ void wgmma(float (&acc)[kRegisters], const uint32_t (&a)[4], uint64_t
   static_assert(kRegisters < 0, "add this shape to common/generate-wgmma.mjs");
 }
 
+// The same where A is a kMN operand too
+template <DType kType, int kRegisters>
+__device__ void wgmma_transposed(float (&acc)[kRegisters], uint64_t a, uint64_t b,
+                                 bool accumulate) {
+  static_assert(kRegisters < 0, "add this shape to common/generate-wgmma.mjs");
+}
+
 // acc = A B: what `acc` held is not even read, so that its registers are free until here
 template <DType kType, Major kB, int kRegisters>
 __device__ void wgmma_first(float (&acc)[kRegisters], uint64_t a, uint64_t b) {

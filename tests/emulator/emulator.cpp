@@ -526,7 +526,7 @@ void Cta::execute(int warpgroup, Group& group) {
           const uint32_t word = product.a[lane][row % 16 / 8 + 2 * (k / (4 * each))];
           to = decode(operands.type, static_cast<uint16_t>(word >> (k % each * 32 / each)));
         } else {
-          to = element(operands.type, operands.a, sm90::Major::kK, row, k);
+          to = element(operands.type, operands.a, operands.a_major, row, k);
         }
       }
     for (int column = 0; column < operands.n; ++column)

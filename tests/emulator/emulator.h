@@ -111,7 +111,7 @@ class Cta {
   // acc[64, n] (+)= A[64, k] B[k, n], k of 32 bytes; A from a descriptor or from registers
   struct Operands {
     DType type;
-    sm90::Major b_major;
+    sm90::Major a_major, b_major;
     int n;
     bool accumulate;
     uint64_t a, b;

@@ -777,8 +777,8 @@ const kernels: Kernel[] = [
       {
         what: 'rows are given back while dk reads them',
         file: backward,
-        from: 'wgmma_wait<1>(acc_dv);\n',
-        to: 'wgmma_wait<1>(acc_dv);\n      release(smem.q_empty[q.stage]);\n',
+        from: 'if (i > 1) release(smem.q_empty[Turn<Shape::kQStages>(i - 2).stage]);\n      if',
+        to: 'if (i > 0) release(smem.q_empty[Turn<Shape::kQStages>(i - 1).stage]);\n      if',
       },
       {
         what: 'fewer bytes are announced than arrive',
@@ -795,19 +795,25 @@ const kernels: Kernel[] = [
       {
         what: 'dS is multiplied before it was fenced',
         file: backward,
-        from: 'fence_async_smem();\n      // the other warpgroup',
-        to: '// the other warpgroup',
+        from: 'fence_async_smem();\n    release(smem.ds_full',
+        to: 'release(smem.ds_full',
       },
       {
         what: 'dS has one buffer',
         file: backward,
-        from: 'write_ds(smem.ds[i & 1]);\n      issue',
-        to: 'write_ds(smem.ds[0]);\n      issue',
+        from: 'smem.ds[step & 1].address',
+        to: 'smem.ds[0].address',
+      },
+      {
+        what: 'dk of what nobody has written counts',
+        file: backward,
+        from: 'k > 0 || step > 0',
+        to: 'true',
       },
       {
         what: 'sums of dq are overwritten while they are added up',
         file: backward,
-        from: 'if (i > 0) smem.dq_empty[own + settled()].wait((before & 1) ^ 1);',
+        from: 'smem.dq_empty[own].wait((step & 1) ^ 1);',
         to: '',
       },
       {
@@ -819,7 +825,7 @@ const kernels: Kernel[] = [
       {
         what: 'the last dq is left out',
         file: backward,
-        from: 'smem.dq_empty[own].wait((last & 1) ^ 1);\n    hand_over(acc_dq);',
+        from: 'hand_over(acc_dq, last);',
         to: '',
       },
       {

@@ -72,15 +72,20 @@ inline void fence_async_gmem() {}
 
 template <DType kType, Major kB, int kRegisters>
 void wgmma(float (&acc)[kRegisters], uint64_t a, uint64_t b, bool accumulate) {
-  cta->product(acc, nullptr, {kType, kB, 2 * kRegisters, accumulate, a, b, false});
+  cta->product(acc, nullptr, {kType, Major::kK, kB, 2 * kRegisters, accumulate, a, b, false});
 }
 template <DType kType, Major kB, int kRegisters>
 void wgmma(float (&acc)[kRegisters], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
-  cta->product(acc, a, {kType, kB, 2 * kRegisters, accumulate, 0, b, true});
+  cta->product(acc, a, {kType, Major::kK, kB, 2 * kRegisters, accumulate, 0, b, true});
 }
 template <DType kType, Major kB, int kRegisters>
 void wgmma_first(float (&acc)[kRegisters], uint64_t a, uint64_t b) {
   wgmma<kType, kB>(acc, a, b, false);
+}
+template <DType kType, int kRegisters>
+void wgmma_transposed(float (&acc)[kRegisters], uint64_t a, uint64_t b, bool accumulate) {
+  cta->product(acc, nullptr,
+               {kType, Major::kMN, Major::kMN, 2 * kRegisters, accumulate, a, b, false});
 }
 template <int kRegisters> void pin(float (&)[kRegisters]) {}
 template <int kRegisters> void wgmma_fence(float (&)[kRegisters]) { cta->products_fence(); }
