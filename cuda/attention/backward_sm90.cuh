@@ -521,10 +521,10 @@ __global__ void __launch_bounds__((GradientShape<kD>::kThreads), 1)
     }
     wgmma_commit();
   };
-  auto issue_dk = [&](int step) {
+  auto issue_dk = [&](int step, const typename Smem::Rows& q) {
     const auto& ds = smem.ds[step & 1];
     const uint64_t a = advance(ds.mn_major(0), own * ds.kPanelBytes);
-    const uint64_t b = smem.q[Turn<Shape::kQStages>(step).stage].mn_major(0);
+    const uint64_t b = q.mn_major(0);
     wgmma_fence(acc_dk);
 #pragma unroll
     for (int k = 0; k < kQueries; k += 16)
@@ -652,16 +652,23 @@ __global__ void __launch_bounds__((GradientShape<kD>::kThreads), 1)
     for (int s = 0; s < kQueries / 16; ++s)
       stmatrix_x4_transposed(to + s * 2048, frag_ds[s][0], frag_ds[s][1], frag_ds[s][2],
                              frag_ds[s][3]);
+  };
+  // shows what write_ds wrote, until both warpgroups have
+  auto share_ds = [&](int step) {
+    if (step < 0) return;
     fence_async_smem();
     release(smem.ds_full[step & 1]);
+    smem.ds_full[step & 1].wait(step >> 1 & 1);
   };
-  // hands 32 sums a thread over to the warp that adds them up
-  auto hand_over = [&](const float(&acc)[32], int step) {
+  // 32 sums a thread for the warp that adds them up
+  auto write_dq = [&](const float(&acc)[32], int step) {
     smem.dq_empty[own].wait((step & 1) ^ 1);
     const uint32_t to = address_of(smem.dq[own]) + thread * 16;
 #pragma unroll
     for (int i = 0; i < 32; i += 4)
       store_4_floats(to + i * 512, acc[i], acc[i + 1], acc[i + 2], acc[i + 3]);
+  };
+  auto hand_over = [&] {
     fence_async_smem();
     release(smem.dq_full[own]);
   };
@@ -696,13 +703,13 @@ __global__ void __launch_bounds__((GradientShape<kD>::kThreads), 1)
     }
     const int whole_begin = __shfl_sync(~0u, work.whole_begin, 0);
     const int whole_end = __shfl_sync(~0u, work.whole_end, 0);
+    Turn<Shape::kQStages> q(0);
     // the first step multiplies what nobody has written and drops it: two copies of the loop's body
     // would not fit the registers
 #pragma unroll 1
-    for (int i = 0; i < steps; ++i) {
+    for (int i = 0; i < steps; ++i, q.advance()) {
       float acc_s[kQueries / 2], acc_dp[kQueries / 2], acc_dq[32];
       const int before = i - 1;
-      const Turn<Shape::kQStages> q(i);
       const Turn<Shape::kOStages> o(i);
       uint32_t masked = 0;
       if constexpr (kListed) {
@@ -717,13 +724,16 @@ __global__ void __launch_bounds__((GradientShape<kD>::kThreads), 1)
         if (masked & 4) {
           // nothing but dk(i - 1) and its share of dq(i - 1), and zeros for those of i
           smem.q_full[q.stage].wait(q.parity);
-          if (i > 0) smem.ds_full[before & 1].wait(before >> 1 & 1);
+          share_ds(before);
           issue_dq(acc_dq, before);
-          issue_dk(before);
+          issue_dk(before, smem.q[q.before(1)]);
           wgmma_wait<0>(acc_dq);
           pin(acc_dk);
-          if (i > 1) release(smem.q_empty[Turn<Shape::kQStages>(i - 2).stage]);
-          if (i > 0) hand_over(acc_dq, before);
+          if (i > 1) release(smem.q_empty[q.before(2)]);
+          if (i > 0) {
+            write_dq(acc_dq, before);
+            hand_over();
+          }
 #pragma unroll
           for (int s = 0; s < kQueries / 16; ++s)
 #pragma unroll
@@ -738,11 +748,11 @@ __global__ void __launch_bounds__((GradientShape<kD>::kThreads), 1)
       smem.q_full[q.stage].wait(q.parity);
       if (clears) clear_beyond(smem.q[q.stage], work.sq - m * kQueries, kQueries);
       issue_scores(acc_s, smem.k, smem.q[q.stage]);
-      if (i > 0) smem.ds_full[before & 1].wait(before >> 1 & 1);
+      share_ds(before);
       issue_dq(acc_dq, before);
       wgmma_wait<1>(acc_s);
       pin(acc_dk);
-      if (i > 1) release(smem.q_empty[Turn<Shape::kQStages>(i - 2).stage]);
+      if (i > 1) release(smem.q_empty[q.before(2)]);
       if constexpr (kListed) {
         smem.look_full[q.stage].wait(q.parity);
         if (masked & 1) mask_unseen(acc_s, smem.pairs[q.stage]);
@@ -766,11 +776,16 @@ __global__ void __launch_bounds__((GradientShape<kD>::kThreads), 1)
         issue_dv(smem.dout[o.stage], half);
       }
       wgmma_wait<2>(acc_dq);
-      if (i > 0) hand_over(acc_dq, before);
-      // else P, as dv reads it, would not fit the registers beside dP
-      if constexpr (kD == 64) wgmma_wait<0>(acc_dv);
+      if (i > 0) write_dq(acc_dq, before);
+      // the fence waits for all stores, which dP covers; where P, as dv reads it, does not fit the
+      // registers beside dP, what is left of dv does
+      if constexpr (kD == 64) {
+        if (i > 0) hand_over();
+        wgmma_wait<0>(acc_dv);
+      }
       issue_scores(acc_dp, smem.v, smem.dout[o.stage]);
-      issue_dk(before);
+      issue_dk(before, smem.q[q.before(1)]);
+      if (kD == 128 && i > 0) hand_over();
       wgmma_wait<1>(acc_dp);
       pin(acc_dv);
       weigh_gradients(acc_s, acc_dp, smem.delta[o.stage]);
@@ -787,12 +802,13 @@ __global__ void __launch_bounds__((GradientShape<kD>::kThreads), 1)
     }
     float acc_dq[32];
     const int last = steps - 1;
-    smem.ds_full[last & 1].wait(last >> 1 & 1);
+    share_ds(last);
     issue_dq(acc_dq, last);
-    issue_dk(last);
+    issue_dk(last, smem.q[q.before(1)]);
     wgmma_wait<0>(acc_dq);
     pin(acc_dk);
-    hand_over(acc_dq, last);
+    write_dq(acc_dq, last);
+    hand_over();
   }
 
   if (kMapped && args.slopes) {

@@ -51,6 +51,15 @@ template <int kStages> struct Turn {
   uint32_t stage, parity;
   __device__ __forceinline__ explicit Turn(uint32_t count)
       : stage(count % kStages), parity(count / kStages & 1) {}
+  // The next use, where a division a use would take too long
+  __device__ __forceinline__ void advance() {
+    stage = stage + 1 == kStages ? 0 : stage + 1;
+    parity ^= stage == 0;
+  }
+  // The stage `uses` before
+  __device__ __forceinline__ uint32_t before(uint32_t uses) const {
+    return stage < uses ? stage + kStages - uses : stage - uses;
+  }
 };
 
 }  // namespace heddle::sm90

@@ -777,8 +777,8 @@ const kernels: Kernel[] = [
       {
         what: 'rows are given back while dk reads them',
         file: backward,
-        from: 'if (i > 1) release(smem.q_empty[Turn<Shape::kQStages>(i - 2).stage]);\n      if',
-        to: 'if (i > 0) release(smem.q_empty[Turn<Shape::kQStages>(i - 1).stage]);\n      if',
+        from: 'if (i > 1) release(smem.q_empty[q.before(2)]);\n      if',
+        to: 'if (i > 0) release(smem.q_empty[q.before(1)]);\n      if',
       },
       {
         what: 'fewer bytes are announced than arrive',
@@ -789,8 +789,8 @@ const kernels: Kernel[] = [
       {
         what: 'dS of the other warpgroup is not waited for',
         file: backward,
-        from: 'if (i > 0) smem.ds_full[before & 1].wait(before >> 1 & 1);\n      issue_dq',
-        to: 'issue_dq',
+        from: 'smem.ds_full[step & 1].wait(step >> 1 & 1);',
+        to: '',
       },
       {
         what: 'dS is multiplied before it was fenced',
@@ -825,7 +825,7 @@ const kernels: Kernel[] = [
       {
         what: 'the last dq is left out',
         file: backward,
-        from: 'hand_over(acc_dq, last);',
+        from: 'write_dq(acc_dq, last);\n    hand_over();',
         to: '',
       },
       {
