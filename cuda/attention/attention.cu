@@ -326,6 +326,8 @@ void run_forward(const Attention& op, CudaContext& context) {
   call.tickets = context.counters(2);
   if (call.masked) list_units(call, context);
   const int* strange = op.cosine ? row_factors(call, context) : nullptr;
+  if (call.dtype == DType::kE4M3)
+    call.turned = context.scratch<uint8_t>(static_cast<size_t>(turned_bytes(call)));
   forward_sm90(call, context.stream);
   context.launched("forward_sm90_kernel");
   if (strange) run_portable(op, context, strange);

@@ -7,51 +7,50 @@
 //   out    = v_scale * softmax(S) V                        lse = ln(sum(exp(S)))
 //
 // Tiles, their order and who loads and computes are those of forward_sm90.cuh. Operands of 8 bits
-// must lie along what is reduced, which for values are the keys: the warps of warpgroup 0 that
-// don't load transpose v, 16 keys by 32 columns at a time, and give what they wrote to the others.
+// must lie along what is reduced, which for values are the keys: a kernel that runs before
+// transposes v in global memory, a key tile after the other.
 //
 // A thread's scores of 16 keys are not in the order in which an operand A has 16 columns: column
 // 4q + i holds key 2q + i % 2 + 8 * (i / 2). Nobody notices if the transposed values have their
-// keys in the same order, and that is how two transposed 8x8 matrices of pairs come out of
-// ldmatrix.
+// keys in the same order.
 //
 // Weights are multiplied by 2^8, for e4m3 ends at 448 and its smallest normal number is 2^-6. The
-// matrix units keep some 14 bits of a sum, so that of each key tile begins at zero and is added to
-// those of before in f32, which also shrinks them.
+// matrix units keep some 14 bits of a sum, so that sums of more than kSettled key tiles are added
+// in f32, in shared memory.
 namespace heddle {
 namespace {
 
-struct Float8Tile {
-  static constexpr int kWarpgroups = 2;
+template <int kD> struct Float8Tile {
+  // exp2 bounds d = 64: a third warpgroup leaves fewer clocks without one
+  static constexpr int kWarpgroups = kD == 64 ? 3 : 2;
   static constexpr int kQueries = 64 * kWarpgroups;
-  static constexpr int kKeys = 128;  // one row of a panel, transposed
-  static constexpr int kBuffers = 2;
-  static constexpr int kStages = 3;   // of k and v; transposed values have two
-  static constexpr int kTurners = 3;  // warps that transpose
+  static constexpr int kKeys = turned_keys(kD);
+  static constexpr int kBuffers = 2, kStages = 3;
+  static constexpr int kSettled = 4;
   static constexpr int kThreads = 128 * (kWarpgroups + 1);
-  // 504 for one thread of each warpgroup
-  static constexpr int load_registers(int d) { return d == 64 ? 56 : 40; }
-  static constexpr int compute_registers(int d) { return (504 - load_registers(d)) / kWarpgroups; }
+  static constexpr int kLoadRegisters = kWarpgroups == 3 ? 32 : 24;
+  static constexpr int kComputeRegisters = (512 - kLoadRegisters) / kWarpgroups / 8 * 8;
 };
 
 // Tiles of e4m3 are tiles of pairs to copies, addresses and descriptors
 template <int kD> struct Float8Smem {
-  using Shape = Float8Tile;
+  using Shape = Float8Tile<kD>;
   sm90::Tile<Shape::kQueries, 64> q[Shape::kBuffers];
-  sm90::Tile<Shape::kKeys, 64> k[Shape::kStages], v[Shape::kStages];
-  sm90::Tile<kD, 64> turned[2];  // [d, keys]
-  sm90::Tile<Shape::kQueries, kD> out;
+  sm90::Tile<Shape::kKeys, 64> k[Shape::kStages];
+  sm90::Tile<kD, 64> v[Shape::kStages];  // [d, keys]
+  sm90::Tile<64, kD> out[Shape::kWarpgroups];
   ForwardWork work[Shape::kBuffers];
   sm90::Barrier q_full[Shape::kBuffers], q_empty[Shape::kBuffers];
   sm90::Barrier k_full[Shape::kStages], k_empty[Shape::kStages];
   sm90::Barrier v_full[Shape::kStages], v_empty[Shape::kStages];
-  sm90::Barrier turned_full[2], turned_empty[2];
 };
 
 struct Float8Args : ForwardArgs {
   const float *q_scale, *k_scale, *v_scale;
   int64_t q_scale_stride, k_scale_stride, v_scale_stride;
-  bool half;  // out is f16
+  bool half;        // out is f16
+  uint8_t* turned;  // [b, hk, key tile, d, key], of zeros behind the end of a sequence
+  int key_tiles;    // of one head
 
   __device__ __forceinline__ float score_scale(int head) const {
     float scale = scale_log2;
@@ -64,46 +63,103 @@ struct Float8Args : ForwardArgs {
   }
 };
 
-// Transposes a tile of v, of which the keys from `left` on count as zero, by `warps` warps
-template <int kD, class Values, class Turned>
-__device__ __forceinline__ void turn_values(const Values& v, const Turned& turned, int left,
-                                            int warp, int warps, int lane) {
-  constexpr int kBlocks = 8;  // of 16 keys
-  // rows of 128 bytes whose numbers differ by 8 share banks: half of the lanes swap their columns
-  const int swap = lane / 16;
-  const uint32_t even = swap ? 0x7531 : 0x6420, odd = swap ? 0x6420 : 0x7531;
-#pragma unroll 4
-  for (int i = warp; i < kBlocks * kD / 32; i += warps) {
-    const int key = i % kBlocks * 16, column = i / kBlocks * 32;
-    // keys 0 and 8 of the first 16 columns, then of the others
-    uint32_t pairs[4];
-    sm90::ldmatrix_x4_transposed(v.address(key + lane % 16, (column + lane / 16 * 16) / 2), pairs);
-    if (key + 16 > left) {
+// The largest of each row's scores that this thread has, in chains that don't wait for each other
+template <int kScores>
+__device__ __forceinline__ void highest_scores(const float (&acc)[kScores], float (&highest)[2]) {
 #pragma unroll
-      for (int m = 0; m < 4; ++m) {
-        const int first = key + m % 2 * 8 + lane % 4 * 2;  // the upper half is of the next
-        pairs[m] &= (first < left ? 0xffffu : 0) | (first + 1 < left ? 0xffff0000u : 0);
+  for (int r = 0; r < 2; ++r) {
+    float chains[4];
+#pragma unroll
+    for (int i = 2 * r; i < kScores; i += 4) {
+      const float pair = fmaxf(acc[i], acc[i + 1]);
+      chains[i / 4 % 4] = i < 16 ? pair : fmaxf(chains[i / 4 % 4], pair);
+    }
+    highest[r] = fmaxf(fmaxf(chains[0], chains[1]), fmaxf(chains[2], chains[3]));
+  }
+}
+
+// The key tile of a head that is the first of a sequence
+template <int kKeys>
+__device__ __forceinline__ int first_key_tile(const ForwardArgs& args, int k_begin, int sequence) {
+  return args.cu_seqlens_k ? k_begin / kKeys + sequence : 0;
+}
+
+// A CTA transposes a key tile of one head, each thread 16 keys of 8 columns. Keys behind the end of
+// a sequence belong to somebody else and may be anything: they become zeros, since zero weights
+// don't silence what is not a number.
+template <int kD> __global__ void __launch_bounds__(kD) float8_turn_kernel(const Float8Args args) {
+  using Shape = Float8Tile<kD>;
+  constexpr int kKeys = Shape::kKeys;
+  sm90::let_next_begin();
+  const int tile = blockIdx.x % args.key_tiles, heads = args.hq / args.group;
+  const int head = blockIdx.x / args.key_tiles % heads, batch = blockIdx.x / args.key_tiles / heads;
+  const ForwardOrder<Shape::kQueries> order{args};
+  const auto begin_of = [&](int sequence) {
+    return order.offset(args.cu_seqlens_k, args.cu_k_stride, sequence, args.sk);
+  };
+  int begin = 0, end = args.sk, first = 0;
+  if (args.cu_seqlens_k) {
+    int sequence = 0;
+    for (int above = args.sequences; above - sequence > 1;) {
+      const int middle = (sequence + above) / 2;
+      const bool later = first_key_tile<kKeys>(args, begin_of(middle), middle) > tile;
+      (later ? above : sequence) = middle;
+    }
+    begin = begin_of(sequence);
+    end = begin_of(sequence + 1);
+    first = first_key_tile<kKeys>(args, begin, sequence);
+  } else if (args.cache_seqlens) {
+    end = min(max(args.cache_seqlens[batch * args.cache_stride], 0), args.sk);
+  }
+  const int lane = threadIdx.x % 32, column = threadIdx.x / 32 * 32 + lane % 4 * 8;
+  const int inside = lane / 4 * 16;  // the first key, in the tile
+  const int left =
+      inside < kKeys && column < args.dv ? end - begin - (tile - first) * kKeys - inside : 0;
+  const uint8_t* from = reinterpret_cast<const uint8_t*>(args.v) + batch * args.v_strides.batch +
+                        head * args.v_strides.head + column +
+                        (begin + (tile - first) * kKeys + inside) * args.v_strides.row;
+  uint2 rows[16];
+#pragma unroll
+  for (int i = 0; i < 16; ++i)
+    rows[i] =
+        i < left ? *reinterpret_cast<const uint2*>(from + i * args.v_strides.row) : uint2{0, 0};
+  uint8_t* to = args.turned + (int64_t{blockIdx.x} * kD + column) * 128 + inside;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    uint32_t turned[4][4];  // [column, keys]
+#pragma unroll
+    for (int q = 0; q < 4; ++q) {
+      const auto word = [&](int i) { return half ? rows[i].y : rows[i].x; };
+      const auto pairs = [&](int i, uint32_t selector) {
+        return __byte_perm(word(i), word(i + 1), selector);
+      };
+#pragma unroll
+      for (int i = 0; i < 4; i += 2) {
+        const uint32_t selector = i == 0 ? 0x5140 : 0x7362;
+        const uint32_t near = pairs(2 * q, selector), far = pairs(2 * q + 8, selector);
+        turned[i][q] = __byte_perm(near, far, 0x5410);
+        turned[i + 1][q] = __byte_perm(near, far, 0x7632);
       }
     }
-    const int row = lane % 8, other = (row >= 4) ^ (lane / 8 % 2);
-    sm90::stmatrix_x4(turned.address(column + lane / 16 * 16 + 2 * row + other, key / 2),
-                      __byte_perm(pairs[0], pairs[1], even), __byte_perm(pairs[0], pairs[1], odd),
-                      __byte_perm(pairs[2], pairs[3], even), __byte_perm(pairs[2], pairs[3], odd));
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      *reinterpret_cast<uint4*>(to + (4 * half + i) * 128) =
+          uint4{turned[i][0], turned[i][1], turned[i][2], turned[i][3]};
   }
 }
 
 template <int kD>
-__global__ void __launch_bounds__(Float8Tile::kThreads, 1)
+__global__ void __launch_bounds__(Float8Tile<kD>::kThreads, 1)
     float8_sm90_kernel(const __grid_constant__ sm90::TensorMap gmem_q,
                        const __grid_constant__ sm90::TensorMap gmem_k,
                        const __grid_constant__ sm90::TensorMap gmem_v,
                        const __grid_constant__ sm90::TensorMap gmem_out, const Float8Args args) {
   using namespace sm90;
-  using Shape = Float8Tile;
+  using Shape = Float8Tile<kD>;
   constexpr DType kType = DType::kE4M3;
   constexpr int kQueries = Shape::kQueries, kKeys = Shape::kKeys, kStages = Shape::kStages;
-  constexpr int kBuffers = Shape::kBuffers, kWarpgroups = Shape::kWarpgroups;
-  constexpr int kTurners = Shape::kTurners, kLift = 8;
+  constexpr int kBuffers = Shape::kBuffers, kWarpgroups = Shape::kWarpgroups, kLift = 8;
+  constexpr float kRoom = .75f;  // 2^(kLift + kRoom) is below 448
   auto& smem = shared_memory<Float8Smem<kD>>();
   // the same in all lanes, which the compiler cannot know of threadIdx
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
@@ -117,42 +173,51 @@ __global__ void __launch_bounds__(Float8Tile::kThreads, 1)
   if (threadIdx.x == 0) {
     for (int buffer = 0; buffer < kBuffers; ++buffer) {
       smem.q_full[buffer].init(1);
-      smem.q_empty[buffer].init(kWarpgroups * 4 + kTurners);
-      smem.turned_full[buffer].init(kTurners);
-      smem.turned_empty[buffer].init(kWarpgroups * 4);
+      smem.q_empty[buffer].init(kWarpgroups * 4);
     }
     for (int stage = 0; stage < kStages; ++stage) {
       smem.k_full[stage].init(1);
       smem.v_full[stage].init(1);
       smem.k_empty[stage].init(kWarpgroups * 4);
-      smem.v_empty[stage].init(kTurners);
+      smem.v_empty[stage].init(kWarpgroups * 4);
     }
     fence_barrier_init();
   }
   __syncthreads();
 
   if (warpgroup == 0) {
-    lower_registers<Shape::load_registers(kD)>();
-    if (warp == 0) {
-      if (!elect_one()) return;
+    lower_registers<Shape::kLoadRegisters>();
+    if (warp == 0 && elect_one()) {
       prefetch(gmem_q);
       prefetch(gmem_k);
       prefetch(gmem_v);
+      await_previous();
       ForwardOrder<kQueries> order{args};
       ForwardWork work = order.at(blockIdx.x);
       uint32_t visit = 0, loaded = 0;  // tiles of q, and of k and v
       for (; work.row >= 0; ++visit) {
         find_keys<kQueries, kKeys>(args, work);
         const int kv_head = work.head / args.group;
-        auto load = [&](auto& tiles, Barrier* full, Barrier* empty, const TensorMap& map, int j) {
+        const int turned = (work.batch * (args.hq / args.group) + kv_head) * args.key_tiles +
+                           first_key_tile<kKeys>(args, work.k_begin, work.sequence);
+        auto begin = [&](Barrier* full, Barrier* empty, int j, uint32_t bytes) {
           const Turn<kStages> turn(loaded + j);
           empty[turn.stage].wait(turn.parity ^ 1);
-          full[turn.stage].arrive_expect(tiles[0].kBytes);
-          tiles[turn.stage].load(map, full[turn.stage],
-                                 work.k_begin + (work.key_end - 1 - j) * kKeys, kv_head, work.batch,
-                                 Keep::kLong);
+          full[turn.stage].arrive_expect(bytes);
+          return turn.stage;
         };
-        load(smem.k, smem.k_full, smem.k_empty, gmem_k, 0);
+        auto load_keys = [&](int j) {
+          const uint32_t stage = begin(smem.k_full, smem.k_empty, j, smem.k[0].kBytes);
+          smem.k[stage].load(gmem_k, smem.k_full[stage],
+                             work.k_begin + (work.key_end - 1 - j) * kKeys, kv_head, work.batch,
+                             Keep::kLong);
+        };
+        auto load_values = [&](int j) {
+          const uint32_t stage = begin(smem.v_full, smem.v_empty, j, smem.v[0].kBytes);
+          smem.v[stage].load(gmem_v, smem.v_full[stage], 0, turned + work.key_end - 1 - j, 0,
+                             Keep::kLong);
+        };
+        load_keys(0);
         const Turn<kBuffers> q(visit);
         smem.q_empty[q.stage].wait(q.parity ^ 1);
         smem.work[q.stage] = work;
@@ -160,11 +225,11 @@ __global__ void __launch_bounds__(Float8Tile::kThreads, 1)
         smem.q[q.stage].load(gmem_q, smem.q_full[q.stage], work.q_begin + work.row, work.head,
                              work.batch, Keep::kShortly);
         for (int j = 1; j < work.key_tiles; ++j) {
-          load(smem.k, smem.k_full, smem.k_empty, gmem_k, j);
-          load(smem.v, smem.v_full, smem.v_empty, gmem_v, j - 1);
+          load_keys(j);
+          load_values(j - 1);
         }
         const int ticket = static_cast<int>(gridDim.x) + fetch_add(&args.tickets[0], 1);
-        load(smem.v, smem.v_full, smem.v_empty, gmem_v, work.key_tiles - 1);
+        load_values(work.key_tiles - 1);
         loaded += work.key_tiles;
         work = order.at(ticket);
       }
@@ -175,35 +240,14 @@ __global__ void __launch_bounds__(Float8Tile::kThreads, 1)
       // the last CTA leaves the counters as it found them
       if (fetch_add(&args.tickets[1], 1) == static_cast<int>(gridDim.x) - 1)
         args.tickets[0] = args.tickets[1] = 0;
-      return;
     }
-    uint32_t used = 0;
-    for (uint32_t visit = 0;; ++visit) {
-      const Turn<kBuffers> q(visit);
-      smem.q_full[q.stage].wait(q.parity);
-      const ForwardWork work = smem.work[q.stage];
-      if (work.row < 0) return;
-      release(smem.q_empty[q.stage]);
-      for (int j = 0; j < work.key_tiles; ++j, ++used) {
-        const Turn<kStages> v(used);
-        const Turn<2> to(used);
-        smem.v_full[v.stage].wait(v.parity);
-        smem.turned_empty[to.stage].wait(to.parity ^ 1);
-        // values behind the end of a sequence belong to somebody else and may be anything: zero
-        // weights don't silence what is not a number
-        turn_values<kD>(smem.v[v.stage], smem.turned[to.stage],
-                        work.sk - (work.key_end - 1 - j) * kKeys, warp - 1, kTurners, lane);
-        fence_async_smem();
-        release(smem.turned_full[to.stage]);
-        release(smem.v_empty[v.stage]);
-      }
-    }
+    return;
   }
 
-  raise_registers<Shape::compute_registers(kD)>();
+  raise_registers<Shape::kComputeRegisters>();
   const int own = warpgroup - 1;
-  const int own_row = own * 64 + warp * 16;              // first of this warp's rows in the tile
-  float acc_s[kKeys / 2], acc_t[kD / 2], acc_o[kD / 2];  // acc_t is of one key tile
+  const int own_row = own * 64 + warp * 16;  // first of this warp's rows in the tile
+  float acc_s[kKeys / 2], acc_o[kD / 2];
   uint32_t frag_p[kKeys / 32][4];
   RowSoftmax rows;
   RowBounds bounds;
@@ -217,10 +261,10 @@ __global__ void __launch_bounds__(Float8Tile::kThreads, 1)
     wgmma_commit();
   };
   auto issue_values = [&](uint32_t stage) {
-    wgmma_fence(acc_t);
+    wgmma_fence(acc_o);
 #pragma unroll
     for (int k = 0; k < kKeys; k += 32)
-      wgmma<kType, Major::kK>(acc_t, frag_p[k / 32], smem.turned[stage].k_major(0, k / 2), k > 0);
+      wgmma<kType, Major::kK>(acc_o, frag_p[k / 32], smem.v[stage].k_major(0, k / 2), true);
     wgmma_commit();
   };
   // accumulators of 16 keys are half of an operand A, in the order of the transposed values
@@ -249,45 +293,100 @@ __global__ void __launch_bounds__(Float8Tile::kThreads, 1)
     // one the products change their signs instead
     const float scale_log2 = args.score_scale(work.head);
     const float size_log2 = fabsf(scale_log2) < 1e-30f ? 1e-30f : fabsf(scale_log2);
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      bounds.position[r] = row + 8 * r + diagonal;
-      bounds.until[r] = args.causal ? min(work.sk, bounds.position[r] + 1) : work.sk;
-    }
+    bounds = bounds_of(args, work, row);
     rows.clear();
 #pragma unroll
     for (int i = 0; i < kD / 2; ++i) acc_o[i] = 0;
 
-    auto soften = [&](int j, bool masked) {
-      if (scale_log2 < 0) {
+    // sums in f32, and what they are relative to
+    float settled[kD / 2] = {}, settled_max[2] = {-INFINITY, -INFINITY};
+    // Moves the maxima that scores of this tile are above by more than e4m3 has room for; whether
+    // one did, and sums of before have to shrink
+    auto raise = [&](int j, bool masked) {
+      if (masked) {
+        if (scale_log2 < 0) {
 #pragma unroll
-        for (int i = 0; i < kKeys / 2; ++i) acc_s[i] = -acc_s[i];
+          for (int i = 0; i < kKeys / 2; ++i) acc_s[i] = -acc_s[i];
+        }
+        mask_scores(acc_s, bounds, (key_end - 1 - j) * kKeys, args.window, lane);
       }
-      if (masked) mask_scores(acc_s, bounds, (key_end - 1 - j) * kKeys, args.window, lane);
-      rows.update<0, kLift>(acc_s, size_log2);
-    };
-    // `shrink` is of the maximum that the weights of acc_t are relative to
-    auto add_values = [&](const float(&shrink)[2]) {
+      float highest[2];
+      highest_scores(acc_s, highest);
+      bool above = false;
 #pragma unroll
-      for (int i = 0; i < kD / 2; ++i) acc_o[i] = fmaf(acc_o[i], shrink[i / 2 % 2], acc_t[i]);
+      for (int r = 0; r < 2; ++r) {
+        highest[r] *= size_log2;
+        above |= highest[r] > rows.row_max[r] + kRoom;
+      }
+      if (!__any_sync(~0u, above)) return false;
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        highest[r] = fmaxf(highest[r], __shfl_xor_sync(~0u, highest[r], 1));
+        highest[r] = fmaxf(highest[r], __shfl_xor_sync(~0u, highest[r], 2));
+        rows.move(r, highest[r] > rows.row_max[r] + kRoom ? highest[r] : rows.row_max[r]);
+        rows.row_sum[r] *= rows.shrink[r];
+      }
+      return true;
+    };
+    // Scores become weights
+    auto weigh = [&] {
+      float shift[2];
+#pragma unroll
+      for (int r = 0; r < 2; ++r)
+        shift[r] = rows.row_max[r] == -INFINITY ? 0 : kLift - rows.row_max[r];
+#pragma unroll
+      for (int i = 0; i < kKeys / 2; ++i)
+        acc_s[i] = exp2_approx(fmaf(acc_s[i], size_log2, shift[i / 2 % 2]));
+    };
+    auto add_weights = [&] {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        float sum[2] = {};
+#pragma unroll
+        for (int i = 2 * r; i < kKeys / 2; i += 4) sum[i / 4 % 2] += acc_s[i] + acc_s[i + 1];
+        rows.row_sum[r] += sum[0] + sum[1];
+      }
+    };
+    auto shrink_values = [&] {
+#pragma unroll
+      for (int i = 0; i < kD / 2; ++i) acc_o[i] *= rows.shrink[i / 2 % 2];
+    };
+    // Sums of the last key tiles join those of before
+    auto settle = [&] {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const bool same = settled_max[r] == rows.row_max[r];
+        const float shrink = same ? 1 : exp2_approx(settled_max[r] - rows.row_max[r]);
+        settled_max[r] = rows.row_max[r];
+#pragma unroll
+        for (int i = 2 * r; i < kD / 2; i += 4) {
+          settled[i] = fmaf(settled[i], shrink, acc_o[i]);
+          settled[i + 1] = fmaf(settled[i + 1], shrink, acc_o[i + 1]);
+          acc_o[i] = acc_o[i + 1] = 0;
+        }
+      }
     };
     auto step = [&](int j, bool masked) {
-      const Turn<kStages> k(used + j);
-      const Turn<2> v(used + j - 1);
-      const float shrink[2] = {rows.shrink[0], rows.shrink[1]};
+      const Turn<kStages> k(used + j), v(used + j - 1);
       smem.k_full[k.stage].wait(k.parity);
       await_turn();
       issue_scores(k.stage, q.stage);
-      smem.turned_full[v.stage].wait(v.parity);
+      smem.v_full[v.stage].wait(v.parity);
       issue_values(v.stage);
       pass_turn();
       wgmma_wait<1>(acc_s);
       release(smem.k_empty[k.stage]);
-      soften(j, masked);
-      wgmma_wait<0>(acc_t);
-      release(smem.turned_empty[v.stage]);
+      const bool moved = raise(j, masked);
+      weigh();
+      if (moved) {
+        wgmma_wait<0>(acc_o);
+        shrink_values();
+      }
+      wgmma_wait<0>(acc_o);
+      release(smem.v_empty[v.stage]);
+      add_weights();
       pack_weights();
-      add_values(shrink);
+      if (j % Shape::kSettled == 0) settle();
     };
 
     const Turn<kStages> k(used);
@@ -295,10 +394,13 @@ __global__ void __launch_bounds__(Float8Tile::kThreads, 1)
     issue_scores(k.stage, q.stage);
     wgmma_wait<0>(acc_s);
     release(smem.k_empty[k.stage]);
-    soften(0, true);
+    raise(0, true);
+    weigh();
+    add_weights();
     pack_weights();
     // key tiles that the first row sees whole, and where the last row's window begins
-    const int whole_end = (args.causal ? max(work.row + diagonal + 1, 0) : work.sk) / kKeys;
+    const int whole_end =
+        scale_log2 < 0 ? 0 : (args.causal ? max(work.row + diagonal + 1, 0) : work.sk) / kKeys;
     const int whole_begin =
         args.window ? max(work.row + kQueries + diagonal - args.window + kKeys - 1, 0) / kKeys : 0;
     int j = 1;
@@ -310,12 +412,12 @@ __global__ void __launch_bounds__(Float8Tile::kThreads, 1)
     for (; j < key_tiles; ++j) step(j, true);
     release(smem.q_empty[q.stage]);
     used += key_tiles;
-    const Turn<2> v(used - 1);
-    smem.turned_full[v.stage].wait(v.parity);
+    const Turn<kStages> v(used - 1);
+    smem.v_full[v.stage].wait(v.parity);
     issue_values(v.stage);
-    wgmma_wait<0>(acc_t);
-    release(smem.turned_empty[v.stage]);
-    add_values(rows.shrink);
+    wgmma_wait<0>(acc_o);
+    release(smem.v_empty[v.stage]);
+    settle();
 
     const int64_t lse_row =
         (static_cast<int64_t>(work.batch) * args.hq + work.head) * args.sq + work.q_begin;
@@ -324,7 +426,7 @@ __global__ void __launch_bounds__(Float8Tile::kThreads, 1)
     int poisoned[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const RowEnd end(rows.row_max[r] * size_log2 - kLift, rows.total(r),
+      const RowEnd end(rows.row_max[r] - kLift, rows.total(r),
                        args.sink ? args.sink + work.head * args.sink_stride : nullptr);
       lse_log2[r] = end.lse_log2;
       if (lane % 4 == 0 && row + 8 * r < work.sq)
@@ -334,9 +436,9 @@ __global__ void __launch_bounds__(Float8Tile::kThreads, 1)
 #pragma unroll
       for (int i = 2 * r; i < kD / 2; i += 4) {
         // a row without keys gives zero, whatever its masked values were
-        acc_o[i] = end.factor == 0 ? 0 : acc_o[i] * factor;
-        acc_o[i + 1] = end.factor == 0 ? 0 : acc_o[i + 1] * factor;
-        total += acc_o[i] + acc_o[i + 1];
+        settled[i] = end.factor == 0 ? 0 : settled[i] * factor;
+        settled[i + 1] = end.factor == 0 ? 0 : settled[i + 1] * factor;
+        total += settled[i] + settled[i + 1];
       }
       poisoned[r] = args.causal && total != total && row + 8 * r < work.sq;
       poisoned[r] |= __shfl_xor_sync(~0u, poisoned[r], 1);
@@ -348,11 +450,13 @@ __global__ void __launch_bounds__(Float8Tile::kThreads, 1)
     // once the out before was read
     if (thread == 0) wait_copies_read<0>();
     named_barrier_sync(8 + own, 128);
+    auto& out = smem.out[own];
 #pragma unroll
     for (int i = 0; i < kD / 2; i += 8)
-      stmatrix_x4(smem.out.address(own_row + lane % 16, i * 2 + lane / 16 * 8),
-                  pack_out(acc_o[i], acc_o[i + 1]), pack_out(acc_o[i + 2], acc_o[i + 3]),
-                  pack_out(acc_o[i + 4], acc_o[i + 5]), pack_out(acc_o[i + 6], acc_o[i + 7]));
+      stmatrix_x4(out.address(warp * 16 + lane % 16, i * 2 + lane / 16 * 8),
+                  pack_out(settled[i], settled[i + 1]), pack_out(settled[i + 2], settled[i + 3]),
+                  pack_out(settled[i + 4], settled[i + 5]),
+                  pack_out(settled[i + 6], settled[i + 7]));
     if (__any_sync(~0u, poisoned[0] | poisoned[1])) {
       const auto at = [&](const uint16_t* x, const Strides& strides, int head, int64_t begin) {
         return reinterpret_cast<const uint8_t*>(x) + work.batch * strides.batch +
@@ -375,7 +479,7 @@ __global__ void __launch_bounds__(Float8Tile::kThreads, 1)
         __syncwarp();
 #pragma unroll
         for (int c = 0; c < kD / 32; ++c)
-          store_16_bits(smem.out.address(own_row + i, 32 * c + lane / 8 * 8) + lane % 8 * 2,
+          store_16_bits(out.address(warp * 16 + i, 32 * c + lane / 8 * 8) + lane % 8 * 2,
                         static_cast<uint16_t>(pack_out(values[c] * value_scale, 0)));
       }
     }
@@ -385,17 +489,17 @@ __global__ void __launch_bounds__(Float8Tile::kThreads, 1)
     const int first_row = work.row + own * 64;
     // the rows behind the last one may be those of another sequence
     if (args.cu_seqlens_q && first_row + 64 > work.sq) {
-      uint16_t* out = args.out + work.head * args.out_strides.head;
+      uint16_t* gmem = args.out + work.head * args.out_strides.head;
       for (int i = thread; i < 64 * kD / 8; i += 128) {
         const int r = i / (kD / 8), column = i % (kD / 8) * 8;
         if (first_row + r < work.sq && column < args.dv)
-          copy_16_bytes(out + (work.q_begin + first_row + r) * args.out_strides.row + column,
-                        smem.out.address(own * 64 + r, column));
+          copy_16_bytes(gmem + (work.q_begin + first_row + r) * args.out_strides.row + column,
+                        out.address(r, column));
       }
     } else if (thread == 0) {
       for (int column = 0; column < kD; column += 64)
-        copy_to_gmem(gmem_out, smem.out.panel(column) + own * 64 * 128, column,
-                     work.q_begin + first_row, work.head, work.batch);
+        copy_to_gmem(gmem_out, out.panel(column), column, work.q_begin + first_row, work.head,
+                     work.batch);
       commit_copies();
     }
   }
@@ -406,7 +510,7 @@ __global__ void __launch_bounds__(Float8Tile::kThreads, 1)
 }  // namespace
 
 template <int kD> void launch_float8_sm90(const ForwardCall& call, cudaStream_t stream) {
-  using Shape = Float8Tile;
+  using Shape = Float8Tile<kD>;
   Float8Args args{forward_args(call, Shape::kQueries)};
   args.q_scale = call.q_scale;
   args.k_scale = call.k_scale;
@@ -415,6 +519,10 @@ template <int kD> void launch_float8_sm90(const ForwardCall& call, cudaStream_t 
   args.k_scale_stride = call.k_scale_stride;
   args.v_scale_stride = call.v_scale_stride;
   args.half = call.out_dtype == DType::kF16;
+  args.turned = call.turned;
+  args.key_tiles = static_cast<int>(turned_tiles(call, kD));
+  const int64_t turned = call.b * call.hk * args.key_tiles;
+  launch<float8_turn_kernel<kD>>({static_cast<int>(turned), kD, 0, stream}, args);
   const auto map = [&](const void* data, int64_t d, int64_t s, int64_t h, const Strides& strides,
                        int rows) {
     return make_tensor_map(
@@ -424,10 +532,10 @@ template <int kD> void launch_float8_sm90(const ForwardCall& call, cudaStream_t 
   const Strides& out = call.out_strides;
   launch<float8_sm90_kernel<kD>>(
       {std::min(args.tiles, call.processors), Shape::kThreads,
-       sm90::shared_memory_bytes<Float8Smem<kD>>(), stream},
+       sm90::shared_memory_bytes<Float8Smem<kD>>(), stream, true},
       map(call.q, call.d, call.sq, call.hq, call.q_strides, Shape::kQueries),
       map(call.k, call.d, call.sk, call.hk, call.k_strides, Shape::kKeys),
-      map(call.v, call.dv, call.sk, call.hk, call.v_strides, Shape::kKeys),
+      make_tensor_map(DType::kE4M3, call.turned, {64, kD, turned, 1, 64, 64 * kD, 64 * kD}, kD),
       make_tensor_map(call.out_dtype, call.out,
                       {call.dv, call.sq, call.hq, call.b, out.row, out.head, out.batch}, 64),
       args);

@@ -11,7 +11,7 @@ const shapes = [
   { a: 'registers', b: 'kMN', widths: [64, 96, 128, 192, 256] },
 ]
 const float8Shapes = [
-  { a: 'smem', b: 'kK', widths: [128] },
+  { a: 'smem', b: 'kK', widths: [96, 128] },
   { a: 'registers', b: 'kK', widths: [64, 128] },
 ]
 const types = {

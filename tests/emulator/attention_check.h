@@ -276,6 +276,9 @@ double check(const Case& c, int64_t d, int64_t dv, emulator::Random& random, con
     call.q_scale_stride = call.k_scale_stride = call.v_scale_stride = 1;
   }
   call.processors = c.processors;
+  std::vector<uint8_t> turned(kType == DType::kE4M3 ? static_cast<size_t>(turned_bytes(call)) : 0,
+                              0x7f);
+  call.turned = turned.data();
   call.tickets = tickets;
   if (c.page_size) {
     call.block_table = table.data();

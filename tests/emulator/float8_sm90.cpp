@@ -14,6 +14,7 @@ const Case kCases[] = {
     {.b = 2, .sq = 70, .sk = 257, .hq = 3, .hk = 1, .causal = true, .scaled = true},
     {.b = 1, .sq = 130, .sk = 61, .hq = 1, .hk = 1, .causal = true, .sink = true, .processors = 2},
     {.b = 1, .sq = 385, .sk = 600, .hq = 1, .hk = 1, .causal = true},
+    {.b = 1, .sq = 130, .sk = 1400, .hq = 1, .hk = 1, .causal = true, .scaled = true},
     {.b = 1, .sq = 200, .sk = 600, .hq = 1, .hk = 1, .window = 150, .sink = true, .scaled = true},
     {.b = 1, .sq = 18, .sk = 21, .hq = 1, .hk = 1, .causal = true, .poisoned = 13, .scaled = true},
     {.b = 1, .sq = 30, .sk = 30, .hq = 1, .hk = 1, .window = 5, .narrower = 16, .poisoned = 9},
