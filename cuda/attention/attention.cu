@@ -4,6 +4,7 @@
 #include "attention/forward_portable.cuh"
 #include "attention/forward_sm90.h"
 #include "attention/gather_sm80.h"
+#include "attention/gather_sm90.h"
 #include "attention/hopper_call.h"
 #include "common/variants.h"
 #include "core/slot.h"
@@ -333,6 +334,23 @@ void run_forward(const Attention& op, CudaContext& context) {
   if (strange) run_portable(op, context, strange);
 }
 
+GatherCall gather_call(const Attention& op, const CudaContext& context) {
+  GatherCall call{hopper_call(op, context), lists_of(op), {}};
+  call.mask = call.lists.mask;
+  return call;
+}
+
+const char* declines_gather_hopper(const Attention& op, const CudaContext& context) {
+  if (const char* reason = declines_gather_sm80(op, context)) return reason;
+  if (const char* reason = declines_hopper(op, context)) return reason;
+  return declines_gather_sm90(gather_call(op, context));
+}
+
+void run_gather_hopper(const Attention& op, CudaContext& context) {
+  gather_sm90(gather_call(op, context), context.stream);
+  context.launched("gather_sm90_kernel");
+}
+
 void run_gather(const Attention& op, CudaContext& context) {
   gather_sm80(op, portable_args(op), context);
 }
@@ -343,6 +361,7 @@ const char* declines_portable(const Attention& op, const CudaContext&) {
 
 constexpr Variant<Attention> kVariants[] = {
     {"sm90_split", declines_split, run_split},
+    {"sm90_gather", declines_gather_hopper, run_gather_hopper},
     {"sm80_gather", declines_gather_sm80, run_gather},
     {"sm90_wgmma", declines_forward, run_forward},
     {"sm80_simt", declines_portable,

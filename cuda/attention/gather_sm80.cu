@@ -41,14 +41,15 @@ const char* declines_gather_sm80(const Attention& op, const CudaContext& context
   return nullptr;
 }
 
+GatherLists lists_of(const Attention& op) {
+  const int64_t* shape = op.mask_index.shape;
+  return {op.mask_index.as<int32_t>(), op.mask_count.as<int32_t>(), shape[1], shape[2], shape[3]};
+}
+
 void gather_sm80(const Attention& op, const ForwardArgs& call, CudaContext& context) {
   GatherArgs args{};
   args.call = call;
-  args.index = op.mask_index.as<int32_t>();
-  args.count = op.mask_count.as<int32_t>();
-  args.lists = op.mask_index.shape[1];
-  args.rows = op.mask_index.shape[2];
-  args.width = op.mask_index.shape[3];
+  args.lists = lists_of(op);
   args.recent_k = Heads(op.recent_k);
   args.recent_v = Heads(op.recent_v);
   args.recent_from = static_cast<int>(op.recent_from);
@@ -56,7 +57,7 @@ void gather_sm80(const Attention& op, const ForwardArgs& call, CudaContext& cont
   const GatherGrid grid = plan_gather(args);
   const int64_t units = grid.units();
   // Two CTAs fit on a multiprocessor. A share of less than two tiles is mostly waiting.
-  const int64_t keys = call.mask.sink_tokens + args.width * op.mask_block_k + args.block_q +
+  const int64_t keys = call.mask.sink_tokens + args.lists.width * op.mask_block_k + args.block_q +
                        std::min(call.mask.window, call.sk);
   const int64_t most = (std::min(keys, call.sk) + kGatherTile - 1) / kGatherTile / 2;
   const int64_t splits =

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <bit>
 
-#include "attention/forward_args.cuh"
+#include "attention/gather_keys.cuh"
 #include "common/sm80.cuh"
 
 // Attention of blocks of queries over lists of short key blocks, on any GPU from sm_80 on:
@@ -15,20 +15,17 @@
 // a block has few. Sink tokens, listed blocks and window stand one after the other as one sequence
 // of keys, 64 to a tile, so that only the last tile is not full. Rows of k and v are gathered 16
 // bytes at a time, a tile ahead of the products; a warp has 16 rows, whose queries, scores and sums
-// stay in registers. The window of a row begins where its sink tokens and list end, so no key
-// counts twice.
+// stay in registers.
 //
 // Where there are few lists, as in a decode step, CTAs share the tiles of one. Each leaves its sums
 // in memory, and the last to arrive adds them up in the order of the keys.
 namespace heddle {
 
 constexpr int kGatherTile = 64, kGatherThreads = 128;
-constexpr int64_t kMostGathered = 1 << 30;  // keys of a sequence
 
 struct GatherArgs {
   ForwardArgs call;
-  const int32_t *index, *count;  // [b, lists, rows, width], [b, lists, rows]
-  int64_t lists, rows, width;
+  GatherLists lists;
   int page_size_log2;
   int block_q;     // rows of a head in a CTA
   int heads;       // of a kv head, in a CTA
@@ -55,7 +52,8 @@ inline GatherGrid plan_gather(GatherArgs& args) {
   const int64_t block_q = std::min<int64_t>(call.mask.block_q, kGatherTile);
   // Heads can share a tile if they share its list
   const int64_t group = call.hq / call.hk;
-  const int64_t heads = args.lists > call.hk ? 1 : std::min<int64_t>(group, kGatherTile / block_q);
+  const int64_t heads =
+      args.lists.lists > call.hk ? 1 : std::min<int64_t>(group, kGatherTile / block_q);
   const int64_t head_tiles = (group + heads - 1) / heads;
   args.page_size_log2 = std::countr_zero(static_cast<uint64_t>(call.page_size));
   args.block_q = static_cast<int>(block_q);
@@ -74,29 +72,6 @@ template <class T, int kD> struct GatherSmem {
   bool last;  // of the CTAs that share a list
 
   static __device__ int at(int row, int piece) { return row * kD + (piece ^ row % 8) * 8; }
-};
-
-// The keys of a CTA
-struct GatherKeys {
-  const int32_t* index;
-  int first, last;           // positions of its rows
-  int window, window_begin;  // of a row, and where that of the first row begins
-  int sinks, listed, count;  // keys from `sinks` on are listed, those from `listed` on in a window
-  int block_k_log2;
-
-  // The n-th key, or -1 where no row sees one
-  __device__ int at(int n) const {
-    if (n >= count) return -1;
-    if (n >= listed) return window_begin + n - listed;
-    if (n < sinks) return n;
-    const int i = n - sinks, start = index[i >> block_k_log2];
-    const int t = start + (i & ((1 << block_k_log2) - 1));
-    return start >= 0 && t <= last - window ? t : -1;
-  }
-  // Whether the row at `position` sees the n-th key, which is `t`
-  __device__ bool sees(int position, int n, int t) const {
-    return n < listed ? t <= position - window : t > position - window && t <= position;
-  }
 };
 
 template <class T, int kD, bool kSplit>
@@ -130,22 +105,8 @@ __device__ __forceinline__ void gather_attention(const GatherArgs& args, GatherS
     query[i] = query_of(row);
   }
 
-  GatherKeys keys;
-  {
-    const int64_t list =
-        (batch * args.lists + (kv_head * group + head0) / (p.hq / args.lists)) * args.rows +
-        row0 / p.mask.block_q;
-    keys.index = args.index + list * args.width;
-    keys.first = ahead + row0;
-    keys.last = ahead + min(row0 + args.block_q, sq) - 1;
-    keys.window = static_cast<int>(min(p.mask.window, kMostGathered));
-    keys.window_begin = max(keys.first - keys.window + 1, 0);
-    keys.block_k_log2 = p.mask.block_k_log2;
-    keys.sinks = static_cast<int>(clamp_to(keys.last - keys.window + 1, 0, p.mask.sink_tokens));
-    const auto blocks = static_cast<int>(clamp_to(args.count[list], 0, args.width));
-    keys.listed = keys.sinks + (blocks << keys.block_k_log2);
-    keys.count = keys.listed + max(keys.last + 1 - keys.window_begin, 0);
-  }
+  const GatherKeys keys(args.lists, p.mask, batch, kv_head * group + head0, p.hq, row0,
+                        min(row0 + args.block_q, sq), ahead, 1);
   const int tiles = (keys.count + kGatherTile - 1) / kGatherTile;
   const int split = static_cast<int>(blockIdx.x) % splits;
   const int begin = tiles * split / splits, end = tiles * (split + 1) / splits;

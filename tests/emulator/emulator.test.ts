@@ -92,6 +92,8 @@ const tile = 'common/tile.cuh'
 const team = 'common/team.cuh'
 const search = 'hip/search_sm80.cuh'
 const gather = 'attention/gather_sm80.cuh'
+const gather90 = 'attention/gather_sm90.cuh'
+const gatherKeys = 'attention/gather_keys.cuh'
 const lines = 'probe/lines_sm90.cuh'
 const pooled = 'probe/pooled.cuh'
 const kernels: Kernel[] = [
@@ -1554,7 +1556,7 @@ const kernels: Kernel[] = [
       },
       {
         what: 'keys of the list are seen in the window as well',
-        file: gather,
+        file: gatherKeys,
         from: 'return n < listed ? t <= position - window :',
         to: 'return n < listed ? t <= position :',
       },
@@ -1599,6 +1601,94 @@ const kernels: Kernel[] = [
         file: gather,
         from: 'weight = exp2_approx(state.x - higher);',
         to: 'weight = 1;',
+      },
+    ],
+  },
+  {
+    name: 'gather_sm90',
+    variants: {
+      'kF16 d128': ['-DHEDDLE_DTYPE=kF16', '-DHEDDLE_D=128'],
+      'kBF16 d64': [],
+    },
+    broken: 'kBF16 d64',
+    faults: [
+      {
+        what: 'keys are loaded over those in use',
+        file: gather90,
+        from: 'smem.k_empty[turn.stage].wait(turn.parity ^ 1);',
+        to: '',
+      },
+      {
+        what: 'values are loaded over those in use',
+        file: gather90,
+        from: 'smem.v_empty[turn.stage].wait(turn.parity ^ 1);',
+        to: '',
+      },
+      {
+        what: 'keys are used before they arrived',
+        file: gather90,
+        from: 'smem.k_full[turn.stage].wait(turn.parity);',
+        to: '',
+      },
+      {
+        what: 'values are used before they arrived',
+        file: gather90,
+        from: 'smem.v_full[turn.stage].wait(turn.parity);',
+        to: '',
+      },
+      {
+        what: 'a lane gives back boxes that others still look at',
+        file: gather90,
+        from: '__syncwarp();  // all lanes',
+        to: '// all lanes',
+      },
+      {
+        what: 'barriers are used before their initialisation is seen',
+        file: gather90,
+        from: 'fence_barrier_init();',
+        to: '',
+      },
+      {
+        what: 'queries are used before they are seen',
+        file: gather90,
+        from: 'fence_async_smem();\n    sync();',
+        to: 'sync();',
+      },
+      {
+        what: 'scores are read before their product is done',
+        file: gather90,
+        from: 'wgmma_wait<0>(acc_s);',
+        to: '',
+      },
+      {
+        what: 'registers change without a fence before the product',
+        file: gather90,
+        from: 'wgmma_fence(acc_o);',
+        to: '',
+      },
+      {
+        what: 'boxes are used as if all rows saw them',
+        file: gather90,
+        from: 'whole = __all_sync(~0u, whole);',
+        to: 'whole = true;',
+      },
+      {
+        what: 'sink tokens end inside of a box',
+        file: gatherKeys,
+        from: 'sinks = (sinks + unit - 1) / unit * unit;',
+        to: '',
+      },
+      {
+        what: 'keys behind the last are whatever they were',
+        file: gather90,
+        from: 'if (left < kKeys && left % kGatherBox != 0) {',
+        to: 'if (false) {',
+      },
+      {
+        what: 'both warpgroups have the first head',
+        file: gather90,
+        from: 'const int head = unit.head + own;',
+        to: 'const int head = unit.head;',
       },
     ],
   },

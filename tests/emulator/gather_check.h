@@ -2,7 +2,7 @@
 #include <cmath>
 #include <vector>
 
-#include "attention/forward_args.cuh"
+#include "attention/gather_keys.cuh"
 #include "common/elements.cuh"
 
 // Attention over lists of short blocks on the emulator, against its definition in float64
@@ -15,12 +15,7 @@ struct GatherCase {
   int64_t page_size = 0;
   float soft_cap = 0;
   int splits = 1;
-};
-
-// What a kernel is given; `lists` has the shape [b, lists, rows, width]
-struct GatherLists {
-  std::vector<int32_t> index, count;
-  int64_t rows;
+  int64_t poisoned = -1;  // this key and its value are not numbers
 };
 
 // Calls `run(call, lists)` and gives the error as a multiple of what is allowed
@@ -60,19 +55,23 @@ double check_gather(const GatherCase& c, int64_t d, emulator::Random& random, co
       for (int64_t t = 0; t < lengths[size(b)]; ++t)
         for (int64_t i = 0; i < c.hk * d; ++i) at(*x, b, t, 0)[i] = number();
 
-  GatherLists lists;
-  lists.rows = (c.sq + c.block_q - 1) / c.block_q;
-  for (int64_t list = 0; list < c.b * c.lists * lists.rows; ++list) {
+  if (c.poisoned >= 0)
+    for (auto* x : {&k, &v})
+      for (int64_t b = 0; b < c.b; ++b) std::fill_n(at(*x, b, c.poisoned, 0), c.hk * d, kNaN);
+
+  std::vector<int32_t> indices, counts;
+  const int64_t rows = (c.sq + c.block_q - 1) / c.block_q;
+  for (int64_t list = 0; list < c.b * c.lists * rows; ++list) {
     int64_t start = c.sink_tokens;
     int32_t n = 0;
     for (int64_t i = 0; i < c.width; ++i) {
       start += c.block_k * random.below(4);
       const bool listed = start < c.sk && n == i && random.below(20) > 0;
-      lists.index.push_back(listed ? static_cast<int32_t>(start) : INT32_MAX);
+      indices.push_back(listed ? static_cast<int32_t>(start) : INT32_MAX);
       n += listed;
       start += c.block_k;
     }
-    lists.count.push_back(n);
+    counts.push_back(n);
   }
 
   ForwardArgs call{};
@@ -109,11 +108,12 @@ double check_gather(const GatherCase& c, int64_t d, emulator::Random& random, co
   call.mask.block_k_log2 = std::countr_zero(static_cast<uint64_t>(c.block_k));
   call.mask.window = c.window;
   call.mask.sink_tokens = c.sink_tokens;
-  run(call, lists);
+  run(call, GatherLists{indices.data(), counts.data(), c.lists, rows, c.width});
 
   double worst = 0;
   const auto judge = [&](double actual, double expected, double allowed) {
-    const double error = actual == expected ? 0 : std::fabs(actual - expected) / allowed;
+    const bool same = actual == expected || (std::isnan(actual) && std::isnan(expected));
+    const double error = same ? 0 : std::fabs(actual - expected) / allowed;
     worst = error <= worst ? worst : std::isnan(error) ? INFINITY : error;
   };
   const double unit = kType == DType::kBF16 ? 0x1p-8 : 0x1p-11;
@@ -121,15 +121,15 @@ double check_gather(const GatherCase& c, int64_t d, emulator::Random& random, co
     for (int64_t h = 0; h < c.hq; ++h)
       for (int64_t i = 0; i < c.sq; ++i) {
         const int64_t position = lengths[size(b)] - c.sq + i, kv = h / (c.hq / c.hk);
-        const int64_t list = (b * c.lists + h / (c.hq / c.lists)) * lists.rows + i / c.block_q;
-        const int32_t* index = lists.index.data() + list * c.width;
+        const int64_t list = (b * c.lists + h / (c.hq / c.lists)) * rows + i / c.block_q;
+        const int32_t* index = indices.data() + list * c.width;
         const int64_t line = (b * c.sq + i) * c.hq + h;
         const uint16_t* own = aligned(q) + line * d;
         std::vector<std::pair<int64_t, double>> seen;
         double top = -INFINITY, sum = 0;
         for (int64_t t = 0; t <= position; ++t) {
           bool sees = t < c.sink_tokens || position - t < c.window;
-          for (int32_t n = 0; n < lists.count[size(list)]; ++n)
+          for (int32_t n = 0; n < counts[size(list)]; ++n)
             sees |= t >= index[n] && t < index[n] + c.block_k;
           if (!sees) continue;
           double score = 0;

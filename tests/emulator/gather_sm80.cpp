@@ -56,38 +56,35 @@ const GatherCase kCases[] = {
 };
 
 double check(const GatherCase& c, emulator::Random& random) {
-  return check_gather<T, kType>(c, kD, random, [&](const ForwardArgs& call, GatherLists& lists) {
-    GatherArgs args{};
-    args.call = call;
-    args.index = lists.index.data();
-    args.count = lists.count.data();
-    args.lists = c.lists;
-    args.rows = lists.rows;
-    args.width = c.width;
-    const auto grid = plan_gather(args);
-    args.splits = c.splits;
-    const auto units = static_cast<size_t>(grid.units());
-    const size_t sums = units * static_cast<size_t>(c.splits * args.block_q * args.heads);
-    std::vector<float> part_out(sums * kD, NAN);
-    std::vector<float2> part_state(sums, {NAN, NAN});
-    std::vector<int> arrivals(units);
-    args.part_out = part_out.data();
-    args.part_state = part_state.data();
-    args.arrivals = arrivals.data();
-    gridDim.y = static_cast<int>(grid.heads);
-    for (blockIdx.z = 0; blockIdx.z < c.b; ++blockIdx.z)
-      for (blockIdx.y = 0; blockIdx.y < gridDim.y; ++blockIdx.y)
-        emulator::launch(static_cast<int>(grid.row_tiles) * c.splits, kGatherThreads,
-                         sizeof(GatherSmem<T, kD>) + 16, [&] {
-                           char* smem = reinterpret_cast<char*>(emulator::cta->smem());
-                           while (reinterpret_cast<uintptr_t>(smem) % 16) ++smem;
-                           auto& own = *reinterpret_cast<GatherSmem<T, kD>*>(smem);
-                           if (c.splits > 1) return gather_attention<T, kD, true>(args, own);
-                           gather_attention<T, kD, false>(args, own);
-                         });
-    for (const int left : arrivals)
-      if (left != 0) emulator::fault("counters are left at zero");
-  });
+  return check_gather<T, kType>(
+      c, kD, random, [&](const ForwardArgs& call, const GatherLists& lists) {
+        GatherArgs args{};
+        args.call = call;
+        args.lists = lists;
+        const auto grid = plan_gather(args);
+        args.splits = c.splits;
+        const auto units = static_cast<size_t>(grid.units());
+        const size_t sums = units * static_cast<size_t>(c.splits * args.block_q * args.heads);
+        std::vector<float> part_out(sums * kD, NAN);
+        std::vector<float2> part_state(sums, {NAN, NAN});
+        std::vector<int> arrivals(units);
+        args.part_out = part_out.data();
+        args.part_state = part_state.data();
+        args.arrivals = arrivals.data();
+        gridDim.y = static_cast<int>(grid.heads);
+        for (blockIdx.z = 0; blockIdx.z < c.b; ++blockIdx.z)
+          for (blockIdx.y = 0; blockIdx.y < gridDim.y; ++blockIdx.y)
+            emulator::launch(static_cast<int>(grid.row_tiles) * c.splits, kGatherThreads,
+                             sizeof(GatherSmem<T, kD>) + 16, [&] {
+                               char* smem = reinterpret_cast<char*>(emulator::cta->smem());
+                               while (reinterpret_cast<uintptr_t>(smem) % 16) ++smem;
+                               auto& own = *reinterpret_cast<GatherSmem<T, kD>*>(smem);
+                               if (c.splits > 1) return gather_attention<T, kD, true>(args, own);
+                               gather_attention<T, kD, false>(args, own);
+                             });
+        for (const int left : arrivals)
+          if (left != 0) emulator::fault("counters are left at zero");
+      });
 }
 
 }  // namespace

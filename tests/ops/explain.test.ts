@@ -15,7 +15,7 @@ import { describe, expect, it } from 'vitest'
 import { operatorSchemas } from '../../lib/native.js'
 import { describeDevices } from '../support/devices.js'
 
-const variants = ['sm90_split', 'sm80_gather', 'sm90_wgmma', 'sm80_simt']
+const variants = ['sm90_split', 'sm90_gather', 'sm80_gather', 'sm90_wgmma', 'sm80_simt']
 
 describeDevices('explain', (device) => {
   const draw = (shape: number[], dtype: 'float32' | 'bfloat16' = 'bfloat16') =>
