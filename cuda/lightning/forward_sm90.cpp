@@ -43,19 +43,17 @@ template <DType kType> void pick(const ScanCall& call, const ScanPlan& plan, cud
 
 }  // namespace
 
-// None is shorter than the summaries before it take to read
-int64_t ScanPlan::most_segments(const ScanCall& call, int64_t ctas) {
-  constexpr int64_t kShortest = 8 * kChunk;
+int64_t ScanPlan::most_segments(const ScanCall& call, int64_t ctas, int64_t shortest) {
   return std::max<int64_t>(
-      std::min(call.processors / std::max<int64_t>(ctas, 1), tokens_of(call) / kShortest), 1);
+      std::min(call.processors / std::max<int64_t>(ctas, 1), tokens_of(call) / shortest), 1);
 }
 
 // A CTA works through its segment one chunk after the other, so the time is that of the longest
 // segment once every multiprocessor has one. Segments read k and v twice: worth it where most of
 // the chip has nothing to do otherwise, or where what a second reading costs is little beside the
-// chain of chunks.
+// chain of chunks. None is shorter than the summaries before it take to read.
 int64_t ScanPlan::segments_for(const ScanCall& call, int64_t ctas) {
-  const int64_t segments = most_segments(call, ctas);
+  const int64_t segments = most_segments(call, ctas, 8 * kChunk);
   return tokens_of(call) < (segments >= 4 ? 4096 : 16384) ? 1 : segments;
 }
 
@@ -83,26 +81,29 @@ ScanPlan plan_scan_sm90(const ScanCall& call) {
   int64_t segments = ScanPlan::segments_for(call, ctas);
   // Halves of e read q and k twice, mostly from L2, and are through a chunk in less time than whole
   // rows: better than twice as many segments, whose keys are read twice from memory. Not where they
-  // leave more of the chip empty, nor where a sequence is too long for a CTA alone.
+  // leave more of the chip empty, nor where segments are so long that products cost more than the
+  // end of the summaries.
   if (wide && 2 * ctas <= call.processors) {
-    const int64_t whole = ScanPlan::most_segments(call, ctas),
-                  halves = ScanPlan::most_segments(call, 2 * ctas);
-    if ((2 * halves >= whole || tokens < 4096) && (halves > 1 || tokens < 16384)) {
+    constexpr int64_t kShortest = 4 * kChunk;
+    const int64_t whole = ScanPlan::most_segments(call, ctas, kShortest);
+    const int64_t halves = ScanPlan::most_segments(call, 2 * ctas, kShortest);
+    if ((2 * halves >= whole || tokens < 4096) && tokens <= (halves > 1 ? 4096 : 8192) * halves) {
       plan.columns = 64;
       ctas = states * parts_of(call.e, plan.columns);
-      segments = tokens < 2048 ? 1 : halves;
+      segments = tokens < (halves >= 4 ? 1024 : 2048) ? 1 : halves;
     } else {
       segments = whole;
     }
   }
   plan.slices = static_cast<int>(parts_of(call.e, plan.columns));
   plan.parts = 1;
-  // Summaries are of one segment less, so there is room for more than one CTA to each. Longer ones
-  // are shared even without: where the decay is fast they end soon, and the others take their
-  // places.
-  while (segments > 1 && plan.parts < 4) {
-    const int64_t shared = tokens / (2 * plan.parts * segments);  // tokens of a CTA
-    const int64_t rounds = shared >= 32 * kChunk ? 4 : shared >= 16 * kChunk ? 2 : 1;
+  // Summaries are of one segment less, so there is room for more than one CTA to each. Two rounds
+  // of CTAs are better than one where the decay ends before the segment in some heads alone, whose
+  // places the others take. Every part is one more for the scan to read.
+  while (segments > 1) {
+    const int64_t shared = tokens / (2 * plan.parts * segments) / kChunk;  // chunks of a CTA
+    const bool twice = shared >= (plan.parts == 1 ? 16 : 32) && shared < 64;
+    const int64_t rounds = twice ? 2 : shared >= 8 ? 1 : 0;
     if (2 * plan.parts * ctas * (segments - 1) > rounds * call.processors) break;
     plan.parts *= 2;
   }
@@ -117,9 +118,9 @@ const char* declines_scan_sm90(const ScanCall& call) {
     return "dtype must be float16 or bfloat16";
   if (call.heads < 1 || call.sequences < 1) return "q must not be empty";
   if (call.s < kFewTokens) return "q must have at least 16 tokens";
-  // a slot per 64 tokens and sequence, at most four slices, at most four parts
-  if (call.s > kMost || call.heads > kMost / 16 ||
-      call.s / kChunk + 1 > kMost / 16 / call.heads / std::max<int64_t>(call.sequences, 1))
+  // a slot per 64 tokens and sequence, at most four slices, few parts
+  if (call.s > kMost || call.heads > kMost / 32 ||
+      call.s / kChunk + 1 > kMost / 32 / call.heads / std::max<int64_t>(call.sequences, 1))
     return "q must have at most 2^30 tokens and CTAs";
   const int64_t row = call.heads * call.e;
   if (!addressable(call.q, call.q_strides, call.b, call.s, call.hq, call.d) ||

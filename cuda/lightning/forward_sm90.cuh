@@ -496,7 +496,8 @@ __global__ void __launch_bounds__((ScanShape<kD, kE>::kThreads), 1)
       } else if (thread == 0) {
         for (int column = 0; column < kE; column += 64)
           copy_to_gmem(gmem_out, staged.panel(column), slice * kE + column, token, head,
-                       place.batch, args.first ? Keep::kShortly : Keep::kNormal);
+                       place.batch,
+                       args.first || args.slices == 1 ? Keep::kShortly : Keep::kNormal);
         commit_copies();
       }
       __syncwarp();

@@ -44,7 +44,7 @@ struct ScanPlan {
 
   // How many segments of a sequence run side by side when so many CTAs would take all sequences
   // whole, and how many are worth it
-  static int64_t most_segments(const ScanCall& call, int64_t ctas);
+  static int64_t most_segments(const ScanCall& call, int64_t ctas, int64_t shortest);
   static int64_t segments_for(const ScanCall& call, int64_t ctas);
   void cut(const ScanCall& call, int64_t segments_each);
 
