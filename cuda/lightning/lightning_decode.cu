@@ -8,16 +8,17 @@
 namespace heddle {
 namespace {
 
-constexpr int kMostSize = 256;
-constexpr int kDecodeSlab = 64, kDecodeThreads = 256;  // columns of v in a tile, its threads
+constexpr int kDecodeSlab = 64, kDecodeThreads = 512;  // columns of v in a tile, its threads
 
 // Rows of q, k or v: [b, s, heads, d or e]
 struct DecodeRows {
   const void* data;
   int64_t strides[4];
+  int share;  // heads of out that read the same
 
-  __device__ int64_t offset(int64_t b, int64_t token, int64_t head, int64_t i) const {
-    return b * strides[0] + token * strides[1] + head * strides[2] + i * strides[3];
+  // Of a head of out
+  __device__ int64_t offset(int64_t b, int64_t token, int head, int64_t i) const {
+    return b * strides[0] + token * strides[1] + head / share * strides[2] + i * strides[3];
   }
 };
 
@@ -30,7 +31,7 @@ struct DecodeCall {
   int64_t slots_stride, batch, pool;
   void* out;
   float* all_states;
-  int heads_q, heads_k, heads_v, heads, heads_state, tokens, d, e;
+  int heads, heads_state, tokens, d, e;
   float scale;
   bool transposed;  // states are [e, d]
   bool vectors;     // rows of a state are aligned to 16 bytes
@@ -47,13 +48,13 @@ struct DecodeCall {
   }
 };
 
-// What 256 threads hold of a state: 64 columns of v, each thread up to kPieces pieces of four
-// numbers along a row. kPieces cover d: 16 times as many rows of a state that is [d, e], and if it
-// is [e, d] 64 columns for every four. Numbers behind d and e are zero and stay so.
+// What 512 threads hold of a state: 64 columns of v, each thread up to kPieces pieces of four
+// numbers along a row. kPieces cover d: 32 times as many rows of a state that is [d, e], and if it
+// is [e, d] 64 columns for every two. Numbers behind d and e are zero and stay so.
 template <int kPieces, bool kTransposed> struct DecodeTile {
   static constexpr int kAcross = kDecodeSlab / 4,
                        kDown = kDecodeThreads / kAcross;        // threads along a row, rows
-  static constexpr int kAlong = kTransposed ? kPieces / 4 : 1;  // pieces of a thread in one row
+  static constexpr int kAlong = kTransposed ? kPieces / 2 : 1;  // pieces of a thread in one row
   using Sums = float4[kDecodeThreads / 32][kAcross];
 
   int rows, columns, thread, lane, line, slab;
@@ -144,13 +145,12 @@ template <int kPieces, bool kTransposed> struct DecodeTile {
 };
 
 // A CTA owns one tile of a state, which stays in registers from the first token to the last. All
-// reads are on their way before the first is used: with 8 pieces 128 KB to a multiprocessor, which
-// a few spilled registers are worth.
-template <class T, int kPieces, bool kTransposed>
-__global__ void __launch_bounds__(kDecodeThreads, kPieces == 8 ? 4 : 1)
-    lightning_decode_kernel(DecodeCall p) {
+// reads are on their way before the first is used, of two CTAs 64 KB to a multiprocessor. More
+// pieces per thread would spill, and what is spilled passes through L2 as well.
+template <class T, int kPieces, bool kTransposed, bool kVectors>
+__global__ void __launch_bounds__(kDecodeThreads, 2) lightning_decode_kernel(DecodeCall p) {
   using Tile = DecodeTile<kPieces, kTransposed>;
-  __shared__ float smem_q[kMostSize], smem_k[kMostSize], smem_v[kMostSize];
+  __shared__ float smem_q[kDecodeThreads], smem_k[kDecodeThreads], smem_v[kDecodeThreads];
   __shared__ typename Tile::Sums smem_sums;
   const int slabs = (p.e + kDecodeSlab - 1) / kDecodeSlab;
   const int64_t index = blockIdx.x / slabs, b = index / p.heads_state;
@@ -165,9 +165,8 @@ __global__ void __launch_bounds__(kDecodeThreads, kPieces == 8 ? 4 : 1)
   const bool skipped = slot < 0 || slot >= p.pool;
   const float decay = expf(-slope);
   Tile tile(p.d, p.e, blockIdx.x % slabs * kDecodeSlab, thread);
-  // the choice between both is no part of a piece, so that all reads of vectors follow each other
   const auto store = [&](float* to) {
-    if (p.vectors)
+    if constexpr (kVectors)
       tile.store_vectors(to);
     else
       tile.each([&](const float(&piece)[4], int count, int at) {
@@ -177,7 +176,7 @@ __global__ void __launch_bounds__(kDecodeThreads, kPieces == 8 ? 4 : 1)
   };
   float* const state =
       p.states + ((skipped ? 0 : slot) * p.heads_state + state_head) * p.state_size();
-  if (!skipped && p.vectors)
+  if (!skipped && kVectors)
     tile.load_vectors(state);
   else if (!skipped)
     tile.each([&](float(&piece)[4], int count, int at) {
@@ -189,13 +188,12 @@ __global__ void __launch_bounds__(kDecodeThreads, kPieces == 8 ? 4 : 1)
     for (int member = 0; member < group; ++member) {
       const int head = state_head * group + member;
       // a value for every thread, zeros behind the last
-      const auto load = [&](const DecodeRows& x, int heads, int count) {
-        return thread < count ? to_float(static_cast<const T*>(
-                                    x.data)[x.offset(b, t, head / (p.heads / heads), thread)])
-                              : 0;
+      const auto load = [&](const DecodeRows& x, int count) {
+        return thread < count
+                   ? to_float(static_cast<const T*>(x.data)[x.offset(b, t, head, thread)])
+                   : 0;
       };
-      const float q = load(p.q, p.heads_q, p.d), k = load(p.k, p.heads_k, p.d);
-      const float v = load(p.v, p.heads_v, p.e);
+      const float q = load(p.q, p.d), k = load(p.k, p.d), v = load(p.v, p.e);
       __syncthreads();
       smem_q[thread] = q;
       smem_k[thread] = k;
@@ -219,8 +217,10 @@ __global__ void __launch_bounds__(kDecodeThreads, kPieces == 8 ? 4 : 1)
 DecodeCall call_of(const LightningDecode& op) {
   const LightningHeads heads(op.q, op.k, op.v, op.slopes);
   const auto small = [](int64_t x) { return static_cast<int>(x); };
-  const auto rows = [](const Tensor& x) {
-    return DecodeRows{x.data, {x.strides[0], x.strides[1], x.strides[2], x.strides[3]}};
+  const auto rows = [&](const Tensor& x) {
+    return DecodeRows{x.data,
+                      {x.strides[0], x.strides[1], x.strides[2], x.strides[3]},
+                      small(heads.out / x.shape[2])};
   };
   DecodeCall call{};
   call.q = rows(op.q);
@@ -235,9 +235,6 @@ DecodeCall call_of(const LightningDecode& op) {
   call.pool = op.states.shape[0];
   call.out = op.out.data;
   call.all_states = op.all_states ? op.all_states.as<float>() : nullptr;
-  call.heads_q = small(heads.q);
-  call.heads_k = small(heads.k);
-  call.heads_v = small(heads.v);
   call.heads = small(heads.out);
   call.heads_state = small(heads.states);
   call.tokens = small(op.q.shape[1]);
@@ -260,11 +257,13 @@ void run_portable(const LightningDecode& op, CudaContext& context) {
   HEDDLE_CHECK(ctas < INT32_MAX, kUnsupported, "q", "q has too many rows for one call");
   call.fault = context.verdict(kFault);
   dispatch_float(op.q.dtype, [&]<class T>(T) {
-    const bool few = call.d <= 128;
-    auto* kernel = call.transposed ? few ? lightning_decode_kernel<T, 8, true>
-                                         : lightning_decode_kernel<T, 16, true>
-                   : few ? lightning_decode_kernel<T, 8, false>
-                                   : lightning_decode_kernel<T, 16, false>;
+    const auto pick = [&]<int kPieces, bool kVectors>() {
+      return call.transposed ? lightning_decode_kernel<T, kPieces, true, kVectors>
+                             : lightning_decode_kernel<T, kPieces, false, kVectors>;
+    };
+    auto* kernel = !call.vectors   ? pick.template operator()<8, false>()
+                   : call.d <= 128 ? pick.template operator()<4, true>()
+                                   : pick.template operator()<8, true>();
     kernel<<<static_cast<unsigned>(ctas), kDecodeThreads, 0, context.stream>>>(call);
   });
   context.launched("lightning_decode_kernel");
