@@ -23,12 +23,13 @@ async function expectSame(times: number, run: () => Promise<Buffer>): Promise<vo
 }
 
 describeGpu('lightning on large shapes', () => {
-  // one pass, halves of e, and segments side by side, with one or two CTAs to a summary
+  // one pass, halves of e, and segments of halves or whole rows, with one or two CTAs to a summary
   it.each([
     { b: 4, h: 32, s: 700 },
     { b: 1, h: 64, s: 1000 },
     { b: 1, h: 16, s: 8200 },
     { b: 1, h: 4, s: 8200 },
+    { b: 1, h: 24, s: 8200 },
   ])(
     'gives the same bits 1,000 times: %j',
     async ({ b, h, s }) => {
@@ -49,6 +50,7 @@ describeGpu('lightning on large shapes', () => {
     { b: 1, h: 64, s: 1000 },
     { b: 1, h: 16, s: 8200 },
     { b: 1, h: 4, s: 8200 },
+    { b: 1, h: 24, s: 8200 },
   ])(
     'waits for the call before: %j',
     async ({ b, h, s }) => {
