@@ -25,7 +25,9 @@ struct FlexTask {
   float* map;       // [heads, rows, nk] the pooled distribution of every row of blocks
   float* estimate;  // [heads, nk] the same of the last queries
   float* work;      // [heads, 3, nk + 1] masses of columns and of bands, then which are listed
-  bool whole;       // blocks: the estimate is the last row of a map
+  uint32_t* bins =
+      nullptr;  // [heads, kShareBins] how many shares of a map, if a device counts them
+  bool whole;   // blocks: the estimate is the last row of a map
 
   // `allocate(n)` makes room for n numbers
   template <class Allocate>
@@ -164,9 +166,10 @@ struct FlexTriangle {
 };
 
 // After the sums. `own` is a team for itself, `all` are those who have this head to do.
-template <class Team, class Group>
+// `select_pairs` is select() for the shares of a map.
+template <class Team, class Group, class Select>
 HEDDLE_HD void flexprefill_head(const Team& own, const Group& all, const FlexTask& task,
-                                int64_t head, FlexMemory& memory) {
+                                int64_t head, FlexMemory& memory, const Select& select_pairs) {
   const FlexPrefill& op = task.op;
   const int64_t sk = task.sk, rows = task.rows, nk = task.nk, block = op.block,
                 line_words = (nk + 31) / 32;
@@ -251,7 +254,7 @@ HEDDLE_HD void flexprefill_head(const Team& own, const Group& all, const FlexTas
       const int64_t at = visible.at(i);
       return at < 0 ? 0 : rank_of_share(map[at], at);
     };
-    const Cut cut = select(all, visible.count, wanted, rank, share_mass, memory.bins);
+    const Cut cut = select_pairs(visible.count, wanted, rank, share_mass);
     // The pair that crosses gamma is not listed in the released code
     pair_floor = op.coverage ? cut.least - 1 : cut.last;
   }

@@ -23,10 +23,20 @@
 //   crossing(bins, wanted, above)
 //                    the digit, from the top, whose bin reaches what is wanted, -1 if none does;
 //                    takes what is above it off `wanted` and adds its count to `above`
+//   kFew, few(bins, n, wanted, rank, mass)
+//                    the selection of up to kFew ranks at once
 namespace heddle {
+
+// The chosen: ranks from `least` on. All of them but the last one chosen are above `last`.
+struct Cut {
+  uint64_t least;
+  unsigned long long count;
+  uint64_t last = 0;
+};
 
 struct Histogram {
   unsigned long long count[256], mass[256];
+  Cut cut;
 };
 
 // What a search wants of the ranks from the top: a number of them, or the fewest that reach a mass,
@@ -35,13 +45,6 @@ struct Wanted {
   bool by_mass;
   unsigned long long amount;
   unsigned long long grain = 1;
-};
-
-// The chosen: ranks from `least` on. All of them but the last one chosen are above `last`.
-struct Cut {
-  uint64_t least;
-  unsigned long long count;
-  uint64_t last = 0;
 };
 
 // Eight bits of the ranks that begin as `prefix` does, as far as bits are `known`
@@ -86,6 +89,21 @@ HEDDLE_HD inline float share_of(uint64_t rank) {
   memcpy(&share, &bits, sizeof share);
   return share;
 }
+// Shares by their first bits, down to 2^-31, so finely that few have the same; bin_share is the
+// least of a bin
+constexpr int kShareBins = 4096;
+HEDDLE_HD inline int share_bin(float share) {
+  int32_t bits;
+  memcpy(&bits, &share, sizeof bits);
+  const int32_t bin = (bits - 0x30000000) >> 16;
+  return bin < 0 ? 0 : bin < kShareBins ? bin : kShareBins - 1;
+}
+HEDDLE_HD inline float bin_share(int bin) {
+  const int32_t bits = bin == 0 ? 0 : 0x30000000 + (bin << 16);
+  float share;
+  memcpy(&share, &bits, sizeof share);
+  return share;
+}
 HEDDLE_HD inline unsigned long long mass_of_share(float share) {
   return share > 0 ? static_cast<unsigned long long>(share * static_cast<float>(kMassSteps)) : 0;
 }
@@ -110,6 +128,7 @@ HEDDLE_HD Cut select(const Team& team, int64_t n, Wanted wanted, const Rank& ran
   Digit digit;
   unsigned long long above = 0;
   if (wanted.amount == 0) return {~uint64_t{0}, 0, ~uint64_t{0}};
+  if (n <= Team::kFew) return team.few(bins, n, wanted, rank, mass);
   for (;; digit.shift -= 8) {
     team.count(bins, n, digit, wanted.by_mass, rank, mass);
     // Every thread learns the same, and all are through before the bins are cleared

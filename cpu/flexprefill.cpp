@@ -27,7 +27,8 @@ void run(const FlexPrefill& op, CpuContext& context) {
         for (int64_t i = 0; i < sum.count; ++i) *sum.to += sum(i);
       }
     FlexMemory own;
-    flexprefill_head(Alone{}, Alone{}, task, head, own);
+    flexprefill_head(Alone{}, Alone{}, task, head, own,
+                     [&](const auto&... of) { return select(Alone{}, of..., own.bins); });
   });
 }
 

@@ -53,6 +53,37 @@ struct CtaTeam {
     }
   }
   __device__ void wait() const { __syncthreads(); }
+  // Each thread has a rank and compares it with all others
+  static constexpr int64_t kFew = 256;
+  template <class Rank, class Mass>
+  __device__ Cut few(Histogram& bins, int64_t n, const Wanted& wanted, const Rank& rank,
+                     const Mass& mass) const {
+    each(n, [&](int64_t i) {
+      const uint64_t own = rank(i);
+      bins.count[i] = own;
+      bins.mass[i] = own == 0 ? 0 : wanted.by_mass ? mass(i, own) : 1;
+    });
+    if (threadIdx.x == 0) bins.cut = {1, 0};
+    __syncthreads();
+    for (int64_t i = threadIdx.x; i < n; i += blockDim.x) {
+      const uint64_t own = bins.count[i];
+      if (own == 0) continue;
+      unsigned long long above = 0, number = 1;
+#pragma unroll 4
+      for (int64_t other = 0; other < n; ++other)
+        if (bins.count[other] > own) {
+          above += bins.mass[other];
+          ++number;
+        }
+      if (above < wanted.amount && above + bins.mass[i] >= wanted.amount)
+        bins.cut = {own, number, own};
+    }
+    __syncthreads();
+    Cut cut = bins.cut;
+    for (int64_t i = 0; cut.least == 1 && i < n; ++i) cut.count += bins.count[i] != 0;
+    __syncthreads();
+    return cut;
+  }
   // Every warp does it for itself: a lane adds up 8 bins, and the one that has the crossing walks
   // them
   __device__ int crossing(const Histogram& bins, Wanted& wanted, unsigned long long& above) const {
@@ -151,20 +182,22 @@ struct CtaTeam {
     const uint32_t high = static_cast<uint32_t>(mass >> 32) + carry;
     if (high != 0) atomicAdd(halves + 1, high);
   }
-  // 32 words of a warp at a time: neighbouring lanes look at neighbouring bits
+  // Up to 32 words of a warp at a time: neighbouring lanes look at neighbouring bits
   template <class Bit, class Body>
   __device__ void gather(int64_t n, int member, int members, const Bit& bit,
                          const Body& body) const {
-    const int64_t lane = threadIdx.x % 32, step = int64_t{blockDim.x} * members;
-    for (int64_t i = int64_t{blockDim.x} * member + threadIdx.x; i - lane < n; i += step) {
+    const int64_t lane = threadIdx.x % 32, warps = blockDim.x / 32 * members;
+    const int64_t each = min(int64_t{32}, (n + warps - 1) / warps);
+    for (int64_t first = (blockDim.x / 32 * member + threadIdx.x / 32) * each; first < n;
+         first += warps * each) {
       uint32_t word = 0;
 #pragma unroll 8
-      for (int64_t other = 0; other < 32; ++other) {
-        const int64_t at = i - lane + other;
+      for (int64_t other = 0; other < each; ++other) {
+        const int64_t at = first + other;
         const uint32_t found = __ballot_sync(~0u, at < n && bit(at, lane));
         if (lane == other) word = found;
       }
-      if (i < n) body(i, word);
+      if (lane < each && first + lane < n) body(first + lane, word);
     }
   }
 };
@@ -212,8 +245,6 @@ struct CtaGroup : CtaTeam {
     }
     __syncthreads();
   }
-
- private:
   // Until all CTAs are here, and all that they wrote before is seen
   __device__ void meet() const {
     __syncthreads();
@@ -229,6 +260,7 @@ struct CtaGroup : CtaTeam {
     __syncthreads();
   }
 
+ private:
   mutable uint32_t counts_ = 0, meetings_ = 0;
 };
 

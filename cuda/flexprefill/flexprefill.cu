@@ -20,13 +20,13 @@ __global__ void __launch_bounds__(kThreads)
 
 __global__ void __launch_bounds__(kChoiceThreads)
     flexprefill_kernel(const __grid_constant__ FlexArgs args) {
-  __shared__ FlexMemory memory;
+  __shared__ FlexShared memory;
   flexprefill_choose(args, static_cast<int>(blockIdx.x), memory);
 }
 
 void run(const FlexPrefill& op, CudaContext& context) {
-  const FlexTask task(
-      op, [&](int64_t count) { return context.scratch<float>(static_cast<size_t>(count)); });
+  FlexTask task(op,
+                [&](int64_t count) { return context.scratch<float>(static_cast<size_t>(count)); });
   const int64_t heads = task.heads, nk = task.nk;
   if (heads == 0) return;
   const auto probe = [&](const Probe& own) { cuda_slot(Probe::kName)(&own, context); };
@@ -38,14 +38,22 @@ void run(const FlexPrefill& op, CudaContext& context) {
   } else {
     run_lines_sm90(lines, &means, context);
   }
-  run_products(map, means, context);
+  task.bins =
+      reinterpret_cast<uint32_t*>(context.counters(static_cast<size_t>(heads) * kShareBins));
+  run_products(map, means, task.bins, context);
   if (!task.whole) probe(task.probe_estimate());
   const int64_t entries = std::max(task.sk, task.rows * nk);
   const int64_t members =
-      std::clamp<int64_t>(std::min(entries / kShare, context.processors / heads), 1, 16);
+      std::clamp<int64_t>(std::min(entries / kShare, context.processors / heads), 1, kMostMembers);
   const int64_t groups = std::min<int64_t>(heads, context.processors / members);
-  const FlexArgs args{task, context.scratch<GroupMemory>(static_cast<size_t>(groups)),
-                      static_cast<int>(groups), static_cast<int>(members)};
+  // Of a map one pair in sixteen should be near the cut, of a small one all may be
+  const int64_t room = std::max(entries / members / 8, int64_t{4096});
+  const FlexArgs args{task,
+                      context.scratch<FlexGroup>(static_cast<size_t>(groups)),
+                      context.scratch<uint64_t>(static_cast<size_t>(groups * members * room)),
+                      room,
+                      static_cast<int>(groups),
+                      static_cast<int>(members)};
   const int64_t warps = heads * 2 * nk;
   HEDDLE_CHECK(warps < INT32_MAX, kUnsupported, "map", "map has too many heads for one call");
   constexpr int kWarps = kThreads / 32;

@@ -37,11 +37,11 @@ void run_means(const Means& means, CudaContext& context) {
   context.launched("probe_means_kernel");
 }
 
-void run_products(const Probe& op, const Means& means, CudaContext& context) {
+void run_products(const Probe& op, const Means& means, uint32_t* bins, CudaContext& context) {
   const int64_t ctas =
       op.q.shape[0] * op.q.shape[2] * ((op.score.shape[2] + kTileRows - 1) / kTileRows);
   probe_pooled_kernel<<<static_cast<unsigned>(ctas), kPooledThreads, 0, context.stream>>>(
-      {op, means.q.depth, means.q.mean, means.k.mean});
+      {op, means.q.depth, means.q.mean, means.k.mean, bins});
   context.launched("probe_pooled_kernel");
 }
 

@@ -2,6 +2,7 @@
 #include <cmath>
 
 #include "common/elements.cuh"
+#include "core/select.h"
 #include "ops/probe.h"
 #include "probe/means.h"
 
@@ -23,6 +24,7 @@ struct PooledArgs {
   Probe op;
   int64_t depth;  // d, or the next multiple of 4
   const float *mean_q, *mean_k;
+  uint32_t* bins;  // of every head, or null
 };
 
 // A CTA per block and head, heads side by side as they are in memory. So are threads in a row,
@@ -149,7 +151,13 @@ __global__ void __launch_bounds__(kPooledThreads, 4)
     }
   }
   if (!op.softmax) return;
-    // A lane finds its own scores again
+  // Nobody looks at means any more
+  auto* bins = reinterpret_cast<uint32_t*>(smem_k);
+  static_assert(sizeof smem_k >= kShareBins * sizeof *bins);
+  __syncthreads();
+  for (int i = static_cast<int>(threadIdx.x); i < kShareBins; i += kPooledThreads) bins[i] = 0;
+  __syncthreads();
+  // A lane finds its own scores again
 #pragma unroll
   for (int r = 0; r < kWarpRows; ++r) {
     if (row + own_row + r > last) break;
@@ -161,8 +169,13 @@ __global__ void __launch_bounds__(kPooledThreads, 4)
     for (int c = 0; c < seen[r] - lane; c += 32) {
       float& own = score[r * columns + c];
       if (own != -INFINITY) own = expf(own - most) / total;
+      if (args.bins) atomicAdd(&bins[share_bin(own)], 1);
     }
   }
+  if (!args.bins) return;
+  __syncthreads();
+  for (int i = static_cast<int>(threadIdx.x); i < kShareBins; i += kPooledThreads)
+    if (bins[i] != 0) atomicAdd(&args.bins[head * kShareBins + i], bins[i]);
 }
 
 }  // namespace

@@ -13,7 +13,8 @@ struct Means {
 };
 
 void run_means(const Means& means, CudaContext& context);
-// The rest, when they are there
-void run_products(const Probe& op, const Means& means, CudaContext& context);
+// The rest, when they are there. Probabilities are also counted in `bins` [b * hq, kShareBins] of
+// core/select.h, unless it is null.
+void run_products(const Probe& op, const Means& means, uint32_t* bins, CudaContext& context);
 
 }  // namespace heddle

@@ -1073,6 +1073,36 @@ const kernels: Kernel[] = [
         to: 'counts && digit == __shfl_sync(~0u, digit, leader)',
       },
       {
+        what: 'what lies above the list is not taken off',
+        file: 'flexprefill/choice.cuh',
+        from: 'rest -= group.masses[i];',
+        to: '',
+      },
+      {
+        what: 'a list begins below what may be the last',
+        file: 'flexprefill/choice.cuh',
+        from: 'return bins[bin] * mass_of_share(bin_share(of));',
+        to: 'return bins[bin] * mass_of_share(bin_share(bin));',
+      },
+      {
+        what: 'a list is cut where its room ends',
+        file: 'flexprefill/choice.cuh',
+        from: 'if (!fits) return',
+        to: 'if (false) return',
+      },
+      {
+        what: 'bins stay as they are',
+        file: 'flexprefill/choice.cuh',
+        from: 'args.task.bins[head * kShareBins + i] = 0;',
+        to: '{}',
+      },
+      {
+        what: 'of few the wrong one is chosen',
+        file: team,
+        from: 'above < wanted.amount && above + bins.mass[i] >= wanted.amount',
+        to: 'above + bins.mass[i] >= wanted.amount',
+      },
+      {
         what: 'a group begins with what others have left',
         file: 'flexprefill/choice.cuh',
         from: 'words[i] = 0;',
@@ -1919,6 +1949,12 @@ const kernels: Kernel[] = [
         file: pooled,
         from: 'sum[r] *= expf(top[r] - next);',
         to: '',
+      },
+      {
+        what: 'bins begin with what products have left',
+        file: pooled,
+        from: 'i += kPooledThreads) bins[i] = 0;',
+        to: 'i += kPooledThreads) continue;',
       },
       {
         what: 'lanes keep their sums to themselves',

@@ -13,8 +13,9 @@ constexpr float kNone = std::numeric_limits<float>::quiet_NaN();
 struct Case {
   int64_t sq, sk, heads;
   int threads, members, groups;
-  FlexPrefill settings;  // numbers only
-  float odd = 0;         // stands somewhere in the statistics of a head
+  FlexPrefill settings;    // numbers only
+  float odd = 0;           // stands somewhere in the statistics of a head
+  int64_t room = 1 << 20;  // of a list
 };
 
 FlexPrefill settings(int64_t block, double gamma, double tau, bool coverage, int64_t least = 1,
@@ -38,6 +39,9 @@ const Case kCases[] = {
     {700, 711, 2, 64, 2, 1, settings(16, 0.8, 0, true, 3, 9)},
     {1000, 1000, 3, 128, 2, 2, settings(16, 0.7, 1, false)},
     {1000, 1003, 3, 64, 4, 1, settings(16, 0.95, 1, true, 2)},
+    {1000, 1003, 3, 64, 3, 1, settings(16, 0.9, 1, true, 2), 0, 2},
+    {1000, 1000, 3, 64, 2, 1, settings(16, 0.99, 0, false)},
+    {1000, 1000, 2, 64, 2, 1, settings(16, 0.9999, 1, false, 2)},
     {600, 600, 2, 256, 2, 2, settings(128, 0.9, 0.2, true, 2)},
     {300, 400, 1, 64, 2, 1, settings(32, 1, 0.1, false)},
     {500, 500, 2, 64, 2, 2, settings(16, 0.9, 1, false), kNone},
@@ -101,26 +105,38 @@ double check(const Case& c, emulator::Random& random) {
       for (int64_t t = 0; t < sum.count; ++t) *sum.to += sum(t);
     }
     FlexMemory own;
-    flexprefill_head(HEDDLE_ISA_NAMESPACE::Alone{}, HEDDLE_ISA_NAMESPACE::Alone{}, task, head, own);
+    const HEDDLE_ISA_NAMESPACE::Alone alone;
+    flexprefill_head(alone, alone, task, head, own,
+                     [&](const auto&... of) { return select(alone, of..., own.bins); });
   }
   const std::vector<float> wanted = divergence;
 
   std::fill_n(task.work, c.heads * 3 * (nk + 1), kNone);
   std::fill(divergence.begin(), divergence.end(), kNone);
   task.op.blocks.data = bits.data();
-  std::vector<GroupMemory> groups(size(c.groups));
-  std::memset(static_cast<void*>(groups.data()), 0xff, groups.size() * sizeof(GroupMemory));
-  const FlexArgs args{task, groups.data(), c.groups, c.members};
+  // As the probe leaves them
+  std::vector<uint32_t> bins(size(c.heads * kShareBins));
+  task.bins = bins.data();
+  const FlexTriangle visible(rows, nk, (c.sk - c.sq + block - 1) / block);
+  for (int64_t head = 0; head < c.heads; ++head)
+    for (int64_t i = 0; i < visible.count; ++i)
+      if (const int64_t at = visible.at(i); at >= 0)
+        ++bins[size(head * kShareBins + share_bin(map[head * rows * nk + at]))];
+  std::vector<FlexGroup> groups(size(c.groups));
+  std::memset(static_cast<void*>(groups.data()), 0xff, groups.size() * sizeof(FlexGroup));
+  std::vector<uint64_t> list(size(c.groups * c.members * c.room), ~uint64_t{0});
+  const FlexArgs args{task, groups.data(), list.data(), c.room, c.groups, c.members};
   const int warps = c.threads / 32;
   emulator::launch(static_cast<int>((c.heads * 2 * nk + warps - 1) / warps), c.threads, 0,
                    [&] { flexprefill_sum(args, blockIdx.x * warps + threadIdx.x / 32); });
-  std::vector<FlexMemory> shared(size(c.groups * c.members));
+  std::vector<FlexShared> shared(size(c.groups * c.members));
   emulator::launch_together(c.groups * c.members, c.threads, [&] {
     flexprefill_choose(args, blockIdx.x, shared[size(blockIdx.x)]);
   });
   // NaN is what it is
   const bool same = std::memcmp(wanted.data(), divergence.data(), wanted.size() * 4) == 0;
-  return same && bits == expected ? 0 : INFINITY;
+  const bool clear = std::all_of(bins.begin(), bins.end(), [](uint32_t x) { return x == 0; });
+  return same && clear && bits == expected ? 0 : INFINITY;
 }
 
 }  // namespace
