@@ -24,6 +24,23 @@ __device__ __forceinline__ void multiply(float (&acc)[4], const uint32_t (&a)[4]
   }
 }
 
+// acc[16, 8] += a[16, 8] b[8, 8] of f32, of whose bits the last 13 don't count. A lane has of a the
+// rows l / 4 and 8 below of column l % 4, then those of column l % 4 + 4, and of b likewise.
+__device__ __forceinline__ void multiply_tf32(float (&acc)[4], const float (&a)[4], float b0,
+                                              float b1) {
+  const auto bits = [](float x) { return __float_as_uint(x); };
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
+      : "r"(bits(a[0])), "r"(bits(a[1])), "r"(bits(a[2])), "r"(bits(a[3])), "r"(bits(b0)),
+        "r"(bits(b1)));
+}
+
+// x without the bits that don't count there
+__device__ __forceinline__ float to_tf32(float x) {
+  return __uint_as_float(__float_as_uint(x) & 0xffffe000u);
+}
+
 __device__ __forceinline__ uint32_t smem_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }

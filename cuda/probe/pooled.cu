@@ -38,10 +38,16 @@ void run_means(const Means& means, CudaContext& context) {
 }
 
 void run_products(const Probe& op, const Means& means, uint32_t* bins, CudaContext& context) {
-  const int64_t ctas =
-      op.q.shape[0] * op.q.shape[2] * ((op.score.shape[2] + kTileRows - 1) / kTileRows);
-  probe_pooled_kernel<<<static_cast<unsigned>(ctas), kPooledThreads, 0, context.stream>>>(
-      {op, means.q.depth, means.q.mean, means.k.mean, bins});
+  const int64_t heads = op.q.shape[0] * op.q.shape[2], rows = op.score.shape[2];
+  const PooledArgs args{op, means.q.depth, means.q.mean, means.k.mean, bins};
+  const auto ctas = [&](int64_t size) {
+    return static_cast<unsigned>(heads * ((rows + size - 1) / size));
+  };
+  // Large tiles read the means of k less often, and are few
+  if (ctas(64) < 2 * static_cast<unsigned>(context.processors))
+    probe_pooled_kernel<1><<<ctas(16), kPooledThreads, 0, context.stream>>>(args);
+  else
+    probe_pooled_kernel<4><<<ctas(64), kPooledThreads, 0, context.stream>>>(args);
   context.launched("probe_pooled_kernel");
 }
 

@@ -2,6 +2,7 @@
 #include <cmath>
 
 #include "common/elements.cuh"
+#include "common/sm80.cuh"
 #include "core/select.h"
 #include "ops/probe.h"
 #include "probe/means.h"
@@ -10,15 +11,17 @@
 //
 //   score[r,c] = scale * mean_q[r,e] * mean_k[c,e]     where block c begins before row r ends
 //
-// in f32, 32 rows times 128 columns at a time, 64 numbers of a mean deep. A CTA has its rows to the
-// end, and a warp 8 of them, which it makes probabilities itself. A thread has 8 by 4 scores: what
-// it reads of shared memory takes less time than its products.
+// as precise as in f32: a number is the sum of two that matrix instructions take, and of their
+// products the smallest is left out. A CTA has 64 rows, or 16 where there are few, to their end,
+// 128 columns at a time and 32 numbers of a mean deep; each of 4 warps has 32 of the columns.
 namespace heddle {
 namespace {
 
 constexpr int kMeanThreads = 256, kPooledThreads = 128;
-constexpr int kTileRows = 32, kTileColumns = 128, kDepth = 64;
-constexpr int kWarpRows = kTileRows / (kPooledThreads / 32), kLaneColumns = kTileColumns / 32;
+constexpr int kTileColumns = 128, kDepth = 32, kPooledWarps = kPooledThreads / 32;
+constexpr int kWarpColumns = kTileColumns / kPooledWarps, kSquares = kWarpColumns / 8;
+// float4 from row to row: what 8 lanes load together lies in different banks
+constexpr int kPooledLine = 12;
 
 struct PooledArgs {
   Probe op;
@@ -70,103 +73,151 @@ __global__ void __launch_bounds__(kMeanThreads)
   average_block<T, kCount>(first ? q : k, blockIdx.x - (first ? 0 : ctas_of_q));
 }
 
-__global__ void __launch_bounds__(kPooledThreads, 4)
+// Four numbers, each as one of tf32 and the rest
+struct Split {
+  float high[4], low[4];
+
+  __device__ __forceinline__ void set(const float4& x) {
+    const float all[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      high[i] = to_tf32(all[i]);
+      low[i] = all[i] - high[i];
+    }
+  }
+};
+
+// kTiles of 16 rows
+template <int kTiles>
+__global__ void __launch_bounds__(kPooledThreads, kTiles == 1 ? 5 : 3)
     probe_pooled_kernel(const __grid_constant__ PooledArgs args) {
-  __shared__ float4 smem_q[kTileRows][kDepth / 4 + 1], smem_k[kTileColumns][kDepth / 4 + 1];
+  constexpr int kRows = 16 * kTiles;
+  __shared__ float4 smem_q[kRows][kPooledLine], smem_k[kTileColumns][kPooledLine];
+  __shared__ float2 stats[kPooledWarps][kRows];  // largest score and sum
+  __shared__ int visible[kRows];                 // columns of a row
   const Probe& op = args.op;
   const int64_t heads = op.q.shape[2], rows = op.score.shape[2], columns = op.score.shape[3];
   const int64_t sq = op.q.shape[1], sk = op.k.shape[1], depth = args.depth;
   // Long rows first
   const int64_t head = blockIdx.x % (op.q.shape[0] * heads);
-  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
-  const int64_t row = (tiles - 1 - blockIdx.x / (op.q.shape[0] * heads)) * kTileRows;
+  const int64_t tiles = (rows + kRows - 1) / kRows;
+  const int64_t row = (tiles - 1 - blockIdx.x / (op.q.shape[0] * heads)) * kRows;
   const int64_t kv_head = head / (heads / op.k.shape[2]);  // over the batch as well
   const float *mean_q = args.mean_q + head * rows * depth,
               *mean_k = args.mean_k + kv_head * columns * depth;
-  const auto visible = [&](int64_t r) {
+  const auto seen_by = [&](int64_t r) {
     const int64_t keys = sk - sq + min((r + 1) * op.block_q, sq);
-    return (keys + op.block_k - 1) / op.block_k;
+    return static_cast<int>((keys + op.block_k - 1) / op.block_k);
   };
-  const int64_t last = min(row + kTileRows, rows) - 1, end = visible(last);
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int own_row = static_cast<int>(threadIdx.x) / 32 * kWarpRows;
-  float* score =
-      static_cast<float*>(op.score.data) + (head * rows + row + own_row) * columns + lane;
-  int seen[kWarpRows];  // columns of a row
-  float top[kWarpRows], sum[kWarpRows];
+  const int count = static_cast<int>(min(rows - row, int64_t{kRows})),
+            end = seen_by(row + count - 1);
+  if (threadIdx.x < kRows)
+    visible[threadIdx.x] = static_cast<int>(threadIdx.x) < count ? seen_by(row + threadIdx.x) : 0;
+  __syncthreads();
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  // Of a lane: the first of two rows of a tile, a quarter of a row's depth, two columns of a square
+  const int line = lane / 4, quarter = lane % 4, own_column = warp * kWarpColumns + quarter * 2;
+  float* score = static_cast<float*>(op.score.data) + (head * rows + row) * columns;
+  float top[kTiles][2], sum[kTiles][2] = {};
 #pragma unroll
-  for (int r = 0; r < kWarpRows; ++r) {
-    seen[r] = static_cast<int>(visible(row + own_row + r));
-    top[r] = -3e38f;
-    sum[r] = 0;
-  }
-  const auto fetch = [&](auto& smem, int size, const float* from, int64_t at, int64_t count,
+  for (auto& pair : top) pair[0] = pair[1] = -3e38f;
+  const auto fetch = [&](auto& smem, int size, const float* from, int64_t at, int64_t all,
                          int64_t e0) {
-#pragma unroll 4
+#pragma unroll
     for (int i = static_cast<int>(threadIdx.x); i < size * kDepth / 4; i += kPooledThreads) {
       const int r = i / (kDepth / 4), e = i % (kDepth / 4);
-      const bool inside = at + r < count && e0 + 4 * e < depth;
+      const bool inside = at + r < all && e0 + 4 * e < depth;
       smem[r][e] = inside ? *reinterpret_cast<const float4*>(from + (at + r) * depth + e0 + 4 * e)
                           : float4{0, 0, 0, 0};
     }
   };
   for (int column = 0; column < columns; column += kTileColumns) {
-    float acc[kWarpRows][kLaneColumns] = {};
+    // Who counts shares looks at nothing that a row does not see
+    if (args.bins && column >= end) break;
+    float acc[kTiles][kSquares][4] = {};
     for (int64_t e0 = 0; e0 < depth && column < end; e0 += kDepth) {
       __syncthreads();
-      fetch(smem_q, kTileRows, mean_q, row, rows, e0);
+      fetch(smem_q, kRows, mean_q, row, rows, e0);
       fetch(smem_k, kTileColumns, mean_k, column, columns, e0);
       __syncthreads();
-      if (row + own_row > last) continue;
 #pragma unroll 1
-      for (int e = 0; e < kDepth / 4; ++e) {
-        float4 y[kLaneColumns];
+      for (int e = quarter; e < kDepth / 4; e += 4) {
+        Split y[kSquares];
 #pragma unroll
-        for (int j = 0; j < kLaneColumns; ++j) y[j] = smem_k[lane + 32 * j][e];
+        for (int n = 0; n < kSquares; ++n) y[n].set(smem_k[warp * kWarpColumns + n * 8 + line][e]);
 #pragma unroll
-        for (int r = 0; r < kWarpRows; ++r) {
-          const float4 x = smem_q[own_row + r][e];
+        for (int m = 0; m < kTiles; ++m) {
+          Split upper, lower;
+          upper.set(smem_q[m * 16 + line][e]);
+          lower.set(smem_q[m * 16 + 8 + line][e]);
+          // A lane's 4 numbers stand for two columns of one product and two of the next
 #pragma unroll
-          for (int j = 0; j < kLaneColumns; ++j)
-            acc[r][j] = fmaf(x.x, y[j].x,
-                             fmaf(x.y, y[j].y, fmaf(x.z, y[j].z, fmaf(x.w, y[j].w, acc[r][j]))));
+          for (int i = 0; i < 4; i += 2) {
+            const float high[4] = {upper.high[i], lower.high[i], upper.high[i + 1],
+                                   lower.high[i + 1]};
+            const float low[4] = {upper.low[i], lower.low[i], upper.low[i + 1], lower.low[i + 1]};
+#pragma unroll
+            for (int n = 0; n < kSquares; ++n) {
+              multiply_tf32(acc[m][n], low, y[n].high[i], y[n].high[i + 1]);
+              multiply_tf32(acc[m][n], high, y[n].low[i], y[n].low[i + 1]);
+              multiply_tf32(acc[m][n], high, y[n].high[i], y[n].high[i + 1]);
+            }
+          }
         }
       }
     }
 #pragma unroll
-    for (int r = 0; r < kWarpRows; ++r) {
-      if (row + own_row + r > last) break;
-      float next = top[r];
+    for (int m = 0; m < kTiles; ++m)
 #pragma unroll
-      for (int j = 0; j < kLaneColumns; ++j) {
-        const int c = column + lane + 32 * j;
-        acc[r][j] = c < seen[r] ? acc[r][j] * static_cast<float>(op.scale) : -INFINITY;
-        if (c < columns) score[r * columns + column + 32 * j] = acc[r][j];
-        next = fmaxf(next, acc[r][j]);
+      for (int below = 0; below < 2; ++below) {
+        const int r = m * 16 + below * 8 + line, seen = visible[r];
+        float next = top[m][below];
+        float own[kSquares][2];
+#pragma unroll
+        for (int n = 0; n < kSquares; ++n)
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            const int c = column + own_column + n * 8 + j;
+            own[n][j] =
+                c < seen ? acc[m][n][below * 2 + j] * static_cast<float>(op.scale) : -INFINITY;
+            if (r < count && c < columns) score[r * columns + c] = own[n][j];
+            next = fmaxf(next, own[n][j]);
+          }
+        sum[m][below] *= expf(top[m][below] - next);
+#pragma unroll
+        for (int n = 0; n < kSquares; ++n)
+          sum[m][below] += expf(own[n][0] - next) + expf(own[n][1] - next);
+        top[m][below] = next;
       }
-      sum[r] *= expf(top[r] - next);
-#pragma unroll
-      for (int j = 0; j < kLaneColumns; ++j) sum[r] += expf(acc[r][j] - next);
-      top[r] = next;
-    }
   }
   if (!op.softmax) return;
+    // Four lanes and all warps have parts of a row
+#pragma unroll
+  for (int m = 0; m < kTiles; ++m)
+#pragma unroll
+    for (int below = 0; below < 2; ++below) {
+      float most = top[m][below];
+      for (int step = 1; step < 4; step *= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, step));
+      float total = sum[m][below] * expf(top[m][below] - most);
+      for (int step = 1; step < 4; step *= 2) total += __shfl_xor_sync(~0u, total, step);
+      if (quarter == 0) stats[warp][m * 16 + below * 8 + line] = {most, total};
+    }
   // Nobody looks at means any more
   auto* bins = reinterpret_cast<uint32_t*>(smem_k);
   static_assert(sizeof smem_k >= kShareBins * sizeof *bins);
   __syncthreads();
-  for (int i = static_cast<int>(threadIdx.x); i < kShareBins; i += kPooledThreads) bins[i] = 0;
+  for (int i = static_cast<int>(threadIdx.x); args.bins && i < kShareBins; i += kPooledThreads)
+    bins[i] = 0;
   __syncthreads();
-  // A lane finds its own scores again
+  for (int r = warp; r < count; r += kPooledWarps) {
+    float most = -3e38f, total = 0;
 #pragma unroll
-  for (int r = 0; r < kWarpRows; ++r) {
-    if (row + own_row + r > last) break;
-    float most = top[r];
-    for (int step = 16; step > 0; step /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, step));
-    float total = sum[r] * expf(top[r] - most);
-    for (int step = 16; step > 0; step /= 2) total += __shfl_xor_sync(~0u, total, step);
+    for (int w = 0; w < kPooledWarps; ++w) most = fmaxf(most, stats[w][r].x);
+#pragma unroll
+    for (int w = 0; w < kPooledWarps; ++w) total += stats[w][r].y * expf(stats[w][r].x - most);
+    const int seen = visible[r];
 #pragma unroll 8
-    for (int c = 0; c < seen[r] - lane; c += 32) {
+    for (int c = lane; c < seen; c += 32) {
       float& own = score[r * columns + c];
       if (own != -INFINITY) own = expf(own - most) / total;
       if (args.bins) atomicAdd(&bins[share_bin(own)], 1);

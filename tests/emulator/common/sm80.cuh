@@ -56,4 +56,23 @@ template <class T> uint32_t pack_pair(float low, float high) {
   return word;
 }
 
+inline float to_tf32(float x) {
+  return std::bit_cast<float>(std::bit_cast<uint32_t>(x) & 0xffffe000u);
+}
+
+inline void multiply_tf32(float (&acc)[4], const float (&a)[4], float b0, float b1) {
+  static float all[32][32][6];  // of a warp and lane
+  auto& lanes = all[threadIdx.x / 32];
+  const int lane = threadIdx.x % 32;
+  const float own[6] = {a[0], a[1], a[2], a[3], b0, b1};
+  std::transform(own, own + 6, lanes[lane], to_tf32);
+  __syncwarp();
+  for (int i = 0; i < 4; ++i) {
+    const int row = lane / 4, column = lane % 4 * 2 + i % 2, below = i / 2;
+    for (int k = 0; k < 8; ++k)
+      acc[i] += lanes[row * 4 + k % 4][k / 4 * 2 + below] * lanes[column * 4 + k % 4][4 + k / 4];
+  }
+  __syncwarp();
+}
+
 }  // namespace heddle
