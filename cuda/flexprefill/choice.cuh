@@ -38,7 +38,10 @@ __device__ inline void flexprefill_sum(const FlexArgs& args, int64_t warp) {
   const int64_t all = args.group_count * static_cast<int64_t>(sizeof(FlexGroup) / 4);
   for (int64_t i = warp * 32 + lane; i < all; i += args.task.heads * 2 * nk * 32) words[i] = 0;
   if (warp >= args.task.heads * 2 * nk) return;
-  const FlexSum sum(args.task, warp / nk / 2, warp / nk % 2, warp % nk);
+  // 32 bits make dividing cheap
+  const auto number = static_cast<uint32_t>(warp), all_of_line = static_cast<uint32_t>(nk);
+  const uint32_t line = number / all_of_line;
+  const FlexSum sum(args.task, line / 2, line % 2, number - line * all_of_line);
   float own = 0;
   for (int64_t t = lane; t < sum.count; t += 32) own += sum(t);
   for (int step = 16; step > 0; step /= 2) own += __shfl_xor_sync(~0u, own, step);

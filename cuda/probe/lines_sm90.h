@@ -20,7 +20,10 @@ struct LineStrips {
   // At the distance from which query 0 would see key `from`, which may be negative
   HEDDLE_HD float sum(int64_t head, int64_t from) const {
     float sum = 0;
-    for (int64_t s = (from > 0 ? from : 0) / length; s < count && s * length < from + 128; ++s)
+    // Keys have fewer than 2^32 numbers, which makes dividing them cheap
+    const uint32_t begin = from > 0 ? static_cast<uint32_t>(from) : 0;
+    for (int64_t s = begin / static_cast<uint32_t>(length); s < count && s * length < from + 128;
+         ++s)
       sum += of(head, s)[(s + 1) * length - from];
     return sum;
   }
