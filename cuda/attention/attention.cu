@@ -57,16 +57,20 @@ __global__ void attention_check_kernel(ForwardArgs p, int64_t table_pages, int64
 const int32_t* ints(const Tensor& x) { return x ? x.as<int32_t>() : nullptr; }
 const float* floats(const Tensor& x) { return x ? x.as<float>() : nullptr; }
 
+const char* lengths_fault(const Attention& op) {
+  return op.cu_seqlens_q
+             ? "cuSeqlensQ and cuSeqlensK must start at 0, never descend and end at the totals"
+         : op.block_table ? "cacheSeqlens and blockTable must be inside the pages"
+                          : "cacheSeqlens must be from 0 to sk";
+}
+
 }  // namespace
 
 const int* check_lengths(const Attention& op, CudaContext& context) {
-  if (!op.cu_seqlens_q && !op.cache_seqlens) return nullptr;
+  // pages of a cache that lacks most of them are none, and nobody looks at those
+  if ((!op.cu_seqlens_q && !op.cache_seqlens) || op.recent_k) return nullptr;
   ForwardArgs args = portable_args(op);
-  const char* text =
-      op.cu_seqlens_q
-          ? "cuSeqlensQ and cuSeqlensK must start at 0, never descend and end at the totals"
-      : op.block_table ? "cacheSeqlens and blockTable must be inside the pages"
-                       : "cacheSeqlens must be from 0 to sk";
+  const char* text = lengths_fault(op);
   const int64_t pages = op.block_table ? op.block_table.shape[1] : 0;
   const int64_t count = std::max(args.sequences + 1, args.b * std::max<int64_t>(pages, 1));
   // in a graph a word is cleared by a launch, which is long beside a decode step: a few looks need
@@ -277,7 +281,14 @@ void run_split(const Attention& op, CudaContext& context) {
   const auto units = static_cast<size_t>(call.b * call.hk * split_row_tiles(call));
   call.part_out = context.scratch<float>(slots * static_cast<size_t>(call.dv));
   call.part_state = context.scratch<float2>(slots);
-  call.arrivals = context.counters(units);
+  call.arrivals = context.counters(units + 1);
+  if (op.cache_seqlens && !op.window) {
+    // the kernel sees all of them, and a launch less is much for a short step
+    call.verdict = context.verdict(lengths_fault(op));
+    call.judged = call.arrivals + units;
+  } else {
+    check_lengths(op, context);
+  }
   split_sm90(call, context.stream);
   context.launched("split_sm90_kernel");
 }
@@ -323,6 +334,7 @@ const char* declines_forward(const Attention& op, const CudaContext& context) {
 }
 
 void run_forward(const Attention& op, CudaContext& context) {
+  check_lengths(op, context);
   SplitCall call = hopper_call(op, context);
   call.tickets = context.counters(2);
   if (call.masked) list_units(call, context);
@@ -352,6 +364,7 @@ void run_gather_hopper(const Attention& op, CudaContext& context) {
 }
 
 void run_gather(const Attention& op, CudaContext& context) {
+  check_lengths(op, context);
   gather_sm80(op, portable_args(op), context);
 }
 
@@ -365,13 +378,15 @@ constexpr Variant<Attention> kVariants[] = {
     {"sm80_gather", declines_gather_sm80, run_gather},
     {"sm90_wgmma", declines_forward, run_forward},
     {"sm80_simt", declines_portable,
-     [](const Attention& op, CudaContext& context) { run_portable(op, context, nullptr); }},
+     [](const Attention& op, CudaContext& context) {
+       check_lengths(op, context);
+       run_portable(op, context, nullptr);
+     }},
 };
 
 void run(const Attention& op, CudaContext& context) {
-  // Pages of a cache that lacks most of them are none, and nobody looks at those
-  if (!op.recent_k) check_lengths(op, context);
-  if (op.lse.size() > 0) run_variants(kVariants, op, context);
+  if (op.lse.size() > 0) return run_variants(kVariants, op, context);
+  check_lengths(op, context);
 }
 
 HEDDLE_REGISTER(Attention);

@@ -1,5 +1,6 @@
 #pragma once
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 
@@ -60,7 +61,7 @@ struct SplitArgs {
   int64_t slopes_stride, sink_stride;
   const int32_t *cache_seqlens, *block_table;
   int64_t cache_stride, table_row, table_column;
-  int pages, page_size, box;  // a copy moves `box` rows
+  int pages, page_log2, box;  // pages of 2^page_log2 keys; a copy moves `box` rows
   const uint16_t *q, *k, *v;
   uint16_t* out;
   Strides q_strides, k_strides, v_strides, out_strides;
@@ -68,11 +69,16 @@ struct SplitArgs {
   float* part_out;
   float2* part_state;
   int* arrivals;
+  int *verdict, *judged;  // null, or where it is said whether lengths and pages are out of range
 
   __device__ __forceinline__ int keys(int batch) const {
     if (!cache_seqlens) return sk;
     return min(max(cache_seqlens[batch * cache_stride], 0), sk);  // nothing is out of bounds
   }
+  __device__ __forceinline__ int page(int batch, int key) const {
+    return block_table[batch * table_row + (key >> page_log2) * table_column];
+  }
+  __device__ __forceinline__ int row_of_page(int key) const { return key & ((1 << page_log2) - 1); }
 };
 
 // Which key tiles of which unit a CTA takes
@@ -90,14 +96,16 @@ template <int kKeys> struct SplitPlan {
   __device__ __forceinline__ int units() const { return args.hk * args.row_tiles; }
   // Of all units, by a warp
   __device__ __forceinline__ int total(int lane) const {
+    if (!args.cache_seqlens) return args.b * count(args.sk) * units();
     int sum = 0;
     for (int batch = lane; batch < args.b; batch += 32) sum += count(args.keys(batch));
     for (int lanes = 1; lanes < 32; lanes *= 2) sum += __shfl_xor_sync(~0u, sum, lanes);
     return sum * units();
   }
-  // CTA c of n begins at tile begin(c); tile x belongs to CTA owner(x)
+  // CTA c of n begins at tile begin(c), which is total * c / n; tile x belongs to CTA owner(x)
   __device__ __forceinline__ static int begin(int total, int c, int n) {
-    return static_cast<int>(static_cast<int64_t>(total) * c / n);
+    // of 32 bits, as everything waits for the first copy
+    return total / n * c + static_cast<int>(static_cast<unsigned>(total % n) * c / n);
   }
   __device__ __forceinline__ static int owner(int total, int x, int n) {
     return static_cast<int>(((x + int64_t{1}) * n - 1) / total);
@@ -113,9 +121,8 @@ struct SplitRows {
   __device__ __forceinline__ const uint16_t* operator()(int key) const {
     int64_t block = batch;
     if (args.block_table) {
-      block = args.block_table[batch * args.table_row + key / args.page_size * args.table_column];
-      block = min(max(block, int64_t{0}), int64_t{args.pages - 1});
-      key %= args.page_size;
+      block = min(max(args.page(batch, key), 0), args.pages - 1);
+      key = args.row_of_page(key);
     }
     return data + block * strides.batch + key * strides.row + kv_head * strides.head;
   }
@@ -156,12 +163,14 @@ __global__ void __launch_bounds__(SplitTile<kD>::kThreads, 1)
   // no CTA without tiles stands between two that share a unit
   const int ctas = min(static_cast<int>(gridDim.x), total);
 
-  if (warp == 4) {
-    const int cta = min(static_cast<int>(blockIdx.x), ctas);
-    const int end = plan.begin(total, min(cta + 1, ctas), ctas);
-    int at = plan.begin(total, cta, ctas);
+  // its instructions come first, as all others wait for its copies
+  if (warp == 4) [[likely]] {
+    const int edge = plan.begin(total, min(static_cast<int>(blockIdx.x) + lane % 2, ctas), ctas);
+    const int end = __shfl_sync(~0u, edge, 1);
+    int at = __shfl_sync(~0u, edge, 0);
     int batch = 0, before = 0;  // tiles of the sequences before
     uint32_t visit = 0, loaded = 0;
+    bool bad = false;
     auto publish = [&](const SplitWork& work) {
       const Turn<kWorks> turn(visit++);
       if (lane == 0) {
@@ -195,10 +204,10 @@ __global__ void __launch_bounds__(SplitTile<kD>::kThreads, 1)
       auto page_of = [&](int j) {
         const int key = (work.key_tile + j) * kKeys + its_row;
         // what lies outside arrives as zeros: pages behind the last key are not looked at
-        return key < sk && its_row < kKeys
-                   ? args.block_table[batch * args.table_row +
-                                      key / args.page_size * args.table_column]
-                   : args.pages;
+        if (key >= sk || its_row >= kKeys) return args.pages;
+        const int page = args.page(batch, key);
+        bad |= page < 0 || page >= args.pages;
+        return page;
       };
       int block = batch, next = args.block_table ? page_of(0) : 0;
       for (int j = 0; j < work.key_tiles; ++j, ++loaded) {
@@ -206,8 +215,7 @@ __global__ void __launch_bounds__(SplitTile<kD>::kThreads, 1)
         int from = (work.key_tile + j) * kKeys + its_row;
         if (args.block_table) {
           block = next;
-          next = j + 1 < work.key_tiles ? page_of(j + 1) : 0;
-          from %= args.page_size;
+          from = args.row_of_page(from);
         }
         auto load = [&](auto& tile, Barrier& full, Barrier& empty, const TensorMap& map) {
           empty.wait(turn.parity ^ 1);
@@ -219,6 +227,8 @@ __global__ void __launch_bounds__(SplitTile<kD>::kThreads, 1)
                          block, args.row_tiles > 1 ? Keep::kNormal : Keep::kShortly);
         };
         load(smem.k[turn.stage], smem.k_full[turn.stage], smem.k_empty[turn.stage], gmem_k);
+        // waits for the answer, beside the wait for a stage
+        if (args.block_table && j + 1 < work.key_tiles) next = page_of(j + 1);
         load(smem.v[turn.stage], smem.v_full[turn.stage], smem.v_empty[turn.stage], gmem_v);
       }
       at += work.key_tiles;
@@ -226,6 +236,22 @@ __global__ void __launch_bounds__(SplitTile<kD>::kThreads, 1)
     SplitWork last{};
     last.batch = -1;
     publish(last);
+    if (args.verdict) {
+      // every page was looked at by who loads it, every length by all; the last CTA says it
+      for (int i = lane; i < args.b; i += 32) {
+        const int keys = args.cache_seqlens[i * args.cache_stride];
+        bad |= keys < 0 || keys > args.sk;
+      }
+      bad = __any_sync(~0u, bad);
+      if (lane == 0) {
+        constexpr int kBad = 1 << 16;
+        const int sum = fetch_add(args.judged, bad ? kBad + 1 : 1) + (bad ? kBad + 1 : 1);
+        if (sum % kBad == static_cast<int>(gridDim.x)) {
+          *args.judged = 0;
+          *args.verdict = sum >= kBad;
+        }
+      }
+    }
     return;
   }
 
@@ -309,6 +335,17 @@ __global__ void __launch_bounds__(SplitTile<kD>::kThreads, 1)
     rows.clear();
 #pragma unroll
     for (int i = 0; i < kD / 2; ++i) acc_o[i] = 0;
+    // who shares the unit, divided out while the first keys are on their way
+    const bool whole = key_tiles == work.unit_tiles;
+    int first_cta = 0, last_cta = 0, late = 0;
+    if (!whole) {
+      first_cta = plan.owner(total, work.unit_begin, ctas);
+      last_cta = plan.owner(total, work.unit_begin + work.unit_tiles - 1, ctas);
+      // a CTA that begins inside of a unit or with it leaves its sums in its first place; only the
+      // unit's first CTA may have begun with another one
+      late = work.unit_begin > plan.begin(total, first_cta, ctas) ? 1 : 0;
+      asm volatile("" : "+r"(first_cta), "+r"(last_cta), "+r"(late));  // not when they are needed
+    }
     // keys that every row sees
     const int seen_end = args.causal ? min(work.sk, position_of(0) + 1) : work.sk;
     const int seen_begin = args.window ? position_of(rows_here - 1) - args.window + 1 : 0;
@@ -372,7 +409,7 @@ __global__ void __launch_bounds__(SplitTile<kD>::kThreads, 1)
       if (column == 0) *lse_of(to) = end.lse_log2 * kLn2;
     };
 
-    if (key_tiles == work.unit_tiles) {
+    if (whole) {
       if (!idle) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
@@ -389,11 +426,6 @@ __global__ void __launch_bounds__(SplitTile<kD>::kThreads, 1)
         }
       }
     } else {
-      const int first_cta = plan.owner(total, work.unit_begin, ctas);
-      const int last_cta = plan.owner(total, work.unit_begin + work.unit_tiles - 1, ctas);
-      // a CTA that begins inside of a unit or with it leaves its sums in its first place; only the
-      // unit's first CTA may have begun with another one
-      const int late = work.unit_begin > plan.begin(total, first_cta, ctas) ? 1 : 0;
       auto slot_of = [&](int cta) { return 2 * cta + (cta == first_cta ? late : 0); };
       const int64_t slot = slot_of(static_cast<int>(blockIdx.x));
       if (!idle) {
@@ -416,9 +448,7 @@ __global__ void __launch_bounds__(SplitTile<kD>::kThreads, 1)
       // all have written before the arrival says so, and the last reads what the others wrote
       sync();
       if (thread == 0) {
-        fence_gmem();
-        smem.arrived = fetch_add(&args.arrivals[work.unit], 1);
-        fence_gmem();
+        smem.arrived = fetch_add_ordered(&args.arrivals[work.unit], 1);
       }
       sync();
       if (smem.arrived == last_cta - first_cta) {
@@ -426,24 +456,41 @@ __global__ void __launch_bounds__(SplitTile<kD>::kThreads, 1)
         const int pieces = args.dv / 4;
         for (int i = thread; i < rows_here * pieces; i += 128) {
           const int mine = i / pieces, column = i % pieces * 4;
-          auto at = [&](int cta) { return int64_t{slot_of(cta)} * kSplitRows + mine; };
+          auto at = [&](int cta) { return slot_of(cta) * kSplitRows + mine; };
           float top = -INFINITY, sum = 0;
           float4 total_v{};
-          // unrolled, as every look at memory takes long and none depends on another
-#pragma unroll 8
-          for (int cta = first_cta; cta <= last_cta; ++cta) {
-            const float2 state = load_fresh(args.part_state + at(cta));
-            const float4 values = load_fresh(
-                reinterpret_cast<const float4*>(args.part_out + at(cta) * args.dv + column));
-            if (state.y == 0) continue;  // without keys, so values may be anything
-            const float higher = fmaxf(top, state.x), base = higher == -INFINITY ? 0 : higher;
-            const float shrink = exp2_approx(top - base), weight = exp2_approx(state.x - base);
+          // so many looks at memory are on their way together: those of a unit where eight share
+          // the chip. Nothing may depend on a look but sums, or it is not made before that is
+          // decided.
+          constexpr int kLooks = 18;
+          for (int from = first_cta; from <= last_cta; from += kLooks) {
+            float2 state[kLooks];
+            float4 values[kLooks];
+#pragma unroll
+            for (int i = 0; i < kLooks; ++i) {
+              const int its = at(min(from + i, last_cta));
+              state[i] = load_fresh(args.part_state + its);
+              values[i] = load_fresh(
+                  reinterpret_cast<const float4*>(args.part_out + its * args.dv + column));
+            }
+            float higher = top;
+#pragma unroll
+            for (int i = 0; i < kLooks; ++i) higher = fmaxf(higher, state[i].x);
+            // none of these parts has keys
+            const float base = higher == -INFINITY ? 0 : higher, shrink = exp2_approx(top - base);
             top = higher;
-            sum = sum * shrink + weight * state.y;
-            total_v.x = fmaf(weight, values.x, total_v.x * shrink);
-            total_v.y = fmaf(weight, values.y, total_v.y * shrink);
-            total_v.z = fmaf(weight, values.z, total_v.z * shrink);
-            total_v.w = fmaf(weight, values.w, total_v.w * shrink);
+            sum *= shrink;
+            total_v = {total_v.x * shrink, total_v.y * shrink, total_v.z * shrink,
+                       total_v.w * shrink};
+#pragma unroll
+            for (int i = 0; i < kLooks; ++i) {
+              const float weight = from + i > last_cta ? 0 : exp2_approx(state[i].x - base);
+              sum = fmaf(weight, state[i].y, sum);
+              total_v.x = fmaf(weight, values[i].x, total_v.x);
+              total_v.y = fmaf(weight, values[i].y, total_v.y);
+              total_v.z = fmaf(weight, values[i].z, total_v.z);
+              total_v.w = fmaf(weight, values[i].w, total_v.w);
+            }
           }
           const RowEnd end(top, sum, sink_of(mine));
           write(mine, column, total_v.x, total_v.y, end);
@@ -504,8 +551,9 @@ template <DType kType, int kD> void launch_split(const SplitCall& call, cudaStre
   args.table_row = call.table_row;
   args.table_column = call.table_column;
   args.pages = static_cast<int>(call.pages);
-  args.page_size = static_cast<int>(call.page_size);
-  args.box = call.block_table ? std::min(args.page_size, Shape::kKeys) : Shape::kKeys;
+  args.page_log2 = std::countr_zero(static_cast<uint64_t>(call.page_size));
+  args.box = call.block_table ? static_cast<int>(std::min<int64_t>(call.page_size, Shape::kKeys))
+                              : Shape::kKeys;
   args.q = static_cast<const uint16_t*>(call.q);
   args.k = static_cast<const uint16_t*>(call.k);
   args.v = static_cast<const uint16_t*>(call.v);
@@ -518,6 +566,8 @@ template <DType kType, int kD> void launch_split(const SplitCall& call, cudaStre
   args.part_out = call.part_out;
   args.part_state = call.part_state;
   args.arrivals = call.arrivals;
+  args.verdict = call.verdict;
+  args.judged = call.judged;
   const auto map = [&](const void* data, int64_t d, const Strides& strides) {
     const int64_t rows = call.block_table ? call.page_size : call.sk;
     const int64_t blocks = call.block_table ? call.pages : call.b;

@@ -12,6 +12,9 @@ struct SplitCall : ForwardCall {
   float* part_out;     // [2 * processors, 64, dv]
   float2* part_state;  // [2 * processors, 64]: row_max in log2 units and row_sum
   int* arrivals;       // at zero and left so, one per part of q that shares its keys
+  // A word that says afterwards whether lengths or pages were out of range, and a counter that is
+  // at zero and left so; or null. A window leaves out pages, which are then not looked at.
+  int *verdict, *judged;
 };
 
 inline constexpr int kSplitRows = 64;

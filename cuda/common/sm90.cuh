@@ -348,6 +348,17 @@ __device__ __forceinline__ int fetch_add(int* counter, int value) {
   return atomicAdd(counter, value);
 }
 
+// The same between CTAs that tell each other something by it: what they did before they added is
+// seen after this, as is by them what this one did
+__device__ __forceinline__ int fetch_add_ordered(int* counter, int value) {
+  int before;
+  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(counter), "r"(value)
+               : "memory");
+  return before;
+}
+
 // Until other CTAs have signalled so many times, and all they did before is seen; or no longer,
 // where a fault says that they may never
 __device__ __forceinline__ void wait_for_signals(const int* counter, int count, const int* fault) {

@@ -738,14 +738,32 @@ const kernels: Kernel[] = [
       {
         what: 'every page is read from its first row',
         file: split,
-        from: 'from %= args.page_size;',
+        from: 'from = args.row_of_page(from);',
         to: 'from = 0;',
       },
       {
         what: 'the last part of a row is left out',
         file: split,
-        from: 'cta <= last_cta; ++cta) {\n            const float2 state',
-        to: 'cta < last_cta; ++cta) {\n            const float2 state',
+        from: 'from + i > last_cta ?',
+        to: 'from + i >= last_cta ?',
+      },
+      {
+        what: 'no keys in any part are no number',
+        file: split,
+        from: 'base = higher == -INFINITY ? 0 : higher',
+        to: 'base = higher',
+      },
+      {
+        what: 'a page out of range is not told',
+        file: split,
+        from: 'bad |= page < 0 || page >= args.pages;',
+        to: '',
+      },
+      {
+        what: 'a length out of range is not told',
+        file: split,
+        from: 'bad |= keys < 0 || keys > args.sk;',
+        to: '',
       },
       {
         what: 'two parts lie in one place',

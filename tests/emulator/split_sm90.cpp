@@ -1,5 +1,7 @@
 #include "attention/split_sm90.cuh"
 
+#include <utility>
+
 #include "attention_check.h"
 #include "variant.h"
 
@@ -14,6 +16,24 @@ const Case kCases[] = {
     {.b = 1, .sq = 4, .sk = 390, .hq = 4, .hk = 2, .causal = true, .narrower = 8, .processors = 4},
     {.b = 1, .sq = 3, .sk = 500, .hq = 2, .hk = 1, .window = 140, .processors = 2},
     {.b = 1, .sq = 5, .sk = 3, .hq = 1, .hk = 1, .causal = true, .processors = 2},
+    // rows without keys in the second part, whose masked value is no number, and in any part
+    {.b = 1,
+     .sq = 64,
+     .sk = 140,
+     .hq = 1,
+     .hk = 1,
+     .causal = true,
+     .processors = 2,
+     .poisoned = 138},
+    {.b = 1,
+     .sq = 160,
+     .sk = 192,
+     .hq = 1,
+     .hk = 1,
+     .causal = true,
+     .cached = {132},
+     .processors = 5,
+     .page_size = 64},
     {.b = 4, .sq = 2, .sk = 400, .hq = 2, .hk = 1, .cached = {400, 0, 129, 17}, .processors = 3},
     {.b = 3,
      .sq = 1,
@@ -57,7 +77,33 @@ const Case kCases[] = {
 
 int main(int argc, char** argv) {
   using namespace heddle;
-  return check_all<kType>(kCases, kD, kD, argc, argv, [](const Case&, SplitCall& call) {
-    launch_split_sm90<kType, kD>(call, nullptr);
+  return check_all<kType>(kCases, kD, kD, argc, argv, [](const Case& c, SplitCall& call) {
+    int verdict = -1, judged = 0;
+    const auto judge = [&](SplitCall its, int expected) {
+      launch_split_sm90<kType, kD>(its, nullptr);
+      if (its.verdict && (verdict != expected || judged != 0))
+        emulator::fault("the verdict on lengths and pages is wrong");
+    };
+    if (!c.cached.empty() && !c.window) {
+      call.verdict = &verdict;
+      call.judged = &judged;
+      // the last word of what is looked at is out of range, elsewhere than the checked results
+      SplitCall wrong = call;
+      std::vector<uint16_t> out(static_cast<size_t>(c.b * call.out_strides.batch));
+      std::vector<float> lse(static_cast<size_t>(c.b * c.hq * c.sq));
+      wrong.out = out.data();
+      wrong.lse = lse.data();
+      const auto last = static_cast<int64_t>(
+          std::ranges::find_if(c.cached, [](int64_t keys) { return keys > 0; }) - c.cached.begin());
+      const int32_t* word = call.block_table ? call.block_table + last * call.table_row +
+                                                   (c.cached[static_cast<size_t>(last)] - 1) /
+                                                       c.page_size * call.table_column
+                                             : call.cache_seqlens + (c.b - 1) * call.cache_stride;
+      auto* its = const_cast<int32_t*>(word);
+      const int32_t right = std::exchange(*its, call.block_table ? call.pages : -1);
+      judge(wrong, 1);
+      *its = right;
+    }
+    judge(call, 0);
   });
 }

@@ -166,6 +166,7 @@ inline int fetch_add(int* counter, int value) {
   *counter += value;
   return before;
 }
+inline int fetch_add_ordered(int* counter, int value) { return fetch_add(counter, value); }
 // CTAs run one after the other: what has not been signalled by now never will be
 inline void wait_for_signals(const int* counter, int count, const int*) {
   if (*counter != count) emulator::fault("a wait for a CTA that may not have begun");
