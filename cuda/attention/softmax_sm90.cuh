@@ -71,13 +71,16 @@ __device__ __forceinline__ void mask_scores(float (&acc)[kScores], const RowBoun
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int beyond = rows.until[r] - key - lane % 4 * 2;
+    if (beyond < 2 * kScores) {
 #pragma unroll
-    for (int i = 2 * r; i < kScores; i += 4) {
-      if (i / 4 * 8 >= beyond) acc[i] = -INFINITY;
-      if (i / 4 * 8 + 1 >= beyond) acc[i + 1] = -INFINITY;
+      for (int i = 2 * r; i < kScores; i += 4) {
+        if (i / 4 * 8 >= beyond) acc[i] = -INFINITY;
+        if (i / 4 * 8 + 1 >= beyond) acc[i + 1] = -INFINITY;
+      }
     }
-    if (window) {
-      const int first = beyond - window;
+    // a tile is rarely cut at both ends
+    const int first = window ? beyond - window : 0;
+    if (first > 0) {
 #pragma unroll
       for (int i = 2 * r; i < kScores; i += 4) {
         if (i / 4 * 8 < first) acc[i] = -INFINITY;
