@@ -186,7 +186,9 @@ export async function bench(options: BenchOptions): Promise<object> {
     const roof = await measureRoof(device)
     const small = randn([8], { seed: 1, device })
     const enqueueMicroseconds = await enqueueCost(() => [silu(small)], device)
-    const [q, k, v] = [1, 2, 3].map((seed) => randn([1, 16, 8, 64], { seed, device }))
+    const [q, k, v] = [1, 2, 3].map((seed) =>
+      randn([1, 16, 8, 64], { seed, device, dtype: 'bfloat16' }),
+    )
     const attentionMicroseconds = await enqueueCost(() => {
       const { out, lse } = attention(q!, k!, v!)
       return [out, lse]
