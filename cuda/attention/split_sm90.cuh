@@ -52,16 +52,19 @@ template <int kD> struct SplitSmem {
 };
 
 struct SplitArgs {
-  int b, sq, sk, hq, hk, group, row_tiles;
-  int d, dv;
+  // what is looked at before the first copy, in one line of the cache of arguments
+  int b, sq, sk, hk, row_tiles;
+  int window;  // 0 is all
+  int box;     // a copy moves so many rows
+  const int32_t *cache_seqlens, *block_table;
+
+  int hq, group, d, dv;
   float scale_log2, scale, soft_cap;
   bool causal;  // or windowed
-  int window;   // 0 is all
   const float *slopes, *sink;
   int64_t slopes_stride, sink_stride;
-  const int32_t *cache_seqlens, *block_table;
   int64_t cache_stride, table_row, table_column;
-  int pages, page_log2, box;  // pages of 2^page_log2 keys; a copy moves `box` rows
+  int pages, page_log2;  // of 2^page_log2 keys
   const uint16_t *q, *k, *v;
   uint16_t* out;
   Strides q_strides, k_strides, v_strides, out_strides;
@@ -198,7 +201,6 @@ __global__ void __launch_bounds__(SplitTile<kD>::kThreads, 1)
       work.unit = batch * plan.units() + inside;
       work.unit_begin = before + inside * tiles;
       work.unit_tiles = tiles;
-      publish(work);
       // a lane copies one box of a tile and asks for its page a tile ahead
       const int its_row = lane * args.box;
       auto page_of = [&](int j) {
@@ -227,6 +229,7 @@ __global__ void __launch_bounds__(SplitTile<kD>::kThreads, 1)
                          block, args.row_tiles > 1 ? Keep::kNormal : Keep::kShortly);
         };
         load(smem.k[turn.stage], smem.k_full[turn.stage], smem.k_empty[turn.stage], gmem_k);
+        if (j == 0) publish(work);
         // waits for the answer, beside the wait for a stage
         if (args.block_table && j + 1 < work.key_tiles) next = page_of(j + 1);
         load(smem.v[turn.stage], smem.v_full[turn.stage], smem.v_empty[turn.stage], gmem_v);
@@ -447,16 +450,14 @@ __global__ void __launch_bounds__(SplitTile<kD>::kThreads, 1)
       }
       // all have written before the arrival says so, and the last reads what the others wrote
       sync();
-      if (thread == 0) {
-        smem.arrived = fetch_add_ordered(&args.arrivals[work.unit], 1);
-      }
+      if (thread == 0) smem.arrived = fetch_add_ordered(&args.arrivals[work.unit], 1);
       sync();
       if (smem.arrived == last_cta - first_cta) {
         if (thread == 0) args.arrivals[work.unit] = 0;
-        const int pieces = args.dv / 4;
-        for (int i = thread; i < rows_here * pieces; i += 128) {
-          const int mine = i / pieces, column = i % pieces * 4;
-          auto at = [&](int cta) { return slot_of(cta) * kSplitRows + mine; };
+        constexpr int kPieces = kD / 4;
+        for (int i = thread; i < rows_here * kPieces; i += 128) {
+          const int mine = i / kPieces, column = i % kPieces * 4;
+          if (column >= args.dv) continue;
           float top = -INFINITY, sum = 0;
           float4 total_v{};
           // so many looks at memory are on their way together: those of a unit where eight share
@@ -468,10 +469,12 @@ __global__ void __launch_bounds__(SplitTile<kD>::kThreads, 1)
             float4 values[kLooks];
 #pragma unroll
             for (int i = 0; i < kLooks; ++i) {
-              const int its = at(min(from + i, last_cta));
-              state[i] = load_fresh(args.part_state + its);
+              // only the first of all may have the later place
+              const int its = min(from + i, last_cta),
+                        at = (i ? 2 * its : slot_of(its)) * kSplitRows + mine;
+              state[i] = load_fresh(args.part_state + at);
               values[i] = load_fresh(
-                  reinterpret_cast<const float4*>(args.part_out + its * args.dv + column));
+                  reinterpret_cast<const float4*>(args.part_out + at * args.dv + column));
             }
             float higher = top;
 #pragma unroll

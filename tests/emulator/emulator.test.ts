@@ -209,8 +209,8 @@ const kernels: Kernel[] = [
       {
         what: 'the window is one key too wide',
         file: softmax,
-        from: 'beyond - window;',
-        to: 'beyond - window - 1;',
+        from: 'beyond - window :',
+        to: 'beyond - window - 1 :',
       },
       {
         what: 'values of other sequences are not silenced',
@@ -423,8 +423,8 @@ const kernels: Kernel[] = [
       {
         what: 'the window is one key too wide',
         file: softmax,
-        from: 'beyond - window;',
-        to: 'beyond - window - 1;',
+        from: 'beyond - window :',
+        to: 'beyond - window - 1 :',
       },
     ],
   },
