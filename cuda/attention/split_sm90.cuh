@@ -108,7 +108,8 @@ template <int kKeys> struct SplitPlan {
   // CTA c of n begins at tile begin(c), which is total * c / n; tile x belongs to CTA owner(x)
   __device__ __forceinline__ static int begin(int total, int c, int n) {
     // of 32 bits, as everything waits for the first copy
-    return total / n * c + static_cast<int>(static_cast<unsigned>(total % n) * c / n);
+    const unsigned each = static_cast<unsigned>(total) / n;
+    return each * c + (total - each * n) * c / n;
   }
   __device__ __forceinline__ static int owner(int total, int x, int n) {
     return static_cast<int>(((x + int64_t{1}) * n - 1) / total);
@@ -190,11 +191,13 @@ __global__ void __launch_bounds__(SplitTile<kD>::kThreads, 1)
         ++batch;
         continue;
       }
-      const int inside = (at - before) / tiles, first = (at - before) % tiles;
+      const int inside = static_cast<unsigned>(at - before) / tiles;
+      const int first = at - before - inside * tiles;
       SplitWork work;
       work.batch = batch;
-      work.kv_head = inside / args.row_tiles;
-      work.row_tile = inside % args.row_tiles;
+      // a division is a tenth of a microsecond
+      work.kv_head = args.row_tiles == 1 ? inside : inside / args.row_tiles;
+      work.row_tile = inside - work.kv_head * args.row_tiles;
       work.sk = sk;
       work.key_tile = plan.first(sk) + first;
       work.key_tiles = min(tiles - first, end - at);
