@@ -54,8 +54,8 @@ template <int kD> struct SplitSmem {
 struct SplitArgs {
   // what is looked at before the first copy, in one line of the cache of arguments
   int b, sq, sk, hk, row_tiles;
-  int window;  // 0 is all
-  int box;     // a copy moves so many rows
+  int window;      // 0 is all
+  int box, boxes;  // a copy moves `box` rows, of which so many are a tile
   const int32_t *cache_seqlens, *block_table;
 
   int hq, group, d, dv;
@@ -204,23 +204,22 @@ __global__ void __launch_bounds__(SplitTile<kD>::kThreads, 1)
       work.unit = batch * plan.units() + inside;
       work.unit_begin = before + inside * tiles;
       work.unit_tiles = tiles;
-      // a lane copies one box of a tile and asks for its page a tile ahead
+      // a lane copies one box of a tile; 32 of them ask for as many pages at once
       const int its_row = lane * args.box;
-      auto page_of = [&](int j) {
-        const int key = (work.key_tile + j) * kKeys + its_row;
-        // what lies outside arrives as zeros: pages behind the last key are not looked at
-        if (key >= sk || its_row >= kKeys) return args.pages;
-        const int page = args.page(batch, key);
-        bad |= page < 0 || page >= args.pages;
-        return page;
-      };
-      int block = batch, next = args.block_table ? page_of(0) : 0;
+      int pages = 0;
       for (int j = 0; j < work.key_tiles; ++j, ++loaded) {
         const Turn<kStages> turn(loaded);
-        int from = (work.key_tile + j) * kKeys + its_row;
+        const int key = (work.key_tile + j) * kKeys + its_row;
+        int block = batch, from = key;
         if (args.block_table) {
-          block = next;
-          from = args.row_of_page(from);
+          const int asked = j * args.boxes % 32;
+          if (asked == 0) {
+            // what lies outside arrives as zeros: pages behind the last key are not looked at
+            pages = key < sk ? args.page(batch, key) : args.pages;
+            bad |= key < sk && (pages < 0 || pages >= args.pages);
+          }
+          block = __shfl_sync(~0u, pages, asked + lane);
+          from = args.row_of_page(key);
         }
         auto load = [&](auto& tile, Barrier& full, Barrier& empty, const TensorMap& map) {
           empty.wait(turn.parity ^ 1);
@@ -232,10 +231,8 @@ __global__ void __launch_bounds__(SplitTile<kD>::kThreads, 1)
                          block, args.row_tiles > 1 ? Keep::kNormal : Keep::kShortly);
         };
         load(smem.k[turn.stage], smem.k_full[turn.stage], smem.k_empty[turn.stage], gmem_k);
-        if (j == 0) publish(work);
-        // waits for the answer, beside the wait for a stage
-        if (args.block_table && j + 1 < work.key_tiles) next = page_of(j + 1);
         load(smem.v[turn.stage], smem.v_full[turn.stage], smem.v_empty[turn.stage], gmem_v);
+        if (j == 0) publish(work);
       }
       at += work.key_tiles;
     }
@@ -560,6 +557,7 @@ template <DType kType, int kD> void launch_split(const SplitCall& call, cudaStre
   args.page_log2 = std::countr_zero(static_cast<uint64_t>(call.page_size));
   args.box = call.block_table ? static_cast<int>(std::min<int64_t>(call.page_size, Shape::kKeys))
                               : Shape::kKeys;
+  args.boxes = Shape::kKeys / args.box;
   args.q = static_cast<const uint16_t*>(call.q);
   args.k = static_cast<const uint16_t*>(call.k);
   args.v = static_cast<const uint16_t*>(call.v);

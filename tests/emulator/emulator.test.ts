@@ -738,7 +738,7 @@ const kernels: Kernel[] = [
       {
         what: 'every page is read from its first row',
         file: split,
-        from: 'from = args.row_of_page(from);',
+        from: 'from = args.row_of_page(key);',
         to: 'from = 0;',
       },
       {
@@ -756,7 +756,7 @@ const kernels: Kernel[] = [
       {
         what: 'a page out of range is not told',
         file: split,
-        from: 'bad |= page < 0 || page >= args.pages;',
+        from: 'bad |= key < sk && (pages < 0 || pages >= args.pages);',
         to: '',
       },
       {
