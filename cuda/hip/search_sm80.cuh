@@ -352,6 +352,14 @@ template <class Scorer> __device__ void hip_search(const HipArgs& args, char* sm
       if (args.members == 1) team.each(chunks.count, [&](int64_t i) { slot[i] = kNoOrder; });
       hip_descend(team, op, place, chunks, member, args.members, scorer, slot);
       if (args.members > 1 && !arrives_last(args.arrivals + group, args.members)) continue;
+      // A choice looks at every score some twenty times: where queries and tiles stood is room now
+      if (args.slots &&
+          chunks.count * sizeof(uint32_t) <= args.query_bytes + blockDim.x / 32 * sizeof(HipTile)) {
+        auto* near = reinterpret_cast<uint32_t*>(smem);
+        team.each(chunks.count, [&](int64_t i) { near[i] = slot[i]; });
+        hip_keep(team, op, place, chunks, near);
+        continue;
+      }
     } else if (member > 0) {
       continue;
     }

@@ -1575,6 +1575,12 @@ const kernels: Kernel[] = [
         to: 'if (false)',
       },
       {
+        what: 'a choice is made among other scores',
+        file: search,
+        from: 'near[i] = slot[i]',
+        to: 'near[i] = slot[0]',
+      },
+      {
         what: 'every member chooses',
         file: search,
         from: 'if (args.members > 1 && !arrives_last(args.arrivals + group, args.members)) continue;',
