@@ -208,11 +208,17 @@ class CudaBackend final : public Backend {
     cudaSetDevice(device.index);
     sweep();
     void* data = nullptr;
-    if (cudaHostAlloc(&data, std::max<size_t>(nbytes, 1),
-                      cudaHostAllocPortable | cudaHostAllocMapped) == cudaSuccess)
-      return data;
-    cudaGetLastError();
-    return nullptr;
+    const auto ask = [&] {
+      const cudaError_t status = cudaHostAlloc(&data, std::max<size_t>(nbytes, 1),
+                                               cudaHostAllocPortable | cudaHostAllocMapped);
+      if (status != cudaSuccess) cudaGetLastError();
+      return status == cudaSuccess;
+    };
+    if (ask()) return data;
+    // What was let go of a moment ago is there once the stream is through
+    cudaStreamSynchronize(stream_);
+    sweep();
+    return ask() ? data : nullptr;
   }
   // Nothing frees it in the order of the stream, so it waits for an event, which `sweep` records
   void release_pinned(void* data, size_t) noexcept override {
@@ -264,6 +270,7 @@ class CudaBackend final : public Backend {
       for (const auto& call : calls_) {
         call->renew_outputs();
         if (const Failure failure = call->inherited()) call->poison_outputs(failure);
+        take_over_faults(*call, {});
       }
       HEDDLE_CUDA(cudaGraphLaunch(graph_, backend_->stream_));
     }
@@ -283,16 +290,19 @@ class CudaBackend final : public Backend {
       if (error.code == Code::kCuda) lose(error, call.op.name.c_str());
       throw;
     }
-    // Whatever is computed from a faulty tensor is faulty as well. Tensors that are updated for
-    // ever let go of words that have nothing more to say.
-    std::vector<std::shared_ptr<const int>> faults = std::move(context.faults);
+    for (const StorageRef& output : call.outputs) output->producer = call.op.name.c_str();
+    take_over_faults(call, std::move(context.faults));
+  }
+
+  // Whatever is computed from a faulty tensor is faulty as well. Tensors that are updated for ever
+  // let go of words that have nothing more to say.
+  static void take_over_faults(const Call& call, std::vector<std::shared_ptr<const int>> faults) {
     const auto settled = [](const auto& word) { return fault_of(word)->settled.load(); };
     for (const StorageRef& input : call.inputs) {
       std::erase_if(input->faults, settled);
       faults.insert(faults.end(), input->faults.begin(), input->faults.end());
     }
     for (const StorageRef& output : call.outputs) {
-      output->producer = call.op.name.c_str();
       std::erase_if(output->faults, settled);
       for (const auto& fault : faults)
         if (std::find(output->faults.begin(), output->faults.end(), fault) == output->faults.end())

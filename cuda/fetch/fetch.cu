@@ -28,15 +28,13 @@ void copy(const Fetch& op, const int32_t* fresh, const Tensor& far, const Tensor
 }
 
 void run(const Fetch& op, CudaContext& context) {
-  const int64_t n = op.wanted.shape[0];
-  if (n == 0) return;
-  auto* fresh = context.scratch<int32_t>(static_cast<size_t>(n));
+  auto* fresh = context.scratch<int32_t>(static_cast<size_t>(op.wanted.shape[0]));
   int* fault = context.fault("wanted must name pages that exist");
   fetch_place_kernel<<<1, 1024, 0, context.stream>>>(op, fresh, fault);
   context.launched("fetch_place_kernel");
   for (const auto& [near, far] : {std::pair{&op.near_k, &op.k}, std::pair{&op.near_v, &op.v}}) {
     const int64_t bytes = *far ? Fetch::page_bytes(*far) : 0;
-    if (bytes == 0) continue;
+    if (bytes == 0 || op.wanted.size() == 0) continue;
     const auto start =
         reinterpret_cast<uintptr_t>(far->data) | reinterpret_cast<uintptr_t>(near->data);
     if (bytes % 16 == 0 && start % 16 == 0) {

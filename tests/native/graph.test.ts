@@ -86,6 +86,14 @@ describeDevices('graph', (device) => {
     expect(await step.replay().read()).toEqual(good)
   })
 
+  it('fails where its inputs became what failed after it was made', async () => {
+    const [q, x] = [draw([1, 1, 2, 64], 1), draw([1, 1, 2, 64], 2)]
+    const step = graph(() => silu(silu(x)))
+    const cacheSeqlens = tensor([2], [1], { dtype: 'int32', device })
+    x.copyFrom(attention(q, q, q, { cacheSeqlens }).out)
+    expect(await failure(() => step.replay().read())).toMatchObject({ op: 'attention' })
+  })
+
   it('holds the memory it needs, and no more after dispose', async () => {
     await synchronize(device)
     const before = memory(device)

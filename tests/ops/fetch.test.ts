@@ -113,6 +113,11 @@ describeDevices('fetch', (device) => {
         .sort(),
     ).toEqual([-1, -1, 5, 7])
     expect([...((await state.counts.read()) as BigInt64Array)].slice(0, 2)).toEqual([0n, 11n])
+    // a list without room is missed as a whole, and a call all the same
+    const [time] = ((await state.counts.read()) as BigInt64Array).slice(2, 3)
+    run('fetch', { ...state, wanted: int32([]), length: int32([3]) })
+    const counts = [...((await state.counts.read()) as BigInt64Array)].slice(0, 3)
+    expect(counts).toEqual([0n, 14n, time! + 1n])
   })
 
   it('refuses pages that do not exist', async () => {
