@@ -27,9 +27,10 @@
 // the second product and under those of the other warpgroups, which take turns at issuing. Sizes
 // that are smaller than the tile's are filled with zeros by the copies.
 //
-// Under a mask a key tile is two units of 64 keys, the next two of the list that the tile of q has
-// (list_sm90.h). A warpgroup whose rows see neither passes them by, and one whose rows see all of
-// both masks nothing.
+// Under a mask a key tile is two units of 64 keys of the list that the tile of q has (list_sm90.h),
+// the next two that the same warpgroups see. A warpgroup whose rows see neither passes them by, and
+// one whose rows see all of both masks nothing. Another warp of warpgroup 0 takes tiles of q, loads
+// q and walks their lists, some key tiles ahead of the one that loads k and v.
 namespace heddle {
 namespace {
 
@@ -65,13 +66,15 @@ struct ForwardWork {
 
 // Two units of a list. A warpgroup has four bits of `seen`: any and listed of the first, then of
 // the second.
-struct UnitPair {
+struct alignas(16) UnitPair {
   int unit[2];  // ascending, or -1
   uint32_t seen;
+  int buffer;  // where the tile of q is described
 };
 
-// The units of a list from the last to the first, by the thread that loads
+// The units of a list from the last to the first, in pairs
 template <int kWarpgroups> struct UnitWalk {
+  static_assert(kWarpgroups == 2);
   const UnitBits* bits;  // of the list
   const int* marks;
   int units;  // of the list
@@ -79,17 +82,22 @@ template <int kWarpgroups> struct UnitWalk {
   uint32_t marked;
   int word, next;  // the numbers of `now` and `ahead`
   uint32_t left;   // units of `now`
-  bool alone;      // the last unit of an odd number, as at the end of a dense row
   UnitBits now[kWarpgroups], ahead[kWarpgroups];
+  // A unit is of class 1, 2 or 3: seen by the first warpgroup, by the second or by both. The last
+  // of a class that has an odd number counts as of class 0.
+  uint32_t odd;
+  uint32_t waiting[4];  // a unit and what is seen of it, or kNone, of each class
+  static constexpr uint32_t kNone = ~0u;
 
   __device__ __forceinline__ void begin(const UnitLists& lists, int64_t list) {
     bits = lists.bits + list * lists.words * kWarpgroups;
     marks = lists.marks + list * lists.mark_words();
-    units = marks[0];
+    units = marks[0] >> 4;
+    odd = marks[0] & 15;
     group = lists.mark_words() - 1;
     marked = 0;
     left = 0;
-    alone = units % 2 != 0;
+    for (uint32_t& unit : waiting) unit = kNone;
     fetch();
   }
 
@@ -109,26 +117,53 @@ template <int kWarpgroups> struct UnitWalk {
     for (int w = 0; w < kWarpgroups; ++w) ahead[w] = bits[next * int64_t{kWarpgroups} + w];
   }
 
-  __device__ __forceinline__ int take(uint32_t& seen, int slot) {
+  // The next unit: its number, then `any` and `listed` of each warpgroup
+  __device__ __forceinline__ uint32_t take() {
     if (left == 0) {
-      if (next < 0) return -1;
+      if (next < 0) return kNone;
       word = next;
       for (int w = 0; w < kWarpgroups; ++w) left |= (now[w] = ahead[w]).any;
       fetch();
     }
     const int bit = highest(left);
     left ^= 1u << bit;
-    for (int w = 0; w < kWarpgroups; ++w)
-      seen |= ((now[w].any >> bit & 1) | (now[w].listed >> bit & 1) << 1) << (4 * w + 2 * slot);
-    return word * 32 + bit;
+    uint32_t unit = word * 32 + bit;
+    for (int w = kWarpgroups - 1; w >= 0; --w)
+      unit = unit << 2 | (now[w].listed >> bit & 1) << 1 | (now[w].any >> bit & 1);
+    return unit;
   }
 
+  // Two units that the same warpgroups see, so that none multiplies for the sake of the other, with
+  // what is left over of each class among each other. As many as half the units, rounded up.
   __device__ __forceinline__ UnitPair pair() {
-    UnitPair pair{{-1, -1}, 0};
-    if (!alone) pair.unit[1] = take(pair.seen, 1);
-    alone = false;
-    pair.unit[0] = take(pair.seen, 0);
-    return pair;
+    for (;;) {
+      const uint32_t unit = take();
+      if (unit == kNone) return {{-1, -1}, 0, 0};
+      uint32_t kind = (unit & 1) | (unit >> 1 & 2);
+      if (odd >> kind & 1) {
+        odd ^= 1u << kind;
+        kind = 0;
+      }
+      uint32_t other = kNone;
+#pragma unroll
+      for (uint32_t i = 0; i < 4; ++i)
+        if (i == kind) {
+          other = waiting[i];
+          waiting[i] = other == kNone && (i > 0 || odd != 0) ? unit : kNone;
+        }
+      if (other != kNone) return both(unit, other);
+      if (kind == 0 && odd == 0) return {{static_cast<int>(unit >> 4), -1}, spread(unit), 0};
+    }
+  }
+
+  // Four bits of each warpgroup
+  __device__ __forceinline__ static uint32_t spread(uint32_t unit) {
+    return (unit & 3) | (unit & 12) << 2;
+  }
+  __device__ __forceinline__ static UnitPair both(uint32_t low, uint32_t high) {
+    return {{static_cast<int>(low >> 4), static_cast<int>(high >> 4)},
+            spread(low) | spread(high) << 2,
+            0};
   }
 };
 
@@ -136,17 +171,17 @@ template <int kD, int kDv, bool kMapped, bool kListed> struct ForwardSmem {
   using Shape = ForwardTile<kD, kDv, kMapped, kListed>;
   // out passes through q's buffer
   static constexpr int kWide = whole_panels(kD > kDv ? kD : kDv);
-  // those of the key tile that is worked on, of the one after it, and of the two that are loaded
-  static constexpr int kPairs = 4;
+  // key tiles that are known ahead
+  static constexpr int kPairs = 8;
   sm90::Tile<Shape::kQueries, kWide> q[Shape::kBuffers];
   sm90::Tile<Shape::kKeys, whole_panels(kD)> k[Shape::kStages];
   sm90::Tile<Shape::kKeys, whole_panels(kDv)> v[Shape::kStages];
   ForwardWork work[Shape::kBuffers];
-  UnitPair pairs[kPairs];
-  UnitPair first_pair[Shape::kBuffers];  // of the work
+  UnitPair pairs[kListed ? kPairs : 1];
   sm90::Barrier q_full[Shape::kBuffers], q_empty[Shape::kBuffers];
   sm90::Barrier k_full[Shape::kStages], k_empty[Shape::kStages];
   sm90::Barrier v_full[Shape::kStages], v_empty[Shape::kStages];
+  sm90::Barrier pair_full[kListed ? kPairs : 1], pair_empty[kListed ? kPairs : 1];
 };
 
 struct ForwardArgs {
@@ -314,105 +349,145 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kMapped, kListed>::kThre
       smem.k_empty[stage].init(kWarpgroups * 4);
       smem.v_empty[stage].init(kWarpgroups * 4);
     }
+    if constexpr (kListed)
+      for (int i = 0; i < smem.kPairs; ++i) {
+        smem.pair_full[i].init(1);
+        smem.pair_empty[i].init(1);
+      }
     fence_barrier_init();
   }
   __syncthreads();
 
   if (warpgroup == 0) {
     lower_registers<Shape::kLoadRegisters>();
-    if (threadIdx.x < 32 && elect_one()) {
+    auto ask = [&] { return static_cast<int>(gridDim.x) + fetch_add(&args.tickets[0], 1); };
+    auto describe = [&](const ForwardWork& work, uint32_t visit) {
+      const Turn<kBuffers> q(visit);
+      smem.q_empty[q.stage].wait(q.parity ^ 1);
+      smem.work[q.stage] = work;
+      return q.stage;
+    };
+    auto load_q = [&](const ForwardWork& work, uint32_t visit) {
+      const uint32_t buffer = describe(work, visit);
+      smem.q_full[buffer].arrive_expect(whole_panels(kD) * kQueries * 2);
+      for (int column = 0; column < kD; column += 64)
+        copy_to_smem(smem.q[buffer].panel(column), gmem_q, smem.q_full[buffer], column,
+                     work.q_begin + work.row, work.head, work.batch, Keep::kShortly);
+    };
+    // the last tile of a CTA is none
+    auto finish = [&](const ForwardWork& work, uint32_t visit) {
+      smem.q_full[describe(work, visit)].arrive();
+      // the last CTA leaves the counters as it found them
+      if (fetch_add(&args.tickets[1], 1) == static_cast<int>(gridDim.x) - 1)
+        args.tickets[0] = args.tickets[1] = 0;
+    };
+    // of key tile n
+    auto await_empty = [&](Barrier* empty, uint32_t n) {
+      const Turn<kStages> turn(n);
+      empty[turn.stage].wait(turn.parity ^ 1);
+    };
+    if constexpr (kListed) {
+      if (threadIdx.x >= 64) return;
+      const bool walks = __shfl_sync(~0u, threadIdx.x / 32, 0) == 1;
+      if (!elect_one()) return;
+      if (walks) {
+        prefetch(gmem_q);
+        ForwardOrder<kQueries> order{args};
+        ForwardWork work = order.at(blockIdx.x);
+        uint32_t visit = 0, n = 0;  // tiles of q, and of k and v
+        UnitWalk<kWarpgroups> walk;
+        auto push = [&](UnitPair pair) {
+          const Turn<smem.kPairs> turn(n++);
+          pair.buffer = Turn<kBuffers>(visit).stage;
+          smem.pair_empty[turn.stage].wait(turn.parity ^ 1);
+          smem.pairs[turn.stage] = pair;
+          smem.pair_full[turn.stage].arrive();
+        };
+        for (; work.row >= 0; ++visit) {
+          walk.begin(args.lists, list_of(work));
+          work.key_tiles = max((walk.units + 1) / 2, 1);
+          load_q(work, visit);
+          for (int j = 0; j < work.key_tiles; ++j) push(walk.pair());
+          work = order.at(ask());
+        }
+        finish(work, visit);
+        push({});
+      } else {
+        prefetch(gmem_k);
+        prefetch(gmem_v);
+        // where the units are of the key tile whose values are next
+        struct Place {
+          int row[2], head, batch;
+        } last{};
+        auto load = [&](auto& tiles, Barrier* full, const TensorMap& map, uint32_t n,
+                        const Place& place) {
+          const uint32_t stage = Turn<kStages>(n).stage;
+          full[stage].arrive_expect(tiles[0].kBytes);
+#pragma unroll
+          for (int i = 0; i < 2; ++i)
+            tiles[stage].load(map, full[stage], place.row[i], place.head, place.batch, Keep::kLong,
+                              i * kUnitKeys);
+        };
+        int left = 0;  // key tiles of this tile of q
+        for (uint32_t n = 0;; ++n) {
+          const Turn<smem.kPairs> turn(n);
+          smem.pair_full[turn.stage].wait(turn.parity);
+          const UnitPair pair = smem.pairs[turn.stage];
+          const ForwardWork& work = smem.work[pair.buffer];
+          if (work.row < 0) return;
+          Place next{{}, work.head / args.group, work.batch};
+          for (int i = 0; i < 2; ++i)  // zeros for none
+            next.row[i] = pair.unit[i] < 0 ? args.sk : work.k_begin + pair.unit[i] * kUnitKeys;
+          await_empty(smem.k_empty, n);
+          // all are done with the pair whose keys they gave back
+          if (n > 1) smem.pair_empty[(n - 2) % smem.kPairs].arrive();
+          load(smem.k, smem.k_full, gmem_k, n, next);
+          if (left > 0) {
+            await_empty(smem.v_empty, n - 1);
+            load(smem.v, smem.v_full, gmem_v, n - 1, last);
+          } else {
+            left = work.key_tiles;
+          }
+          last = next;
+          // the next pair may need the last values before it is there
+          if (--left > 0) continue;
+          await_empty(smem.v_empty, n);
+          load(smem.v, smem.v_full, gmem_v, n, last);
+        }
+      }
+    } else if (threadIdx.x < 32 && elect_one()) {
       prefetch(gmem_q);
       prefetch(gmem_k);
       prefetch(gmem_v);
       ForwardOrder<kQueries> order{args};
       ForwardWork work = order.at(blockIdx.x);
       uint32_t visit = 0, loaded = 0;  // tiles of q, and of k and v
-      UnitWalk<kWarpgroups> walk;
-      // units of the key tile whose values are next, and of the one after it
-      UnitPair now{}, next{};
-      auto open = [&](ForwardWork& work) {
-        find_keys<kQueries, kKeys>(args, work);
-        if constexpr (kListed) {
-          walk.begin(args.lists, list_of(work));
-          work.key_tiles = max((walk.units + 1) / 2, 1);
-          now = walk.pair();
-          next = walk.pair();
-        }
-      };
-      auto ask = [&] { return static_cast<int>(gridDim.x) + fetch_add(&args.tickets[0], 1); };
-      if (work.row >= 0) open(work);
+      if (work.row >= 0) find_keys<kQueries, kKeys>(args, work);
       for (; work.row >= 0; ++visit) {
         const int kv_head = work.head / args.group;
-        auto await_empty = [&](Barrier* empty, int j) {
-          const Turn<kStages> turn(loaded + j);
-          empty[turn.stage].wait(turn.parity ^ 1);
-        };
-        auto load = [&](auto& tiles, Barrier* full, const TensorMap& map, int j,
-                        const UnitPair& units) {
+        auto load = [&](auto& tiles, Barrier* full, const TensorMap& map, int j) {
           const uint32_t stage = Turn<kStages>(loaded + j).stage;
           full[stage].arrive_expect(tiles[0].kBytes);
-#pragma unroll
-          for (int to = 0; to < kKeys; to += Shape::kKeysOfBox) {
-            const int unit = units.unit[kListed ? to / kUnitKeys : 0];
-            const int row = !kListed   ? work.k_begin + (work.key_end - 1 - j) * kKeys
-                            : unit < 0 ? args.sk  // zeros
-                                       : work.k_begin + unit * kUnitKeys;
-            tiles[stage].load(map, full[stage], row, kv_head, work.batch, Keep::kLong, to);
-          }
+          tiles[stage].load(map, full[stage], work.k_begin + (work.key_end - 1 - j) * kKeys,
+                            kv_head, work.batch, Keep::kLong);
         };
-        // a pair is there when the key tile before it is: who computes looks a tile ahead
-        auto publish = [&](int j, const UnitPair& units) {
-          if (kListed) smem.pairs[(loaded + j) % smem.kPairs] = units;
-        };
-
-        await_empty(smem.k_empty, 0);
-        publish(1, next);
-        load(smem.k, smem.k_full, gmem_k, 0, now);
-        const Turn<kBuffers> q(visit);
-        smem.q_empty[q.stage].wait(q.parity ^ 1);
-        smem.work[q.stage] = work;
-        if (kListed) smem.first_pair[q.stage] = now;
-        smem.q_full[q.stage].arrive_expect(whole_panels(kD) * kQueries * 2);
-        for (int column = 0; column < kD; column += 64)
-          copy_to_smem(smem.q[q.stage].panel(column), gmem_q, smem.q_full[q.stage], column,
-                       work.q_begin + work.row, work.head, work.batch, Keep::kShortly);
-        // a list is opened before the last wait, which hides how long that takes
-        int ticket = kListed ? ask() : 0;
+        await_empty(smem.k_empty, loaded);
+        load(smem.k, smem.k_full, gmem_k, 0);
+        load_q(work, visit);
         for (int j = 1; j < work.key_tiles; ++j) {
-          UnitPair after{};
-          if constexpr (kListed) after = walk.pair();  // while there is nothing to do but wait
-          await_empty(smem.k_empty, j);
-          publish(j + 1, after);
-          load(smem.k, smem.k_full, gmem_k, j, next);
-          await_empty(smem.v_empty, j - 1);
-          load(smem.v, smem.v_full, gmem_v, j - 1, now);
-          now = next;
-          next = after;
+          await_empty(smem.k_empty, loaded + j);
+          load(smem.k, smem.k_full, gmem_k, j);
+          await_empty(smem.v_empty, loaded + j - 1);
+          load(smem.v, smem.v_full, gmem_v, j - 1);
         }
-        const UnitPair units = now;
-        ForwardWork following;
-        auto look_ahead = [&] {
-          following = order.at(ticket);
-          if (following.row >= 0) open(following);
-        };
-        if constexpr (kListed) {
-          look_ahead();
-        } else {
-          ticket = ask();
-        }
-        await_empty(smem.v_empty, work.key_tiles - 1);
-        load(smem.v, smem.v_full, gmem_v, work.key_tiles - 1, units);
+        const int ticket = ask();
+        await_empty(smem.v_empty, loaded + work.key_tiles - 1);
+        load(smem.v, smem.v_full, gmem_v, work.key_tiles - 1);
         loaded += work.key_tiles;
-        if constexpr (!kListed) look_ahead();
-        work = following;
+        work = order.at(ticket);
+        if (work.row >= 0) find_keys<kQueries, kKeys>(args, work);
       }
-      const Turn<kBuffers> q(visit);
-      smem.q_empty[q.stage].wait(q.parity ^ 1);
-      smem.work[q.stage] = work;
-      smem.q_full[q.stage].arrive();
-      // the last CTA leaves the counters as it found them
-      if (fetch_add(&args.tickets[1], 1) == static_cast<int>(gridDim.x) - 1)
-        args.tickets[0] = args.tickets[1] = 0;
+      finish(work, visit);
     }
     return;
   }
@@ -621,10 +696,10 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kMapped, kListed>::kThre
       wgmma_wait<0>(acc_o);
       release(smem.v_empty[v.stage]);
     };
-    auto clear_tail = [&](int key) {
+    auto clear_tail = [&](int j, int key) {
       if (!args.cu_seqlens_q && !args.cache_seqlens) return;
       const int left = max(work.sk - key, 0);
-      const Turn<kStages> v = stage_of(0);
+      const Turn<kStages> v = stage_of(j);
       smem.v_full[v.stage].wait(v.parity);
       if (left < kKeys) clear_beyond(v.stage, left);
     };
@@ -634,19 +709,34 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kMapped, kListed>::kThre
       const int whole_end =
           args.causal ? min(work.row + own * 64 + diagonal + 1, work.sk) : work.sk;
       bool pending = false;  // weights of tile j - 1
-      UnitPair next = smem.first_pair[q.stage];
+      UnitPair next;
+      // seen of it, and whether there is something to mask
+      uint32_t next_seen;
+      auto look_at = [&](int j) {
+        const Turn<smem.kPairs> turn(used + j);
+        smem.pair_full[turn.stage].wait(turn.parity);
+        next = smem.pairs[turn.stage];
+        const uint32_t its = next.seen >> 4 * own & 15;
+        const bool masked = (its & 10) != 10 || (next.unit[1] + 1) * kUnitKeys > whole_end;
+        next_seen = __shfl_sync(~0u, its | static_cast<uint32_t>(masked) << 4, 0);
+      };
+      look_at(0);
 #pragma unroll 1
       for (int j = 0; j < key_tiles; ++j) {
         const Turn<kStages> stage = stage_of(j);
         const UnitPair pair = next;
+        const uint32_t seen = next_seen & 15;
+        const bool masked = next_seen >> 4 != 0;
         const auto look_ahead = [&] {
-          if (j + 1 < key_tiles) next = smem.pairs[(used + j + 1) % smem.kPairs];
+          if (j + 1 < key_tiles) look_at(j + 1);
         };
-        const uint32_t seen = __shfl_sync(~0u, pair.seen >> 4 * own & 15, 0);
-        const bool masked = (seen & 10) != 10 || (pair.unit[1] + 1) * kUnitKeys > whole_end;
         uint64_t words[2][2];
         // before there are scores, whose registers it takes
-        if (masked) look(work, pair, seen, words);
+        if (masked) {
+          look(work, pair, seen, words);
+          // a sequence may end in either
+          clear_tail(j, (pair.unit[1] < 0 ? pair.unit[0] : pair.unit[1] - 1) * kUnitKeys);
+        }
         const auto soften = [&](bool masked) {
           return [&, masked] {
             look_ahead();
@@ -654,8 +744,6 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kMapped, kListed>::kThre
             return rows.update(acc_s, to_log2);
           };
         };
-        // only the last units of a list can reach beyond the end of a sequence
-        if (j == 0) clear_tail((pair.unit[1] < 0 ? pair.unit[0] : pair.unit[1] - 1) * kUnitKeys);
         // what both warpgroups see whole takes the same steps as dense, without a branch in them
         if (pending && !masked) {
           step(j, soften(false));
@@ -687,7 +775,7 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kMapped, kListed>::kThre
       };
       first(0, soften(0, true));
       if (kBuffers > 1 && visit > 0) release_q(visit - 1);
-      clear_tail(key_of(0));
+      clear_tail(0, key_of(0));
       // key tiles that the first row sees whole, and where the last row's window begins
       const int whole_end = (args.causal ? max(work.row + diagonal + 1, 0) : work.sk) / kKeys;
       const int whole_begin =

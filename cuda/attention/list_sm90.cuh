@@ -62,6 +62,7 @@ __global__ void __launch_bounds__(kListThreads, 2)
     int* marks = lists.marks + list * lists.mark_words();
     const bool plain = views[0].plain() && views[1].plain();
     int units = 0;
+    uint32_t odd = 0;  // bit c: of class c, as UnitWalk has them
     for (int group = 0; group < lists.words; group += 32) {
       UnitBits bits[kListedWarpgroups]{};
       if (plain) {
@@ -79,9 +80,9 @@ __global__ void __launch_bounds__(kListThreads, 2)
           }
         }
       }
-      uint32_t visited = 0;
-#pragma unroll
-      for (int w = 0; w < kListedWarpgroups; ++w) visited |= bits[w].any;
+      const uint32_t first = bits[0].any, second = bits[1].any, visited = first | second;
+      odd ^= (__popc(first & ~second) & 1) << 1 | (__popc(second & ~first) & 1) << 2 |
+             (__popc(first & second) & 1) << 3;
       if (visited != 0)
 #pragma unroll
         for (int w = 0; w < kListedWarpgroups; ++w)
@@ -91,7 +92,8 @@ __global__ void __launch_bounds__(kListThreads, 2)
       if (lane == 0) marks[1 + group / 32] = static_cast<int>(marked);
     }
     units = static_cast<int>(__reduce_add_sync(~0u, static_cast<uint32_t>(units)));
-    if (lane == 0) marks[0] = units;
+    odd = __reduce_xor_sync(~0u, odd);
+    if (lane == 0) marks[0] = units << 4 | static_cast<int>(odd);
   }
 }
 

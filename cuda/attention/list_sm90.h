@@ -22,9 +22,11 @@ struct alignas(8) UnitBits {
 struct UnitLists {
   MaskView mask;
   UnitBits* bits;  // [lists, words, warpgroups]
-  int* marks;      // [lists, mark_words]: how many units are seen, then a bit per word that has any
-  int tiles;       // per head: of one sequence, or of all that are packed
-  int words;       // of 32 units
+  // [lists, mark_words]: how many units are seen, times 16, and which classes of UnitWalk have an
+  // odd number, then a bit per word that has any
+  int* marks;
+  int tiles;  // per head: of one sequence, or of all that are packed
+  int words;  // of 32 units
   int warpgroups;
 
   HEDDLE_HD int mark_words() const { return 1 + (words + 31) / 32; }

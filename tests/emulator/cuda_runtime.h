@@ -62,6 +62,11 @@ inline unsigned __reduce_add_sync(unsigned, unsigned value) {
   for (const uint32_t other : heddle::emulator::cta->exchange(value)) sum += other;
   return sum;
 }
+inline unsigned __reduce_xor_sync(unsigned, unsigned value) {
+  unsigned sum = 0;
+  for (const uint32_t other : heddle::emulator::cta->exchange(value)) sum ^= other;
+  return sum;
+}
 
 inline int __clz(int value) { return std::countl_zero(static_cast<uint32_t>(value)); }
 inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {

@@ -119,7 +119,7 @@ const kernels: Kernel[] = [
       {
         what: 'a tile is loaded before the last one was used',
         file: forward,
-        from: 'empty[turn.stage].wait(turn.parity ^ 1);',
+        from: ' empty[turn.stage].wait(turn.parity ^ 1);',
         to: '',
       },
       {
@@ -137,8 +137,8 @@ const kernels: Kernel[] = [
       {
         what: 'q is loaded over out',
         file: forward,
-        from: 'smem.q_empty[q.stage].wait(q.parity ^ 1);\n        smem.work',
-        to: 'smem.work',
+        from: 'smem.q_empty[q.stage].wait(q.parity ^ 1);',
+        to: '',
       },
       {
         what: 'barriers are used before their initialisation is seen',
@@ -607,19 +607,37 @@ const kernels: Kernel[] = [
       {
         what: 'both halves of a tile are one unit',
         file: forward,
-        from: '.unit[kListed ? to / kUnitKeys : 0]',
-        to: '.unit[0]',
+        from: 'work.k_begin + pair.unit[i]',
+        to: 'work.k_begin + pair.unit[0]',
+      },
+      {
+        what: 'a pair is used before it is there',
+        file: forward,
+        from: 'smem.pair_full[turn.stage].wait(turn.parity);\n        next',
+        to: 'next',
+      },
+      {
+        what: 'a pair is overwritten before all have read it',
+        file: forward,
+        from: 'smem.pair_empty[turn.stage].wait(turn.parity ^ 1);',
+        to: '',
+      },
+      {
+        what: 'what is left over of classes is left out',
+        file: forward,
+        from: 'odd ^= 1u << kind;',
+        to: '',
       },
       {
         what: 'all warpgroups take the list of the first',
         file: forward,
-        from: 'pair.seen >> 4 * own & 15',
-        to: 'pair.seen & 15',
+        from: 'next.seen >> 4 * own & 15',
+        to: 'next.seen & 15',
       },
       {
         what: 'causality does not cut what is listed',
         file: forward,
-        from: '(pair.unit[1] + 1) * kUnitKeys > whole_end',
+        from: '(next.unit[1] + 1) * kUnitKeys > whole_end',
         to: 'false',
       },
       {

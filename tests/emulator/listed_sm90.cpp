@@ -89,6 +89,14 @@ const Case kCases[] = {
      .hk = 1,
      .cached = {300, 20, 131},
      .mask = {64, 64, 1, 60}},
+    // the last unit is not in the first tile
+    {.b = 3,
+     .sq = 130,
+     .sk = 450,
+     .hq = 2,
+     .hk = 2,
+     .cached = {430, 261, 131},
+     .mask = {64, 64, 2, 50}},
     // runs of distances
     {.b = 1,
      .sq = 150,
