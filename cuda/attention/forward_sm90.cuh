@@ -508,10 +508,11 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kMapped, kListed>::kThre
 
   auto issue_scores = [&](uint32_t stage, uint32_t buffer) {
     wgmma_fence(acc_s);
+    const uint64_t q = smem.q[buffer].k_major(own * 64, 0), k = smem.k[stage].k_major(0, 0);
 #pragma unroll
     for (int d = 0; d < kD; d += 16)
-      wgmma<kType, Major::kK>(acc_s, smem.q[buffer].k_major(own * 64, d),
-                              smem.k[stage].k_major(0, d), d > 0);
+      wgmma<kType, Major::kK>(acc_s, advance(q, smem.q[0].k_step(d)),
+                              advance(k, smem.k[0].k_step(d)), d > 0);
     wgmma_commit();
   };
   auto issue_values = [&](uint32_t stage) {
