@@ -97,13 +97,15 @@ ScanPlan plan_scan_sm90(const ScanCall& call) {
   }
   plan.slices = static_cast<int>(parts_of(call.e, plan.columns));
   plan.parts = 1;
-  // Summaries are of one segment less, so there is room for more than one CTA to each. Two rounds
-  // of CTAs are better than one where the decay ends before the segment in some heads alone, whose
-  // places the others take. Every part is one more for the scan to read.
+  // Summaries are of one segment less, so there is room for more than one CTA to each. More than
+  // one round of CTAs is worth it where the decay ends before the segment in some heads alone,
+  // whose places the others take. Every part is one more for the scan to read.
   while (segments > 1) {
     const int64_t shared = tokens / (2 * plan.parts * segments) / kChunk;  // chunks of a CTA
-    const bool twice = shared >= (plan.parts == 1 ? 16 : 32) && shared < 64;
-    const int64_t rounds = twice ? 2 : shared >= 8 ? 1 : 0;
+    const double rounds = shared >= 32 && shared < 128      ? 3
+                          : shared >= 16 && plan.parts == 1 ? 1.5
+                          : shared >= 8                     ? 1
+                                                            : 0;
     if (2 * plan.parts * ctas * (segments - 1) > rounds * call.processors) break;
     plan.parts *= 2;
   }
