@@ -8,7 +8,7 @@
 namespace heddle {
 namespace {
 
-constexpr int kDecodeSlab = 64, kDecodeThreads = 512;  // columns of v in a tile, its threads
+constexpr int kDecodeSlab = 64, kDecodeThreads = 256;  // columns of v in a tile, its threads
 
 // Rows of q, k or v: [b, s, heads, d or e]
 struct DecodeRows {
@@ -48,13 +48,13 @@ struct DecodeCall {
   }
 };
 
-// What 512 threads hold of a state: 64 columns of v, each thread up to kPieces pieces of four
-// numbers along a row. kPieces cover d: 32 times as many rows of a state that is [d, e], and if it
-// is [e, d] 64 columns for every two. Numbers behind d and e are zero and stay so.
+// What 256 threads hold of a state: 64 columns of v, each thread up to kPieces pieces of four
+// numbers along a row. kPieces cover d: 16 times as many rows of a state that is [d, e], and if it
+// is [e, d] 64 columns for every four. Numbers behind d and e are zero and stay so.
 template <int kPieces, bool kTransposed> struct DecodeTile {
   static constexpr int kAcross = kDecodeSlab / 4,
                        kDown = kDecodeThreads / kAcross;        // threads along a row, rows
-  static constexpr int kAlong = kTransposed ? kPieces / 2 : 1;  // pieces of a thread in one row
+  static constexpr int kAlong = kTransposed ? kPieces / 4 : 1;  // pieces of a thread in one row
   using Sums = float4[kDecodeThreads / 32][kAcross];
 
   int rows, columns, thread, lane, line, slab;
@@ -145,23 +145,21 @@ template <int kPieces, bool kTransposed> struct DecodeTile {
 };
 
 // A CTA owns one tile of a state, which stays in registers from the first token to the last. All
-// reads are on their way before the first is used, of two CTAs 64 KB to a multiprocessor. More
-// pieces per thread would spill, and what is spilled passes through L2 as well.
+// reads are on their way before the first is used: with 8 pieces 128 KB to a multiprocessor. What
+// registers do not hold passes through L2 as states do, so nothing may spill.
 template <class T, int kPieces, bool kTransposed, bool kVectors>
-__global__ void __launch_bounds__(kDecodeThreads, 2) lightning_decode_kernel(DecodeCall p) {
+__global__ void __launch_bounds__(kDecodeThreads, kPieces == 8 ? 4 : 2)
+    lightning_decode_kernel(DecodeCall p) {
   using Tile = DecodeTile<kPieces, kTransposed>;
   __shared__ float smem_q[kDecodeThreads], smem_k[kDecodeThreads], smem_v[kDecodeThreads];
   __shared__ typename Tile::Sums smem_sums;
   const int slabs = (p.e + kDecodeSlab - 1) / kDecodeSlab;
-  const int64_t index = blockIdx.x / slabs, b = index / p.heads_state;
-  const int state_head = index % p.heads_state, group = p.heads / p.heads_state;
+  const int index = blockIdx.x / slabs, state_head = index % p.heads_state;
+  const int group = p.heads / p.heads_state;
+  const int64_t b = index / p.heads_state;
   const int thread = threadIdx.x;
   const int64_t slot = p.slots[b * p.slots_stride];
   const float slope = p.slopes[state_head * p.slopes_stride];
-  if (blockIdx.x == 0) {
-    const bool bad = __syncthreads_or(p.finds_bad(thread, kDecodeThreads));
-    if (thread == 0) *p.fault = bad;
-  }
   const bool skipped = slot < 0 || slot >= p.pool;
   const float decay = expf(-slope);
   Tile tile(p.d, p.e, blockIdx.x % slabs * kDecodeSlab, thread);
@@ -183,6 +181,10 @@ __global__ void __launch_bounds__(kDecodeThreads, 2) lightning_decode_kernel(Dec
       for (int j = 0; j < 4; ++j)
         if (j < count) piece[j] = state[at + j];
     });
+  if (blockIdx.x == 0) {  // while the state is on its way
+    const bool bad = __syncthreads_or(p.finds_bad(thread, kDecodeThreads));
+    if (thread == 0) *p.fault = bad;
+  }
 
   for (int t = 0; t < p.tokens; ++t)
     for (int member = 0; member < group; ++member) {
@@ -261,9 +263,9 @@ void run_portable(const LightningDecode& op, CudaContext& context) {
       return call.transposed ? lightning_decode_kernel<T, kPieces, true, kVectors>
                              : lightning_decode_kernel<T, kPieces, false, kVectors>;
     };
-    auto* kernel = !call.vectors   ? pick.template operator()<8, false>()
-                   : call.d <= 128 ? pick.template operator()<4, true>()
-                                   : pick.template operator()<8, true>();
+    auto* kernel = !call.vectors   ? pick.template operator()<16, false>()
+                   : call.d <= 128 ? pick.template operator()<8, true>()
+                                   : pick.template operator()<16, true>();
     kernel<<<static_cast<unsigned>(ctas), kDecodeThreads, 0, context.stream>>>(call);
   });
   context.launched("lightning_decode_kernel");
