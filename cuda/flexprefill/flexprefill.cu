@@ -34,8 +34,9 @@ void run(const FlexPrefill& op, CudaContext& context) {
   const Means means(map, context);
   if (declines_lines_sm90(lines, context)) {
     probe(lines);
-    run_means(means, context);
+    run_means(means, 0, context);
   } else {
+    run_means(means, means.under_walks(), context);
     run_lines_sm90(lines, &means, context);
   }
   task.bins =

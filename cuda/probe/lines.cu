@@ -398,7 +398,8 @@ void run_lines_sm90(const Probe& op, const Means* means, CudaContext& context) {
       {context.scratch<float>(heads * static_cast<size_t>(strips * (plan.strip + kLineQueries))),
        plan.strip, strips},
       means ? means->q : MeanArgs{},
-      means ? means->k : MeanArgs{}};
+      means ? means->k : MeanArgs{},
+      means ? static_cast<int>(means->under_walks()) : 0};
   const bool wide = op.q.shape[3] == 128;
   if (op.q.dtype == DType::kBF16)
     wide ? launch_lines_sm90<DType::kBF16, 128>(call, context.stream)

@@ -23,8 +23,8 @@
 // on with the keys: a stage ends four diagonals of squares, whose 32 distances are then added up
 // from shared memory. No sum depends on timing.
 //
-// The three warps beside the one that loads average blocks of q and k, half of them in each walk:
-// memory has nothing else to do.
+// The three warps beside the one that loads average some blocks of q and k, half of them in each
+// walk: memory has nothing else to do.
 namespace heddle {
 namespace {
 
@@ -40,6 +40,7 @@ struct LinesArgs {
   float2* stats;
   LineStrips strips;
   MeanArgs mean_q, mean_k;
+  int blocks;
   float scale_log2;
 };
 
@@ -258,7 +259,7 @@ __global__ void __launch_bounds__(kLineThreads, 1)
     lower_registers<40>();
     if (threadIdx.x >= 32) {
       const int warp = static_cast<int>(threadIdx.x) / 32 - 1;
-      const auto count = static_cast<int>(args.mean_q.count() + args.mean_k.count());
+      const int count = args.blocks;
       average_blocks<kType, kD>(
           args.mean_q, args.mean_k, smem.requests[warp],
           (kSums ? count / 2 : 0) + static_cast<int>(blockIdx.x) * kMeanWarps + warp,
@@ -421,7 +422,7 @@ void launch_lines(const LinesCall& call, cudaStream_t stream) {
       {call.plan.items * call.plan.ctas, kLineThreads, sm90::shared_memory_bytes<LinesSmem<kD>>(),
        stream, kSums},
       map(op.q, kLineQueries), map(op.k, kLineKeys),
-      LinesArgs{op, call.plan, call.stats, call.strips, call.mean_q, call.mean_k,
+      LinesArgs{op, call.plan, call.stats, call.strips, call.mean_q, call.mean_k, call.blocks,
                 static_cast<float>(op.scale * 1.4426950408889634)});
 }
 

@@ -62,6 +62,7 @@ struct LinesCall {
   float2* stats;            // [b hq, parts, 128] largest score and sum, in powers of 2
   LineStrips strips;        // four of a part
   MeanArgs mean_q, mean_k;  // of none if they are not asked for
+  int blocks;               // of both, from the first, that the walks average
 };
 
 // Masses of keys, and of the distances of every strip; an instantiation file for each size

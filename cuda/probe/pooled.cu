@@ -24,15 +24,16 @@ Means::Means(const Probe& op, CudaContext& context) {
   k = means(op.k, op.block_k);
 }
 
-void run_means(const Means& means, CudaContext& context) {
+void run_means(const Means& means, int64_t first, CudaContext& context) {
   const auto& [q, k] = means;
-  const int64_t ctas = q.count() + k.count();
-  HEDDLE_CHECK(ctas < INT32_MAX, kUnsupported, "block", "block gives too many for one call");
+  const int64_t ctas = means.count() - first;
+  HEDDLE_CHECK(means.count() < INT32_MAX, kUnsupported, "block",
+               "block gives too many for one call");
   dispatch_float(q.x.dtype, [&]<class T>(T) {
     auto* kernel = moves_wide<T>(q.x) && moves_wide<T>(k.x) ? probe_means_kernel<T, Wide<T>::kCount>
                                                             : probe_means_kernel<T, 1>;
     kernel<<<static_cast<unsigned>(ctas), kMeanThreads, 0, context.stream>>>(
-        q, k, static_cast<int>(q.count()));
+        q, k, static_cast<int>(q.count()), static_cast<int>(first));
   });
   context.launched("probe_means_kernel");
 }

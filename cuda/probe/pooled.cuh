@@ -64,13 +64,14 @@ __device__ __forceinline__ void average_block(const MeanArgs& args, int64_t cta)
   }
 }
 
-// Both tensors in one launch
+// Both tensors in one launch, from block `skipped` on
 template <class T, int kCount>
 __global__ void __launch_bounds__(kMeanThreads)
     probe_means_kernel(const __grid_constant__ MeanArgs q, const __grid_constant__ MeanArgs k,
-                       int ctas_of_q) {
-  const bool first = static_cast<int>(blockIdx.x) < ctas_of_q;
-  average_block<T, kCount>(first ? q : k, blockIdx.x - (first ? 0 : ctas_of_q));
+                       int blocks_of_q, int skipped) {
+  const int block = static_cast<int>(blockIdx.x) + skipped;
+  const bool first = block < blocks_of_q;
+  average_block<T, kCount>(first ? q : k, block - (first ? 0 : blocks_of_q));
 }
 
 // Four numbers, each as one of tf32 and the rest

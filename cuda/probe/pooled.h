@@ -10,9 +10,14 @@ struct Means {
   MeanArgs q, k;
 
   Means(const Probe& op, CudaContext& context);
+
+  int64_t count() const { return q.count() + k.count(); }
+  // What the walks over lines have time for: their warps read 1.5 TB/s, a launch 3.7
+  int64_t under_walks() const { return count() * 2 / 5; }
 };
 
-void run_means(const Means& means, CudaContext& context);
+// Those from block `first` on
+void run_means(const Means& means, int64_t first, CudaContext& context);
 // The rest, when they are there. Probabilities are also counted in `bins` [b * hq, kShareBins] of
 // core/select.h, unless it is null.
 void run_products(const Probe& op, const Means& means, uint32_t* bins, CudaContext& context);

@@ -205,7 +205,7 @@ constexpr Variant<Probe> kVariants[] = {
      },
      [](const Probe& op, CudaContext& context) {
        const Means means(op, context);
-       run_means(means, context);
+       run_means(means, 0, context);
        run_products(op, means, nullptr, context);
      }},
     {"portable", [](const Probe&, const CudaContext&) -> const char* { return nullptr; },

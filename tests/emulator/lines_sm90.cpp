@@ -80,7 +80,7 @@ double check(const Case& c, emulator::Random& random) {
   std::vector<float2> stats(size(heads * plan.parts * 128), {NAN, NAN});
   const int64_t strips = plan.parts * int64_t{4};
   std::vector<float> distances(size(heads * strips * (plan.strip + 128)), NAN);
-  LinesCall call{op, plan, stats.data(), {distances.data(), plan.strip, strips}, {}, {}};
+  LinesCall call{op, plan, stats.data(), {distances.data(), plan.strip, strips}, {}, {}, 0};
   std::vector<float> means[2];
   for (const bool of_k : {false, true}) {
     MeanArgs& args = of_k ? call.mean_k : call.mean_q;
@@ -88,6 +88,7 @@ double check(const Case& c, emulator::Random& random) {
     args = {of_k ? k.tensor : q.tensor, c.block, kD};
     means[of_k].assign(size(args.count() * kD), NAN);
     args.mean = means[of_k].data();
+    call.blocks += static_cast<int>(args.count());
   }
   launch_lines_sm90<kType, kD>(call, nullptr);
 
