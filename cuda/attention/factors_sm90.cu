@@ -8,12 +8,13 @@
 namespace heddle {
 
 const int* row_factors(ForwardCall& call, CudaContext& context) {
-  constexpr int64_t kBehind = 128;
+  // copied 16 bytes at a time
+  const auto whole_row = [](int64_t s) { return (s + 3) / 4 * 4 + 128; };
   int* strange = context.scratch<int>(1);
   HEDDLE_CUDA(cudaMemsetAsync(strange, 0, sizeof(int), context.stream));
   const auto factors = [&](const void* x, const Strides& strides, int64_t s, int64_t h) {
     const int lanes = static_cast<int>(std::bit_ceil(static_cast<uint64_t>(call.d / 8)));
-    const int64_t row = s + kBehind, rows = call.b * s * h;
+    const int64_t row = whole_row(s), rows = call.b * s * h;
     float* out = context.scratch<float>(static_cast<size_t>(call.b * h * row));
     auto* kernel = call.dtype == DType::kF16 ? attention_factor_kernel<DType::kF16>
                                              : attention_factor_kernel<DType::kBF16>;
@@ -25,8 +26,8 @@ const int* row_factors(ForwardCall& call, CudaContext& context) {
   };
   call.slots.q_factors = factors(call.q, call.q_strides, call.sq, call.hq);
   call.slots.k_factors = factors(call.k, call.k_strides, call.sk, call.hk);
-  call.slots.q_row = call.sq + kBehind;
-  call.slots.k_row = call.sk + kBehind;
+  call.slots.q_row = whole_row(call.sq);
+  call.slots.k_row = whole_row(call.sk);
   return strange;
 }
 

@@ -16,39 +16,57 @@ bool addressable(const void* data, const Strides& strides, int64_t b, int64_t s,
          fits(s, strides.row) && fits(h, strides.head);
 }
 
-template <DType kType, bool kMapped> void pick(const ForwardCall& call, cudaStream_t stream) {
+template <DType kType, Form kForm> void pick(const ForwardCall& call, cudaStream_t stream) {
   const int64_t size = std::max(call.d, call.dv);
-  if (size <= 64) return launch_forward_sm90<kType, 64, 64, kMapped>(call, stream);
-  if (size <= 96) return launch_forward_sm90<kType, 96, 96, kMapped>(call, stream);
-  if (size <= 128) return launch_forward_sm90<kType, 128, 128, kMapped>(call, stream);
+  if (size <= 64) return launch_forward_sm90<kType, 64, 64, kForm>(call, stream);
+  if (size <= 96) return launch_forward_sm90<kType, 96, 96, kForm>(call, stream);
+  if (size <= 128) return launch_forward_sm90<kType, 128, 128, kForm>(call, stream);
   if (size <= 192 && call.dv <= 128)
-    return launch_forward_sm90<kType, 192, 128, kMapped>(call, stream);
-  if (size <= 192) return launch_forward_sm90<kType, 192, 192, kMapped>(call, stream);
-  return launch_forward_sm90<kType, 256, 256, kMapped>(call, stream);
+    return launch_forward_sm90<kType, 192, 128, kForm>(call, stream);
+  if (size <= 192) return launch_forward_sm90<kType, 192, 192, kForm>(call, stream);
+  return launch_forward_sm90<kType, 256, 256, kForm>(call, stream);
 }
 
 template <DType kType> void pick_listed(const ForwardCall& call, cudaStream_t stream) {
-  std::max(call.d, call.dv) <= 64 ? launch_forward_sm90<kType, 64, 64, false, true>(call, stream)
-                                  : launch_forward_sm90<kType, 128, 128, false, true>(call, stream);
+  std::max(call.d, call.dv) <= 64
+      ? launch_forward_sm90<kType, 64, 64, Form::kPlain, true>(call, stream)
+      : launch_forward_sm90<kType, 128, 128, Form::kPlain, true>(call, stream);
 }
 
-template <DType kType> void pick_slots(const ForwardCall& call, cudaStream_t stream) {
+// Of kSlotColumns columns
+template <DType kType> void pick_form(const ForwardCall& call, cudaStream_t stream) {
   constexpr int kD = kSlotColumns;
-  call.dv <= 64 ? launch_forward_sm90<kType, kD, 64, true>(call, stream)
-                : launch_forward_sm90<kType, kD, kD, true>(call, stream);
+  const auto run = [&]<Form kForm>() { launch_forward_sm90<kType, kD, kD, kForm>(call, stream); };
+  switch (form_of(call)) {
+    case Form::kPlain:
+      return run.template operator()<Form::kPlain>();
+    case Form::kMapped:
+      return run.template operator()<Form::kMapped>();
+    case Form::kSloped:
+      return run.template operator()<Form::kSloped>();
+    case Form::kBiased:
+      return run.template operator()<Form::kBiased>();
+    case Form::kSigmoid:
+      return run.template operator()<Form::kSigmoid>();
+    case Form::kReweighted:
+      return run.template operator()<Form::kReweighted>();
+  }
 }
 
-// elsewhere the maximum is taken before scaling
 bool maps_scores(const ForwardCall& call) {
-  return call.soft_cap != 0 || call.slopes || !std::isnormal(call.scale) || call.scale <= 0 ||
-         call.scale >= 1e30f;
+  return call.soft_cap != 0 || call.slopes || !scales_products(call);
 }
 
 template <DType kType> void pick(const ForwardCall& call, cudaStream_t stream) {
+  const int64_t size = std::max(call.d, call.dv);
   if (call.dv == 0) return launch_sums_sm90<kType>(call, stream);
   if (call.masked) return pick_listed<kType>(call, stream);
-  if (call.slots.used()) return pick_slots<kType>(call, stream);
-  maps_scores(call) ? pick<kType, true>(call, stream) : pick<kType, false>(call, stream);
+  if (call.slots.used() && call.dv <= 64)
+    return launch_forward_sm90<kType, kSlotColumns, 64, Form::kMapped>(call, stream);
+  if (call.slots.used() || (size > 96 && size <= kSlotColumns))
+    return pick_form<kType>(call, stream);
+  maps_scores(call) ? pick<kType, Form::kMapped>(call, stream)
+                    : pick<kType, Form::kPlain>(call, stream);
 }
 
 }  // namespace

@@ -34,15 +34,24 @@
 namespace heddle {
 namespace {
 
-template <int kD, int kDv, bool kMapped, bool kListed> struct ForwardTile {
-  static constexpr bool kSlots = kMapped && kD == kSlotColumns;
+template <int kD, int kDv, Form kForm, bool kListed> struct ForwardTile {
+  static constexpr bool kSlots = kForm == Form::kMapped && kD == kSlotColumns;
+  // rows of q bring factors, constants or levels
+  static constexpr bool kRows = kSlots || kForm == Form::kSigmoid || kForm == Form::kReweighted;
   // exp2 bounds d = 64: a third warpgroup leaves fewer clocks in which no product runs. Lists take
-  // registers that three don't have, and more rows would share one.
-  static constexpr int kWarpgroups = kListed ? kListedWarpgroups : kD == 64 ? 3 : 2;
+  // registers that three don't have, and more rows would share one. With slopes three on shorter
+  // key tiles hide what one waits for its exponentials.
+  static constexpr int kWarpgroups = kListed                              ? kListedWarpgroups
+                                     : kD == 64 || kForm == Form::kSloped ? 3
+                                                                          : 2;
   static constexpr int kQueries = 64 * kWarpgroups;
   // as many as fit into shared memory with two stages. With slots scores have less registers, for
   // what is read of a tile ahead.
-  static constexpr int kKeys = kSlots ? 96 : kDv <= 128 ? 128 : kDv == 192 ? 112 : 80;
+  static constexpr int kKeys = kForm == Form::kSloped ? 64
+                               : kSlots               ? 96
+                               : kDv <= 128           ? 128
+                               : kDv == 192           ? 112
+                                                      : 80;
   // with two the next q loads, and the last out is stored, under the work on this one
   static constexpr int kBuffers = kD <= 128 ? 2 : 1;
   static constexpr int kStages = 2;
@@ -167,8 +176,25 @@ template <int kWarpgroups> struct UnitWalk {
   }
 };
 
-template <int kD, int kDv, bool kMapped, bool kListed> struct ForwardSmem {
-  using Shape = ForwardTile<kD, kDv, kMapped, kListed>;
+// What a form keeps beside the tiles of q, k and v
+template <Form kForm, class Shape> struct FormSmem {};
+template <class Shape> struct FormSmem<Form::kBiased, Shape> {
+  sm90::Tile<64, Shape::kKeys> bias[Shape::kWarpgroups];
+  sm90::Barrier bias_full[Shape::kWarpgroups], bias_empty[Shape::kWarpgroups];
+};
+template <class Shape> struct FormSmem<Form::kReweighted, Shape> {
+  alignas(16) float factors[Shape::kStages][Shape::kKeys];  // of the keys in k
+};
+
+template <Form kForm> struct FormMaps {};
+template <> struct FormMaps<Form::kBiased> {
+  sm90::TensorMap bias;  // [b, hq, sq, sk]
+  bool batches, heads;   // or 1 in place of b and hq
+};
+
+template <int kD, int kDv, Form kForm, bool kListed>
+struct ForwardSmem : FormSmem<kForm, ForwardTile<kD, kDv, kForm, kListed>> {
+  using Shape = ForwardTile<kD, kDv, kForm, kListed>;
   // out passes through q's buffer
   static constexpr int kWide = whole_panels(kD > kDv ? kD : kDv);
   // key tiles that are known ahead
@@ -294,6 +320,7 @@ __device__ __forceinline__ sm90::SlotRow slot_row(const ForwardArgs& args, const
 }
 
 // Slots and sums of a thread's rows before their first key
+template <Form kForm>
 __device__ __forceinline__ void open_rows(const ForwardArgs& args, const ForwardWork& work, int row,
                                           sm90::SlotMap& slots, sm90::RowSoftmax& rows) {
   slots.slope = args.slopes ? args.slopes[work.head * args.slopes_stride] * slots.unit : 0;
@@ -305,6 +332,7 @@ __device__ __forceinline__ void open_rows(const ForwardArgs& args, const Forward
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     slots.row[r] = slot_row(args, work, row + 8 * r, slots);
+    if (kForm == Form::kReweighted) slots.row[r].scale = fmaxf(slots.row[r].scale, 1e-30f);
     if (slots.plain_sigmoid()) rows.row_max[r] = slots.kSigmoidBase;
   }
 }
@@ -318,17 +346,18 @@ template <class Element> struct KeyRows {
   }
 };
 
-template <DType kType, int kD, int kDv, bool kMapped, bool kListed>
-__global__ void __launch_bounds__((ForwardTile<kD, kDv, kMapped, kListed>::kThreads), 1)
+template <DType kType, int kD, int kDv, Form kForm, bool kListed>
+__global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThreads), 1)
     forward_sm90_kernel(const __grid_constant__ sm90::TensorMap gmem_q,
                         const __grid_constant__ sm90::TensorMap gmem_k,
                         const __grid_constant__ sm90::TensorMap gmem_v,
-                        const __grid_constant__ sm90::TensorMap gmem_out, const ForwardArgs args) {
+                        const __grid_constant__ sm90::TensorMap gmem_out, const ForwardArgs args,
+                        const __grid_constant__ FormMaps<kForm> maps) {
   using namespace sm90;
-  using Shape = ForwardTile<kD, kDv, kMapped, kListed>;
+  using Shape = ForwardTile<kD, kDv, kForm, kListed>;
   constexpr int kQueries = Shape::kQueries, kKeys = Shape::kKeys, kStages = Shape::kStages;
   constexpr int kBuffers = Shape::kBuffers, kWarpgroups = Shape::kWarpgroups;
-  auto& smem = shared_memory<ForwardSmem<kD, kDv, kMapped, kListed>>();
+  auto& smem = shared_memory<ForwardSmem<kD, kDv, kForm, kListed>>();
   // the same in all lanes, which the compiler cannot know of threadIdx
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
   auto list_of = [&](const ForwardWork& work) {
@@ -354,6 +383,12 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kMapped, kListed>::kThre
         smem.pair_full[i].init(1);
         smem.pair_empty[i].init(1);
       }
+    if constexpr (kForm == Form::kBiased) {
+      for (int w = 0; w < kWarpgroups; ++w) {
+        smem.bias_full[w].init(1);
+        smem.bias_empty[w].init(4);
+      }
+    }
     fence_barrier_init();
   }
   __syncthreads();
@@ -467,9 +502,33 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kMapped, kListed>::kThre
         const int kv_head = work.head / args.group;
         auto load = [&](auto& tiles, Barrier* full, const TensorMap& map, int j) {
           const uint32_t stage = Turn<kStages>(loaded + j).stage;
-          full[stage].arrive_expect(tiles[0].kBytes);
+          // factors come with their keys
+          const bool factors = kForm == Form::kReweighted && full == smem.k_full;
+          full[stage].arrive_expect(tiles[0].kBytes + (factors ? kKeys * 4 : 0));
+          if constexpr (kForm == Form::kReweighted) {
+            if (factors)
+              copy_to_smem(smem.factors[stage],
+                           args.slots.k_factors +
+                               (work.batch * (args.hq / args.group) + kv_head) * args.slots.k_row +
+                               (work.key_end - 1 - j) * kKeys,
+                           kKeys * 4, full[stage]);
+          }
           tiles[stage].load(map, full[stage], work.k_begin + (work.key_end - 1 - j) * kKeys,
                             kv_head, work.batch, Keep::kLong);
+        };
+        // those of key tile j, as soon as those of the tile before were read
+        auto load_bias = [&](int j) {
+          if constexpr (kForm == Form::kBiased) {
+            for (int w = 0; w < kWarpgroups; ++w) {
+              smem.bias_empty[w].wait((loaded + j + 1) & 1);
+              smem.bias_full[w].arrive_expect(smem.bias[w].kBytes);
+              for (int column = 0; column < kKeys; column += 64)
+                copy_to_smem(smem.bias[w].panel(column), maps.bias, smem.bias_full[w],
+                             (work.key_end - 1 - j) * kKeys + column, work.row + 64 * w,
+                             maps.heads ? work.head : 0, maps.batches ? work.batch : 0,
+                             Keep::kNormal);
+            }
+          }
         };
         await_empty(smem.k_empty, loaded);
         load(smem.k, smem.k_full, gmem_k, 0);
@@ -477,10 +536,12 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kMapped, kListed>::kThre
         for (int j = 1; j < work.key_tiles; ++j) {
           await_empty(smem.k_empty, loaded + j);
           load(smem.k, smem.k_full, gmem_k, j);
+          load_bias(j - 1);
           await_empty(smem.v_empty, loaded + j - 1);
           load(smem.v, smem.v_full, gmem_v, j - 1);
         }
         const int ticket = ask();
+        load_bias(work.key_tiles - 1);
         await_empty(smem.v_empty, loaded + work.key_tiles - 1);
         load(smem.v, smem.v_full, gmem_v, work.key_tiles - 1);
         loaded += work.key_tiles;
@@ -499,12 +560,20 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kMapped, kListed>::kThre
   uint32_t frag_p[kKeys / 16][4];
   RowSoftmax rows;
   RowBounds bounds;
-  constexpr bool kSlots = Shape::kSlots;
+  constexpr bool kSlots = Shape::kSlots, kRows = Shape::kRows;
+  constexpr bool kMapped = kForm == Form::kMapped;
   ScoreMap map{args.scale, args.soft_cap, 0};
   SlotMap slots(args.slots, args.scale, args.soft_cap);
   uint32_t ahead[kSlots ? kKeys / 8 : 1][2];  // what is read while scores are multiplied
   // mapped scores are in log2 units already
-  const float to_log2 = kMapped ? 1.f : args.scale_log2;
+  const float to_log2 = kMapped || kForm == Form::kSigmoid || kForm == Form::kReweighted ? 1.f
+                        : kForm == Form::kBiased                                         ? kLog2e
+                                                 : args.scale_log2;
+  // weights of bf16 have the range of f32
+  constexpr int kLag = kType == DType::kF16 ? 12 : 60;
+  uint32_t biased = 0;  // tiles of biases
+  float slope = 0;      // in units of products
+  Peaks peaks;
 
   auto issue_scores = [&](uint32_t stage, uint32_t buffer) {
     wgmma_fence(acc_s);
@@ -537,13 +606,47 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kMapped, kListed>::kThre
   // acc_s becomes exp(S - row_max); whether what was summed before has to shrink
   auto softmax = [&](int key, int sk, bool masked) {
     const int column = key + lane % 4 * 2;
-    if constexpr (kSlots) {
-      slots.map(acc_s, ahead, bounds, column, sk);
-    } else if (kMapped) {
-      map(acc_s, bounds, column);
+    const auto mask = [&] {
+      if (masked) mask_scores(acc_s, bounds, key, args.window, lane);
+    };
+    if constexpr (kForm == Form::kSloped) {
+      add_slopes(acc_s, slope);
+      mask();
+      const float base[2] = {slope * static_cast<float>(column - bounds.position[0]),
+                             slope * static_cast<float>(column - bounds.position[1])};
+      return rows.update_lazily<kLag>(acc_s, to_log2, base);
+    } else if constexpr (kForm == Form::kBiased) {
+      smem.bias_full[own].wait(biased++ & 1);
+      add_biases<kType>(acc_s, args.scale, smem.bias[own], warp * 16, lane);
+      __syncwarp();
+      release(smem.bias_empty[own]);
+      mask();
+      return rows.update_lazily<kLag>(acc_s, to_log2, {0, 0});
+    } else if constexpr (kForm == Form::kSigmoid) {
+      mask();
+      slots.make_sigmoids(acc_s, rows);
+      return false;
+    } else if constexpr (kForm == Form::kReweighted) {
+      mask();
+      return slots.reweigh<kLag>(acc_s, rows, peaks);
+    } else {
+      if constexpr (kSlots) {
+        slots.map(acc_s, ahead, bounds, column, sk);
+      } else if (kMapped) {
+        map(acc_s, bounds, column);
+      }
+      if (masked) mask_scores(acc_s, bounds, key, args.window, lane);
+      return kSlots ? slots.weigh(acc_s, rows) : rows.update(acc_s, to_log2);
     }
-    if (masked) mask_scores(acc_s, bounds, key, args.window, lane);
-    return kSlots ? slots.weigh(acc_s, rows) : rows.update(acc_s, to_log2);
+  };
+  // By the factors of keys, which lie beside them
+  auto scale_columns = [&](uint32_t stage) {
+    if constexpr (kForm == Form::kReweighted) {
+      const float* factors = smem.factors[stage] + lane % 4 * 2;
+      multiply_columns(
+          acc_s, [&](int column) { return *reinterpret_cast<const float2*>(factors + column); });
+      __syncwarp();
+    }
   };
   // What row `row` of a sequence sees under the mask
   auto mask_row = [&](const ForwardWork& work, int row) {
@@ -602,7 +705,7 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kMapped, kListed>::kThre
       return KeyRows<uint16_t>{base(x, strides, work.head / args.group, work.k_begin), strides.row};
     };
     SlotRow its{};
-    if (kSlots) its = slot_row(args, work, row, slots);
+    if (kRows || kForm == Form::kBiased) its = slot_row(args, work, row, slots);
     float values[kDv / 32] = {};
     attend_seen<kType>(
         values, base(args.q, args.q_strides, work.head, work.q_begin + row),
@@ -611,11 +714,11 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kMapped, kListed>::kThre
         args.causal ? min(work.sk, at + 1) : work.sk,
         [&](int key) { return !kListed || (args.lists.mask.seen(mask_row(work, row), key) & 1); },
         [&](float product, int key) {
-          return kSlots    ? slots.exponent_of(its, product, key, at)
-                 : kMapped ? map(product, key - at)
-                           : product * args.scale_log2;
+          return kRows || kForm == Form::kBiased     ? slots.exponent_of(its, product, key, at)
+                 : kMapped || kForm == Form::kSloped ? map(product, key - at)
+                                                     : product * args.scale_log2;
         },
-        kSlots && !args.slots.normalise ? 0 : lse_log2, lane);
+        kRows && !args.slots.normalise ? 0 : lse_log2, lane);
     __syncwarp();
 #pragma unroll
     for (int c = 0; c < kDv / 32; ++c)
@@ -636,7 +739,7 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kMapped, kListed>::kThre
     const Turn<kBuffers> q(visit);
     smem.q_full[q.stage].wait(q.parity);
     // stays there until out was stored: where registers are scarce it is read when it is needed
-    std::conditional_t<kSlots, const ForwardWork&, const ForwardWork> work = smem.work[q.stage];
+    std::conditional_t<kRows, const ForwardWork&, const ForwardWork> work = smem.work[q.stage];
     if (work.row < 0) break;
     __syncwarp();
     release(smem.q_empty[q.stage]);
@@ -646,12 +749,15 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kMapped, kListed>::kThre
     auto key_of = [&](int j) { return (key_end - 1 - j) * kKeys; };
     auto stage_of = [&](int j) { return Turn<kStages>(used + j); };
     bounds = bounds_of(args, work, row);
-    if constexpr (kSlots) {
-      open_rows(args, work, row, slots, rows);
+    if constexpr (kRows) {
+      open_rows<kForm>(args, work, row, slots, rows);
+      if constexpr (kForm == Form::kReweighted) peaks.clear();
     } else {
       rows.clear();
-      map.slope_log2 =
-          kMapped && args.slopes ? args.slopes[work.head * args.slopes_stride] * kLog2e : 0;
+      map.slope_log2 = (kMapped || kForm == Form::kSloped) && args.slopes
+                           ? args.slopes[work.head * args.slopes_stride] * kLog2e
+                           : 0;
+      slope = map.slope_log2 / args.scale_log2;
     }
 #pragma unroll
     for (int i = 0; i < kDv / 2; ++i) acc_o[i] = 0;
@@ -671,6 +777,7 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kMapped, kListed>::kThre
       issue_values(v.stage);
       pass_turn();
       wgmma_wait<1>(acc_s);
+      scale_columns(k.stage);
       release(smem.k_empty[k.stage]);
       const bool moved = soften();
       wgmma_wait<0>(acc_o);
@@ -685,6 +792,7 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kMapped, kListed>::kThre
       smem.k_full[k.stage].wait(k.parity);
       issue_scores(k.stage, q.stage);
       wgmma_wait<0>(acc_s);
+      scale_columns(k.stage);
       release(smem.k_empty[k.stage]);
       const bool moved = soften();
       pack_weights();
@@ -783,7 +891,7 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kMapped, kListed>::kThre
           args.window ? max(work.row + kQueries + diagonal - args.window + kKeys - 1, 0) / kKeys
                       : 0;
       int j = 1;
-      if constexpr (kSlots) {
+      if constexpr (kRows || kForm == Form::kBiased) {
         // one copy of all that scores may pass through
 #pragma unroll 1
         for (; j < key_tiles; ++j) {
@@ -810,7 +918,7 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kMapped, kListed>::kThre
     for (int r = 0; r < 2; ++r) {
       const RowEnd end(rows.row_max[r] * to_log2, rows.total(r),
                        args.sink ? args.sink + work.head * args.sink_stride : nullptr);
-      const float factor = kSlots && !args.slots.normalise && end.factor != 0
+      const float factor = kRows && !args.slots.normalise && end.factor != 0
                                ? exp2_approx(rows.row_max[r])
                                : end.factor;
       lse_log2[r] = end.lse_log2;
@@ -921,29 +1029,43 @@ inline ForwardArgs forward_args(const ForwardCall& call, int queries) {
   return args;
 }
 
-template <DType kType, int kD, int kDv, bool kMapped, bool kListed>
+template <Form kForm> FormMaps<kForm> form_maps(const ForwardCall& call) {
+  if constexpr (kForm == Form::kBiased) {
+    const Slots& slots = call.slots;
+    const bool batches = slots.bias_strides[0] != 0, heads = slots.bias_strides[1] != 0;
+    return {make_tensor_map(call.dtype, slots.bias,
+                            {call.sk, call.sq, heads ? call.hq : 1, batches ? call.b : 1,
+                             slots.bias_strides[2], slots.bias_strides[1], slots.bias_strides[0]},
+                            64),
+            batches, heads};
+  } else {
+    return {};
+  }
+}
+
+template <DType kType, int kD, int kDv, Form kForm, bool kListed>
 void launch_forward(const ForwardCall& call, cudaStream_t stream) {
-  using Shape = ForwardTile<kD, kDv, kMapped, kListed>;
+  using Shape = ForwardTile<kD, kDv, kForm, kListed>;
   const ForwardArgs args = forward_args(call, Shape::kQueries);
   const auto map = [&](const void* data, int64_t d, int64_t s, int64_t h, const Strides& strides,
                        int rows) {
     return make_tensor_map(kType, data, {d, s, h, call.b, strides.row, strides.head, strides.batch},
                            rows);
   };
-  launch<forward_sm90_kernel<kType, kD, kDv, kMapped, kListed>>(
+  launch<forward_sm90_kernel<kType, kD, kDv, kForm, kListed>>(
       {std::min(args.tiles, call.processors), Shape::kThreads,
-       sm90::shared_memory_bytes<ForwardSmem<kD, kDv, kMapped, kListed>>(), stream},
+       sm90::shared_memory_bytes<ForwardSmem<kD, kDv, kForm, kListed>>(), stream},
       map(call.q, call.d, call.sq, call.hq, call.q_strides, Shape::kQueries),
       map(call.k, call.d, call.sk, call.hk, call.k_strides, Shape::kKeysOfBox),
       map(call.v, call.dv, call.sk, call.hk, call.v_strides, Shape::kKeysOfBox),
-      map(call.out, call.dv, call.sq, call.hq, call.out_strides, 64), args);
+      map(call.out, call.dv, call.sq, call.hq, call.out_strides, 64), args, form_maps<kForm>(call));
 }
 
 }  // namespace
 
-template <DType kType, int kD, int kDv, bool kMapped, bool kListed>
+template <DType kType, int kD, int kDv, Form kForm, bool kListed>
 void launch_forward_sm90(const ForwardCall& call, cudaStream_t stream) {
-  launch_forward<kType, kD, kDv, kMapped, kListed>(call, stream);
+  launch_forward<kType, kD, kDv, kForm, kListed>(call, stream);
 }
 
 }  // namespace heddle

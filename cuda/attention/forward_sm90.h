@@ -1,4 +1,5 @@
 #pragma once
+#include <cmath>
 #include <cstdint>
 
 #include "attention/list_sm90.h"
@@ -105,10 +106,56 @@ const char* declines_forward_sm90(const ForwardCall& call);
 // What no Hopper kernel can load, or null; k and v are `blocks` blocks of `rows` rows
 const char* declines_addresses_sm90(const ForwardCall& call, int64_t blocks, int64_t rows);
 
+// What a kernel of the forward knows of scores and weights when it is compiled
+enum class Form {
+  kPlain,       // softmax of products by a positive scale
+  kMapped,      // the same through soft caps and slopes, and of kSlotColumns columns any slots
+  kSloped,      // softmax with slopes
+  kBiased,      // softmax with a bias for every pair, of the dtype of q and aligned to 16 bytes
+  kSigmoid,     // sigmoids as they are, with a constant for each row
+  kReweighted,  // re-weighted softplus of cosines
+};
+
+// Whether products may be compared before they are scaled
+inline bool scales_products(const ForwardCall& call) {
+  return std::isnormal(call.scale) && call.scale > 0 && call.scale < 1e30f;
+}
+
+// Whether scores are cosines by a factor, which bounds them, and nothing else
+inline bool takes_cosines(const ForwardCall& call) {
+  constexpr float kMost = 69;  // exp of it and of less is a normal number
+  const Slots& slots = call.slots;
+  const float length =
+      slots.length_scale != 0 ? slots.length_scale * std::log(static_cast<float>(call.sk)) : 1;
+  return slots.cosine && slots.bias_form == BiasForm::kNone && call.soft_cap == 0 && !call.slopes &&
+         !call.cu_seqlens_q && call.scale > 0 && length >= 0 && call.scale * length <= kMost &&
+         slots.k_row % 4 == 0;
+}
+
+// The most special one that takes a call without a mask
+inline Form form_of(const ForwardCall& call) {
+  const Slots& slots = call.slots;
+  if (!slots.used() && call.soft_cap == 0 && scales_products(call))
+    return !call.slopes ? Form::kPlain : call.scale > 1e-6f ? Form::kSloped : Form::kMapped;
+  if (slots.weights == Attention::kReweighted && (slots.power == 15 || slots.power == 3) &&
+      takes_cosines(call))
+    return Form::kReweighted;
+  if (slots.cosine || slots.length_scale != 0 || call.slopes || call.soft_cap != 0 ||
+      !scales_products(call))
+    return Form::kMapped;
+  if (slots.weights == Attention::kSigmoid && !slots.normalise && slots.bias_form <= BiasForm::kRow)
+    return Form::kSigmoid;
+  bool copied = slots.bias_dtype == call.dtype && !call.cu_seqlens_q &&
+                slots.bias_strides[2] != 0 && reinterpret_cast<uintptr_t>(slots.bias) % 16 == 0;
+  for (int i = 0; i < 3; ++i) copied &= slots.bias_strides[i] % 8 == 0;
+  return slots.weights == Attention::kSoftmax && slots.bias_form == BiasForm::kPairs && copied
+             ? Form::kBiased
+             : Form::kMapped;
+}
+
 // What forward_sm90 picks from, an instantiation file for each size, and for each dtype where there
-// are slots. `kMapped` scores pass through softCap and slopes, or a scale that is not positive, and
-// of kSlotColumns columns through slots. `kListed` keys come from lists.
-template <DType kType, int kD, int kDv, bool kMapped, bool kListed = false>
+// are slots. `kListed` keys come from lists.
+template <DType kType, int kD, int kDv, Form kForm, bool kListed = false>
 void launch_forward_sm90(const ForwardCall& call, cudaStream_t stream);
 // Of v without columns, up to kSlotColumns columns of q
 template <DType kType> void launch_sums_sm90(const ForwardCall& call, cudaStream_t stream);

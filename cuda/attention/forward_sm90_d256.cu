@@ -1,8 +1,12 @@
 #include "attention/forward_sm90.cuh"
 
 namespace heddle {
-template void launch_forward_sm90<DType::kBF16, 256, 256, false>(const ForwardCall&, cudaStream_t);
-template void launch_forward_sm90<DType::kBF16, 256, 256, true>(const ForwardCall&, cudaStream_t);
-template void launch_forward_sm90<DType::kF16, 256, 256, false>(const ForwardCall&, cudaStream_t);
-template void launch_forward_sm90<DType::kF16, 256, 256, true>(const ForwardCall&, cudaStream_t);
+template void launch_forward_sm90<DType::kBF16, 256, 256, Form::kPlain>(const ForwardCall&,
+                                                                        cudaStream_t);
+template void launch_forward_sm90<DType::kBF16, 256, 256, Form::kMapped>(const ForwardCall&,
+                                                                         cudaStream_t);
+template void launch_forward_sm90<DType::kF16, 256, 256, Form::kPlain>(const ForwardCall&,
+                                                                       cudaStream_t);
+template void launch_forward_sm90<DType::kF16, 256, 256, Form::kMapped>(const ForwardCall&,
+                                                                        cudaStream_t);
 }  // namespace heddle

@@ -31,6 +31,17 @@ struct SlotRow {
   const uint8_t* bias;
 };
 
+// Re-weighted rows: what their weights were last made relative to
+struct Peaks {
+  float most[2];  // product up to which weights stay relative to the same
+  float gain[2], offset[2];
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) most[r] = -INFINITY, gain[r] = offset[r] = 0;
+  }
+};
+
 struct SlotMap {
   static constexpr float kSigmoidBase = -15, kSoftplusBase = -0.528766373f;
   const Slots& slots;
@@ -227,6 +238,58 @@ struct SlotMap {
     rows.add(acc);
   }
 
+  // The same of products with rows' constants
+  template <int kScores>
+  __device__ __forceinline__ void make_sigmoids(float (&acc)[kScores], RowSoftmax& rows) const {
+    constexpr float kFar = 60, kBase = 0x1p-15f;
+    rows.shrink[0] = rows.shrink[1] = 1;
+    bool low = true;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float highest = acc[2 * r];
+#pragma unroll
+      for (int i = 2 * r; i < kScores; i += 4) highest = fmaxf(highest, fmaxf(acc[i], acc[i + 1]));
+      low &= fmaf(highest, row[r].scale, row[r].constant) <= -5;
+    }
+    // e - e^2 + e^3, of which the next would be 2^-15 of all
+    if (__all_sync(~0u, low)) {
+#pragma unroll
+      for (int i = 0; i < kScores; ++i) {
+        const int r = i / 2 % 2;
+        const float e = exp2_approx(fmaf(acc[i], row[r].scale, row[r].constant + 15));
+        acc[i] = e * fmaf(e, fmaf(e, kBase * kBase, -kBase), 1.f);
+      }
+      rows.add(acc);
+      return;
+    }
+    bool far = false;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float lowest = acc[2 * r];
+#pragma unroll
+      for (int i = 2 * r; i < kScores; i += 4) lowest = fminf(lowest, fminf(acc[i], acc[i + 1]));
+      far |= fmaf(lowest, -row[r].scale, -row[r].constant) > kFar;
+    }
+    // 1 + exp(-s), by kBase
+    const auto whole = [&](int i) {
+      return fmaf(exp2_approx(fmaf(acc[i], -row[i / 2 % 2].scale, -row[i / 2 % 2].constant)), kBase,
+                  kBase);
+    };
+    if (__any_sync(~0u, far)) {
+#pragma unroll
+      for (int i = 0; i < kScores; ++i) acc[i] = reciprocal_approx(whole(i));
+    } else {
+#pragma unroll
+      for (int i = 0; i < kScores; i += 2) {
+        const float a = whole(i), b = whole(i + 1), both = reciprocal_approx(a * b);
+        acc[i] = b * both;
+        acc[i + 1] = a * both;
+      }
+    }
+    rows.shrink[0] = rows.shrink[1] = 1;
+    rows.add(acc);
+  }
+
   // Softplus in units of ln 2, of scores that are no larger
   static constexpr float kMostSoftplus = 120;
   __device__ __forceinline__ static float softplus_log2(float score) {
@@ -286,6 +349,73 @@ struct SlotMap {
         }
       rows.row_sum[r] = fmaf(rows.row_sum[r], rows.shrink[r], sum + log2_approx(product));
     }
+  }
+
+  // Powers of 15 and 3 of cosines' products
+  template <int kLag, int kScores>
+  __device__ __forceinline__ bool reweigh(float (&acc)[kScores], RowSoftmax& rows,
+                                          Peaks& peaks) const {
+    bool beyond = false, moved = false;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float highest = acc[2 * r];
+#pragma unroll
+      for (int i = 2 * r; i < kScores; i += 4) highest = fmaxf(highest, fmaxf(acc[i], acc[i + 1]));
+      beyond |= highest > peaks.most[r];
+      rows.shrink[r] = 1;
+    }
+    if (__any_sync(~0u, beyond)) {
+      constexpr float kLeastGain = 0x1p-20f, kMostGain = 2, kMostOffset = 16;
+      const float root = reciprocal_approx(slots.power);
+      bool fits = true;
+      float next[2];
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float gain = exp2_approx(row[r].gain_log2 + kSoftplusBase);
+        const float highest = rows.highest(acc, r) * row[r].scale;
+        const float share = gain * softplus_log2(highest), above = share - row[r].offset;
+        const float before = rows.row_max[r];
+        const float top = above <= Attention::kReweightedSnap * share
+                              ? -INFINITY
+                              : slots.power * log2_approx(above);
+        next[r] = top - before <= kLag ? before : fmaxf(before, top);
+        const float inverse = next[r] == -INFINITY ? 0 : exp2_approx(-next[r] * root);
+        fits &= highest <= kMostSoftplus && gain >= kLeastGain && gain <= kMostGain &&
+                -row[r].offset * inverse >= -kMostOffset;
+        peaks.gain[r] = gain * inverse;
+        peaks.offset[r] = -row[r].offset * inverse;
+        const float most =
+            (row[r].offset + exp2_approx((next[r] + kLag) * root)) * reciprocal_approx(gain);
+        peaks.most[r] = log2_approx(exp2_approx(fminf(most, kMostSoftplus)) - 1) *
+                        reciprocal_approx(row[r].scale);
+      }
+      if (__any_sync(~0u, !fits)) {
+        peaks.clear();
+#pragma unroll
+        for (int i = 0; i < kScores; ++i)
+          acc[i] = exponent(acc[i] * row[i / 2 % 2].scale, row[i / 2 % 2]);
+        return rows.update(acc, 1.f);
+      }
+#pragma unroll
+      for (int r = 0; r < 2; ++r) moved |= rows.move(r, next[r]);
+      moved = __any_sync(~0u, moved);
+    }
+#pragma unroll
+    for (int i = 0; i < kScores; ++i) {
+      const int r = i / 2 % 2;
+      const float x =
+          relu(fmaf(softplus_log2(acc[i] * row[r].scale), peaks.gain[r], peaks.offset[r]));
+      acc[i] = x * x * x;
+    }
+    if (slots.power == 15) {
+#pragma unroll
+      for (int i = 0; i < kScores; ++i) {
+        const float square = acc[i] * acc[i];
+        acc[i] *= square * square;
+      }
+    }
+    rows.add(acc);
+    return moved;
   }
 
   // x^power for x = share - offset relative to the largest. Not if that is little beside the

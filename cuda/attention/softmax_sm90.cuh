@@ -39,6 +39,44 @@ __device__ __forceinline__ void map_scores(float (&acc)[kScores], float soft_cap
   }
 }
 
+// What slopes add to the products of a tile beside that of this lane's first column
+template <int kScores>
+__device__ __forceinline__ void add_slopes(float (&acc)[kScores], float slope) {
+#pragma unroll
+  for (int i = 0; i < kScores; ++i)
+    acc[i] = fmaf(slope, static_cast<float>(8 * (i / 4) + i % 2), acc[i]);
+}
+
+// Products become natural scores, with the biases of a tile in shared memory of which this warp has
+// 16 rows from `row` on
+template <DType kType, int kScores, class Tile>
+__device__ __forceinline__ void add_biases(float (&acc)[kScores], float scale, const Tile& tile,
+                                           int row, int lane) {
+#pragma unroll
+  for (int i = 0; i < kScores; i += 8) {
+    uint32_t pairs[4];  // laid out as accumulators are
+    ldmatrix_x4(tile.address(row + lane % 16, i * 2 + lane / 16 * 8), pairs);
+#pragma unroll
+    for (int x = 0; x < 8; ++x)
+      acc[i + x] =
+          fmaf(acc[i + x], scale, unpack<kType>(static_cast<uint16_t>(pairs[x / 2] >> x % 2 * 16)));
+  }
+}
+
+// By a factor for each column: `pair_of` has those of a column and the next, counted from this
+// lane's first column on
+template <int kScores, class Pairs>
+__device__ __forceinline__ void multiply_columns(float (&acc)[kScores], const Pairs& pair_of) {
+#pragma unroll
+  for (int i = 0; i < kScores; i += 4) {
+    const float2 pair = pair_of(2 * i);
+    acc[i] *= pair.x;
+    acc[i + 1] *= pair.y;
+    acc[i + 2] *= pair.x;
+    acc[i + 3] *= pair.y;
+  }
+}
+
 // Where a thread's two rows stand among the keys, and where the keys end that they see
 struct RowBounds {
   int position[2], until[2];
@@ -146,6 +184,50 @@ struct RowSoftmax {
       row_max[r] = highest;
     }
     return __any_sync(~0u, moved) != 0;
+  }
+
+  // The same of scores that lack the `base` of their row. Lanes look at each other's maxima only
+  // where one of the warp is beyond kLag.
+  template <int kLag, int kScores>
+  __device__ __forceinline__ bool update_lazily(float (&acc)[kScores], float to_log2,
+                                                const float (&base)[2]) {
+    float most[2];
+    bool beyond = false, moved = false;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      most[r] = acc[2 * r];
+#pragma unroll
+      for (int i = 2 * r; i < kScores; i += 4) most[r] = fmaxf(most[r], fmaxf(acc[i], acc[i + 1]));
+      most[r] += base[r];
+      shrink[r] = 1;
+      beyond |= (most[r] - row_max[r]) * to_log2 > kLag;
+    }
+    if (__any_sync(~0u, beyond)) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        float next = fmaxf(most[r], __shfl_xor_sync(~0u, most[r], 1));
+        next = fmaxf(next, __shfl_xor_sync(~0u, next, 2));
+        if (!((next - row_max[r]) * to_log2 > kLag)) next = row_max[r];
+        moved |= next != row_max[r];
+        shrink[r] = next == row_max[r] ? 1 : exp2_approx((row_max[r] - next) * to_log2);
+        row_max[r] = next;
+      }
+      moved = __any_sync(~0u, moved);
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      // no key so far: (-inf) - (-inf) would poison the row
+      const float shift_log2 = row_max[r] == -INFINITY ? 0 : (base[r] - row_max[r]) * to_log2;
+      float sum = 0;
+#pragma unroll
+      for (int i = 2 * r; i < kScores; i += 4) {
+        acc[i] = exp2_approx(fmaf(acc[i], to_log2, shift_log2));
+        acc[i + 1] = exp2_approx(fmaf(acc[i + 1], to_log2, shift_log2));
+        sum += acc[i] + acc[i + 1];
+      }
+      row_sum[r] = fmaf(row_sum[r], shrink[r], sum);
+    }
+    return moved;
   }
 
   // The largest of a row's scores in this tile

@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(SumsTile::kThreads, 1)
     if (work.row < 0) break;
     const int row = work.row + own * 64 + warp * 16 + lane / 4, diagonal = work.sk - work.sq;
     const RowBounds bounds = bounds_of(args, work, row);
-    open_rows(args, work, row, slots, rows);
+    open_rows<Form::kMapped>(args, work, row, slots, rows);
     // key tiles that the first row sees whole, and where the last row's window begins
     const int whole_end = (args.causal ? max(work.row + diagonal + 1, 0) : work.sk) / kKeys;
     const int whole_begin =

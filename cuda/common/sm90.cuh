@@ -272,6 +272,15 @@ __device__ __forceinline__ void stmatrix_x4_transposed(uint32_t address, uint32_
       : "memory");
 }
 
+// Loads four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8
+// and gets two elements of row l / 4 of each
+__device__ __forceinline__ void ldmatrix_x4(uint32_t address, uint32_t (&to)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(address)
+               : "memory");
+}
+
 // Loads four 8x8 matrices of 16-bit elements transposed; lane l gives the address of row
 // l % 8 of matrix l / 8
 __device__ __forceinline__ void ldmatrix_x4_transposed(uint32_t address, uint32_t (&to)[4]) {

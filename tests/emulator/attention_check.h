@@ -296,8 +296,9 @@ double check(const Case& c, int64_t d, int64_t dv, emulator::Random& random, con
   slots.power = s.power;
   slots.offset = s.offset;
   slots.length_scale = s.length_scale;
-  // rows of a bias are one number longer than they have to be, and begin with a whole word
-  const int64_t bias_row = c.sk + 2 - c.sk % 2, bias_rows = s.shared ? 1 : c.b * c.hq * c.sq;
+  // rows of a bias are longer than they have to be, and begin with a whole word, or 16 bytes
+  const int64_t bias_row = s.bias == BiasForm::kPairs ? c.sk + 8 - c.sk % 8 : c.sk + 2 - c.sk % 2,
+                bias_rows = s.shared ? 1 : c.b * c.hq * c.sq;
   std::vector<float> bias(static_cast<size_t>(bias_rows * bias_row), NAN);
   std::vector<uint16_t> bias_bits(bias.size(), 0x7fff);
   for (int64_t i = 0; s.bias > BiasForm::kRow && i < bias_rows; ++i)
@@ -334,7 +335,7 @@ double check(const Case& c, int64_t d, int64_t dv, emulator::Random& random, con
   if (s.cosine) {
     slots.cosine = true;
     slots.q_row = c.sq;
-    slots.k_row = c.sk + 128;
+    slots.k_row = (c.sk + 3) / 4 * 4 + 128;
     q_factors.assign(static_cast<size_t>(c.b * c.hq * slots.q_row), NAN);
     k_factors.assign(static_cast<size_t>(c.b * c.hk * slots.k_row), NAN);
     slots.q_factors = q_factors.data();

@@ -476,7 +476,7 @@ const kernels: Kernel[] = [
       {
         what: 'a row is computed again and divided by its sum',
         file: forward,
-        from: 'kSlots && !args.slots.normalise ? 0 : lse_log2',
+        from: 'kRows && !args.slots.normalise ? 0 : lse_log2',
         to: 'lse_log2',
       },
       {
@@ -520,6 +520,36 @@ const kernels: Kernel[] = [
         file: forward,
         from: 'args.slots.k_factors + work.k_begin +',
         to: 'args.slots.k_factors +',
+      },
+      {
+        what: 'biases are used before they arrived',
+        file: forward,
+        from: 'smem.bias_full[own].wait(biased++ & 1);',
+        to: '',
+      },
+      {
+        what: 'biases are loaded over those that are read',
+        file: forward,
+        from: 'smem.bias_empty[w].wait((loaded + j + 1) & 1);',
+        to: '',
+      },
+      {
+        what: 'lanes of a row weigh relative to maxima of their own',
+        file: softmax,
+        from: 'fmaxf(most[r], __shfl_xor_sync(~0u, most[r], 1))',
+        to: 'most[r]',
+      },
+      {
+        what: 'sigmoids that are not small are a short series',
+        file: slots,
+        from: '<= -5;',
+        to: '<= 5;',
+      },
+      {
+        what: 're-weighted rows stay relative to their first maximum',
+        file: slots,
+        from: 'beyond |= highest > peaks.most[r];',
+        to: 'beyond |= peaks.gain[r] == 0;',
       },
       {
         what: 'a power is one too high',

@@ -48,7 +48,7 @@ const Case kCases[] = {
 int main(int argc, char** argv) {
   using namespace heddle;
   return check_all<kType>(kCases, kD, kDv, argc, argv, [](const Case& c, SplitCall& call) {
-    c.mapped ? launch_forward_sm90<kType, kD, kDv, true>(call, nullptr)
-             : launch_forward_sm90<kType, kD, kDv, false>(call, nullptr);
+    c.mapped ? launch_forward_sm90<kType, kD, kDv, Form::kMapped>(call, nullptr)
+             : launch_forward_sm90<kType, kD, kDv, Form::kPlain>(call, nullptr);
   });
 }

@@ -115,6 +115,6 @@ const Case kCases[] = {
 int main(int argc, char** argv) {
   using namespace heddle;
   return check_all<kType>(kCases, kD, kD, argc, argv, [](const Case&, SplitCall& call) {
-    launch_forward_sm90<kType, kD, kD, false, true>(call, nullptr);
+    launch_forward_sm90<kType, kD, kD, Form::kPlain, true>(call, nullptr);
   });
 }

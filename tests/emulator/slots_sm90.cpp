@@ -34,7 +34,57 @@ const Case kCases[] = {
      .hq = 2,
      .hk = 1,
      .window = 100,
-     .slots = {.weights = kSigmoid, .normalise = false, .shift = -40}},
+     .slots = {.weights = kSigmoid, .normalise = false, .sloped = true, .shift = -40}},
+    {.b = 1,
+     .sq = 70,
+     .sk = 270,
+     .hq = 2,
+     .hk = 1,
+     .causal = true,
+     .poisoned = 262,
+     .slots = {.weights = kSigmoid, .normalise = false, .shift = 2}},
+    {.b = 1,
+     .sq = 200,
+     .sk = 300,
+     .hq = 2,
+     .hk = 1,
+     .window = 90,
+     .sink = true,
+     .poisoned = 290,
+     .slots = {.sloped = true}},
+    {.b = 1,
+     .sq = 140,
+     .sk = 300,
+     .hq = 2,
+     .hk = 1,
+     .causal = true,
+     .processors = 2,
+     .poisoned = 280,
+     .slots = {.bias = BiasForm::kPairs, .bias_dtype = kType}},
+    {.b = 3,
+     .sq = 20,
+     .sk = 300,
+     .hq = 2,
+     .hk = 1,
+     .cached = {300, 20, 131},
+     .slots = {.bias = BiasForm::kPairs, .bias_dtype = kType}},
+    {.b = 1,
+     .sq = 215,
+     .sk = 275,
+     .hq = 2,
+     .hk = 1,
+     .causal = true,
+     .packed = {{70, 1}, {0, 130}, {5, 0}, {129, 129}, {11, 15}},
+     .processors = 2,
+     .slots = {.sloped = true}},
+    {.b = 1,
+     .sq = 70,
+     .sk = 400,
+     .hq = 2,
+     .hk = 1,
+     .causal = true,
+     .poisoned = 390,
+     .slots = {.weights = kReweighted, .power = 3, .length_scale = 2, .cosine = true}},
     {.b = 1,
      .sq = 70,
      .sk = 140,
@@ -207,8 +257,24 @@ void write_factors(const SplitCall& call) {
 template <int kColumns> void launch(const ForwardCall& call) {
   if constexpr (kColumns == 0) {
     launch_sums_sm90<kType>(call, nullptr);
+  } else if constexpr (kColumns == kSlotColumns) {
+    const auto run = [&]<Form kForm>() {
+      launch_forward_sm90<kType, kD, kColumns, kForm>(call, nullptr);
+    };
+    switch (form_of(call)) {
+      case Form::kSloped:
+        return run.template operator()<Form::kSloped>();
+      case Form::kBiased:
+        return run.template operator()<Form::kBiased>();
+      case Form::kSigmoid:
+        return run.template operator()<Form::kSigmoid>();
+      case Form::kReweighted:
+        return run.template operator()<Form::kReweighted>();
+      default:
+        return run.template operator()<Form::kMapped>();
+    }
   } else {
-    launch_forward_sm90<kType, kD, kColumns, true>(call, nullptr);
+    launch_forward_sm90<kType, kD, kColumns, Form::kMapped>(call, nullptr);
   }
 }
 

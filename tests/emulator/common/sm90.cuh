@@ -129,6 +129,15 @@ inline void stmatrix_x4_transposed(uint32_t address, uint32_t a, uint32_t b, uin
   cta->meet_warp();
 }
 
+inline void ldmatrix_x4(uint32_t address, uint32_t (&to)[4]) {
+  const int lane = threadIdx.x % 32;
+  for (int i = 0; i < 4; ++i)
+    // this lane gets two elements of row lane / 4 of each matrix
+    cta->load(&to[i],
+              cta->exchange(address, 8 * i + lane / 4) + static_cast<uint32_t>(lane % 4) * 4, 4);
+  cta->meet_warp();
+}
+
 inline void ldmatrix_x4_transposed(uint32_t address, uint32_t (&to)[4]) {
   const int lane = threadIdx.x % 32;
   for (int i = 0; i < 4; ++i) {
