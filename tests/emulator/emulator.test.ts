@@ -546,10 +546,10 @@ const kernels: Kernel[] = [
         to: '<= 5;',
       },
       {
-        what: 're-weighted rows stay relative to their first maximum',
+        what: 'a power is always 3',
         file: slots,
-        from: 'beyond |= highest > peaks.most[r];',
-        to: 'beyond |= peaks.gain[r] == 0;',
+        from: 'if (slots.power == 15) {',
+        to: 'if (false) {',
       },
       {
         what: 'a power is one too high',
