@@ -1,6 +1,6 @@
 import { alibiSlopes, lightning, lightningBackward, randn, synchronize, type Tensor } from 'heddle'
 import { expect, it } from 'vitest'
-import { relativeRms } from '../support/compare.js'
+import { bytesOf, relativeRms } from '../support/compare.js'
 import { describeGpu } from '../support/gpu.js'
 
 const device = 'cuda:0'
@@ -11,11 +11,8 @@ const draw = (shape: readonly number[], seed: number) =>
 async function sampled(tensors: readonly Tensor[]): Promise<Buffer> {
   const read = await Promise.all(tensors.map((x) => x.slice(2, 0, 2).read()))
   for (const tensor of tensors) tensor.dispose()
-  return bytes(read)
+  return bytesOf(read)
 }
-
-const bytes = (parts: readonly ArrayBufferView[]) =>
-  Buffer.concat(parts.map((x) => new Uint8Array(x.buffer, x.byteOffset, x.byteLength)))
 
 async function expectSame(times: number, run: () => Promise<Buffer>): Promise<void> {
   const first = await run()
@@ -99,7 +96,7 @@ describeGpu('lightning on large shapes', () => {
         dslopes?.dispose()
         const [state] = await Promise.all([dinitialState!.slice(1, 0, 2).read()])
         dinitialState!.dispose()
-        return Buffer.concat([await sampled([dq, dk, dv]), bytes([...sums, state!])])
+        return Buffer.concat([await sampled([dq, dk, dv]), bytesOf([...sums, state!])])
       })
     },
     600_000,

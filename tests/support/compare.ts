@@ -16,6 +16,10 @@ export function relativeRms(actual: Numbers, expected: Numbers): number {
   return Math.sqrt(difference / Math.max(norm, Number.MIN_VALUE))
 }
 
+/** All bytes after another, for comparisons that vitest would take minutes for. */
+export const bytesOf = (parts: readonly ArrayBufferView[]): Buffer =>
+  Buffer.concat(parts.map((x) => new Uint8Array(x.buffer, x.byteOffset, x.byteLength)))
+
 export function maxError(actual: Numbers, expected: Numbers): number {
   let worst = 0
   for (let i = 0; i < expected.length; i++) {
