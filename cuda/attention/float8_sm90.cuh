@@ -16,7 +16,7 @@
 //
 // Weights are multiplied by 2^8, for e4m3 ends at 448 and its smallest normal number is 2^-6. The
 // matrix units keep some 14 bits of a sum, so that sums of more than kSettled key tiles are added
-// in f32, beside them.
+// in f32, in shared memory.
 namespace heddle {
 namespace {
 
@@ -24,9 +24,9 @@ template <int kD> struct Float8Tile {
   // exp2 bounds d = 64: a third warpgroup leaves fewer clocks without one
   static constexpr int kWarpgroups = kD == 64 ? 3 : 2;
   static constexpr int kQueries = 64 * kWarpgroups;
-  static constexpr int kKeys = kTurnedKeys;
+  static constexpr int kKeys = turned_keys(kD);
   static constexpr int kBuffers = 2, kStages = 3;
-  static constexpr int kSettled = 4;  // key tiles, whose sums lose .3 % if values have one sign
+  static constexpr int kSettled = 4;
   static constexpr int kThreads = 128 * (kWarpgroups + 1);
   static constexpr int kLoadRegisters = kWarpgroups == 3 ? 32 : 24;
   static constexpr int kComputeRegisters = (512 - kLoadRegisters) / kWarpgroups / 8 * 8;
@@ -520,7 +520,7 @@ template <int kD> void launch_float8_sm90(const ForwardCall& call, cudaStream_t 
   args.v_scale_stride = call.v_scale_stride;
   args.half = call.out_dtype == DType::kF16;
   args.turned = call.turned;
-  args.key_tiles = static_cast<int>(turned_tiles(call));
+  args.key_tiles = static_cast<int>(turned_tiles(call, kD));
   const int64_t turned = call.b * call.hk * args.key_tiles;
   launch<float8_turn_kernel<kD>>({static_cast<int>(turned), kD, 0, stream}, args);
   const auto map = [&](const void* data, int64_t d, int64_t s, int64_t h, const Strides& strides,

@@ -103,6 +103,8 @@ const char* declines_forward_sm90(const ForwardCall& call) {
     return "weights, bias, cosine and lengthScale must be left out with float8";
   if (float8 && (call.masked || maps_scores(call)))
     return "mask, softCap and slopes must be left out with float8, and scale must be positive";
+  if (float8 && (call.d % 2 != 0 || call.dv % 8 != 0))
+    return "d must be even, and that of v a multiple of 8, with float8";
   if (float8 && std::max(call.d, call.dv) > 128) return "d must be at most 128 with float8";
   return declines_addresses_sm90(call, call.b, call.sk);
 }

@@ -71,17 +71,16 @@ struct ForwardCall {
   uint8_t* turned;  // turned_bytes() of scratch
 };
 
-// Float8 has its values transposed before, in tiles [d, 128] of so many keys: with 128 of them the
-// registers would be too few for exponentials to run ahead of their uses. Each sequence begins with
-// a tile of its own.
-inline constexpr int kTurnedKeys = 96;
-inline int64_t turned_tiles(const ForwardCall& call) {
-  return call.cu_seqlens_k ? call.sk / kTurnedKeys + call.sequences
-                           : (call.sk + kTurnedKeys - 1) / kTurnedKeys;
+// Float8 has its values transposed before, in tiles [d, 128] of so many keys. Each sequence begins
+// with a tile of its own.
+constexpr int turned_keys(int d) { return d == 64 ? 96 : 128; }
+inline int64_t turned_tiles(const ForwardCall& call, int d) {
+  const int keys = turned_keys(d);
+  return call.cu_seqlens_k ? call.sk / keys + call.sequences : (call.sk + keys - 1) / keys;
 }
 inline int64_t turned_bytes(const ForwardCall& call) {
   const int d = call.d <= 64 && call.dv <= 64 ? 64 : 128;
-  return call.b * call.hk * turned_tiles(call) * d * 128;
+  return call.b * call.hk * turned_tiles(call, d) * d * 128;
 }
 
 // Attention on Hopper's matrix instructions, for calls that are not declined
