@@ -523,8 +523,9 @@ describeDevices('hip mechanisms', (device) => {
         const rows = q.slice(1, at - n, at)
         const expected = plain.attend(rows, k.slice(1, 0, at), v.slice(1, 0, at))
         const actual = offloaded.attend(rows, far[0].slice(1, 0, at), far[1].slice(1, 0, at))
-        expect(await actual.out.read()).toEqual(await expected.out.read())
-        expect(await actual.lse.read()).toEqual(await expected.lse.read())
+        const what = JSON.stringify({ own, kind, offload, at, n })
+        expect(await actual.out.read(), what).toEqual(await expected.out.read())
+        expect(await actual.lse.read(), what).toEqual(await expected.lse.read())
         // A guess was wrong
         if (isWrong && at > 730) {
           for (const x of [k, v, ...far])
