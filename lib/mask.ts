@@ -3,6 +3,7 @@ import type { DeviceLike } from './device.js'
 import { named, refuse } from './errors.js'
 import { run } from './native.js'
 import type { HipLists } from './ops/hip.js'
+import { holdsTensors } from './scope.js'
 import { checkTensor, Tensor, tensor, zeros } from './tensor.js'
 
 /** What a mask is about, beside its lists. */
@@ -418,56 +419,104 @@ export const Mask = {
   },
 }
 
-function isMask(value: unknown): value is Mask {
-  return value !== null && typeof value === 'object' && made.has(value)
-}
-const made = new WeakSet<object>()
-
 /** @internal Refuses what is no mask. */
 export function checkMask(op: string, value: unknown): asserts value is Mask {
-  if (!isMask(value)) throw mustBe(op, 'mask', 'a mask', value)
+  if (!(value instanceof Made)) throw mustBe(op, 'mask', 'a mask', value)
 }
 
-/** @internal A mask of its parts. */
-export function makeMask(given: MaskParts): Mask {
-  const { sequences, heads, sq, sk, block, causal, window, sinkTokens } = given
-  const { blocks, columns, diagonals, bounds, cuSeqlensQ, cuSeqlensK, lists } = given
-  const parts: MaskParts = {
-    ...{ sequences, heads, sq, sk, block, causal, window, sinkTokens },
-    ...{ blocks, columns, diagonals, bounds, cuSeqlensQ, cuSeqlensK, lists },
+// A class, for a step of a decoder makes one and has no time for closures
+class Made implements Mask {
+  readonly sequences: number
+  readonly heads: number
+  readonly sq: number
+  readonly sk: number
+  readonly block: readonly [number, number]
+  readonly causal: boolean
+  readonly window: number
+  readonly sinkTokens: number
+  readonly blocks: Tensor<'int32'> | undefined
+  readonly columns: Tensor<'int32'> | undefined
+  readonly diagonals: Tensor<'int32'> | undefined
+  readonly bounds: Tensor<'int32'> | undefined
+  readonly cuSeqlensQ: readonly number[] | undefined
+  readonly cuSeqlensK: readonly number[] | undefined
+  readonly lists: GatheredLists | undefined
+
+  constructor(parts: MaskParts) {
+    this.sequences = parts.sequences
+    this.heads = parts.heads
+    this.sq = parts.sq
+    this.sk = parts.sk
+    this.block = parts.block
+    this.causal = parts.causal
+    this.window = parts.window
+    this.sinkTokens = parts.sinkTokens
+    this.blocks = parts.blocks
+    this.columns = parts.columns
+    this.diagonals = parts.diagonals
+    this.bounds = parts.bounds
+    this.cuSeqlensQ = parts.cuSeqlensQ
+    this.cuSeqlensK = parts.cuSeqlensK
+    this.lists = parts.lists
   }
-  const dispose = () => {
+
+  get [holdsTensors](): true {
+    return true
+  }
+
+  async count(): Promise<number> {
+    return (await readMask(this)).count()
+  }
+
+  async density(): Promise<number> {
+    return (await readMask(this)).density()
+  }
+
+  async toDense(): Promise<Uint8Array> {
+    const { sequences, heads, sq, sk } = this
+    const pairs = sequences * heads * sq * sk
+    if (pairs > largestDense)
+      throw refuse(
+        'ERR_UNSUPPORTED',
+        'mask',
+        'mask',
+        `mask must have at most ${largestDense} pairs to be dense, got ${pairs}`,
+      )
+    const dense = new Uint8Array(pairs)
+    const rows = await readRows(this)
+    rows.each((sequence, head, query, runs) => {
+      const at = ((sequence * heads + head) * sq + query) * sk
+      for (let i = 0; i < runs.length; i += 2) dense.fill(1, at + runs[i]!, at + runs[i + 1]!)
+    })
+    return dense
+  }
+
+  union(other: Mask): Mask {
+    return combine(this, other, false)
+  }
+
+  intersect(other: Mask): Mask {
+    return combine(this, other, true)
+  }
+
+  async svg(options: SvgOptions = {}): Promise<string> {
+    return (await readMask(this)).svg(options)
+  }
+
+  dispose(): void {
+    const { blocks, columns, diagonals, bounds, lists } = this
     for (const one of [blocks, columns, diagonals, bounds, lists?.index, lists?.count])
       one?.dispose()
   }
-  const mask: Mask = {
-    ...parts,
-    count: async () => (await readMask(parts)).count(),
-    density: async () => (await readMask(parts)).density(),
-    async toDense() {
-      if (sequences * heads * sq * sk > largestDense)
-        throw refuse(
-          'ERR_UNSUPPORTED',
-          'mask',
-          'mask',
-          `mask must have at most ${largestDense} pairs to be dense, got ${sequences * heads * sq * sk}`,
-        )
-      const dense = new Uint8Array(sequences * heads * sq * sk)
-      const rows = await readRows(parts)
-      rows.each((sequence, head, query, runs) => {
-        const at = ((sequence * heads + head) * sq + query) * sk
-        for (let i = 0; i < runs.length; i += 2) dense.fill(1, at + runs[i]!, at + runs[i + 1]!)
-      })
-      return dense
-    },
-    union: (other) => combine(parts, other, false),
-    intersect: (other) => combine(parts, other, true),
-    svg: async (options = {}) => (await readMask(parts)).svg(options),
-    dispose,
-    [Symbol.dispose]: dispose,
+
+  [Symbol.dispose](): void {
+    this.dispose()
   }
-  made.add(mask)
-  return mask
+}
+
+/** @internal A mask of its parts. */
+export function makeMask(parts: MaskParts): Mask {
+  return new Made(parts)
 }
 
 function join(

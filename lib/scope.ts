@@ -17,6 +17,9 @@ export function untrack<T extends Tensor>(tensor: T): T {
   return tensor
 }
 
+/** @internal What has this holds tensors in its properties, as a plain object does. */
+export const holdsTensors = Symbol('holdsTensors')
+
 // Takes the tensors that a result holds out of the inner scope, so that they outlive it
 function keep(value: unknown, inner: Tracked, outer: Tracked | undefined, seen: Set<object>): void {
   if (value === null || typeof value !== 'object' || seen.has(value)) return
@@ -32,7 +35,8 @@ function keep(value: unknown, inner: Tracked, outer: Tracked | undefined, seen: 
         ? value.values()
         : Array.isArray(value) ||
             Object.getPrototypeOf(value) === Object.prototype ||
-            Object.getPrototypeOf(value) === null
+            Object.getPrototypeOf(value) === null ||
+            holdsTensors in value
           ? Object.values(value)
           : []
   for (const part of parts) keep(part, inner, outer, seen)
@@ -40,7 +44,7 @@ function keep(value: unknown, inner: Tracked, outer: Tracked | undefined, seen: 
 
 /**
  * Runs a function and disposes of every tensor that it made, except those in its result (directly, or in arrays, plain
- * objects, maps and sets). The function may be async: what belongs to the scope follows the chain of calls and awaits, so
+ * objects, masks, maps and sets). The function may be async: what belongs to the scope follows the chain of calls and awaits, so
  * scopes that run at the same time do not mix. Scopes nest.
  *
  * @example

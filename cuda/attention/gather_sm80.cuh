@@ -270,7 +270,7 @@ __device__ __forceinline__ void gather_attention(const GatherArgs& args, GatherS
     return static_cast<T*>(p.out) + ((batch * p.sq + query) * p.hq + head) * kD;
   };
   const auto write_lse = [&](int query, int head, float max, float sum) {
-    p.lse[(batch * p.hq + head) * p.sq + query] = sum == 0 ? -INFINITY : max * kLn2 + logf(sum);
+    p.lse[(batch * p.hq + head) * p.sq + query] = sum == 0 ? -INFINITY : fmaf(max, kLn2, logf(sum));
   };
 
   if constexpr (!kSplit) {

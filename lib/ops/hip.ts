@@ -442,16 +442,21 @@ export function hipMask(
   window: number,
   lists: GatheredLists,
 ): Mask {
-  const { block, sinkTokens } = settings
   return makeMask({
-    ...{
-      sequences: keys.q.shape[0]!,
-      heads: blocks.shape[1]!,
-      sq: keys.q.shape[1]!,
-      sk: keysOf(keys),
-    },
-    ...{ block, causal: true, window, sinkTokens, blocks, lists },
-    ...{ columns: undefined, diagonals: undefined, bounds: undefined },
-    ...{ cuSeqlensQ: undefined, cuSeqlensK: undefined },
+    sequences: keys.q.shape[0]!,
+    heads: blocks.shape[1]!,
+    sq: keys.q.shape[1]!,
+    sk: keysOf(keys),
+    block: settings.block,
+    causal: true,
+    window,
+    sinkTokens: settings.sinkTokens,
+    blocks,
+    columns: undefined,
+    diagonals: undefined,
+    bounds: undefined,
+    cuSeqlensQ: undefined,
+    cuSeqlensK: undefined,
+    lists,
   })
 }
