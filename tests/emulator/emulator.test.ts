@@ -540,6 +540,12 @@ const kernels: Kernel[] = [
         to: 'most[r]',
       },
       {
+        what: 'weights are relative to what has no exponent',
+        file: softmax,
+        from: 'if (next * to_log2 == -INFINITY) next = -INFINITY;',
+        to: '',
+      },
+      {
         what: 'sigmoids that are not small are a short series',
         file: slots,
         from: '<= -5;',
