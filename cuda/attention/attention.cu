@@ -151,8 +151,8 @@ BiasForm bias_form(const Attention& op) {
   if (!bias) return BiasForm::kNone;
   if (bias.strides[3] == 0 || bias.shape[3] == 1) return BiasForm::kRow;
   // a word for two keys must not be cut by the end of a row. Factors of keys need its registers.
-  bool pairs = bias.dtype != DType::kF32 && !op.cosine && bias.shape[3] % 2 == 0 &&
-               reinterpret_cast<uintptr_t>(bias.data) % 4 == 0;
+  bool pairs = bias.dtype != DType::kF32 && !op.cosine && bias.strides[3] == 1 &&
+               bias.shape[3] % 2 == 0 && reinterpret_cast<uintptr_t>(bias.data) % 4 == 0;
   for (int i = 0; i < 3; ++i) pairs &= bias.shape[i] == 1 || bias.strides[i] % 2 == 0;
   return pairs ? BiasForm::kPairs : BiasForm::kSingles;
 }
@@ -253,6 +253,7 @@ const char* declines_recent(const Attention& op) {
 
 const char* declines_hopper(const Attention& op, const CudaContext& context) {
   if (context.arch != 90) return "the GPU must be of compute capability 9.0";
+  if (op.lse.size() == 0) return "q must not be empty";
   if (op.q.strides[3] != 1 || op.k.strides[3] != 1 || op.v.strides[3] != 1)
     return "q, k and v must be contiguous along d";
   return declines_recent(op);

@@ -31,7 +31,6 @@ const char* declines_backward_sm90(const BackwardCall& call) {
   // masked scores are -inf before scaling
   if (!std::isnormal(call.scale) || call.scale < 0 || call.scale > 1e30f)
     return "scale must be positive";
-  if (call.b == 0 || call.sq == 0 || call.hq == 0) return "q must not be empty";
   // divided, since the product can overflow
   if (call.sq > kMost || call.sk > kMost ||
       std::max(call.sq, call.sk) / 64 + call.sequences + 1 > kMost / call.b / call.hq)

@@ -8,8 +8,8 @@ const char* declines_gather_sm90(const GatherCall& call) {
   if (call.d != 128) return "d must be 128";
   if (call.blocks.lists > call.hk || group % 2 != 0)
     return "mask must have lists that an even number of heads shares";
-  if (block_k < 8 || call.mask.block_q % 64 != 0)
-    return "mask must have blocks of at least 8 keys and a multiple of 64 queries";
+  if (block_k < 8 || call.mask.sink_tokens % 8 != 0 || call.mask.block_q % 64 != 0)
+    return "mask must have blocks and sink tokens of a multiple of 8 keys, and of 64 queries";
   // divided, since the product can overflow
   const int64_t units = (call.sq + 63) / 64 * (call.hq / 2);
   if (units > INT32_MAX / call.b) return "q must have less than 2^31 parts of 64 rows";

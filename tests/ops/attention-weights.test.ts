@@ -338,6 +338,7 @@ describeDevices('attention with other weights', (device) => {
     if (!hopper) return
     const refusals: [AttentionOptions, RegExp][] = [
       [{ bias: draw([70, 64]).transpose(0, 1) }, /^bias must be contiguous along sk$/],
+      [{ bias: draw([64, 70, 2]).select(2, 0) }, /^bias must be contiguous along sk$/],
       [
         { weights: 'sigmoid', mask: Mask.fromWindow({ window: 9 }, { sq: 64, sk: 70 }) },
         /^weights must be/,

@@ -64,6 +64,14 @@ describeDevices('explain', (device) => {
     )
   })
 
+  it('takes calls without sequences, rows or heads', () => {
+    const q = draw([1, 8, 2, 16])
+    const [none, headless, rowless] = [q.slice(0, 0, 0), q.slice(2, 0, 0), q.slice(1, 0, 0)]
+    expect(explain(attention, none, none, none).variant).toBeTypeOf('string')
+    expect(explain(attention, headless, headless, headless).variant).toBeTypeOf('string')
+    expect(explain(attention, rowless, q, q).variant).toBeTypeOf('string')
+  })
+
   it('takes gradients to matrix instructions where there are some', () => {
     const q = draw([1, 70, 4, 64])
     const k = draw([1, 70, 2, 64])
