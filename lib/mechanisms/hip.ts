@@ -261,9 +261,13 @@ export interface HipDecoder {
   [Symbol.dispose](): void
 }
 
-// Whether a kernel walks a list where it stands; others take its blocks as pages
-const isGathered = ({ device, dtype, shape: [, , , d] }: Tensor) =>
-  device !== 'cpu' && (dtype === 'bfloat16' || dtype === 'float16') && (d === 64 || d === 128)
+// Whether a kernel walks a list of blocks of `size` keys where it stands; others take its blocks as pages
+const isGathered = ({ device, dtype, shape: [, , , d] }: Tensor, v: Tensor, size: number) =>
+  device !== 'cpu' &&
+  (dtype === 'bfloat16' || dtype === 'float16') &&
+  (d === 64 || d === 128) &&
+  d === v.shape[3] &&
+  size < 64
 
 const nothing = { found: 0, missed: 0 }
 const noCounts: HipCacheCounts = { scanned: nothing, attended: nothing }
@@ -447,10 +451,11 @@ export function hipDecoder(options: HipDecoderOptions = {}): HipDecoder {
       const [recentK, recentV] = caches!.recent(k, v, from)
       const recent = { k: recentK!, v: recentV!, from }
       const given = { ...lists.at(-1)!, recent }
-      const keys = { q, k: near.k, blockTable: near.places }
+      const rows = q.isContiguous ? q : q.contiguous()
+      const keys = { q: rows, k: near.k, blockTable: near.places }
       const mask = hipMask(keys, settings, blocks!, window, given)
       const place = { blockTable: near.places, cacheSeqlens: [sk] }
-      return attention(q, near.k, near.v, { ...place, mask, scale, softCap })
+      return attention(rows, near.k, near.v, { ...place, mask, scale, softCap })
     })
 
   return {
@@ -513,9 +518,11 @@ export function hipDecoder(options: HipDecoderOptions = {}): HipDecoder {
       tokens += n
       const drift = freezeWindowStart ? sk - listedAt : 0
       const window = settings.window + drift
-      if (isShared && (elsewhere || (n === 1 && !rope && !isGathered(k))))
+      if (isShared && (elsewhere || (n === 1 && !rope && !isGathered(k, v, size))))
         return attendPages(q, k, v, settings, window)
-      if (isShared && n === 1 && !rope && caches) return attendNear(q, k, v, settings, window)
+      // a list of fewer keys than a block was not brought here
+      if (isShared && n === 1 && !rope && caches && listedAt >= size)
+        return attendNear(q, k, v, settings, window)
       const mask = hipMask({ q, k }, settings, blocks, window, lists.at(-1)!)
       if (!rope) return attention(q, k, v, { mask, scale, softCap })
       return scope(() =>

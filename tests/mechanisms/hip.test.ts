@@ -498,6 +498,18 @@ describeDevices('hip mechanisms', (device) => {
         ...{ counts: [1], isShared: false },
       },
       { own: { topK: 32, block: [64, 4], refresh: 2 }, counts: [1, 4], isShared: false },
+      // too large to be gathered on Hopper
+      {
+        own: {
+          topK: 128,
+          block: [64, 64],
+          headMode: 'all',
+          refresh: 2,
+          window: 64,
+          sinkTokens: 64,
+        },
+        ...{ counts: [1], isShared: true },
+      },
     ]
     const decode = async ({ own, counts, isShared }: (typeof cases)[number]) => {
       // a GPU gathers the last where they stand, and takes the others as pages
@@ -512,8 +524,9 @@ describeDevices('hip mechanisms', (device) => {
       const far = [k, v].map((x) =>
         empty(x.shape, { dtype, device, pinned: true }).copyFrom(x),
       ) as [Tensor<'float32'>, Tensor<'float32'>]
-      const options = { ...own, window: 32, sinkTokens: 16 }
-      const offload = rng.pick([true, { scanned: 64, attended: own.topK! + 16 }])
+      const { sinkTokens = 16 } = own
+      const options = { window: 32, ...own, sinkTokens }
+      const offload = rng.pick([true, { scanned: 64, attended: own.topK! + sinkTokens }])
       using plain = hipDecoder(options)
       using offloaded = hipDecoder({ ...options, offload })
       let isWrong = true
@@ -551,6 +564,33 @@ describeDevices('hip mechanisms', (device) => {
       const held = memory(device).tensors
       await scope(() => decode(one))
       expect(memory(device).tensors).toBeLessThanOrEqual(held)
+    }
+  })
+
+  it('decode from pinned memory what had fewer keys than a block when they were listed', async () => {
+    const rng = random(327)
+    const make = (h: number, d: number) =>
+      tensor(rng.normals(40 * h * d), [1, 40, h, d], { device }).cast('bfloat16')
+    // values of another size are not gathered
+    for (const dv of [64, 32]) {
+      const [q, k, v] = [make(4, 64), make(2, 64), make(2, dv)]
+      const far = [k, v].map((x) =>
+        empty(x.shape, { dtype: 'bfloat16', device, pinned: true }).copyFrom(x),
+      ) as [typeof k, typeof v]
+      using decoder = hipDecoder({
+        ...{ topK: 64, block: [64, 32], headMode: 'all', window: 32, refresh: 8, offload: true },
+      })
+      for (let at = 29; at <= 40; at++) {
+        const keys = [k, v].map((x) => x.slice(1, 0, at)) as [typeof k, typeof v]
+        const rows = q.slice(1, at - 1, at)
+        const actual = decoder.attend(rows, far[0].slice(1, 0, at), far[1].slice(1, 0, at))
+        const expected = attention(rows, ...keys)
+        const [x, y] = [
+          await actual.out.read({ as: 'float32' }),
+          await expected.out.read({ as: 'float32' }),
+        ]
+        expect(maxError(x, y), `${at} keys`).toBeLessThan(4 * epsilon.bfloat16)
+      }
     }
   })
 
