@@ -39,9 +39,6 @@ void run(const FlexPrefill& op, CudaContext& context) {
     run_means(means, means.under_walks(), context);
     run_lines_sm90(lines, &means, context);
   }
-  task.bins =
-      reinterpret_cast<uint32_t*>(context.counters(static_cast<size_t>(heads) * kShareBins));
-  run_products(map, means, task.bins, context);
   if (!task.whole) probe(task.probe_estimate());
   const int64_t entries = std::max(task.sk, task.rows * nk);
   const int64_t members =
@@ -49,6 +46,8 @@ void run(const FlexPrefill& op, CudaContext& context) {
   const int64_t groups = std::min<int64_t>(heads, context.processors / members);
   // Of a map one pair in sixteen should be near the cut, of a small one all may be
   const int64_t room = std::max(entries / members / 8, int64_t{4096});
+  task.bins =
+      reinterpret_cast<uint32_t*>(context.counters(static_cast<size_t>(heads) * kShareBins));
   const FlexArgs args{task,
                       context.scratch<FlexGroup>(static_cast<size_t>(groups)),
                       context.scratch<uint64_t>(static_cast<size_t>(groups * members * room)),
@@ -57,6 +56,8 @@ void run(const FlexPrefill& op, CudaContext& context) {
                       static_cast<int>(members)};
   const int64_t warps = heads * 2 * nk;
   HEDDLE_CHECK(warps < INT32_MAX, kUnsupported, "map", "map has too many heads for one call");
+  // Only the choice clears what this counts: nothing in between may fail
+  run_products(map, means, task.bins, context);
   constexpr int kWarps = kThreads / 32;
   flexprefill_sums_kernel<<<static_cast<unsigned>((warps + kWarps - 1) / kWarps), kThreads, 0,
                             context.stream>>>(args);
