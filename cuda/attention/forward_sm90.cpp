@@ -59,7 +59,10 @@ bool maps_scores(const ForwardCall& call) {
 
 template <DType kType> void pick(const ForwardCall& call, cudaStream_t stream) {
   const int64_t size = std::max(call.d, call.dv);
-  if (call.dv == 0) return launch_sums_sm90<kType>(call, stream);
+  if (call.dv == 0)
+    return call.slots.weights == Attention::kSoftplus && takes_cosines(call)
+               ? launch_sums_sm90<kType, true>(call, stream)
+               : launch_sums_sm90<kType, false>(call, stream);
   if (call.masked) return pick_listed<kType>(call, stream);
   if (call.slots.used() && call.dv <= 64)
     return launch_forward_sm90<kType, kSlotColumns, 64, Form::kMapped>(call, stream);

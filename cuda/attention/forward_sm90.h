@@ -157,8 +157,9 @@ inline Form form_of(const ForwardCall& call) {
 // are slots. `kListed` keys come from lists.
 template <DType kType, int kD, int kDv, Form kForm, bool kListed = false>
 void launch_forward_sm90(const ForwardCall& call, cudaStream_t stream);
-// Of v without columns, up to kSlotColumns columns of q
-template <DType kType> void launch_sums_sm90(const ForwardCall& call, cudaStream_t stream);
+// Of v without columns, up to kSlotColumns columns of q; `kCosines` are those of softplus
+template <DType kType, bool kCosines>
+void launch_sums_sm90(const ForwardCall& call, cudaStream_t stream);
 template <int kD> void launch_float8_sm90(const ForwardCall& call, cudaStream_t stream);
 
 }  // namespace heddle

@@ -183,12 +183,8 @@ struct SlotMap {
     const bool sigmoid = slots.weights == Attention::kSigmoid;
     const float u = exp2_approx(sigmoid ? -score : -fabsf(score));
     if (sigmoid) return score < kFar ? score : -log2_approx(1 + u);
-    // log(1 + u), by the series where 1 + u has too few digits of u
-    const float series =
-        u * (1 + u * (-0.5f + u * (1 / 3.f + u * (-0.25f + u * (0.2f + u * (-1 / 6.f))))));
-    const float rest = u < 0.0625f ? series * kLog2e : log2_approx(1 + u);
     const float weight_log2 =
-        score < kFar ? score : log2_approx(fmaxf(score, 0) + rest) + kSoftplusBase;
+        score < kFar ? score : log2_approx(fmaxf(score, 0) + log2_beyond_one(u)) + kSoftplusBase;
     if (slots.weights == Attention::kSoftplus) return weight_log2;
     const float share = exp2_approx(weight_log2 + row.gain_log2), above = share - row.offset;
     return above <= Attention::kReweightedSnap * share ? -INFINITY
@@ -349,6 +345,51 @@ struct SlotMap {
         }
       rows.row_sum[r] = fmaf(rows.row_sum[r], rows.shrink[r], sum + log2_approx(product));
     }
+  }
+
+  // log2(1 + u), by the series where 1 + u has too few digits of u
+  __device__ __forceinline__ static float log2_beyond_one(float u) {
+    const float series =
+        u * (1 + u * (-0.5f + u * (1 / 3.f + u * (-0.25f + u * (0.2f + u * (-1 / 6.f))))));
+    return u < 0.0625f ? series * kLog2e : log2_approx(1 + u);
+  }
+
+  // The sums of softplus of cosines' products, in units of ln 2
+  template <int kScores>
+  __device__ __forceinline__ void sum_cosines(const float (&acc)[kScores], RowSoftmax& rows) const {
+    constexpr float kLeast = 0.0625f;
+    float sums[2], small = INFINITY;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float above = 0, product = 1;
+#pragma unroll
+      for (int i = 2 * r; i < kScores; i += 4)
+#pragma unroll
+        for (int x = 0; x < 2; ++x) {
+          above += relu(acc[i + x]);
+          product = fmaf(product, exp2_approx(-fabsf(acc[i + x] * row[r].scale)), product);
+        }
+      sums[r] = rows.row_sum[r] + fmaf(above, row[r].scale, log2_approx(product));
+      small = fminf(small, sums[r]);
+    }
+    // a sum that is still small has too few digits in the logarithm of a product
+    if (__any_sync(~0u, small < kLeast)) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        float above = 0, beyond = 0;  // the product less 1
+#pragma unroll
+        for (int i = 2 * r; i < kScores; i += 4)
+#pragma unroll
+          for (int x = 0; x < 2; ++x) {
+            const float u = exp2_approx(-fabsf(acc[i + x] * row[r].scale));
+            above += relu(acc[i + x]);
+            beyond += fmaf(beyond, u, u);
+          }
+        sums[r] = rows.row_sum[r] + fmaf(above, row[r].scale, log2_beyond_one(beyond));
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) rows.row_sum[r] = sums[r];
   }
 
   // Powers of 15 and 3 of cosines' products

@@ -5,17 +5,16 @@
 //
 //   lse[p] = ln(sum(w(S[p,t])))   with S and its weights w as in forward_sm90.cuh
 //
-// A tile is 64 rows of q for each of three computing warpgroups. Nothing but scores is in their
-// registers, so there is room for a third, and each sums while the others' products run. Warpgroup
-// 0 loads.
+// A tile is 64 rows of q for each of two computing warpgroups, and each sums while the other's
+// products run. Warpgroup 0 loads.
 namespace heddle {
 namespace {
 
 struct SumsTile {
-  static constexpr int kD = kSlotColumns, kWarpgroups = 3, kQueries = 64 * kWarpgroups;
-  static constexpr int kKeys = 128, kBuffers = 2, kStages = 3;
+  static constexpr int kD = kSlotColumns, kWarpgroups = 2, kQueries = 64 * kWarpgroups;
+  static constexpr int kKeys = 128, kBuffers = 2, kStages = 4;
   static constexpr int kThreads = 128 * (kWarpgroups + 1);
-  static constexpr int kLoadRegisters = 32, kComputeRegisters = 160;
+  static constexpr int kLoadRegisters = 24, kComputeRegisters = 240;
 };
 
 struct SumsSmem {
@@ -27,7 +26,8 @@ struct SumsSmem {
   sm90::Barrier k_full[Shape::kStages], k_empty[Shape::kStages];
 };
 
-template <DType kType>
+// `kCosines` are those of softplus, and nothing else is added to them
+template <DType kType, bool kCosines>
 __global__ void __launch_bounds__(SumsTile::kThreads, 1)
     sums_sm90_kernel(const __grid_constant__ sm90::TensorMap gmem_q,
                      const __grid_constant__ sm90::TensorMap gmem_k, const ForwardArgs args) {
@@ -93,7 +93,9 @@ __global__ void __launch_bounds__(SumsTile::kThreads, 1)
   raise_registers<Shape::kComputeRegisters>();
   const int own = warpgroup - 1, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
   float acc_s[kKeys / 2];
-  uint32_t ahead[kKeys / 8][2];  // what is read while scores are multiplied
+  // what is read while scores are multiplied
+  uint32_t ahead[kCosines ? 1 : kKeys / 8][2];
+  float2 factors[kCosines ? kKeys / 8 : 1];
   RowSoftmax rows;
   SlotMap slots(args.slots, args.scale, args.soft_cap);
   auto release = [&](Barrier& empty) {
@@ -108,7 +110,8 @@ __global__ void __launch_bounds__(SumsTile::kThreads, 1)
     if (work.row < 0) break;
     const int row = work.row + own * 64 + warp * 16 + lane / 4, diagonal = work.sk - work.sq;
     const RowBounds bounds = bounds_of(args, work, row);
-    open_rows<Form::kMapped>(args, work, row, slots, rows);
+    open_rows<kCosines ? Form::kReweighted : Form::kMapped>(args, work, row, slots, rows);
+    if (kCosines) rows.row_max[0] = rows.row_max[1] = slots.kSoftplusBase;
     // key tiles that the first row sees whole, and where the last row's window begins
     const int whole_end = (args.causal ? max(work.row + diagonal + 1, 0) : work.sk) / kKeys;
     const int whole_begin =
@@ -119,7 +122,11 @@ __global__ void __launch_bounds__(SumsTile::kThreads, 1)
     for (int j = 0; j < key_tiles; ++j, ++used) {
       const Turn<kStages> k(used);
       const int tile = key_end - 1 - j, column = tile * kKeys + lane % 4 * 2;
-      if (slots.reads()) {
+      if constexpr (kCosines) {
+#pragma unroll
+        for (int g = 0; g < kKeys / 8; ++g)
+          factors[g] = *reinterpret_cast<const float2*>(slots.columns + column + 8 * g);
+      } else if (slots.reads()) {
 #pragma unroll
         for (int g = 0; g < kKeys / 8; ++g)
 #pragma unroll
@@ -134,10 +141,18 @@ __global__ void __launch_bounds__(SumsTile::kThreads, 1)
       wgmma_commit();
       wgmma_wait<0>(acc_s);
       release(smem.k_empty[k.stage]);
-      slots.map(acc_s, ahead, bounds, column, work.sk);
+      if constexpr (kCosines) {
+        multiply_columns(acc_s, [&](int from) { return factors[from / 8]; });
+      } else {
+        slots.map(acc_s, ahead, bounds, column, work.sk);
+      }
       if (tile >= whole_end || tile < whole_begin)
         mask_scores(acc_s, bounds, tile * kKeys, args.window, lane);
-      slots.sum(acc_s, rows);
+      if constexpr (kCosines) {
+        slots.sum_cosines(acc_s, rows);
+      } else {
+        slots.sum(acc_s, rows);
+      }
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -153,18 +168,19 @@ __global__ void __launch_bounds__(SumsTile::kThreads, 1)
 
 }  // namespace
 
-template <DType kType> void launch_sums_sm90(const ForwardCall& call, cudaStream_t stream) {
+template <DType kType, bool kCosines>
+void launch_sums_sm90(const ForwardCall& call, cudaStream_t stream) {
   using Shape = SumsTile;
   const ForwardArgs args = forward_args(call, Shape::kQueries);
   const auto map = [&](const void* data, int64_t s, int64_t h, const Strides& strides, int rows) {
     return make_tensor_map(kType, data,
                            {call.d, s, h, call.b, strides.row, strides.head, strides.batch}, rows);
   };
-  launch<sums_sm90_kernel<kType>>({std::min(args.tiles, call.processors), Shape::kThreads,
-                                   sm90::shared_memory_bytes<SumsSmem>(), stream},
-                                  map(call.q, call.sq, call.hq, call.q_strides, Shape::kQueries),
-                                  map(call.k, call.sk, call.hk, call.k_strides, Shape::kKeys),
-                                  args);
+  launch<sums_sm90_kernel<kType, kCosines>>(
+      {std::min(args.tiles, call.processors), Shape::kThreads,
+       sm90::shared_memory_bytes<SumsSmem>(), stream},
+      map(call.q, call.sq, call.hq, call.q_strides, Shape::kQueries),
+      map(call.k, call.sk, call.hk, call.k_strides, Shape::kKeys), args);
 }
 
 }  // namespace heddle

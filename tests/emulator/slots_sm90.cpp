@@ -262,7 +262,9 @@ void write_factors(const SplitCall& call) {
 
 template <int kColumns> void launch(const ForwardCall& call) {
   if constexpr (kColumns == 0) {
-    launch_sums_sm90<kType>(call, nullptr);
+    const bool cosines = call.slots.weights == Attention::kSoftplus && takes_cosines(call);
+    cosines ? launch_sums_sm90<kType, true>(call, nullptr)
+            : launch_sums_sm90<kType, false>(call, nullptr);
   } else if constexpr (kColumns == kSlotColumns) {
     const auto run = [&]<Form kForm>() {
       launch_forward_sm90<kType, kD, kColumns, kForm>(call, nullptr);
