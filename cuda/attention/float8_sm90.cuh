@@ -378,11 +378,9 @@ __global__ void __launch_bounds__(Float8Tile<kD>::kThreads, 1)
       release(smem.k_empty[k.stage]);
       const bool moved = raise(j, masked);
       weigh();
-      if (moved) {
-        wgmma_wait<0>(acc_o);
-        shrink_values();
-      }
+      // in one place, as all warps of a warpgroup have to wait at the same
       wgmma_wait<0>(acc_o);
+      if (moved) shrink_values();
       release(smem.v_empty[v.stage]);
       add_weights();
       pack_weights();

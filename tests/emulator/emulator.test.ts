@@ -339,8 +339,8 @@ const kernels: Kernel[] = [
       {
         what: "sums don't shrink",
         file: float8,
-        from: '        shrink_values();\n',
-        to: '        ',
+        from: 'if (moved) shrink_values();',
+        to: '',
       },
       {
         what: "the sums of weights don't shrink",
