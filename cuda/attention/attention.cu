@@ -348,9 +348,7 @@ void run_forward(const Attention& op, CudaContext& context) {
 }
 
 GatherCall gather_call(const Attention& op, const CudaContext& context) {
-  GatherCall call{hopper_call(op, context), lists_of(op), {}};
-  call.mask = call.lists.mask;
-  return call;
+  return {hopper_call(op, context), lists_of(op)};
 }
 
 const char* declines_gather_hopper(const Attention& op, const CudaContext& context) {

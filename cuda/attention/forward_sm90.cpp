@@ -35,22 +35,9 @@ template <DType kType> void pick_listed(const ForwardCall& call, cudaStream_t st
 
 // Of kSlotColumns columns
 template <DType kType> void pick_form(const ForwardCall& call, cudaStream_t stream) {
-  constexpr int kD = kSlotColumns;
-  const auto run = [&]<Form kForm>() { launch_forward_sm90<kType, kD, kD, kForm>(call, stream); };
-  switch (form_of(call)) {
-    case Form::kPlain:
-      return run.template operator()<Form::kPlain>();
-    case Form::kMapped:
-      return run.template operator()<Form::kMapped>();
-    case Form::kSloped:
-      return run.template operator()<Form::kSloped>();
-    case Form::kBiased:
-      return run.template operator()<Form::kBiased>();
-    case Form::kSigmoid:
-      return run.template operator()<Form::kSigmoid>();
-    case Form::kReweighted:
-      return run.template operator()<Form::kReweighted>();
-  }
+  dispatch_form(call, [&]<Form kForm>() {
+    launch_forward_sm90<kType, kSlotColumns, kSlotColumns, kForm>(call, stream);
+  });
 }
 
 bool maps_scores(const ForwardCall& call) {

@@ -671,11 +671,6 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
     }
   };
   // accumulators of 16 keys, packed in order, are an operand A
-  auto pack_weights = [&] {
-#pragma unroll
-    for (int i = 0; i < kKeys / 4; ++i)
-      frag_p[i / 4][i % 4] = pack<kType>(acc_s[2 * i], acc_s[2 * i + 1]);
-  };
   // named barrier 1 + w stands for the turn of computing warpgroup w; from d = 192 on the products
   // are long enough to overlap by themselves
   constexpr bool kTurns = kD <= 128;
@@ -782,7 +777,7 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
       const bool moved = soften();
       wgmma_wait<0>(acc_o);
       release(smem.v_empty[v.stage]);
-      pack_weights();
+      pack_weights<kType>(frag_p, acc_s);
       if (moved) shrink_values();
     };
 
@@ -795,7 +790,7 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
       scale_columns(k.stage);
       release(smem.k_empty[k.stage]);
       const bool moved = soften();
-      pack_weights();
+      pack_weights<kType>(frag_p, acc_s);
       return moved;
     };
     auto last = [&](int j) {

@@ -153,6 +153,24 @@ inline Form form_of(const ForwardCall& call) {
              : Form::kMapped;
 }
 
+// body.operator()<form>() of the form of a call
+template <class Body> void dispatch_form(const ForwardCall& call, const Body& body) {
+  switch (form_of(call)) {
+    case Form::kPlain:
+      return body.template operator()<Form::kPlain>();
+    case Form::kMapped:
+      return body.template operator()<Form::kMapped>();
+    case Form::kSloped:
+      return body.template operator()<Form::kSloped>();
+    case Form::kBiased:
+      return body.template operator()<Form::kBiased>();
+    case Form::kSigmoid:
+      return body.template operator()<Form::kSigmoid>();
+    case Form::kReweighted:
+      return body.template operator()<Form::kReweighted>();
+  }
+}
+
 // What forward_sm90 picks from, an instantiation file for each size, and for each dtype where there
 // are slots. `kListed` keys come from lists.
 template <DType kType, int kD, int kDv, Form kForm, bool kListed = false>

@@ -21,13 +21,13 @@ namespace {
 
 constexpr int kGatherRows = 64, kGatherHeads = 2, kGatherBox = 8;
 
-template <int kD> struct GatherStages {
+struct GatherStages {
   static constexpr int kKeys = 128, kBoxes = kKeys / kGatherBox, kStages = 2;
   static constexpr int kThreads = 128 * (kGatherHeads + 1);
 };
 
 template <int kD> struct GatherSmem90 {
-  using Shape = GatherStages<kD>;
+  using Shape = GatherStages;
   sm90::Tile<kGatherRows, kD> q[kGatherHeads];
   sm90::Tile<Shape::kKeys, kD> k[Shape::kStages], v[Shape::kStages];
   int boxes[Shape::kStages][Shape::kBoxes];  // first keys, -1 where nobody sees one
@@ -67,12 +67,12 @@ struct GatherUnit {
 };
 
 template <DType kType, int kD>
-__global__ void __launch_bounds__(GatherStages<kD>::kThreads, 1)
+__global__ void __launch_bounds__(GatherStages::kThreads, 1)
     gather_sm90_kernel(const __grid_constant__ sm90::TensorMap gmem_k,
                        const __grid_constant__ sm90::TensorMap gmem_v,
                        const __grid_constant__ GatherArgs90 args) {
   using namespace sm90;
-  using Shape = GatherStages<kD>;
+  using Shape = GatherStages;
   constexpr int kKeys = Shape::kKeys, kBoxes = Shape::kBoxes, kStages = Shape::kStages;
   constexpr int kComputing = 128 * kGatherHeads;
   auto& smem = shared_memory<GatherSmem90<kD>>();
@@ -206,9 +206,7 @@ __global__ void __launch_bounds__(GatherStages<kD>::kThreads, 1)
 #pragma unroll
         for (int i = 0; i < kD / 2; ++i) acc_o[i] *= rows.shrink[i / 2 % 2];
       }
-#pragma unroll
-      for (int i = 0; i < kKeys / 4; ++i)
-        frag_p[i / 4][i % 4] = pack<kType>(acc_s[2 * i], acc_s[2 * i + 1]);
+      pack_weights<kType>(frag_p, acc_s);
       smem.v_full[turn.stage].wait(turn.parity);
       // keys behind the last may hold anything, and zero weights don't silence NaN
       const int left = keys.count - n;
@@ -252,7 +250,7 @@ template <DType kType, int kD>
 void launch_gather_sm90(const GatherCall& call, cudaStream_t stream) {
   GatherArgs90 args{};
   args.blocks = call.blocks;
-  args.mask = call.mask;
+  args.mask = call.lists.mask;
   args.sq = static_cast<int>(call.sq);
   args.sk = static_cast<int>(call.sk);
   args.hq = static_cast<int>(call.hq);
@@ -274,7 +272,7 @@ void launch_gather_sm90(const GatherCall& call, cudaStream_t stream) {
                            kGatherBox);
   };
   launch<gather_sm90_kernel<kType, kD>>(
-      {std::min(args.units, call.processors), GatherStages<kD>::kThreads,
+      {std::min(args.units, call.processors), GatherStages::kThreads,
        sm90::shared_memory_bytes<GatherSmem90<kD>>(), stream},
       map(call.k, call.k_strides), map(call.v, call.v_strides), args);
 }

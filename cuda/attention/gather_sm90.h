@@ -7,7 +7,6 @@ namespace heddle {
 // A call over lists of blocks of at least 8 keys that all heads of a group share
 struct GatherCall : SplitCall {
   GatherLists blocks;
-  MaskView mask;
 };
 
 // Why the kernel cannot take a call whose mask has such lists, or null

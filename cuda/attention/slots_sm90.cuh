@@ -211,42 +211,44 @@ struct SlotMap {
   // 1 / (1 + exp(-s)), two by one reciprocal of a product where that cannot overflow
   template <int kScores>
   __device__ __forceinline__ void weigh_sigmoids(float (&acc)[kScores], RowSoftmax& rows) const {
-    constexpr float kLeast = -60, kBase = 0x1p-15f;
-    static_assert(kSigmoidBase == -15);
     float lowest = acc[0];
 #pragma unroll
     for (int i = 1; i < kScores; ++i) lowest = fminf(lowest, acc[i]);
-    if (__any_sync(~0u, lowest < kLeast)) {
+    invert(acc, lowest < -kFarSigmoid, [](float score, int) { return exp2_approx(-score); });
+    rows.shrink[0] = rows.shrink[1] = 1;
+    rows.add(acc);
+  }
+
+  // 1 / (1 + u), relative to what sigmoids are; `far` if some u of this lane is beyond kFarSigmoid
+  static constexpr float kFarSigmoid = 60;
+  template <int kScores, class Exponential>
+  __device__ __forceinline__ static void invert(float (&acc)[kScores], bool far,
+                                                const Exponential& u_of) {
+    constexpr float kBase = 0x1p-15f;
+    static_assert(kSigmoidBase == -15);
+    const auto whole = [&](int i) { return fmaf(u_of(acc[i], i), kBase, kBase); };
+    if (__any_sync(~0u, far)) {
 #pragma unroll
-      for (int i = 0; i < kScores; ++i)
-        acc[i] = reciprocal_approx(fmaf(exp2_approx(-acc[i]), kBase, kBase));
+      for (int i = 0; i < kScores; ++i) acc[i] = reciprocal_approx(whole(i));
     } else {
 #pragma unroll
       for (int i = 0; i < kScores; i += 2) {
-        const float a = fmaf(exp2_approx(-acc[i]), kBase, kBase);
-        const float b = fmaf(exp2_approx(-acc[i + 1]), kBase, kBase);
-        const float both = reciprocal_approx(a * b);
+        const float a = whole(i), b = whole(i + 1), both = reciprocal_approx(a * b);
         acc[i] = b * both;
         acc[i + 1] = a * both;
       }
     }
-    rows.shrink[0] = rows.shrink[1] = 1;
-    rows.add(acc);
   }
 
   // The same of products with rows' constants
   template <int kScores>
   __device__ __forceinline__ void make_sigmoids(float (&acc)[kScores], RowSoftmax& rows) const {
-    constexpr float kFar = 60, kBase = 0x1p-15f;
+    constexpr float kBase = 0x1p-15f;
     rows.shrink[0] = rows.shrink[1] = 1;
     bool low = true;
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      float highest = acc[2 * r];
-#pragma unroll
-      for (int i = 2 * r; i < kScores; i += 4) highest = fmaxf(highest, fmaxf(acc[i], acc[i + 1]));
-      low &= fmaf(highest, row[r].scale, row[r].constant) <= -5;
-    }
+    for (int r = 0; r < 2; ++r)
+      low &= fmaf(own_highest(acc, r, acc[2 * r]), row[r].scale, row[r].constant) <= -5;
     // e - e^2 + e^3, of which the next would be 2^-15 of all
     if (__all_sync(~0u, low)) {
 #pragma unroll
@@ -264,25 +266,11 @@ struct SlotMap {
       float lowest = acc[2 * r];
 #pragma unroll
       for (int i = 2 * r; i < kScores; i += 4) lowest = fminf(lowest, fminf(acc[i], acc[i + 1]));
-      far |= fmaf(lowest, -row[r].scale, -row[r].constant) > kFar;
+      far |= fmaf(lowest, -row[r].scale, -row[r].constant) > kFarSigmoid;
     }
-    // 1 + exp(-s), by kBase
-    const auto whole = [&](int i) {
-      return fmaf(exp2_approx(fmaf(acc[i], -row[i / 2 % 2].scale, -row[i / 2 % 2].constant)), kBase,
-                  kBase);
-    };
-    if (__any_sync(~0u, far)) {
-#pragma unroll
-      for (int i = 0; i < kScores; ++i) acc[i] = reciprocal_approx(whole(i));
-    } else {
-#pragma unroll
-      for (int i = 0; i < kScores; i += 2) {
-        const float a = whole(i), b = whole(i + 1), both = reciprocal_approx(a * b);
-        acc[i] = b * both;
-        acc[i + 1] = a * both;
-      }
-    }
-    rows.shrink[0] = rows.shrink[1] = 1;
+    invert(acc, far, [&](float product, int i) {
+      return exp2_approx(fmaf(product, -row[i / 2 % 2].scale, -row[i / 2 % 2].constant));
+    });
     rows.add(acc);
   }
 
@@ -335,16 +323,27 @@ struct SlotMap {
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float sum = 0, product = 1;
-#pragma unroll
-      for (int i = 2 * r; i < kScores; i += 4)
-#pragma unroll
-        for (int x = 0; x < 2; ++x) {
-          sum += relu(acc[i + x]);
-          product = fmaf(product, exp2_approx(-fabsf(acc[i + x])), product);
-        }
-      rows.row_sum[r] = fmaf(rows.row_sum[r], rows.shrink[r], sum + log2_approx(product));
+      float above, product;
+      softplus_parts(acc, r, 1, above, product);
+      rows.row_sum[r] = fmaf(rows.row_sum[r], rows.shrink[r], above + log2_approx(product));
     }
+  }
+
+  // Of scores by a factor: the sum of those above 0, which lacks the factor, and the product of
+  // 1 + exp(-|s|)
+  template <int kScores>
+  __device__ __forceinline__ static void softplus_parts(const float (&acc)[kScores], int r,
+                                                        float factor, float& above,
+                                                        float& product) {
+    above = 0;
+    product = 1;
+#pragma unroll
+    for (int i = 2 * r; i < kScores; i += 4)
+#pragma unroll
+      for (int x = 0; x < 2; ++x) {
+        above += relu(acc[i + x]);
+        product = fmaf(product, exp2_approx(-fabsf(acc[i + x] * factor)), product);
+      }
   }
 
   // log2(1 + u), by the series where 1 + u has too few digits of u
@@ -361,14 +360,8 @@ struct SlotMap {
     float sums[2], small = INFINITY;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float above = 0, product = 1;
-#pragma unroll
-      for (int i = 2 * r; i < kScores; i += 4)
-#pragma unroll
-        for (int x = 0; x < 2; ++x) {
-          above += relu(acc[i + x]);
-          product = fmaf(product, exp2_approx(-fabsf(acc[i + x] * row[r].scale)), product);
-        }
+      float above, product;
+      softplus_parts(acc, r, row[r].scale, above, product);
       sums[r] = rows.row_sum[r] + fmaf(above, row[r].scale, log2_approx(product));
       small = fminf(small, sums[r]);
     }
@@ -399,10 +392,7 @@ struct SlotMap {
     bool beyond = false, moved = false;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float highest = acc[2 * r];
-#pragma unroll
-      for (int i = 2 * r; i < kScores; i += 4) highest = fmaxf(highest, fmaxf(acc[i], acc[i + 1]));
-      beyond |= highest > peaks.most[r];
+      beyond |= own_highest(acc, r, acc[2 * r]) > peaks.most[r];
       rows.shrink[r] = 1;
     }
     if (__any_sync(~0u, beyond)) {

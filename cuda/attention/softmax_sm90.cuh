@@ -143,6 +143,23 @@ __device__ __forceinline__ void mask_scores(float (&acc)[kScores], const uint64_
     }
 }
 
+// The largest of what this lane has of row r, and of `highest`
+template <int kScores>
+__device__ __forceinline__ float own_highest(const float (&acc)[kScores], int r, float highest) {
+#pragma unroll
+  for (int i = 2 * r; i < kScores; i += 4) highest = fmaxf(highest, fmaxf(acc[i], acc[i + 1]));
+  return highest;
+}
+
+// Weights as the operand of the product with values
+template <DType kType, int kScores>
+__device__ __forceinline__ void pack_weights(uint32_t (&frag)[kScores / 8][4],
+                                             const float (&weights)[kScores]) {
+#pragma unroll
+  for (int i = 0; i < kScores / 2; ++i)
+    frag[i / 4][i % 4] = pack<kType>(weights[2 * i], weights[2 * i + 1]);
+}
+
 // The softmax of a thread's two rows so far
 struct RowSoftmax {
   float row_max[2], row_sum[2];
@@ -161,9 +178,7 @@ struct RowSoftmax {
     bool moved = false;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float highest = row_max[r];
-#pragma unroll
-      for (int i = 2 * r; i < kScores; i += 4) highest = fmaxf(highest, fmaxf(acc[i], acc[i + 1]));
+      float highest = own_highest(acc, r, row_max[r]);
       highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 1));
       highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 2));
       if ((highest - row_max[r]) * to_log2 <= kLag) highest = row_max[r];
@@ -172,15 +187,7 @@ struct RowSoftmax {
       const bool same = highest == row_max[r];
       shrink[r] = same ? 1 : exp2_approx(row_max[r] * to_log2 - base_log2);
       moved |= !same;
-      const float shift_log2 = kLift ? kLift - base_log2 : -base_log2;
-      float sum = 0;
-#pragma unroll
-      for (int i = 2 * r; i < kScores; i += 4) {
-        acc[i] = exp2_approx(fmaf(acc[i], to_log2, shift_log2));
-        acc[i + 1] = exp2_approx(fmaf(acc[i + 1], to_log2, shift_log2));
-        sum += acc[i] + acc[i + 1];
-      }
-      row_sum[r] = fmaf(row_sum[r], shrink[r], sum);
+      add_exponentials(acc, r, to_log2, kLift ? kLift - base_log2 : -base_log2);
       row_max[r] = highest;
     }
     return __any_sync(~0u, moved) != 0;
@@ -195,10 +202,7 @@ struct RowSoftmax {
     bool beyond = false, moved = false;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      most[r] = acc[2 * r];
-#pragma unroll
-      for (int i = 2 * r; i < kScores; i += 4) most[r] = fmaxf(most[r], fmaxf(acc[i], acc[i + 1]));
-      most[r] += base[r];
+      most[r] = own_highest(acc, r, acc[2 * r]) + base[r];
       shrink[r] = 1;
       beyond |= (most[r] - row_max[r]) * to_log2 > kLag;
     }
@@ -219,15 +223,8 @@ struct RowSoftmax {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       // no key so far: (-inf) - (-inf) would poison the row
-      const float shift_log2 = row_max[r] == -INFINITY ? 0 : (base[r] - row_max[r]) * to_log2;
-      float sum = 0;
-#pragma unroll
-      for (int i = 2 * r; i < kScores; i += 4) {
-        acc[i] = exp2_approx(fmaf(acc[i], to_log2, shift_log2));
-        acc[i + 1] = exp2_approx(fmaf(acc[i + 1], to_log2, shift_log2));
-        sum += acc[i] + acc[i + 1];
-      }
-      row_sum[r] = fmaf(row_sum[r], shrink[r], sum);
+      add_exponentials(acc, r, to_log2,
+                       row_max[r] == -INFINITY ? 0 : (base[r] - row_max[r]) * to_log2);
     }
     return moved;
   }
@@ -235,9 +232,7 @@ struct RowSoftmax {
   // The largest of a row's scores in this tile
   template <int kScores>
   __device__ __forceinline__ static float highest(const float (&acc)[kScores], int r) {
-    float highest = -INFINITY;
-#pragma unroll
-    for (int i = 2 * r; i < kScores; i += 4) highest = fmaxf(highest, fmaxf(acc[i], acc[i + 1]));
+    float highest = own_highest(acc, r, -INFINITY);
     highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 1));
     return fmaxf(highest, __shfl_xor_sync(~0u, highest, 2));
   }
@@ -259,6 +254,20 @@ struct RowSoftmax {
       for (int i = 2 * r; i < kScores; i += 4) sum += weights[i] + weights[i + 1];
       row_sum[r] = fmaf(row_sum[r], shrink[r], sum);
     }
+  }
+
+  // Scores of row r become exp2(to_log2 * score + shift_log2), and join its sum
+  template <int kScores>
+  __device__ __forceinline__ void add_exponentials(float (&acc)[kScores], int r, float to_log2,
+                                                   float shift_log2) {
+    float sum = 0;
+#pragma unroll
+    for (int i = 2 * r; i < kScores; i += 4) {
+      acc[i] = exp2_approx(fmaf(acc[i], to_log2, shift_log2));
+      acc[i + 1] = exp2_approx(fmaf(acc[i + 1], to_log2, shift_log2));
+      sum += acc[i] + acc[i + 1];
+    }
+    row_sum[r] = fmaf(row_sum[r], shrink[r], sum);
   }
 
   // Over the four threads of a row

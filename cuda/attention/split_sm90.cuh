@@ -380,9 +380,7 @@ __global__ void __launch_bounds__(SplitTile<kD>::kThreads, 1)
 #pragma unroll
           for (int i = 0; i < kD / 2; ++i) acc_o[i] *= rows.shrink[i / 2 % 2];
         }
-#pragma unroll
-        for (int i = 0; i < kKeys / 4; ++i)
-          frag_p[i / 4][i % 4] = pack<kType>(acc_s[2 * i], acc_s[2 * i + 1]);
+        pack_weights<kType>(frag_p, acc_s);
       }
       smem.v_full[stage.stage].wait(stage.parity);
       // a cache may hold anything behind its last key, and zero weights don't silence NaN

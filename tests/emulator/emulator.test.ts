@@ -131,8 +131,8 @@ const kernels: Kernel[] = [
       {
         what: 'a stage is never given back',
         file: forward,
-        from: 'release(smem.v_empty[v.stage]);\n      pack_weights();',
-        to: 'pack_weights();',
+        from: 'release(smem.v_empty[v.stage]);\n      pack_weights<kType>(frag_p, acc_s);',
+        to: 'pack_weights<kType>(frag_p, acc_s);',
       },
       {
         what: 'q is loaded over out',
@@ -179,8 +179,8 @@ const kernels: Kernel[] = [
       {
         what: 'values are scaled while their product runs',
         file: forward,
-        from: 'wgmma_wait<0>(acc_o);\n      release(smem.v_empty[v.stage]);\n      pack_weights();',
-        to: 'pack_weights();\n      wgmma_wait<0>(acc_o);\n      release(smem.v_empty[v.stage]);',
+        from: 'wgmma_wait<0>(acc_o);\n      release(smem.v_empty[v.stage]);\n      pack_weights<kType>(frag_p, acc_s);',
+        to: 'pack_weights<kType>(frag_p, acc_s);\n      wgmma_wait<0>(acc_o);\n      release(smem.v_empty[v.stage]);',
       },
       {
         what: 'registers change without a fence before the product',
@@ -458,7 +458,7 @@ const kernels: Kernel[] = [
       {
         what: 'the reciprocal of two sigmoids overflows',
         file: slots,
-        from: 'lowest < kLeast',
+        from: 'lowest < -kFarSigmoid',
         to: 'false',
       },
       {
@@ -609,14 +609,14 @@ const kernels: Kernel[] = [
       {
         what: 'scores above zero weigh what those below do',
         file: slots,
-        from: 'sum += relu(acc[i + x]);',
-        to: '',
+        from: 'above += relu(acc[i + x]);\n        product =',
+        to: 'product =',
       },
       {
         what: 'sums stay relative to what they were before',
         file: slots,
-        from: 'rows.shrink[r], sum + log2_approx(product)',
-        to: '1, sum + log2_approx(product)',
+        from: 'rows.shrink[r], above + log2_approx(product)',
+        to: '1, above + log2_approx(product)',
       },
     ],
   },

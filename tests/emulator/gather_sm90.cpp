@@ -46,7 +46,7 @@ double check(const GatherCase& c, emulator::Random& random) {
         call.soft_cap = args.soft_cap;
         call.processors = 3;
         call.blocks = lists;
-        call.mask = args.mask;
+        call.lists.mask = args.mask;
         launch_gather_sm90<kType, kD>(call, nullptr);
       });
 }

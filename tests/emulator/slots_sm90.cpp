@@ -266,21 +266,11 @@ template <int kColumns> void launch(const ForwardCall& call) {
     cosines ? launch_sums_sm90<kType, true>(call, nullptr)
             : launch_sums_sm90<kType, false>(call, nullptr);
   } else if constexpr (kColumns == kSlotColumns) {
-    const auto run = [&]<Form kForm>() {
-      launch_forward_sm90<kType, kD, kColumns, kForm>(call, nullptr);
-    };
-    switch (form_of(call)) {
-      case Form::kSloped:
-        return run.template operator()<Form::kSloped>();
-      case Form::kBiased:
-        return run.template operator()<Form::kBiased>();
-      case Form::kSigmoid:
-        return run.template operator()<Form::kSigmoid>();
-      case Form::kReweighted:
-        return run.template operator()<Form::kReweighted>();
-      default:
-        return run.template operator()<Form::kMapped>();
-    }
+    // scores of no slots are another program's
+    dispatch_form(call, [&]<Form kForm>() {
+      constexpr Form kTaken = kForm == Form::kPlain ? Form::kMapped : kForm;
+      launch_forward_sm90<kType, kD, kColumns, kTaken>(call, nullptr);
+    });
   } else {
     launch_forward_sm90<kType, kD, kColumns, Form::kMapped>(call, nullptr);
   }
