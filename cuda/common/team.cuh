@@ -117,15 +117,13 @@ struct CtaTeam {
     return __shfl_sync(~0u, digit, owner);
   }
 
- protected:
-  // The share of one of several CTAs
-  template <class Rank, class Mass>
-  __device__ void tally(Histogram& bins, int64_t n, int member, int members, const Digit& digit,
-                        bool by_mass, const Rank& rank, const Mass& mass) const {
-    each(256, [&](int64_t i) { bins.count[i] = bins.mass[i] = 0; });
+  // body(i, rank(i)) for the share of one of several CTAs, and a rank of 0 for lanes behind the
+  // end, as those of a warp stay together
+  template <class Rank, class Body>
+  __device__ void each_rank(int64_t n, int member, int members, const Rank& rank,
+                            const Body& body) const {
     constexpr int kAhead = 4;  // ranks of a thread that are on their way at the same time
     const int64_t step = int64_t{blockDim.x} * members, lane = threadIdx.x % 32;
-    // The lanes of a warp stay together, also behind the end
     for (int64_t first = int64_t{blockDim.x} * member + threadIdx.x; first - lane < n;
          first += kAhead * step) {
       uint64_t ranks[kAhead];
@@ -138,11 +136,21 @@ struct CtaTeam {
       for (int i = 0; i < kAhead; ++i) {
         const int64_t at = first + i * step;
         if (at - lane >= n) break;
-        const bool counts = digit.has(ranks[i]);
-        tally_warp(bins, counts, digit.of(ranks[i]), by_mass,
-                   counts && by_mass ? mass(at, ranks[i]) : 0);
+        body(at, ranks[i]);
       }
     }
+  }
+
+ protected:
+  // The share of one of several CTAs
+  template <class Rank, class Mass>
+  __device__ void tally(Histogram& bins, int64_t n, int member, int members, const Digit& digit,
+                        bool by_mass, const Rank& rank, const Mass& mass) const {
+    each(256, [&](int64_t i) { bins.count[i] = bins.mass[i] = 0; });
+    each_rank(n, member, members, rank, [&](int64_t at, uint64_t own) {
+      const bool counts = digit.has(own);
+      tally_warp(bins, counts, digit.of(own), by_mass, counts && by_mass ? mass(at, own) : 0);
+    });
     __syncthreads();
   }
   // The scores of a warp are often much the same: one lane adds for all that share its digit, and

@@ -105,31 +105,19 @@ __device__ Cut flexprefill_pairs(const FlexArgs& args, const CtaGroup& all, Flex
   __syncthreads();
   uint64_t* lists = args.list + (&group - args.groups) * all.members * args.room;
   uint64_t* list = lists + all.member * args.room;
-  constexpr int kAhead = 4;  // ranks of a thread that are on their way at the same time
-  const int64_t step = int64_t{blockDim.x} * all.members;
   const int lane = static_cast<int>(threadIdx.x) % 32, top = memory.top, low = memory.low;
   unsigned long long above = 0;
-  for (int64_t first = int64_t{blockDim.x} * all.member + threadIdx.x; first - lane < n;
-       first += kAhead * step) {
-    uint64_t ranks[kAhead];
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      const int64_t at = first + i * step;
-      ranks[i] = at < n ? rank(at) : 0;
-    }
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      const int bin = ranks[i] == 0 ? -1 : share_bin(share_of(ranks[i]));
-      if (bin > top) above += mass(0, ranks[i]);
-      const bool may = bin >= low && bin <= top;
-      const uint32_t here = __ballot_sync(~0u, may);
-      if (here == 0) continue;
-      uint32_t at = 0;
-      if (lane == 0) at = atomicAdd(&memory.size, static_cast<uint32_t>(__popc(here)));
-      at = __shfl_sync(~0u, at, 0) + static_cast<uint32_t>(__popc(here & ((1u << lane) - 1)));
-      if (may && at < args.room) list[at] = ranks[i];
-    }
-  }
+  all.each_rank(n, all.member, all.members, rank, [&](int64_t, uint64_t own) {
+    const int bin = own == 0 ? -1 : share_bin(share_of(own));
+    if (bin > top) above += mass(0, own);
+    const bool may = bin >= low && bin <= top;
+    const uint32_t here = __ballot_sync(~0u, may);
+    if (here == 0) return;
+    uint32_t at = 0;
+    if (lane == 0) at = atomicAdd(&memory.size, static_cast<uint32_t>(__popc(here)));
+    at = __shfl_sync(~0u, at, 0) + static_cast<uint32_t>(__popc(here & ((1u << lane) - 1)));
+    if (may && at < args.room) list[at] = own;
+  });
   for (int other = 16; other > 0; other /= 2) above += __shfl_xor_sync(~0u, above, other);
   if (lane == 0) atomicAdd(&memory.mass, above);
   __syncthreads();
