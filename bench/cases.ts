@@ -1,4 +1,6 @@
 import {
+  type AttentionResult,
+  add,
   alibiSlopes,
   attention,
   attentionBackward,
@@ -6,6 +8,7 @@ import {
   type Device,
   type FloatDType,
   flexPrefill,
+  flexPrefillAttention,
   hip,
   hipDecoder,
   hipLists,
@@ -15,8 +18,11 @@ import {
   lightningDecode,
   linear,
   Mask,
+  mul,
   norm,
   randn,
+  rope,
+  scope,
   softplusAttention,
   type Tensor,
   tensor,
@@ -31,6 +37,8 @@ export interface Case {
   flops: number
   /** The least bytes that have to move. */
   bytes: number
+  /** Which share of `flops` is done, where the input decides. */
+  share?(): Promise<number>
   /** The largest error of some sampled results against float64, relative to the largest value; runs the operator. */
   check(): Promise<number>
   /** What peers need to run the same. */
@@ -87,6 +95,41 @@ function drawBlocks({ size, flags }: Problem, device: Device) {
   const sees = (head: number, row: number, t: number) =>
     table[(head * rows + Math.floor(row / block)) * columns + Math.floor(t / block)] === 1
   return { mask, listed: listed * block * block, sees }
+}
+
+/**
+ * Queries and keys as models have them: half of the channels turn with their positions, so that near keys score more; four sinks
+ * and 64 keys that the seed draws score high for every query; and noise.
+ */
+function structured(
+  [b, s, hq, hk, d]: readonly [number, number, number, number, number],
+  dtype: FloatDType,
+  device: Device,
+  seed: number,
+): [q: Tensor<FloatDType>, k: Tensor<FloatDType>] {
+  const half = d / 2
+  // along the channels: what turns, what the high keys have, and what q has of that
+  const channels = (turning: number, fixed: number) =>
+    tensor(
+      Array.from({ length: d }, (_, e) => (e < half ? turning : fixed)),
+      undefined,
+      { dtype, device },
+    )
+  const make = (heads: number, own: number, fixed: number) =>
+    scope(() => {
+      const noise = randn([b, s, heads, d], { seed: own, dtype, device })
+      const all = add(mul(noise, channels(0.5, 0.5)), channels(1.1, fixed))
+      return rope(all, { rotary: half })
+    })
+  const [q, k] = [make(hq, seed, 1), make(hk, seed + 1, 0)]
+  const draw = numbersFrom(seed)
+  for (let i = 0; i < 68; i++) {
+    const t = i < 4 ? i : Math.floor(draw() * s)
+    const high = channels(0, i < 4 ? 2 : 1.5)
+    k.slice(1, t, t + 1).copyFrom(high.expand([b, 1, hk, d]))
+    high.dispose()
+  }
+  return [q, k]
 }
 
 /** Sizes and mask of an attention problem. */
@@ -617,6 +660,62 @@ export const operators: Readonly<Record<string, (problem: Problem, device: Devic
     }
   },
 
+  // FlexPrefill from q, k and v to the result
+  flexprefill(problem, device) {
+    const { dtype, size } = problem
+    const [b, s, hq, hk, d] = [size('b'), size('s'), size('hq'), size('hk'), size('d')]
+    const [q, k] = structured([b, s, hq, hk, d], dtype, device, size('seed', 1))
+    const v = randn([b, s, hk, d], { seed: 3, dtype, device })
+    const options = { gamma: 0.95 }
+    const both = ({ out, lse }: AttentionResult<FloatDType>) => [out, lse]
+    return {
+      inputs: [q, k, v],
+      flops: 2 * b * hq * s * (s + 1) * d,
+      bytes: q.nbytes * 2 + k.nbytes + v.nbytes,
+      run: () => both(flexPrefillAttention(q, k, v, options)),
+      others: { 'our softmax attention': () => both(attention(q, k, v, { causal: true })) },
+      async share() {
+        if (s <= 8192) return 1
+        using mask = flexPrefill(q, k, options)
+        return mask.density()
+      },
+      // the last row of the last head, by the blocks that are listed for it
+      async check() {
+        const { out } = flexPrefillAttention(q, k, v, options)
+        using mask = flexPrefill(q, k, options)
+        const row = mask.blocks
+          ?.select(0, b - 1)
+          .select(0, hq - 1)
+          .select(0, -1)
+        const bits = s > 8192 && row ? await row.read() : undefined
+        const last = (x: Tensor, h: number) => x.select(0, b - 1).select(1, h - 1)
+        const read = (x: Tensor) => x.read({ as: 'float32' })
+        const [qs, os] = [
+          await read(last(q, hq).select(0, -1)),
+          await read(last(out, hq).select(0, -1)),
+        ]
+        const [ks, vs] = [await read(last(k, hk)), await read(last(v, hk))]
+        const result = new Float64Array(d)
+        let sum = 0
+        for (let t = 0; t < s; t++) {
+          const block = t >> 7
+          if (bits && !((bits[block >> 5]! >>> (block & 31)) & 1)) continue
+          let dot = 0
+          for (let e = 0; e < d; e++) dot += qs[e]! * ks[t * d + e]!
+          const p = Math.exp(dot / Math.sqrt(d) - 20)
+          sum += p
+          for (let e = 0; e < d; e++) result[e]! += p * vs[t * d + e]!
+        }
+        const exact = [...result].map((value) => value / sum)
+        out.dispose()
+        return (
+          Math.max(...exact.map((value, e) => Math.abs(value - os[e]!))) /
+          Math.max(...exact.map(Math.abs))
+        )
+      },
+    }
+  },
+
   linear(problem, device) {
     const { dtype, size } = problem
     const [m, n, k] = [size('m'), size('n'), size('k')]
@@ -748,6 +847,9 @@ export const suites: Readonly<Record<'cpu' | 'cuda', readonly string[]>> = {
     'flexprefill.select:b1 s8192 hq32 hk8 d128 bf16',
     'flexprefill.select:b1 s32768 hq32 hk8 d128 bf16',
     'flexprefill.select:b1 s131072 hq32 hk8 d128 bf16',
+    'flexprefill:b1 s8192 hq16 hk16 d128 bf16',
+    'flexprefill:b1 s32768 hq16 hk16 d128 bf16',
+    'flexprefill:b1 s131072 hq16 hk16 d128 bf16',
     'attention.backward:b4 sq4096 sk4096 hq16 hk16 d128 bf16',
     'attention.backward:b4 sq4096 sk4096 hq16 hk16 d128 bf16 causal',
     'attention.backward:b1 sq16384 sk16384 hq16 hk16 d128 bf16',
@@ -793,6 +895,7 @@ export const suites: Readonly<Record<'cpu' | 'cuda', readonly string[]>> = {
     'attention:b1 sq131072 sk131072 hq32 hk8 d128 bf16 causal',
     'hip:b1 sq32768 sk32768 hq32 hk8 d128 bf16',
     'hip:b1 sq131072 sk131072 hq32 hk8 d128 bf16',
+    'hip:b1 sq1048576 sk1048576 hq32 hk8 d128 bf16',
     'hip:b1 sq131072 sk131072 hq32 hk8 d128 bf16 lists',
     'hip:b1 sq131072 sk131072 hq32 hk8 d128 bf16 stages',
     'hip:b1 sq131072 sk131072 hq32 hk8 d128 bf16 stages lists',

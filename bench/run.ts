@@ -23,6 +23,8 @@ interface Row {
   gbps: number
   /** The time that the roofs measured in this run would allow, over the time taken. */
   roofShare: number
+  /** Of the operations of everything, where the input decides what is done. */
+  share?: number
   error: number
   peers: Record<string, number>
 }
@@ -112,6 +114,8 @@ async function measure(
   const problem = parseProblem(text)
   const made = make(text, device)
   const error = await made.check()
+  const share = await made.share?.()
+  const flops = made.flops * (share ?? 1)
   const { times, once } = await repeatsFor(made.run, device, roundMilliseconds(device))
   const peers =
     device === 'cpu' ? await onnxruntime(problem, made.inputs, threads) : await torch(problem)
@@ -130,16 +134,17 @@ async function measure(
   }
   const { ms, spread } = summarise(ours)
   const coldMs = summarise(await timeCold(made.run, device, few(2 * rounds))).ms
-  const least = Math.max(made.flops / roof.product, made.bytes / roof.copy) * 1000
+  const least = Math.max(flops / roof.product, made.bytes / roof.copy) * 1000
   for (const input of made.inputs) input.dispose()
   return {
     case: problem.text,
     ms,
     spread,
     coldMs,
-    tflops: made.flops / ms / 1e9,
+    tflops: flops / ms / 1e9,
     gbps: made.bytes / ms / 1e6,
     roofShare: least / ms,
+    ...(share !== undefined && { share }),
     error,
     peers: Object.fromEntries(peers.map(({ name }, i) => [name, summarise(theirs[i]!).ms])),
   }
@@ -222,7 +227,7 @@ export async function bench(options: BenchOptions): Promise<object> {
         ([peer, ms]) => `, ${(ms / row.ms).toFixed(2)}x the speed of ${peer}`,
       )
       log(
-        `${row.case}: ${row.ms.toFixed(4)} ms ±${(row.spread * 100).toFixed(1)} %, cold ${row.coldMs.toFixed(4)} ms, ${row.tflops.toFixed(3)} TFLOP/s, ${row.gbps.toFixed(1)} GB/s, ${(row.roofShare * 100).toFixed(0)} % of the roof, error ${row.error.toExponential(1)}${peers.join('')}`,
+        `${row.case}: ${row.ms.toFixed(4)} ms ±${(row.spread * 100).toFixed(1)} %, cold ${row.coldMs.toFixed(4)} ms, ${row.tflops.toFixed(3)} TFLOP/s, ${row.gbps.toFixed(1)} GB/s, ${(row.roofShare * 100).toFixed(0)} % of the roof,${row.share === undefined ? '' : ` ${(100 * row.share).toFixed(1)} % of all,`} error ${row.error.toExponential(1)}${peers.join('')}`,
       )
     }
     return result

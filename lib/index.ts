@@ -17,8 +17,11 @@ export type {
   TokenLists,
 } from './mask.js'
 export { Mask } from './mask.js'
-export type { FlexPrefillOptions } from './mechanisms/flex-prefill.js'
-export { achievedMass, flexPrefill } from './mechanisms/flex-prefill.js'
+export type {
+  FlexPrefillAttentionOptions,
+  FlexPrefillOptions,
+} from './mechanisms/flex-prefill.js'
+export { achievedMass, flexPrefill, flexPrefillAttention } from './mechanisms/flex-prefill.js'
 export type { HipAttentionOptions, HipDecoder, HipDecoderOptions } from './mechanisms/hip.js'
 export { hipAttention, hipDecoder, hipPresets, hipRefresh } from './mechanisms/hip.js'
 export type { HipCacheCounts, HipOffload } from './mechanisms/hip-offload.js'

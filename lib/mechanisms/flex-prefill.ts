@@ -1,10 +1,10 @@
-import { checkNumber, checkOptions, mustBe } from '../check.js'
+import { checkInteger, checkNumber, checkOptions, mustBe } from '../check.js'
 import type { FloatDType } from '../dtype.js'
 import { type Mask, makeMask } from '../mask.js'
 import { run } from '../native.js'
-import { attention } from '../ops/attention.js'
+import { type AttentionResult, attention } from '../ops/attention.js'
 import { checkTensor, empty, type Tensor } from '../tensor.js'
-import { everything, type PackedOptions, perSequence } from './packed.js'
+import { everything, lengthsOf, type PackedOptions, perSequence } from './packed.js'
 
 /** Options of {@link flexPrefill}. */
 export interface FlexPrefillOptions extends PackedOptions {
@@ -25,6 +25,12 @@ export interface FlexPrefillOptions extends PackedOptions {
   block?: number | undefined
   /** Factor of q·k, `1/√d` if left out; the mode `'reference'` estimates with `1/√d` all the same. */
   scale?: number | undefined
+}
+
+/** Options of {@link flexPrefillAttention}. */
+export interface FlexPrefillAttentionOptions extends FlexPrefillOptions {
+  /** Up to how many keys a sequence is dense, 8192 if left out: choosing costs more there than it can save. */
+  denseBelow?: number | undefined
 }
 
 const known: ReadonlySet<string> = new Set<keyof FlexPrefillOptions>([
@@ -53,9 +59,10 @@ export function flexPrefill<D extends FloatDType>(
   k: Tensor<D>,
   options: FlexPrefillOptions = {},
 ): Mask {
-  const op = 'flexPrefill'
-  checkTensor(op, 'q', q)
-  checkTensor(op, 'k', k)
+  return select('flexPrefill', q, k, options, 0)
+}
+
+function checked(op: string, options: FlexPrefillOptions) {
   checkOptions(op, options, known)
   const { mode = 'reference', gamma = 0.9, tau = 0.1, block = 128, scale } = options
   const { minBudget = 1024, maxBudget } = options
@@ -72,30 +79,73 @@ export function flexPrefill<D extends FloatDType>(
   if (scale !== undefined) checkNumber(op, 'scale', scale, 'above 0', (x) => x > 0)
   const least = Math.max(Math.ceil(minBudget / block), 1)
   const most = maxBudget === undefined ? 0 : Math.max(Math.ceil(maxBudget / block), 1)
+  const coverage = mode === 'coverage'
+  return { gamma, tau, least, most, block, coverage, scale: coverage ? scale : undefined }
+}
 
-  const select = (queries: Tensor<D>, keys: Tensor<D>): Mask => {
+// Sequences of up to `denseBelow` keys get everything
+function select<D extends FloatDType>(
+  op: string,
+  q: Tensor<D>,
+  k: Tensor<D>,
+  options: FlexPrefillOptions,
+  denseBelow: number,
+): Mask {
+  checkTensor(op, 'q', q)
+  checkTensor(op, 'k', k)
+  const settings = checked(op, options)
+  const { gamma, least, block } = settings
+  const short = Math.max(2 * block, least * block, denseBelow)
+  const blocksOf = (queries: Tensor<D>, keys: Tensor<D>): Mask => {
     const [b = 0, sq = 0, heads = 0] = queries.shape
     const sk = keys.shape[1]!
     const parts = everything(sq, sk, block)
-    if (gamma >= 1 || sk <= Math.max(2 * block, least * block)) return parts
+    if (gamma >= 1 || sk <= short) return parts
     const [rows, columns] = [sq, sk].map((size) => Math.ceil(size / block)) as [number, number]
     const shape = [b, heads, rows, Math.ceil(columns / 32)]
     const blocks = empty(shape, { dtype: 'int32', device: q.device })
-    const coverage = mode === 'coverage'
-    const settings = {
-      gamma,
-      tau,
-      least,
-      most,
-      block,
-      coverage,
-      scale: coverage ? scale : undefined,
-    }
     const [divergence] = run('flexprefill', { q: queries, k: keys, blocks, ...settings })
     divergence?.dispose()
     return makeMask({ ...parts, sequences: b, heads, sinkTokens: 0, blocks })
   }
-  return perSequence(op, q, k, [block, block], options, select)
+  return perSequence(op, q, k, [block, block], options, blocksOf)
+}
+
+/**
+ * A causal prefill over what {@link flexPrefill} chooses, where that pays: of sequences of more than `denseBelow` keys, and of
+ * more than one query. The others are dense, bit for bit as {@link attention} is.
+ *
+ * @param q [b, sq, hq, d], float32, float16 or bfloat16, the queries of a prompt or of its next chunk.
+ * @param k [b, sk, hk, d], the keys up to and with those queries.
+ * @param v [b, sk, hk, dv].
+ * @throws HeddleError `ERR_SHAPE`, `ERR_DTYPE` or `ERR_ARGUMENT` at the call.
+ * @example
+ * import { flexPrefillAttention, randn } from 'heddle'
+ * const [q, k, v] = [1, 2, 3].map((seed) => randn([1, 1024, 2, 64], { seed }))
+ * const { out } = flexPrefillAttention(q, k, v, { gamma: 0.95, minBudget: 256, denseBelow: 512 })
+ */
+export function flexPrefillAttention<D extends FloatDType>(
+  q: Tensor<D>,
+  k: Tensor<D>,
+  v: Tensor<D>,
+  options: FlexPrefillAttentionOptions = {},
+): AttentionResult<D> {
+  const op = 'flexPrefillAttention'
+  for (const [name, x] of Object.entries({ q, k, v })) checkTensor(op, name, x)
+  if (options === null || typeof options !== 'object')
+    throw mustBe(op, 'options', 'an object', options)
+  const { denseBelow = 8192, ...chosen } = options
+  checkInteger(op, 'denseBelow', denseBelow, 0)
+  const { gamma } = checked(op, chosen)
+  const { scale, cuSeqlensQ, cuSeqlensK } = chosen
+  const { sq, sk } = lengthsOf(op, q, k)
+  const longest = cuSeqlensK
+    ? cuSeqlensK.reduce((most, to, i) => Math.max(most, to - (cuSeqlensK[i - 1] ?? to)), 0)
+    : sk
+  if (longest <= denseBelow || sq === 1 || gamma >= 1)
+    return attention(q, k, v, { scale, causal: true, cuSeqlensQ, cuSeqlensK })
+  using mask = select(op, q, k, chosen, denseBelow)
+  return attention(q, k, v, { scale, mask })
 }
 
 /**

@@ -1,4 +1,12 @@
-import { achievedMass, attention, flexPrefill, type Mask, tensor } from 'heddle'
+import {
+  achievedMass,
+  attention,
+  flexPrefill,
+  flexPrefillAttention,
+  type Mask,
+  type Tensor,
+  tensor,
+} from 'heddle'
 import { expect, it } from 'vitest'
 import { maxError } from '../support/compare.js'
 import { describeDevices } from '../support/devices.js'
@@ -253,6 +261,42 @@ describeDevices('flexPrefill', (device) => {
     expect(whole.size).toBeGreaterThan(10)
   })
 
+  it('attends to all of short sequences and to what it chooses of long ones', async () => {
+    const rng = random(95)
+    const [q, k] = planted(rng, 640, 2, false).map((x) => tensor(x, [1, 640, 2, 32], { device }))
+    const options = { gamma: 0.5, minBudget: 0, block: 64 } as const
+    const bytes = async ({ out }: { out: Tensor }) => Buffer.from((await out.read()).buffer)
+    const dense = await bytes(attention(q!, k!, k!, { causal: true }))
+    for (const denseBelow of [undefined, 640]) {
+      const out = await bytes(flexPrefillAttention(q!, k!, k!, { ...options, denseBelow }))
+      expect(out.equals(dense), `${denseBelow}`).toBe(true)
+    }
+    const mask = flexPrefill(q!, k!, options)
+    const sparse = await bytes(attention(q!, k!, k!, { mask }))
+    const own = await bytes(flexPrefillAttention(q!, k!, k!, { ...options, denseBelow: 639 }))
+    expect(own.equals(sparse)).toBe(true)
+    expect(own.equals(dense)).toBe(false)
+    const last = q!.slice(1, 639)
+    const step = await bytes(flexPrefillAttention(last, k!, k!, { ...options, denseBelow: 0 }))
+    expect(step.equals(await bytes(attention(last, k!, k!, { causal: true })))).toBe(true)
+    // the first of two packed sequences is long
+    const cu = [0, 440, 640]
+    const packed = { ...options, cuSeqlensQ: cu, cuSeqlensK: cu }
+    const { out } = flexPrefillAttention(q!, k!, k!, { ...packed, denseBelow: 300 })
+    const [first, second] = [q!.slice(1, 0, 440), q!.slice(1, 440)]
+    const keys = [k!.slice(1, 0, 440), k!.slice(1, 440)] as const
+    const chosen = attention(first, keys[0], keys[0], {
+      mask: flexPrefill(first, keys[0], options),
+    })
+    const all = attention(second, keys[1], keys[1], { causal: true })
+    expect(maxError(await out.slice(1, 0, 440).read(), await chosen.out.read())).toBeLessThan(1e-5)
+    expect(maxError(await out.slice(1, 440).read(), await all.out.read())).toBeLessThan(1e-5)
+    const whole = await bytes(
+      attention(q!, k!, k!, { causal: true, cuSeqlensQ: cu, cuSeqlensK: cu }),
+    )
+    expect((await bytes(flexPrefillAttention(q!, k!, k!, packed))).equals(whole)).toBe(true)
+  })
+
   it('refuses what it cannot select', async () => {
     const rng = random(94)
     const q = await sample(rng, [1, 300, 1, 16], 'float32', device)
@@ -261,6 +305,14 @@ describeDevices('flexPrefill', (device) => {
     expect((await call({ block: 48 })).code).toBe('ERR_ARGUMENT')
     expect((await call({ minBudget: 512, maxBudget: 100 })).message).toBe(
       'flexPrefill: maxBudget must be at least minBudget = 512, got 100',
+    )
+    const attend = (options: object) =>
+      failure(() => flexPrefillAttention(q.tensor, q.tensor, q.tensor, options))
+    expect((await attend({ gamma: 0 })).message).toBe(
+      'flexPrefillAttention: gamma must be above 0, got 0',
+    )
+    expect((await attend({ denseBelow: -1 })).message).toBe(
+      'flexPrefillAttention: denseBelow must be an integer at least 0, got -1',
     )
     const short = await failure(() => flexPrefill(q.tensor, q.tensor.slice(1, 0, 200)))
     expect(short.message).toBe('flexPrefill: sq must be at most sk, got 300 and 200')
