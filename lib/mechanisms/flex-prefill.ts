@@ -3,6 +3,7 @@ import type { FloatDType } from '../dtype.js'
 import { type Mask, makeMask } from '../mask.js'
 import { run } from '../native.js'
 import { type AttentionResult, attention } from '../ops/attention.js'
+import { scope } from '../scope.js'
 import { checkTensor, empty, type Tensor } from '../tensor.js'
 import { everything, lengthsOf, type PackedOptions, perSequence } from './packed.js'
 
@@ -23,6 +24,8 @@ export interface FlexPrefillOptions extends PackedOptions {
   maxBudget?: number | undefined
   /** Queries and keys per block: 16, 32, 64 or 128, as if left out. */
   block?: number | undefined
+  /** Whether query head h belongs to kv head h mod hk, as in ChatGLM, instead of to the h / g th; q is copied then. */
+  gqaInterleave?: boolean | undefined
   /** Factor of q·k, `1/√d` if left out; the mode `'reference'` estimates with `1/√d` all the same. */
   scale?: number | undefined
 }
@@ -34,7 +37,8 @@ export interface FlexPrefillAttentionOptions extends FlexPrefillOptions {
 }
 
 const known: ReadonlySet<string> = new Set<keyof FlexPrefillOptions>([
-  ...(['mode', 'gamma', 'tau', 'minBudget', 'maxBudget', 'block', 'scale'] as const),
+  ...(['mode', 'gamma', 'tau', 'minBudget', 'maxBudget', 'block', 'gqaInterleave'] as const),
+  'scale',
   ...(['cuSeqlensQ', 'cuSeqlensK'] as const),
 ])
 
@@ -59,7 +63,37 @@ export function flexPrefill<D extends FloatDType>(
   k: Tensor<D>,
   options: FlexPrefillOptions = {},
 ): Mask {
-  return select('flexPrefill', q, k, options, 0)
+  const op = 'flexPrefill'
+  checkTensor(op, 'q', q)
+  checkTensor(op, 'k', k)
+  checked(op, options)
+  return grouped(q, k, options.gqaInterleave, (queries, back) => {
+    const mask = select(op, queries, k, options, 0)
+    return mask.blocks ? makeMask({ ...mask, blocks: back(mask.blocks, 1) }) : mask
+  })
+}
+
+// x with its heads, of which those of axis `axis` are `first` groups of `second`, in groups the other way round
+function regrouped<T extends Tensor>(x: T, axis: number, first: number, second: number): T {
+  const groups = x.reshape(x.shape.toSpliced(axis, 1, first, second))
+  return groups
+    .transpose(axis, axis + 1)
+    .contiguous()
+    .reshape(x.shape) as T
+}
+
+// Calls `body` with q whose heads of a kv head stand beside each other, and `back`, which puts heads where they were
+function grouped<D extends FloatDType, R>(
+  q: Tensor<D>,
+  k: Tensor,
+  interleaved: boolean | undefined,
+  body: (q: Tensor<D>, back: <T extends Tensor>(x: T, axis: number) => T) => R,
+): R {
+  const [hq = 0, hk = 0] = [q.shape[2], k.shape[2]]
+  if (!interleaved || hk < 2 || hq % hk !== 0) return body(q, (x) => x)
+  return scope(() =>
+    body(regrouped(q, 2, hq / hk, hk), (x, axis) => regrouped(x, axis, hk, hq / hk)),
+  )
 }
 
 function checked(op: string, options: FlexPrefillOptions) {
@@ -77,6 +111,9 @@ function checked(op: string, options: FlexPrefillOptions) {
     checkNumber(op, 'maxBudget', maxBudget, rule, (x) => x >= minBudget)
   }
   if (scale !== undefined) checkNumber(op, 'scale', scale, 'above 0', (x) => x > 0)
+  const { gqaInterleave = false } = options
+  if (typeof gqaInterleave !== 'boolean')
+    throw mustBe(op, 'gqaInterleave', 'a boolean', gqaInterleave)
   const least = Math.max(Math.ceil(minBudget / block), 1)
   const most = maxBudget === undefined ? 0 : Math.max(Math.ceil(maxBudget / block), 1)
   const coverage = mode === 'coverage'
@@ -91,8 +128,6 @@ function select<D extends FloatDType>(
   options: FlexPrefillOptions,
   denseBelow: number,
 ): Mask {
-  checkTensor(op, 'q', q)
-  checkTensor(op, 'k', k)
   const settings = checked(op, options)
   const { gamma, least, block } = settings
   const short = Math.max(2 * block, least * block, denseBelow)
@@ -142,10 +177,16 @@ export function flexPrefillAttention<D extends FloatDType>(
   const longest = cuSeqlensK
     ? cuSeqlensK.reduce((most, to, i) => Math.max(most, to - (cuSeqlensK[i - 1] ?? to)), 0)
     : sk
-  if (longest <= denseBelow || sq === 1 || gamma >= 1)
-    return attention(q, k, v, { scale, causal: true, cuSeqlensQ, cuSeqlensK })
-  using mask = select(op, q, k, chosen, denseBelow)
-  return attention(q, k, v, { scale, mask })
+  return grouped(q, k, chosen.gqaInterleave, (queries, back) => {
+    const attend = () => {
+      if (longest <= denseBelow || sq === 1 || gamma >= 1)
+        return attention(queries, k, v, { scale, causal: true, cuSeqlensQ, cuSeqlensK })
+      using mask = select(op, queries, k, chosen, denseBelow)
+      return attention(queries, k, v, { scale, mask })
+    }
+    const { out, lse } = attend()
+    return { out: back(out, 2), lse: back(lse, 1) }
+  })
 }
 
 /**

@@ -297,6 +297,26 @@ describeDevices('flexPrefill', (device) => {
     expect((await bytes(flexPrefillAttention(q!, k!, k!, packed))).equals(whole)).toBe(true)
   })
 
+  it('takes query heads that their kv heads take in turns', async () => {
+    const rng = random(96)
+    const [flat, keys] = planted(rng, 640, 6, false)
+    const q = tensor(flat!, [1, 640, 6, 32], { device })
+    const k = tensor(keys!, [1, 640, 6, 32], { device }).slice(2, 0, 2)
+    const options = { gamma: 0.6, minBudget: 0, block: 64, gqaInterleave: true } as const
+    const mask = flexPrefill(q, k, options)
+    const { out, lse } = flexPrefillAttention(q, k, k, { ...options, denseBelow: 0 })
+    for (let head = 0; head < 6; head++) {
+      const own = q.slice(2, head, head + 1)
+      const kv = k.slice(2, head % 2, (head % 2) + 1)
+      const single = flexPrefill(own, kv, { ...options, gqaInterleave: false })
+      expect(await pairsOf(mask, head, 10)).toEqual(await pairsOf(single, 0, 10))
+      const alone = attention(own, kv, kv, { mask: single })
+      const of = async (x: Tensor, axis: number) => x.slice(axis, head, head + 1).read()
+      expect(maxError(await of(out, 2), await alone.out.read())).toBeLessThan(1e-5)
+      expect(maxError(await of(lse, 1), await alone.lse.read())).toBeLessThan(1e-5)
+    }
+  })
+
   it('refuses what it cannot select', async () => {
     const rng = random(94)
     const q = await sample(rng, [1, 300, 1, 16], 'float32', device)
