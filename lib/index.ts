@@ -9,6 +9,7 @@ export { type Explanation, explain } from './explain.js'
 export type { Graph } from './graph.js'
 export { graph } from './graph.js'
 export type {
+  HeadMode,
   MaskOptions,
   PaddedLists,
   PaddedTokens,

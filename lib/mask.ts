@@ -56,6 +56,9 @@ export interface PaddedTokens {
   index: Tensor<'int32'>
 }
 
+/** What a head of {@link Mask.fromHeads} sees: everything, the last keys and the first ones, or what a mask says. */
+export type HeadMode = 'dense' | { window?: number; sinkTokens?: number } | Mask
+
 /** @internal */
 export interface GatheredLists extends HipLists {
   /** Keys and values of the window, from the key `from` on, where they stand apart from the others. */
@@ -398,6 +401,81 @@ export const Mask = {
   },
 
   /**
+   * Heads that see differently in one call: some everything, some a window and sinks (streaming heads), some what their mask
+   * lists.
+   *
+   * @param heads One per query head, or per kv head. Masks are of 1 head or of as many, and agree with `options`.
+   * @throws HeddleError `ERR_ARGUMENT` at the call.
+   * @example
+   * import { attention, Mask, randn } from 'heddle'
+   * const [q, k, v] = [1, 2, 3].map((seed) => randn([1, 256, 2, 64], { seed }))
+   * const mask = Mask.fromHeads(['dense', { window: 64, sinkTokens: 4 }], { sq: 256 })
+   * const { out } = attention(q, k, v, { mask })
+   */
+  fromHeads(heads: readonly HeadMode[], options: MaskOptions): Mask {
+    const parts = checkParts(options)
+    if (!Array.isArray(heads) || heads.length === 0)
+      throw mustBe('mask', 'heads', 'a list of what each head sees', heads)
+    const modes = elements('mask', 'heads', heads, (mode, i): MaskParts => {
+      const name = `heads[${i}]`
+      if (mode instanceof Made) return partsOfHead(name, mode, parts, heads.length)
+      if (mode !== 'dense' && (mode === null || typeof mode !== 'object'))
+        throw mustBe('mask', name, '"dense", a window and sinks, or a mask', mode)
+      const range: { window?: number; sinkTokens?: number } =
+        mode === 'dense' ? { sinkTokens: parts.sk } : (mode as object)
+      const window = checkInteger('mask', `${name}.window`, range.window ?? 0, 0)
+      const sinkTokens = checkInteger('mask', `${name}.sinkTokens`, range.sinkTokens ?? 0, 0)
+      return { ...parts, window, sinkTokens }
+    })
+    const listed = modes.flatMap(({ blocks, columns, diagonals }) => [blocks, columns, diagonals])
+    const device = listed.find((one) => one !== undefined)?.device ?? parts.device
+    const sequences = Math.max(...modes.map((mode) => mode.sequences))
+    const { rows, columns } = blockTable(parts)
+    const all = words(Math.max(parts.sk, 1))
+    // of every head the lists of one kind, with the first `own` bits of its lines
+    const lines = (
+      kind: 'blocks' | 'columns' | 'diagonals',
+      shape: readonly number[],
+      own: (mode: MaskParts) => number,
+    ) => {
+      if (!modes.some((mode) => mode[kind] || own(mode) > 0)) return undefined
+      const made = zeros(shape, { dtype: 'int32', device })
+      modes.forEach((mode, head) => {
+        const place = made.slice(1, head, head + 1)
+        const given = mode[kind]
+        if (given) {
+          const at = given.shape[1] === 1 ? 0 : head
+          place.copyFrom(given.slice(1, at, at + 1).expand(place.shape))
+        }
+        const count = own(mode)
+        if (count === 0) return
+        const first = Int32Array.from({ length: shape.at(-1)! }, (_, word) =>
+          count >= 32 * (word + 1) ? -1 : (1 << Math.max(count - 32 * word, 0)) - 1,
+        )
+        const other = tensor(first, undefined, { device }).expand(place.shape)
+        named('mask', () => run('mask.combine', { bits: place, other, intersect: false }))
+      })
+      return made
+    }
+    const packed = parts.cuSeqlensQ ? 1 : sequences
+    const everything = (mode: MaskParts) => mode.sinkTokens >= parts.sk
+    return makeMask({
+      ...parts,
+      sequences,
+      heads: heads.length,
+      blocks: lines('blocks', [packed, heads.length, rows, words(columns)], (mode) =>
+        everything(mode) ? columns : 0,
+      ),
+      columns: lines('columns', [sequences, heads.length, all], (mode) =>
+        everything(mode) ? 0 : mode.sinkTokens,
+      ),
+      diagonals: lines('diagonals', [sequences, heads.length, all], (mode) =>
+        Math.min(mode.window, parts.sk),
+      ),
+    })
+  },
+
+  /**
    * Every row sees its own document only; sq is at most sk.
    *
    * @param starts Where each document begins, ascending from 0, then the total of tokens.
@@ -512,6 +590,19 @@ class Made implements Mask {
   [Symbol.dispose](): void {
     this.dispose()
   }
+}
+
+// What a mask says of a head of another, with which it agrees
+function partsOfHead(name: string, mask: Mask, parts: MaskParts, heads: number): MaskParts {
+  for (const key of ['sq', 'sk', 'causal', 'cuSeqlensQ', 'cuSeqlensK'] as const)
+    if (`${mask[key]}` !== `${parts[key]}`)
+      throw mustBe('mask', name, `a mask with ${key} ${parts[key]}`, mask[key])
+  if (mask.blocks && `${mask.block}` !== `${parts.block}`)
+    throw mustBe('mask', name, `a mask with block ${parts.block}`, mask.block)
+  if (mask.heads !== 1 && mask.heads !== heads)
+    throw mustBe('mask', name, `a mask of 1 or ${heads} heads`, mask.heads)
+  if (mask.bounds) throw mustBe('mask', name, 'a mask without bounds of rows', 'some')
+  return mask
 }
 
 /** @internal A mask of its parts. */

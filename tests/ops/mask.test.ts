@@ -536,6 +536,69 @@ describeDevices('attention over a mask', (device) => {
     expect(maxError(whole.subarray(101 * 32), last)).toBeLessThan(1e-5)
   })
 
+  it('lets every head see as its own mask says', async () => {
+    const rng = random(78)
+    for (const [sq, sk, causal, dtype] of [
+      [150, 150, true, 'float32'],
+      [70, 301, true, 'bfloat16'],
+      [150, 97, false, 'float16'],
+    ] as const) {
+      const options = { sq, sk, causal, block: 32, device }
+      const [rows, columns] = [Math.ceil(sq / 32), Math.ceil(sk / 32)]
+      const table = Uint8Array.from({ length: 2 * 6 * rows * columns }, () => rng.below(2))
+      const listed = Mask.fromBlocks(tensor(table, [2, 6, rows, columns], { device }), options)
+      const shared = Mask.fromTokens({ columns: [2, 40], diagonals: [0, 7] }, options).union(
+        Mask.fromWindow({ window: 3, sinkTokens: 1 }, options),
+      )
+      const single = (i: number) => {
+        const own = tensor(table, [2, 6, rows, columns], { device }).slice(0, i, i + 1)
+        return Mask.fromBlocks(own.slice(1, 2, 3).contiguous(), options)
+      }
+      const streaming = { window: 40, sinkTokens: 5 }
+      const mask = Mask.fromHeads(['dense', streaming, listed, shared, { window: 1 }, {}], options)
+      const alone = (i: number) => [
+        Mask.fromWindow({ sinkTokens: sk }, options),
+        Mask.fromWindow(streaming, options),
+        single(i),
+        shared,
+        Mask.fromWindow({ window: 1 }, options),
+        Mask.fromWindow({}, options),
+      ]
+      const q = await sample(rng, [2, sq, 6, 32], dtype, device, { strided: false })
+      const k = await sample(rng, [2, sk, 2, 32], dtype, device, { strided: false })
+      const { out, lse } = attention(q.tensor, k.tensor, k.tensor, { mask })
+      for (let at = 0; at < 12; at++) {
+        const [i, head] = [at % 2, at >> 1]
+        const of = (x: Tensor<FloatDType>, dimension: number, head: number) =>
+          x.slice(0, i, i + 1).slice(dimension, head, head + 1)
+        const kv = of(k.tensor, 2, Math.floor(head / 3))
+        const other = attention(of(q.tensor, 2, head), kv, kv, { mask: alone(i)[head]! })
+        const read = (x: Tensor<FloatDType>) => x.contiguous().read({ as: 'float32' })
+        const text = `${sq} ${sk} ${dtype} sequence ${i} head ${head}`
+        const error = maxError(await read(of(out, 2, head)), await read(other.out))
+        expect(error, text).toBeLessThan(dtype === 'float32' ? 1e-5 : 2e-2)
+        const [a, b] = [await read(of(lse, 1, head)), await read(other.lse)]
+        for (const [row, value] of a.entries())
+          if (value !== b[row]) expect(Math.abs(value - b[row]!), text).toBeLessThan(1e-3)
+      }
+    }
+    const options = { sq: 64, device }
+    const message = async (heads: unknown) =>
+      (await failure(() => Mask.fromHeads(heads as ['dense'], options))).message
+    expect(await message([])).toBe(
+      'mask: heads must be a list of what each head sees, got an array of 0',
+    )
+    expect(await message(['streaming'])).toBe(
+      'mask: heads[0] must be "dense", a window and sinks, or a mask, got "streaming"',
+    )
+    expect(await message(['dense', { window: -1 }])).toBe(
+      'mask: heads[1].window must be an integer at least 0, got -1',
+    )
+    expect(await message([Mask.fromWindow({ window: 1 }, { sq: 65 })])).toBe(
+      'mask: heads[0] must be a mask with sq 64, got 65',
+    )
+  })
+
   it('refuses lists that do not fit, at the call or at the read', async () => {
     const q = tensor(new Float32Array(128 * 16), [1, 128, 1, 16], { device })
     const int32 = (values: number[], shape: number[]) =>
