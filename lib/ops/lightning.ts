@@ -1,4 +1,4 @@
-import { checkInteger, checkOptions } from '../check.js'
+import { checkInteger, checkOptions, mustBe } from '../check.js'
 import type { FloatDType } from '../dtype.js'
 import { run } from '../native.js'
 import { checkTensor, type Tensor } from '../tensor.js'
@@ -12,6 +12,9 @@ export const lightningDefinition = `
     O[t,f]     = sum(e) Q[t,e] * S[t+1,e,f] * scale
   }`
 
+/** How a state lies in memory: [d, e] or [e, d]. */
+export type StateLayout = 'dk-ev' | 'ev-dk'
+
 /** Options of {@link lightning}. */
 export interface LightningOptions {
   /**
@@ -21,8 +24,10 @@ export interface LightningOptions {
   slopes: Tensor<'float32'> | readonly number[]
   /** Factor of the output, 1 if left out: released models have no `1/√d` here. */
   scale?: number | undefined
-  /** [b, hs, d, e] f32, or one per packed sequence; zeros if left out. */
-  initialState?: Tensor<'float32'> | undefined
+  /** [b, hs, d, e], or one per packed sequence; zeros if left out. What is not f32 is copied into f32. */
+  initialState?: Tensor<FloatDType> | undefined
+  /** Whether states are [d, e] (`'dk-ev'`, as if left out) or [e, d] (`'ev-dk'`). */
+  stateLayout?: StateLayout | undefined
   /** Whether to return the state after the last token. */
   outputFinalState?: boolean | undefined
   /** Where each packed sequence begins, then the total; b must be 1. */
@@ -40,7 +45,7 @@ export interface LightningOptions {
 export interface LightningResult<D extends FloatDType = FloatDType> {
   /** [b, s, max(hq, hv), e], the dtype of q. */
   out: Tensor<D>
-  /** [b, hs, d, e] f32, or [n, hs, d, e] for n packed sequences; only with `outputFinalState`. */
+  /** [b, hs, d, e] f32, or [n, hs, d, e] for n packed sequences, or with [e, d] as `stateLayout` says; only with `outputFinalState`. */
   state: Tensor<'float32'> | undefined
 }
 
@@ -48,11 +53,40 @@ const known: ReadonlySet<string> = new Set<keyof LightningOptions>([
   'slopes',
   'scale',
   'initialState',
+  'stateLayout',
   'outputFinalState',
   'cuSeqlens',
   'chunkSize',
   'precision',
 ])
+
+// States as the operators have them, [d, e] in f32, and back again
+function layoutOf(op: string, layout: unknown, made: Tensor[]) {
+  if (layout !== undefined && layout !== 'dk-ev' && layout !== 'ev-dk')
+    throw mustBe(op, 'stateLayout', '"dk-ev" or "ev-dk"', layout)
+  const turned = layout === 'ev-dk'
+  return {
+    take(name: string, state: Tensor<FloatDType> | undefined): Tensor<'float32'> | undefined {
+      if (state === undefined) return undefined
+      checkTensor(op, name, state)
+      const keep = (own: Tensor<FloatDType>) => {
+        made.push(own)
+        return own
+      }
+      const wide = ['bfloat16', 'float16'].includes(state.dtype)
+        ? keep(state.cast('float32'))
+        : state
+      return (turned && wide.rank === 4 ? keep(wide.transpose(2, 3)) : wide) as Tensor<'float32'>
+    },
+    give(state: Tensor<'float32'> | undefined): Tensor<'float32'> | undefined {
+      if (!turned || state === undefined) return state
+      made.push(state)
+      const view = state.transpose(2, 3)
+      made.push(view)
+      return view.contiguous()
+    },
+  }
+}
 
 /**
  * Lightning attention: causal linear attention with one constant decay per head, in time linear in the sequence. Its
@@ -90,18 +124,20 @@ export function lightning<D extends FloatDType>(
 ): LightningResult<D> {
   checkTensor('lightning', 'q', q)
   checkOptions('lightning', options, known)
-  const { slopes, cuSeqlens, ...rest } = options ?? {}
+  const { slopes, cuSeqlens, initialState, stateLayout, ...rest } = options ?? {}
   const made: Tensor[] = []
   try {
+    const states = layoutOf('lightning', stateLayout, made)
     const [out, state] = run('lightning', {
       q,
       k,
       v,
       ...rest,
+      initialState: states.take('initialState', initialState),
       slopes: vector('lightning', 'slopes', slopes, q.device, made),
       cuSeqlens: offsets('lightning', 'cuSeqlens', cuSeqlens, q.shape[1], q.device, made),
     })
-    return { out, state } as LightningResult<D>
+    return { out, state: states.give(state as Tensor<'float32'>) } as LightningResult<D>
   } finally {
     for (const tensor of made) tensor.dispose()
   }
@@ -111,10 +147,10 @@ export function lightning<D extends FloatDType>(
 export interface LightningBackwardOptions
   extends Pick<
     LightningOptions,
-    'slopes' | 'scale' | 'initialState' | 'cuSeqlens' | 'chunkSize' | 'precision'
+    'slopes' | 'scale' | 'initialState' | 'stateLayout' | 'cuSeqlens' | 'chunkSize' | 'precision'
   > {
-  /** Gradient of the final state, f32, shaped as it; zeros if left out. */
-  dstate?: Tensor<'float32'> | undefined
+  /** Gradient of the final state, shaped as it; zeros if left out. */
+  dstate?: Tensor<FloatDType> | undefined
   /** Whether to return the gradient of the slopes. */
   outputDslopes?: boolean | undefined
 }
@@ -137,6 +173,7 @@ const knownToBackward: ReadonlySet<string> = new Set<keyof LightningBackwardOpti
   'slopes',
   'scale',
   'initialState',
+  'stateLayout',
   'cuSeqlens',
   'chunkSize',
   'precision',
@@ -167,20 +204,24 @@ export function lightningBackward<D extends FloatDType>(
   const op = 'lightning.backward'
   checkTensor(op, 'q', q)
   checkOptions(op, options, knownToBackward)
-  const { slopes, cuSeqlens, ...rest } = options ?? {}
+  const { slopes, cuSeqlens, initialState, dstate, stateLayout, ...rest } = options ?? {}
   const made: Tensor[] = []
   try {
+    const states = layoutOf(op, stateLayout, made)
     const [dq, dk, dv, dinitialState, dslopes] = run(op, {
       q,
       k,
       v,
       dout,
       ...rest,
+      initialState: states.take('initialState', initialState),
+      dstate: states.take('dstate', dstate),
       slopes: vector(op, 'slopes', slopes, q.device, made),
       cuSeqlens: offsets(op, 'cuSeqlens', cuSeqlens, q.shape[1], q.device, made),
-      outputDinitialState: rest.initialState !== undefined,
+      outputDinitialState: initialState !== undefined,
     })
-    return { dq, dk, dv, dinitialState, dslopes } as LightningGradients<D>
+    const given = states.give(dinitialState as Tensor<'float32'>)
+    return { dq, dk, dv, dinitialState: given, dslopes } as LightningGradients<D>
   } finally {
     for (const tensor of made) tensor.dispose()
   }
@@ -196,7 +237,7 @@ export interface LightningDecodeOptions {
   /** Factor of the output, 1 if left out. */
   scale?: number | undefined
   /** Whether a state is stored as [d, e] (`'dk-ev'`, the default) or as [e, d] (`'ev-dk'`). */
-  stateLayout?: 'dk-ev' | 'ev-dk' | undefined
+  stateLayout?: StateLayout | undefined
   /** Whether to return the state after each token, so that a rejected guess can be rolled back by a copy. */
   outputAllStates?: boolean | undefined
 }

@@ -1,7 +1,9 @@
 import {
   alibiSlopes,
+  type FloatDType,
   hfMiniMaxSlopes,
   lightning,
+  lightningBackward,
   lightningDecode,
   type Tensor,
   tensor,
@@ -11,6 +13,7 @@ import {
 import { describe, expect, it } from 'vitest'
 import { maxError, relativeRms } from '../support/compare.js'
 import { describeDevices, floats } from '../support/devices.js'
+import { failure } from '../support/failure.js'
 import { type Random, random, sample } from '../support/random.js'
 import { type LightningCase, lightningReference, reader } from '../support/reference.js'
 
@@ -308,6 +311,46 @@ describeDevices('lightning', (device) => {
       v.slice(1, 100).copyFrom(tensor([5], [1], { device }).expand([1, 30, c.hv, c.e]))
       expect(maxError(await run(), before)).toBe(0)
     })
+  })
+
+  it('takes states in either layout, and of 16 bits', async () => {
+    const rng = random(29)
+    const c = { ...drawCase(rng), b: 2, s: 70, hq: 2, hk: 2, hv: 2, hs: 2, d: 32, e: 24 }
+    const { q, k, v } = await draw(rng, c, 'bfloat16', device)
+    const dout = (await sample(rng, [2, 70, 2, 24], 'bfloat16', device)).tensor
+    const given = async (dtype: 'float32' | 'bfloat16') =>
+      (await sample(rng, [2, 2, 32, 24], dtype, device)).tensor as Tensor<FloatDType>
+    const [initialState, dstate] = [await given('bfloat16'), await given('float32')]
+    const turn = (x: Tensor<FloatDType>) => x.transpose(2, 3).contiguous()
+    const options = { slopes: [0.1, 0.01] }
+    const all = (turned: boolean, narrow: boolean) => {
+      const place = (x: Tensor<FloatDType>) => (turned ? turn(x) : x)
+      const initial = place(narrow ? initialState : initialState.cast('float32'))
+      const own = {
+        ...options,
+        initialState: initial,
+        ...(turned && { stateLayout: 'ev-dk' as const }),
+      }
+      const { out, state } = lightning(q, k, v, { ...own, outputFinalState: true })
+      const backward = lightningBackward(q, k, v, dout, { ...own, dstate: place(dstate) })
+      const { dq, dk, dv, dinitialState } = backward
+      // nothing that was given is freed
+      expect(initial.disposed).toBe(false)
+      return [out, place(state), dq, dk, dv, place(dinitialState!)]
+    }
+    const bytes = async (x: Tensor<FloatDType>) => Buffer.from((await x.read()).buffer)
+    const expected = await Promise.all(all(false, false).map(bytes))
+    for (const [turned, narrow] of [
+      [false, true],
+      [true, false],
+      [true, true],
+    ] as const)
+      for (const [i, tensor] of all(turned, narrow).entries())
+        expect((await bytes(tensor)).equals(expected[i]!), `${turned} ${narrow} ${i}`).toBe(true)
+    const wrong = await failure(() =>
+      lightning(q, k, v, { ...options, stateLayout: 'v' as 'dk-ev' }),
+    )
+    expect(wrong.message).toBe('lightning: stateLayout must be "dk-ev" or "ev-dk", got "v"')
   })
 
   it('sums when nothing decays, and sees only itself when everything does', async () => {
