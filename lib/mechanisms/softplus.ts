@@ -1,4 +1,4 @@
-import { checkNumber, checkOptions } from '../check.js'
+import { checkNumber, checkOptions, mustBe } from '../check.js'
 import type { FloatDType } from '../dtype.js'
 import {
   type AttentionGradients,
@@ -8,8 +8,9 @@ import {
   attentionBackward,
 } from '../ops/attention.js'
 import { add } from '../ops/elementwise.js'
+import { merge } from '../ops/merge.js'
 import { scope } from '../scope.js'
-import { checkTensor, type Tensor, zeros } from '../tensor.js'
+import { checkTensor, full, type Tensor, zeros } from '../tensor.js'
 
 /**
  * What {@link softplusAttention} computes for one head, with `off = sk - sq` and an offset of 1: row p sees
@@ -49,6 +50,12 @@ export interface SoftplusOptions
   scale?: number | undefined
   /** Added to both sums of weights; 0 if left out. Other implementations have 1e-8. */
   eps?: number | undefined
+  /**
+   * What a row gives whose keys all weigh the same, so that none is above the mean: `'zero'`, as if left out, or `'mean'`, what it
+   * gives without re-weighting, from a third pass. `lse` is -inf either way,
+   * and gradients are those of zeros. Only where eps is 0.
+   */
+  degenerate?: 'zero' | 'mean' | undefined
 }
 
 const known: ReadonlySet<string> = new Set<keyof SoftplusOptions>([
@@ -65,6 +72,7 @@ const known: ReadonlySet<string> = new Set<keyof SoftplusOptions>([
   'logD',
   'scale',
   'eps',
+  'degenerate',
 ])
 
 /**
@@ -72,7 +80,8 @@ const known: ReadonlySet<string> = new Set<keyof SoftplusOptions>([
  * keys a row sees, softplus takes the place of exp, and of its weights only what is above the mean of the row counts, to a
  * high power. Two passes over the keys: one for the mean, one for the result; no power is ever formed, so nothing overflows.
  *
- * A row whose keys all weigh the same has none above the mean, and gives `out = 0` and `lse = -inf`.
+ * A row whose keys all weigh the same has none above the mean, and gives `out = 0`, or with `degenerate` what it would give
+ * without re-weighting, and `lse = -inf`.
  *
  * @param q [b, sq, hq, d]; q, k and v as {@link attention} takes them.
  * @returns `out`, and as `lse` the natural log of the sum of weights.
@@ -89,11 +98,16 @@ export function softplusAttention<D extends FloatDType>(
   v: Tensor<D>,
   options: SoftplusOptions = {},
 ): AttentionResult<D> {
-  const { call, reweighted } = recipe('softplusAttention', { q, k, v }, options)
+  const { call, reweighted, mean } = recipe('softplusAttention', { q, k, v }, options)
   if (!reweighted) return attention(q, k, v, { ...call, weights: 'softplus' })
   return scope(() => {
-    const level = levelOf(q, k, v, call)
-    return attention(q, k, v, { ...call, ...reweighted, level })
+    const plain = mean && attention(q, k, v, { ...call, weights: 'softplus' })
+    const level = plain ? plain.lse : levelOf(q, k, v, call)
+    const sharp = attention(q, k, v, { ...call, ...reweighted, level })
+    if (!plain) return sharp
+    // weighs nothing beside any row that has a sum, and everything where there is none
+    const lse = full(level.shape, -1e30, { device: q.device })
+    return { out: merge([sharp, { out: plain.out, lse }]).out, lse: sharp.lse }
   })
 }
 
@@ -175,8 +189,13 @@ function recipe(op: string, tensors: Record<string, Tensor>, options: SoftplusOp
   const { logD = Math.log(q.shape[3]!), scale = 1, causal = true, ...keys } = rest
   checkNumber(op, 'scale', scale, 'a positive number', (x) => x > 0 && x < Infinity)
   checkNumber(op, 'eps', eps, 'a number from 0 on', (x) => x >= 0 && x < Infinity)
+  const { degenerate = 'zero', ...shared } = keys
+  if (degenerate !== 'zero' && degenerate !== 'mean')
+    throw mustBe(op, 'degenerate', '"zero" or "mean"', degenerate)
+  const mean = degenerate === 'mean'
+  if (mean && eps > 0) throw mustBe(op, 'degenerate', '"zero" where eps is above 0', degenerate)
   // A logit that only the normaliser sees
   const sink = eps > 0 ? new Array<number>(q.shape[2]!).fill(Math.log(eps)) : undefined
-  const call = { ...keys, causal, scale, cosine: qkNorm, lengthScale: logD, sink }
-  return { call, reweighted: reweight && ({ weights: 'reweighted', power, offset } as const) }
+  const call = { ...shared, causal, scale, cosine: qkNorm, lengthScale: logD, sink }
+  return { call, mean, reweighted: reweight && ({ weights: 'reweighted', power, offset } as const) }
 }

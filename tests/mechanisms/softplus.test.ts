@@ -309,6 +309,26 @@ describeDevices('softplus attention', (device) => {
     for (const x of differ) expect(x).toBeCloseTo(1, 4)
   })
 
+  it('gives the mean instead where it is asked for, and changes no other row', async () => {
+    for (const dtype of ['float32', 'bfloat16'] as const) {
+      const at = { device, dtype } as const
+      const [q, v] = [
+        randn([1, 40, 2, 16], { seed: 1, ...at }),
+        randn([1, 40, 2, 8], { seed: 2, ...at }),
+      ]
+      // keys are the same up to row 20, and differ behind it
+      const k = randn([1, 40, 2, 16], { seed: 3, ...at })
+      k.slice(1, 0, 20).copyFrom(full([1, 20, 2, 16], 1, at))
+      const zero = softplusAttention(q, k, v)
+      const mean = softplusAttention(q, k, v, { degenerate: 'mean' })
+      const plain = await read(softplusAttention(q, k, v, { reweight: false }).out)
+      const [zeros, means] = [await read(zero.out), await read(mean.out)]
+      for (const [i, value] of means.entries())
+        expect(value, `${i}`).toBe(i >= 3 * 16 && i < 20 * 16 ? plain[i] : zeros[i])
+      expect(await read(mean.lse)).toEqual(await read(zero.lse))
+    }
+  })
+
   it('is the same in packed sequences, in pages, and row by row', async () => {
     const at = { device } as const
     const [first, s, d] = [37, 90, 32]
@@ -346,6 +366,9 @@ describeDevices('softplus attention', (device) => {
     const level = full([1, 1, 4], 0, { device })
     expect(() => softplusAttention(q, q, q, { power: 0.5 })).toThrow(/power must be/)
     expect(() => softplusAttention(q, q, q, { eps: -1 })).toThrow(/eps must be a number from 0 on/)
+    expect(() => softplusAttention(q, q, q, { eps: 1e-8, degenerate: 'mean' })).toThrow(
+      'softplusAttention: degenerate must be "zero" where eps is above 0, got "mean"',
+    )
     expect(() => softplusAttention(q, q, q, { scale: 0 })).toThrow(
       /scale must be a positive number/,
     )
