@@ -50,6 +50,8 @@ struct Lightning {
   double scale = 1;
   int64_t chunk_size = 64;  // tokens whose pairs are computed directly; changes rounding only
   int precision = 0;        // 1: nothing between inputs and outputs has fewer digits than f32
+  int schedule =
+      0;  // which way through a sequence, of several: 0 what is faster, 1 one pass, 2 segments
   bool output_final_state = false;
 
   template <class Schema> static void describe(Schema& schema) {
@@ -63,6 +65,7 @@ struct Lightning {
     schema.number("scale", &Lightning::scale, 1);
     schema.integer("chunk_size", &Lightning::chunk_size, 64).at_least(16).at_most(256);
     schema.choice("precision", &Lightning::precision, {"default", "high"});
+    schema.choice("schedule", &Lightning::schedule, {"auto", "fused", "two-pass"});
     schema.flag("output_final_state", &Lightning::output_final_state);
     schema.output("out", &Lightning::out, "b s hq|hv e", like("q"));
     schema.output("state", &Lightning::state, "b hs d e", kF32)

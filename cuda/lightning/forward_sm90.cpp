@@ -64,8 +64,12 @@ void ScanPlan::cut(const ScanCall& call, int64_t segments_each) {
     slots = call.sequences;
     return;
   }
-  segment = static_cast<int>(parts_of(parts_of(tokens_of(call), segments_each), kChunk) * kChunk);
-  segments = static_cast<int>(parts_of(tokens_of(call), segment));
+  cut_every(call, parts_of(parts_of(tokens_of(call), segments_each), kChunk) * kChunk);
+}
+
+void ScanPlan::cut_every(const ScanCall& call, int64_t tokens) {
+  segment = static_cast<int>(tokens);
+  segments = static_cast<int>(parts_of(call.cu_seqlens ? call.s : tokens_of(call), segment));
   slots = call.cu_seqlens ? call.s / segment + call.sequences : call.sequences * segments;
   summed = call.cu_seqlens ? slots : slots - call.sequences;
 }
@@ -83,7 +87,7 @@ ScanPlan plan_scan_sm90(const ScanCall& call) {
   // rows: better than twice as many segments, whose keys are read twice from memory. Not where they
   // leave more of the chip empty, nor where segments are so long that products cost more than the
   // end of the summaries.
-  if (wide && 2 * ctas <= call.processors) {
+  if (wide && 2 * ctas <= call.processors && call.schedule == 0) {
     constexpr int64_t kShortest = 4 * kChunk;
     const int64_t whole = ScanPlan::most_segments(call, ctas, kShortest);
     const int64_t halves = ScanPlan::most_segments(call, 2 * ctas, kShortest);
@@ -97,6 +101,12 @@ ScanPlan plan_scan_sm90(const ScanCall& call) {
   }
   plan.slices = static_cast<int>(parts_of(call.e, plan.columns));
   plan.parts = 1;
+  // What the caller chose holds for a sequence in whatever batch
+  if (call.schedule != 0) {
+    constexpr int64_t kSegment = 16 * kChunk;
+    call.schedule == 2 && call.s > kSegment ? plan.cut_every(call, kSegment) : plan.cut(call, 1);
+    return plan;
+  }
   // Summaries are of one segment less, so there is room for more than one CTA to each. More than
   // one round of CTAs is worth it where the decay ends before the segment in some heads alone,
   // whose places the others take. Every part is one more for the scan to read.

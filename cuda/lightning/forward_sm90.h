@@ -28,6 +28,7 @@ struct ScanCall {
   float* state;      // [sequences, hs, d, e], contiguous, or null
   float* summaries;  // as many numbers as the plan says
   int processors;    // multiprocessors, each of which runs one CTA
+  int schedule;      // as Lightning has it
   int* fault;
 };
 
@@ -47,6 +48,7 @@ struct ScanPlan {
   static int64_t most_segments(const ScanCall& call, int64_t ctas, int64_t shortest);
   static int64_t segments_for(const ScanCall& call, int64_t ctas);
   void cut(const ScanCall& call, int64_t segments_each);
+  void cut_every(const ScanCall& call, int64_t tokens);
 
   int64_t summaries(const ScanCall& call) const { return summed * call.heads * slices * parts; }
   // In numbers, with one more for each that tells that it is there

@@ -11,6 +11,7 @@ namespace {
 ScanCall hopper_call(const Lightning& op, const CudaContext& context) {
   ScanCall call = scan_call(op, context);
   call.out = op.out.data;
+  call.schedule = op.schedule;
   set_initial_state(call, op.initial_state);
   call.state = op.state ? op.state.as<float>() : nullptr;
   return call;

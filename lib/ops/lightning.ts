@@ -39,6 +39,12 @@ export interface LightningOptions {
    * decays, pairs and states that were rounded to their dtype; final states keep their digits either way.
    */
   precision?: 'default' | 'high' | undefined
+  /**
+   * How a sequence is gone through, where a kernel knows both ways: in one pass (`'fused'`), or in segments side by side, whose
+   * states a pass over k and v finds before (`'two-pass'`). If left out, whichever is faster by the number of heads, sequences
+   * and tokens. With one given, a sequence gives the same bits in whatever batch it stands.
+   */
+  schedule?: 'auto' | 'fused' | 'two-pass' | undefined
 }
 
 /** What {@link lightning} returns. */
@@ -58,6 +64,7 @@ const known: ReadonlySet<string> = new Set<keyof LightningOptions>([
   'cuSeqlens',
   'chunkSize',
   'precision',
+  'schedule',
 ])
 
 // States as the operators have them, [d, e] in f32, and back again
