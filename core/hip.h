@@ -202,6 +202,7 @@ HEDDLE_HD void hip_finish(const Team& team, const Hip& op, const HipPlace& place
   if (!op.blocks.data) return;
   const int64_t words = op.blocks.shape[3];
   int32_t* bits = static_cast<int32_t*>(op.blocks.data) + place.list * words;
+  team.each(words, [&](int64_t i) { bits[i] = 0; });
   // The first of the entries that fall into a word writes it
   team.each(count, [&](int64_t i) {
     const int64_t word = index[i] >> shift >> 5;
@@ -210,7 +211,7 @@ HEDDLE_HD void hip_finish(const Team& team, const Hip& op, const HipPlace& place
     uint32_t found = 0;
     for (int64_t j = i; j < count && index[j] >> shift >> 5 == word; ++j)
       found |= 1u << (index[j] >> shift & 31);
-    bits[word] |= static_cast<int32_t>(found);
+    bits[word] = static_cast<int32_t>(found);
   });
 }
 

@@ -34,7 +34,7 @@ struct Hip {
   Tensor missed;       // [slots + 1] i32: how many rows were not there, and which, as far as fits
   Tensor index;        // [b, hm, rows, width] i32: first keys of blocks, then INT32_MAX
   Tensor count;        // [b, hm, rows] i32
-  Tensor blocks;       // [b, hm, rows, words] i32: what is listed is added as bits of a mask
+  Tensor blocks;       // [b, hm, rows, words] i32: what is listed, as bits of a mask
   Tensor table;        // [b, hm, rows, pages] i32: the sink tokens and the list as pages of block_k
   Tensor length;       // [b, hm, rows] i32: how many keys these are
   int kind = kHalves, representative = kCenter;

@@ -1,7 +1,7 @@
 #include <algorithm>
 
 #include "core/slot.h"
-#include "hip/search_sm80.cuh"
+#include "hip/step_sm80.cuh"
 
 namespace heddle {
 namespace {
@@ -65,6 +65,36 @@ template <class Scorer> void search(HipArgs args, CudaContext& context) {
   context.launched("hip_kernel");
 }
 
+template <class T, int kD>
+__global__ void __launch_bounds__(kStepWarps * 32, 2)
+    hip_step_kernel(const __grid_constant__ HipArgs args, size_t near_bytes) {
+  extern __shared__ __align__(16) char smem[];
+  hip_step<T, kD>(args, reinterpret_cast<uint32_t*>(smem), near_bytes);
+}
+
+bool is_step(const Hip& op) {
+  return op.kind == Hip::kStage && op.block_q == op.stride_q && !op.near && op.k.shape[3] <= 128 &&
+         HipStep(op).group <= kStepHeads;
+}
+
+template <class T, int kD> void search_step(HipArgs args, CudaContext& context) {
+  constexpr int64_t kMostNear = int64_t{48} << 10;
+  const Hip& op = args.op;
+  args.slot = hip_slot(op);
+  const int64_t chunks = HipStep(op).chunks();
+  const int64_t members = std::max<int64_t>((args.slot + chunks - 1) / chunks, 1);
+  HEDDLE_CHECK(args.tasks * members < INT32_MAX, kUnsupported, "q",
+               "there are too many lists for one call");
+  args.members = static_cast<int>(members);
+  args.slots = context.scratch<uint32_t>(static_cast<size_t>(args.tasks * args.slot));
+  args.arrivals = context.counters(static_cast<size_t>(args.tasks));
+  const auto bytes = args.slot * static_cast<int64_t>(sizeof(uint32_t));
+  const auto near_bytes = static_cast<size_t>(bytes <= kMostNear ? bytes : 0);
+  hip_step_kernel<T, kD><<<static_cast<unsigned>(args.tasks * members), kStepWarps * 32, near_bytes,
+                           context.stream>>>(args, near_bytes);
+  context.launched("hip_step_kernel");
+}
+
 // Whether rows can be read 16 bytes at a time
 bool reads_wide(const Tensor& x) {
   const auto whole = [](int64_t n) { return n % 8 == 0; };
@@ -76,6 +106,8 @@ template <class T> void choose(const HipArgs& args, CudaContext& context) {
   if constexpr (sizeof(T) == 2) {
     const Tensor& k = args.op.k;
     if (reads_wide(args.op.q) && reads_wide(k) && !args.op.cos) {
+      if (is_step(args.op) && k.shape[3] <= 64) return search_step<T, 64>(args, context);
+      if (is_step(args.op)) return search_step<T, 128>(args, context);
       // One size for all: what comes over the bus takes longer than products, and zeros change none
       if (args.op.near) return search<HipMatrix<T, 256, true>>(args, context);
       if (k.shape[3] <= 64) return search<HipMatrix<T, 64>>(args, context);
@@ -92,7 +124,10 @@ void run(const Hip& op, CudaContext& context) {
   args.op = op;
   args.tasks = op.count.size();
   if (args.tasks == 0) return;
-  args.fault = context.fault("cacheSeqlens must be from sq to sk, and blockTable must name pages");
+  // Lists that are made again for ever would collect words that nobody looks at
+  if (op.cache_seqlens)
+    args.fault =
+        context.fault("cacheSeqlens must be from sq to sk, and blockTable must name pages");
   dispatch_float(op.q.dtype, [&]<class T>(T) { choose<T>(args, context); });
 }
 

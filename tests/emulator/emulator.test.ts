@@ -91,6 +91,7 @@ const sweep = 'lightning/backward_sm90.cuh'
 const tile = 'common/tile.cuh'
 const team = 'common/team.cuh'
 const search = 'hip/search_sm80.cuh'
+const step = 'hip/step_sm80.cuh'
 const gather = 'attention/gather_sm80.cuh'
 const gather90 = 'attention/gather_sm90.cuh'
 const gatherKeys = 'attention/gather_keys.cuh'
@@ -1639,6 +1640,36 @@ const kernels: Kernel[] = [
         file: search,
         from: 'if (args.members > 1 && !arrives_last(args.arrivals + group, args.members)) continue;',
         to: '',
+      },
+      {
+        what: 'heads of a descent take each other for themselves',
+        file: step,
+        from: 'own % 2 ? acc[3] : acc[2]',
+        to: 'acc[2]',
+      },
+      {
+        what: 'a chunk is that of half of the heads',
+        file: step,
+        from: 'other < 4 * step.heads',
+        to: 'other < 2 * step.heads',
+      },
+      {
+        what: 'scores of warps are joined before they are there',
+        file: step,
+        from: 'most[j];\n  }\n  __syncthreads();',
+        to: 'most[j];\n  }',
+      },
+      {
+        what: 'the next step finds who arrived at this one',
+        file: step,
+        from: 'args.arrivals[list] = 0;',
+        to: ';',
+      },
+      {
+        what: 'kv heads beyond the warps are left out',
+        file: step,
+        from: 'kv += step.spread',
+        to: 'kv += step.kv_heads',
       },
     ],
   },

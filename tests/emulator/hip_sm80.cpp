@@ -1,6 +1,6 @@
 // The search of HiP on the emulator. Its lists are those that one thread finds with plain products
 // of whole numbers, which are exact.
-#include "hip/search_sm80.cuh"
+#include "hip/step_sm80.cuh"
 
 #include <vector>
 
@@ -14,6 +14,8 @@ namespace {
 using Scorer = HEDDLE_SCORER;
 using T = HEDDLE_ELEMENT;
 constexpr bool kTurns = std::is_same_v<Scorer, HipPlain<T>>;
+template <class> constexpr int kColumns = 0;  // of a fragment's keys
+template <int kD, bool kNear> constexpr int kColumns<HipMatrix<T, kD, kNear>> = kD;
 
 struct Case {
   int kind = Hip::kHalves, representative = Hip::kCenter;
@@ -26,6 +28,7 @@ struct Case {
   bool shared = true;
   int positions = -1;  // none turns
   int64_t near = 0;    // slots
+  bool step = false;   // by the kernel of steps, if it takes such keys
 };
 
 // One thread, which is its own squad
@@ -132,6 +135,7 @@ struct Lists {
     op.index = view(index, {c.b, c.lists, rows, c.width});
     op.count = view(count, {c.b, c.lists, rows});
     op.blocks = view(blocks, {c.b, c.lists, rows, (op.keys() / c.block_k + 32) / 32});
+    std::fill(blocks.begin(), blocks.end(), 77);
     op.table = view(table, {c.b, c.lists, rows, c.sink_tokens / c.block_k + c.width});
     op.length = view(length, {c.b, c.lists, rows});
   }
@@ -238,18 +242,33 @@ double check(const Case& c, emulator::Random& random) {
   }
   args.op = op;
   actual.attach(args.op, c);
+  int fault = 0;
+  args.fault = &fault;
   args.tasks = tasks;
   args.slot = hip_slot(op);
+  if (c.step && kColumns < Scorer >> 0) {
+    constexpr int kD = std::max(kColumns<Scorer>, 32);
+    args.members = static_cast<int>(args.slot) / HipStep(op).chunks() + 1;
+    std::vector<uint32_t> slots(static_cast<size_t>(tasks * args.slot), 77);
+    std::vector<int> arrivals(static_cast<size_t>(tasks));
+    args.slots = slots.data();
+    args.arrivals = arrivals.data();
+    const size_t bytes = c.shared ? static_cast<size_t>(args.slot) * sizeof(uint32_t) : 0;
+    emulator::launch(static_cast<int>(tasks) * args.members, kStepWarps * 32, bytes + 16, [&] {
+      if constexpr (kColumns < Scorer >> 0)
+        hip_step<T, kD>(args, reinterpret_cast<uint32_t*>(emulator::cta->smem()), bytes);
+    });
+    const bool at_zero = std::count(arrivals.begin(), arrivals.end(), 0) == tasks;
+    return fault == 0 && at_zero && actual == expected ? 0 : INFINITY;
+  }
   args.members = c.members;
   args.heads = c.heads;
   args.query_bytes = static_cast<size_t>(c.heads) * Scorer::bytes(op);
   const int64_t groups = c.members > 1 ? tasks : std::min<int64_t>(tasks, c.ctas);
   std::vector<uint32_t> slots(static_cast<size_t>(groups * args.slot), c.members > 1 ? 0 : 77);
   std::vector<int> arrivals(static_cast<size_t>(groups));
-  int fault = 0;
   if (!c.shared || c.members > 1) args.slots = slots.data();
   args.arrivals = arrivals.data();
-  args.fault = &fault;
   const size_t bytes = args.query_bytes + static_cast<size_t>(c.warps) * sizeof(HipTile) +
                        static_cast<size_t>(args.slots ? 0 : args.slot) * sizeof(uint32_t);
   emulator::launch(static_cast<int>(groups) * c.members, c.warps * 32, bytes + 16, [&] {
@@ -385,6 +404,44 @@ const Case kCases[] = {
      .members = 2,
      .heads = 2,
      .near = 400},
+    // A kv head of a list, one of two, all of three, and keys in pages; half a chunk at the end
+    {.kind = kStage, .sk = 700, .hq = 6, .hk = 3, .lists = 6, .block_k = 16, .step = true},
+    {.kind = kStage,
+     .b = 2,
+     .sk = 600,
+     .hq = 10,
+     .hk = 2,
+     .lists = 2,
+     .d = 40,
+     .block_k = 8,
+     .width = 7,
+     .shared = false,
+     .step = true},
+    {.kind = kStage,
+     .sq = 3,
+     .sk = 500,
+     .hq = 12,
+     .hk = 3,
+     .block_q = 4,
+     .block_k = 32,
+     .stride_q = 4,
+     .sink_tokens = 32,
+     .width = 5,
+     .page_size = 32,
+     .step = true},
+    {.kind = kStage,
+     .sk = 500,
+     .hq = 10,
+     .hk = 10,
+     .block_k = 8,
+     .sink_tokens = 8,
+     .width = 9,
+     .from_block_q = 1,
+     .from_block_k = 32,
+     .from_width = 11,
+     .step = true},
+    {.kind = kStage, .sk = 90, .hq = 8, .block_k = 1, .sink_tokens = 3, .width = 20, .step = true},
+    {.kind = kStage, .sk = 90, .hq = 8, .block_k = 8, .sink_tokens = 8, .width = 20, .step = true},
     turning(Hip::kOwn, 2),
     turning(Hip::kStreaming),
     turning(Hip::kRelative),
