@@ -136,6 +136,7 @@ let explaining = false
 
 /** @internal Makes a call up to its first operator, which is explained instead of run. */
 export function explainCall(call: () => unknown): Explanation | undefined {
+  const outer = explaining
   explaining = true
   try {
     call()
@@ -143,7 +144,7 @@ export function explainCall(call: () => unknown): Explanation | undefined {
     if (error instanceof Explained) return error.explanation
     throw error
   } finally {
-    explaining = false
+    explaining = outer
   }
   return undefined
 }

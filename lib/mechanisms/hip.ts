@@ -1,10 +1,12 @@
 import { checkInteger, mustBe } from '../check.js'
 import type { FloatDType } from '../dtype.js'
 import { refuse } from '../errors.js'
+import { explainCall, run } from '../native.js'
 import { type AttentionResult, attention } from '../ops/attention.js'
 import { pagesOf } from '../ops/fetch.js'
 import {
   disposeLists,
+  type HipKeys,
   type HipLists,
   type HipOptions,
   type HipSettings,
@@ -13,6 +15,8 @@ import {
   hipSettings,
   keysOf,
   listHeads,
+  listsOf,
+  makeLists,
   searchHip,
 } from '../ops/hip.js'
 import { merge } from '../ops/merge.js'
@@ -166,7 +170,7 @@ export function hipAttention<D extends FloatDType>(
         const mask = hip(rows, keys, searched)
         return attention(cut(turnedQ), cut(turnedK), values, { ...place, mask })
       }
-      const { index, count } = searchHip({ q: rows, k: keys }, settings).at(-1)!
+      const { index, count } = listsOf({ q: rows, k: keys }, settings)
       const near = attention(cut(turnedQ), cut(turnedK), values, { ...dense, window })
       const listed = Array.from({ length: b }, (_, i) => {
         const of = <T extends Tensor>(x: T) => x.slice(0, i, i + 1) as T
@@ -261,16 +265,45 @@ export interface HipDecoder {
   [Symbol.dispose](): void
 }
 
-// Whether a kernel walks a list of blocks of `size` keys where it stands; others take its blocks as pages
-const isGathered = ({ device, dtype, shape: [, , , d] }: Tensor, v: Tensor, size: number) =>
-  device !== 'cpu' &&
-  (dtype === 'bfloat16' || dtype === 'float16') &&
-  (d === 64 || d === 128) &&
-  d === v.shape[3] &&
-  size < 64
-
 const nothing = { found: 0, missed: 0 }
 const noCounts: HipCacheCounts = { scanned: nothing, attended: nothing }
+
+// What the searches of a decoder write, one after the other
+interface Room {
+  readonly lists: readonly HipLists[]
+  /** The last list and sink tokens as pages, and how many keys they have. */
+  readonly table: Tensor<'int32'>
+  readonly length: Tensor<'int32'>
+  /** Whether a kernel walks the list where its blocks stand; others take them as pages. */
+  isGathered?: boolean
+}
+
+function makeRoom(keys: HipKeys, settings: HipSettings): Room {
+  const lists = makeLists(keys, settings)
+  const { index, count } = lists.at(-1)!
+  const [b, heads, rows, width] = index.shape as [number, number, number, number]
+  const pages = settings.sinkTokens / settings.block[1] + width
+  const made = { dtype: 'int32', device: keys.q.device } as const
+  const room = {
+    lists,
+    table: empty([b, heads, rows, pages], made),
+    length: empty(count.shape, made),
+  }
+  for (const { index, count } of lists) [index, count].forEach(untrack)
+  for (const one of [room.table, room.length]) untrack(one)
+  return room
+}
+
+function disposeRoom(room: Room | undefined): void {
+  room?.lists.forEach(disposeLists)
+  room?.table.dispose()
+  room?.length.dispose()
+}
+
+const hasRoom = (room: Room | undefined, keys: HipKeys, { headMode }: HipSettings) =>
+  room?.length.device === keys.q.device &&
+  room.length.shape[0] === keys.q.shape[0] &&
+  room.length.shape[1] === listHeads(headMode, keys)
 
 function checkRefresh(
   op: string,
@@ -354,7 +387,7 @@ export function hipDecoder(options: HipDecoderOptions = {}): HipDecoder {
   const settingsOf = (rows: number) => {
     const block = 2 ** Math.ceil(Math.log2(rows))
     const known = fitted.get(block) ?? settingsFor(block)
-    fitted.set(block, known)
+    if (!fitted.has(block)) fitted.set(block, known)
     return known
   }
   const whole = hipSettings(op, searched)
@@ -366,9 +399,8 @@ export function hipDecoder(options: HipDecoderOptions = {}): HipDecoder {
   const caches = offload === false ? undefined : hipCaches(op, offload, whole)
 
   let tokens = 0
-  let lists: HipLists[] = []
+  let room: Room | undefined
   let blocks: Tensor<'int32'> | undefined
-  let pages: { table: Tensor<'int32'>; length: Tensor<'int32'> } | undefined
   let listedAt = 0
 
   // The first stage that one of the next n tokens has to begin at; as many as there are if none
@@ -380,11 +412,10 @@ export function hipDecoder(options: HipDecoderOptions = {}): HipDecoder {
     return at < 0 ? refresh.length : at
   }
   const forget = () => {
-    for (const one of lists) disposeLists(one)
-    for (const one of [blocks, pages?.table, pages?.length]) one?.dispose()
-    lists = []
+    disposeRoom(room)
+    blocks?.dispose()
+    room = undefined
     blocks = undefined
-    pages = undefined
     caches?.dispose()
   }
   // Keys have come since, and with them words of bits
@@ -413,13 +444,13 @@ export function hipDecoder(options: HipDecoderOptions = {}): HipDecoder {
       const [sk, n] = [k.shape[1]!, q.shape[1]!]
       const from = Math.max(sk - n + 1 - window, 0)
       const listed: HipListed<D> = caches?.listed(sk) ?? {
-        ...{ k: pagesOf(k, size), v: pagesOf(v, size), table: pages!.table },
+        ...{ k: pagesOf(k, size), v: pagesOf(v, size), table: room!.table },
       }
       const last = caches?.recent(k, v, from) ?? [k.slice(1, from), v.slice(1, from)]
       const factors = { scale, softCap }
       if (elsewhere) {
         const turned = turn(q, elsewhere, sk - n)
-        const given = { ...listed, lists: lists.at(-1)!, sk, window }
+        const given = { ...listed, lists: room!.lists.at(-1)!, sk, window }
         const near = { ...factors, causal: true, window }
         return merge([
           attendListed(turned, given, elsewhere, settings, factors),
@@ -428,7 +459,7 @@ export function hipDecoder(options: HipDecoderOptions = {}): HipDecoder {
       }
       const place = {
         blockTable: listed.table.reshape([1, listed.table.size]),
-        cacheSeqlens: pages!.length.reshape([1]),
+        cacheSeqlens: room!.length.reshape([1]),
       }
       return merge([
         attention(q, listed.k, listed.v, { ...place, ...factors }),
@@ -450,13 +481,41 @@ export function hipDecoder(options: HipDecoderOptions = {}): HipDecoder {
       const near = caches!.listed<D>(sk)!
       const [recentK, recentV] = caches!.recent(k, v, from)
       const recent = { k: recentK!, v: recentV!, from }
-      const given = { ...lists.at(-1)!, recent }
+      const given = { ...room!.lists.at(-1)!, recent }
       const rows = q.isContiguous ? q : q.contiguous()
       const keys = { q: rows, k: near.k, blockTable: near.places }
       const mask = hipMask(keys, settings, blocks!, window, given)
       const place = { blockTable: near.places, cacheSeqlens: [sk] }
       return attention(rows, near.k, near.v, { ...place, mask, scale, softCap })
     })
+
+  // What `attention` does with a mask of lists, whose arguments are known: a step takes the time that the host takes for it
+  const attendLists = <D extends FloatDType>(
+    q: Tensor<D>,
+    k: Tensor<D>,
+    v: Tensor<D>,
+    { block, sinkTokens }: HipSettings,
+    window: number,
+  ) => {
+    const { index, count } = room!.lists.at(-1)!
+    const [out, lse] = run('attention', {
+      q,
+      k,
+      v,
+      scale,
+      softCap,
+      masked: true,
+      causal: true,
+      maskBlocks: blocks,
+      maskIndex: index,
+      maskCount: count,
+      maskBlockQ: block[0],
+      maskBlockK: block[1],
+      maskWindow: window,
+      maskSinkTokens: sinkTokens,
+    })
+    return { out, lse } as AttentionResult<D>
+  }
 
   return {
     get tokens() {
@@ -490,44 +549,47 @@ export function hipDecoder(options: HipDecoderOptions = {}): HipDecoder {
         b === 1 && settings.headMode === 'all' && settings.window >= size && sk >= size
       const first = restart(n)
       if (first < refresh.length) {
-        const heads = listHeads(settings.headMode, { q, k })
-        const made = { dtype: 'int32', device: q.device } as const
-        const { width } = settings.calls.at(-1)!
-        const found = {
-          blocks: untrack(zeros([b, heads, 1, words], made)),
-          table: untrack(empty([b, heads, 1, settings.sinkTokens / size + width], made)),
-          length: untrack(empty([b, heads, 1], made)),
+        const isNew = first === 0 && !hasRoom(room, { q, k }, settings)
+        const found = isNew ? makeRoom({ q, k }, settings) : room!
+        const shape = [...found.length.shape, words]
+        const isLonger = isNew || blocks?.shape[3] !== words
+        const bits = isLonger
+          ? untrack(empty(shape, { dtype: 'int32', device: q.device }))
+          : blocks!
+        try {
+          const { lists, table, length } = found
+          const last = { blocks: bits, table, length }
+          if (!caches) searchHip({ q, k }, settings, lists, { first, last })
+          else
+            scope(() => {
+              searchHip({ q, k }, settings, lists, { first, last, near: caches.search(k) })
+              if (isShared) caches.list(k, v, table, length)
+            })
+        } catch (error) {
+          // they may have the sizes of what was refused
+          caches?.dispose()
+          if (isNew) disposeRoom(found)
+          if (isLonger) bits.dispose()
+          throw error
         }
-        const next = scope(() => {
-          try {
-            return searchHip({ q, k }, settings, lists.slice(0, first), found, caches?.search(k))
-          } catch (error) {
-            // they may have the sizes of what was refused
-            caches?.dispose()
-            for (const one of Object.values(found)) one.dispose()
-            throw error
-          }
-        })
-        if (isShared) scope(() => caches?.list(k, v, found.table, found.length))
-        for (const one of lists.slice(first)) disposeLists(one)
-        for (const one of [blocks, pages?.table, pages?.length]) one?.dispose()
-        for (const { index, count } of next) [index, count].forEach(untrack)
-        ;[lists, blocks, pages, listedAt] = [next, found.blocks, found, sk]
+        if (isNew) disposeRoom(room)
+        if (isLonger) blocks?.dispose()
+        ;[room, blocks, listedAt] = [found, bits, sk]
       }
       blocks = lengthen(words)
       tokens += n
       const drift = freezeWindowStart ? sk - listedAt : 0
       const window = settings.window + drift
-      if (isShared && (elsewhere || (n === 1 && !rope && !isGathered(k, v, size))))
+      const attend = () => attendLists(q, k, v, settings, window)
+      if (isShared && n === 1 && !rope)
+        room!.isGathered ??= explainCall(attend)?.variant?.endsWith('_gather') ?? false
+      if (isShared && (elsewhere || (n === 1 && !rope && !room!.isGathered)))
         return attendPages(q, k, v, settings, window)
       // a list of fewer keys than a block was not brought here
       if (isShared && n === 1 && !rope && caches && listedAt >= size)
         return attendNear(q, k, v, settings, window)
-      const mask = hipMask({ q, k }, settings, blocks, window, lists.at(-1)!)
-      if (!rope) return attention(q, k, v, { mask, scale, softCap })
-      return scope(() =>
-        attention(turn(q, rope, sk - n), turn(k, rope, 0), v, { mask, scale, softCap }),
-      )
+      if (!rope) return attend()
+      return scope(() => attendLists(turn(q, rope, sk - n), turn(k, rope, 0), v, settings, window))
     },
     cacheCounts: async () => caches?.counts() ?? noCounts,
     reset() {

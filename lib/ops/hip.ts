@@ -4,7 +4,7 @@ import { refuse } from '../errors.js'
 import { type GatheredLists, type Mask, makeMask } from '../mask.js'
 import { lengthsOf, type PackedOptions, perSequence } from '../mechanisms/packed.js'
 import { run } from '../native.js'
-import { checkTensor, empty, type Tensor, zeros } from '../tensor.js'
+import { checkTensor, empty, type Tensor } from '../tensor.js'
 import { lengths } from './arguments.js'
 
 /** One scan over chunks of keys, of several that {@link hip} takes; the first looks at all of them. */
@@ -275,40 +275,66 @@ export const listHeads = (headMode: HipHeadMode, { q, k }: HipKeys): number =>
 export const keysOf = ({ k, blockTable }: HipKeys): number =>
   blockTable ? (blockTable.shape[1] ?? 0) * (k.shape[1] ?? 0) : (k.shape[1] ?? 0)
 
-/**
- * @internal Lists of every call from `first` on; those before are given. What is in `last` goes to the last call, what is in
- * `near` to all.
- */
+/** @internal Room for the lists of every call. */
+export function makeLists(keys: HipKeys, { headMode, calls }: HipSettings): HipLists[] {
+  const [b = 0, sq = 0] = keys.q.shape
+  const made = { dtype: 'int32', device: keys.q.device } as const
+  return calls.map(({ width, arguments: { blockQ } }) => {
+    const shape = [b, listHeads(headMode, keys), Math.ceil(sq / (blockQ as number))]
+    return { index: empty([...shape, width], made), count: empty(shape, made) }
+  })
+}
+
+/** @internal */
+export interface HipSearch {
+  /** The first call that is made, those before having made their lists: 0 if left out. */
+  first?: number
+  /** What the last call writes as well. */
+  last?: { blocks: Tensor; table?: Tensor; length?: Tensor } | undefined
+  /** Where all calls find rows of keys nearby. */
+  near?: { arguments: Record<string, Tensor>; after(): void } | undefined
+}
+
+/** @internal Makes the lists of every call, one from those before, where there is room for them. */
 export function searchHip(
-  keys: HipKeys,
-  { headMode, calls }: HipSettings,
-  given: readonly HipLists[] = [],
-  last: { blocks?: Tensor; table?: Tensor; length?: Tensor } = {},
-  near?: { arguments: Record<string, Tensor>; after(): void },
-): HipLists[] {
-  const { q, k, ...place } = keys
-  const lists = [...given]
+  { q, k, blockTable, cacheSeqlens }: HipKeys,
+  { calls }: HipSettings,
+  lists: readonly HipLists[],
+  { first = 0, last, near }: HipSearch = {},
+): void {
+  for (let i = first; i < calls.length; i++) {
+    const before = lists[i - 1]
+    const { index, count } = lists[i]!
+    const also = i === calls.length - 1 ? last : undefined
+    run('hip', {
+      ...calls[i]!.arguments,
+      q,
+      k,
+      blockTable,
+      cacheSeqlens,
+      fromIndex: before?.index,
+      fromCount: before?.count,
+      index,
+      count,
+      blocks: also?.blocks,
+      table: also?.table,
+      length: also?.length,
+      ...near?.arguments,
+    })
+    near?.after()
+  }
+}
+
+/** @internal The lists that are attended, for good. */
+export function listsOf(keys: HipKeys, settings: HipSettings, last?: HipSearch['last']): HipLists {
+  const lists = makeLists(keys, settings)
+  let found: HipLists | undefined
   try {
-    for (const { width, arguments: call } of calls.slice(given.length)) {
-      const before = lists.at(-1)
-      const heads = listHeads(headMode, keys)
-      const shape = [q.shape[0]!, heads, Math.ceil(q.shape[1]! / (call.blockQ as number))]
-      const made = { dtype: 'int32', device: q.device } as const
-      const own = { index: empty([...shape, width], made), count: empty(shape, made) }
-      lists.push(own)
-      run('hip', {
-        ...{ q, k, ...place, ...call, ...own },
-        fromIndex: before?.index,
-        fromCount: before?.count,
-        ...(lists.length === calls.length && last),
-        ...near?.arguments,
-      })
-      near?.after()
-    }
-    return lists
-  } catch (error) {
-    for (const one of lists.slice(given.length)) disposeLists(one)
-    throw error
+    searchHip(keys, settings, lists, { last })
+    found = lists.at(-1)!
+    return found
+  } finally {
+    for (const one of lists) if (one !== found) disposeLists(one)
   }
 }
 
@@ -357,9 +383,7 @@ export function hipLists<D extends FloatDType>(
     throw refuse('ERR_ARGUMENT', op, 'cuSeqlensQ', 'cuSeqlensQ goes with hip, not with hipLists')
   const made: Tensor[] = []
   try {
-    const lists = searchHip(checkKeys(op, q, k, options, made), settings)
-    for (const one of lists.slice(0, -1)) disposeLists(one)
-    return lists.at(-1)!
+    return listsOf(checkKeys(op, q, k, options, made), settings)
   } finally {
     for (const tensor of made) tensor.dispose()
   }
@@ -415,7 +439,7 @@ export function hip<D extends FloatDType>(
   }
 }
 
-/** @internal The mask of a search; with `given` lists of its first calls. */
+/** @internal The mask of a search. */
 export function maskOf(keys: HipKeys, settings: HipSettings): Mask {
   const { q } = keys
   const { headMode, block } = settings
@@ -423,11 +447,10 @@ export function maskOf(keys: HipKeys, settings: HipSettings): Mask {
   const sk = keysOf(keys)
   const heads = listHeads(headMode, keys)
   const shape = [b, heads, Math.ceil(sq / block[0]), Math.ceil(Math.ceil(sk / block[1]) / 32)]
-  const blocks = zeros(shape, { dtype: 'int32', device: q.device })
+  const blocks = empty(shape, { dtype: 'int32', device: q.device })
   try {
-    const lists = searchHip(keys, settings, [], { blocks })
-    for (const one of lists.slice(0, -1)) disposeLists(one)
-    return hipMask(keys, settings, blocks, settings.window, lists.at(-1)!)
+    const lists = listsOf(keys, settings, { blocks })
+    return hipMask(keys, settings, blocks, settings.window, lists)
   } catch (error) {
     blocks.dispose()
     throw error
