@@ -261,8 +261,12 @@ describeDevices('hip', (device) => {
       const rng = random(300)
       for (let n = 0; n < 24; n++) {
         const hk = rng.pick([1, 2])
-        const hq = hk * rng.pick([1, 2, 3])
-        const [b, sq, d] = [rng.pick([1, 2]), rng.pick([1, 5, 64, 100]), rng.pick([1, 8, 24, 64])]
+        const hq = hk * rng.pick([1, 2, 3, 5])
+        const [b, sq, d] = [
+          rng.pick([1, 2]),
+          rng.pick([1, 5, 64, 100]),
+          rng.pick([1, 8, 24, 64, 96]),
+        ]
         const sk = sq + rng.pick([0, 33, 400, 901])
         const headMode = rng.pick(['head', 'kv_group', 'all'] as const)
         const window = rng.pick([1, 17, 64])
@@ -310,18 +314,19 @@ describeDevices('hip', (device) => {
           )
           expect(actual, JSON.stringify({ ...options, sq, sk, hq, hk, d })).toEqual(expected)
         } else {
-          const bq = rng.pick([16, 64])
+          const bq = rng.pick([1, 4, 16, 64])
+          const least = Math.min(bq, 16)
           const chunk = rng.pick([1, 2, 8])
           // means of 1, 2 or 4 whole numbers are exact in every dtype
           const stages = [
-            { chunk: chunk * 8, stride: rng.pick([2, 4]), block: bq },
+            { chunk: chunk * 8, stride: Math.min(rng.pick([2, 4]), bq), block: bq },
             {
               chunk: chunk * 4,
-              stride: rng.pick([1, 2]),
-              block: rng.pick([bq, 16]),
+              stride: Math.min(rng.pick([1, 2]), bq),
+              block: rng.pick([bq, least]),
               topK: chunk * rng.pick([40, 80]),
             },
-            { chunk, stride: 1, block: 16, topK: chunk * 32 },
+            { chunk, stride: 1, block: least, topK: chunk * 32 },
           ].slice(0, rng.pick([1, 2, 3]))
           const bk = stages.at(-1)!.chunk
           const topK = bk * rng.pick([1, 3, 4])
