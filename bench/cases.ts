@@ -118,14 +118,14 @@ function structured(
   const make = (heads: number, own: number, fixed: number) =>
     scope(() => {
       const noise = randn([b, s, heads, d], { seed: own, dtype, device })
-      const all = add(mul(noise, channels(0.5, 0.5)), channels(1.1, fixed))
+      const all = add(mul(noise, channels(0.5, 0.5)), channels(1.3, fixed))
       return rope(all, { rotary: half })
     })
   const [q, k] = [make(hq, seed, 1), make(hk, seed + 1, 0)]
   const draw = numbersFrom(seed)
   for (let i = 0; i < 68; i++) {
     const t = i < 4 ? i : Math.floor(draw() * s)
-    const high = channels(0, i < 4 ? 2 : 1.5)
+    const high = channels(0, i < 4 ? 2.5 : 2)
     k.slice(1, t, t + 1).copyFrom(high.expand([b, 1, hk, d]))
     high.dispose()
   }

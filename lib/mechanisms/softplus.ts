@@ -101,10 +101,10 @@ export function softplusAttention<D extends FloatDType>(
   const { call, reweighted, mean } = recipe('softplusAttention', { q, k, v }, options)
   if (!reweighted) return attention(q, k, v, { ...call, weights: 'softplus' })
   return scope(() => {
-    const plain = mean && attention(q, k, v, { ...call, weights: 'softplus' })
-    const level = plain ? plain.lse : levelOf(q, k, v, call)
+    const level = levelOf(q, k, v, call)
     const sharp = attention(q, k, v, { ...call, ...reweighted, level })
-    if (!plain) return sharp
+    if (!mean) return sharp
+    const plain = attention(q, k, v, { ...call, weights: 'softplus' })
     // weighs nothing beside any row that has a sum, and everything where there is none
     const lse = full(level.shape, -1e30, { device: q.device })
     return { out: merge([sharp, { out: plain.out, lse }]).out, lse: sharp.lse }
