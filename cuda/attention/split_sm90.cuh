@@ -24,7 +24,9 @@ namespace {
 
 template <int kD> struct SplitTile {
   static constexpr int kKeys = kD <= 128 ? 128 : 64;
-  static constexpr int kStages = kD == 64 ? 6 : 3;  // 192 KB on their way
+  // What a tile's products and exponentials wait for each other takes as long as copies of 64 KB
+  static constexpr int kCtas = kD == 64 ? kSplitCtas : 1;  // of a multiprocessor
+  static constexpr int kStages = 3;                        // 192 KB on their way
   static constexpr int kThreads = 160;
   static constexpr int kWorks = 2;
 };
@@ -133,7 +135,7 @@ struct SplitRows {
 };
 
 template <DType kType, int kD>
-__global__ void __launch_bounds__(SplitTile<kD>::kThreads, 1)
+__global__ void __launch_bounds__(SplitTile<kD>::kThreads, SplitTile<kD>::kCtas)
     split_sm90_kernel(const __grid_constant__ sm90::TensorMap gmem_k,
                       const __grid_constant__ sm90::TensorMap gmem_v, const SplitArgs args) {
   using namespace sm90;

@@ -19,6 +19,10 @@ struct SplitCall : ForwardCall {
 
 inline constexpr int kSplitRows = 64;
 
+// CTAs of a multiprocessor where d is at most 64; a call says how many there are in all
+inline constexpr int kSplitCtas = 2;
+inline bool shares_processors(const ForwardCall& call) { return std::max(call.d, call.dv) <= 64; }
+
 // Rows of q that share a kv head, and how many CTAs' worth of 64 they are
 inline int64_t split_row_tiles(const ForwardCall& call) {
   return (call.sq * (call.hq / call.hk) + kSplitRows - 1) / kSplitRows;
