@@ -70,6 +70,7 @@ void run_wgmma(const AttentionBackward& op, CudaContext& context) {
   call.tile_delta = context.scratch<float>(rows);
   call.dq_sum = context.scratch<float>(rows * static_cast<size_t>(tiles.columns));
   call.counters = context.scratch<int>(static_cast<size_t>(tiles.counters()));
+  call.part_sums = context.scratch<float>(static_cast<size_t>(tiles.part_sums()));
   args.slope_parts = tiles.dslope_parts();
   if (op.slopes) {
     const auto parts = static_cast<size_t>(call.b * call.hq * args.slope_parts);

@@ -57,6 +57,7 @@ struct GradientWork {
   int key_tile;                // this one, of all sequences
   int begin, end;              // query tiles, visited from the last one on
   int whole_begin, whole_end;  // those in which no pair is masked
+  int part, parts, slot;       // of the tile, and which of the tiles in parts it is
   __device__ __forceinline__ int tiles() const { return end - begin; }
 };
 
@@ -98,6 +99,7 @@ struct GradientArgs {
   int b, sq, sk, hq, hk, d, dv;
   int row_tiles, key_tiles;  // of a head over the batch's entry, or all sequences
   int sections;              // of pairs of kv head and batch
+  int whole_tiles, parts;    // those behind them come in parts
   bool causal;               // or windowed
   int window;                // 0 is all
   bool deterministic, checks;
@@ -114,7 +116,8 @@ struct GradientArgs {
   const float* lse;
   int64_t lse_batch, lse_head, lse_row;
   float *row_lse, *row_delta, *tile_lse_log2, *tile_delta, *dq_sum;
-  int *ticket, *turns, *row_marks, *key_marks;
+  int *ticket, *turns, *row_marks, *key_marks, *part_turns;
+  float* part_sums;  // of dk and dv, in the order of threads
   const int* fault;  // of packed sequences with wrong offsets, which may leave out tiles
   int64_t counters;
   uint16_t *dq, *dk, *dv_out;
@@ -146,6 +149,11 @@ template <int kQueries, int kKeys> struct KeyTiles {
 template <int kQueries, int kKeys>
 __device__ __forceinline__ GradientWork gradient_work(const GradientArgs& args, int index) {
   GradientWork work{};
+  const int behind = max(index - args.whole_tiles, 0);
+  work.slot = behind / args.parts;
+  work.part = behind % args.parts;
+  index = min(index, args.whole_tiles) + work.slot;
+  work.parts = index < args.whole_tiles ? 1 : args.parts;
   // in a section tiles of all its heads take turns; the first keys are seen by most rows, so what
   // takes long begins early
   const int64_t pairs = static_cast<int64_t>(args.b) * args.hk;
@@ -192,6 +200,9 @@ __device__ __forceinline__ GradientWork gradient_work(const GradientArgs& args, 
     work.whole_begin = args.causal ? (max(first_row + kKeys - 1, 0) + kQueries - 1) / kQueries : 0;
     work.whole_end = args.window ? max(first_row + args.window, 0) / kQueries : work.end;
   }
+  const int rows = work.tiles(), end = work.end;
+  work.end = end - rows * work.part / work.parts;
+  work.begin = end - rows * (work.part + 1) / work.parts;
   return work;
 }
 
@@ -358,7 +369,8 @@ __global__ void __launch_bounds__((GradientShape<kD>::kThreads), 1)
   let_next_begin();
   if (threadIdx.x == 0) {
     // who waits for a turn waits for CTAs that have begun
-    const int index = args.deterministic ? fetch_add(args.ticket, 1) : blockIdx.x;
+    const bool waits = args.deterministic || args.parts > 1;
+    const int index = waits ? fetch_add(args.ticket, 1) : blockIdx.x;
     smem.work = gradient_work<kQueries, kKeys>(args, index);
   }
   __syncthreads();
@@ -826,6 +838,32 @@ __global__ void __launch_bounds__((GradientShape<kD>::kThreads), 1)
     if (total != total)
       args.key_marks[(work.batch * args.hk + work.kv_head) * args.key_tiles + work.key_tile] = 1;
   }
+  // parts add up one after the other, and the last one has the sums
+  if (work.parts > 1) {
+    auto* sums = reinterpret_cast<float4*>(args.part_sums) +
+                 static_cast<int64_t>(work.slot) * (kKeys * kD / 2) + own * 128 + thread;
+    int* turn = args.part_turns + work.slot;
+    auto each = [&](const auto& take) {
+#pragma unroll
+      for (int i = 0; i < kD / 2; i += 4) {
+        take(acc_dk + i, sums[i * 64]);
+        take(acc_dv + i, sums[(i + kD / 2) * 64]);
+      }
+    };
+    if (work.part > 0) {
+      wait_for_signals(turn, work.part, nullptr);
+      each([](float* acc, const float4& sum) {
+        const float4 before = load_fresh(&sum);
+        acc[0] += before.x, acc[1] += before.y, acc[2] += before.z, acc[3] += before.w;
+      });
+    }
+    if (work.part + 1 < work.parts) {
+      each([](const float* acc, float4& sum) { sum = {acc[0], acc[1], acc[2], acc[3]}; });
+      named_barrier_sync(1, 256);
+      if (threadIdx.x == 128) signal(turn);
+      return;
+    }
+  }
   // both have read k and v for the last time
   named_barrier_sync(1, 256);
   auto stage_out = [&](const float(&acc)[kD / 2], const typename Smem::Keys& to, float factor) {
@@ -1064,6 +1102,8 @@ void launch_backward(const BackwardCall& call, cudaStream_t stream) {
   args.row_tiles = static_cast<int>(tiles.row_tiles);
   args.key_tiles = static_cast<int>(tiles.key_tiles);
   args.causal = call.causal || call.window;
+  args.whole_tiles = static_cast<int>(tiles.total_keys - tiles.split_tiles);
+  args.parts = static_cast<int>(tiles.parts);
   // As many heads take turns as have q, dout and sums of dq that L2 keeps, but enough for two tiles
   // a multiprocessor: else a last section would leave most of them idle beside its longest tile.
   // Where nobody waits and all tiles are equal, those of a head run side by side.
@@ -1112,6 +1152,8 @@ void launch_backward(const BackwardCall& call, cudaStream_t stream) {
   args.turns = call.counters + 1;
   args.row_marks = tiles.marks(call.counters);
   args.key_marks = args.row_marks + tiles.total_rows;
+  args.part_turns = args.key_marks + tiles.total_keys;
+  args.part_sums = call.part_sums;
   args.dq = static_cast<uint16_t*>(call.dq);
   args.dk = static_cast<uint16_t*>(call.dk);
   args.dv_out = static_cast<uint16_t*>(call.dv_out);
@@ -1127,7 +1169,7 @@ void launch_backward(const BackwardCall& call, cudaStream_t stream) {
   const int row_ctas = static_cast<int>(tiles.total_rows);
   launch<backward_rows_sm90_kernel<kType, kD>>({row_ctas, kRowCta, 0, stream, true}, args);
   launch<backward_sm90_kernel<kType, kD, kMapped, kListed>>(
-      {static_cast<int>(tiles.total_keys), Shape::kThreads,
+      {static_cast<int>(tiles.ctas()), Shape::kThreads,
        sm90::shared_memory_bytes<GradientSmem<kD, kListed>>(), stream, true},
       map(call.q, call.d, call.sq, call.hq, call.q_strides, Shape::kQueries),
       map(call.dout, call.dv, call.sq, call.hq, call.dout_strides, Shape::kQueries),

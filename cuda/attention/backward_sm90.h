@@ -1,5 +1,6 @@
 #pragma once
 #include <algorithm>
+#include <limits>
 
 #include "attention/forward_sm90.h"
 #include "common/sm90_format.h"
@@ -19,10 +20,16 @@ struct BackwardCall : ForwardCall {
   // As GradientTiles says
   float *tile_lse_log2, *tile_delta, *dq_sum;  // dq_sum in a private order
   int* counters;
+  float* part_sums;
   float* dslope_parts;  // [b, hq, GradientTiles::dslope_parts()], zeros before; null without slopes
 };
 
 constexpr int64_t kMostSlopes = 64;  // query heads of a kv head, where they have slopes
+
+// Whether a masked value that is no number may have spoilt sums. Without a mask there are none.
+inline bool leaves_marks(const ForwardCall& call) {
+  return call.causal || call.window || call.cache_seqlens || call.masked;
+}
 
 // What a call is cut into. Packed sequence i has its tiles of n tokens from offsets[i] / n + i on:
 // no sum over the sequences before it, and at most one tile too many each.
@@ -31,6 +38,8 @@ struct GradientTiles {
   int64_t row_tiles, key_tiles;    // of one head, or kv head, over the batch or all sequences
   int64_t total_rows, total_keys;  // tiles of all heads
   int64_t columns;                 // of a row of dq_sum
+  // Key tiles behind the last whole wave are cut into parts of their rows, which add up
+  int64_t split_tiles = 0, parts = 1;
 
   explicit GradientTiles(const ForwardCall& call) {
     columns = std::max(call.d, call.dv) <= 64 ? 64 : 128;
@@ -43,12 +52,25 @@ struct GradientTiles {
     key_tiles = tiles(call.sk, keys);
     total_rows = row_tiles * call.b * call.hq;
     total_keys = key_tiles * call.b * call.hk;
+    if (call.cu_seqlens_q || call.slopes || leaves_marks(call)) return;
+    // in steps: a CTA takes 1.2 beside those of its tile, and so does a part to add its sums
+    const int64_t left = total_keys % call.processors, steps = row_tiles * (call.hq / call.hk);
+    double least = std::numeric_limits<double>::infinity();
+    for (int64_t n = 1; n <= std::min<int64_t>(row_tiles, 8); ++n) {
+      const int64_t waves = (left * n + call.processors - 1) / call.processors;
+      const double time =
+          static_cast<double>(waves) * (1.2 + static_cast<double>(steps) / n) + 1.2 * n;
+      if (time < least) least = time, parts = n;
+    }
+    if (parts > 1) split_tiles = left;
   }
 
   // Sums of each head, those of a warp over a key tile
   int64_t dslope_parts() const { return key_tiles * 8; }
-  // A ticket, two turns a row tile, then the marks
-  int64_t counters() const { return 1 + 2 * total_rows + total_rows + total_keys; }
+  // A ticket, two turns a row tile, then the marks, and a turn for each tile in parts
+  int64_t counters() const { return 1 + 2 * total_rows + total_rows + total_keys + split_tiles; }
+  int64_t part_sums() const { return split_tiles * 2 * keys * columns; }
+  int64_t ctas() const { return total_keys + split_tiles * (parts - 1); }
   // Tiles with sums that are no numbers, though masked values may be why: row tiles, then key tiles
   int* marks(int* counters) const { return counters + 1 + 2 * total_rows; }
 };
@@ -66,11 +88,6 @@ HEDDLE_HOST_DEVICE int sequence_of_tile(const int32_t* offsets, int64_t stride, 
     }
   }
   return first;
-}
-
-// Whether a masked value that is no number may have spoilt sums. Without a mask there are none.
-inline bool leaves_marks(const ForwardCall& call) {
-  return call.causal || call.window || call.cache_seqlens || call.masked;
 }
 
 // Gradients on Hopper's matrix instructions, for calls that are not declined. What it marks is left

@@ -169,6 +169,7 @@ double check(const BackwardCase& c, emulator::Random& random) {
   }
   call.cache_seqlens = c.cached.empty() ? nullptr : cache.data();
   call.cache_stride = 1;
+  call.processors = c.processors;
   // what is not written must not be read; one more of each, that nobody may write
   const GradientTiles tiles(call);
   struct alignas(128) Line {
@@ -188,6 +189,8 @@ double check(const BackwardCase& c, emulator::Random& random) {
   call.tile_delta = tile_delta[0].values;
   call.dq_sum = dq_sum[0].values;
   call.counters = counters.data();
+  auto part_sums = poisoned(tiles.part_sums());
+  call.part_sums = part_sums[0].values;
   std::vector<float> slope_parts(static_cast<size_t>(c.b * c.hq * tiles.dslope_parts()));
   call.dslope_parts = slope_parts.data();
   auto got_q = poisoned(static_cast<int64_t>(rows)), got_k = poisoned(static_cast<int64_t>(keys)),
@@ -195,7 +198,6 @@ double check(const BackwardCase& c, emulator::Random& random) {
   call.dq = &got_q[0];
   call.dk = &got_k[0];
   call.dv_out = &got_v[0];
-  call.processors = 1;
   mask.list(call);
   call.masked            ? launch_backward_sm90<kType, kD, false, true>(call, nullptr)
   : c.mapped || c.sloped ? launch_backward_sm90<kType, kD, true>(call, nullptr)
@@ -283,6 +285,9 @@ const BackwardCase kCases[] = {
     // in turns what is written behind a sequence is put right by the next one
     {{.b = 1, .sq = 20, .sk = 40, .hq = 1, .hk = 1, .packed = {{9, 21}, {11, 19}}}, true},
     {{.b = 3, .sq = 64, .sk = 200, .hq = 1, .hk = 1, .cached = {200, 0, 131}}},
+    // one of five key tiles comes in parts, and all of them
+    {{.b = 1, .sq = 300, .sk = 600, .hq = 2, .hk = 1, .processors = 4}},
+    {{.b = 1, .sq = 300, .sk = 140, .hq = 2, .hk = 1, .mapped = true, .processors = 9}, true},
     // masks of query heads, of kv heads and shared; of whole blocks, of cut ones and of single
     // keys; rows that see nothing and keys that nobody sees
     {{.b = 1, .sq = 1, .sk = 1, .hq = 1, .hk = 1, .mask = {128, 128, 1, 100}}},

@@ -1020,8 +1020,26 @@ const kernels: Kernel[] = [
       {
         what: 'CTAs take turns in the order of their numbers',
         file: backward,
-        from: 'args.deterministic ? fetch_add(args.ticket, 1) : blockIdx.x',
+        from: 'waits ? fetch_add(args.ticket, 1) : blockIdx.x',
         to: 'blockIdx.x',
+      },
+      {
+        what: 'a part does not add what was before it',
+        file: backward,
+        from: 'if (work.part > 0) {',
+        to: 'if (work.part > 8) {',
+      },
+      {
+        what: 'a part tells nobody that it has added',
+        file: backward,
+        from: 'if (threadIdx.x == 128) signal(turn);',
+        to: '',
+      },
+      {
+        what: 'all parts take all rows',
+        file: backward,
+        from: 'work.begin = end - rows * (work.part + 1) / work.parts;',
+        to: '',
       },
       {
         what: 'products are read before they are done',
