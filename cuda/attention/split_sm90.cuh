@@ -487,7 +487,9 @@ __global__ void __launch_bounds__(SplitTile<kD>::kThreads, SplitTile<kD>::kCtas)
                        total_v.w * shrink};
 #pragma unroll
             for (int i = 0; i < kLooks; ++i) {
-              const float weight = from + i > last_cta ? 0 : exp2_approx(state[i].x - base);
+              // not by a weight of zero, as values may be infinite
+              if (from + i > last_cta) continue;
+              const float weight = exp2_approx(state[i].x - base);
               sum = fmaf(weight, state[i].y, sum);
               total_v.x = fmaf(weight, values[i].x, total_v.x);
               total_v.y = fmaf(weight, values[i].y, total_v.y);

@@ -46,6 +46,7 @@ struct Case {
   std::vector<int64_t> cached = {};   // cacheSeqlens
   int processors = 1;
   int64_t poisoned = -1;  // this key and its value are not numbers
+  int64_t infinite = -1;  // the value of this key begins with infinity
   int64_t page_size = 0;  // k and v lie in pages of this size
   CaseMask mask = {};     // with block_q
   bool scaled = false;    // heads of float8 have scales, some of which are below or at zero
@@ -223,6 +224,9 @@ double check(const Case& c, int64_t d, int64_t dv, emulator::Random& random, con
     for (int64_t e = 0; e < d; ++e) key_value(k, 0, c.poisoned, h, e) = Array::kNaN;
     for (int64_t e = 0; e < dv; ++e) key_value(v, 0, c.poisoned, h, e) = Array::kNaN;
   }
+  for (int64_t h = 0; c.infinite >= 0 && h < c.hk; ++h)
+    key_value(v, 0, c.infinite, h, 0) =
+        static_cast<Array::Element>(emulator::encode(kType, INFINITY));
   std::vector<float> lse(static_cast<size_t>(c.b * c.hq * c.sq), NAN);
   std::vector<float> slopes, sink, scales;
   for (int64_t h = 0; h < c.hq; ++h) {

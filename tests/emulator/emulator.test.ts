@@ -445,6 +445,12 @@ const kernels: Kernel[] = [
         to: 'smem.k_full[k.stage].wait(k.parity);\n      await_turn();',
       },
       {
+        what: 'a bias of infinity is added to what is masked',
+        file: forward,
+        from: 'if (kForm == Form::kSigmoid && slots.row[r].constant == INFINITY)',
+        to: 'if (false)',
+      },
+      {
         what: 'both biases of a word are its first',
         file: slots,
         from: 'static_cast<uint16_t>(pair >> 16)',
@@ -799,8 +805,14 @@ const kernels: Kernel[] = [
       {
         what: 'the last part of a row is left out',
         file: split,
-        from: 'from + i > last_cta ?',
-        to: 'from + i >= last_cta ?',
+        from: 'if (from + i > last_cta) continue;',
+        to: 'if (from + i >= last_cta) continue;',
+      },
+      {
+        what: 'infinity is multiplied by a weight of zero',
+        file: split,
+        from: 'if (from + i > last_cta) continue;\n              const float weight = exp2_approx(state[i].x - base);',
+        to: 'const float weight = from + i > last_cta ? 0 : exp2_approx(state[i].x - base);',
       },
       {
         what: 'no keys in any part are no number',

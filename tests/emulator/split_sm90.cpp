@@ -12,6 +12,8 @@ const Case kCases[] = {
     {.b = 1, .sq = 1, .sk = 1, .hq = 1, .hk = 1},
     {.b = 2, .sq = 1, .sk = 300, .hq = 4, .hk = 2, .causal = true, .processors = 5},
     {.b = 1, .sq = 1, .sk = 2600, .hq = 1, .hk = 1, .processors = 20},
+    // parts that are read twice, by a weight of zero
+    {.b = 1, .sq = 1, .sk = 500, .hq = 1, .hk = 1, .processors = 3, .infinite = 499},
     {.b = 1, .sq = 1, .sk = 700, .hq = 3, .hk = 1, .mapped = true, .sink = true},
     {.b = 1, .sq = 4, .sk = 390, .hq = 4, .hk = 2, .causal = true, .narrower = 8, .processors = 4},
     {.b = 1, .sq = 3, .sk = 500, .hq = 2, .hk = 1, .window = 140, .processors = 2},
