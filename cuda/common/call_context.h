@@ -41,7 +41,7 @@ class FaultPool : public std::enable_shared_from_this<FaultPool> {
 // handed out, so none is freed before the stream ends.
 class Counters {
  public:
-  int* take(size_t count, cudaStream_t stream);
+  int* take(size_t count);
   void clear(cudaStream_t stream);
 
  private:
@@ -54,7 +54,7 @@ class Scratch {
  public:
   void restart() { used_ = 0; }
   // Null for what is too large to keep, of one piece or of a call
-  void* take(size_t nbytes, cudaStream_t stream);
+  void* take(size_t nbytes);
   void clear(cudaStream_t stream);
 
  private:

@@ -64,22 +64,38 @@ CallContext::~CallContext() {
 }
 
 void* CallContext::scratch_bytes(size_t nbytes) {
-  void* memory = scratch_.take(nbytes, stream);
+  void* memory = scratch_.take(nbytes);
   if (memory) return memory;
   HEDDLE_CUDA(cudaMallocAsync(&memory, nbytes, stream));
   large_.push_back(memory);
   return memory;
 }
 
-void* Scratch::take(size_t nbytes, cudaStream_t stream) {
+namespace {
+
+// At zero, there at once and no part of a graph that is being recorded: what a graph allocates
+// only its replays may use
+void* lasting_memory(size_t nbytes) {
+  cudaStream_t aside;
+  HEDDLE_CUDA(cudaStreamCreateWithFlags(&aside, cudaStreamNonBlocking));
+  void* memory = nullptr;
+  cudaError_t status = cudaMallocAsync(&memory, nbytes, aside);
+  if (status == cudaSuccess) status = cudaMemsetAsync(memory, 0, nbytes, aside);
+  if (status == cudaSuccess) status = cudaStreamSynchronize(aside);
+  cudaStreamDestroy(aside);
+  if (status != cudaSuccess) fail_cuda(status, "cudaMallocAsync");
+  return memory;
+}
+
+}  // namespace
+
+void* Scratch::take(size_t nbytes) {
   constexpr size_t kAlignment = 256, kMost = size_t{64} << 20;
   nbytes = std::max((nbytes + kAlignment - 1) / kAlignment, size_t{1}) * kAlignment;
   if (nbytes > kMost || (size_ == kMost && used_ + nbytes > size_)) return nullptr;
   if (used_ + nbytes > size_) {
     const size_t size = std::max(std::min(2 * size_, kMost), std::max(nbytes, size_t{1} << 20));
-    void* block;
-    HEDDLE_CUDA(cudaMallocAsync(&block, size, stream));
-    blocks_.push_back(block);
+    blocks_.push_back(lasting_memory(size));
     size_ = size;
     used_ = 0;
   }
@@ -94,13 +110,10 @@ void Scratch::clear(cudaStream_t stream) {
   size_ = used_ = 0;
 }
 
-int* Counters::take(size_t count, cudaStream_t stream) {
+int* Counters::take(size_t count) {
   if (blocks_.empty() || count > size_) {
     const size_t size = std::max<size_t>({1024, 2 * size_, count});
-    int* block;
-    HEDDLE_CUDA(cudaMallocAsync(&block, size * sizeof(int), stream));
-    blocks_.push_back(block);
-    HEDDLE_CUDA(cudaMemsetAsync(block, 0, size * sizeof(int), stream));
+    blocks_.push_back(static_cast<int*>(lasting_memory(size * sizeof(int))));
     size_ = size;
   }
   return blocks_.back();
@@ -112,7 +125,7 @@ void Counters::clear(cudaStream_t stream) {
   size_ = 0;
 }
 
-int* CallContext::counters(size_t count) { return counters_.take(count, stream); }
+int* CallContext::counters(size_t count) { return counters_.take(count); }
 
 int* CallContext::verdict(const char* text) {
   const std::shared_ptr<Fault> fault = pool_.take(stream, capturing_);

@@ -94,6 +94,24 @@ describeDevices('graph', (device) => {
     expect(await failure(() => step.replay().read())).toMatchObject({ op: 'attention' })
   })
 
+  it('may be the first to need memory that calls share', async () => {
+    // what was recorded while its input had failed was never enqueued
+    const rows = 3000
+    const make = (keys: number, seed: number) =>
+      randn([rows, keys, 1, 64], { seed, dtype: 'bfloat16' })
+    const [q, k] = [make(1, 1), make(2, 2)]
+    const cacheSeqlens = tensor(new Int32Array(rows).fill(3), [rows])
+    const failed = attention(q, k, k, { cacheSeqlens }).out.to(device)
+    expect(await failure(() => failed.read())).toMatchObject({ op: 'attention' })
+    const [q1, k1] = [q.to(device), k.to(device)]
+    const step = graph(() => attention(failed, k1, k1))
+    expect(await failure(() => step.result.out.read())).toMatchObject({ op: 'attention' })
+    step.dispose()
+    const [actual, expected] = [attention(q1, k1, k1), attention(q, k, k)]
+    const [a, b] = [await actual.lse.read(), await expected.lse.read()]
+    expect(Math.max(...a.map((x, i) => Math.abs(x - b[i]!)))).toBeLessThan(1e-3)
+  })
+
   it('holds the memory it needs, and no more after dispose', async () => {
     await synchronize(device)
     const before = memory(device)
