@@ -314,7 +314,7 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_gradient_kernel(B
 }
 
 // The row tiles, or key tiles, that backward_sm90 has marked. Neighbours go to different CTAs.
-template <bool kOwnsKeys, bool kMasked>
+template <bool kOwnsKeys>
 __device__ void redo_tiles(const BackwardArgs& args, const GradientTiles& tiles, const int* marks) {
   const ForwardArgs& p = args.call;
   const int64_t count = kOwnsKeys ? tiles.total_keys : tiles.total_rows;
@@ -330,17 +330,16 @@ __device__ void redo_tiles(const BackwardArgs& args, const GradientTiles& tiles,
       const int64_t end = place.row0 + size;
       for (; place.row0 < end; place.row0 += kRowTile) {
         __syncthreads();
-        gradient_tile<kOwnsKeys, kHopperColumns, kMasked>(args, place, i / each % heads);
+        gradient_tile<kOwnsKeys, kHopperColumns, true>(args, place, i / each % heads);
       }
     }
   }
 }
 
-template <bool kMasked>
 __global__ void __launch_bounds__(kAttentionThreads)
     attention_redo_kernel(BackwardArgs args, GradientTiles tiles, const int* marks) {
-  redo_tiles<false, kMasked>(args, tiles, marks);
-  redo_tiles<true, kMasked>(args, tiles, marks + tiles.total_rows);
+  redo_tiles<false>(args, tiles, marks);
+  redo_tiles<true>(args, tiles, marks + tiles.total_rows);
 }
 
 // What each head's sink and slope get: one CTA per head, in one order. The sink is a key whose
@@ -425,9 +424,9 @@ template <class Kernel> size_t gradient_smem_bytes(const ForwardArgs& call, Kern
 // Once more what backward_sm90 has marked
 inline void backward_redo(const BackwardArgs& args, const GradientTiles& tiles, const int* marks,
                           CudaContext& context) {
-  const auto kernel = args.call.masked ? attention_redo_kernel<true> : attention_redo_kernel<false>;
-  kernel<<<static_cast<unsigned>(context.processors), kAttentionThreads,
-           gradient_smem_bytes(args.call, kernel), context.stream>>>(args, tiles, marks);
+  attention_redo_kernel<<<static_cast<unsigned>(context.processors), kAttentionThreads,
+                          gradient_smem_bytes(args.call, attention_redo_kernel), context.stream>>>(
+      args, tiles, marks);
   context.launched("attention_redo_kernel");
 }
 
