@@ -203,6 +203,12 @@ for (const d of [64, 128])
     keep(attention(q, k, k, { mask: hip(q, k, { topK: 64, window: 64 }) }))
     keep(attention(q, k, k, { mask: hip(q, k, { stages, topK: 64, window: 64, sinkTokens: 8 }) }))
   })
+// with 64 rows of two heads for every multiprocessor of an H200, which its own kernel gathers for
+check('hip 128 of a prompt', () => {
+  const [q, k] = [draw([1, 1100, 16, 128]), draw([1, 1201, 2, 128])]
+  const options = { topK: 32, block: [64, 8], window: 40, sinkTokens: 8, headMode: 'kv_group' }
+  keep(attention(q, k, k, { mask: hip(q, k, options) }))
+})
 for (const d of [64, 128])
   check(`lightning decode of many ${d}`, () => {
     const token = draw([40, 2, 8, d])
