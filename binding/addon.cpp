@@ -23,11 +23,11 @@ Napi::Value guarded(const Napi::CallbackInfo& info) {
   }
 }
 
-// init(the error class): called once by lib before anything else; gives where `run` leaves results
+// init(the error class): called once by lib before anything else; gives what `run` shares with it
 Napi::Value init(const Napi::CallbackInfo& info) {
   Environment& environment = Environment::of(info.Env());
   environment.error_class = Napi::Persistent(info[0].As<Napi::Function>());
-  return environment.share_results(info.Env());
+  return environment.share_memory(info.Env());
 }
 
 template <Napi::Value (*Function)(const Napi::CallbackInfo&)>

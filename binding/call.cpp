@@ -96,25 +96,36 @@ class Marshal {
   }
 
  private:
-  // After the operator come positions in its schema, each with a value
+  // After the operator comes how many tensors there are, whose positions in its schema and handles
+  // stand in shared memory, and then positions of other arguments, each with a value
   void read_arguments() {
     const std::vector<Argument>& arguments = op_.schema.arguments;
-    std::array<napi_value, 64> given;
+    const size_t tensors = info_[1].As<Napi::Number>().Uint32Value();
+    HEDDLE_CHECK(tensors <= Schema::kMostArguments, kArgument, "", "there are not so many tensors");
+    std::array<double, Schema::kMostArguments> handles;
+    std::array<napi_value, Schema::kMostArguments> values;
     uint64_t present = 0;
-    for (size_t i = 1; i + 1 < info_.Length(); i += 2) {
-      const uint32_t position = info_[i].As<Napi::Number>().Uint32Value();
-      HEDDLE_CHECK(position < arguments.size(), kArgument, "", "there is no argument ", position);
-      given[position] = info_[i + 1];
-      present |= uint64_t{1} << position;
-    }
-    present &= ~op_.schema.outputs;
+    const auto add = [&](double position, bool is_tensor) {
+      HEDDLE_CHECK(position >= 0 && position < static_cast<double>(arguments.size()), kArgument, "",
+                   "there is no argument ", position);
+      const auto at = static_cast<size_t>(position);
+      HEDDLE_CHECK(arguments[at].is_tensor() == is_tensor && !arguments[at].is_output(), kArgument,
+                   "", "argument ", at, is_tensor ? " is no input" : " is a tensor");
+      present |= uint64_t{1} << at;
+      return at;
+    };
+    for (size_t i = 0; i < tensors; ++i)
+      handles[add(environment_.shared[2 * i], true)] = environment_.shared[2 * i + 1];
+    for (size_t i = 2; i + 1 < info_.Length(); i += 2)
+      values[add(info_[i].As<Napi::Number>().DoubleValue(), false)] = info_[i + 1];
     for_each(op_.schema.required & ~present, [](const Argument& argument) {
       fail(Code::kArgument, argument.name.c_str(), argument.name + " is missing");
     });
-    call_->inputs.reserve(static_cast<size_t>(std::popcount(present)));
+    call_->inputs.reserve(tensors);
     for_each(present, [&](const Argument& argument) {
-      const Napi::Value value(info_.Env(), given[&argument - arguments.data()]);
-      argument.is_tensor() ? read_tensor(argument, value) : read_value(argument, value);
+      const auto at = static_cast<size_t>(&argument - arguments.data());
+      argument.is_tensor() ? read_tensor(argument, handles[at])
+                           : read_value(argument, Napi::Value(info_.Env(), values[at]));
     });
     // what a shape depends on may come behind it
     for_each(present, [&](const Argument& argument) {
@@ -181,11 +192,9 @@ class Marshal {
     }
   }
 
-  void read_tensor(const Argument& argument, const Napi::Value& value) {
+  void read_tensor(const Argument& argument, double handle) {
     const char* name = argument.name.c_str();
-    if (!value.IsNumber())
-      fail(Code::kArgument, name, concat(name, " must be a tensor, got ", text_of(value)));
-    const TensorEntry& entry = environment_.entry(value.As<Napi::Number>().DoubleValue());
+    const TensorEntry& entry = environment_.entry(handle);
     const Tensor& view = entry.view;
     if (!device_from_) {
       device_from_ = name;
@@ -264,7 +273,7 @@ class Marshal {
     if (environment_.recording) environment_.recording->push_back(call_);
 
     // Read before the next call: making a JavaScript array of them would cost more than the launch
-    double* next = environment_.results;
+    double* next = environment_.shared;
     const StorageRef* made = call_->outputs.data() + call_->updated;
     for_each(outputs, [&](const Argument& argument) {
       if (!is_wanted(argument)) {

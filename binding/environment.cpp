@@ -1,5 +1,7 @@
 #include "binding/environment.h"
 
+#include <cstdlib>
+
 namespace heddle {
 namespace {
 constexpr uint64_t kSlots = 1 << 26;  // more tensors than this never live at once
@@ -29,11 +31,14 @@ void Environment::close(void* data) {
   self->spans.clear();
 }
 
-Napi::Float64Array Environment::share_results(Napi::Env env) {
-  auto array = Napi::Float64Array::New(env, kMostOutputs * (3 + kMaxRank));
-  shared_results_ = Napi::Persistent(array);
-  results = array.Data();
-  return array;
+Napi::Float64Array Environment::share_memory(Napi::Env env) {
+  if (!shared) {
+    auto array = Napi::Float64Array::New(
+        env, std::max(kMostOutputs * (3 + kMaxRank), 2 * Schema::kMostArguments));
+    shared_memory_ = Napi::Persistent(array);
+    shared = array.Data();
+  }
+  return shared_memory_.Value();
 }
 
 void Environment::not_recording() const {
@@ -57,7 +62,7 @@ double Environment::add(StorageRef storage, const Tensor& view, bool owns) {
   entry.accounted = owns ? static_cast<int64_t>(storage->nbytes) : 0;
   entry.storage = std::move(storage);
   entry.view = view;
-  if (entry.accounted) Napi::MemoryManagement::AdjustExternalMemory(env_, entry.accounted);
+  account(entry.accounted);
   return static_cast<double>(slot + kSlots * entry.generation);
 }
 
@@ -74,10 +79,18 @@ TensorEntry& Environment::entry(double handle) {
 
 void Environment::release(double handle) {
   TensorEntry& entry = this->entry(handle);
-  if (entry.accounted) Napi::MemoryManagement::AdjustExternalMemory(env_, -entry.accounted);
+  account(-entry.accounted);
   entry.storage.reset();
   entry.generation = (entry.generation + 1) & 0x1ffffff;
   free_.push_back(static_cast<uint32_t>(&entry - entries_.data()));
+}
+
+void Environment::account(int64_t bytes) {
+  constexpr int64_t kLeast = int64_t{1} << 20;
+  unreported_ += bytes;
+  if (std::abs(unreported_) < kLeast) return;
+  Napi::MemoryManagement::AdjustExternalMemory(env_, unreported_);
+  unreported_ = 0;
 }
 
 Backend& Environment::backend(Device device) {

@@ -15,7 +15,7 @@ namespace heddle {
 struct TensorEntry {
   StorageRef storage;
   Tensor view;
-  int64_t accounted = 0;  // bytes that the garbage collector was told of
+  int64_t accounted = 0;  // bytes that the garbage collector is told of
   uint32_t generation = 0;
 };
 
@@ -55,11 +55,12 @@ class Environment {
   Napi::Error to_js(const Error& error);
 
   Napi::FunctionReference error_class;
-  // What the last call made, in memory that JavaScript sees: of each output its handle, dtype, rank
-  // and shape, or -1 if it was not asked for
+  // Memory that JavaScript sees. It leaves positions and handles of a call's tensors there, and the
+  // call what it made: of each output its handle, dtype, rank and shape, or -1 if it was not asked
+  // for
   static constexpr size_t kMostOutputs = 16;
-  Napi::Float64Array share_results(Napi::Env env);
-  double* results = nullptr;
+  Napi::Float64Array share_memory(Napi::Env env);
+  double* shared = nullptr;
   // The calls of a graph that is being made
   std::optional<std::vector<std::shared_ptr<Call>>> recording;
   // Refuses what only happens once while a graph is being made
@@ -74,16 +75,19 @@ class Environment {
 
  private:
   static void close(void* self);
+  // The garbage collector is told of memory that was made or freed once it is much
+  void account(int64_t bytes);
   static void settle(napi_env env, napi_value, void* self, void* pending);
 
   napi_env env_;
-  Napi::Reference<Napi::Float64Array> shared_results_;
+  Napi::Reference<Napi::Float64Array> shared_memory_;
   napi_threadsafe_function done_ = nullptr;
   size_t pending_ = 0;
   std::shared_ptr<Backend> cpu_;
   std::vector<std::shared_ptr<Backend>> cuda_;
   std::vector<TensorEntry> entries_;
   std::vector<uint32_t> free_;
+  int64_t unreported_ = 0;
 };
 
 }  // namespace heddle

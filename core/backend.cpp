@@ -34,12 +34,23 @@ void Storage::renew() {
   failure_ = nullptr;
 }
 
-Call::Call(const Operator& op)
-    : op(op), arguments(::operator new(op.initial.size(), std::align_val_t(op.alignment))) {
+namespace {
+
+void* memory_of(const Operator& op) {
+  if (void* spare = op.spare.exchange(nullptr)) return spare;
+  return ::operator new(op.initial.size(), std::align_val_t(op.alignment));
+}
+
+}  // namespace
+
+Call::Call(const Operator& op) : op(op), arguments(memory_of(op)) {
   std::memcpy(arguments, op.initial.data(), op.initial.size());
 }
 
-Call::~Call() { ::operator delete(arguments, std::align_val_t(op.alignment)); }
+Call::~Call() {
+  if (void* older = op.spare.exchange(arguments))
+    ::operator delete(older, std::align_val_t(op.alignment));
+}
 
 Failure Call::inherited() const {
   for (const StorageRef& input : inputs)

@@ -1,4 +1,5 @@
 #pragma once
+#include <atomic>
 #include <cstddef>
 #include <cstring>
 #include <string>
@@ -25,6 +26,7 @@ struct Operator {
   void (*validate)(void* arguments) = nullptr;
   Slot<CpuContext> cpu;
   Slot<CudaContext> cuda;
+  mutable std::atomic<void*> spare{nullptr};  // memory for arguments, of a call that is gone
 };
 
 // Every operator, by order of name

@@ -54,7 +54,8 @@ Argument& Argument::only_if(const char* argument) {
 }
 
 Argument& Schema::add(const char* name, Argument::Kind kind, size_t offset) {
-  HEDDLE_CHECK(arguments.size() < 64, kUnsupported, "", "an operator has at most 64 arguments");
+  HEDDLE_CHECK(arguments.size() < kMostArguments, kUnsupported, "", "an operator has at most ",
+               kMostArguments, " arguments");
   Argument& argument = arguments.emplace_back();
   argument.name = camel_case(name);
   argument.kind = kind;

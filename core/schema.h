@@ -60,6 +60,7 @@ class Schema {
  public:
   std::vector<Argument> arguments;
   std::vector<std::string> sizes;
+  static constexpr size_t kMostArguments = 64;
   uint64_t required = 0, outputs = 0;  // which arguments these are, a bit for each
 
   // Resolves names into positions, once all members are described

@@ -54,8 +54,8 @@ export interface NativeCuda {
 export interface Addon {
   init(errorClass: typeof HeddleError): Float64Array
   operators(): Schema[]
-  run(operator: number, ...positionsAndValues: unknown[]): number
-  explain(operator: number, ...positionsAndValues: unknown[]): Explanation
+  run(operator: number, tensors: number, ...positionsAndValues: unknown[]): number
+  explain(operator: number, tensors: number, ...positionsAndValues: unknown[]): Explanation
   empty(
     dtype: number,
     shape: readonly number[],
@@ -101,14 +101,14 @@ interface Entry {
 
 let loaded: Addon | undefined
 let schemas: Schema[] = []
-let results: Float64Array
+let shared: Float64Array
 const entries = new Map<string, Entry>()
 
 /** @internal The addon, loaded when it is first needed. */
 export function addon(): Addon {
   if (loaded) return loaded
   const found = loadAddon() as Addon
-  results = found.init(HeddleError)
+  shared = found.init(HeddleError)
   schemas = found.operators()
   schemas.forEach((schema, index) => {
     const inputs: Entry['inputs'] = new Map()
@@ -158,34 +158,37 @@ export function run(name: string, named: Record<string, unknown>): (Tensor | und
   const entry = entries.get(name)
   if (!entry) throw mustBe(name, 'operator', 'one that this build has', name)
   let device: Device = 'cpu'
-  const call: unknown[] = []
+  let tensors = 0
+  const values: unknown[] = []
   for (const key in named) {
     const value = named[key]
     const input = value === undefined ? undefined : entry.inputs.get(key)
     if (!input) continue
     if (!input.isTensor) {
-      call.push(input.position, value)
+      values.push(input.position, value)
       continue
     }
     if (!(value instanceof Tensor)) throw mustBe(name, key, 'a tensor', value)
     device = value.device
-    call.push(input.position, value.handle)
+    shared[2 * tensors] = input.position
+    shared[2 * tensors + 1] = value.handle
+    tensors++
   }
-  if (explaining) throw new Explained(native.explain(entry.index, ...call))
-  const count = native.run(entry.index, ...call)
+  if (explaining) throw new Explained(native.explain(entry.index, tensors, ...values))
+  const count = native.run(entry.index, tensors, ...values)
   const outputs = new Array<Tensor | undefined>(count)
   for (let i = 0, at = 0; i < count; i++) {
-    const handle = results[at]!
+    const handle = shared[at]!
     if (handle < 0) {
       outputs[i] = undefined
       at += 1
       continue
     }
-    const [dtype, rank] = [results[at + 1]!, results[at + 2]!]
+    const [dtype, rank] = [shared[at + 1]!, shared[at + 2]!]
     at += 3
     let layout = entry.layouts[i]
     if (!layout || !isShape(layout.shape, rank, at)) {
-      layout = Tensor.layout(Array.from(results.subarray(at, at + rank)))
+      layout = Tensor.layout(Array.from(shared.subarray(at, at + rank)))
       entry.layouts[i] = layout
     }
     outputs[i] = Tensor.adopt(handle, dtype, layout, device)
@@ -194,9 +197,9 @@ export function run(name: string, named: Record<string, unknown>): (Tensor | und
   return outputs
 }
 
-// Whether the results have this shape at a place
+// Whether an output has this shape at a place
 function isShape(shape: readonly number[], rank: number, at: number): boolean {
   if (shape.length !== rank) return false
-  for (let i = 0; i < rank; i++) if (shape[i] !== results[at + i]) return false
+  for (let i = 0; i < rank; i++) if (shape[i] !== shared[at + i]) return false
   return true
 }

@@ -181,7 +181,7 @@ function prepare(
 ): void {
   const { device, shape } = q
   const { mask } = call
-  call.normalise ??= divides(call.weights)
+  if (call.weights !== undefined) call.normalise ??= divides(call.weights)
   if (mask !== undefined) Object.assign(call, maskArguments(op, mask, call.causal))
   const place = (name: string, placed: Tensor | undefined) => {
     if (placed) call[name] = placed

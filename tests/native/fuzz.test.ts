@@ -868,6 +868,7 @@ describe('the boundary', () => {
 describe('the addon by itself', () => {
   const raw = addon() as unknown as Record<string, (...args: unknown[]) => unknown>
   const names = Object.keys(raw).filter((name) => name !== 'init')
+  const shared = raw.init!(HeddleError) as Float64Array
 
   it('throws on garbage and keeps working', async () => {
     await synchronize()
@@ -883,7 +884,8 @@ describe('the addon by itself', () => {
       fc.property(
         fc.constantFrom(...names),
         fc.array(argument, { maxLength: 9 }),
-        (name, drawn) => {
+        fc.array(fc.oneof(fc.nat({ max: 40 }), fc.double()), { maxLength: 16 }),
+        (name, drawn, left) => {
           if (live.length > 64 || live.length < 8) {
             for (const handle of live) raw.release!(handle)
             live = Array.from({ length: 8 }, () => raw.empty!(0, [2, 2], 0, 0) as number)
@@ -892,6 +894,8 @@ describe('the addon by itself', () => {
             const args = drawn.map((value) =>
               'live' in value ? live[value.live] : cook(value, false),
             )
+            // positions and handles
+            shared.set(left.map((x, i) => (i % 2 && Number.isInteger(x) ? live[x % 8]! : x)))
             try {
               const result = raw[name]!(...args)
               if (result instanceof Promise) pending.push(result.catch(() => {}))
