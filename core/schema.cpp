@@ -73,6 +73,8 @@ void Schema::finish() {
   const auto position = [this](const std::string& name) {
     const auto at = std::find(sizes.begin(), sizes.end(), name);
     if (at == sizes.end()) {
+      HEDDLE_CHECK(sizes.size() < kMostSizes, kUnsupported, "", "shapes have at most ", kMostSizes,
+                   " sizes");
       sizes.push_back(name);
       return static_cast<int>(sizes.size()) - 1;
     }

@@ -60,7 +60,7 @@ class Schema {
  public:
   std::vector<Argument> arguments;
   std::vector<std::string> sizes;
-  static constexpr size_t kMostArguments = 64;
+  static constexpr size_t kMostArguments = 64, kMostSizes = 16;
   uint64_t required = 0, outputs = 0;  // which arguments these are, a bit for each
 
   // Resolves names into positions, once all members are described
@@ -84,13 +84,12 @@ class Sizes {
   void fill(const Argument& argument, const Shape& shape, Tensor& tensor) const;
 
  private:
-  static constexpr int kMaxSizes = 16;
   struct Size {
     int64_t value = 0;
     const Argument* source = nullptr;  // the argument that fixed it
   };
   const Schema& schema_;
-  Size sizes_[kMaxSizes];
+  Size sizes_[Schema::kMostSizes];
   int64_t leading_[kMaxRank];
   int leading_rank_ = 0;
   const Argument* leading_source_ = nullptr;
