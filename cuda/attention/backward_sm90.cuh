@@ -665,13 +665,19 @@ __global__ void __launch_bounds__((GradientShape<kD>::kThreads), 1)
       stmatrix_x4_transposed(to + s * 2048, frag_ds[s][0], frag_ds[s][1], frag_ds[s][2],
                              frag_ds[s][3]);
   };
-  // shows what write_ds wrote, until both warpgroups have
+  // shows what write_ds wrote
   auto share_ds = [&](int step) {
     if (step < 0) return;
     fence_async_smem();
     release(smem.ds_full[step & 1]);
-    smem.ds_full[step & 1].wait(step >> 1 & 1);
   };
+  // until both warpgroups have
+  auto await_ds = [&](int step) {
+    if (step >= 0) smem.ds_full[step & 1].wait(step >> 1 & 1);
+  };
+  // one warpgroup at a time weighs
+  auto await_turn = [&] { named_barrier_sync(4 + own, 256); };
+  auto pass_turn = [&] { named_barrier_arrive(5 - own, 256); };
   // 32 sums a thread for the warp that adds them up
   auto write_dq = [&](const float(&acc)[32], int step) {
     smem.dq_empty[own].wait((step & 1) ^ 1);
@@ -718,6 +724,7 @@ __global__ void __launch_bounds__((GradientShape<kD>::kThreads), 1)
     Turn<Shape::kQStages> q(0);
     // the first step multiplies what nobody has written and drops it: two copies of the loop's body
     // would not fit the registers
+    if (own == 1) pass_turn();
 #pragma unroll 1
     for (int i = 0; i < steps; ++i, q.advance()) {
       float acc_s[kQueries / 2], acc_dp[kQueries / 2], acc_dq[32];
@@ -737,6 +744,7 @@ __global__ void __launch_bounds__((GradientShape<kD>::kThreads), 1)
           // nothing but dk(i - 1) and its share of dq(i - 1), and zeros for those of i
           smem.q_full[q.stage].wait(q.parity);
           share_ds(before);
+          await_ds(before);
           issue_dq(acc_dq, before);
           issue_dk(before, smem.q[q.before(1)]);
           wgmma_wait<0>(acc_dq);
@@ -752,6 +760,8 @@ __global__ void __launch_bounds__((GradientShape<kD>::kThreads), 1)
             for (int r = 0; r < 4; ++r) frag_ds[s][r] = 0;
           write_ds(i);
           release(smem.dout_empty[o.stage]);
+          await_turn();
+          pass_turn();
           continue;
         }
       }
@@ -761,8 +771,7 @@ __global__ void __launch_bounds__((GradientShape<kD>::kThreads), 1)
       if (clears) clear_beyond(smem.q[q.stage], work.sq - m * kQueries, kQueries);
       issue_scores(acc_s, smem.k, smem.q[q.stage]);
       share_ds(before);
-      issue_dq(acc_dq, before);
-      wgmma_wait<1>(acc_s);
+      wgmma_wait<0>(acc_s);
       pin(acc_dk);
       if (i > 1) release(smem.q_empty[q.before(2)]);
       if constexpr (kListed) {
@@ -778,8 +787,13 @@ __global__ void __launch_bounds__((GradientShape<kD>::kThreads), 1)
         slope_log2 = args.slopes[(work.kv_head * group + head) * args.slopes_stride] * kLog2e;
       smem.dout_full[o.stage].wait(o.parity);
       if (clears) clear_beyond(smem.dout[o.stage], work.sq - m * kQueries, kQueries);
+      await_turn();
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
+        if (half == 1) {
+          await_ds(before);
+          issue_dq(acc_dq, before);
+        }
         if (kMapped && args.cap_log2 > 0) {
           weigh(true, acc_s, smem.lse_log2[q.stage], near, slope_log2, half);
         } else {
@@ -787,7 +801,8 @@ __global__ void __launch_bounds__((GradientShape<kD>::kThreads), 1)
         }
         issue_dv(smem.dout[o.stage], half);
       }
-      wgmma_wait<2>(acc_dq);
+      pass_turn();
+      wgmma_wait<1>(acc_dq);
       if (i > 0) write_dq(acc_dq, before);
       // the fence waits for all stores, which dP covers; where P, as dv reads it, does not fit the
       // registers beside dP, what is left of dv does
@@ -815,12 +830,14 @@ __global__ void __launch_bounds__((GradientShape<kD>::kThreads), 1)
     float acc_dq[32];
     const int last = steps - 1;
     share_ds(last);
+    await_ds(last);
     issue_dq(acc_dq, last);
     issue_dk(last, smem.q[q.before(1)]);
     wgmma_wait<0>(acc_dq);
     pin(acc_dk);
     write_dq(acc_dq, last);
     hand_over();
+    if (own == 0) await_turn();
   }
 
   if (kMapped && args.slopes) {

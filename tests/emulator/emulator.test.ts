@@ -894,7 +894,7 @@ const kernels: Kernel[] = [
       {
         what: 'dS of the other warpgroup is not waited for',
         file: backward,
-        from: 'smem.ds_full[step & 1].wait(step >> 1 & 1);',
+        from: 'if (step >= 0) smem.ds_full[step & 1].wait(step >> 1 & 1);',
         to: '',
       },
       {
