@@ -12,6 +12,7 @@ struct Launch {
   cudaStream_t stream;
   bool overlaps = false;  // may begin before the kernel before has ended, which says from when on
   bool together = false;  // all CTAs run at the same time, or the launch fails
+  int rows = 1;           // of so many CTAs
 };
 
 // Once a device: lets a kernel have more shared memory than the few bytes that need no asking.
@@ -32,7 +33,7 @@ template <auto kKernel, class... Args> void launch(const Launch& launch, const A
   static uint64_t ready = 0;
   allow_shared_memory(reinterpret_cast<const void*>(kKernel), launch.smem_bytes, ready);
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(launch.ctas));
+  config.gridDim = dim3(static_cast<unsigned>(launch.ctas), static_cast<unsigned>(launch.rows));
   config.blockDim = dim3(static_cast<unsigned>(launch.threads));
   config.dynamicSmemBytes = launch.smem_bytes;
   config.stream = launch.stream;

@@ -218,7 +218,8 @@ for (const d of [64, 128])
       undefined,
       { dtype: 'int32', device },
     )
-    keep(lightningDecode(token, token, token, states, slots, { slopes: alibiSlopes(8) }).out)
+    for (const x of [token, token.slice(1, 0, 1)])
+      keep(lightningDecode(x, x, x, states, slots, { slopes: alibiSlopes(8) }).out)
   })
 for (const d of [64, 128])
   check(`float8 attention ${d}`, () => {

@@ -1,8 +1,10 @@
 import {
+  alibiSlopes,
   attention,
   attentionBackward,
   cuda,
   explain,
+  lightningDecode,
   linear,
   Mask,
   memory,
@@ -88,6 +90,20 @@ describeDevices('explain', (device) => {
     expect(variant).toBe('sm80_simt')
     expect(declined.map((entry) => entry.variant)).toEqual(['sm90_wgmma'])
     if (hopper) expect(declined[0]!.reason).toBe('softCap and slopes must be left out under a mask')
+  })
+
+  it('takes one token of lightning to the kernel that knows its sizes', () => {
+    const states = zeros([2, 8, 128, 128], { device })
+    const slots = zeros([2], { device, dtype: 'int32' })
+    const decode = (s: number) => {
+      const x = draw([2, s, 8, 128])
+      return explain(lightningDecode, x, x, x, states, slots, { slopes: alibiSlopes(8) })
+    }
+    if (device === 'cpu') return expect(decode(1).declined).toEqual([])
+    const hopper = cuda.devices[0]!.arch === 90
+    expect(decode(1).variant).toBe(hopper ? 'sm90_simt' : 'sm80_simt')
+    expect(decode(2).variant).toBe('sm80_simt')
+    if (hopper) expect(decode(2).declined[0]!.reason).toBe('s must be 1')
   })
 
   it('checks what the call would check, and runs again afterwards', async () => {

@@ -286,14 +286,15 @@ describeDevices('lightning', (device) => {
 
     it('decodes many states at once, in any order of slots', async () => {
       const rng = random(27)
-      const heads = { hq: 16, hk: 8, hv: 8, hs: 8 }
-      for (const [d, e] of [
-        [128, 128],
-        [72, 100],
-        [24, 136],
+      const several = { s: 2, hq: 16, hk: 8, hv: 8, hs: 8 }
+      for (const [d, e, sizes] of [
+        [128, 128, several],
+        [128, 128, { ...several, s: 1, hq: 4, hk: 4 }],
+        [72, 100, several],
+        [24, 136, several],
       ] as const) {
         const slopes = Array.from({ length: 8 }, () => Math.fround(rng.pick([0, 0.01, 0.5, 200])))
-        const c = { b: 40, s: 2, d, e, scale: 0.7, slopes, ...heads }
+        const c = { b: 40, d, e, scale: 0.7, slopes, ...sizes }
         const { q, k, v, reads } = await draw(rng, c, dtype, device)
         const initial = rng.normals(c.b * c.hs * d * e)
         const segments = Array.from({ length: c.b }, (_, b) => [b, 0, c.s, b] as const)
@@ -312,7 +313,7 @@ describeDevices('lightning', (device) => {
             scale: 0.7,
             stateLayout,
           })
-          const what = `${d} ${e} ${stateLayout}`
+          const what = `${d} ${e} ${c.s} ${stateLayout}`
           close(await out.read({ as: 'float32' }), reference.out, bounds[dtype], `out ${what}`)
           for (const [b, slot] of order.entries())
             given.select(0, b).copyFrom(states.select(0, slot))
@@ -323,17 +324,20 @@ describeDevices('lightning', (device) => {
 
     it('skips rows with a negative slot', async () => {
       const rng = random(23)
-      const c = { ...drawCase(rng), b: 2, s: 3 }
-      const { q, k, v } = await draw(rng, c, dtype, device)
-      const before = rng.normals(4 * c.hs * c.d * c.e)
-      const states = tensor(before, [4, c.hs, c.d, c.e], { device })
-      const slots = tensor([-1, 3], [2], { dtype: 'int32', device })
-      const { out } = lightningDecode(q, k, v, states, slots, { slopes: c.slopes })
-      expect((await out.select(0, 0).read({ as: 'float32' })).every((x) => x === 0)).toBe(true)
-      const after = await states.read()
-      const size = c.hs * c.d * c.e
-      expect([...after.subarray(0, 3 * size)]).toEqual([...before.subarray(0, 3 * size)])
-      expect(maxError(after.subarray(3 * size), before.subarray(3 * size))).toBeGreaterThan(0)
+      const common = { s: 1, d: 128, e: 128, hq: 2, hk: 2, hv: 2, hs: 2, slopes: [0, 0.5] }
+      for (const sizes of [{ s: 3 }, common]) {
+        const c = { ...drawCase(rng), ...sizes, b: 2 }
+        const { q, k, v } = await draw(rng, c, dtype, device)
+        const before = rng.normals(4 * c.hs * c.d * c.e)
+        const states = tensor(before, [4, c.hs, c.d, c.e], { device })
+        const slots = tensor([-1, 3], [2], { dtype: 'int32', device })
+        const { out } = lightningDecode(q, k, v, states, slots, { slopes: c.slopes })
+        expect((await out.select(0, 0).read({ as: 'float32' })).every((x) => x === 0)).toBe(true)
+        const after = await states.read()
+        const size = c.hs * c.d * c.e
+        expect([...after.subarray(0, 3 * size)]).toEqual([...before.subarray(0, 3 * size)])
+        expect(maxError(after.subarray(3 * size), before.subarray(3 * size))).toBeGreaterThan(0)
+      }
     })
 
     it('leaves earlier outputs alone when a token changes', async () => {
