@@ -106,8 +106,8 @@ struct FlexMemory {
 // o + x blocks, x < 1, lies on diagonal o of blocks for 1 - x of all queries and on the next for x,
 // which `coverage` goes by; the released code bands distances instead.
 struct FlexSum {
-  const float* from;
-  int64_t count;
+  float* from;
+  int64_t first, count;  // token that `from` begins with, and how many follow
   float* to;
   float slope, peak;  // of weights, which are 1 where the slope is 0
 
@@ -117,7 +117,8 @@ struct FlexSum {
     const bool tent = line == 1 && op.coverage;
     // Bands count from the farthest distance: a short last block shifts them
     const int64_t shift = tent ? op.block : line == 1 ? nk * op.block - sk : 0;
-    const int64_t begin = c * op.block - shift, first = begin < 0 ? 0 : begin;
+    const int64_t begin = c * op.block - shift;
+    first = begin < 0 ? 0 : begin;
     const int64_t last = c * op.block + op.block - (tent ? 0 : shift), end = last < sk ? last : sk;
     from = task.lines + (head * 2 + line) * sk + first;
     count = end - first;
@@ -125,8 +126,8 @@ struct FlexSum {
     slope = tent ? 1.f / static_cast<float>(op.block) : 0.f;
     peak = static_cast<float>(c * op.block - first);
   }
-  HEDDLE_HD float operator()(int64_t i) const {
-    return from[i] * (1 - slope * fabsf(static_cast<float>(i) - peak));
+  HEDDLE_HD float weight(int64_t i) const {
+    return 1 - slope * fabsf(static_cast<float>(i) - peak);
   }
 };
 
@@ -165,11 +166,16 @@ struct FlexTriangle {
   }
 };
 
+// Pairs with a rank above it are listed; the one that crosses gamma is not in the released code
+HEDDLE_HD inline uint64_t flexprefill_floor(const FlexPrefill& op, const Cut& cut) {
+  return op.coverage ? cut.least - 1 : cut.last;
+}
+
 // After the sums. `own` is a team for itself, `all` are those who have this head to do.
-// `select_pairs` is select() for the shares of a map.
-template <class Team, class Group, class Select>
+// `mark_pairs(wanted, write)` may find the pairs of a map and write all words, or return false.
+template <class Team, class Group, class Mark>
 HEDDLE_HD void flexprefill_head(const Team& own, const Group& all, const FlexTask& task,
-                                int64_t head, FlexMemory& memory, const Select& select_pairs) {
+                                int64_t head, FlexMemory& memory, const Mark& mark_pairs) {
   const FlexPrefill& op = task.op;
   const int64_t sk = task.sk, rows = task.rows, nk = task.nk, block = op.block,
                 line_words = (nk + 31) / 32;
@@ -247,17 +253,6 @@ HEDDLE_HD void flexprefill_head(const Team& own, const Group& all, const FlexTas
         .least;
   };
   const uint64_t least_column = best(vertical, columns), least_band = best(slash, distances);
-  uint64_t pair_floor = ~uint64_t{0};  // pairs above it are listed
-  if (aware) {
-    const Wanted wanted = exceed(op.gamma * static_cast<double>(rows));
-    const auto rank = [&](int64_t i) {
-      const int64_t at = visible.at(i);
-      return at < 0 ? 0 : rank_of_share(map[at], at);
-    };
-    const Cut cut = select_pairs(visible.count, wanted, rank, share_mass);
-    // The pair that crosses gamma is not listed in the released code
-    pair_floor = op.coverage ? cut.least - 1 : cut.last;
-  }
   all.words(
       2 * line_words,
       [&](int64_t i, int64_t bit) {
@@ -267,6 +262,27 @@ HEDDLE_HD void flexprefill_head(const Team& own, const Group& all, const FlexTas
                              (band ? least_band : least_column);
       },
       [&](int64_t i, uint32_t word) { column_bits[i] = static_cast<int32_t>(word); });
+  // Row `row`, columns from 32 * i on, of which some pairs are listed
+  const auto write = [&](int64_t row, int64_t i, uint32_t pairs) {
+    const int64_t from = i * 32, last = visible.seen(row) - 1;
+    uint64_t seen = pairs | bits_at(column_bits, line_words, from) | bit_range(-from, 1 - from) |
+                    bit_range(first_seen + row - from, last + 1 - from);
+    seen |= reverse_bits(bits_at(band_bits, line_words, last - from - 63));
+    bits[row * words + i] =
+        static_cast<int32_t>(static_cast<uint32_t>(full ? ~uint64_t{0} : seen) &
+                             static_cast<uint32_t>(bit_range(0, last + 1 - from)));
+  };
+  uint64_t pair_floor = ~uint64_t{0};  // pairs above it are listed
+  if (aware) {
+    const Wanted wanted = exceed(op.gamma * static_cast<double>(rows));
+    if (mark_pairs(visible, wanted, write)) return;
+    const auto rank = [&](int64_t i) {
+      const int64_t at = visible.at(i);
+      return at < 0 ? 0 : rank_of_share(map[at], at);
+    };
+    pair_floor =
+        flexprefill_floor(op, select(all, visible.count, wanted, rank, share_mass, memory.bins));
+  }
   // Indices of words have 32 bits, which makes dividing them cheap
   const auto row_of = [&](int64_t i) { return static_cast<uint32_t>(i) / words; };
   all.words(
@@ -277,13 +293,8 @@ HEDDLE_HD void flexprefill_head(const Team& own, const Group& all, const FlexTas
         return c < visible.seen(row) && rank_of_share(map[at], at) > pair_floor;
       },
       [&](int64_t i, uint32_t pairs) {
-        const int64_t row = row_of(i), from = (i - row * words) * 32, last = visible.seen(row) - 1;
-        uint64_t seen = pairs | bits_at(column_bits, line_words, from) |
-                        bit_range(-from, 1 - from) |
-                        bit_range(first_seen + row - from, last + 1 - from);
-        seen |= reverse_bits(bits_at(band_bits, line_words, last - from - 63));
-        bits[i] = static_cast<int32_t>(static_cast<uint32_t>(full ? ~uint64_t{0} : seen) &
-                                       static_cast<uint32_t>(bit_range(0, last + 1 - from)));
+        const int64_t row = row_of(i);
+        write(row, i - row * words, pairs);
       });
 }
 

@@ -23,8 +23,8 @@
 //   crossing(bins, wanted, above)
 //                    the digit, from the top, whose bin reaches what is wanted, -1 if none does;
 //                    takes what is above it off `wanted` and adds its count to `above`
-//   kFew, few(bins, n, wanted, rank, mass)
-//                    the selection of up to kFew ranks at once
+//   few_of(wanted), few(bins, n, wanted, rank, mass)
+//                    the selection of up to so many ranks at once
 namespace heddle {
 
 // The chosen: ranks from `least` on. All of them but the last one chosen are above `last`.
@@ -52,6 +52,13 @@ struct Digit {
   int shift = 56;
   uint64_t prefix = 0, known = 0;
 
+  Digit() = default;
+  // Of ranks from one to another
+  HEDDLE_HD Digit(uint64_t least, uint64_t most) {
+    while (shift > 0 && (least ^ most) >> (shift + 7) == 0) --shift;
+    known = shift + 8 < 64 ? ~uint64_t{0} << (shift + 8) : 0;
+    prefix = least & known;
+  }
   HEDDLE_HD bool has(uint64_t rank) const { return rank != 0 && (rank & known) == prefix; }
   HEDDLE_HD int of(uint64_t rank) const { return static_cast<int>(rank >> shift & 255); }
 };
@@ -120,16 +127,16 @@ HEDDLE_HD inline int crossing_of(const Histogram& bins, int digit, int last, Wan
   return digit;
 }
 
-// `rank(i)` and `mass(i, rank)` of n scores; all visible ones if they do not amount to what is
-// wanted. `bins` is memory that the team shares.
+// `rank(i)` and `mass(i, rank)` of n scores, from the first `digit` that they do not have in
+// common; all visible ones if they do not amount to what is wanted. `bins` is memory that the team
+// shares.
 template <class Team, class Rank, class Mass>
 HEDDLE_HD Cut select(const Team& team, int64_t n, Wanted wanted, const Rank& rank, const Mass& mass,
-                     Histogram& bins) {
-  Digit digit;
+                     Histogram& bins, Digit digit = {}) {
   unsigned long long above = 0;
   if (wanted.amount == 0) return {~uint64_t{0}, 0, ~uint64_t{0}};
-  if (n <= Team::kFew) return team.few(bins, n, wanted, rank, mass);
-  for (;; digit.shift -= 8) {
+  if (n <= team.few_of(wanted)) return team.few(bins, n, wanted, rank, mass);
+  for (;; digit.shift = digit.shift < 8 ? 0 : digit.shift - 8) {
     team.count(bins, n, digit, wanted.by_mass, rank, mass);
     // Every thread learns the same, and all are through before the bins are cleared
     const int found = team.crossing(bins, wanted, above);

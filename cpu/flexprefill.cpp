@@ -24,11 +24,10 @@ void run(const FlexPrefill& op, CpuContext& context) {
       for (int64_t c = 0; c < task.nk; ++c) {
         const FlexSum sum(task, head, line, c);
         *sum.to = 0;
-        for (int64_t i = 0; i < sum.count; ++i) *sum.to += sum(i);
+        for (int64_t i = 0; i < sum.count; ++i) *sum.to += sum.from[i] * sum.weight(i);
       }
     FlexMemory own;
-    flexprefill_head(Alone{}, Alone{}, task, head, own,
-                     [&](const auto&... of) { return select(Alone{}, of..., own.bins); });
+    flexprefill_head(Alone{}, Alone{}, task, head, own, [](const auto&...) { return false; });
   });
 }
 

@@ -39,7 +39,7 @@ struct Alone {
       if (chosen(i)) place(i, at++);
   }
   void wait() const {}
-  static constexpr int64_t kFew = 0;
+  static int64_t few_of(const Wanted&) { return 0; }
   template <class... Args> Cut few(const Args&...) const { return {}; }
   int crossing(const Histogram& bins, Wanted& wanted, unsigned long long& above) const {
     return crossing_of(bins, 255, 0, wanted, above);

@@ -53,11 +53,28 @@ struct CtaTeam {
     }
   }
   __device__ void wait() const { __syncthreads(); }
-  // Each thread has a rank and compares it with all others
+  // Each thread has a rank and compares it with all others; where these are many, all find the bits
+  // of a rank from which on there are as many as wanted
   static constexpr int64_t kFew = 256;
+  __device__ int64_t few_of(const Wanted& wanted) const {
+    return wanted.by_mass ? kFew : max(kFew, int64_t{blockDim.x});
+  }
   template <class Rank, class Mass>
   __device__ Cut few(Histogram& bins, int64_t n, const Wanted& wanted, const Rank& rank,
                      const Mass& mass) const {
+    if (n > kFew) {
+      const uint64_t own = threadIdx.x < n ? rank(threadIdx.x) : 0;
+      const auto all = static_cast<unsigned long long>(__syncthreads_count(own != 0));
+      if (all < wanted.amount) return {1, all};
+      uint64_t least = 0;
+      for (uint64_t bit = uint64_t{1} << 63; bit != 0; bit >>= 1) {
+        const auto above =
+            static_cast<unsigned long long>(__syncthreads_count(own >= (least | bit)));
+        if (above >= wanted.amount) least |= bit;
+        if (above == wanted.amount) break;
+      }
+      return {least, wanted.amount, least};
+    }
     each(n, [&](int64_t i) {
       const uint64_t own = rank(i);
       bins.count[i] = own;

@@ -1,9 +1,10 @@
 #pragma once
 #include "common/team.cuh"
 #include "core/flexprefill.h"
+#include "probe/lines_sm90.h"
 
 // The selection by CTAs, `members` of them on a head at a time and heads in turn; what they do
-// before is a warp's sum of each block
+// before is a warp's sum of each block, and of the strips of each distance if walks leave these
 namespace heddle {
 
 constexpr int kMostMembers = 16;
@@ -22,6 +23,7 @@ struct FlexArgs {
   uint64_t* list;  // [groups, members, room] ranks
   int64_t room;
   int group_count, members;
+  LineStrips strips;  // none if distances are there
 };
 
 struct FlexShared {
@@ -43,7 +45,18 @@ __device__ inline void flexprefill_sum(const FlexArgs& args, int64_t warp) {
   const uint32_t line = number / all_of_line;
   const FlexSum sum(args.task, line / 2, line % 2, number - line * all_of_line);
   float own = 0;
-  for (int64_t t = lane; t < sum.count; t += 32) own += sum(t);
+  const int64_t head = line / 2, sk = args.task.sk, sq = min(args.task.op.block, args.task.sq);
+  const bool in_strips = line % 2 == 1 && args.strips.count > 0;
+  for (int64_t t = lane; t < sum.count; t += 32) {
+    float mass;
+    if (in_strips) {
+      mass = args.strips.sum(head, sk - sq - sum.first - t) / static_cast<float>(sq);
+      if (!args.task.op.coverage) sum.from[t] = mass;
+    } else {
+      mass = sum.from[t];
+    }
+    own += mass * sum.weight(t);
+  }
   for (int step = 16; step > 0; step /= 2) own += __shfl_xor_sync(~0u, own, step);
   if (lane == 0) *sum.to = own;
 }
@@ -90,14 +103,15 @@ __device__ inline void flexprefill_bins(const uint32_t* bins, unsigned long long
   __syncthreads();
 }
 
-// select() of a map: what surely belongs is added up, what may belong becomes a list to select from
-template <class Rank, class Mass>
-__device__ Cut flexprefill_pairs(const FlexArgs& args, const CtaGroup& all, FlexGroup& group,
-                                 int64_t head, FlexShared& memory, int64_t n, Wanted wanted,
-                                 const Rank& rank, const Mass& mass) {
-  Histogram& bins = memory.head.bins;
-  flexprefill_bins(args.task.bins + head * kShareBins, wanted.amount, memory);
-  if (memory.top < 0) return {1, 0};
+// Marks the pairs of a map: one pass adds up and writes what surely belongs, and lists what may
+// belong, which then is selected from
+template <class Write>
+__device__ bool flexprefill_pairs(const FlexArgs& args, const CtaGroup& all, FlexGroup& group,
+                                  int64_t head, FlexShared& memory, const FlexTriangle& visible,
+                                  Wanted wanted, const Write& write) {
+  const FlexTask& task = args.task;
+  flexprefill_bins(task.bins + head * kShareBins, wanted.amount, memory);
+  if (memory.top < 0) return false;
   if (threadIdx.x == 0) {
     memory.mass = 0;
     memory.size = 0;
@@ -106,18 +120,50 @@ __device__ Cut flexprefill_pairs(const FlexArgs& args, const CtaGroup& all, Flex
   uint64_t* lists = args.list + (&group - args.groups) * all.members * args.room;
   uint64_t* list = lists + all.member * args.room;
   const int lane = static_cast<int>(threadIdx.x) % 32, top = memory.top, low = memory.low;
+  const float* map = task.map + head * task.rows * task.nk;
+  auto* bits =
+      static_cast<uint32_t*>(task.op.blocks.data) + head * task.rows * task.op.blocks.shape[3];
+  const auto words = static_cast<uint32_t>(task.op.blocks.shape[3]),
+             columns = static_cast<uint32_t>(task.nk);
+  const auto count = static_cast<uint32_t>(task.rows) * words;
   unsigned long long above = 0;
-  all.each_rank(n, all.member, all.members, rank, [&](int64_t, uint64_t own) {
-    const int bin = own == 0 ? -1 : share_bin(share_of(own));
-    if (bin > top) above += mass(0, own);
-    const bool may = bin >= low && bin <= top;
-    const uint32_t here = __ballot_sync(~0u, may);
-    if (here == 0) return;
-    uint32_t at = 0;
-    if (lane == 0) at = atomicAdd(&memory.size, static_cast<uint32_t>(__popc(here)));
-    at = __shfl_sync(~0u, at, 0) + static_cast<uint32_t>(__popc(here & ((1u << lane) - 1)));
-    if (may && at < args.room) list[at] = own;
-  });
+  // A warp has up to 32 words, a lane writes one of them; the shares of several are on their way at
+  // once
+  constexpr int kAhead = 8;
+  const uint32_t warps = blockDim.x / 32 * static_cast<uint32_t>(all.members),
+                 each = min(32u, (count + warps - 1) / warps);
+  for (uint32_t first = (blockDim.x / 32 * all.member + threadIdx.x / 32) * each; first < count;
+       first += warps * each) {
+    const uint32_t own = first + lane, own_row = own / words, own_word = own - own_row * words;
+    const bool writes = lane < static_cast<int>(each) && own < count;
+    const int seen = writes ? static_cast<int>(visible.seen(own_row) - own_word * 32) : 0;
+    const uint32_t from = own_row * columns + own_word * 32;
+    uint32_t pairs = 0;
+#pragma unroll 1
+    for (int other = 0; other < static_cast<int>(each); other += kAhead) {
+      float shares[kAhead];
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        const uint32_t at = __shfl_sync(~0u, from, other + i) + lane;
+        shares[i] = lane < __shfl_sync(~0u, seen, other + i) ? map[at] : NAN;
+      }
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        const int bin = shares[i] >= 0 ? share_bin(shares[i]) : -1;
+        const bool may = bin >= low && bin <= top;
+        const uint32_t sure = __ballot_sync(~0u, bin > top), here = __ballot_sync(~0u, may);
+        if (bin > top) above += mass_of_share(shares[i]);
+        if (lane == other + i) pairs = sure;
+        if (here == 0) continue;
+        const uint32_t at = __shfl_sync(~0u, from, other + i) + lane;
+        uint32_t to = 0;
+        if (lane == 0) to = atomicAdd(&memory.size, static_cast<uint32_t>(__popc(here)));
+        to = __shfl_sync(~0u, to, 0) + static_cast<uint32_t>(__popc(here & ((1u << lane) - 1)));
+        if (may && to < args.room) list[to] = rank_of_share(shares[i], at);
+      }
+    }
+    if (writes) write(own_row, own_word, pairs);
+  }
   for (int other = 16; other > 0; other /= 2) above += __shfl_xor_sync(~0u, above, other);
   if (lane == 0) atomicAdd(&memory.mass, above);
   __syncthreads();
@@ -126,24 +172,31 @@ __device__ Cut flexprefill_pairs(const FlexArgs& args, const CtaGroup& all, Flex
     group.sizes[all.member] = memory.size;
   }
   all.meet();
-  int64_t count = 0;
+  int64_t listed = 0;
   bool fits = true;
-  unsigned long long rest = wanted.amount;
   for (int i = 0; i < all.members; ++i) {
-    rest -= group.masses[i];
-    count += group.sizes[i];
+    wanted.amount -= group.masses[i];
+    listed += group.sizes[i];
     fits &= group.sizes[i] <= args.room;
     if (threadIdx.x == 0) memory.sizes[i] = group.sizes[i];
   }
-  if (!fits) return select(all, n, wanted, rank, mass, bins);
+  if (!fits) return false;
   __syncthreads();
-  const auto listed = [&](int64_t i) {
+  const auto rank = [&](int64_t i) {
     int member = 0;
     for (; i >= memory.sizes[member]; ++member) i -= memory.sizes[member];
     return lists[member * args.room + i];
   };
-  wanted.amount = rest;
-  return select(all, count, wanted, listed, mass, bins);
+  const auto mass = [](int64_t, uint64_t own) { return mass_of_share(share_of(own)); };
+  const Digit digit(rank_of_share(bin_share(low), -1), rank_of_share(bin_share(top + 1), 0));
+  const uint64_t floor =
+      flexprefill_floor(task.op, select(all, listed, wanted, rank, mass, memory.head.bins, digit));
+  for (uint32_t i = threadIdx.x; i < memory.size; i += blockDim.x) {
+    if (list[i] <= floor) continue;
+    const auto at = ~static_cast<uint32_t>(list[i] >> 2), row = at / columns, c = at % columns;
+    atomicOr(&bits[row * words + c / 32], 1u << c % 32);
+  }
+  return true;
 }
 
 __device__ inline void flexprefill_choose(const FlexArgs& args, int cta, FlexShared& memory) {
@@ -151,9 +204,9 @@ __device__ inline void flexprefill_choose(const FlexArgs& args, int cta, FlexSha
   const CtaGroup all(group.group, cta % args.members, args.members);
   for (int64_t head = cta / args.members; head < args.task.heads; head += args.group_count) {
     flexprefill_head(CtaTeam{}, all, args.task, head, memory.head,
-                     [&](int64_t n, const Wanted& wanted, const auto& rank, const auto& mass) {
-                       return flexprefill_pairs(args, all, group, head, memory, n, wanted, rank,
-                                                mass);
+                     [&](const FlexTriangle& visible, const Wanted& wanted, const auto& write) {
+                       return flexprefill_pairs(args, all, group, head, memory, visible, wanted,
+                                                write);
                      });
     // Nobody looks at them any more; who counts next finds nothing
     for (int64_t i = int64_t{blockDim.x} * all.member + threadIdx.x; i < kShareBins;

@@ -32,12 +32,13 @@ void run(const FlexPrefill& op, CudaContext& context) {
   const auto probe = [&](const Probe& own) { cuda_slot(Probe::kName)(&own, context); };
   const Probe lines = task.probe_lines(), map = task.probe_map();
   const Means means(map, context);
+  LineStrips strips{};
   if (declines_lines_sm90(lines, context)) {
     probe(lines);
     run_means(means, 0, context);
   } else {
     run_means(means, means.under_walks(), context);
-    run_lines_sm90(lines, &means, context);
+    strips = run_lines_sm90(lines, &means, context);
   }
   if (!task.whole) probe(task.probe_estimate());
   const int64_t entries = std::max(task.sk, task.rows * nk);
@@ -53,7 +54,8 @@ void run(const FlexPrefill& op, CudaContext& context) {
                       context.scratch<uint64_t>(static_cast<size_t>(groups * members * room)),
                       room,
                       static_cast<int>(groups),
-                      static_cast<int>(members)};
+                      static_cast<int>(members),
+                      strips};
   const int64_t warps = heads * 2 * nk;
   HEDDLE_CHECK(warps < INT32_MAX, kUnsupported, "map", "map has too many heads for one call");
   // Only the choice clears what this counts: nothing in between may fail

@@ -313,14 +313,6 @@ __global__ void __launch_bounds__(kThreads) probe_distances_kernel(Probe op, Lin
     score[i] = strips.sum(head, sk - sq - i) * share;
 }
 
-// Every strip's distances become those of the head
-void add_distances(const Probe& op, const LineStrips& strips, CudaContext& context) {
-  const int64_t heads = op.q.shape[0] * op.q.shape[2], sk = op.k.shape[1];
-  const auto ctas = static_cast<unsigned>(heads * ((sk + kFewDistances - 1) / kFewDistances));
-  probe_distances_kernel<<<ctas, kThreads, 0, context.stream>>>(op, strips);
-  context.launched("probe_distances_kernel");
-}
-
 template <class T, int kD> void enqueue(const LineArgs& args, CudaContext& context) {
   const int64_t heads = args.op.q.shape[0] * args.op.q.shape[2];
   const Launch plan{static_cast<int>(heads * args.chunks.count), kLineThreads,
@@ -337,6 +329,13 @@ bool whole_rows(const Tensor& x) {
 }
 
 }  // namespace
+
+void add_distances(const Probe& op, const LineStrips& strips, CudaContext& context) {
+  const int64_t heads = op.q.shape[0] * op.q.shape[2], sk = op.k.shape[1];
+  const auto ctas = static_cast<unsigned>(heads * ((sk + kFewDistances - 1) / kFewDistances));
+  probe_distances_kernel<<<ctas, kThreads, 0, context.stream>>>(op, strips);
+  context.launched("probe_distances_kernel");
+}
 
 const char* declines_lines(const Probe& op, const CudaContext& context) {
   if (context.arch < 80) return "the GPU must be sm_80 or later";
@@ -387,7 +386,7 @@ const char* declines_lines_sm90(const Probe& op, const CudaContext& context) {
   return nullptr;
 }
 
-void run_lines_sm90(const Probe& op, const Means* means, CudaContext& context) {
+LineStrips run_lines_sm90(const Probe& op, const Means* means, CudaContext& context) {
   const LinesPlan plan(op, context.processors);
   const int64_t strips = plan.parts * int64_t{4};
   const auto heads = static_cast<size_t>(op.q.shape[0] * op.q.shape[2]);
@@ -408,7 +407,7 @@ void run_lines_sm90(const Probe& op, const Means* means, CudaContext& context) {
     wide ? launch_lines_sm90<DType::kF16, 128>(call, context.stream)
          : launch_lines_sm90<DType::kF16, 64>(call, context.stream);
   context.launched("probe_lines_sm90_kernel");
-  add_distances(op, call.strips, context);
+  return call.strips;
 }
 
 }  // namespace heddle

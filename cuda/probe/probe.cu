@@ -197,7 +197,9 @@ void run_plain(const Probe& op, CudaContext& context) {
 
 constexpr Variant<Probe> kVariants[] = {
     {"sm90_lines", declines_lines_sm90,
-     [](const Probe& op, CudaContext& context) { run_lines_sm90(op, nullptr, context); }},
+     [](const Probe& op, CudaContext& context) {
+       add_distances(op, run_lines_sm90(op, nullptr, context), context);
+     }},
     {"sm80_lines", declines_lines, run_lines},
     {"pooled",
      [](const Probe& op, const CudaContext&) -> const char* {

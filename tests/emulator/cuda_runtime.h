@@ -3,6 +3,7 @@
 #include <bit>
 #include <cstdint>
 #include <cstring>
+#include <map>
 
 #include "emulator.h"
 
@@ -33,6 +34,17 @@ struct uint4 {
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 inline void __syncthreads() { heddle::emulator::cta->named_sync(0, blockDim.x); }
+inline int __syncthreads_count(bool value) {
+  static std::map<int, int> counts;  // of CTAs that run together
+  int& count = counts[blockIdx.x];
+  count += value;
+  __syncthreads();
+  const int all = count;
+  __syncthreads();
+  if (threadIdx.x == 0) count = 0;
+  __syncthreads();
+  return all;
+}
 inline void __syncwarp() { heddle::emulator::cta->meet_warp(); }
 template <class T> T __shfl_sync(unsigned, T value, int lane) {
   uint32_t words[sizeof(T) / 4];
@@ -91,6 +103,11 @@ template <class T, class Y> T atomicAdd(T* x, Y y) {
 template <class T> T atomicCAS(T* x, T from, T to) {
   const T before = *x;
   if (before == from) *x = to;
+  return before;
+}
+template <class T> T atomicOr(T* x, T y) {
+  const T before = *x;
+  *x |= y;
   return before;
 }
 template <class T> T atomicMax(T* x, T y) {

@@ -1190,7 +1190,7 @@ const kernels: Kernel[] = [
       {
         what: 'what lies above the list is not taken off',
         file: 'flexprefill/choice.cuh',
-        from: 'rest -= group.masses[i];',
+        from: 'wanted.amount -= group.masses[i];',
         to: '',
       },
       {
@@ -1204,6 +1204,24 @@ const kernels: Kernel[] = [
         file: 'flexprefill/choice.cuh',
         from: 'if (!fits) return',
         to: 'if (false) return',
+      },
+      {
+        what: 'what is surely listed is not written',
+        file: 'flexprefill/choice.cuh',
+        from: 'if (lane == other + i) pairs = sure;',
+        to: '',
+      },
+      {
+        what: 'a list is looked at from a digit that its ranks do not share',
+        file: 'flexprefill/choice.cuh',
+        from: 'rank_of_share(bin_share(top + 1), 0)',
+        to: 'rank_of_share(bin_share(low), 0)',
+      },
+      {
+        what: 'a rank is looked for by all of its bits but one',
+        file: team,
+        from: 'bit != 0; bit >>= 1',
+        to: 'bit != 0; bit >>= 2',
       },
       {
         what: 'bins stay as they are',

@@ -44,6 +44,7 @@ const Case kCases[] = {
     {1000, 1000, 2, 64, 2, 1, settings(16, 0.9999, 1, false, 2)},
     {600, 600, 2, 256, 2, 2, settings(128, 0.9, 0.2, true, 2)},
     {300, 400, 1, 64, 2, 1, settings(32, 1, 0.1, false)},
+    {4400, 4400, 2, 288, 2, 1, settings(16, 0.9, 0.3, false, 7)},
     {500, 500, 2, 64, 2, 2, settings(16, 0.9, 1, false), kNone},
     {500, 500, 2, 64, 2, 1, settings(16, 0.9, 0, true), std::numeric_limits<float>::infinity()},
 };
@@ -102,12 +103,11 @@ double check(const Case& c, emulator::Random& random) {
     for (int64_t i = 0; i < 2 * nk; ++i) {
       const FlexSum sum(task, head, i / nk, i % nk);
       *sum.to = 0;
-      for (int64_t t = 0; t < sum.count; ++t) *sum.to += sum(t);
+      for (int64_t t = 0; t < sum.count; ++t) *sum.to += sum.from[t] * sum.weight(t);
     }
     FlexMemory own;
     const HEDDLE_ISA_NAMESPACE::Alone alone;
-    flexprefill_head(alone, alone, task, head, own,
-                     [&](const auto&... of) { return select(alone, of..., own.bins); });
+    flexprefill_head(alone, alone, task, head, own, [](const auto&...) { return false; });
   }
   const std::vector<float> wanted = divergence;
 
@@ -122,10 +122,26 @@ double check(const Case& c, emulator::Random& random) {
     for (int64_t i = 0; i < visible.count; ++i)
       if (const int64_t at = visible.at(i); at >= 0)
         ++bins[size(head * kShareBins + share_bin(map[head * rows * nk + at]))];
+  // Distances as walks on Hopper leave them
+  LineStrips strips{};
+  std::vector<float> parts;
+  if (c.members > 1) {
+    const int64_t length = 96, queries = std::min(block, c.sq);
+    strips = {nullptr, length, (c.sk + length - 1) / length};
+    parts.assign(size(c.heads * strips.count * (length + 128)), 0);
+    strips.distances = parts.data();
+    for (int64_t head = 0; head < c.heads; ++head)
+      for (int64_t i = 0; i < c.sk; ++i) {
+        const int64_t from = c.sk - queries - i, s = std::max<int64_t>(from, 0) / length;
+        float& mass = lines[(head * 2 + 1) * c.sk + i];
+        strips.of(head, s)[(s + 1) * length - from] = mass * static_cast<float>(queries);
+        mass = kNone;
+      }
+  }
   std::vector<FlexGroup> groups(size(c.groups));
   std::memset(static_cast<void*>(groups.data()), 0xff, groups.size() * sizeof(FlexGroup));
   std::vector<uint64_t> list(size(c.groups * c.members * c.room), ~uint64_t{0});
-  const FlexArgs args{task, groups.data(), list.data(), c.room, c.groups, c.members};
+  const FlexArgs args{task, groups.data(), list.data(), c.room, c.groups, c.members, strips};
   const int warps = c.threads / 32;
   emulator::launch(static_cast<int>((c.heads * 2 * nk + warps - 1) / warps), c.threads, 0,
                    [&] { flexprefill_sum(args, blockIdx.x * warps + threadIdx.x / 32); });
