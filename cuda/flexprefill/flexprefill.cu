@@ -31,7 +31,11 @@ void run(const FlexPrefill& op, CudaContext& context) {
   if (heads == 0) return;
   const auto probe = [&](const Probe& own) { cuda_slot(Probe::kName)(&own, context); };
   const Probe lines = task.probe_lines(), map = task.probe_map();
-  const Means means(map, context);
+  const bool in_planes = !declines_shares(map, context);
+  const auto multiply = [&](const Probe& own, const Means& means, uint32_t* bins) {
+    in_planes ? run_shares(own, means, bins, context) : run_products(own, means, bins, context);
+  };
+  const Means means(map, in_planes, context);
   LineStrips strips{};
   if (declines_lines_sm90(lines, context)) {
     probe(lines);
@@ -40,7 +44,12 @@ void run(const FlexPrefill& op, CudaContext& context) {
     run_means(means, means.under_walks(), context);
     strips = run_lines_sm90(lines, &means, context);
   }
-  if (!task.whole) probe(task.probe_estimate());
+  if (!task.whole) {
+    const Probe estimate = task.probe_estimate();
+    const Means last(estimate, in_planes, context, &means);
+    run_means(last, 0, context);
+    multiply(estimate, last, nullptr);
+  }
   const int64_t entries = std::max(task.sk, task.rows * nk);
   const int64_t members =
       std::clamp<int64_t>(std::min(entries / kShare, context.processors / heads), 1, kMostMembers);
@@ -59,7 +68,7 @@ void run(const FlexPrefill& op, CudaContext& context) {
   const int64_t warps = heads * 2 * nk;
   HEDDLE_CHECK(warps < INT32_MAX, kUnsupported, "map", "map has too many heads for one call");
   // Only the choice clears what this counts: nothing in between may fail
-  run_products(map, means, task.bins, context);
+  multiply(map, means, task.bins);
   constexpr int kWarps = kThreads / 32;
   flexprefill_sums_kernel<<<static_cast<unsigned>((warps + kWarps - 1) / kWarps), kThreads, 0,
                             context.stream>>>(args);

@@ -3,10 +3,12 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "common/sm80.cuh"
 #include "common/sm90.cuh"
 #include "common/tensor_map.h"
 #include "common/tile.cuh"
 #include "probe/lines_sm90.h"
+#include "probe/means.cuh"
 
 // Masses of keys and of distances for up to 128 last queries:
 //
@@ -14,23 +16,24 @@
 //   score[0,t] = mean(i) P[i,t]               score[1,e] = mean(i) P[i,p(i)-e]
 //
 // Two kernels walk over the keys; one leaves the largest score and the sum of each query, one the
-// masses. Keys are the rows of a product and queries its columns, so that a warp has all queries of
-// a key and adds up its mass alone. Warpgroup 0 loads, two others have a head each and the same
-// keys, or, in groups of an odd number of heads, keys of their own. A warp walks over a strip of
-// keys, 32 a stage in two products, of which one is multiplied under the work on the other.
+// masses. Warpgroup 0 loads, two others have a head each and the same keys, or, in groups of an odd
+// number of heads, keys of their own: four strips, of which 32 keys each make a stage of two
+// products. One is multiplied under the work on the other.
 //
-// A thread's scores lie on few diagonals of 8 x 8 squares. It adds them up in registers, which move
-// on with the keys: a stage ends four diagonals of squares, whose 32 distances are then added up
-// from shared memory. No sum depends on timing.
+// In the first walk queries are the rows of a product, 64 of them, so that they come from registers
+// and a thread has few. In the other keys are: a warp then has all queries of a key, and adds up
+// the masses of a strip of its own. A thread's scores lie on few diagonals of 8 x 8 squares. It
+// adds them up in registers, which move on with the keys: a stage ends four diagonals of squares,
+// whose 32 distances are then added up from shared memory. No sum depends on timing.
 //
 // The three warps beside the one that loads average some blocks of q and k, half of them in each
-// walk: memory has nothing else to do.
+// walk: memory has nothing else to do, and the units for products add up rows in passing.
 namespace heddle {
 namespace {
 
 constexpr int kLineQueries = 128, kLineKeys = 32, kLineStages = 3, kLineThreads = 384;
-// Warps that average blocks. Of a lane so many requests go together, and are on their way in all.
-constexpr int kMeanWarps = 3, kBatch = 4, kRequests = 6 * kBatch;
+// Warps that average blocks, rows that come together, and how often they are on their way
+constexpr int kMeanWarps = 3, kMeanRows = kMeanBox, kMeanStages = 4;
 // Diagonals of a stage's squares: 16 of queries, 4 of keys
 constexpr int kLineSquares = kLineKeys / 8, kDiagonals = kLineQueries / 8 + kLineSquares - 1;
 
@@ -44,13 +47,17 @@ struct LinesArgs {
   float scale_log2;
 };
 
+template <int kD> struct MeanRing {
+  sm90::Tile<kMeanRows, kD> rows[kMeanStages];
+  sm90::Barrier full[kMeanStages];
+};
+
 template <int kD> struct LinesSmem {
   sm90::Tile<kLineQueries, kD> q[2];
   sm90::Tile<4 * kLineKeys, kD> k[kLineStages];
-  float2 stats[2][4][kLineQueries];
   float lse[2][kLineQueries];
   float diagonals[8][8][kLineKeys + 8];  // per warp; rows of squares, and the square before
-  alignas(16) uint32_t requests[kMeanWarps][kRequests][32][4];
+  MeanRing<kD> means[kMeanWarps];
   sm90::Barrier q_full, k_full[kLineStages], k_empty[kLineStages];
 };
 
@@ -69,31 +76,36 @@ template <class At> __device__ __forceinline__ float2 merge_stats(int count, con
   return {top, sum};
 }
 
-// The largest scores of a thread's queries, and sums relative to 2^top. The largest may be ahead of
-// `top` by kLag: sums of 2^64 lose no digits.
+// The largest scores of a thread's four queries, two of each product, and sums relative to 2^top.
+// The largest may be ahead of `top` by kLag: sums of 2^64 lose no digits.
 struct LineStats {
   static constexpr float kLag = 64;
-  float top[32] = {}, sum[32] = {};
+  float top[2][2] = {}, sum[2][2] = {};
 
-  __device__ __forceinline__ const float (&base() const)[32] { return top; }
+  template <int kStep> __device__ __forceinline__ float base(int i) const {
+    return top[kStep][i / 2 % 2];
+  }
 
   template <int kStep> __device__ __forceinline__ void add(float (&x)[64], bool first) {
-    float highest = -INFINITY;
+    float highest[2] = {-INFINITY, -INFINITY};
 #pragma unroll
-    for (int i = 0; i < 64; ++i) highest = fmaxf(highest, x[i]);
-    if (first || __any_sync(~0u, highest > kLag)) {
+    for (int i = 0; i < 64; ++i) highest[i / 2 % 2] = fmaxf(highest[i / 2 % 2], x[i]);
+    if (first || __any_sync(~0u, fmaxf(highest[0], highest[1]) > kLag)) {
 #pragma unroll
-      for (int i = 0; i < 64; i += i % 2 ? 3 : 1) {
-        const int n = line_query(i);
-        const float rise = fmaxf(fmaxf(x[i], x[i + 2]), first ? -3e38f : 0);
-        sum[n] = first ? 0 : sum[n] * sm90::exp2_approx(-rise);
-        top[n] += rise;
-        x[i] -= rise;
-        x[i + 2] -= rise;
+      for (int n = 0; n < 2; ++n) {
+        const float rise = fmaxf(highest[n], first ? -3e38f : 0);
+        sum[kStep][n] = first ? 0 : sum[kStep][n] * sm90::exp2_approx(-rise);
+        top[kStep][n] += rise;
+#pragma unroll
+        for (int i = 2 * n; i < 64; i += i % 2 ? 3 : 1) x[i] -= rise;
       }
     }
+    // several sums: one would have to wait for each before the next
+    float sums[2][2] = {};
 #pragma unroll
-    for (int i = 0; i < 64; ++i) sum[line_query(i)] += sm90::exp2_approx(x[i]);
+    for (int i = 0; i < 64; ++i) sums[i / 2 % 2][i % 2] += sm90::exp2_approx(x[i]);
+#pragma unroll
+    for (int n = 0; n < 2; ++n) sum[kStep][n] += sums[n][0] + sums[n][1];
   }
 };
 
@@ -101,7 +113,9 @@ struct LineStats {
 struct LineSums {
   float lse[32], column[4] = {}, diagonal[kDiagonals][2] = {}, before[2] = {};
 
-  __device__ __forceinline__ const float (&base() const)[32] { return lse; }
+  template <int kStep> __device__ __forceinline__ float base(int i) const {
+    return lse[line_query(i)];
+  }
 
   // Product kStep has the keys of squares kStep and kStep + 2
   template <int kStep> __device__ __forceinline__ void add(float (&x)[64], bool) {
@@ -154,82 +168,80 @@ struct LineSums {
 };
 
 // Means of the blocks from `first` to `end`, those of k behind those of q and of the same size,
-// every `step`-th. A lane has 16 bytes of rows that are kRows apart, and nobody else looks at them.
+// every `step`-th, by one warp. A lane has 16 bytes of a row, and the matrix unit adds them up: a
+// product with two identities of 8 x 8 leaves the sums of four pairs where the pairs were.
 template <DType kType, int kD>
-__device__ __forceinline__ void average_blocks(const MeanArgs& q, const MeanArgs& k,
-                                               uint32_t (&smem)[kRequests][32][4], int first,
+__device__ __forceinline__ void average_blocks(const sm90::TensorMap& gmem_q,
+                                               const sm90::TensorMap& gmem_k, const MeanArgs& q,
+                                               const MeanArgs& k, MeanRing<kD>& ring, int first,
                                                int end, int step) {
-  using namespace sm90;
+  using T = std::conditional_t<kType == DType::kBF16, BF16, F16>;
   constexpr int kLanes = kD / 8, kRows = 32 / kLanes;
   const int lane = static_cast<int>(threadIdx.x) % 32, row = lane / kLanes,
             column = lane % kLanes * 8;
-  const int of_q = static_cast<int>(q.count());
-  const int batches = (static_cast<int>(q.block) + kBatch * kRows - 1) / (kBatch * kRows);
-  const auto args_of = [&](int block) -> const MeanArgs& { return block < of_q ? q : k; };
+  const int of_q = static_cast<int>(q.count()), boxes = static_cast<int>(q.block) / kMeanRows;
+  const uint32_t identity =
+      lane / 8 == lane % 4 ? pack_pair<T>(lane / 4 % 2 == 0, lane / 4 % 2) : 0;
   const auto find = [&](int block) {
-    return args_of(block).at(static_cast<uint32_t>(block < of_q ? block : block - of_q));
+    return (block < of_q ? q : k).at(static_cast<uint32_t>(block < of_q ? block : block - of_q));
   };
-  // What is asked for next, and the rows left of its block from this lane's on
-  int block = first, batch = 0, left = 0;
-  const uint16_t* from = nullptr;
-  int64_t stride = 0;
-  const auto request = [&](int slot) {
-    if (block < end) {
-      if (batch == 0) {
-        const MeanArgs::Block found = find(block);
-        const Tensor& x = args_of(block).x;
-        from = static_cast<const uint16_t*>(x.data) + found.from + row * x.strides[1] + column;
-        stride = kRows * x.strides[1];
-        left = static_cast<int>(found.rows) - row;
-      }
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i, left -= kRows) {
-        request_16_bytes(address_of(smem[slot + i][lane]), from, left > 0);
-        if (left > kRows) from += stride;  // no address behind the tensor
-      }
-      if (++batch == batches) {
-        batch = 0;
-        block += step;
-      }
+  // What is asked for next
+  int block = first, box = 0;
+  const auto request = [&](uint32_t stage) {
+    if (block >= end) return;
+    if (sm90::elect_one()) {
+      const MeanArgs::Block found = find(block);
+      ring.full[stage].arrive_expect(ring.rows[stage].kBytes);
+      ring.rows[stage].load(block < of_q ? gmem_q : gmem_k, ring.full[stage],
+                            static_cast<int>(found.first) + box * kMeanRows, found.head, found.b,
+                            sm90::Keep::kShortly);
     }
-    commit_requests();
+    if (++box == boxes) {
+      box = 0;
+      block += step;
+    }
   };
 #pragma unroll 1
-  for (int slot = 0; slot < kRequests; slot += kBatch) request(slot);
-  int slot = 0;
+  for (uint32_t stage = 0; stage < kMeanStages; ++stage) request(stage);
+  sm90::Turn<kMeanStages> turn(0);
 #pragma unroll 1
   for (int own = first; own < end; own += step) {
-    float sum[8] = {};
+    float sum[2][4] = {};
 #pragma unroll 1
-    for (int n = 0; n < batches; ++n) {
-      wait_requests<kRequests / kBatch - 1>();
+    for (int n = 0; n < boxes; ++n) {
+      ring.full[turn.stage].wait(turn.parity);
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        uint32_t words[4];
-        load_16_bytes(address_of(smem[slot + i][lane]), words);
+      for (int i = row; i < row + kMeanRows; i += 2 * kRows) {
+        uint32_t pair[2][4];
+        sm90::load_16_bytes(ring.rows[turn.stage].address(i, column), pair[0]);
+        sm90::load_16_bytes(ring.rows[turn.stage].address(i + kRows, column), pair[1]);
 #pragma unroll
-        for (int e = 0; e < 8; ++e)
-          sum[e] += unpack<kType>(static_cast<uint16_t>(words[e / 2] >> 16 * (e % 2)));
+        for (int j = 0; j < 2; ++j)
+          multiply<T>(sum[j],
+                      {pair[0][2 * j], pair[0][2 * j + 1], pair[1][2 * j], pair[1][2 * j + 1]},
+                      identity, identity);
       }
-      request(slot);
-      slot = slot + kBatch == kRequests ? 0 : slot + kBatch;
+      __syncwarp();
+      request(turn.stage);
+      turn.advance();
     }
     const MeanArgs::Block found = find(own);
-    float* to = args_of(own).mean + found.to + column;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      for (int other = kLanes; other < 32; other *= 2)
-        sum[i] += __shfl_xor_sync(~0u, sum[i], other);
-      if (row == 0) to[i] = sum[i] / static_cast<float>(found.rows);
+      float& all = sum[i / 4][i % 4];
+      for (int other = kLanes; other < 32; other *= 2) all += __shfl_xor_sync(~0u, all, other);
+      if (row == 0)
+        store_mean(own < of_q ? q : k, found.to + column + i, all / static_cast<float>(found.rows));
     }
   }
-  wait_requests<0>();  // of nothing by now
 }
 
 template <DType kType, int kD, bool kSums>
 __global__ void __launch_bounds__(kLineThreads, 1)
     probe_lines_sm90_kernel(const __grid_constant__ sm90::TensorMap gmem_q,
                             const __grid_constant__ sm90::TensorMap gmem_k,
+                            const __grid_constant__ sm90::TensorMap gmem_mean_q,
+                            const __grid_constant__ sm90::TensorMap gmem_mean_k,
                             const __grid_constant__ LinesArgs args) {
   using namespace sm90;
   auto& smem = shared_memory<LinesSmem<kD>>();
@@ -250,10 +262,14 @@ __global__ void __launch_bounds__(kLineThreads, 1)
       smem.k_full[stage].init(1);
       smem.k_empty[stage].init(8);
     }
+    for (MeanRing<kD>& ring : smem.means)
+      for (Barrier& full : ring.full) full.init(1);
     fence_barrier_init();
   }
   __syncthreads();
-  if (!kSums) let_next_begin();
+  // What the second walk loads was there before the first began
+  if (!kSums) await_previous();
+  let_next_begin();
 
   if (warpgroup == 0) {
     lower_registers<40>();
@@ -261,7 +277,7 @@ __global__ void __launch_bounds__(kLineThreads, 1)
       const int warp = static_cast<int>(threadIdx.x) / 32 - 1;
       const int count = args.blocks;
       average_blocks<kType, kD>(
-          args.mean_q, args.mean_k, smem.requests[warp],
+          gmem_mean_q, gmem_mean_k, args.mean_q, args.mean_k, smem.means[warp],
           (kSums ? count / 2 : 0) + static_cast<int>(blockIdx.x) * kMeanWarps + warp,
           kSums ? count : count / 2, static_cast<int>(gridDim.x) * kMeanWarps);
     } else if (elect_one()) {
@@ -289,48 +305,58 @@ __global__ void __launch_bounds__(kLineThreads, 1)
   const int own = warpgroup - 1, thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
   const int row = lane / 4, column = lane % 4 * 2;
   const int64_t head = head_of(own), parts = plan.parts;
-  const int first = (part_of(own) * 4 + warp) * plan.strip, ahead = sk - sq;
+  // A warp's own strip, or the last of the four where it has queries of its own instead
+  const int first = (part_of(own) * 4 + (kSums ? warp : 3)) * plan.strip, ahead = sk - sq;
   const auto turn_of = [&](int n) {
     return Turn<kLineStages>(static_cast<uint32_t>(plan.shared ? n : 2 * n + own));
   };
-  float2* stats = args.stats + head * parts * kLineQueries + thread;
+  float2* stats = args.stats + head * parts * kLineQueries;
   std::conditional_t<kSums, LineSums, LineStats> sums;
   if constexpr (kSums) {
     await_previous();
-    const float2 all =
-        merge_stats(static_cast<int>(parts), [&](int i) { return stats[i * kLineQueries]; });
+    const float2 all = merge_stats(static_cast<int>(parts),
+                                   [&](int i) { return stats[i * kLineQueries + thread]; });
     smem.lse[own][thread] = all.x + log2f(all.y);
     named_barrier_sync(1 + own, 128);
 #pragma unroll
     for (int i = 0; i < 32; ++i) sums.lse[i] = smem.lse[own][i / 2 * 8 + column + i % 2];
   }
 
+  // Queries of the first walk stay in registers, so that shared memory gives keys alone
+  [[maybe_unused]] uint32_t frag_q[2][kD / 16][4];
   float acc[2][64];
   const auto issue = [&](int n, int step) {
     const uint32_t stage = turn_of(n).stage;
     wgmma_fence(acc[step]);
-    // every second square of a warp's four
 #pragma unroll
     for (int d = 0; d < kD; d += 16)
-      wgmma<kType, Major::kK>(acc[step], smem.k[stage].k_major(8 * step, d, 2048),
-                              smem.q[own].k_major(0, d), d > 0);
+      if constexpr (kSums) {
+        // every second square of a warp's four
+        wgmma<kType, Major::kK>(acc[step], smem.k[stage].k_major(8 * step, d, 2048),
+                                smem.q[own].k_major(0, d), d > 0);
+      } else {
+        wgmma<kType, Major::kK>(acc[step], frag_q[step][d / 16], smem.k[stage].k_major(0, d),
+                                d > 0);
+      }
     wgmma_commit();
   };
   const auto work = [&]<int kStep>(std::integral_constant<int, kStep>, int n) {
     float(&x)[64] = acc[kStep];
     const int key = first + n * kLineKeys;
-    const auto& base = sums.base();
 #pragma unroll
-    for (int i = 0; i < 64; ++i) x[i] = fmaf(x[i], args.scale_log2, -base[line_query(i)]);
+    for (int i = 0; i < 64; ++i) x[i] = fmaf(x[i], args.scale_log2, -sums.template base<kStep>(i));
     if (sq < kLineQueries || key + kLineKeys > ahead + 1) {
 #pragma unroll
       for (int i = 0; i < 64; ++i) {
-        const int query = i / 4 * 8 + column + i % 2;
-        if (query >= sq || key + 8 * (kStep + 2 * line_key(i)) + row > ahead + query)
-          x[i] = -INFINITY;
+        const int query =
+            kSums ? i / 4 * 8 + column + i % 2 : kStep * 64 + warp * 16 + i / 2 % 2 * 8 + row;
+        const int own_key = kSums
+                                ? key + 8 * (kStep + 2 * line_key(i)) + row
+                                : key - (3 - i / 16) * plan.strip + i / 4 % 4 * 8 + column + i % 2;
+        if (query >= sq || own_key > ahead + query) x[i] = -INFINITY;
       }
     }
-    sums.template add<kStep>(x, n == 0 && kStep == 0);
+    sums.template add<kStep>(x, n == 0);
   };
   const auto await_turn = [&](const Turn<kLineStages>& turn) {
     smem.k_full[turn.stage].wait(turn.parity);
@@ -369,6 +395,12 @@ __global__ void __launch_bounds__(kLineThreads, 1)
   };
 
   smem.q_full.wait(0);
+  if constexpr (!kSums)
+#pragma unroll
+    for (int i = 0; i < 2 * kD / 16; ++i)
+      load_matrices<false>(smem.q[own].address(i / (kD / 16) * 64 + warp * 16 + lane % 16,
+                                               i % (kD / 16) * 16 + lane / 16 * 8),
+                           frag_q[i / (kD / 16)][i % (kD / 16)]);
   await_keys(0);
   issue(0, 0);
   // A product is waited for behind a branch, or the compiler lets the work wait as well
@@ -396,16 +428,15 @@ __global__ void __launch_bounds__(kLineThreads, 1)
     for (int n = turns; n < turns + kLineQueries / kLineKeys; ++n) finish_distances(n);
   } else {
 #pragma unroll
-    for (int i = 0; i < 32; ++i) {
-      float top = sums.top[i];
-      for (int step = 4; step < 32; step *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
-      float sum = sums.sum[i] * exp2_approx(sums.top[i] - top);
-      for (int step = 4; step < 32; step *= 2) sum += __shfl_xor_sync(~0u, sum, step);
-      if (row == 0) smem.stats[own][warp][i / 2 * 8 + column + i % 2] = {top, sum};
+    for (int i = 0; i < 4; ++i) {
+      const float own_top = sums.top[i / 2][i % 2];
+      float top = own_top;
+      for (int step = 1; step < 4; step *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
+      float sum = sums.sum[i / 2][i % 2] * sm90::exp2_approx(own_top - top);
+      for (int step = 1; step < 4; step *= 2) sum += __shfl_xor_sync(~0u, sum, step);
+      if (column == 0)
+        stats[part_of(own) * kLineQueries + i / 2 * 64 + warp * 16 + i % 2 * 8 + row] = {top, sum};
     }
-    named_barrier_sync(1 + own, 128);
-    stats[part_of(own) * kLineQueries] =
-        merge_stats(4, [&](int i) { return smem.stats[own][i][thread]; });
   }
 }
 
@@ -418,10 +449,13 @@ void launch_lines(const LinesCall& call, cudaStream_t stream) {
         {x.shape[3], x.shape[1], x.shape[2], x.shape[0], x.strides[1], x.strides[2], x.strides[0]},
         rows);
   };
+  // Maps of nothing are not looked at
+  const Tensor &mean_q = call.blocks > 0 ? call.mean_q.x : op.q,
+               &mean_k = call.blocks > 0 ? call.mean_k.x : op.k;
   launch<probe_lines_sm90_kernel<kType, kD, kSums>>(
       {call.plan.items * call.plan.ctas, kLineThreads, sm90::shared_memory_bytes<LinesSmem<kD>>(),
-       stream, kSums},
-      map(op.q, kLineQueries), map(op.k, kLineKeys),
+       stream, true},
+      map(op.q, kLineQueries), map(op.k, kLineKeys), map(mean_q, kMeanRows), map(mean_k, kMeanRows),
       LinesArgs{op, call.plan, call.stats, call.strips, call.mean_q, call.mean_k, call.blocks,
                 static_cast<float>(op.scale * 1.4426950408889634)});
 }

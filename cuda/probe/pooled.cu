@@ -1,6 +1,7 @@
 #include "probe/pooled.h"
 
 #include "probe/pooled.cuh"
+#include "probe/pooled_sm90.h"
 
 namespace heddle {
 namespace {
@@ -13,20 +14,27 @@ template <class T> bool moves_wide(const Tensor& x) {
 
 }  // namespace
 
-Means::Means(const Probe& op, CudaContext& context) {
+Means::Means(const Probe& op, bool in_planes, CudaContext& context, const Means* other)
+    : has_k(other) {
   const int64_t depth = (op.q.shape[3] + 3) / 4 * 4;
   const auto means = [&](const Tensor& x, int64_t block) {
     MeanArgs args{x, block, depth};
-    args.mean = context.scratch<float>(static_cast<size_t>(args.count() * depth));
+    args.apart = args.count() * depth;
+    const auto size = static_cast<size_t>(args.apart);
+    if (in_planes)
+      args.planes = context.scratch<uint16_t>(kMeanPlanes * size);
+    else
+      args.mean = context.scratch<float>(size);
     return args;
   };
   q = means(op.q, op.block_q);
-  k = means(op.k, op.block_k);
+  k = other ? other->k : means(op.k, op.block_k);
 }
 
 void run_means(const Means& means, int64_t first, CudaContext& context) {
-  const auto& [q, k] = means;
+  const MeanArgs &q = means.q, &k = means.k;
   const int64_t ctas = means.count() - first;
+  if (ctas == 0) return;
   HEDDLE_CHECK(means.count() < INT32_MAX, kUnsupported, "block",
                "block gives too many for one call");
   dispatch_float(q.x.dtype, [&]<class T>(T) {
@@ -50,6 +58,19 @@ void run_products(const Probe& op, const Means& means, uint32_t* bins, CudaConte
   else
     probe_pooled_kernel<4><<<ctas(64), kPooledThreads, 0, context.stream>>>(args);
   context.launched("probe_pooled_kernel");
+}
+
+const char* declines_shares(const Probe& op, const CudaContext& context) {
+  if (context.arch != 90) return "the GPU must be of compute capability 9.0";
+  if (op.q.shape[3] != 64 && op.q.shape[3] != 128) return "d must be 64 or 128";
+  return nullptr;
+}
+
+void run_shares(const Probe& op, const Means& means, uint32_t* bins, CudaContext& context) {
+  const PooledCall call{op, means.q, means.k, bins};
+  op.q.shape[3] == 128 ? launch_pooled_sm90<128>(call, context.stream)
+                       : launch_pooled_sm90<64>(call, context.stream);
+  context.launched("probe_pooled_sm90_kernel");
 }
 
 }  // namespace heddle

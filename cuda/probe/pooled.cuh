@@ -5,7 +5,7 @@
 #include "common/sm80.cuh"
 #include "core/select.h"
 #include "ops/probe.h"
-#include "probe/means.h"
+#include "probe/means.cuh"
 
 // Scores of pooled blocks: the mean of every block once, limited by memory, then
 //
@@ -39,11 +39,12 @@ __device__ __forceinline__ void average_block(const MeanArgs& args, int64_t cta)
   };
   __shared__ float sums[kMeanThreads * kCount];
   const Tensor& x = args.x;
-  const auto [first, rows, to] = args.at(static_cast<uint32_t>(cta));
+  const auto [b, head, first, rows, to] = args.at(static_cast<uint32_t>(cta));
   const int d = static_cast<int>(x.shape[3]), pieces = d / kCount, lines = kMeanThreads / pieces;
   const int line = static_cast<int>(threadIdx.x) / pieces,
             piece = static_cast<int>(threadIdx.x) % pieces;
-  const T* from = static_cast<T*>(x.data) + first + piece * kCount * x.strides[3];
+  const T* from = static_cast<T*>(x.data) + b * x.strides[0] + head * x.strides[2] +
+                  first * x.strides[1] + piece * kCount * x.strides[3];
   if (line < lines) {
     float sum[kCount] = {};
 #pragma unroll 8
@@ -56,11 +57,10 @@ __device__ __forceinline__ void average_block(const MeanArgs& args, int64_t cta)
     for (int e = 0; e < kCount; ++e) sums[line * d + piece * kCount + e] = sum[e];
   }
   __syncthreads();
-  float* mean = args.mean + to;
   for (int e = static_cast<int>(threadIdx.x); e < args.depth; e += kMeanThreads) {
     float sum = 0;
     for (int i = 0; e < d && i < lines; ++i) sum += sums[i * d + e];
-    mean[e] = sum / static_cast<float>(rows);
+    store_mean(args, to + e, sum / static_cast<float>(rows));
   }
 }
 

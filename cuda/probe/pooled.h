@@ -8,12 +8,14 @@ namespace heddle {
 // The means that a pooled probe is made of, which wait to be computed
 struct Means {
   MeanArgs q, k;
+  bool has_k;  // they are there already
 
-  Means(const Probe& op, CudaContext& context);
+  // `in_planes` for run_shares; those of k may be those of other means
+  Means(const Probe& op, bool in_planes, CudaContext& context, const Means* other = nullptr);
 
-  int64_t count() const { return q.count() + k.count(); }
-  // What the walks over lines have time for: their warps read 1.5 TB/s, a launch 3.7
-  int64_t under_walks() const { return count() * 2 / 5; }
+  int64_t count() const { return q.count() + (has_k ? 0 : k.count()); }
+  // What the walks over lines have time for
+  int64_t under_walks() const { return q.block % kMeanBox == 0 ? count() * 2 / 5 : 0; }
 };
 
 // Those from block `first` on
@@ -21,5 +23,9 @@ void run_means(const Means& means, int64_t first, CudaContext& context);
 // The rest, when they are there. Probabilities are also counted in `bins` [b * hq, kShareBins] of
 // core/select.h, unless it is null.
 void run_products(const Probe& op, const Means& means, uint32_t* bins, CudaContext& context);
+
+const char* declines_shares(const Probe& op, const CudaContext& context);
+// The same of means in planes, and only what rows see
+void run_shares(const Probe& op, const Means& means, uint32_t* bins, CudaContext& context);
 
 }  // namespace heddle

@@ -206,7 +206,7 @@ constexpr Variant<Probe> kVariants[] = {
        return op.kind == Probe::kPooled ? nullptr : "kind must be pooled";
      },
      [](const Probe& op, CudaContext& context) {
-       const Means means(op, context);
+       const Means means(op, false, context);
        run_means(means, 0, context);
        run_products(op, means, nullptr, context);
      }},

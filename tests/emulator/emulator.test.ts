@@ -97,6 +97,7 @@ const gather90 = 'attention/gather_sm90.cuh'
 const gatherKeys = 'attention/gather_keys.cuh'
 const lines = 'probe/lines_sm90.cuh'
 const pooled = 'probe/pooled.cuh'
+const pooled90 = 'probe/pooled_sm90.cuh'
 const kernels: Kernel[] = [
   {
     name: 'forward_sm90',
@@ -2004,7 +2005,7 @@ const kernels: Kernel[] = [
       {
         what: 'sums overflow',
         file: lines,
-        from: 'first || __any_sync(~0u, highest > kLag)',
+        from: 'first || __any_sync(~0u, fmaxf(highest[0], highest[1]) > kLag)',
         to: 'first',
       },
       {
@@ -2016,20 +2017,26 @@ const kernels: Kernel[] = [
       {
         what: 'sums stay while what they are relative to moves',
         file: lines,
-        from: 'first ? 0 : sum[n] * sm90::exp2_approx(-rise)',
-        to: 'first ? 0 : sum[n]',
+        from: 'first ? 0 : sum[kStep][n] * sm90::exp2_approx(-rise)',
+        to: 'first ? 0 : sum[kStep][n]',
       },
       {
-        what: 'a warpgroup merges before all have written',
+        what: 'a strip sees keys that are those of another',
         file: lines,
-        from: 'named_barrier_sync(1 + own, 128);\n    stats[',
-        to: 'stats[',
+        from: 'key - (3 - i / 16) * plan.strip',
+        to: 'key - (2 - i / 16) * plan.strip',
+      },
+      {
+        what: 'lanes keep what they know of a query',
+        file: lines,
+        from: 'sum += __shfl_xor_sync(~0u, sum, step);',
+        to: 'sum += 0;',
       },
       {
         what: 'a normaliser is read before it is there',
         file: lines,
-        from: 'named_barrier_sync(1 + own, 128);\n#pragma',
-        to: '#pragma',
+        from: 'named_barrier_sync(1 + own, 128);',
+        to: '',
       },
       {
         what: 'a normaliser misses parts',
@@ -2040,14 +2047,14 @@ const kernels: Kernel[] = [
       {
         what: 'a lane adds up what has not arrived',
         file: lines,
-        from: 'wait_requests<kRequests / kBatch - 1>();',
-        to: 'wait_requests<kRequests / kBatch>();',
+        from: 'ring.full[turn.stage].wait(turn.parity);',
+        to: '',
       },
       {
-        what: 'a block is one row longer than the tensor',
+        what: 'half of the rows are added up',
         file: lines,
-        from: 'from, left > 0);',
-        to: 'from, left >= 0);',
+        from: 'i < row + kMeanRows; i += 2 * kRows',
+        to: 'i < row + kMeanRows; i += 4 * kRows',
       },
       {
         what: 'the first walk averages nothing',
@@ -2070,6 +2077,61 @@ const kernels: Kernel[] = [
     ],
   },
   {
+    name: 'pooled_sm90',
+    variants: { d128: ['-DHEDDLE_D=128'], d64: [] },
+    broken: 'd64',
+    faults: [
+      {
+        what: 'means are loaded over those in use',
+        file: pooled90,
+        from: 'smem.empty[turn.stage].wait(turn.parity ^ 1);',
+        to: '',
+      },
+      {
+        what: 'rows are used before they arrived',
+        file: pooled90,
+        from: 'smem.full[turn.stage].wait(turn.parity);\n#pragma',
+        to: '#pragma',
+      },
+      {
+        what: 'columns are used before they arrived',
+        file: pooled90,
+        from: 'smem.full[turn.stage].wait(turn.parity);\n      wgmma_fence(acc);',
+        to: 'wgmma_fence(acc);',
+      },
+      {
+        what: 'the smallest of the planes count for nothing',
+        file: pooled90,
+        from: 'other < kMeanPlanes - plane;',
+        to: 'other < kMeanPlanes - 1 - plane;',
+      },
+      {
+        what: 'rows see a block more',
+        file: pooled90,
+        from: 'c < seen[i / 2 % 2] ?',
+        to: 'c <= seen[i / 2 % 2] ?',
+      },
+      {
+        what: 'sums stay while the largest score moves',
+        file: pooled90,
+        from: 'sum[below] *= sm90::exp2_approx(top[below] - next[below]);',
+        to: '',
+      },
+      {
+        what: 'lanes keep their sums to themselves',
+        file: pooled90,
+        from: 'total += __shfl_xor_sync(~0u, total, step);',
+        to: 'total += 0;',
+      },
+      {
+        what: 'bins are added up before all have counted',
+        file: pooled90,
+        from: 'named_barrier_sync(1, 128 * groups);',
+        to: '',
+      },
+    ],
+  },
+  {
     name: 'pooled',
     variants: {
       BF16: [],
@@ -2080,8 +2142,8 @@ const kernels: Kernel[] = [
       {
         what: 'sums of a block are added up before they are there',
         file: pooled,
-        from: '__syncthreads();\n  float* mean',
-        to: 'float* mean',
+        from: '__syncthreads();\n  for (int e = static_cast<int>(threadIdx.x); e < args.depth',
+        to: 'for (int e = static_cast<int>(threadIdx.x); e < args.depth',
       },
       {
         what: 'a shorter block is divided as if it were whole',

@@ -22,7 +22,7 @@ struct Case {
 // Heads in pairs and alone, strips that end before or after the keys, rows that see one key
 const Case kCases[] = {
     {.b = 1, .sq = 128, .sk = 700, .hq = 4, .hk = 2, .processors = 5, .block = 32},
-    {.b = 2, .sq = 100, .sk = 457, .hq = 2, .hk = 2, .processors = 3, .block = 20},
+    {.b = 2, .sq = 100, .sk = 457, .hq = 2, .hk = 2, .processors = 3, .block = 48},
     {.b = 1, .sq = 33, .sk = 33, .hq = 1, .hk = 1, .processors = 9, .block = 128},
     {.b = 2, .sq = 1, .sk = 300, .hq = 2, .hk = 1, .processors = 2},
     {.b = 1, .sq = 128, .sk = 1500, .hq = 3, .hk = 1, .processors = 6, .scale = -0.2},

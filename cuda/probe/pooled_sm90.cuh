@@ -1,0 +1,212 @@
+#pragma once
+#include <cmath>
+#include <cstdint>
+
+#include "common/launch.h"
+#include "common/sm80.cuh"
+#include "common/sm90.cuh"
+#include "common/tensor_map.h"
+#include "common/tile.cuh"
+#include "core/select.h"
+#include "probe/pooled_sm90.h"
+
+// The pooled map of FlexPrefill:
+//
+//   score[r,c] = softmax(scale * mean_q[r] . mean_k)[c]     where block c begins before row r ends
+//
+// as precise as in f32: a mean is the sum of three numbers of bf16, its planes, and of their nine
+// products the six largest count. A CTA has 128 rows, 64 for each of two warpgroups, which keep
+// them in registers; a third loads 128 columns at a time, a plane in each stage. It goes over them
+// twice, first for the largest score and the sum of each row, then for shares: multiplying again is
+// as cheap as reading scores again, and nobody waits for memory.
+namespace heddle {
+namespace {
+
+constexpr int kPooledRows = 128, kPooledColumns = 128, kPooledStages = 2 * kMeanPlanes,
+              kPooledThreads90 = 384;
+
+struct PooledArgs90 {
+  Probe op;
+  uint32_t* bins;
+  float scale_log2;
+};
+
+template <int kD> struct PooledSmem {
+  sm90::Tile<kPooledColumns, kD> means[kPooledStages];
+  uint32_t bins[kShareBins];
+  sm90::Barrier full[kPooledStages], empty[kPooledStages];
+};
+
+template <int kD>
+__global__ void __launch_bounds__(kPooledThreads90, 1)
+    probe_pooled_sm90_kernel(const __grid_constant__ sm90::TensorMap gmem_q,
+                             const __grid_constant__ sm90::TensorMap gmem_k,
+                             const __grid_constant__ PooledArgs90 args) {
+  using namespace sm90;
+  auto& smem = shared_memory<PooledSmem<kD>>();
+  const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
+  const Probe& op = args.op;
+  const int64_t sq = op.q.shape[1], sk = op.k.shape[1];
+  const int rows = static_cast<int>(op.score.shape[2]),
+            columns = static_cast<int>(op.score.shape[3]);
+  // Long rows first; heads are those of the batch
+  const int heads = static_cast<int>(op.q.shape[0] * op.q.shape[2]);
+  const int head = static_cast<int>(blockIdx.x) % heads,
+            first = (rows - 1) / kPooledRows * kPooledRows -
+                    static_cast<int>(blockIdx.x) / heads * kPooledRows;
+  const auto seen_by = [&](int row) {
+    const int64_t keys = sk - sq + min((row + 1) * op.block_q, sq);
+    return row < rows ? static_cast<int>((keys + op.block_k - 1) / op.block_k) : 0;
+  };
+  const int tiles =
+      (seen_by(min(first + kPooledRows, rows) - 1) + kPooledColumns - 1) / kPooledColumns;
+  // Warpgroups that have rows
+  const int groups = first + 64 < rows ? 2 : 1;
+
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < kPooledStages; ++stage) {
+      smem.full[stage].init(1);
+      smem.empty[stage].init(4 * groups);
+    }
+    fence_barrier_init();
+  }
+  for (int i = static_cast<int>(threadIdx.x); i < kShareBins; i += kPooledThreads90)
+    smem.bins[i] = 0;
+  __syncthreads();
+  await_previous();
+
+  if (warpgroup == 0) {
+    lower_registers<40>();
+    if (threadIdx.x < 32 && elect_one()) {
+      const int group = static_cast<int>(op.q.shape[2] / op.k.shape[2]);
+      Turn<kPooledStages> turn(0);
+      // Rows come as tile -1
+      for (int n = -1; n < 2 * tiles; ++n)
+        for (int plane = 0; plane < kMeanPlanes; ++plane) {
+          smem.empty[turn.stage].wait(turn.parity ^ 1);
+          smem.full[turn.stage].arrive_expect(smem.means[0].kBytes);
+          smem.means[turn.stage].load(n < 0 ? gmem_q : gmem_k, smem.full[turn.stage],
+                                      n < 0 ? first : n % tiles * kPooledColumns,
+                                      n < 0 ? head : head / group, plane, Keep::kLong);
+          turn.advance();
+        }
+    }
+    return;
+  }
+
+  raise_registers<232>();
+  if (warpgroup > groups) return;
+  const int own = warpgroup - 1, warp = static_cast<int>(threadIdx.x) % 128 / 32,
+            lane = static_cast<int>(threadIdx.x) % 32;
+  // Of a thread: rows, the second of them 8 below, and the columns that they see
+  const int row = first + own * 64 + warp * 16 + lane / 4;
+  const int seen[2] = {seen_by(row), seen_by(row + 8)};
+  uint32_t frag_q[kMeanPlanes][kD / 16][4];
+  float acc[64];
+  Turn<kPooledStages> turn(0);
+  const auto release = [&](uint32_t stage) {
+    if (lane == 0) smem.empty[stage].arrive();
+  };
+#pragma unroll
+  for (auto& plane : frag_q) {
+    smem.full[turn.stage].wait(turn.parity);
+#pragma unroll
+    for (int d = 0; d < kD; d += 16)
+      load_matrices<false>(
+          smem.means[turn.stage].address(own * 64 + warp * 16 + lane % 16, d + lane / 16 * 8),
+          plane[d / 16]);
+    __syncwarp();
+    release(turn.stage);
+    turn.advance();
+  }
+  // Calls body(x, below, c) for the scores of two columns
+  const auto walk = [&](const auto& begin, const auto& body) {
+#pragma unroll 1
+    for (int column = lane % 4 * 2; column < tiles * kPooledColumns; column += kPooledColumns) {
+#pragma unroll
+      for (int plane = 0; plane < kMeanPlanes; ++plane, turn.advance())
+        smem.full[turn.stage].wait(turn.parity);
+      wgmma_fence(acc);
+#pragma unroll
+      for (int plane = 0; plane < kMeanPlanes; ++plane)
+#pragma unroll
+        for (int other = 0; other < kMeanPlanes - plane; ++other)
+#pragma unroll
+          for (int d = 0; d < kD; d += 16)
+            wgmma<DType::kBF16, Major::kK>(
+                acc, frag_q[other][d / 16],
+                smem.means[turn.before(kMeanPlanes - plane)].k_major(0, d), plane + other + d > 0);
+      wgmma_commit();
+      wgmma_wait<0>(acc);
+#pragma unroll
+      for (int plane = 0; plane < kMeanPlanes; ++plane) release(turn.before(kMeanPlanes - plane));
+#pragma unroll
+      for (int i = 0; i < 64; ++i) {
+        const int c = column + i / 4 * 8 + i % 2;
+        acc[i] = c < seen[i / 2 % 2] ? acc[i] * args.scale_log2 : -INFINITY;
+      }
+      begin();
+#pragma unroll
+      for (int i = 0; i < 64; i += 2) body(acc[i], acc[i + 1], i / 2 % 2, column + i / 4 * 8);
+    }
+  };
+
+  float top[2] = {-3e38f, -3e38f}, sum[2] = {};
+  walk(
+      [&] {
+        float next[2] = {top[0], top[1]};
+#pragma unroll
+        for (int i = 0; i < 64; ++i) next[i / 2 % 2] = fmaxf(next[i / 2 % 2], acc[i]);
+#pragma unroll
+        for (int below = 0; below < 2; ++below) {
+          sum[below] *= sm90::exp2_approx(top[below] - next[below]);
+          top[below] = next[below];
+        }
+      },
+      [&](float x, float y, int below, int) {
+        sum[below] += sm90::exp2_approx(x - top[below]) + sm90::exp2_approx(y - top[below]);
+      });
+  // Four lanes have a row
+#pragma unroll
+  for (int below = 0; below < 2; ++below) {
+    float most = top[below];
+    for (int step = 1; step < 4; step *= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, step));
+    float total = sum[below] * sm90::exp2_approx(top[below] - most);
+    for (int step = 1; step < 4; step *= 2) total += __shfl_xor_sync(~0u, total, step);
+    top[below] = most + log2f(total);
+  }
+  float* score = static_cast<float*>(op.score.data) + (int64_t{head} * rows + row) * columns;
+  const auto put = [&](float share, int below, int c) {
+    if (c >= seen[below]) return;
+    score[int64_t{8} * below * columns + c] = share;
+    atomicAdd(&smem.bins[share_bin(share)], 1);
+  };
+  walk([] {},
+       [&](float x, float y, int below, int c) {
+         put(sm90::exp2_approx(x - top[below]), below, c);
+         put(sm90::exp2_approx(y - top[below]), below, c + 1);
+       });
+  named_barrier_sync(1, 128 * groups);
+  for (int i = static_cast<int>(threadIdx.x) - 128; args.bins && i < kShareBins; i += 128 * groups)
+    if (smem.bins[i] != 0) atomicAdd(&args.bins[int64_t{head} * kShareBins + i], smem.bins[i]);
+}
+
+}  // namespace
+
+template <int kD> void launch_pooled_sm90(const PooledCall& call, cudaStream_t stream) {
+  const Probe& op = call.op;
+  const auto map = [](const MeanArgs& means) {
+    const int64_t blocks = means.blocks(), heads = means.x.shape[0] * means.x.shape[2];
+    return make_tensor_map(DType::kBF16, means.planes,
+                           {kD, blocks, heads, kMeanPlanes, kD, blocks * kD, heads * blocks * kD},
+                           kPooledRows);
+  };
+  const int64_t heads = op.q.shape[0] * op.q.shape[2], rows = op.score.shape[2];
+  launch<probe_pooled_sm90_kernel<kD>>(
+      {static_cast<int>(heads * ((rows + kPooledRows - 1) / kPooledRows)), kPooledThreads90,
+       sm90::shared_memory_bytes<PooledSmem<kD>>(), stream, true},
+      map(call.mean_q), map(call.mean_k),
+      PooledArgs90{op, call.bins, static_cast<float>(op.scale * 1.4426950408889634)});
+}
+
+}  // namespace heddle
