@@ -173,45 +173,40 @@ HEDDLE_HD uint64_t hip_threshold(const Team& team, const uint32_t* order, int64_
 template <class Team, class Start>
 HEDDLE_HD void hip_finish(const Team& team, const Hip& op, const HipPlace& place, int64_t count,
                           const Start& start) {
-  const int64_t width = op.index.shape[3];
+  const int64_t width = op.index.shape[3], sinks = op.sink_tokens / op.block_k;
+  const int64_t pages = op.table.data ? op.table.shape[3] : 0;
+  const int64_t words = op.blocks.data ? op.blocks.shape[3] : 0;
   const int shift = hip_log2(op.block_k);
   int32_t* index = static_cast<int32_t*>(op.index.data) + place.list * width;
-  team.each(width,
-            [&](int64_t i) { index[i] = i < count ? static_cast<int32_t>(start(i)) : INT32_MAX; });
-  team.each(1, [&](int64_t) {
-    static_cast<int32_t*>(op.count.data)[place.list] = static_cast<int32_t>(count);
-  });
-  if (op.table.data) {
-    // Only the last page may reach beyond what can be listed
-    const int64_t sinks = op.sink_tokens / op.block_k, pages = op.table.shape[3];
-    int32_t* table = static_cast<int32_t*>(op.table.data) + place.list * pages;
-    team.each(pages, [&](int64_t i) {
-      const int64_t entry = i - sinks;
-      table[i] = static_cast<int32_t>(entry < 0 ? i : entry >= count ? 0 : index[entry] >> shift);
-    });
-    team.each(1, [&](int64_t) {
-      const int64_t end = place.end > 0 ? place.end : 0;
-      int64_t keys = end < op.sink_tokens ? end : op.sink_tokens;
-      if (count > 0) {
-        const int64_t rest = end - index[count - 1];
-        keys += (count - 1) * op.block_k + (rest < op.block_k ? rest : op.block_k);
-      }
-      static_cast<int32_t*>(op.length.data)[place.list] = static_cast<int32_t>(keys);
-    });
-  }
-  if (!op.blocks.data) return;
-  const int64_t words = op.blocks.shape[3];
+  int32_t* table = static_cast<int32_t*>(op.table.data) + place.list * pages;
   int32_t* bits = static_cast<int32_t*>(op.blocks.data) + place.list * words;
-  team.each(words, [&](int64_t i) { bits[i] = 0; });
-  // The first of the entries that fall into a word writes it
-  team.each(count, [&](int64_t i) {
-    const int64_t word = index[i] >> shift >> 5;
-    if (index[i] < 0 || word >= words) return;
-    if (i > 0 && index[i - 1] >> shift >> 5 == word) return;
-    uint32_t found = 0;
-    for (int64_t j = i; j < count && index[j] >> shift >> 5 == word; ++j)
-      found |= 1u << (index[j] >> shift & 31);
-    bits[word] = static_cast<int32_t>(found);
+  if (words > 0) team.each(words, [&](int64_t i) { bits[i] = 0; });
+  const auto word_of = [&](int64_t i) { return static_cast<int64_t>(start(i)) >> shift >> 5; };
+  team.each(pages > width ? pages : width, [&](int64_t i) {
+    if (i < width) index[i] = i < count ? static_cast<int32_t>(start(i)) : INT32_MAX;
+    // Only the last page may reach beyond what can be listed
+    if (i < pages) {
+      const int64_t entry = i - sinks;
+      table[i] = static_cast<int32_t>(entry < 0 ? i : entry < count ? start(entry) >> shift : 0);
+    }
+    // The first of the entries that fall into a word writes it
+    const int64_t word = i < count ? word_of(i) : words;
+    if (word >= 0 && word < words && (i == 0 || word_of(i - 1) != word)) {
+      uint32_t found = 0;
+      for (int64_t j = i; j < count && word_of(j) == word; ++j)
+        found |= 1u << (static_cast<int64_t>(start(j)) >> shift & 31);
+      bits[word] = static_cast<int32_t>(found);
+    }
+    if (i > 0) return;
+    static_cast<int32_t*>(op.count.data)[place.list] = static_cast<int32_t>(count);
+    if (pages == 0) return;
+    const int64_t end = place.end > 0 ? place.end : 0;
+    int64_t keys = end < op.sink_tokens ? end : op.sink_tokens;
+    if (count > 0) {
+      const int64_t rest = end - start(count - 1);
+      keys += (count - 1) * op.block_k + (rest < op.block_k ? rest : op.block_k);
+    }
+    static_cast<int32_t*>(op.length.data)[place.list] = static_cast<int32_t>(keys);
   });
 }
 

@@ -67,9 +67,8 @@ template <class Scorer> void search(HipArgs args, CudaContext& context) {
 
 template <class T, int kD>
 __global__ void __launch_bounds__(kStepWarps * 32, 2)
-    hip_step_kernel(const __grid_constant__ HipArgs args, size_t near_bytes) {
-  extern __shared__ __align__(16) char smem[];
-  hip_step<T, kD>(args, reinterpret_cast<uint32_t*>(smem), near_bytes);
+    hip_step_kernel(const __grid_constant__ HipArgs args) {
+  hip_step<T, kD>(args);
 }
 
 bool is_step(const Hip& op) {
@@ -78,7 +77,6 @@ bool is_step(const Hip& op) {
 }
 
 template <class T, int kD> void search_step(HipArgs args, CudaContext& context) {
-  constexpr int64_t kMostNear = int64_t{48} << 10;
   const Hip& op = args.op;
   args.slot = hip_slot(op);
   const int64_t chunks = HipStep(op).chunks();
@@ -88,10 +86,8 @@ template <class T, int kD> void search_step(HipArgs args, CudaContext& context) 
   args.members = static_cast<int>(members);
   args.slots = context.scratch<uint32_t>(static_cast<size_t>(args.tasks * args.slot));
   args.arrivals = context.counters(static_cast<size_t>(args.tasks));
-  const auto bytes = args.slot * static_cast<int64_t>(sizeof(uint32_t));
-  const auto near_bytes = static_cast<size_t>(bytes <= kMostNear ? bytes : 0);
-  hip_step_kernel<T, kD><<<static_cast<unsigned>(args.tasks * members), kStepWarps * 32, near_bytes,
-                           context.stream>>>(args, near_bytes);
+  hip_step_kernel<T, kD>
+      <<<static_cast<unsigned>(args.tasks * members), kStepWarps * 32, 0, context.stream>>>(args);
   context.launched("hip_step_kernel");
 }
 

@@ -32,9 +32,73 @@ struct HipStep {
   HEDDLE_HD int chunks() const { return warp_chunks() * kStepWarps / spread; }
 };
 
-// `smem` has room for a slot, unless that is larger than `near_bytes`
-template <class T, int kD>
-__device__ void hip_step(const HipArgs& args, uint32_t* smem, size_t near_bytes) {
+// hip_keep for few chunks, whose scores threads keep: the score that enough reach is found two bits
+// at a time, unless others are equal to it
+__device__ inline void hip_step_keep(const HipTeam& team, const Hip& op, const HipPlace& place,
+                                     const HipChunks& chunks, const uint32_t* order) {
+  constexpr int kOwn = 4, kMost = kStepWarps * 32 * kOwn;
+  __shared__ int32_t listed[kMost];
+  __shared__ uint32_t counts[2][2][kStepWarps];
+  const auto n = static_cast<int>(chunks.count), wanted = static_cast<int>(op.index.shape[3]);
+  if (n > kMost) return hip_keep(team, op, place, chunks, order);
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  uint32_t own[kOwn];
+  int32_t start[kOwn];
+#pragma unroll
+  for (int j = 0; j < kOwn; ++j) {
+    const int i = static_cast<int>(threadIdx.x) * kOwn + j;
+    own[j] = i < n ? order[i] : kNoOrder;
+    start[j] = i < n ? static_cast<int32_t>(chunks.start(i)) : 0;
+  }
+  uint32_t least = 0;
+  int found = n;
+  for (int shift = 30, turn = 0; shift >= 0 && found != wanted; shift -= 2, turn ^= 1) {
+    uint32_t low = 0, high = 0;  // how many reach the first two of three scores, and the third
+#pragma unroll
+    for (int j = 0; j < kOwn; ++j) {
+      low += own[j] >= (least | 1u << shift);
+      low += own[j] >= (least | 2u << shift) ? 1u << 16 : 0;
+      high += own[j] >= (least | 3u << shift);
+    }
+    low = __reduce_add_sync(~0u, low);
+    high = __reduce_add_sync(~0u, high);
+    // The next turn writes elsewhere, and the one after it waits for all to be through with this
+    if (lane == 0) counts[turn][0][warp] = low;
+    if (lane == 0) counts[turn][1][warp] = high;
+    __syncthreads();
+    low = __reduce_add_sync(~0u, lane < kStepWarps ? counts[turn][0][lane] : 0);
+    high = __reduce_add_sync(~0u, lane < kStepWarps ? counts[turn][1][lane] : 0);
+    const int reach[3] = {static_cast<int>(low & 0xffff), static_cast<int>(low >> 16),
+                          static_cast<int>(high)};
+    uint32_t digit = 0;
+#pragma unroll
+    for (int i = 0; i < 3; ++i)
+      if (reach[i] >= wanted) {
+        digit = i + 1;
+        found = reach[i];
+      }
+    least |= digit << shift;
+  }
+  if (found != wanted) return hip_keep(team, op, place, chunks, order);
+  int before = 0, all = 0;
+#pragma unroll
+  for (int j = 0; j < kOwn; ++j) {
+    const uint32_t chosen = __ballot_sync(~0u, own[j] >= least);
+    before += __popc(chosen & ((1u << lane) - 1));
+    all += __popc(chosen);
+  }
+  __shared__ int totals[kStepWarps];
+  if (lane == 0) totals[warp] = all;
+  __syncthreads();
+  for (int other = 0; other < warp; ++other) before += totals[other];
+#pragma unroll
+  for (int j = 0; j < kOwn; ++j)
+    if (own[j] >= least) listed[before++] = start[j];
+  __syncthreads();
+  hip_finish(team, op, place, wanted, [&](int64_t i) { return listed[i]; });
+}
+
+template <class T, int kD> __device__ void hip_step(const HipArgs& args) {
   constexpr int kPieces = kD / 32;  // of four lanes each
   __shared__ uint32_t best[kStepWarps][kStepDescents];
   const Hip& op = args.op;
@@ -140,12 +204,7 @@ __device__ void hip_step(const HipArgs& args, uint32_t* smem, size_t near_bytes)
   }
   if (!arrives_last(args.arrivals + list, args.members)) return;
   if (threadIdx.x == 0) args.arrivals[list] = 0;
-  // A choice looks at every score some twenty times
-  if (chunks.count * sizeof(uint32_t) <= near_bytes) {
-    team.each(chunks.count, [&](int64_t i) { smem[i] = order[i]; });
-    order = smem;
-  }
-  hip_keep(team, op, place, chunks, order);
+  hip_step_keep(team, op, place, chunks, order);
 }
 
 }  // namespace heddle

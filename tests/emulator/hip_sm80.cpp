@@ -253,10 +253,8 @@ double check(const Case& c, emulator::Random& random) {
     std::vector<int> arrivals(static_cast<size_t>(tasks));
     args.slots = slots.data();
     args.arrivals = arrivals.data();
-    const size_t bytes = c.shared ? static_cast<size_t>(args.slot) * sizeof(uint32_t) : 0;
-    emulator::launch(static_cast<int>(tasks) * args.members, kStepWarps * 32, bytes + 16, [&] {
-      if constexpr (kColumns < Scorer >> 0)
-        hip_step<T, kD>(args, reinterpret_cast<uint32_t*>(emulator::cta->smem()), bytes);
+    emulator::launch(static_cast<int>(tasks) * args.members, kStepWarps * 32, 16, [&] {
+      if constexpr (kColumns < Scorer >> 0) hip_step<T, kD>(args);
     });
     const bool at_zero = std::count(arrivals.begin(), arrivals.end(), 0) == tasks;
     return fault == 0 && at_zero && actual == expected ? 0 : INFINITY;
@@ -415,7 +413,6 @@ const Case kCases[] = {
      .d = 40,
      .block_k = 8,
      .width = 7,
-     .shared = false,
      .step = true},
     {.kind = kStage,
      .sq = 3,
