@@ -1799,7 +1799,7 @@ const kernels: Kernel[] = [
       {
         what: 'sums of different maxima are added as they are',
         file: gather,
-        from: 'weight = exp2_approx(state.x - higher);',
+        from: 'weight = exp2_approx(state.x - max);',
         to: 'weight = 1;',
       },
     ],

@@ -52,6 +52,7 @@ const GatherCase kCases[] = {
      .width = 50,
      .cached = true,
      .splits = 4},
+    {.sq = 20, .sk = 500, .hq = 4, .hk = 2, .block_q = 16, .window = 30, .width = 30, .splits = 3},
     {.b = 3, .sq = 2, .sk = 90, .hq = 2, .hk = 2, .block_q = 2, .cached = true, .splits = 5},
 };
 
@@ -79,8 +80,11 @@ double check(const GatherCase& c, emulator::Random& random) {
                                char* smem = reinterpret_cast<char*>(emulator::cta->smem());
                                while (reinterpret_cast<uintptr_t>(smem) % 16) ++smem;
                                auto& own = *reinterpret_cast<GatherSmem<T, kD>*>(smem);
-                               if (c.splits > 1) return gather_attention<T, kD, true>(args, own);
-                               gather_attention<T, kD, false>(args, own);
+                               using enum GatherForm;
+                               if (c.splits == 1) return gather_attention<T, kD, kWhole>(args, own);
+                               if (args.block_q * args.heads > 16)
+                                 return gather_attention<T, kD, kSplit>(args, own);
+                               gather_attention<T, kD, kQuarters>(args, own);
                              });
         for (const int left : arrivals)
           if (left != 0) emulator::fault("counters are left at zero");
