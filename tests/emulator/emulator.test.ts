@@ -1727,6 +1727,18 @@ const kernels: Kernel[] = [
         to: ';',
       },
       {
+        what: 'a choice goes on before all have counted',
+        file: step,
+        from: 'counts[turn][1][warp] = high;\n    __syncthreads();',
+        to: 'counts[turn][1][warp] = high;',
+      },
+      {
+        what: 'warps write their chunks over each other',
+        file: step,
+        from: 'before += totals[other];',
+        to: ';',
+      },
+      {
         what: 'kv heads beyond the warps are left out',
         file: step,
         from: 'kv += step.spread',
@@ -1801,6 +1813,12 @@ const kernels: Kernel[] = [
         file: gather,
         from: 'weight = exp2_approx(state.x - max);',
         to: 'weight = 1;',
+      },
+      {
+        what: 'quarters of different maxima are added as they are',
+        file: gather,
+        from: 'share = exp2_approx(state.x - max);',
+        to: 'share = 1;',
       },
     ],
   },

@@ -28,6 +28,7 @@ struct Case {
   bool shared = true;
   int positions = -1;  // none turns
   int64_t near = 0;    // slots
+  uint32_t most = 4;   // of what q and k hold
   bool step = false;   // by the kernel of steps, if it takes such keys
 };
 
@@ -172,7 +173,9 @@ double check(const Case& c, emulator::Random& random) {
     op.cache_seqlens.as<int32_t>()[b] = static_cast<int32_t>(
         c.sk - (b > 0 ? random.below(static_cast<uint32_t>(c.sk - c.sq + 1)) : 0));
   for (auto* numbers : {&q, &k})
-    for (T& x : *numbers) x = from_float<T>(static_cast<float>(random.below(9)) - 4);
+    for (T& x : *numbers)
+      x = from_float<T>(static_cast<float>(random.below(2 * c.most + 1)) -
+                        static_cast<float>(c.most));
   for (int i = 0; i < 5; ++i) k[random.below(static_cast<uint32_t>(k.size()))] = from_float<T>(NAN);
   // Whole numbers instead of angles
   if (c.positions >= 0 && kTurns) {
@@ -437,6 +440,8 @@ const Case kCases[] = {
      .from_block_k = 32,
      .from_width = 11,
      .step = true},
+    // Scores of several warps, few of which are equal
+    {.kind = kStage, .sk = 700, .hq = 2, .width = 60, .most = 60, .step = true},
     {.kind = kStage, .sk = 90, .hq = 8, .block_k = 1, .sink_tokens = 3, .width = 20, .step = true},
     {.kind = kStage, .sk = 90, .hq = 8, .block_k = 8, .sink_tokens = 8, .width = 20, .step = true},
     turning(Hip::kOwn, 2),
