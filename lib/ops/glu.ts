@@ -27,5 +27,5 @@ export function glu<D extends FloatDType>(
   options: GluOptions = {},
 ): Tensor<D> {
   checkOptions('glu', options, known)
-  return run('glu', { ...options, gate, up })[0] as Tensor<D>
+  return run('glu', { gate, up, ...options })[0] as Tensor<D>
 }

@@ -30,5 +30,5 @@ export function linear<D extends FloatDType, O extends FloatDType = D>(
   options: LinearOptions<D, O> = {},
 ): Tensor<O> {
   checkOptions('linear', options, known)
-  return run('linear', { ...options, x, weight })[0] as Tensor<O>
+  return run('linear', { x, weight, ...options })[0] as Tensor<O>
 }

@@ -27,5 +27,5 @@ export function norm<D extends FloatDType>(
   options: NormOptions = {},
 ): Tensor<D> {
   checkOptions('norm', options, known)
-  return run('norm', { ...options, x, weight })[0] as Tensor<D>
+  return run('norm', { x, weight, ...options })[0] as Tensor<D>
 }

@@ -46,5 +46,5 @@ export function rope<D extends FloatDType>(x: Tensor<D>, options: RopeOptions = 
   checkOptions('rope', options, known)
   if (options.theta !== undefined && options.cos !== undefined)
     throw refuse('ERR_ARGUMENT', 'rope', 'theta', 'theta must be left out where cos is given')
-  return run('rope', { ...options, x })[0] as Tensor<D>
+  return run('rope', { x, ...options })[0] as Tensor<D>
 }
