@@ -24,7 +24,8 @@ struct DecodeCall {
   int64_t slopes_stride;
   float* states;
   const int32_t* slots;
-  int64_t slots_stride, batch, pool;
+  int64_t slots_stride, batch;
+  int pool;
   void* out;
   float* all_states;
   int heads, heads_state, tokens, d, e;
@@ -45,8 +46,8 @@ struct DecodeCall {
   }
 };
 
-// For one token of d = e = 128, a state to each head of out, in vectors: a kernel that knows its
-// sizes and begins before the kernel before has ended
+// For one token of d = e = 128, as many heads of everything and states in vectors: a kernel that
+// knows its sizes and begins before the kernel before has ended
 template <class T> void launch_decode_sm90(const DecodeCall& call, cudaStream_t stream);
 
 namespace {
@@ -55,9 +56,8 @@ constexpr int kDecodeSlab = 64;  // columns of v in a tile
 
 // What a CTA's threads hold of a state: 64 columns of v, each thread up to kPieces pieces of four
 // numbers along a row. The pieces cover d. Numbers behind d and e are zero and stay so; where both
-// are kSides, which is not 0 then, there are none.
-template <int kCtaThreads, int kPieces, bool kTransposed, int kSides> struct DecodeTile {
-  static constexpr int kThreads = kCtaThreads, kSize = kSides;
+// are kSize, which is not 0 then, there are none.
+template <int kThreads, int kPieces, bool kTransposed, int kSize> struct DecodeTile {
   static constexpr int kAcross = kDecodeSlab / 4, kDown = kThreads / kAcross;  // in a row, rows
   // pieces of a thread in one row
   static constexpr int kAlong = kTransposed ? kPieces * kDown / kDecodeSlab : 1;
@@ -67,10 +67,10 @@ template <int kCtaThreads, int kPieces, bool kTransposed, int kSides> struct Dec
   float acc[kPieces][4] = {};
 
   __device__ __forceinline__ DecodeTile(int d, int e, int slab, int thread)
-      : rows(kSides        ? kSize
+      : rows(kSize         ? kSize
              : kTransposed ? e
                            : d),
-        columns(kSides        ? kSize
+        columns(kSize         ? kSize
                 : kTransposed ? d
                               : e),
         thread(thread),
@@ -88,13 +88,14 @@ template <int kCtaThreads, int kPieces, bool kTransposed, int kSides> struct Dec
   // body(piece, how many of its numbers exist, where they stand)
   template <class Float, class Body>
   __device__ __forceinline__ void each(Float* state, const Body& body) {
-    Float* const first = state + (row_of(0) * columns + column_of(0));
+    const auto at = [&](int i) { return row_of(i) * columns + column_of(i); };
+    Float* const first = state + at(0);
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
       const int row = row_of(i), column = column_of(i);
-      if (kSides || (row < rows && column < columns))
-        body(acc[i], min(columns - column, 4),
-             first + ((row - row_of(0)) * columns + column - column_of(0)));
+      if (kSize || (row < rows && column < columns))
+        // one address and constants behind it, or as few registers as possible
+        body(acc[i], min(columns - column, 4), kSize ? first + (at(i) - at(0)) : state + at(i));
     }
   }
   // With rows that are aligned to 16 bytes. L2 lets go of states before anything else: kept as
@@ -156,75 +157,6 @@ template <int kCtaThreads, int kPieces, bool kTransposed, int kSides> struct Dec
     }
   }
 };
-
-// A CTA owns one tile of a state, which stays in registers from the first token to the last. All
-// reads are on their way before the first is used: 128 KB to a multiprocessor. What registers do
-// not hold passes through L2 as states do, so nothing may spill. `looks` at slots and slopes: one
-// CTA of all.
-template <class T, class Tile, bool kVectors, bool kSingle>
-__device__ __forceinline__ void decode_tile(const DecodeCall& p, int64_t b, int state_head,
-                                            int slab, bool looks) {
-  constexpr int kThreads = Tile::kThreads;
-  __shared__ float smem_q[kThreads], smem_k[kThreads], smem_v[kThreads];
-  __shared__ typename Tile::Sums smem_sums;
-  const int group = kSingle ? 1 : p.heads / p.heads_state;
-  const int thread = threadIdx.x;
-  const int d = Tile::kSize ? Tile::kSize : p.d, e = Tile::kSize ? Tile::kSize : p.e;
-  const int64_t size = static_cast<int64_t>(d) * e;
-  const int64_t slot = p.slots[b * p.slots_stride];
-  const float slope = p.slopes[state_head * p.slopes_stride];
-  const bool skipped = slot < 0 || slot >= p.pool;
-  const float decay = expf(-slope);
-  Tile tile(d, e, slab, thread);
-  const auto store = [&](float* to) {
-    if constexpr (kVectors)
-      tile.store_vectors(to);
-    else
-      tile.each(to, [&](const float(&piece)[4], int count, float* at) {
-        for (int j = 0; j < 4; ++j)
-          if (j < count) at[j] = piece[j];
-      });
-  };
-  float* const state = p.states + ((skipped ? 0 : slot) * p.heads_state + state_head) * size;
-  if (!skipped && kVectors)
-    tile.load_vectors(state);
-  else if (!skipped)
-    tile.each(state, [&](float(&piece)[4], int count, const float* at) {
-      for (int j = 0; j < 4; ++j)
-        if (j < count) piece[j] = at[j];
-    });
-  if (looks) {  // while the state is on its way
-    const bool bad = __syncthreads_or(p.finds_bad(thread, kThreads));
-    if (thread == 0) *p.fault = bad;
-  }
-
-  for (int t = 0; t < (kSingle ? 1 : p.tokens); ++t)
-    for (int member = 0; member < group; ++member) {
-      const int head = state_head * group + member;
-      // a value for every thread, zeros behind the last
-      const auto load = [&](const DecodeRows& x, int count) {
-        return thread < count
-                   ? to_float(static_cast<const T*>(x.data)[x.offset(b, t, head, thread)])
-                   : 0;
-      };
-      const float q = load(p.q, d), k = load(p.k, d), v = load(p.v, e);
-      if (!kSingle) __syncthreads();
-      smem_q[thread] = q;
-      smem_k[thread] = k;
-      smem_v[thread] = skipped ? 0 : v;
-      __syncthreads();
-      if (member == 0) {
-        tile.advance(decay, smem_k, smem_v);
-        if (!kSingle && p.all_states)
-          store(p.all_states + ((b * p.tokens + t) * p.heads_state + state_head) * size);
-      }
-      T* const out = static_cast<T*>(p.out) + ((b * p.tokens + t) * p.heads + head) * e;
-      tile.project(smem_q, smem_sums, [&](int f, float sum) {
-        if (f < e) out[f] = from_float<T>(skipped ? 0 : p.scale * sum);
-      });
-    }
-  if (!skipped) store(state);
-}
 
 }  // namespace
 }  // namespace heddle

@@ -289,7 +289,7 @@ describeDevices('lightning', (device) => {
       const several = { s: 2, hq: 16, hk: 8, hv: 8, hs: 8 }
       for (const [d, e, sizes] of [
         [128, 128, several],
-        [128, 128, { ...several, s: 1, hq: 4, hk: 4 }],
+        [128, 128, { ...several, s: 1, hq: 8 }],
         [72, 100, several],
         [24, 136, several],
       ] as const) {
