@@ -13,6 +13,7 @@ struct Launch {
   bool overlaps = false;  // may begin before the kernel before has ended, which says from when on
   bool together = false;  // all CTAs run at the same time, or the launch fails
   int rows = 1;           // of so many CTAs
+  int cluster = 1;        // of so many CTAs side by side, which run at the same time
 };
 
 // Once a device: lets a kernel have more shared memory than the few bytes that need no asking.
@@ -37,7 +38,7 @@ template <auto kKernel, class... Args> void launch(const Launch& launch, const A
   config.blockDim = dim3(static_cast<unsigned>(launch.threads));
   config.dynamicSmemBytes = launch.smem_bytes;
   config.stream = launch.stream;
-  cudaLaunchAttribute attributes[2]{};
+  cudaLaunchAttribute attributes[3]{};
   config.attrs = attributes;
   if (launch.overlaps) {
     cudaLaunchAttribute& overlap = attributes[config.numAttrs++];
@@ -48,6 +49,11 @@ template <auto kKernel, class... Args> void launch(const Launch& launch, const A
     cudaLaunchAttribute& cooperative = attributes[config.numAttrs++];
     cooperative.id = cudaLaunchAttributeCooperative;
     cooperative.val.cooperative = 1;
+  }
+  if (launch.cluster > 1) {
+    cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {static_cast<unsigned>(launch.cluster), 1, 1};
   }
   HEDDLE_CUDA(cudaLaunchKernelEx(&config, kKernel, args...));
 }

@@ -70,6 +70,7 @@ struct ScanArgs {
   float scale;
   // the first kernel of its operator, which begins before that of the operator before has ended
   bool first;
+  bool fits;  // L2 holds q, k and v
   const float* slopes;
   int64_t slopes_stride;
   const int32_t* cu_seqlens;
@@ -344,16 +345,15 @@ __global__ void __launch_bounds__((ScanShape<kD, kE>::kThreads), 1)
   // the same in all lanes, which the compiler cannot know of threadIdx
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
 
-  int index = blockIdx.x;
+  const int slice = blockIdx.x % args.slices;
+  int index = blockIdx.x / args.slices;
   if (args.segments > 1) {
     // one head after the other: those that decay fast are mostly the first, and soon summed up
-    const int ctas = gridDim.x / args.heads;
-    index = index % ctas * args.heads + index / ctas;
+    const int slots = gridDim.x / args.slices / args.heads;
+    index = index % slots * args.heads + index / slots;
   }
   const int head = index % args.heads;
-  index /= args.heads;
-  const int slice = index % args.slices;
-  const ScanPlace place = place_of(args, index / args.slices);
+  const ScanPlace place = place_of(args, index / args.heads);
   if (place.slot < 0) return;
   const int chunks = (place.length + kChunk - 1) / kChunk, tail = place.length % kChunk;
   const bool wanted = args.state && place.last && head % args.share_state == 0;
@@ -377,8 +377,9 @@ __global__ void __launch_bounds__((ScanShape<kD, kE>::kThreads), 1)
   if (warpgroup == 0) {
     lower_registers<24>();
     if (threadIdx.x < 32 && elect_one()) {
-      // slices of one head meet in L2
-      const Keep keep = args.slices > 1 ? Keep::kNormal : Keep::kShortly;
+      // lines that L2 lets go first never push out what others left there, and share the few places
+      // beside it: only where L2 holds what is read later in the call
+      const Keep keep = args.fits ? Keep::kShortly : Keep::kNormal;
       for (int chunk = 0; chunk < chunks; ++chunk) {
         const Turn<kStages> turn(chunk);
         smem.empty[turn.stage].wait(turn.parity ^ 1);
@@ -388,7 +389,7 @@ __global__ void __launch_bounds__((ScanShape<kD, kE>::kThreads), 1)
         smem.k[turn.stage].load(gmem_k, full, row, head / args.share_k, place.batch, keep);
         for (int column = 0; column < kE; column += 64)
           copy_to_smem(smem.v[turn.stage].panel(column), gmem_v, full, slice * kE + column, row,
-                       head / args.share_v, place.batch, keep);
+                       head / args.share_v, place.batch, Keep::kNormal);
         smem.q[turn.stage].load(gmem_q, full, row, head / args.share_q, place.batch, keep);
       }
     }
@@ -732,6 +733,8 @@ sm90::TensorMap scan_map(const ScanCall& call, const void* data, int64_t d, int6
                          {d, call.s, h, call.b, strides.row, strides.head, strides.batch}, kChunk);
 }
 
+constexpr int64_t kL2Bytes = int64_t{50} << 20;
+
 inline ScanArgs scan_args(const ScanCall& call, const ScanPlan& plan) {
   const auto small = [](int64_t x) { return static_cast<int>(x); };
   ScanArgs args{};
@@ -749,6 +752,9 @@ inline ScanArgs scan_args(const ScanCall& call, const ScanPlan& plan) {
   args.parts = plan.parts;
   args.slots = small(plan.slots);
   args.sequences = small(call.sequences);
+  args.fits =
+      plan.slices == 1 &&
+      2 * call.b * call.s * (call.hq * call.d + call.hk * call.d + call.hv * call.e) <= kL2Bytes;
   args.scale = call.scale;
   args.slopes = call.slopes;
   args.slopes_stride = call.slopes_stride;
@@ -783,10 +789,12 @@ void launch_scan(const ScanCall& call, const ScanPlan& plan, cudaStream_t stream
         gmem_k, gmem_v, args);
     args.first = false;
   }
-  launch<lightning_sm90_kernel<kType, kD, kE, kPrecise>>(
-      {ctas(plan.slots), ScanShape<kD, kE>::kThreads, sm90::shared_memory_bytes<ScanSmem<kD, kE>>(),
-       stream, true},
-      gmem_q, gmem_k, gmem_v, gmem_out, args);
+  Launch main{ctas(plan.slots), ScanShape<kD, kE>::kThreads,
+              sm90::shared_memory_bytes<ScanSmem<kD, kE>>(), stream, true};
+  // two slices of a head are neighbours on the chip and read q and k at nearly the same time
+  if (plan.slices % 2 == 0 && args.first) main.cluster = 2;
+  launch<lightning_sm90_kernel<kType, kD, kE, kPrecise>>(main, gmem_q, gmem_k, gmem_v, gmem_out,
+                                                         args);
 }
 
 }  // namespace

@@ -11,7 +11,8 @@ struct Launch {
   int ctas, threads;
   size_t smem_bytes;
   cudaStream_t stream;
-  bool overlaps = false;
+  bool overlaps = false, together = false;
+  int rows = 1, cluster = 1;
 };
 
 template <auto kKernel, class... Args> void launch(const Launch& launch, const Args&... args) {
