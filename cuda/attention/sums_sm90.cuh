@@ -5,8 +5,8 @@
 //
 //   lse[p] = ln(sum(w(S[p,t])))   with S and its weights w as in forward_sm90.cuh
 //
-// A tile is 64 rows of q for each of two computing warpgroups, and each sums while the other's
-// products run. Warpgroup 0 loads.
+// A tile is 64 rows of q for each of two computing warpgroups. Each has the products of the next
+// key tile running while it sums those of one. Warpgroup 0 loads.
 namespace heddle {
 namespace {
 
@@ -92,8 +92,8 @@ __global__ void __launch_bounds__(SumsTile::kThreads, 1)
 
   raise_registers<Shape::kComputeRegisters>();
   const int own = warpgroup - 1, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
-  float acc_s[kKeys / 2];
-  // what is read while scores are multiplied
+  float scores[2][kKeys / 2];  // of a key tile and of the next
+  // what is read of a tile before its scores are needed
   uint32_t ahead[kCosines ? 1 : kKeys / 8][2];
   float2 factors[kCosines ? kKeys / 8 : 1];
   RowSoftmax rows;
@@ -118,10 +118,10 @@ __global__ void __launch_bounds__(SumsTile::kThreads, 1)
         args.window ? max(work.row + kQueries + diagonal - args.window + kKeys - 1, 0) / kKeys : 0;
     const int key_end = __shfl_sync(~0u, work.key_end, 0);
     const int key_tiles = __shfl_sync(~0u, work.key_tiles, 0);
-#pragma unroll 1
-    for (int j = 0; j < key_tiles; ++j, ++used) {
-      const Turn<kStages> k(used);
-      const int tile = key_end - 1 - j, column = tile * kKeys + lane % 4 * 2;
+    const auto tile_of = [&](int j) { return key_end - 1 - j; };
+    const auto column_of = [&](int j) { return tile_of(j) * kKeys + lane % 4 * 2; };
+    const auto fetch = [&](int j) {
+      const int column = column_of(j);
       if constexpr (kCosines) {
 #pragma unroll
         for (int g = 0; g < kKeys / 8; ++g)
@@ -132,28 +132,52 @@ __global__ void __launch_bounds__(SumsTile::kThreads, 1)
 #pragma unroll
           for (int x = 0; x < 2; ++x) ahead[g][x] = slots.word(column + 8 * g, x, work.sk);
       }
+    };
+    const auto issue = [&](float(&acc)[kKeys / 2], int j) {
+      const Turn<kStages> k(used + j);
       smem.k_full[k.stage].wait(k.parity);
-      wgmma_fence(acc_s);
+      wgmma_fence(acc);
 #pragma unroll
       for (int d = 0; d < kD; d += 16)
-        wgmma<kType, Major::kK>(acc_s, smem.q[q.stage].k_major(own * 64, d),
+        wgmma<kType, Major::kK>(acc, smem.q[q.stage].k_major(own * 64, d),
                                 smem.k[k.stage].k_major(0, d), d > 0);
       wgmma_commit();
-      wgmma_wait<0>(acc_s);
-      release(smem.k_empty[k.stage]);
+    };
+    const auto add = [&](float(&acc)[kKeys / 2], int j) {
+      release(smem.k_empty[Turn<kStages>(used + j).stage]);
+      const int tile = tile_of(j);
       if constexpr (kCosines) {
-        multiply_columns(acc_s, [&](int from) { return factors[from / 8]; });
+        multiply_columns(acc, [&](int from) { return factors[from / 8]; });
       } else {
-        slots.map(acc_s, ahead, bounds, column, work.sk);
+        slots.map(acc, ahead, bounds, column_of(j), work.sk);
       }
+      fetch(min(j + 1, key_tiles - 1));
       if (tile >= whole_end || tile < whole_begin)
-        mask_scores(acc_s, bounds, tile * kKeys, args.window, lane);
+        mask_scores(acc, bounds, tile * kKeys, args.window, lane);
       if constexpr (kCosines) {
-        slots.sum_cosines(acc_s, rows);
+        slots.sum_cosines(acc, rows);
       } else {
-        slots.sum(acc_s, rows);
+        slots.sum(acc, rows);
       }
-    }
+    };
+    // Key tile j, and whether it isn't the last. The branches are apart: were they around the
+    // products alone, the compiler would serialise them.
+    const auto step = [&](float(&acc)[kKeys / 2], float(&next)[kKeys / 2], int j) {
+      if (j + 1 == key_tiles) {
+        wgmma_wait<0>(acc);
+        add(acc, j);
+        return false;
+      }
+      issue(next, j + 1);
+      wgmma_wait<1>(acc);
+      add(acc, j);
+      return true;
+    };
+    fetch(0);
+    issue(scores[0], 0);
+#pragma unroll 1
+    for (int j = 0; step(scores[0], scores[1], j) && step(scores[1], scores[0], j + 1);) j += 2;
+    used += key_tiles;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const RowEnd end(rows.row_max[r], rows.total(r),

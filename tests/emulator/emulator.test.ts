@@ -593,8 +593,14 @@ const kernels: Kernel[] = [
       {
         what: 'a tile is given back while products read it',
         file: sums,
-        from: 'wgmma_wait<0>(acc_s);\n      release(smem.k_empty[k.stage]);',
-        to: 'release(smem.k_empty[k.stage]);\n      wgmma_wait<0>(acc_s);',
+        from: 'release(smem.k_empty[Turn<kStages>(used + j).stage]);',
+        to: 'release(smem.k_empty[Turn<kStages>(used + j + 1).stage]);',
+      },
+      {
+        what: 'scores are added up while they are multiplied',
+        file: sums,
+        from: 'wgmma_wait<1>(acc);\n      add(acc, j);',
+        to: 'add(acc, j);\n      wgmma_wait<1>(acc);',
       },
       {
         what: 'q is loaded over the one before the last',
