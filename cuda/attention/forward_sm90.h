@@ -122,14 +122,14 @@ inline bool scales_products(const ForwardCall& call) {
 }
 
 // Whether scores are cosines by a factor, which bounds them, and nothing else
+inline constexpr float kMostCosine = 69;  // exp of it and of less is a normal number
 inline bool takes_cosines(const ForwardCall& call) {
-  constexpr float kMost = 69;  // exp of it and of less is a normal number
   const Slots& slots = call.slots;
   const float length =
       slots.length_scale != 0 ? slots.length_scale * std::log(static_cast<float>(call.sk)) : 1;
   return slots.cosine && slots.bias_form == BiasForm::kNone && call.soft_cap == 0 && !call.slopes &&
-         !call.cu_seqlens_q && call.scale > 0 && length >= 0 && call.scale * length <= kMost &&
-         slots.k_row % 4 == 0;
+         !call.cu_seqlens_q && call.scale > 0 && length >= 0 &&
+         call.scale * length <= kMostCosine && slots.k_row % 4 == 0;
 }
 
 // The most special one that takes a call without a mask

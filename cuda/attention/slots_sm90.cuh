@@ -35,10 +35,14 @@ struct SlotRow {
 struct Peaks {
   float most[2];  // product up to which weights stay relative to the same
   float gain[2], offset[2];
+  // Scores that weigh something are so high that softplus is almost the score, and weights are
+  // relative to the highest that there could be
+  bool high;
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
     for (int r = 0; r < 2; ++r) most[r] = -INFINITY, gain[r] = offset[r] = 0;
+    high = false;
   }
 };
 
@@ -385,58 +389,104 @@ struct SlotMap {
     for (int r = 0; r < 2; ++r) rows.row_sum[r] = sums[r];
   }
 
+  // Makes weights relative to the largest so far, or to the largest that there could be; not if
+  // that is too little beside the offset, or the mean too far from 1
+  template <int kLag, bool kSeeksHigh, int kScores>
+  __device__ __forceinline__ bool move_peaks(const float (&acc)[kScores], RowSoftmax& rows,
+                                             Peaks& peaks, bool& moved) const {
+    const bool seeks = kSeeksHigh && slots.power == 15;
+    bool beyond = seeks;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) beyond |= own_highest(acc, r, acc[2 * r]) > peaks.most[r];
+    if (!__any_sync(~0u, beyond)) return true;
+    constexpr float kLeastGain = 0x1p-20f, kMostGain = 2, kMostOffset = 16;
+    const float root = reciprocal_approx(slots.power);
+    bool fits = true, high = seeks;
+    float next[2], limit[2], limit_log2[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float gain = exp2_approx(row[r].gain_log2 + kSoftplusBase);
+      const float highest = rows.highest(acc, r) * row[r].scale;
+      const float share = gain * softplus_log2(highest), above = share - row[r].offset;
+      const float before = rows.row_max[r];
+      const float top = above <= Attention::kReweightedSnap * share
+                            ? -INFINITY
+                            : slots.power * log2_approx(above);
+      // what two terms lack beside the largest, and what that is beside the limit
+      const float u = exp2_approx(-highest);
+      limit[r] = fmaf(gain, kMostCosine * kLog2e + 1, -row[r].offset);
+      limit_log2[r] = slots.power * log2_approx(limit[r]);
+      high &= gain * u * u * u * 0x1p17f <= above && above * 32 >= limit[r] &&
+              (before == -INFINITY || limit_log2[r] - before <= 120);
+      next[r] = top - before <= (seeks ? 0 : kLag) ? before : fmaxf(before, top);
+      const float inverse = next[r] == -INFINITY ? 0 : exp2_approx(-next[r] * root);
+      fits &= highest <= kMostSoftplus && gain >= kLeastGain && gain <= kMostGain &&
+              -row[r].offset * inverse >= -kMostOffset;
+      peaks.gain[r] = gain * inverse;
+      peaks.offset[r] = -row[r].offset * inverse;
+      const float most =
+          (row[r].offset + exp2_approx((next[r] + kLag) * root)) * reciprocal_approx(gain);
+      peaks.most[r] = log2_approx(exp2_approx(fminf(most, kMostSoftplus)) - 1) *
+                      reciprocal_approx(row[r].scale);
+    }
+    if (__any_sync(~0u, !fits)) {
+      peaks.clear();
+      return false;
+    }
+    peaks.high = __all_sync(~0u, high);
+    if (peaks.high) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float inverse = reciprocal_approx(limit[r]);
+        next[r] = limit_log2[r];
+        peaks.gain[r] = exp2_approx(row[r].gain_log2 + kSoftplusBase) * inverse;
+        peaks.offset[r] = -row[r].offset * inverse;
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) moved |= rows.move(r, next[r]);
+    moved = __any_sync(~0u, moved);
+    return true;
+  }
+
   // Powers of 15 and 3 of cosines' products
   template <int kLag, int kScores>
   __device__ __forceinline__ bool reweigh(float (&acc)[kScores], RowSoftmax& rows,
                                           Peaks& peaks) const {
-    bool beyond = false, moved = false;
+    // weights of bf16 have all digits however far they are below what they are relative to
+    constexpr bool kSeeksHigh = kLag >= 60;
+    bool moved = false;
+    rows.shrink[0] = rows.shrink[1] = 1;
+    if (!peaks.high && !move_peaks<kLag, kSeeksHigh>(acc, rows, peaks, moved)) {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      beyond |= own_highest(acc, r, acc[2 * r]) > peaks.most[r];
-      rows.shrink[r] = 1;
+      for (int i = 0; i < kScores; ++i)
+        acc[i] = exponent(acc[i] * row[i / 2 % 2].scale, row[i / 2 % 2]);
+      return rows.update(acc, 1.f);
     }
-    if (__any_sync(~0u, beyond)) {
-      constexpr float kLeastGain = 0x1p-20f, kMostGain = 2, kMostOffset = 16;
-      const float root = reciprocal_approx(slots.power);
-      bool fits = true;
-      float next[2];
+    if (kSeeksHigh && peaks.high) {
+      // s + log2(1 + u) for u = 2^-s, of which two terms are taken
+      float slope[2], first[2];
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const float gain = exp2_approx(row[r].gain_log2 + kSoftplusBase);
-        const float highest = rows.highest(acc, r) * row[r].scale;
-        const float share = gain * softplus_log2(highest), above = share - row[r].offset;
-        const float before = rows.row_max[r];
-        const float top = above <= Attention::kReweightedSnap * share
-                              ? -INFINITY
-                              : slots.power * log2_approx(above);
-        next[r] = top - before <= kLag ? before : fmaxf(before, top);
-        const float inverse = next[r] == -INFINITY ? 0 : exp2_approx(-next[r] * root);
-        fits &= highest <= kMostSoftplus && gain >= kLeastGain && gain <= kMostGain &&
-                -row[r].offset * inverse >= -kMostOffset;
-        peaks.gain[r] = gain * inverse;
-        peaks.offset[r] = -row[r].offset * inverse;
-        const float most =
-            (row[r].offset + exp2_approx((next[r] + kLag) * root)) * reciprocal_approx(gain);
-        peaks.most[r] = log2_approx(exp2_approx(fminf(most, kMostSoftplus)) - 1) *
-                        reciprocal_approx(row[r].scale);
-      }
-      if (__any_sync(~0u, !fits)) {
-        peaks.clear();
-#pragma unroll
-        for (int i = 0; i < kScores; ++i)
-          acc[i] = exponent(acc[i] * row[i / 2 % 2].scale, row[i / 2 % 2]);
-        return rows.update(acc, 1.f);
+        slope[r] = peaks.gain[r] * row[r].scale;
+        first[r] = peaks.gain[r] * kLog2e;
       }
 #pragma unroll
-      for (int r = 0; r < 2; ++r) moved |= rows.move(r, next[r]);
-      moved = __any_sync(~0u, moved);
-    }
+      for (int i = 0; i < kScores; ++i) {
+        const int r = i / 2 % 2;
+        const float u = exp2_approx(-(acc[i] * row[r].scale));
+        const float x = saturate(
+            fmaf(fmaf(u, -0.5f * first[r], first[r]), u, fmaf(acc[i], slope[r], peaks.offset[r])));
+        acc[i] = x * x * x;
+      }
+    } else {
 #pragma unroll
-    for (int i = 0; i < kScores; ++i) {
-      const int r = i / 2 % 2;
-      const float x =
-          relu(fmaf(softplus_log2(acc[i] * row[r].scale), peaks.gain[r], peaks.offset[r]));
-      acc[i] = x * x * x;
+      for (int i = 0; i < kScores; ++i) {
+        const int r = i / 2 % 2;
+        const float x =
+            relu(fmaf(softplus_log2(acc[i] * row[r].scale), peaks.gain[r], peaks.offset[r]));
+        acc[i] = x * x * x;
+      }
     }
     if (slots.power == 15) {
 #pragma unroll

@@ -412,6 +412,9 @@ __device__ __forceinline__ float relu(float x) {
   return y;
 }
 
+// Between 0 and 1, and 0 for NaN, which costs nothing behind a sum
+__device__ __forceinline__ float saturate(float x) { return __saturatef(x); }
+
 // Two elements in one register, `low` in the lower half
 template <DType kType> __device__ __forceinline__ uint32_t pack(float low, float high) {
   static_assert(kType == DType::kF16 || kType == DType::kBF16);

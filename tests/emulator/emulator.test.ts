@@ -566,6 +566,18 @@ const kernels: Kernel[] = [
         to: 'if (false) {',
       },
       {
+        what: 'softplus of high scores lacks a term',
+        file: slots,
+        from: 'fmaf(u, -0.5f * first[r], first[r])',
+        to: 'first[r]',
+      },
+      {
+        what: 'two terms make softplus of any score',
+        file: slots,
+        from: 'gain * u * u * u * 0x1p17f <= above && above * 32 >= limit[r]',
+        to: 'above > 0',
+      },
+      {
         what: 'a power is one too high',
         file: slots,
         from: 'times >> bit & 1',

@@ -188,6 +188,7 @@ inline float exp2_approx(float x) { return std::exp2(x); }
 // no better between 1/2 and 2
 inline float log2_approx(float x) { return std::nearbyint(std::log2(x) * 0x1p22f) * 0x1p-22f; }
 inline float relu(float x) { return x < 0 ? 0 : x; }
+inline float saturate(float x) { return x > 0 ? std::fmin(x, 1.f) : 0; }
 
 template <DType kType> uint32_t pack(float low, float high) {
   static_assert(kType == DType::kF16 || kType == DType::kBF16);
