@@ -155,7 +155,15 @@ describeGpu('attention over a mask on large shapes', () => {
           const [under, without] = [{ mask: everything }, { causal: options.causal }].map(
             (option) => gradients(attentionBackward(...given, option)),
           )
-          expect(bytesOf(await under!).equals(bytesOf(await without!)), what).toBe(true)
+          // without a mask or causality the last key tiles come in parts, whose sums are added another way
+          const [covered, bare] = [await under!, await without!]
+          if (options.causal) expect(bytesOf(covered).equals(bytesOf(bare)), what).toBe(true)
+          else
+            covered.forEach((x, i) => {
+              expect(relativeRms(x, bare[i]!), what).toBeLessThan(
+                dtype === 'bfloat16' ? 1e-3 : 1e-4,
+              )
+            })
         }
       },
       120_000,
