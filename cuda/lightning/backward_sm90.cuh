@@ -272,7 +272,7 @@ __global__ void __launch_bounds__(kSweepThreads, 1)
         const int token = place.begin + (chunks - 1 - visit) * kChunk;
         Barrier& full = smem.full[turn.stage];
         const auto load = [&](auto& tile, const TensorMap& map, int of) {
-          tile.load(map, full, token, of, place.batch, Keep::kShortly);
+          tile.load(map, full, token, of, place.batch, Keep::kNormal);
         };
         smem.empty_q[turn.stage].wait(turn.parity ^ 1);
         full.arrive_expect(4 * smem.q[0].kBytes);

@@ -86,12 +86,14 @@ ScanPlan plan_scan_sm90(const ScanCall& call) {
   // Halves of e read q and k twice, mostly from L2, and are through a chunk in less time than whole
   // rows: better than twice as many segments, whose keys are read twice from memory. Not where they
   // leave more of the chip empty, nor where segments are so long that products cost more than the
-  // end of the summaries.
+  // end of the summaries, which one pass has not: much later where that fills the chip.
   if (wide && 2 * ctas <= call.processors && call.schedule == 0) {
     constexpr int64_t kShortest = 4 * kChunk;
     const int64_t whole = ScanPlan::most_segments(call, ctas, kShortest);
     const int64_t halves = ScanPlan::most_segments(call, 2 * ctas, kShortest);
-    if ((2 * halves >= whole || tokens < 4096) && tokens <= (halves > 1 ? 4096 : 8192) * halves) {
+    const int64_t alone = 5 * ctas < 2 * call.processors ? 8192 : 32768;
+    const int64_t most = halves > 1 ? 4096 * halves : alone;
+    if ((2 * halves >= whole || tokens < 4096) && tokens <= most) {
       plan.columns = 64;
       ctas = states * parts_of(call.e, plan.columns);
       segments = tokens < (halves >= 4 ? 1024 : 2048) ? 1 : halves;
