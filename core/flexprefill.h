@@ -97,7 +97,7 @@ struct FlexTask {
 // Memory of a team; several that work on one head find the same
 struct FlexMemory {
   Histogram bins;
-  float parts[64];
+  float parts[256];
   float divergence;
   bool finite;
 };
@@ -196,10 +196,10 @@ HEDDLE_HD void flexprefill_head(const Team& own, const Group& all, const FlexTas
     return x < least ? least : x > most ? most : x;
   };
 
-  own.each(64, [&](int64_t i) {
+  own.each(256, [&](int64_t i) {
     if (i == 0) memory.finite = true;
     float sum = 0;
-    for (int64_t c = i; c < nk; c += 64) {
+    for (int64_t c = i; c < nk; c += 256) {
       const float a = estimate[c], v = vertical[c], m = (a + v) / 2;
       // 0 log 0 is 0 but in the released code, where it is NaN and the head not query-aware
       if (op.coverage ? a > 0 : true) sum += a * logf(a / m);

@@ -47,6 +47,7 @@ __device__ inline void flexprefill_sum(const FlexArgs& args, int64_t warp) {
   float own = 0;
   const int64_t head = line / 2, sk = args.task.sk, sq = min(args.task.op.block, args.task.sq);
   const bool in_strips = line % 2 == 1 && args.strips.count > 0;
+#pragma unroll 4
   for (int64_t t = lane; t < sum.count; t += 32) {
     float mass;
     if (in_strips) {
@@ -139,27 +140,34 @@ __device__ bool flexprefill_pairs(const FlexArgs& args, const CtaGroup& all, Fle
     const int seen = writes ? static_cast<int>(visible.seen(own_row) - own_word * 32) : 0;
     const uint32_t from = own_row * columns + own_word * 32;
     uint32_t pairs = 0;
+    const uint32_t some = __ballot_sync(~0u, seen > 0);
 #pragma unroll 1
     for (int other = 0; other < static_cast<int>(each); other += kAhead) {
+      if ((some >> other & ((1u << kAhead) - 1)) == 0) continue;
       float shares[kAhead];
+      uint32_t at[kAhead], here[kAhead], found = 0, to = 0;
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
-        const uint32_t at = __shfl_sync(~0u, from, other + i) + lane;
-        shares[i] = lane < __shfl_sync(~0u, seen, other + i) ? map[at] : NAN;
+        at[i] = __shfl_sync(~0u, from, other + i) + lane;
+        shares[i] = lane < __shfl_sync(~0u, seen, other + i) ? map[at[i]] : NAN;
       }
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
         const int bin = shares[i] >= 0 ? share_bin(shares[i]) : -1;
-        const bool may = bin >= low && bin <= top;
-        const uint32_t sure = __ballot_sync(~0u, bin > top), here = __ballot_sync(~0u, may);
+        const uint32_t sure = __ballot_sync(~0u, bin > top);
         if (bin > top) above += mass_of_share(shares[i]);
         if (lane == other + i) pairs = sure;
-        if (here == 0) continue;
-        const uint32_t at = __shfl_sync(~0u, from, other + i) + lane;
-        uint32_t to = 0;
-        if (lane == 0) to = atomicAdd(&memory.size, static_cast<uint32_t>(__popc(here)));
-        to = __shfl_sync(~0u, to, 0) + static_cast<uint32_t>(__popc(here & ((1u << lane) - 1)));
-        if (may && to < args.room) list[to] = rank_of_share(shares[i], at);
+        here[i] = __ballot_sync(~0u, bin >= low && bin <= top);
+        found += static_cast<uint32_t>(__popc(here[i]));
+      }
+      if (found == 0) continue;
+      if (lane == 0) to = atomicAdd(&memory.size, found);
+      to = __shfl_sync(~0u, to, 0);
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        const uint32_t place = to + static_cast<uint32_t>(__popc(here[i] & ((1u << lane) - 1)));
+        if (here[i] >> lane & 1 && place < args.room) list[place] = rank_of_share(shares[i], at[i]);
+        to += static_cast<uint32_t>(__popc(here[i]));
       }
     }
     if (writes) write(own_row, own_word, pairs);

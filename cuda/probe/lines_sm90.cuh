@@ -27,7 +27,7 @@
 // whose 32 distances are then added up from shared memory. No sum depends on timing.
 //
 // The three warps beside the one that loads average some blocks of q and k, half of them in each
-// walk: memory has nothing else to do, and the units for products add up rows in passing.
+// walk: memory has nothing else to do.
 namespace heddle {
 namespace {
 
@@ -168,20 +168,16 @@ struct LineSums {
 };
 
 // Means of the blocks from `first` to `end`, those of k behind those of q and of the same size,
-// every `step`-th, by one warp. A lane has 16 bytes of a row, and the matrix unit adds them up: a
-// product with two identities of 8 x 8 leaves the sums of four pairs where the pairs were.
+// every `step`-th, by one warp. A lane has 16 bytes of rows that are kRows apart.
 template <DType kType, int kD>
 __device__ __forceinline__ void average_blocks(const sm90::TensorMap& gmem_q,
                                                const sm90::TensorMap& gmem_k, const MeanArgs& q,
                                                const MeanArgs& k, MeanRing<kD>& ring, int first,
                                                int end, int step) {
-  using T = std::conditional_t<kType == DType::kBF16, BF16, F16>;
   constexpr int kLanes = kD / 8, kRows = 32 / kLanes;
   const int lane = static_cast<int>(threadIdx.x) % 32, row = lane / kLanes,
             column = lane % kLanes * 8;
   const int of_q = static_cast<int>(q.count()), boxes = static_cast<int>(q.block) / kMeanRows;
-  const uint32_t identity =
-      lane / 8 == lane % 4 ? pack_pair<T>(lane / 4 % 2 == 0, lane / 4 % 2) : 0;
   const auto find = [&](int block) {
     return (block < of_q ? q : k).at(static_cast<uint32_t>(block < of_q ? block : block - of_q));
   };
@@ -206,20 +202,17 @@ __device__ __forceinline__ void average_blocks(const sm90::TensorMap& gmem_q,
   sm90::Turn<kMeanStages> turn(0);
 #pragma unroll 1
   for (int own = first; own < end; own += step) {
-    float sum[2][4] = {};
+    float sum[8] = {};
 #pragma unroll 1
     for (int n = 0; n < boxes; ++n) {
       ring.full[turn.stage].wait(turn.parity);
+#pragma unroll 4
+      for (int i = row; i < row + kMeanRows; i += kRows) {
+        uint32_t words[4];
+        sm90::load_16_bytes(ring.rows[turn.stage].address(i, column), words);
 #pragma unroll
-      for (int i = row; i < row + kMeanRows; i += 2 * kRows) {
-        uint32_t pair[2][4];
-        sm90::load_16_bytes(ring.rows[turn.stage].address(i, column), pair[0]);
-        sm90::load_16_bytes(ring.rows[turn.stage].address(i + kRows, column), pair[1]);
-#pragma unroll
-        for (int j = 0; j < 2; ++j)
-          multiply<T>(sum[j],
-                      {pair[0][2 * j], pair[0][2 * j + 1], pair[1][2 * j], pair[1][2 * j + 1]},
-                      identity, identity);
+        for (int e = 0; e < 8; ++e)
+          sum[e] += sm90::unpack<kType>(static_cast<uint16_t>(words[e / 2] >> 16 * (e % 2)));
       }
       __syncwarp();
       request(turn.stage);
@@ -228,10 +221,11 @@ __device__ __forceinline__ void average_blocks(const sm90::TensorMap& gmem_q,
     const MeanArgs::Block found = find(own);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      float& all = sum[i / 4][i % 4];
-      for (int other = kLanes; other < 32; other *= 2) all += __shfl_xor_sync(~0u, all, other);
+      for (int other = kLanes; other < 32; other *= 2)
+        sum[i] += __shfl_xor_sync(~0u, sum[i], other);
       if (row == 0)
-        store_mean(own < of_q ? q : k, found.to + column + i, all / static_cast<float>(found.rows));
+        store_mean(own < of_q ? q : k, found.to + column + i,
+                   sum[i] / static_cast<float>(found.rows));
     }
   }
 }

@@ -2089,8 +2089,8 @@ const kernels: Kernel[] = [
       {
         what: 'half of the rows are added up',
         file: lines,
-        from: 'i < row + kMeanRows; i += 2 * kRows',
-        to: 'i < row + kMeanRows; i += 4 * kRows',
+        from: 'i < row + kMeanRows; i += kRows',
+        to: 'i < row + kMeanRows; i += 2 * kRows',
       },
       {
         what: 'the first walk averages nothing',
@@ -2107,8 +2107,8 @@ const kernels: Kernel[] = [
       {
         what: 'a distance misses a strip',
         file: 'probe/lines_sm90.h',
-        from: 's * length < from + 128',
-        to: 's * length < from + 127',
+        from: 'end < from + 128',
+        to: 'end < from + 127',
       },
     ],
   },

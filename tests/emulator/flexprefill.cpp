@@ -126,7 +126,7 @@ double check(const Case& c, emulator::Random& random) {
   LineStrips strips{};
   std::vector<float> parts;
   if (c.members > 1) {
-    const int64_t length = 96, queries = std::min(block, c.sq);
+    const int64_t length = 128, queries = std::min(block, c.sq);
     strips = {nullptr, length, (c.sk + length - 1) / length};
     parts.assign(size(c.heads * strips.count * (length + 128)), 0);
     strips.distances = parts.data();
