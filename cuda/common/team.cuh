@@ -53,8 +53,8 @@ struct CtaTeam {
     }
   }
   __device__ void wait() const { __syncthreads(); }
-  // Each thread has a rank and compares it with all others; where these are many, all find the bits
-  // of a rank from which on there are as many as wanted
+  // Each thread has a rank and compares it with all others; where a number of many is wanted, all
+  // find the bits of a rank from which on there are as many
   static constexpr int64_t kFew = 256;
   __device__ int64_t few_of(const Wanted& wanted) const {
     return wanted.by_mass ? kFew : max(kFew, int64_t{blockDim.x});

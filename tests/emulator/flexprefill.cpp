@@ -140,7 +140,8 @@ double check(const Case& c, emulator::Random& random) {
   }
   std::vector<FlexGroup> groups(size(c.groups));
   std::memset(static_cast<void*>(groups.data()), 0xff, groups.size() * sizeof(FlexGroup));
-  std::vector<uint64_t> list(size(c.groups * c.members * c.room), ~uint64_t{0});
+  // Behind them lies what names the first pair, for who reads on
+  std::vector<uint64_t> list(size(c.groups * c.members * c.room + (1 << 16)), ~uint64_t{0});
   const FlexArgs args{task, groups.data(), list.data(), c.room, c.groups, c.members, strips};
   const int warps = c.threads / 32;
   emulator::launch(static_cast<int>((c.heads * 2 * nk + warps - 1) / warps), c.threads, 0,
