@@ -39,7 +39,6 @@ struct SplitWork {
   int key_tile, key_tiles;     // of this run
   int unit;                    // its number, and which of all key tiles are its own
   int unit_begin, unit_tiles;  // counted over all units
-  bool last;                   // of the CTA
 };
 
 template <int kD> struct SplitSmem {
@@ -51,8 +50,7 @@ template <int kD> struct SplitSmem {
   sm90::Barrier k_full[Shape::kStages], k_empty[Shape::kStages];
   sm90::Barrier v_full[Shape::kStages], v_empty[Shape::kStages];
   int poisoned[kSplitRows];  // rows that came out as no number
-  SplitWork parted;          // the first run, if others share its unit and another run comes
-  int arrived[2];            // at the unit of the last run, and at that of `parted`
+  int arrived;
 };
 
 struct SplitArgs {
@@ -208,7 +206,6 @@ __global__ void __launch_bounds__(SplitTile<kD>::kThreads, SplitTile<kD>::kCtas)
       work.unit = batch * plan.units() + inside;
       work.unit_begin = before + inside * tiles;
       work.unit_tiles = tiles;
-      work.last = at + work.key_tiles == end;
       // a lane copies one box of a tile; 32 of them ask for as many pages at once
       const int its_row = lane * args.box;
       int pages = 0;
@@ -280,19 +277,13 @@ __global__ void __launch_bounds__(SplitTile<kD>::kThreads, SplitTile<kD>::kCtas)
   };
 
   uint32_t used = 0;
-  bool parted = false;
   for (uint32_t visit = 0;; ++visit) {
     const Turn<kWorks> turn(visit);
     smem.work_full[turn.stage].wait(turn.parity);
-    SplitWork work = smem.work[turn.stage];
+    const SplitWork work = smem.work[turn.stage];
     __syncwarp();
     release(smem.work_empty[turn.stage]);
-    // what is left to do of the first run, once all keys have been seen
-    const bool again = work.batch < 0;
-    if (again) {
-      if (!parted) break;
-      work = smem.parted;
-    }
+    if (work.batch < 0) break;
     const int key_tiles = __shfl_sync(~0u, work.key_tiles, 0);
 
     const int first_row = work.row_tile * kSplitRows,
@@ -322,9 +313,9 @@ __global__ void __launch_bounds__(SplitTile<kD>::kThreads, SplitTile<kD>::kCtas)
                       args.slopes ? args.slopes[head_of(row) * args.slopes_stride] * kLog2e : 0};
     };
 
-    // the run before has done its products with q
+    // the run before has done its products with q, and all have read `arrived`
     sync();
-    for (int i = thread; !again && i < kSplitRows * kD / 8; i += 128) {
+    for (int i = thread; i < kSplitRows * kD / 8; i += 128) {
       const int row = i / (kD / 8), column = i % (kD / 8) * 8;
       if (row < rows_here && column < args.d) {
         store_16_bytes(smem.q.address(row, column), q_of(row) + column);
@@ -365,7 +356,7 @@ __global__ void __launch_bounds__(SplitTile<kD>::kThreads, SplitTile<kD>::kCtas)
     const int seen_begin = args.window ? position_of(rows_here - 1) - args.window + 1 : 0;
 
 #pragma unroll 1
-    for (int j = 0; !again && j < key_tiles; ++j, ++used) {
+    for (int j = 0; j < key_tiles; ++j, ++used) {
       const Turn<kStages> stage(used);
       const int key = (work.key_tile + j) * kKeys;
       smem.k_full[stage.stage].wait(stage.parity);
@@ -421,7 +412,6 @@ __global__ void __launch_bounds__(SplitTile<kD>::kThreads, SplitTile<kD>::kCtas)
       if (column == 0) *lse_of(to) = end.lse_log2 * kLn2;
     };
 
-    auto slot_of = [&](int cta) { return 2 * cta + (cta == first_cta ? late : 0); };
     if (whole) {
       if (!idle) {
 #pragma unroll
@@ -438,7 +428,8 @@ __global__ void __launch_bounds__(SplitTile<kD>::kThreads, SplitTile<kD>::kCtas)
           }
         }
       }
-    } else if (!again) {
+    } else {
+      auto slot_of = [&](int cta) { return 2 * cta + (cta == first_cta ? late : 0); };
       const int64_t slot = slot_of(static_cast<int>(blockIdx.x));
       if (!idle) {
 #pragma unroll
@@ -457,23 +448,11 @@ __global__ void __launch_bounds__(SplitTile<kD>::kThreads, SplitTile<kD>::kCtas)
           }
         }
       }
-      if (!work.last) {
-        // nobody waits for its arrival to be counted while keys are on their way
-        if (thread == 0) smem.parted = work;
-        parted = true;
-        continue;
-      }
-    }
-    if (work.last && (!whole || parted)) {
-      // all have written before arrivals say so, and the last reads what the others wrote
+      // all have written before the arrival says so, and the last reads what the others wrote
       sync();
-      if (thread == 0 && !whole) smem.arrived[0] = fetch_add_ordered(&args.arrivals[work.unit], 1);
-      if (thread == 32 && parted)
-        smem.arrived[1] = fetch_add_ordered(&args.arrivals[smem.parted.unit], 1);
+      if (thread == 0) smem.arrived = fetch_add_ordered(&args.arrivals[work.unit], 1);
       sync();
-    }
-    if (!whole) {
-      if (smem.arrived[again] == last_cta - first_cta) {
+      if (smem.arrived == last_cta - first_cta) {
         if (thread == 0) args.arrivals[work.unit] = 0;
         constexpr int kPieces = kD / 4;
         for (int i = thread; i < rows_here * kPieces; i += 128) {
@@ -547,7 +526,6 @@ __global__ void __launch_bounds__(SplitTile<kD>::kThreads, SplitTile<kD>::kCtas)
             out_of(mine)[32 * c + lane] = static_cast<uint16_t>(pack<kType>(values[c], 0));
       }
     }
-    if (again) break;
   }
 }
 

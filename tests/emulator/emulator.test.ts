@@ -828,18 +828,6 @@ const kernels: Kernel[] = [
         to: 'if (from + i >= last_cta) continue;',
       },
       {
-        what: 'what is left of a first run is not done',
-        file: split,
-        from: 'if (!parted) break;',
-        to: 'break;',
-      },
-      {
-        what: 'a first run takes the turn of the last',
-        file: split,
-        from: 'smem.arrived[again] == last_cta',
-        to: 'smem.arrived[0] == last_cta',
-      },
-      {
         what: 'infinity is multiplied by a weight of zero',
         file: split,
         from: 'if (from + i > last_cta) continue;\n              const float weight = exp2_approx(state[i].x - base);',
