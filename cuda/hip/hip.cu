@@ -111,7 +111,6 @@ template <class T> void choose(const HipArgs& args, CudaContext& context) {
       return search<HipMatrix<T, 256>>(args, context);
     }
   }
-  if (args.op.near) return search<HipPlain<T, true>>(args, context);
   search<HipPlain<T>>(args, context);
 }
 

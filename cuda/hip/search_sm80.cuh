@@ -258,9 +258,9 @@ template <class T, int kD, bool kLooksNear = false> class HipMatrix {
 };
 
 // Any other keys, and those that turn: a lane has one, and eight rows at a time
-template <class T, bool kLooksNear = false> class HipPlain {
+template <class T> class HipPlain {
  public:
-  static constexpr bool kNear = kLooksNear;
+  static constexpr bool kNear = true;
   __device__ HipPlain(const HipArgs& args, const HipPlace& place, char* smem)
       : op_(args.op), rows_(args, place), smem_q_(reinterpret_cast<float*>(smem)) {}
 

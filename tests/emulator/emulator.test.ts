@@ -1640,7 +1640,6 @@ const kernels: Kernel[] = [
         ['HipPlain<F16>', 'F16'],
         ['HipPlain<float>', 'float'],
         ['HipMatrix<BF16, 256, true>', 'BF16'],
-        ['HipPlain<F16, true>', 'F16'],
       ].map(([scorer, element]) => [
         scorer!.replace(/\W+/g, ' ').trim(),
         [`-DHEDDLE_SCORER=${scorer}`, `-DHEDDLE_ELEMENT=${element}`],
