@@ -39,19 +39,19 @@ template <int kD, int kDv, Form kForm, bool kListed> struct ForwardTile {
   // rows of q bring factors, constants or levels
   static constexpr bool kRows = kSlots || kForm == Form::kSigmoid || kForm == Form::kReweighted;
   // exp2 bounds d = 64: a third warpgroup leaves fewer clocks in which no product runs. Lists take
-  // registers that three don't have, and more rows would share one. With slopes three on shorter
-  // key tiles hide what one waits for its exponentials.
-  static constexpr int kWarpgroups = kListed                              ? kListedWarpgroups
-                                     : kD == 64 || kForm == Form::kSloped ? 3
-                                                                          : 2;
+  // registers that three don't have, and more rows would share one. With slopes and of sigmoids
+  // three on shorter key tiles hide what one waits for its exponentials.
+  static constexpr bool kShort = kForm == Form::kSloped || kForm == Form::kSigmoid;
+  static constexpr int kWarpgroups = kListed ? kListedWarpgroups : kD == 64 || kShort ? 3 : 2;
   static constexpr int kQueries = 64 * kWarpgroups;
   // as many as fit into shared memory with two stages. With slots scores have less registers, for
   // what is read of a tile ahead.
-  static constexpr int kKeys = kForm == Form::kSloped ? 64
-                               : kSlots               ? 96
-                               : kDv <= 128           ? 128
-                               : kDv == 192           ? 112
-                                                      : 80;
+  static constexpr int kKeys = kForm == Form::kSloped    ? 64
+                               : kForm == Form::kSigmoid ? 80
+                               : kSlots                  ? 96
+                               : kDv <= 128              ? 128
+                               : kDv == 192              ? 112
+                                                         : 80;
   // with two the next q loads, and the last out is stored, under the work on this one
   static constexpr int kBuffers = kD <= 128 ? 2 : 1;
   static constexpr int kStages = 2;
@@ -627,7 +627,7 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
       return rows.update_lazily<kLag>(acc_s, to_log2, {0, 0});
     } else if constexpr (kForm == Form::kSigmoid) {
       mask();
-      slots.make_sigmoids(acc_s, rows);
+      slots.make_sigmoids(acc_s, args.scale_log2, rows);
       return false;
     } else if constexpr (kForm == Form::kReweighted) {
       mask();

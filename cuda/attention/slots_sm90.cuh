@@ -246,20 +246,21 @@ struct SlotMap {
 
   // The same of products with rows' constants
   template <int kScores>
-  __device__ __forceinline__ void make_sigmoids(float (&acc)[kScores], RowSoftmax& rows) const {
+  __device__ __forceinline__ void make_sigmoids(float (&acc)[kScores], float scale,
+                                                RowSoftmax& rows) const {
     constexpr float kBase = 0x1p-15f;
     rows.shrink[0] = rows.shrink[1] = 1;
+    // e - e^2 + e^3 within 2^-14 of all, in two terms of which the second is a little less
+    constexpr float kLow = -6, kShare = 0.987f;
     bool low = true;
 #pragma unroll
     for (int r = 0; r < 2; ++r)
-      low &= fmaf(own_highest(acc, r, acc[2 * r]), row[r].scale, row[r].constant) <= -5;
-    // e - e^2 + e^3, of which the next would be 2^-15 of all
+      low &= none_above(acc, r, (kLow - row[r].constant) * reciprocal_approx(scale));
     if (__all_sync(~0u, low)) {
 #pragma unroll
       for (int i = 0; i < kScores; ++i) {
-        const int r = i / 2 % 2;
-        const float e = exp2_approx(fmaf(acc[i], row[r].scale, row[r].constant + 15));
-        acc[i] = e * fmaf(e, fmaf(e, kBase * kBase, -kBase), 1.f);
+        const float e = exp2_approx(fmaf(acc[i], scale, row[i / 2 % 2].constant + 15));
+        acc[i] = e * fmaf(e, -kShare * kBase, 1.f);
       }
       rows.add(acc);
       return;

@@ -151,6 +151,17 @@ __device__ __forceinline__ float own_highest(const float (&acc)[kScores], int r,
   return highest;
 }
 
+// Whether no number that this lane has of row r is above `most`, or that is not known. Those from 0
+// on have the order of their bits, of which three are compared at once.
+template <int kScores>
+__device__ __forceinline__ bool none_above(const float (&acc)[kScores], int r, float most) {
+  int highest = 0;
+#pragma unroll
+  for (int i = 2 * r; i < kScores; i += 4)
+    highest = __vimax3_s32(highest, __float_as_int(acc[i]), __float_as_int(acc[i + 1]));
+  return most >= 0 && highest <= __float_as_int(most);
+}
+
 // Weights as the operand of the product with values
 template <DType kType, int kScores>
 __device__ __forceinline__ void pack_weights(uint32_t (&frag)[kScores / 8][4],

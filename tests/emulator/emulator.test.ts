@@ -556,8 +556,8 @@ const kernels: Kernel[] = [
       {
         what: 'sigmoids that are not small are a short series',
         file: slots,
-        from: '<= -5;',
-        to: '<= 5;',
+        from: 'constexpr float kLow = -6,',
+        to: 'constexpr float kLow = 5,',
       },
       {
         what: 'a power is always 3',
