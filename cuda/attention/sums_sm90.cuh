@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(SumsTile::kThreads, 1)
   raise_registers<Shape::kComputeRegisters>();
   const int own = warpgroup - 1, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
   float scores[2][kKeys / 2];  // of a key tile and of the next
-  // what is read of a tile before its scores are needed
+  // what is read of a tile while products of the next are issued, which takes as long as they do
   uint32_t ahead[kCosines ? 1 : kKeys / 8][2];
   float2 factors[kCosines ? kKeys / 8 : 1];
   RowSoftmax rows;
@@ -151,7 +151,6 @@ __global__ void __launch_bounds__(SumsTile::kThreads, 1)
       } else {
         slots.map(acc, ahead, bounds, column_of(j), work.sk);
       }
-      fetch(min(j + 1, key_tiles - 1));
       if (tile >= whole_end || tile < whole_begin)
         mask_scores(acc, bounds, tile * kKeys, args.window, lane);
       if constexpr (kCosines) {
@@ -163,6 +162,7 @@ __global__ void __launch_bounds__(SumsTile::kThreads, 1)
     // Key tile j, and whether it isn't the last. The branches are apart: were they around the
     // products alone, the compiler would serialise them.
     const auto step = [&](float(&acc)[kKeys / 2], float(&next)[kKeys / 2], int j) {
+      fetch(j);
       if (j + 1 == key_tiles) {
         wgmma_wait<0>(acc);
         add(acc, j);
@@ -173,7 +173,6 @@ __global__ void __launch_bounds__(SumsTile::kThreads, 1)
       add(acc, j);
       return true;
     };
-    fetch(0);
     issue(scores[0], 0);
 #pragma unroll 1
     for (int j = 0; step(scores[0], scores[1], j) && step(scores[1], scores[0], j + 1);) j += 2;
