@@ -8,11 +8,11 @@
 namespace heddle {
 namespace {
 
-template <class T, int kD, GatherForm kForm>
+template <class T, int kD, bool kSplit>
 __global__ void __launch_bounds__(kGatherThreads)
     gather_sm80_kernel(const __grid_constant__ GatherArgs args) {
   extern __shared__ __align__(16) char smem[];
-  gather_attention<T, kD, kForm>(args, *reinterpret_cast<GatherSmem<T, kD>*>(smem));
+  gather_attention<T, kD, kSplit>(args, *reinterpret_cast<GatherSmem<T, kD>*>(smem));
 }
 
 }  // namespace
@@ -75,18 +75,16 @@ void gather_sm80(const Attention& op, const ForwardArgs& call, CudaContext& cont
                "q has too many rows or heads for one call");
   const dim3 ctas(static_cast<unsigned>(row_ctas), static_cast<unsigned>(grid.heads),
                   static_cast<unsigned>(grid.b));
-  const auto launch = [&]<class T, int kD, GatherForm kForm>() {
+  const auto launch = [&]<class T, int kD, bool kSplit>() {
     static uint64_t ready = 0;
-    auto* kernel = gather_sm80_kernel<T, kD, kForm>;
+    auto* kernel = gather_sm80_kernel<T, kD, kSplit>;
     constexpr int kBytes = sizeof(GatherSmem<T, kD>);
     allow_shared_memory(reinterpret_cast<const void*>(kernel), kBytes, ready);
     kernel<<<ctas, kGatherThreads, kBytes, context.stream>>>(args);
   };
   const auto of_size = [&]<class T, int kD>() {
-    if (!shared) return launch.template operator()<T, kD, GatherForm::kWhole>();
-    if (args.block_q * args.heads > 16)
-      return launch.template operator()<T, kD, GatherForm::kSplit>();
-    launch.template operator()<T, kD, GatherForm::kQuarters>();
+    if (shared) return launch.template operator()<T, kD, true>();
+    launch.template operator()<T, kD, false>();
   };
   const auto of_type = [&]<class T>() {
     if (call.d == 64) return of_size.template operator()<T, 64>();

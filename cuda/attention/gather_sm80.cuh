@@ -74,15 +74,9 @@ template <class T, int kD> struct GatherSmem {
   static __device__ int at(int row, int piece) { return row * kD + (piece ^ row % 8) * 8; }
 };
 
-// How CTAs and warps have rows and keys: a CTA all keys of its rows, a share of them, or a share of
-// which each warp has a quarter of every tile, for rows that one warp has room for
-enum class GatherForm { kWhole, kSplit, kQuarters };
-
-template <class T, int kD, GatherForm kForm>
+template <class T, int kD, bool kSplit>
 __device__ __forceinline__ void gather_attention(const GatherArgs& args, GatherSmem<T, kD>& smem) {
   using Smem = GatherSmem<T, kD>;
-  constexpr bool kSplit = kForm != GatherForm::kWhole, kQuarters = kForm == GatherForm::kQuarters;
-  constexpr int kKeys = kQuarters ? kGatherTile / 4 : kGatherTile;  // of a tile, of a warp
   const ForwardArgs& p = args.call;
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   const int group = static_cast<int>(p.hq / p.hk);
@@ -103,11 +97,10 @@ __device__ __forceinline__ void gather_attention(const GatherArgs& args, GatherS
     return sub >= args.heads || head0 + sub >= group || query >= sq ? -1 : query;
   };
   // Two rows of a thread
-  const int warp_row = kQuarters ? 0 : warp * 16, warp_key = kQuarters ? warp * kKeys : 0;
   int query[2], head[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const int row = warp_row + lane / 4 + i * 8;
+    const int row = warp * 16 + lane / 4 + i * 8;
     head[i] = head_of(row);
     query[i] = query_of(row);
   }
@@ -193,19 +186,18 @@ __device__ __forceinline__ void gather_attention(const GatherArgs& args, GatherS
     find(tile + 2);
     if (tile + 1 < end) gather(tile + 1);
     __pipeline_commit();
-    if (kSplit && warp_row >= args.block_q * args.heads) continue;  // it has no rows
+    if (kSplit && warp * 16 >= args.block_q * args.heads) continue;  // it has no rows
 
-    float acc_s[kKeys / 8][4] = {};
+    float acc_s[kGatherTile / 8][4] = {};
     const int matrix = lane / 8, line = lane % 8;
     const uint32_t smem_k = smem_address(smem.k[tile % 2]), smem_v = smem_address(smem.v[tile % 2]);
 #pragma unroll
     for (int step = 0; step < kD / 16; ++step)
 #pragma unroll
-      for (int n = 0; n < kKeys / 8; n += 2) {
+      for (int n = 0; n < kGatherTile / 8; n += 2) {
         uint32_t frag_k[4];
         load_matrices<false>(
-            smem_k + 2 * Smem::at(warp_key + (n + matrix / 2) * 8 + line, step * 2 + matrix % 2),
-            frag_k);
+            smem_k + 2 * Smem::at((n + matrix / 2) * 8 + line, step * 2 + matrix % 2), frag_k);
         multiply<T>(acc_s[n], frag_q[step], frag_k[0], frag_k[1]);
         multiply<T>(acc_s[n + 1], frag_q[step], frag_k[2], frag_k[3]);
       }
@@ -219,10 +211,9 @@ __device__ __forceinline__ void gather_attention(const GatherArgs& args, GatherS
     const bool whole = __all_sync(~0u, for_all(lane) && for_all(lane + 32));
     const auto each_score = [&](const auto& body) {
 #pragma unroll
-      for (int n = 0; n < kKeys / 8; ++n)
+      for (int n = 0; n < kGatherTile / 8; ++n)
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-          body(acc_s[n][i], warp_key + n * 8 + lane % 4 * 2 + i % 2, i / 2);
+        for (int i = 0; i < 4; ++i) body(acc_s[n][i], n * 8 + lane % 4 * 2 + i % 2, i / 2);
     };
     if (p.soft_cap > 0) each_score([&](float& s, int, int) { s = tanhf(s * into_cap); });
     each_score([&](float& s, int, int) { s *= scale_log2; });
@@ -252,7 +243,7 @@ __device__ __forceinline__ void gather_attention(const GatherArgs& args, GatherS
     });
 
 #pragma unroll
-    for (int step = 0; step < kKeys / 16; ++step) {
+    for (int step = 0; step < kGatherTile / 16; ++step) {
       uint32_t frag_p[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -263,8 +254,7 @@ __device__ __forceinline__ void gather_attention(const GatherArgs& args, GatherS
       for (int f = 0; f < kD / 8; f += 2) {
         uint32_t frag_v[4];
         load_matrices<true>(
-            smem_v + 2 * Smem::at(warp_key + step * 16 + matrix % 2 * 8 + line, f + matrix / 2),
-            frag_v);
+            smem_v + 2 * Smem::at(step * 16 + matrix % 2 * 8 + line, f + matrix / 2), frag_v);
         multiply<T>(acc_o[f], frag_p, frag_v[0], frag_v[1]);
         multiply<T>(acc_o[f + 1], frag_p, frag_v[2], frag_v[3]);
       }
@@ -300,46 +290,15 @@ __device__ __forceinline__ void gather_attention(const GatherArgs& args, GatherS
     const int64_t row_tiles = gridDim.x / splits;
     const int64_t unit = (batch * gridDim.y + blockIdx.y) * row_tiles + row_tile;
     const int64_t first = unit * splits * rows;  // of the sums of this unit
-    // Quarters are added up where keys stood: rows of each warp, and their states where values did
-    float* smem_out = reinterpret_cast<float*>(smem.k);
-    float2* smem_state = reinterpret_cast<float2*>(smem.v);
-    if (kQuarters) __syncthreads();
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       if (query[i] < 0) continue;
-      const int row = lane / 4 + i * 8;
-      const int64_t at = kQuarters ? warp * 16 + row : first + split * rows + warp_row + row;
-      float* out = (kQuarters ? smem_out : args.part_out) + at * kD + lane % 4 * 2;
+      const int64_t at = first + split * rows + warp * 16 + lane / 4 + i * 8;
 #pragma unroll
       for (int f = 0; f < kD / 8; ++f)
-        *reinterpret_cast<float2*>(out + f * 8) = {acc_o[f][2 * i], acc_o[f][2 * i + 1]};
-      if (lane % 4 == 0) (kQuarters ? smem_state : args.part_state)[at] = {row_max[i], row_sum[i]};
-    }
-    if constexpr (kQuarters) {
-      __syncthreads();
-      for (int row = warp; row < rows; row += kGatherThreads / 32) {
-        float max = -1e30f, sum = 0;
-        float2 total[kD / 64] = {};
-#pragma unroll
-        for (int from = 0; from < 4; ++from) max = fmaxf(max, smem_state[from * 16 + row].x);
-#pragma unroll
-        for (int from = 0; from < 4; ++from) {
-          const float2 state = smem_state[from * 16 + row];
-          const float share = exp2_approx(state.x - max);
-          sum = fmaf(state.y, share, sum);
-#pragma unroll
-          for (int f = 0; f < kD / 64; ++f) {
-            const auto part = *reinterpret_cast<const float2*>(smem_out + (from * 16 + row) * kD +
-                                                               f * 64 + lane * 2);
-            total[f] = {fmaf(part.x, share, total[f].x), fmaf(part.y, share, total[f].y)};
-          }
-        }
-        const int64_t at = first + split * rows + row;
-#pragma unroll
-        for (int f = 0; f < kD / 64; ++f)
-          *reinterpret_cast<float2*>(args.part_out + at * kD + f * 64 + lane * 2) = total[f];
-        if (lane == 0) args.part_state[at] = {max, sum};
-      }
+        *reinterpret_cast<float2*>(args.part_out + at * kD + f * 8 + lane % 4 * 2) = {
+            acc_o[f][2 * i], acc_o[f][2 * i + 1]};
+      if (lane % 4 == 0) args.part_state[at] = {row_max[i], row_sum[i]};
     }
     // All have written before the arrival says so, and the last reads what the others wrote
     __threadfence();
@@ -359,18 +318,31 @@ __device__ __forceinline__ void gather_attention(const GatherArgs& args, GatherS
         max = fmaxf(max, args.part_state[at(from)].x);
       for (int other = 1; other < 32; other *= 2)
         max = fmaxf(max, __shfl_xor_sync(~0u, max, other));
-      // Nothing waits for a sum before, so that many are on their way at the same time
+      // With it none waits for the one before, so that many are on their way at the same time
+      constexpr int kAhead = 16;
       float2 total[kD / 64] = {};
-#pragma unroll 16
-      for (int from = 0; from < splits; ++from) {
-        const float2 state = args.part_state[at(from)];
-        const float weight = exp2_approx(state.x - max);
-        sum = fmaf(state.y, weight, sum);
+#pragma unroll 1
+      for (int from = 0; from < splits; from += kAhead) {
+        float2 states[kAhead], parts[kAhead][kD / 64];
 #pragma unroll
-        for (int f = 0; f < kD / 64; ++f) {
-          const auto part =
-              *reinterpret_cast<const float2*>(args.part_out + at(from) * kD + f * 64 + lane * 2);
-          total[f] = {fmaf(part.x, weight, total[f].x), fmaf(part.y, weight, total[f].y)};
+        for (int i = 0; i < kAhead; ++i) {
+          const bool exists = from + i < splits;
+          states[i] = exists ? args.part_state[at(from + i)] : float2{-INFINITY, 0};
+#pragma unroll
+          for (int f = 0; f < kD / 64; ++f)
+            parts[i][f] = exists ? *reinterpret_cast<const float2*>(
+                                       args.part_out + at(from + i) * kD + f * 64 + lane * 2)
+                                 : float2{};
+        }
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) {
+          const float weight = exp2_approx(states[i].x - max);
+          sum = fmaf(states[i].y, weight, sum);
+#pragma unroll
+          for (int f = 0; f < kD / 64; ++f) {
+            total[f].x = fmaf(parts[i][f].x, weight, total[f].x);
+            total[f].y = fmaf(parts[i][f].y, weight, total[f].y);
+          }
         }
       }
       const float factor = sum == 0 ? 0 : 1 / sum;

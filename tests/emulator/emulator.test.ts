@@ -1816,14 +1816,8 @@ const kernels: Kernel[] = [
       {
         what: 'sums of different maxima are added as they are',
         file: gather,
-        from: 'weight = exp2_approx(state.x - max);',
+        from: 'weight = exp2_approx(states[i].x - max);',
         to: 'weight = 1;',
-      },
-      {
-        what: 'quarters of different maxima are added as they are',
-        file: gather,
-        from: 'share = exp2_approx(state.x - max);',
-        to: 'share = 1;',
       },
     ],
   },

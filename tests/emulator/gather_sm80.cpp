@@ -80,11 +80,8 @@ double check(const GatherCase& c, emulator::Random& random) {
                                char* smem = reinterpret_cast<char*>(emulator::cta->smem());
                                while (reinterpret_cast<uintptr_t>(smem) % 16) ++smem;
                                auto& own = *reinterpret_cast<GatherSmem<T, kD>*>(smem);
-                               using enum GatherForm;
-                               if (c.splits == 1) return gather_attention<T, kD, kWhole>(args, own);
-                               if (args.block_q * args.heads > 16)
-                                 return gather_attention<T, kD, kSplit>(args, own);
-                               gather_attention<T, kD, kQuarters>(args, own);
+                               if (c.splits > 1) return gather_attention<T, kD, true>(args, own);
+                               gather_attention<T, kD, false>(args, own);
                              });
         for (const int left : arrivals)
           if (left != 0) emulator::fault("counters are left at zero");
