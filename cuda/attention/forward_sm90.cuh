@@ -536,15 +536,15 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
         await_empty(smem.k_empty, loaded);
         load(smem.k, smem.k_full, gmem_k, 0);
         load_q(work, visit);
+        load_bias(0);
         for (int j = 1; j < work.key_tiles; ++j) {
           await_empty(smem.k_empty, loaded + j);
           load(smem.k, smem.k_full, gmem_k, j);
-          load_bias(j - 1);
           await_empty(smem.v_empty, loaded + j - 1);
           load(smem.v, smem.v_full, gmem_v, j - 1);
+          load_bias(j);
         }
         const int ticket = ask();
-        load_bias(work.key_tiles - 1);
         await_empty(smem.v_empty, loaded + work.key_tiles - 1);
         load(smem.v, smem.v_full, gmem_v, work.key_tiles - 1);
         loaded += work.key_tiles;
@@ -569,22 +569,23 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
   SlotMap slots(args.slots, args.scale, args.soft_cap);
   uint32_t ahead[kSlots ? kKeys / 8 : 1][2];  // what is read while scores are multiplied
   // mapped scores are in log2 units already
-  const float to_log2 = kMapped || kForm == Form::kSigmoid || kForm == Form::kReweighted ? 1.f
-                        : kForm == Form::kBiased                                         ? kLog2e
-                                                 : args.scale_log2;
+  const float to_log2 =
+      kMapped || kForm == Form::kSigmoid || kForm == Form::kReweighted ? 1.f : args.scale_log2;
   // weights of bf16 have the range of f32
   constexpr int kLag = kType == DType::kF16 ? 12 : 60;
+  constexpr bool kBiased = kForm == Form::kBiased;
   uint32_t biased = 0;  // tiles of biases
+  float base[2] = {};   // what this lane's rows of acc_s lack then
   float slope = 0;      // in units of products
   Peaks peaks;
 
-  auto issue_scores = [&](uint32_t stage, uint32_t buffer) {
+  auto issue_scores = [&](uint32_t stage, uint32_t buffer, bool from_biases) {
     wgmma_fence(acc_s);
     const uint64_t q = smem.q[buffer].k_major(own * 64, 0), k = smem.k[stage].k_major(0, 0);
 #pragma unroll
     for (int d = 0; d < kD; d += 16)
       wgmma<kType, Major::kK>(acc_s, advance(q, smem.q[0].k_step(d)),
-                              advance(k, smem.k[0].k_step(d)), d > 0);
+                              advance(k, smem.k[0].k_step(d)), from_biases || d > 0);
     wgmma_commit();
   };
   auto issue_values = [&](uint32_t stage) {
@@ -596,6 +597,29 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
   };
   auto release = [&](Barrier& empty) {
     if (lane == 0) empty.arrive();
+  };
+  // body(i, bias, unit) for each of acc_s, with how many products make a score of 1
+  auto take_biases = [&](const auto& body) {
+    if constexpr (kBiased) {
+      const float unit = 1 / args.scale;
+      smem.bias_full[own].wait(biased++ & 1);
+      each_bias<kType, kKeys / 2>(smem.bias[own], warp * 16, lane,
+                                  [&](int i, float bias) { body(i, bias, unit); });
+      __syncwarp();
+      release(smem.bias_empty[own]);
+    }
+  };
+  auto add_biases = [&] {
+    base[0] = base[1] = 0;
+    take_biases([&](int i, float bias, float unit) { acc_s[i] = fmaf(bias, unit, acc_s[i]); });
+  };
+  // Products may as well be added to biases, which are ready before them. Less the row's maximum so
+  // far those that count are small.
+  auto start_from_biases = [&] {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) base[r] = rows.row_max[r] == -INFINITY ? 0 : rows.row_max[r];
+    take_biases(
+        [&](int i, float bias, float unit) { acc_s[i] = fmaf(bias, unit, -base[i / 2 % 2]); });
   };
   auto fetch = [&](int key, int sk) {
     if constexpr (kSlots) {
@@ -619,12 +643,8 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
                              slope * static_cast<float>(column - bounds.position[1])};
       return rows.update_lazily<kLag>(acc_s, to_log2, base);
     } else if constexpr (kForm == Form::kBiased) {
-      smem.bias_full[own].wait(biased++ & 1);
-      add_biases<kType>(acc_s, args.scale, smem.bias[own], warp * 16, lane);
-      __syncwarp();
-      release(smem.bias_empty[own]);
       mask();
-      return rows.update_lazily<kLag>(acc_s, to_log2, {0, 0});
+      return rows.update_lazily<kLag>(acc_s, to_log2, base);
     } else if constexpr (kForm == Form::kSigmoid) {
       mask();
       slots.make_sigmoids(acc_s, args.scale_log2, rows);
@@ -768,9 +788,10 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
     auto step = [&](int j, const auto& soften) {
       const Turn<kStages> k = stage_of(j), v = stage_of(j - 1);
       fetch(key_of(j), work.sk);
+      if (kBiased) start_from_biases();
       smem.k_full[k.stage].wait(k.parity);
       await_turn();
-      issue_scores(k.stage, q.stage);
+      issue_scores(k.stage, q.stage, kBiased);
       smem.v_full[v.stage].wait(v.parity);
       issue_values(v.stage);
       pass_turn();
@@ -788,10 +809,11 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
       const Turn<kStages> k = stage_of(j);
       fetch(key_of(j), work.sk);
       smem.k_full[k.stage].wait(k.parity);
-      issue_scores(k.stage, q.stage);
+      issue_scores(k.stage, q.stage, false);
       wgmma_wait<0>(acc_s);
       scale_columns(k.stage);
       release(smem.k_empty[k.stage]);
+      if (kBiased) add_biases();
       const bool moved = soften();
       pack_weights<kType>(frag_p, acc_s);
       return moved;

@@ -47,19 +47,17 @@ __device__ __forceinline__ void add_slopes(float (&acc)[kScores], float slope) {
     acc[i] = fmaf(slope, static_cast<float>(8 * (i / 4) + i % 2), acc[i]);
 }
 
-// Products become natural scores, with the biases of a tile in shared memory of which this warp has
-// 16 rows from `row` on
-template <DType kType, int kScores, class Tile>
-__device__ __forceinline__ void add_biases(float (&acc)[kScores], float scale, const Tile& tile,
-                                           int row, int lane) {
+// body(i, bias) for each element of an accumulator, with the biases of a tile in shared memory of
+// which this warp has 16 rows from `row` on
+template <DType kType, int kScores, class Tile, class Body>
+__device__ __forceinline__ void each_bias(const Tile& tile, int row, int lane, const Body& body) {
 #pragma unroll
   for (int i = 0; i < kScores; i += 8) {
     uint32_t pairs[4];  // laid out as accumulators are
     ldmatrix_x4(tile.address(row + lane % 16, i * 2 + lane / 16 * 8), pairs);
 #pragma unroll
     for (int x = 0; x < 8; ++x)
-      acc[i + x] =
-          fmaf(acc[i + x], scale, unpack<kType>(static_cast<uint16_t>(pairs[x / 2] >> x % 2 * 16)));
+      body(i + x, unpack<kType>(static_cast<uint16_t>(pairs[x / 2] >> x % 2 * 16)));
   }
 }
 

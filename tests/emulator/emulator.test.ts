@@ -442,8 +442,8 @@ const kernels: Kernel[] = [
       {
         what: 'biases are those of the tile before',
         file: forward,
-        from: 'fetch(key_of(j), work.sk);\n      smem.k_full[k.stage].wait(k.parity);\n      await_turn();',
-        to: 'smem.k_full[k.stage].wait(k.parity);\n      await_turn();',
+        from: 'fetch(key_of(j), work.sk);\n      if (kBiased)',
+        to: 'if (kBiased)',
       },
       {
         what: 'a bias of infinity is added to what is masked',
@@ -534,6 +534,12 @@ const kernels: Kernel[] = [
         file: forward,
         from: 'smem.bias_full[own].wait(biased++ & 1);',
         to: '',
+      },
+      {
+        what: 'products start from biases less the maximum of another row',
+        file: forward,
+        from: '-base[i / 2 % 2]',
+        to: '-base[0]',
       },
       {
         what: 'biases are loaded over those that are read',
