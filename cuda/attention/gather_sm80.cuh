@@ -160,6 +160,9 @@ __device__ __forceinline__ void gather_attention(const GatherArgs& args, GatherS
   __syncthreads();
   if (begin < end) gather(begin);
   __pipeline_commit();
+  // A share has few tiles, whose copies would each wait for the one before
+  if (kSplit && begin + 1 < end) gather(begin + 1);
+  if (kSplit) __pipeline_commit();
 
   uint32_t frag_q[kD / 16][4];
 #pragma unroll
@@ -180,11 +183,16 @@ __device__ __forceinline__ void gather_attention(const GatherArgs& args, GatherS
   float acc_o[kD / 8][4] = {};
 
   for (int tile = begin; tile < end; ++tile) {
-    __pipeline_wait_prior(0);
+    const bool both = kSplit && tile == begin;  // this tile and the next are on their way
+    if (both) {
+      __pipeline_wait_prior(1);
+    } else {
+      __pipeline_wait_prior(0);
+    }
     // The tile is there for all, and nobody needs the one before it any more
     __syncthreads();
     find(tile + 2);
-    if (tile + 1 < end) gather(tile + 1);
+    if (tile + 1 < end && !both) gather(tile + 1);
     __pipeline_commit();
     if (kSplit && warp * 16 >= args.block_q * args.heads) continue;  // it has no rows
 

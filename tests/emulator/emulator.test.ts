@@ -1772,6 +1772,12 @@ const kernels: Kernel[] = [
         to: '',
       },
       {
+        what: 'the first of two tiles is used before it arrived',
+        file: gather,
+        from: '__pipeline_wait_prior(1);',
+        to: '',
+      },
+      {
         what: 'keys are used before those of others arrived',
         file: gather,
         from: '// The tile is there for all, and nobody needs the one before it any more\n    __syncthreads();',
