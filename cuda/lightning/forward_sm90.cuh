@@ -70,8 +70,7 @@ struct ScanArgs {
   float scale;
   // the first kernel of its operator, which begins before that of the operator before has ended
   bool first;
-  bool fits;       // L2 holds most of q, k and v
-  int first_slot;  // of this launch
+  bool fits;  // L2 holds most of q, k and v
   const float* slopes;
   int64_t slopes_stride;
   const int32_t* cu_seqlens;
@@ -354,7 +353,7 @@ __global__ void __launch_bounds__((ScanShape<kD, kE>::kThreads), 1)
     index = index % slots * args.heads + index / slots;
   }
   const int head = index % args.heads;
-  const ScanPlace place = place_of(args, args.first_slot + index / args.heads);
+  const ScanPlace place = place_of(args, index / args.heads);
   if (place.slot < 0) return;
   const int chunks = (place.length + kChunk - 1) / kChunk, tail = place.length % kChunk;
   const bool wanted = args.state && place.last && head % args.share_state == 0;
@@ -794,20 +793,8 @@ void launch_scan(const ScanCall& call, const ScanPlan& plan, cudaStream_t stream
               sm90::shared_memory_bytes<ScanSmem<kD, kE>>(), stream, true};
   // two slices of a head are neighbours on the chip and read q and k at nearly the same time
   if (plan.slices % 2 == 0 && args.first) main.cluster = 2;
-  // Heads that begin together stay together and read the same pages of memory, so long sequences
-  // begin so, if that takes no more rounds of CTAs
-  constexpr int64_t kLong = 16384;
-  const int64_t sequence = call.heads * plan.slices, side = call.processors / sequence;
-  const auto rounds = [](int64_t n, int64_t each) { return (n + each - 1) / each; };
-  const bool together = args.first && !call.cu_seqlens && call.s >= kLong && side > 0 &&
-                        rounds(plan.slots, side) == rounds(plan.slots * sequence, call.processors);
-  const int64_t each = together ? side : plan.slots;
-  for (int64_t slot = 0; slot < plan.slots; slot += each) {
-    args.first_slot = static_cast<int>(slot);
-    main.ctas = ctas(std::min(each, plan.slots - slot));
-    launch<lightning_sm90_kernel<kType, kD, kE, kPrecise>>(main, gmem_q, gmem_k, gmem_v, gmem_out,
-                                                           args);
-  }
+  launch<lightning_sm90_kernel<kType, kD, kE, kPrecise>>(main, gmem_q, gmem_k, gmem_v, gmem_out,
+                                                         args);
 }
 
 }  // namespace
