@@ -18,16 +18,18 @@
 // A CTA owns 128 keys of a kv head and walks the query tiles that see them from the last one on,
 // the query heads of the group inside of each. Each of two computing warpgroups has 64 of the keys
 // and sums of dk and dv in registers. Scores are transposed, so that packed P^T is operand A of dv
-// as it stands. dS passes through shared memory, for dk and for dq, whose sums over key tiles are
-// f32 numbers in global memory, in the order in which threads hold them. Warp 0 loads, warps 1 and
-// 2 add up dq, one for each warpgroup.
+// as it stands, and packed dS^T that of dk. For dq dS passes through shared memory; sums over key
+// tiles are f32 numbers in global memory, in the order in which threads hold them. Warp 0 loads,
+// warps 1 and 2 add up dq, one for each warpgroup.
 //
-// One step takes a query tile. dq and dk are one step late, so that warpgroups need not meet inside
-// of one and whatever is not a product has one of its own warpgroup to run under:
+// One step takes a query tile. Warpgroups take turns with P, half a step apart, so that one has
+// products to run while the other has none; dq, which needs dS of both, is one step late:
 //
-//   issue S(i), dq(i - 1)   | P(i) under dq(i - 1), issue dv(i) by halves
-//                           | hand dq(i - 1) over under dv(i)
-//   issue dP(i), dk(i - 1)  | dS(i) under dk(i - 1), write it
+//   issue S(i)                | await own turn
+//   issue dv(i), dq(i - 1)    | P(i) by halves, the second under dv(i) of the first and dq(i - 1)
+//                             | hand dq(i - 1) over under the rest of dv(i)
+//   issue dP(i)               | dS(i), write it
+//   issue dk(i)
 //
 // A kernel before prepares what rows need, one behind scales and converts dq. Each of the three
 // lets the next one begin when what was before itself has ended.
@@ -522,25 +524,16 @@ __global__ void __launch_bounds__((GradientShape<kD>::kThreads), 1)
       wgmma<kType, Major::kK>(acc, advance(a, keys.k_step(d)), advance(b, rows.k_step(d)), true);
     wgmma_commit();
   };
-  // of one half of the rows
-  auto issue_dv = [&](const typename Smem::Rows& dout, int half) {
-    const uint64_t b = dout.mn_major(0);
-    wgmma_fence(acc_dv);
+  // dv of P and dout, or dk of dS and q, of one half of the rows
+  auto issue_sums = [&](float(&acc)[kD / 2], const Frag& frag, const typename Smem::Rows& rows,
+                        int half) {
+    const uint64_t b = rows.mn_major(0);
+    wgmma_fence(acc);
 #pragma unroll
     for (int from = 0; from < kQueries / 2; from += 16) {
       const int k = from + half * kQueries / 2;
-      wgmma<kType, Major::kMN>(acc_dv, frag_p[k / 16], advance(b, k * 128), true);
+      wgmma<kType, Major::kMN>(acc, frag[k / 16], advance(b, k * 128), true);
     }
-    wgmma_commit();
-  };
-  auto issue_dk = [&](int step, const typename Smem::Rows& q) {
-    const auto& ds = smem.ds[step & 1];
-    const uint64_t a = advance(ds.mn_major(0), own * ds.kPanelBytes);
-    const uint64_t b = q.mn_major(0);
-    wgmma_fence(acc_dk);
-#pragma unroll
-    for (int k = 0; k < kQueries; k += 16)
-      wgmma_transposed<kType>(acc_dk, advance(a, k * 128), advance(b, k * 128), k > 0 || step > 0);
     wgmma_commit();
   };
   // kD = 128: all rows and 64 columns; kD = 64: 64 rows and all columns
@@ -675,9 +668,9 @@ __global__ void __launch_bounds__((GradientShape<kD>::kThreads), 1)
   auto await_ds = [&](int step) {
     if (step >= 0) smem.ds_full[step & 1].wait(step >> 1 & 1);
   };
-  // one warpgroup at a time weighs
-  auto await_turn = [&] { named_barrier_sync(4 + own, 256); };
-  auto pass_turn = [&] { named_barrier_arrive(5 - own, 256); };
+  // one warpgroup at a time does, for the exponentials of both take twice as long
+  auto begin_weighing = [&] { named_barrier_sync(4 + own, 256); };
+  auto end_weighing = [&] { named_barrier_arrive(5 - own, 256); };
   // 32 sums a thread for the warp that adds them up
   auto write_dq = [&](const float(&acc)[32], int step) {
     smem.dq_empty[own].wait((step & 1) ^ 1);
@@ -721,10 +714,10 @@ __global__ void __launch_bounds__((GradientShape<kD>::kThreads), 1)
     }
     const int whole_begin = __shfl_sync(~0u, work.whole_begin, 0);
     const int whole_end = __shfl_sync(~0u, work.whole_end, 0);
+    if (own == 1) end_weighing();
     Turn<Shape::kQStages> q(0);
     // the first step multiplies what nobody has written and drops it: two copies of the loop's body
     // would not fit the registers
-    if (own == 1) pass_turn();
 #pragma unroll 1
     for (int i = 0; i < steps; ++i, q.advance()) {
       float acc_s[kQueries / 2], acc_dp[kQueries / 2], acc_dq[32];
@@ -741,16 +734,15 @@ __global__ void __launch_bounds__((GradientShape<kD>::kThreads), 1)
         }
         masked = __shfl_sync(~0u, smem.steps[turn.stage].masked >> own, 0);
         if (masked & 4) {
-          // nothing but dk(i - 1) and its share of dq(i - 1), and zeros for those of i
+          // nothing but its share of dq(i - 1), and zeros for those of i
           smem.q_full[q.stage].wait(q.parity);
           share_ds(before);
           await_ds(before);
           issue_dq(acc_dq, before);
-          issue_dk(before, smem.q[q.before(1)]);
           wgmma_wait<0>(acc_dq);
           pin(acc_dk);
-          if (i > 1) release(smem.q_empty[q.before(2)]);
           if (i > 0) {
+            release(smem.q_empty[q.before(1)]);
             write_dq(acc_dq, before);
             hand_over();
           }
@@ -760,8 +752,8 @@ __global__ void __launch_bounds__((GradientShape<kD>::kThreads), 1)
             for (int r = 0; r < 4; ++r) frag_ds[s][r] = 0;
           write_ds(i);
           release(smem.dout_empty[o.stage]);
-          await_turn();
-          pass_turn();
+          begin_weighing();
+          end_weighing();
           continue;
         }
       }
@@ -773,7 +765,7 @@ __global__ void __launch_bounds__((GradientShape<kD>::kThreads), 1)
       share_ds(before);
       wgmma_wait<0>(acc_s);
       pin(acc_dk);
-      if (i > 1) release(smem.q_empty[q.before(2)]);
+      if (i > 0) release(smem.q_empty[q.before(1)]);
       if constexpr (kListed) {
         smem.look_full[q.stage].wait(q.parity);
         if (masked & 1) mask_unseen(acc_s, smem.pairs[q.stage]);
@@ -787,7 +779,7 @@ __global__ void __launch_bounds__((GradientShape<kD>::kThreads), 1)
         slope_log2 = args.slopes[(work.kv_head * group + head) * args.slopes_stride] * kLog2e;
       smem.dout_full[o.stage].wait(o.parity);
       if (clears) clear_beyond(smem.dout[o.stage], work.sq - m * kQueries, kQueries);
-      await_turn();
+      begin_weighing();
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         if (half == 1) {
@@ -799,9 +791,9 @@ __global__ void __launch_bounds__((GradientShape<kD>::kThreads), 1)
         } else {
           weigh(false, acc_s, smem.lse_log2[q.stage], near, slope_log2, half);
         }
-        issue_dv(smem.dout[o.stage], half);
+        issue_sums(acc_dv, frag_p, smem.dout[o.stage], half);
       }
-      pass_turn();
+      end_weighing();
       wgmma_wait<1>(acc_dq);
       if (i > 0) write_dq(acc_dq, before);
       // the fence waits for all stores, which dP covers; where P, as dv reads it, does not fit the
@@ -811,9 +803,8 @@ __global__ void __launch_bounds__((GradientShape<kD>::kThreads), 1)
         wgmma_wait<0>(acc_dv);
       }
       issue_scores(acc_dp, smem.v, smem.dout[o.stage]);
-      issue_dk(before, smem.q[q.before(1)]);
       if (kD == 128 && i > 0) hand_over();
-      wgmma_wait<1>(acc_dp);
+      wgmma_wait<0>(acc_dp);
       pin(acc_dv);
       weigh_gradients(acc_s, acc_dp, smem.delta[o.stage]);
       if (kMapped && args.slopes) add_dslope(acc_dp, smem.delta[o.stage], near, head);
@@ -821,6 +812,8 @@ __global__ void __launch_bounds__((GradientShape<kD>::kThreads), 1)
       // the other warpgroup has passed dq(i - 2), the last to read this buffer, for it has written
       // dS(i - 1), which this one has waited for
       write_ds(i);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) issue_sums(acc_dk, frag_ds, smem.q[q.stage], half);
 
       if (!kListed && ++head == group) {
         head = 0;
@@ -832,12 +825,11 @@ __global__ void __launch_bounds__((GradientShape<kD>::kThreads), 1)
     share_ds(last);
     await_ds(last);
     issue_dq(acc_dq, last);
-    issue_dk(last, smem.q[q.before(1)]);
     wgmma_wait<0>(acc_dq);
     pin(acc_dk);
     write_dq(acc_dq, last);
     hand_over();
-    if (own == 0) await_turn();
+    if (own == 0) begin_weighing();
   }
 
   if (kMapped && args.slopes) {
@@ -1122,17 +1114,16 @@ void launch_backward(const BackwardCall& call, cudaStream_t stream) {
   args.whole_tiles = static_cast<int>(tiles.total_keys - tiles.split_tiles);
   args.parts = static_cast<int>(tiles.parts);
   // As many heads take turns as have q, dout and sums of dq that L2 keeps, but enough for two tiles
-  // a multiprocessor: else a last section would leave most of them idle beside its longest tile.
-  // Where nobody waits and all tiles are equal, those of a head run side by side.
-  // Under lists a tile has few steps beside those until its first turn, one for each tile of its
-  // head before it, so that more heads take turns.
-  constexpr int64_t kSectionBytes = 40'000'000, kSectionTiles = 256, kListedHeads = 16;
+  // a multiprocessor, else a last section would leave most of them idle beside its longest tile,
+  // and so many that few tiles of a head meet at a row tile. Where nobody waits and all tiles are
+  // equal, those of a head run side by side; under lists there are few of them at a row tile
+  // anyway.
+  constexpr int64_t kSectionBytes = 40'000'000, kSectionTiles = 256, kSectionHeads = 16;
   const int64_t bytes = call.sq * group * kD * 8;
   const int64_t most = std::max({kSectionBytes / bytes, kSectionTiles / tiles.key_tiles,
-                                 kListed && call.deterministic ? kListedHeads : 0});
-  args.sections = static_cast<int>(args.causal || call.deterministic || kListed
-                                       ? pairs / std::clamp<int64_t>(most, 1, pairs)
-                                       : pairs);
+                                 kListed && !call.deterministic ? 1 : kSectionHeads});
+  args.sections = static_cast<int>(
+      args.causal || call.deterministic || kListed ? pairs / std::min(most, pairs) : pairs);
   args.window = static_cast<int>(std::min<int64_t>(call.window, INT32_MAX / 2));
   args.deterministic = call.deterministic;
   args.fault = call.cu_seqlens_q ? call.fault : nullptr;

@@ -907,8 +907,8 @@ const kernels: Kernel[] = [
       {
         what: 'rows are given back while dk reads them',
         file: backward,
-        from: 'if (i > 1) release(smem.q_empty[q.before(2)]);\n      if',
-        to: 'if (i > 0) release(smem.q_empty[q.before(1)]);\n      if',
+        from: 'if (i > 0) release(smem.q_empty[q.before(1)]);',
+        to: 'release(smem.q_empty[q.stage]);',
       },
       {
         what: 'fewer bytes are announced than arrive',
@@ -933,12 +933,6 @@ const kernels: Kernel[] = [
         file: backward,
         from: 'smem.ds[step & 1].address',
         to: 'smem.ds[0].address',
-      },
-      {
-        what: 'dk of what nobody has written counts',
-        file: backward,
-        from: 'k > 0 || step > 0',
-        to: 'true',
       },
       {
         what: 'sums of dq are overwritten while they are added up',
@@ -1081,8 +1075,8 @@ const kernels: Kernel[] = [
       {
         what: 'products are read before they are done',
         file: backward,
-        from: 'wgmma_wait<1>(acc_dp);',
-        to: 'wgmma_wait<2>(acc_dp);',
+        from: 'wgmma_wait<0>(acc_dp);',
+        to: 'wgmma_wait<1>(acc_dp);',
       },
       {
         what: 'the diagonal is off by one',
