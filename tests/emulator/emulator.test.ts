@@ -741,8 +741,8 @@ const kernels: Kernel[] = [
       {
         what: 'a stage is given back before all had its values',
         file: forward,
-        from: 'smem.v_full[stage.stage].wait(stage.parity);\n            release(',
-        to: 'release(',
+        from: 'smem.v_full[stage.stage].wait(stage.parity);\n            __syncwarp(',
+        to: '__syncwarp(',
       },
       {
         what: 'weights of a tile before one that is passed by are lost',
