@@ -2257,7 +2257,7 @@ describe.concurrent.each(kernels)('$name', ({ name, variants, broken, faults }) 
         fault.file === list,
       )
       const verdicts: string[] = []
-      for (let seed = 1; seed <= 8 && !verdicts.at(-1)?.startsWith('caught'); seed++)
+      for (let seed = 1; seed <= 16 && !verdicts.at(-1)?.startsWith('caught'); seed++)
         verdicts.push(await verdict(file, seed))
       expect(verdicts.at(-1)).toMatch(/^caught: (fault|wrong): /)
     },
