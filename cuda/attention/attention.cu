@@ -278,7 +278,7 @@ const char* declines_split(const Attention& op, const CudaContext& context) {
 
 void run_split(const Attention& op, CudaContext& context) {
   SplitCall call = hopper_call(op, context);
-  if (shares_processors(call)) call.processors *= kSplitCtas;
+  call.processors = static_cast<int>(split_ctas(call));
   const auto slots = static_cast<size_t>(2 * call.processors * kSplitRows);
   const auto units = static_cast<size_t>(call.b * call.hk * split_row_tiles(call));
   call.part_out = context.scratch<float>(slots * static_cast<size_t>(call.dv));

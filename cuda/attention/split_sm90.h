@@ -19,13 +19,18 @@ struct SplitCall : ForwardCall {
 
 inline constexpr int kSplitRows = 64;
 
-// CTAs of a multiprocessor where d is at most 64; a call says how many there are in all
-inline constexpr int kSplitCtas = 2;
-inline bool shares_processors(const ForwardCall& call) { return std::max(call.d, call.dv) <= 64; }
-
 // Rows of q that share a kv head, and how many CTAs' worth of 64 they are
 inline int64_t split_row_tiles(const ForwardCall& call) {
   return (call.sq * (call.hq / call.hk) + kSplitRows - 1) / kSplitRows;
+}
+
+// How many CTAs there are: where d is at most 64 two of a multiprocessor, as copies of one are too
+// few, once each has some tiles of 128 keys
+inline constexpr int kSplitCtas = 2;
+inline int64_t split_ctas(const ForwardCall& call) {
+  const int64_t tiles = call.b * call.hk * split_row_tiles(call) * ((call.sk + 127) / 128);
+  const bool shared = std::max(call.d, call.dv) <= 64 && tiles >= 6 * call.processors;
+  return call.processors * (shared ? kSplitCtas : 1);
 }
 
 // Softmax attention on Hopper's matrix instructions, bound by reading the keys once
