@@ -1115,13 +1115,13 @@ void launch_backward(const BackwardCall& call, cudaStream_t stream) {
   args.parts = static_cast<int>(tiles.parts);
   // As many heads take turns as have q, dout and sums of dq that L2 keeps, but enough for two tiles
   // a multiprocessor, else a last section would leave most of them idle beside its longest tile,
-  // and so many that few tiles of a head meet at a row tile. Where nobody waits and all tiles are
-  // equal, those of a head run side by side; under lists there are few of them at a row tile
-  // anyway.
+  // and with steps as short as those of d = 64, or few rows at a key tile as under lists, so many
+  // that few tiles of a head meet at a row tile. Where nobody waits and all tiles are equal, or
+  // lists decide, those of a head run side by side.
   constexpr int64_t kSectionBytes = 40'000'000, kSectionTiles = 256, kSectionHeads = 16;
   const int64_t bytes = call.sq * group * kD * 8;
   const int64_t most = std::max({kSectionBytes / bytes, kSectionTiles / tiles.key_tiles,
-                                 kListed && !call.deterministic ? 1 : kSectionHeads});
+                                 (kListed ? call.deterministic : kD == 64) ? kSectionHeads : 1});
   args.sections = static_cast<int>(
       args.causal || call.deterministic || kListed ? pairs / std::min(most, pairs) : pairs);
   args.window = static_cast<int>(std::min<int64_t>(call.window, INT32_MAX / 2));

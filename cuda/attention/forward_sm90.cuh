@@ -588,23 +588,12 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
                               advance(k, smem.k[0].k_step(d)), from_biases || d > 0);
     wgmma_commit();
   };
-  // With lists the scores are asked for while half of this product waits behind them, and keys are
-  // given back before the other half
-  constexpr int kFirstValues = kListed ? kKeys / 2 : kKeys;
   auto issue_values = [&](uint32_t stage) {
     wgmma_fence(acc_o);
 #pragma unroll
-    for (int k = 0; k < kFirstValues; k += 16)
+    for (int k = 0; k < kKeys; k += 16)
       wgmma<kType, Major::kMN>(acc_o, frag_p[k / 16], smem.v[stage].mn_major(k), true);
     wgmma_commit();
-  };
-  auto issue_rest = [&](uint32_t stage) {
-    if constexpr (kFirstValues < kKeys) {
-#pragma unroll
-      for (int k = kFirstValues; k < kKeys; k += 16)
-        wgmma<kType, Major::kMN>(acc_o, frag_p[k / 16], smem.v[stage].mn_major(k), true);
-      wgmma_commit();
-    }
   };
   auto release = [&](Barrier& empty) {
     if (lane == 0) empty.arrive();
@@ -805,12 +794,10 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
       issue_scores(k.stage, q.stage, kBiased);
       smem.v_full[v.stage].wait(v.parity);
       issue_values(v.stage);
-      if (!kListed) pass_turn();
+      pass_turn();
       wgmma_wait<1>(acc_s);
       scale_columns(k.stage);
       release(smem.k_empty[k.stage]);
-      issue_rest(v.stage);
-      if (kListed) pass_turn();
       const bool moved = soften();
       wgmma_wait<0>(acc_o);
       release(smem.v_empty[v.stage]);
@@ -835,7 +822,6 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
       const Turn<kStages> v = stage_of(j);
       smem.v_full[v.stage].wait(v.parity);
       issue_values(v.stage);
-      issue_rest(v.stage);
       wgmma_wait<0>(acc_o);
       release(smem.v_empty[v.stage]);
     };
