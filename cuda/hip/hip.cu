@@ -71,9 +71,11 @@ __global__ void __launch_bounds__(kStepWarps * 32, 2)
   hip_step<T, kD>(args);
 }
 
+// Scores of all lists have room of their own, which those of a long prompt would not find
 bool is_step(const Hip& op) {
+  constexpr int64_t kMostScores = int64_t{16} << 20;
   return op.kind == Hip::kStage && op.block_q == op.stride_q && !op.near && op.k.shape[3] <= 128 &&
-         HipStep(op).group <= kStepHeads;
+         HipStep(op).group <= kStepHeads && op.count.size() * hip_slot(op) <= kMostScores;
 }
 
 template <class T, int kD> void search_step(HipArgs args, CudaContext& context) {
@@ -81,8 +83,6 @@ template <class T, int kD> void search_step(HipArgs args, CudaContext& context) 
   args.slot = hip_slot(op);
   const int64_t chunks = HipStep(op).chunks();
   const int64_t members = std::max<int64_t>((args.slot + chunks - 1) / chunks, 1);
-  HEDDLE_CHECK(args.tasks * members < INT32_MAX, kUnsupported, "q",
-               "there are too many lists for one call");
   args.members = static_cast<int>(members);
   args.slots = context.scratch<uint32_t>(static_cast<size_t>(args.tasks * args.slot));
   args.arrivals = context.counters(static_cast<size_t>(args.tasks));
