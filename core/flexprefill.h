@@ -172,7 +172,8 @@ HEDDLE_HD inline uint64_t flexprefill_floor(const FlexPrefill& op, const Cut& cu
 }
 
 // After the sums. `own` is a team for itself, `all` are those who have this head to do.
-// `mark_pairs(wanted, write)` may find the pairs of a map and write all words, or return false.
+// `mark_pairs(visible, wanted, write)` may find the pairs of a map and write all words, or return
+// false.
 template <class Team, class Group, class Mark>
 HEDDLE_HD void flexprefill_head(const Team& own, const Group& all, const FlexTask& task,
                                 int64_t head, FlexMemory& memory, const Mark& mark_pairs) {

@@ -50,8 +50,7 @@ struct Lightning {
   double scale = 1;
   int64_t chunk_size = 64;  // tokens whose pairs are computed directly; changes rounding only
   int precision = 0;        // 1: nothing between inputs and outputs has fewer digits than f32
-  int schedule =
-      0;  // which way through a sequence, of several: 0 what is faster, 1 one pass, 2 segments
+  int schedule = 0;         // way through a sequence: 0 the faster one, 1 one pass, 2 segments
   bool output_final_state = false;
 
   template <class Schema> static void describe(Schema& schema) {
