@@ -614,10 +614,13 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
     take_biases([&](int i, float bias, float unit) { acc_s[i] = fmaf(bias, unit, acc_s[i]); });
   };
   // Products may as well be added to biases, which are ready before them. Less the row's maximum so
-  // far those that count are small.
+  // far those that count are small; but if all so far were as good as hidden, those that count have
+  // ordinary biases, which beside such a maximum would leave no digits for products.
   auto start_from_biases = [&] {
+    constexpr float kHidden = -1024;
 #pragma unroll
-    for (int r = 0; r < 2; ++r) base[r] = rows.row_max[r] == -INFINITY ? 0 : rows.row_max[r];
+    for (int r = 0; r < 2; ++r)
+      base[r] = rows.row_max[r] * to_log2 < kHidden ? 0 : rows.row_max[r];
     take_biases(
         [&](int i, float bias, float unit) { acc_s[i] = fmaf(bias, unit, -base[i / 2 % 2]); });
   };

@@ -221,8 +221,8 @@ struct RowSoftmax {
         float next = fmaxf(most[r], __shfl_xor_sync(~0u, most[r], 1));
         next = fmaxf(next, __shfl_xor_sync(~0u, next, 2));
         if (!((next - row_max[r]) * to_log2 > kLag)) next = row_max[r];
-        // what is lowest in bf16 hides keys, but has no exponent of 2 to be relative to
-        if (next * to_log2 == -INFINITY) next = -INFINITY;
+        // what is as low hides keys: of exponents relative to it rounding alone would be left
+        if (next * to_log2 < -0x1p31f) next = -INFINITY;
         moved |= next != row_max[r];
         shrink[r] = next == row_max[r] ? 1 : exp2_approx((row_max[r] - next) * to_log2);
         row_max[r] = next;

@@ -33,8 +33,9 @@ struct CaseSlots {
   BiasForm bias = BiasForm::kNone;
   DType bias_dtype = DType::kF32;
   bool shared = false;  // the bias, by all batches, heads and queries
-  int64_t hidden = 0;   // so many last keys have biases that are as low as can be
-  float tilt = 0;       // by how much biases fall from key to key
+  int64_t hidden = 0;   // so many last keys have biases that are as low as can be, or
+  float low = -0x1.fep127f;
+  float tilt = 0;  // by how much biases fall from key to key
 };
 
 struct Case {
@@ -310,7 +311,7 @@ double check(const Case& c, int64_t d, int64_t dv, emulator::Random& random, con
   for (int64_t i = 0; s.bias > BiasForm::kRow && i < bias_rows; ++i)
     for (int64_t t = 0; t < c.sk; ++t) {
       float& value = bias[static_cast<size_t>(i * bias_row + t)] =
-          t < c.sk - s.hidden ? normal(random) - s.tilt * static_cast<float>(t) : -0x1.fep127f;
+          t < c.sk - s.hidden ? normal(random) - s.tilt * static_cast<float>(t) : s.low;
       if (s.bias_dtype == DType::kF32) continue;
       uint16_t& bits = bias_bits[static_cast<size_t>(i * bias_row + t)];
       bits = emulator::encode(s.bias_dtype, value);

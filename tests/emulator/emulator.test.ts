@@ -542,6 +542,12 @@ const kernels: Kernel[] = [
         to: '-base[0]',
       },
       {
+        what: 'products are added to what is far from them',
+        file: forward,
+        from: 'rows.row_max[r] * to_log2 < kHidden ?',
+        to: 'rows.row_max[r] == -INFINITY ?',
+      },
+      {
         what: 'biases are loaded over those that are read',
         file: forward,
         from: 'smem.bias_empty[w].wait((loaded + j + 1) & 1);',
@@ -556,7 +562,7 @@ const kernels: Kernel[] = [
       {
         what: 'weights are relative to what has no exponent',
         file: softmax,
-        from: 'if (next * to_log2 == -INFINITY) next = -INFINITY;',
+        from: 'if (next * to_log2 < -0x1p31f) next = -INFINITY;',
         to: '',
       },
       {
