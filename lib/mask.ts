@@ -294,6 +294,17 @@ function tokenBits(
   }
 }
 
+const knownRange: ReadonlySet<string> = new Set(['window', 'sinkTokens'])
+
+function rangeOf(range: unknown, prefix = ''): { window: number; sinkTokens: number } {
+  checkOptions('mask', range, knownRange)
+  const { window, sinkTokens } = (range ?? {}) as { window?: number; sinkTokens?: number }
+  return {
+    window: checkInteger('mask', `${prefix}window`, window ?? 0, 0),
+    sinkTokens: checkInteger('mask', `${prefix}sinkTokens`, sinkTokens ?? 0, 0),
+  }
+}
+
 /** Makes masks of lists in the formats that kernels and selectors of the field exchange. */
 export const Mask = {
   /**
@@ -395,9 +406,7 @@ export const Mask = {
 
   /** The last `window` keys of every row, its own included, and the first `sinkTokens` keys of the sequence. */
   fromWindow(range: { window?: number; sinkTokens?: number }, options: MaskOptions): Mask {
-    const window = checkInteger('mask', 'window', range?.window ?? 0, 0)
-    const sinkTokens = checkInteger('mask', 'sinkTokens', range?.sinkTokens ?? 0, 0)
-    return makeMask({ ...checkParts(options), window, sinkTokens })
+    return makeMask({ ...checkParts(options), ...rangeOf(range) })
   },
 
   /**
@@ -421,15 +430,20 @@ export const Mask = {
       if (mode instanceof Made) return partsOfHead(name, mode, parts, heads.length)
       if (mode !== 'dense' && (mode === null || typeof mode !== 'object'))
         throw mustBe('mask', name, '"dense", a window and sinks, or a mask', mode)
-      const range: { window?: number; sinkTokens?: number } =
-        mode === 'dense' ? { sinkTokens: parts.sk } : (mode as object)
-      const window = checkInteger('mask', `${name}.window`, range.window ?? 0, 0)
-      const sinkTokens = checkInteger('mask', `${name}.sinkTokens`, range.sinkTokens ?? 0, 0)
-      return { ...parts, window, sinkTokens }
+      const range = mode === 'dense' ? { sinkTokens: parts.sk } : mode
+      return { ...parts, ...rangeOf(range, `${name}.`) }
     })
     const listed = modes.flatMap(({ blocks, columns, diagonals }) => [blocks, columns, diagonals])
     const device = listed.find((one) => one !== undefined)?.device ?? parts.device
     const sequences = Math.max(...modes.map((mode) => mode.sequences))
+    const other = modes.findIndex((mode) => mode.sequences !== 1 && mode.sequences !== sequences)
+    if (other >= 0)
+      throw mustBe(
+        'mask',
+        `heads[${other}]`,
+        `a mask of 1 or ${sequences} sequences`,
+        modes[other]!.sequences,
+      )
     const { rows, columns } = blockTable(parts)
     const all = words(Math.max(parts.sk, 1))
     // of every head the lists of one kind, with the first `own` bits of its lines

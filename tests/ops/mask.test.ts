@@ -594,6 +594,14 @@ describeDevices('attention over a mask', (device) => {
     expect(await message(['dense', { window: -1 }])).toBe(
       'mask: heads[1].window must be an integer at least 0, got -1',
     )
+    expect(await message([{ windows: 1 }])).toBe(
+      'mask: unknown option "windows"; did you mean "window"?',
+    )
+    const batch = (n: number) =>
+      Mask.fromBlocks(tensor(new Uint8Array(n), [n, 1, 1, 1], { device }), options)
+    expect(await message([batch(2), batch(3), 'dense'])).toBe(
+      'mask: heads[0] must be a mask of 1 or 3 sequences, got 2',
+    )
     expect(await message([Mask.fromWindow({ window: 1 }, { sq: 65 })])).toBe(
       'mask: heads[0] must be a mask with sq 64, got 65',
     )
