@@ -51,9 +51,9 @@ export interface SoftplusOptions
   /** Added to both sums of weights; 0 if left out. Other implementations have 1e-8. */
   eps?: number | undefined
   /**
-   * What a row gives whose keys all weigh the same, so that none is above the mean: `'zero'`, as if left out, or `'mean'`, what it
-   * gives without re-weighting, from a third pass. `lse` is -inf either way,
-   * and gradients are those of zeros. Only where eps is 0.
+   * What a row gives whose keys all weigh the same, so that none is above the mean: `'zero'`, as if left out, or `'mean'`,
+   * what it gives without re-weighting, from a third pass. `lse` is -inf either way, and gradients are those of zeros. Only
+   * where eps is 0.
    */
   degenerate?: 'zero' | 'mean' | undefined
 }

@@ -51,7 +51,7 @@ export interface LightningOptions {
 export interface LightningResult<D extends FloatDType = FloatDType> {
   /** [b, s, max(hq, hv), e], the dtype of q. */
   out: Tensor<D>
-  /** [b, hs, d, e] f32, or [n, hs, d, e] for n packed sequences, or with [e, d] as `stateLayout` says; only with `outputFinalState`. */
+  /** [b, hs, d, e] f32, or [n, hs, d, e] for n packed sequences, [e, d] as `stateLayout` says; only with `outputFinalState`. */
   state: Tensor<'float32'> | undefined
 }
 
