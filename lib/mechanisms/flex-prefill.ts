@@ -1,4 +1,4 @@
-import { checkInteger, checkNumber, checkOptions, mustBe } from '../check.js'
+import { checkInteger, checkNumber, checkOptions, mustBe, offsetNumbers } from '../check.js'
 import type { FloatDType } from '../dtype.js'
 import { type Mask, makeMask } from '../mask.js'
 import { run } from '../native.js'
@@ -68,7 +68,7 @@ export function flexPrefill<D extends FloatDType>(
   checkTensor(op, 'k', k)
   checked(op, options)
   return grouped(q, k, options.gqaInterleave, (queries, back) => {
-    const mask = select(op, queries, k, options, 0)
+    const mask = select(op, queries, k, options)
     return mask.blocks ? makeMask({ ...mask, blocks: back(mask.blocks, 1) }) : mask
   })
 }
@@ -120,22 +120,22 @@ function checked(op: string, options: FlexPrefillOptions) {
   return { gamma, tau, least, most, block, coverage, scale: coverage ? scale : undefined }
 }
 
-// Sequences of up to `denseBelow` keys get everything
+// With `denseBelow`, sequences of up to so many keys, and of one query, get everything
 function select<D extends FloatDType>(
   op: string,
   q: Tensor<D>,
   k: Tensor<D>,
   options: FlexPrefillOptions,
-  denseBelow: number,
+  denseBelow?: number,
 ): Mask {
   const settings = checked(op, options)
   const { gamma, least, block } = settings
-  const short = Math.max(2 * block, least * block, denseBelow)
+  const short = Math.max(2 * block, least * block, denseBelow ?? 0)
   const blocksOf = (queries: Tensor<D>, keys: Tensor<D>): Mask => {
     const [b = 0, sq = 0, heads = 0] = queries.shape
     const sk = keys.shape[1]!
     const parts = everything(sq, sk, block)
-    if (gamma >= 1 || sk <= short) return parts
+    if (gamma >= 1 || sk <= short || (sq === 1 && denseBelow !== undefined)) return parts
     const [rows, columns] = [sq, sk].map((size) => Math.ceil(size / block)) as [number, number]
     const shape = [b, heads, rows, Math.ceil(columns / 32)]
     const blocks = empty(shape, { dtype: 'int32', device: q.device })
@@ -148,7 +148,7 @@ function select<D extends FloatDType>(
 
 /**
  * A causal prefill over what {@link flexPrefill} chooses, where that pays: of sequences of more than `denseBelow` keys, and of
- * more than one query. The others are dense, bit for bit as {@link attention} is.
+ * more than one query. The others are dense, and a call without any that is long gives, bit for bit, what {@link attention} does.
  *
  * @param q [b, sq, hq, d], float32, float16 or bfloat16, the queries of a prompt or of its next chunk.
  * @param k [b, sk, hk, d], the keys up to and with those queries.
@@ -174,9 +174,8 @@ export function flexPrefillAttention<D extends FloatDType>(
   const { gamma } = checked(op, chosen)
   const { scale, cuSeqlensQ, cuSeqlensK } = chosen
   const { sq, sk } = lengthsOf(op, q, k)
-  const longest = cuSeqlensK
-    ? cuSeqlensK.reduce((most, to, i) => Math.max(most, to - (cuSeqlensK[i - 1] ?? to)), 0)
-    : sk
+  const ends = cuSeqlensK === undefined ? [sk] : offsetNumbers(op, 'cuSeqlensK', cuSeqlensK, sk)
+  const longest = Math.max(...ends.map((to, i) => to - (ends[i - 1] ?? 0)))
   return grouped(q, k, chosen.gqaInterleave, (queries, back) => {
     const attend = () => {
       if (longest <= denseBelow || sq === 1 || gamma >= 1)

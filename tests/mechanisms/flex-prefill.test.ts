@@ -280,6 +280,16 @@ describeDevices('flexPrefill', (device) => {
     const last = q!.slice(1, 639)
     const step = await bytes(flexPrefillAttention(last, k!, k!, { ...options, denseBelow: 0 }))
     expect(step.equals(await bytes(attention(last, k!, k!, { causal: true })))).toBe(true)
+    // so is one query of a packed sequence
+    const cuSeqlensQ = [0, 1, 201]
+    const several = { cuSeqlensQ, cuSeqlensK: [0, 440, 640] }
+    const some = q!.slice(1, 439)
+    const of = async (x: { out: Tensor<FloatDType> }, from: number, to: number) =>
+      x.out.slice(1, from, to).read({ as: 'float32' })
+    const mixed = flexPrefillAttention(some, k!, k!, { ...options, ...several, denseBelow: 0 })
+    const causal = attention(some, k!, k!, { causal: true, ...several })
+    expect(maxError(await of(mixed, 0, 1), await of(causal, 0, 1))).toBeLessThan(1e-5)
+    expect(maxError(await of(mixed, 1, 201), await of(causal, 1, 201))).toBeGreaterThan(1e-3)
     // the first of two packed sequences is long
     const cu = [0, 440, 640]
     const packed = { ...options, cuSeqlensQ: cu, cuSeqlensK: cu }
@@ -335,6 +345,9 @@ describeDevices('flexPrefill', (device) => {
     )
     expect((await attend({ denseBelow: -1 })).message).toBe(
       'flexPrefillAttention: denseBelow must be an integer at least 0, got -1',
+    )
+    expect((await attend({ cuSeqlensQ: 1, cuSeqlensK: 1 })).message).toBe(
+      'flexPrefillAttention: cuSeqlensK must be a tensor or an array of numbers, got 1',
     )
     const short = await failure(() => flexPrefill(q.tensor, q.tensor.slice(1, 0, 200)))
     expect(short.message).toBe('flexPrefill: sq must be at most sk, got 300 and 200')
