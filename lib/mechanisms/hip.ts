@@ -577,19 +577,26 @@ export function hipDecoder(options: HipDecoderOptions = {}): HipDecoder {
         ;[room, blocks, listedAt] = [found, bits, sk]
       }
       blocks = lengthen(words)
-      tokens += n
       const drift = freezeWindowStart ? sk - listedAt : 0
       const window = settings.window + drift
       const attend = () => attendLists(q, k, v, settings, window)
       if (isShared && n === 1 && !rope)
         room!.isGathered ??= explainCall(attend)?.variant?.endsWith('_gather') ?? false
-      if (isShared && (elsewhere || (n === 1 && !rope && !room!.isGathered)))
-        return attendPages(q, k, v, settings, window)
-      // a list of fewer keys than a block was not brought here
-      if (isShared && n === 1 && !rope && caches && listedAt >= size)
-        return attendNear(q, k, v, settings, window)
-      if (!rope) return attend()
-      return scope(() => attendLists(turn(q, rope, sk - n), turn(k, rope, 0), v, settings, window))
+      const chosen = () => {
+        if (isShared && (elsewhere || (n === 1 && !rope && !room!.isGathered)))
+          return attendPages(q, k, v, settings, window)
+        // a list of fewer keys than a block was not brought here
+        if (isShared && n === 1 && !rope && caches && listedAt >= size)
+          return attendNear(q, k, v, settings, window)
+        if (!rope) return attend()
+        return scope(() =>
+          attendLists(turn(q, rope, sk - n), turn(k, rope, 0), v, settings, window),
+        )
+      }
+      const result = chosen()
+      // a call that is refused has decoded none
+      tokens += n
+      return result
     },
     cacheCounts: async () => caches?.counts() ?? noCounts,
     reset() {

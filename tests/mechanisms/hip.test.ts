@@ -699,6 +699,11 @@ describeDevices('hip mechanisms', (device) => {
     using decoder = hipDecoder({ offload: true })
     const narrow = tensor(new Float32Array(16), [1, 2, 2, 4], { device })
     expect((await failure(() => decoder.attend(z, narrow, z))).message).toContain('but q has d = 8')
+    const before = decoder.tokens
+    expect((await failure(() => decoder.attend(z, z, z.slice(1, 1)))).message).toContain(
+      'v must be',
+    )
+    expect(decoder.tokens).toBe(before)
     expect(decoder.attend(z, z, z).out.shape).toEqual([1, 2, 2, 8])
     const q = tensor(new Float32Array(129 * 8), [1, 129, 1, 8], { device })
     expect((await failure(() => hipDecoder().attend(q, q, q))).message).toBe(
