@@ -1,4 +1,15 @@
-import { type AttentionOptions, attention, cuda, explain, Mask, randn, zeros } from 'heddle'
+import {
+  type AttentionOptions,
+  attention,
+  cuda,
+  explain,
+  type FloatDType,
+  Mask,
+  randn,
+  type Tensor,
+  tensor,
+  zeros,
+} from 'heddle'
 import { expect, it } from 'vitest'
 import { expectClose, maxError } from '../support/compare.js'
 import { describeDevices, epsilon, floats } from '../support/devices.js'
@@ -312,6 +323,23 @@ describeDevices('attention with other weights', (device) => {
       for (let i = 0; i < (s - 3) * 2 * d; i++) expect(out[i]).toBe(0)
       for (let i = 0; i < s - 3; i++) expect(lse[i]).toBe(Number.NEGATIVE_INFINITY)
     }
+  })
+
+  it('hides keys by biases however low', async () => {
+    const [s, seen] = [500, 290]
+    for (const dtype of floats)
+      for (const low of [-3e4, -1e9, -1e30]) {
+        if (dtype === 'float16' && low < -6e4) continue
+        const [q, k, v] = [1, 2, 3].map((seed) => randn([1, s, 2, 128], { seed, dtype, device }))
+        const numbers = Float32Array.from({ length: s * s }, (_, i) => (i % s < seen ? 0 : low))
+        const bias = tensor(numbers, [1, 1, s, s], { dtype, device })
+        const read = ({ out }: { out: Tensor<FloatDType> }) => out.read({ as: 'float32' })
+        const hidden = await read(attention(q!, k!, v!, { bias }))
+        const cut = [k!, v!].map((x) => x.slice(1, 0, seen))
+        const expected = await read(attention(q!, cut[0]!, cut[1]!))
+        const error = maxError(hidden, expected)
+        expect(error, `${dtype} ${low}`).toBeLessThan(dtype === 'float32' ? 1e-5 : 1e-2)
+      }
   })
 
   it('takes what scores and weights are made of to matrix instructions where there are some', () => {
