@@ -132,6 +132,30 @@ function structured(
   return [q, k]
 }
 
+/** The largest error of a row of attention over some of the keys, relative to the largest value. */
+function rowError(
+  q: Float32Array,
+  k: Float32Array,
+  v: Float32Array,
+  out: Float32Array,
+  keys: Iterable<number>,
+): number {
+  const d = q.length
+  const scores = Array.from(keys, (t) => {
+    let dot = 0
+    for (let e = 0; e < d; e++) dot += q[e]! * k[t * d + e]!
+    return [t, Math.exp(dot / Math.sqrt(d))] as const
+  })
+  const sum = scores.reduce((total, [, p]) => total + p, 0)
+  let [worst, top] = [0, 0]
+  for (let f = 0; f < d; f++) {
+    const value = scores.reduce((total, [t, p]) => total + p * v[t * d + f]!, 0) / sum
+    worst = Math.max(worst, Math.abs(value - out[f]!))
+    top = Math.max(top, Math.abs(value))
+  }
+  return worst / top
+}
+
 /** Sizes and mask of an attention problem. */
 function attentionProblem({ dtype, size, flags }: Problem, device: Device) {
   const [b, sq, sk, hq, d] = [size('b'), size('sq'), size('sk'), size('hq'), size('d')]
@@ -609,20 +633,9 @@ export const operators: Readonly<Record<string, (problem: Problem, device: Devic
           await read(v, 0),
           await read(out, 0),
         ]
-        const scores = [...keys].map((t) => {
-          let dot = 0
-          for (let e = 0; e < d; e++) dot += qs[(sq - 1) * d + e]! * ks[t * d + e]!
-          return [t, Math.exp(dot / Math.sqrt(d))] as const
-        })
-        const sum = scores.reduce((total, [, p]) => total + p, 0)
-        let [worst, top] = [0, 0]
-        for (let f = 0; f < d; f++) {
-          const value = scores.reduce((total, [t, p]) => total + p * vs[t * d + f]!, 0) / sum
-          worst = Math.max(worst, Math.abs(value - os[(sq - 1) * d + f]!))
-          top = Math.max(top, Math.abs(value))
-        }
         for (const one of [index, count, out]) one.dispose()
-        return worst / top
+        const row = (x: Float32Array) => x.subarray((sq - 1) * d)
+        return rowError(row(qs), ks, vs, row(os), keys)
       },
     }
   },
@@ -667,27 +680,29 @@ export const operators: Readonly<Record<string, (problem: Problem, device: Devic
     const [q, k] = structured([b, s, hq, hk, d], dtype, device, size('seed', 1))
     const v = randn([b, s, hk, d], { seed: 3, dtype, device })
     const options = { gamma: 0.95 }
+    const denseBelow = 8192
+    const attend = () => flexPrefillAttention(q, k, v, { ...options, denseBelow })
     const both = ({ out, lse }: AttentionResult<FloatDType>) => [out, lse]
     return {
       inputs: [q, k, v],
       flops: 2 * b * hq * s * (s + 1) * d,
       bytes: q.nbytes * 2 + k.nbytes + v.nbytes,
-      run: () => both(flexPrefillAttention(q, k, v, options)),
+      run: () => both(attend()),
       others: { 'our softmax attention': () => both(attention(q, k, v, { causal: true })) },
       async share() {
-        if (s <= 8192) return 1
+        if (s <= denseBelow) return 1
         using mask = flexPrefill(q, k, options)
         return mask.density()
       },
       // the last row of the last head, by the blocks that are listed for it
       async check() {
-        const { out } = flexPrefillAttention(q, k, v, options)
+        const { out } = attend()
         using mask = flexPrefill(q, k, options)
         const row = mask.blocks
           ?.select(0, b - 1)
           .select(0, hq - 1)
           .select(0, -1)
-        const bits = s > 8192 && row ? await row.read() : undefined
+        const bits = s > denseBelow && row ? await row.read() : undefined
         const last = (x: Tensor, h: number) => x.select(0, b - 1).select(1, h - 1)
         const read = (x: Tensor) => x.read({ as: 'float32' })
         const [qs, os] = [
@@ -695,23 +710,11 @@ export const operators: Readonly<Record<string, (problem: Problem, device: Devic
           await read(last(out, hq).select(0, -1)),
         ]
         const [ks, vs] = [await read(last(k, hk)), await read(last(v, hk))]
-        const result = new Float64Array(d)
-        let sum = 0
-        for (let t = 0; t < s; t++) {
-          const block = t >> 7
-          if (bits && !((bits[block >> 5]! >>> (block & 31)) & 1)) continue
-          let dot = 0
-          for (let e = 0; e < d; e++) dot += qs[e]! * ks[t * d + e]!
-          const p = Math.exp(dot / Math.sqrt(d) - 20)
-          sum += p
-          for (let e = 0; e < d; e++) result[e]! += p * vs[t * d + e]!
-        }
-        const exact = [...result].map((value) => value / sum)
-        out.dispose()
-        return (
-          Math.max(...exact.map((value, e) => Math.abs(value - os[e]!))) /
-          Math.max(...exact.map(Math.abs))
+        const keys = Array.from({ length: s }, (_, t) => t).filter(
+          (t) => !bits || (bits[t >> 12]! >>> ((t >> 7) & 31)) & 1,
         )
+        out.dispose()
+        return rowError(qs, ks, vs, os, keys)
       },
     }
   },

@@ -66,9 +66,9 @@ export function flexPrefill<D extends FloatDType>(
   const op = 'flexPrefill'
   checkTensor(op, 'q', q)
   checkTensor(op, 'k', k)
-  checked(op, options)
+  const settings = checked(op, options)
   return grouped(q, k, options.gqaInterleave, (queries, back) => {
-    const mask = select(op, queries, k, options)
+    const mask = select(op, queries, k, settings, options)
     return mask.blocks ? makeMask({ ...mask, blocks: back(mask.blocks, 1) }) : mask
   })
 }
@@ -125,10 +125,10 @@ function select<D extends FloatDType>(
   op: string,
   q: Tensor<D>,
   k: Tensor<D>,
-  options: FlexPrefillOptions,
+  settings: ReturnType<typeof checked>,
+  packed: PackedOptions,
   denseBelow?: number,
 ): Mask {
-  const settings = checked(op, options)
   const { gamma, least, block } = settings
   const short = Math.max(2 * block, least * block, denseBelow ?? 0)
   const blocksOf = (queries: Tensor<D>, keys: Tensor<D>): Mask => {
@@ -143,7 +143,7 @@ function select<D extends FloatDType>(
     divergence?.dispose()
     return makeMask({ ...parts, sequences: b, heads, sinkTokens: 0, blocks })
   }
-  return perSequence(op, q, k, [block, block], options, blocksOf)
+  return perSequence(op, q, k, [block, block], packed, blocksOf)
 }
 
 /**
@@ -171,16 +171,16 @@ export function flexPrefillAttention<D extends FloatDType>(
     throw mustBe(op, 'options', 'an object', options)
   const { denseBelow = 8192, ...chosen } = options
   checkInteger(op, 'denseBelow', denseBelow, 0)
-  const { gamma } = checked(op, chosen)
+  const settings = checked(op, chosen)
   const { scale, cuSeqlensQ, cuSeqlensK } = chosen
   const { sq, sk } = lengthsOf(op, q, k)
   const ends = cuSeqlensK === undefined ? [sk] : offsetNumbers(op, 'cuSeqlensK', cuSeqlensK, sk)
   const longest = Math.max(...ends.map((to, i) => to - (ends[i - 1] ?? 0)))
   return grouped(q, k, chosen.gqaInterleave, (queries, back) => {
     const attend = () => {
-      if (longest <= denseBelow || sq === 1 || gamma >= 1)
+      if (longest <= denseBelow || sq === 1 || settings.gamma >= 1)
         return attention(queries, k, v, { scale, causal: true, cuSeqlensQ, cuSeqlensK })
-      using mask = select(op, queries, k, chosen, denseBelow)
+      using mask = select(op, queries, k, settings, chosen, denseBelow)
       return attention(queries, k, v, { scale, mask })
     }
     const { out, lse } = attend()
