@@ -39,7 +39,7 @@ struct Keep {
 
   void validate() const {
     HEDDLE_CHECK(score.contiguous() && blocks.contiguous(), kShape, "score",
-                 "score must be contiguous");
+                 "score must be contiguous; call contiguous() first");
     HEDDLE_CHECK(blocks.shape[3] * 32 >= score.shape[3], kShape, "blocks",
                  "blocks must have a bit for every column, got ", blocks);
     HEDDLE_CHECK(score.shape[2] * score.shape[3] < INT32_MAX, kUnsupported, "score",

@@ -7,6 +7,7 @@ import {
   empty,
   full,
   glu,
+  keep,
   lightning,
   lightningBackward,
   lightningDecode,
@@ -538,6 +539,12 @@ const wrong: Wrong[] = [
     () => matrix.transpose(0, 1).reshape([6]),
     'ERR_SHAPE',
     'reshape: shape [6] would need a copy (the strides are [1, 3]); call contiguous() first',
+  ],
+  [
+    'scores that are a view with strides',
+    () => keep(zeros([1, 1, 4, 4]).transpose(2, 3), { sq: 256, block: 64, topBlocks: 1 }),
+    'ERR_SHAPE',
+    'keep: score must be contiguous; call contiguous() first',
   ],
   [
     'a size that does not repeat',
