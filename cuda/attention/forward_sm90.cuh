@@ -619,8 +619,7 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
   auto start_from_biases = [&] {
     constexpr float kHidden = -1024;
 #pragma unroll
-    for (int r = 0; r < 2; ++r)
-      base[r] = rows.row_max[r] * to_log2 < kHidden ? 0 : rows.row_max[r];
+    for (int r = 0; r < 2; ++r) base[r] = rows.row_max[r] * to_log2 < kHidden ? 0 : rows.row_max[r];
     take_biases(
         [&](int i, float bias, float unit) { acc_s[i] = fmaf(bias, unit, -base[i / 2 % 2]); });
   };
