@@ -5,8 +5,10 @@
 //
 //   lse[p] = ln(sum(w(S[p,t])))   with S and its weights w as in forward_sm90.cuh
 //
-// A tile is 64 rows of q for each of two computing warpgroups. Each has the products of the next
-// key tile running while it sums those of one. Warpgroup 0 loads.
+// A tile is 64 rows of q for each of two computing warpgroups; warpgroup 0 loads. Of cosines, each
+// has the products of the next key tile running while it sums those of one. Other scores take so
+// much longer to map that the products of one warpgroup hide behind those of the other, and one
+// copy of the code is enough, of 10,000 instructions.
 namespace heddle {
 namespace {
 
@@ -92,7 +94,7 @@ __global__ void __launch_bounds__(SumsTile::kThreads, 1)
 
   raise_registers<Shape::kComputeRegisters>();
   const int own = warpgroup - 1, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
-  float scores[2][kKeys / 2];  // of a key tile and of the next
+  float scores[kCosines ? 2 : 1][kKeys / 2];  // of a key tile, and of the next
   // what is read of a tile while products of the next are issued, which takes as long as they do
   uint32_t ahead[kCosines ? 1 : kKeys / 8][2];
   float2 factors[kCosines ? kKeys / 8 : 1];
@@ -159,23 +161,33 @@ __global__ void __launch_bounds__(SumsTile::kThreads, 1)
         slots.sum(acc, rows);
       }
     };
-    // Key tile j, and whether it isn't the last. The branches are apart: were they around the
-    // products alone, the compiler would serialise them.
-    const auto step = [&](float(&acc)[kKeys / 2], float(&next)[kKeys / 2], int j) {
-      fetch(j);
-      if (j + 1 == key_tiles) {
-        wgmma_wait<0>(acc);
+    if constexpr (kCosines) {
+      // Key tile j, and whether it isn't the last. The branches are apart: were they around the
+      // products alone, the compiler would serialise them.
+      const auto step = [&](float(&acc)[kKeys / 2], float(&next)[kKeys / 2], int j) {
+        fetch(j);
+        if (j + 1 == key_tiles) {
+          wgmma_wait<0>(acc);
+          add(acc, j);
+          return false;
+        }
+        issue(next, j + 1);
+        wgmma_wait<1>(acc);
         add(acc, j);
-        return false;
-      }
-      issue(next, j + 1);
-      wgmma_wait<1>(acc);
-      add(acc, j);
-      return true;
-    };
-    issue(scores[0], 0);
+        return true;
+      };
+      issue(scores[0], 0);
 #pragma unroll 1
-    for (int j = 0; step(scores[0], scores[1], j) && step(scores[1], scores[0], j + 1);) j += 2;
+      for (int j = 0; step(scores[0], scores[1], j) && step(scores[1], scores[0], j + 1);) j += 2;
+    } else {
+#pragma unroll 1
+      for (int j = 0; j < key_tiles; ++j) {
+        issue(scores[0], j);
+        fetch(j);
+        wgmma_wait<0>(scores[0]);
+        add(scores[0], j);
+      }
+    }
     used += key_tiles;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {

@@ -623,8 +623,8 @@ const kernels: Kernel[] = [
       {
         what: 'scores are added up while they are multiplied',
         file: sums,
-        from: 'wgmma_wait<1>(acc);\n      add(acc, j);',
-        to: 'add(acc, j);\n      wgmma_wait<1>(acc);',
+        from: 'wgmma_wait<1>(acc);\n        add(acc, j);',
+        to: 'add(acc, j);\n        wgmma_wait<1>(acc);',
       },
       {
         what: 'q is loaded over the one before the last',
