@@ -1,6 +1,0 @@
-#include "attention/backward_sm90.cuh"
-
-namespace heddle {
-template void launch_backward_sm90<DType::kBF16, 128, false, true>(const BackwardCall&,
-                                                                   cudaStream_t);
-}  // namespace heddle

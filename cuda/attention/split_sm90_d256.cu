@@ -1,6 +1,0 @@
-#include "attention/split_sm90.cuh"
-
-namespace heddle {
-template void launch_split_sm90<DType::kBF16, 256>(const SplitCall&, cudaStream_t);
-template void launch_split_sm90<DType::kF16, 256>(const SplitCall&, cudaStream_t);
-}  // namespace heddle
