@@ -1,4 +1,5 @@
-// Makes the tarball of npm/cuda13-linux-x64 from build/Release/heddle.node, which must have been built with CUDA 13
+// Makes the tarball of npm/cuda13-linux-x64 from build/Release/heddle.node, which must have been built with CUDA 13 by
+//   npm run build:native -- '--CDHEDDLE_PORTABLE_ARCHS=80;90'
 import { execFileSync } from 'node:child_process'
 import { readFileSync, writeFileSync } from 'node:fs'
 import { createRequire } from 'node:module'
