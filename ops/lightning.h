@@ -177,7 +177,8 @@ struct LightningDecode {
     const int64_t rows = state_layout ? e : d, columns = state_layout ? d : e;
     HEDDLE_CHECK(states.shape[2] == rows && states.shape[3] == columns, kShape, "states",
                  "states must be [pool, hs, ", rows, ", ", columns, "], got ", states);
-    HEDDLE_CHECK(states.contiguous(), kShape, "states", "states must be contiguous; call contiguous() first");
+    HEDDLE_CHECK(states.contiguous(), kShape, "states",
+                 "states must be contiguous; call contiguous() first");
   }
 };
 

@@ -42,7 +42,8 @@ struct Probe {
     HEDDLE_CHECK(q.shape[3] >= 1 && q.shape[3] <= 256, kShape, "q", "d must be from 1 to 256, got ",
                  q.shape[3]);
     HEDDLE_CHECK(sq <= sk, kShape, "q", "sq must be at most sk, got ", sq, " and ", sk);
-    HEDDLE_CHECK(score.contiguous(), kShape, "score", "score must be contiguous; call contiguous() first");
+    HEDDLE_CHECK(score.contiguous(), kShape, "score",
+                 "score must be contiguous; call contiguous() first");
     HEDDLE_CHECK(per == kBlock || kind == kRows, kArgument, "per", "per goes with kind rows");
     HEDDLE_CHECK(kind != kAntidiagonal || (block_q % stride == 0 && block_k % stride == 0),
                  kArgument, "stride", "stride must divide the blocks, got ", stride);
