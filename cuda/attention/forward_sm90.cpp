@@ -51,8 +51,6 @@ template <DType kType> void pick(const ForwardCall& call, cudaStream_t stream) {
                ? launch_sums_sm90<kType, true>(call, stream)
                : launch_sums_sm90<kType, false>(call, stream);
   if (call.masked) return pick_listed<kType>(call, stream);
-  if (call.slots.used() && call.dv <= 64)
-    return launch_forward_sm90<kType, kSlotColumns, 64, Form::kMapped>(call, stream);
   if (call.slots.used() || (size > 96 && size <= kSlotColumns))
     return pick_form<kType>(call, stream);
   maps_scores(call) ? pick<kType, Form::kMapped>(call, stream)

@@ -307,14 +307,12 @@ template <int kColumns> void launch(const ForwardCall& call) {
     const bool cosines = call.slots.weights == Attention::kSoftplus && takes_cosines(call);
     cosines ? launch_sums_sm90<kType, true>(call, nullptr)
             : launch_sums_sm90<kType, false>(call, nullptr);
-  } else if constexpr (kColumns == kSlotColumns) {
+  } else {
     // scores of no slots are another program's
     dispatch_form(call, [&]<Form kForm>() {
       constexpr Form kTaken = kForm == Form::kPlain ? Form::kMapped : kForm;
-      launch_forward_sm90<kType, kD, kColumns, kTaken>(call, nullptr);
+      launch_forward_sm90<kType, kD, kSlotColumns, kTaken>(call, nullptr);
     });
-  } else {
-    launch_forward_sm90<kType, kD, kColumns, Form::kMapped>(call, nullptr);
   }
 }
 
