@@ -104,10 +104,9 @@ template <class T> void choose(const HipArgs& args, CudaContext& context) {
     if (reads_wide(args.op.q) && reads_wide(k) && !args.op.cos) {
       if (is_step(args.op) && k.shape[3] <= 64) return search_step<T, 64>(args, context);
       if (is_step(args.op)) return search_step<T, 128>(args, context);
-      // One size for all: what comes over the bus takes longer than products, and zeros change none
-      if (args.op.near) return search<HipMatrix<T, 256, true>>(args, context);
-      if (k.shape[3] <= 64) return search<HipMatrix<T, 64>>(args, context);
-      if (k.shape[3] <= 128) return search<HipMatrix<T, 128>>(args, context);
+      const int64_t d = args.op.near ? 256 : k.shape[3];
+      if (d <= 64) return search<HipMatrix<T, 64>>(args, context);
+      if (d <= 128) return search<HipMatrix<T, 128>>(args, context);
       return search<HipMatrix<T, 256>>(args, context);
     }
   }

@@ -147,9 +147,10 @@ template <class T, bool kNear> class HipRows {
 };
 
 // 16-bit keys of up to kD columns, in whole pieces of 16 bytes
-template <class T, int kD, bool kLooksNear = false> class HipMatrix {
+template <class T, int kD> class HipMatrix {
  public:
-  static constexpr bool kNear = kLooksNear;
+  // One size for all keys nearby: what comes over the bus takes longer than products with zeros
+  static constexpr bool kNear = kD == 256;
   __device__ HipMatrix(const HipArgs& args, const HipPlace& place, char* smem)
       : d_(static_cast<int>(args.op.q.shape[3])),
         heads_(args.heads),

@@ -15,7 +15,7 @@ using Scorer = HEDDLE_SCORER;
 using T = HEDDLE_ELEMENT;
 constexpr bool kTurns = std::is_same_v<Scorer, HipPlain<T>>;
 template <class> constexpr int kColumns = 0;  // of a fragment's keys
-template <int kD, bool kNear> constexpr int kColumns<HipMatrix<T, kD, kNear>> = kD;
+template <int kD> constexpr int kColumns<HipMatrix<T, kD>> = kD;
 
 struct Case {
   int kind = Hip::kHalves, representative = Hip::kCenter;
