@@ -713,7 +713,7 @@ const optionName = fc.oneof(fc.constantFrom(...optionNames, 'casual', '__proto__
 const drawnCall: fc.Arbitrary<Drawn> = fc.record({
   target: index(targets),
   given: fc.nat({ max: 2 ** 13 - 1 }),
-  guise: fc.nat({ max: 11 }),
+  guise: fc.nat({ max: 7 }),
   change: fc.array(fc.record({ at: fc.nat({ max: 15 }), value: recipe }), { maxLength: 2 }),
   extra: fc.oneof(
     { weight: 6, arbitrary: fc.constant<Drawn['extra']>([]) },
@@ -823,7 +823,7 @@ describe('the boundary', () => {
       expect(result, `results of ${name}`).toBeGreaterThan(100)
       expect(refused, `refusals of ${name}`).toBeGreaterThan(10)
       if (targets.find((target) => target.name === name)?.options)
-        expect(own, `errors of the caller in ${name}`).toBeGreaterThan(10)
+        expect(own, `errors of the caller in ${name}`).toBeGreaterThan(0)
     }
     // everything was made in a scope, also what a refused call had made so far
     await synchronize()
