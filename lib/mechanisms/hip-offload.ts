@@ -34,15 +34,8 @@ export interface HipCacheCounts {
 export interface HipCaches {
   /** For each call of the operator `hip`: what it takes to find rows of k nearby, and what comes after it. */
   search(k: Tensor<FloatDType>): { arguments: Record<string, Tensor>; after(): void }
-  /** Has the blocks of k and v that are listed stand nearby, for `listed`. */
-  list<D extends FloatDType>(
-    k: Tensor<D>,
-    v: Tensor<D>,
-    table: Tensor<'int32'>,
-    length: Tensor<'int32'>,
-  ): void
-  /** They and their tables, if there are any, for a sequence of `sk` keys. */
-  listed<D extends FloatDType>(sk: number): (HipListed<D> & HipPlaced) | undefined
+  /** The blocks of k and v that are listed, which are fetched when they are asked for first. */
+  listed<D extends FloatDType>(k: Tensor<D>, v: Tensor<D>, list: HipPages): HipListed<D> & HipPlaced
   /** The rows of k and v from `from` on. */
   recent<D extends FloatDType>(
     k: Tensor<D>,
@@ -51,6 +44,12 @@ export interface HipCaches {
   ): readonly [Tensor<D>, Tensor<D>]
   counts(): Promise<HipCacheCounts>
   dispose(): void
+}
+
+/** @internal Pages that are wanted, and how many keys these are. */
+export interface HipPages {
+  readonly table: Tensor<'int32'>
+  readonly length: Tensor<'int32'>
 }
 
 /** @internal Pages of keys and values, and which are listed. */
@@ -86,7 +85,7 @@ export function hipCaches(
   let rows: Nearby | undefined
   let missed: Tensor<'int32'> | undefined
   let pages: Nearby | undefined
-  let table: Tensor<'int32'> | undefined
+  let table: { of: HipPages; found: Tensor<'int32'> } | undefined
   let last: { k: Tensor; v: Tensor; start: number; end: number } | undefined
 
   return {
@@ -111,30 +110,25 @@ export function hipCaches(
         },
       }
     },
-    list(k, v, wanted, length) {
-      const [keys, values] = [pagesOf(k, size), pagesOf(v, size)]
-      pages ??= makeNearby(Math.floor(attended / size), keys, values)
-      table?.dispose()
-      table = untrack(
-        fetchPages(pages, keys, values, {
-          ...{ wanted: wanted.reshape([wanted.size]), length: length.reshape([1]) },
-        }),
-      )
-    },
-    listed<D extends FloatDType>(sk: number) {
-      if (!table || !pages) return undefined
-      const count = Math.ceil(sk / size)
+    listed<D extends FloatDType>(k: Tensor<D>, v: Tensor<D>, list: HipPages) {
+      if (table?.of !== list || !pages) {
+        const [keys, values] = [pagesOf(k, size), pagesOf(v, size)]
+        pages ??= makeNearby(Math.floor(attended / size), keys, values)
+        table?.found.dispose()
+        const wanted = list.table.reshape([list.table.size])
+        const found = fetchPages(pages, keys, values, { wanted, length: list.length.reshape([1]) })
+        table = { of: list, found: untrack(found) }
+      }
+      const count = Math.ceil(k.shape[1]! / size)
       growNearby(pages, count)
       const places = pages.places.slice(0, 0, count).reshape([1, count])
-      return { k: pages.k, v: pages.v, table, places } as HipListed<D> & HipPlaced
+      return { k: pages.k, v: pages.v, table: table.found, places } as HipListed<D> & HipPlaced
     },
     recent(k, v, from) {
       const [, sk = 0] = k.shape
       // There is room for three times as many, so that they seldom move, and not onto themselves
       const make = (x: Tensor) =>
-        untrack(
-          empty([1, 3 * (sk - from), ...x.shape.slice(2)], { dtype: x.dtype, device: x.device }),
-        )
+        empty([1, 3 * (sk - from), ...x.shape.slice(2)], { dtype: x.dtype, device: x.device })
       const isNext = last && last.start <= from && from <= last.end && last.end <= sk
       const room = last?.k.shape[1] ?? 0
       const isFull = last && sk - last.start > room
@@ -143,6 +137,7 @@ export function hipCaches(
         last?.k.dispose()
         last?.v.dispose()
         last = { k: make(k), v: make(v), start: from, end: from }
+        for (const x of [last.k, last.v]) untrack(x)
       }
       const { start, end } = last
       if (isFull) last.start = from
@@ -162,7 +157,7 @@ export function hipCaches(
     },
     dispose() {
       for (const near of [rows, pages]) if (near) disposeNearby(near)
-      for (const tensor of [missed, table, last?.k, last?.v]) tensor?.dispose()
+      for (const tensor of [missed, table?.found, last?.k, last?.v]) tensor?.dispose()
       rows = missed = pages = table = last = undefined
     },
   }

@@ -5,7 +5,6 @@ import { explainCall, run } from '../native.js'
 import { type AttentionResult, attention } from '../ops/attention.js'
 import { pagesOf } from '../ops/fetch.js'
 import {
-  disposeLists,
   type HipKeys,
   type HipLists,
   type HipOptions,
@@ -243,7 +242,7 @@ export interface HipDecoderOptions
   offload?: boolean | HipOffload | undefined
 }
 
-/** What {@link hipDecoder} makes: the lists of one layer for one sequence. */
+/** What {@link hipDecoder} makes: the lists of one layer for one sequence. A call that throws leaves it as it was. */
 export interface HipDecoder {
   /** Tokens decoded so far. */
   readonly tokens: number
@@ -255,7 +254,10 @@ export interface HipDecoder {
    * @param v [b, sk, hk, dv].
    */
   attend<D extends FloatDType>(q: Tensor<D>, k: Tensor<D>, v: Tensor<D>): AttentionResult<D>
-  /** Has the next call make all lists and caches again, as after a guess whose keys were taken back. */
+  /**
+   * Has the next call make all lists and caches again, as after a guess whose keys were taken back, or a result that could not
+   * be read: what is wrong with keys that a list was made of is wrong with the list.
+   */
   reset(): void
   /** How often keys and blocks stood on the device, with `offload`; counted since the caches were made. */
   cacheCounts(): Promise<HipCacheCounts>
@@ -268,42 +270,42 @@ export interface HipDecoder {
 const nothing = { found: 0, missed: 0 }
 const noCounts: HipCacheCounts = { scanned: nothing, attended: nothing }
 
-// What the searches of a decoder write, one after the other
-interface Room {
+// What a search of a decoder finds
+interface Found {
   readonly lists: readonly HipLists[]
-  /** The last list and sink tokens as pages, and how many keys they have. */
+  /** The last list as bits, and with sink tokens as pages, which have so many keys. */
+  readonly blocks: Tensor<'int32'>
   readonly table: Tensor<'int32'>
   readonly length: Tensor<'int32'>
-  /** Whether a kernel walks the list where its blocks stand; others take them as pages. */
-  isGathered?: boolean
+  /** Among how many keys. */
+  readonly sk: number
 }
 
-function makeRoom(keys: HipKeys, settings: HipSettings): Room {
-  const lists = makeLists(keys, settings)
-  const { index, count } = lists.at(-1)!
-  const [b, heads, rows, width] = index.shape as [number, number, number, number]
-  const pages = settings.sinkTokens / settings.block[1] + width
-  const made = { dtype: 'int32', device: keys.q.device } as const
-  const room = {
-    lists,
-    table: empty([b, heads, rows, pages], made),
-    length: empty(count.shape, made),
-  }
-  for (const { index, count } of lists) [index, count].forEach(untrack)
-  for (const one of [room.table, room.length]) untrack(one)
-  return room
-}
+const tensorsOf = (found: Found | undefined): Tensor[] =>
+  found
+    ? found.lists
+        .flatMap(({ index, count }) => [index, count])
+        .concat(found.blocks, found.table, found.length)
+    : []
 
-function disposeRoom(room: Room | undefined): void {
-  room?.lists.forEach(disposeLists)
-  room?.table.dispose()
-  room?.length.dispose()
+function makeFound(keys: HipKeys, settings: HipSettings, words: number): Found {
+  const { device } = keys.q
+  return scope(() => {
+    const lists = makeLists(keys, settings)
+    const { index, count } = lists.at(-1)!
+    const room = (...shape: number[]) => empty(shape, { dtype: 'int32', device })
+    const pages = settings.sinkTokens / settings.block[1] + index.shape[3]!
+    const made = {
+      lists,
+      blocks: room(...count.shape, words),
+      table: room(...count.shape, pages),
+      length: room(...count.shape),
+      sk: 0,
+    }
+    tensorsOf(made).forEach(untrack)
+    return made
+  })
 }
-
-const hasRoom = (room: Room | undefined, keys: HipKeys, { headMode }: HipSettings) =>
-  room?.length.device === keys.q.device &&
-  room.length.shape[0] === keys.q.shape[0] &&
-  room.length.shape[1] === listHeads(headMode, keys)
 
 function checkRefresh(
   op: string,
@@ -399,35 +401,51 @@ export function hipDecoder(options: HipDecoderOptions = {}): HipDecoder {
   const caches = offload === false ? undefined : hipCaches(op, offload, whole)
 
   let tokens = 0
-  let room: Room | undefined
-  let blocks: Tensor<'int32'> | undefined
-  let listedAt = 0
+  let found: Found | undefined
+  // What was found before that, where the next search writes: a call that fails leaves `found` as it was
+  let spare: Found | undefined
+  // Whether a kernel walks lists where their blocks stand; others take them as pages
+  let isGathered: boolean | undefined
 
   // The first stage that one of the next n tokens has to begin at; as many as there are if none
   const restart = (n: number) => {
-    if (tokens === 0 || !blocks) return 0
+    if (tokens === 0 || !found) return 0
     const at = refresh.findIndex(
       (interval) => Math.floor((tokens + n - 1) / interval) > Math.floor((tokens - 1) / interval),
     )
     return at < 0 ? refresh.length : at
   }
   const forget = () => {
-    disposeRoom(room)
-    blocks?.dispose()
-    room = undefined
-    blocks = undefined
+    for (const tensor of [...tensorsOf(found), ...tensorsOf(spare)]) tensor.dispose()
+    found = spare = isGathered = undefined
     caches?.dispose()
   }
+  // What stages before `first` have found stays
+  const search = (keys: HipKeys, settings: HipSettings, first: number, words: number): Found => {
+    const { q, k } = keys
+    const isFit =
+      spare?.length.device === q.device &&
+      spare.length.shape[0] === q.shape[0] &&
+      spare.length.shape[1] === listHeads(settings.headMode, keys) &&
+      spare.blocks.shape[3] === words
+    if (!isFit) {
+      const made = makeFound(keys, settings, words)
+      for (const tensor of tensorsOf(spare)) tensor.dispose()
+      spare = made
+    }
+    const { blocks, table, length, lists: room } = spare!
+    const lists = room.map((own, i) => (i < first ? found!.lists[i]! : own))
+    const last = { blocks, table, length }
+    if (!caches) searchHip(keys, settings, lists, { first, last })
+    else scope(() => searchHip(keys, settings, lists, { first, last, near: caches.search(k) }))
+    return { lists, blocks, table, length, sk: k.shape[1]! }
+  }
   // Keys have come since, and with them words of bits
-  const lengthen = (words: number) => {
-    const old = blocks!
-    if (old.shape[3] === words) return old
-    const { device } = old
-    const longer = untrack(zeros([...old.shape.slice(0, 3), words], { dtype: 'int32', device }))
-    using place = longer.slice(3, 0, old.shape[3]!)
-    place.copyFrom(old)
-    old.dispose()
-    return longer
+  const lengthened = (old: Found, words: number): Found => {
+    const { shape, device } = old.blocks
+    const blocks = zeros(shape.with(3, words), { dtype: 'int32', device })
+    blocks.slice(3, 0, shape[3]!).copyFrom(old.blocks)
+    return { ...old, blocks }
   }
 
   // For keys that no kernel gathers, or that stand elsewhere: one list for all heads is a table of pages of its blocks, which
@@ -438,19 +456,20 @@ export function hipDecoder(options: HipDecoderOptions = {}): HipDecoder {
     v: Tensor<D>,
     settings: HipSettings,
     window: number,
+    found: Found,
   ): AttentionResult<D> =>
     scope(() => {
       const [, size] = settings.block
       const [sk, n] = [k.shape[1]!, q.shape[1]!]
       const from = Math.max(sk - n + 1 - window, 0)
-      const listed: HipListed<D> = caches?.listed(sk) ?? {
-        ...{ k: pagesOf(k, size), v: pagesOf(v, size), table: room!.table },
+      const listed: HipListed<D> = caches?.listed(k, v, found) ?? {
+        ...{ k: pagesOf(k, size), v: pagesOf(v, size), table: found.table },
       }
       const last = caches?.recent(k, v, from) ?? [k.slice(1, from), v.slice(1, from)]
       const factors = { scale, softCap }
       if (elsewhere) {
         const turned = turn(q, elsewhere, sk - n)
-        const given = { ...listed, lists: room!.lists.at(-1)!, sk, window }
+        const given = { ...listed, lists: found.lists.at(-1)!, sk, window }
         const near = { ...factors, causal: true, window }
         return merge([
           attendListed(turned, given, elsewhere, settings, factors),
@@ -459,7 +478,7 @@ export function hipDecoder(options: HipDecoderOptions = {}): HipDecoder {
       }
       const place = {
         blockTable: listed.table.reshape([1, listed.table.size]),
-        cacheSeqlens: room!.length.reshape([1]),
+        cacheSeqlens: found.length.reshape([1]),
       }
       return merge([
         attention(q, listed.k, listed.v, { ...place, ...factors }),
@@ -474,17 +493,18 @@ export function hipDecoder(options: HipDecoderOptions = {}): HipDecoder {
     v: Tensor<D>,
     settings: HipSettings,
     window: number,
+    found: Found,
   ): AttentionResult<D> =>
     scope(() => {
       const sk = k.shape[1]!
       const from = Math.max(sk - window, 0)
-      const near = caches!.listed<D>(sk)!
+      const near = caches!.listed(k, v, found)
       const [recentK, recentV] = caches!.recent(k, v, from)
       const recent = { k: recentK!, v: recentV!, from }
-      const given = { ...room!.lists.at(-1)!, recent }
+      const given = { ...found.lists.at(-1)!, recent }
       const rows = q.isContiguous ? q : q.contiguous()
       const keys = { q: rows, k: near.k, blockTable: near.places }
-      const mask = hipMask(keys, settings, blocks!, window, given)
+      const mask = hipMask(keys, settings, found.blocks, window, given)
       const place = { blockTable: near.places, cacheSeqlens: [sk] }
       return attention(rows, near.k, near.v, { ...place, mask, scale, softCap })
     })
@@ -496,8 +516,9 @@ export function hipDecoder(options: HipDecoderOptions = {}): HipDecoder {
     v: Tensor<D>,
     { block, sinkTokens }: HipSettings,
     window: number,
+    { lists, blocks }: Found,
   ) => {
-    const { index, count } = room!.lists.at(-1)!
+    const { index, count } = lists.at(-1)!
     const [out, lse] = run('attention', {
       q,
       k,
@@ -547,56 +568,55 @@ export function hipDecoder(options: HipDecoderOptions = {}): HipDecoder {
       const words = Math.ceil(sk / size / 32)
       const isShared =
         b === 1 && settings.headMode === 'all' && settings.window >= size && sk >= size
-      const first = restart(n)
-      if (first < refresh.length) {
-        const isNew = first === 0 && !hasRoom(room, { q, k }, settings)
-        const found = isNew ? makeRoom({ q, k }, settings) : room!
-        const shape = [...found.length.shape, words]
-        const isLonger = isNew || blocks?.shape[3] !== words
-        const bits = isLonger
-          ? untrack(empty(shape, { dtype: 'int32', device: q.device }))
-          : blocks!
-        try {
-          const { lists, table, length } = found
-          const last = { blocks: bits, table, length }
-          if (!caches) searchHip({ q, k }, settings, lists, { first, last })
-          else
-            scope(() => {
-              searchHip({ q, k }, settings, lists, { first, last, near: caches.search(k) })
-              if (isShared) caches.list(k, v, table, length)
-            })
-        } catch (error) {
-          // they may have the sizes of what was refused
-          caches?.dispose()
-          if (isNew) disposeRoom(found)
-          if (isLonger) bits.dispose()
-          throw error
-        }
-        if (isNew) disposeRoom(room)
-        if (isLonger) blocks?.dispose()
-        ;[room, blocks, listedAt] = [found, bits, sk]
-      }
-      blocks = lengthen(words)
-      const drift = freezeWindowStart ? sk - listedAt : 0
-      const window = settings.window + drift
-      const attend = () => attendLists(q, k, v, settings, window)
-      if (isShared && n === 1 && !rope)
-        room!.isGathered ??= explainCall(attend)?.variant?.endsWith('_gather') ?? false
-      const chosen = () => {
-        if (isShared && (elsewhere || (n === 1 && !rope && !room!.isGathered)))
-          return attendPages(q, k, v, settings, window)
-        // a list of fewer keys than a block was not brought here
-        if (isShared && n === 1 && !rope && caches && listedAt >= size)
-          return attendNear(q, k, v, settings, window)
+      const attendFound = (found: Found) => {
+        // no list has sink tokens that stood in the window
+        const isFrozen = freezeWindowStart || found.sk < settings.window + settings.sinkTokens
+        const window = settings.window + (isFrozen ? sk - found.sk : 0)
+        const attend = () => attendLists(q, k, v, settings, window, found)
+        if (isShared && n === 1 && !rope)
+          isGathered ??= explainCall(attend)?.variant?.endsWith('_gather') ?? false
+        if (isShared && (elsewhere || (n === 1 && !rope && !isGathered)))
+          return attendPages(q, k, v, settings, window, found)
+        if (isShared && n === 1 && !rope && caches)
+          return attendNear(q, k, v, settings, window, found)
         if (!rope) return attend()
         return scope(() =>
-          attendLists(turn(q, rope, sk - n), turn(k, rope, 0), v, settings, window),
+          attendLists(turn(q, rope, sk - n), turn(k, rope, 0), v, settings, window, found),
         )
       }
-      const result = chosen()
-      // a call that is refused has decoded none
-      tokens += n
-      return result
+      const attendNext = () => {
+        const first = restart(n)
+        if (first < refresh.length) {
+          const next = search({ q, k }, settings, first, words)
+          const result = attendFound(next)
+          const unused = spare!.lists
+          spare = found && {
+            ...found,
+            lists: found.lists.map((own, i) => (i < first ? unused[i]! : own)),
+          }
+          found = next
+          return result
+        }
+        const old = found!
+        if (old.blocks.shape[3] === words) return attendFound(old)
+        return scope(() => {
+          const next = lengthened(old, words)
+          const result = attendFound(next)
+          untrack(next.blocks)
+          old.blocks.dispose()
+          found = next
+          return result
+        })
+      }
+      try {
+        const result = attendNext()
+        tokens += n
+        return result
+      } catch (error) {
+        // they may hold keys of what was refused
+        caches?.dispose()
+        throw error
+      }
     },
     cacheCounts: async () => caches?.counts() ?? noCounts,
     reset() {

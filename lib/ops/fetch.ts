@@ -31,26 +31,27 @@ export function makeNearby<D extends FloatDType>(
   v?: Tensor<D>,
 ): Nearby<D> {
   const { device } = k
-  const like = (x: Tensor<D>) =>
-    untrack(empty([slots, ...x.shape.slice(1)], { dtype: x.dtype, device }))
-  const none = (shape: number[]) => untrack(full(shape, -1, { dtype: 'int32', device }))
-  const counts = untrack(zeros([4], { dtype: 'int64', device }))
-  return {
+  const like = (x: Tensor<D>) => empty([slots, ...x.shape.slice(1)], { dtype: x.dtype, device })
+  const none = (shape: number[]) => full(shape, -1, { dtype: 'int32', device })
+  const near = {
     k: like(k),
     v: v && like(v),
     places: none([k.shape[0]!]),
     slots: none([slots, 2]),
-    counts,
+    counts: zeros([4], { dtype: 'int64', device }),
   }
+  for (const tensor of Object.values(near)) if (tensor) untrack(tensor)
+  return near
 }
 
 /** @internal Room for `pages` pages, as sequences grow. */
 export function growNearby(near: Nearby, pages: number): void {
   const { places } = near
   if (pages <= places.size) return
-  near.places = untrack(full([2 * pages], -1, { dtype: 'int32', device: places.device }))
-  using old = near.places.slice(0, 0, places.size)
+  const more = full([2 * pages], -1, { dtype: 'int32', device: places.device })
+  using old = more.slice(0, 0, places.size)
   old.copyFrom(places)
+  near.places = untrack(more)
   places.dispose()
 }
 

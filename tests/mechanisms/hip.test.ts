@@ -16,6 +16,7 @@ import {
   merge,
   openSafetensors,
   scope,
+  synchronize,
   type Tensor,
   tensor,
 } from 'heddle'
@@ -30,6 +31,7 @@ import {
 import { expectGradients, maxError } from '../support/compare.js'
 import { describeDevices, epsilon } from '../support/devices.js'
 import { failure } from '../support/failure.js'
+import { explained, failing, injected } from '../support/faults.js'
 import { random, sample } from '../support/random.js'
 import { attentionGradients, reader } from '../support/reference.js'
 
@@ -564,6 +566,135 @@ describeDevices('hip mechanisms', (device) => {
       const held = memory(device).tensors
       await scope(() => decode(one))
       expect(memory(device).tensors).toBeLessThanOrEqual(held)
+    }
+  })
+
+  it('decode on after a call that failed, whichever step of it did, as if it had not been', async () => {
+    const rng = random(328)
+    const [T, first] = [310, 250]
+    const stages = [
+      { chunk: 32, stride: 1 },
+      { chunk: 8, stride: 1, topK: 128 },
+    ]
+    const shared = { topK: 64, window: 32, sinkTokens: 16 }
+    const cases: HipDecoderOptions[] = [
+      { ...shared, stages, refresh: [6, 3] },
+      { ...shared, block: [64, 8], headMode: 'all', refresh: 3 },
+      // a word of bits is 32 keys
+      { topK: 32, window: 16, sinkTokens: 8, block: [64, 1], refresh: 8 },
+    ]
+    const make = (h: number) => tensor(rng.normals(T * h * 64), [1, T, h, 64], { device })
+    for (const own of cases)
+      for (const offload of [false, { scanned: 64, attended: 160 }]) {
+        const held = memory(device).tensors
+        // told that it gathers, the CPU says at the reading that it does not
+        const isGathered = device === 'cpu' && own.headMode === 'all'
+        await scope(async () => {
+          const [q, k, v] = [make(4), make(2), make(2)].map((x) => {
+            const to = empty(x.shape, { dtype: 'bfloat16', device, pinned: offload !== false })
+            return to.copyFrom(x)
+          }) as [Half, Half, Half]
+          using whole = hipDecoder({ ...own, offload })
+          using struck = hipDecoder({ ...own, offload })
+          // the last n tokens of so many
+          const of = (decoder: typeof whole, at: number, n: number, values = at) => {
+            const cut = (x: Half, from: number, to: number) => x.slice(1, from, to)
+            const rows = cut(q, at - n, at)
+            const call = () => decoder.attend(rows, cut(k, 0, at), cut(v, 0, values))
+            return isGathered ? explained('all_gather', call) : call()
+          }
+          let at = first
+          for (let step = 0; step < 8; step++) {
+            const n = rng.pick([1, 1, 3])
+            at += n
+            const expected = of(whole, at, n)
+            const what = JSON.stringify({ own, offload, isGathered, at, n })
+            // a guess at some tokens that fails somewhere, and whose values are not all there
+            const guess = 1 + rng.below(6)
+            const refused = () => of(struck, at + 30, guess, at + 29)
+            for (let call = rng.below(3); call < 60; call += 1 + rng.below(5))
+              await failure(() => failing(call, refused))
+            const gone = k.slice(1, 0, at)
+            gone.dispose()
+            for (const keys of [gone, k.slice(3, 0, 32), k.slice(1, 0, at).cast('float32')])
+              await failure(() => struck.attend(q.slice(1, at - 1, at), keys as Half, v))
+            let actual: ReturnType<typeof of> | undefined
+            for (let call = 0; !actual; call++)
+              try {
+                actual = failing(call, () => of(struck, at, n))
+              } catch (error) {
+                expect(error, what).toBe(injected)
+                expect(struck.tokens, what).toBe(whole.tokens - n)
+              }
+            expect(struck.tokens).toBe(whole.tokens)
+            if (isGathered && offload) continue
+            expect(await actual.out.read(), what).toEqual(await expected.out.read())
+            expect(await actual.lse.read(), what).toEqual(await expected.lse.read())
+          }
+        })
+        await synchronize(device)
+        expect(memory(device).tensors).toBeLessThanOrEqual(held)
+      }
+  })
+
+  it('decode on after a reset where a result could not be read', async () => {
+    const rng = random(329)
+    const options = { topK: 64, block: [64, 8], headMode: 'all', window: 32, refresh: 4 } as const
+    const make = (n: number, h: number) => {
+      const x = tensor(rng.normals(n * h * 16), [1, n, h, 16], { device })
+      return empty(x.shape, { device, pinned: true }).copyFrom(x)
+    }
+    const [q, k, v] = [make(12, 4), make(212, 2), make(212, 2)]
+    const cacheSeqlens = tensor([9], [1], { dtype: 'int32', device })
+    const spoilt = (x: typeof q) => {
+      const { out } = attention(x.slice(1, 0, 8), x.slice(1, 0, 8), x.slice(1, 0, 8), {
+        cacheSeqlens,
+      })
+      const bad = empty(x.shape, { device, pinned: true }).copyFrom(x)
+      bad.slice(1, 0, 8).copyFrom(out)
+      return bad
+    }
+    const bad = [spoilt(q), spoilt(k), spoilt(v)]
+    for (const offload of [false, true])
+      for (let which = 0; which < 3; which++) {
+        using decoder = hipDecoder({ ...options, offload })
+        const step = (at: number, one = decoder, given = [q, k, v]) => {
+          const [x, y, z] = given as [typeof q, typeof q, typeof q]
+          const rows = x.slice(1, at - 200, at - 199)
+          return one.attend(rows, y.slice(1, 0, at), z.slice(1, 0, at)).out
+        }
+        for (const at of [200, 201, 202, 203]) await step(at).read()
+        const given = [q, k, v].with(which, bad[which]!)
+        for (const at of [204, 205])
+          expect(await failure(() => step(at, decoder, given).read())).toMatchObject({
+            op: 'attention',
+            code: 'ERR_ARGUMENT',
+          })
+        decoder.reset()
+        using fresh = hipDecoder({ ...options, offload })
+        for (const at of [206, 207, 208, 209, 210, 211])
+          expect(await step(at).read()).toEqual(await step(at, fresh).read())
+      }
+  })
+
+  it('keep sink tokens in sight that stood in the window when lists were made', async () => {
+    const rng = random(330)
+    const make = (h: number) => {
+      const x = tensor(rng.normals(60 * h * 64), [1, 60, h, 64], { device })
+      return empty(x.shape, { dtype: 'bfloat16', device, pinned: true }).copyFrom(x)
+    }
+    const [q, k, v] = [make(4), make(2), make(2)]
+    for (const offload of [false, true]) {
+      using decoder = hipDecoder({
+        ...{ topK: 16, block: [64, 8], headMode: 'all', window: 16, sinkTokens: 16 },
+        ...{ refresh: 50, freezeWindowStart: false, offload },
+      })
+      for (let at = 20; at <= 60; at++) {
+        const given = [q.slice(1, at - 1, at), k.slice(1, 0, at), v.slice(1, 0, at)] as const
+        const actual = await decoder.attend(...given).out.read({ as: 'float32' })
+        const expected = await attention(...given).out.read({ as: 'float32' })
+        expect(maxError(actual, expected), `${at} keys`).toBeLessThan(4 * epsilon.bfloat16)
+      }
     }
   })
 
