@@ -11,13 +11,16 @@ if (process.platform !== 'linux' || process.arch !== 'x64')
   throw new Error(`releases are made on linux-x64, not on ${process.platform}-${process.arch}`)
 
 const script = join(root, 'scripts/build-native.mjs')
-// What a developer may have set, and no package may have
-const plain = { HEDDLE_DEBUG: 'OFF', HEDDLE_SANITIZE: 'OFF', HEDDLE_WIDER_CPUS: 'ON' }
+// What a developer may have set, and no package may have; cmake-js passes nothing that is empty, and ; is an empty list
+const plain = {
+  ...{ HEDDLE_DEBUG: 'OFF', HEDDLE_SANITIZE: 'OFF', HEDDLE_WIDER_CPUS: 'ON' },
+  HEDDLE_EXTRA_OPERATORS: ';',
+}
 const cache = join(root, 'build/CMakeCache.txt')
 const lines = existsSync(cache) ? readFileSync(cache, 'utf8').split('\n') : []
-const set = lines.flatMap((line) => {
+const given = lines.flatMap((line) => {
   const [, name, value] = /^(\w+):\w+=(.*)$/.exec(line) ?? []
-  return name in plain && (value || 'OFF') !== plain[name] ? [[name, value]] : []
+  return name in plain ? [`-D${name}=${value}`] : []
 })
 // stdout belongs to npm pack
 const stdio = ['ignore', 2, 2]
@@ -25,7 +28,6 @@ try {
   const settings = Object.entries(plain).map(([name, value]) => `--CD${name}=${value}`)
   execFileSync(process.execPath, [script, '--target', 'heddle_prebuild', ...settings], { stdio })
 } finally {
-  const given = set.map(([name, value]) => `-D${name}=${value}`)
   if (given.length > 0) execFileSync('cmake', [...given, join(root, 'build')], { stdio })
 }
 const to = join(root, 'prebuilds/linux-x64/heddle.glibc.node')
