@@ -101,7 +101,8 @@ void Schema::finish() {
     Argument& argument = arguments[i];
     const uint64_t bit = uint64_t{1} << i;
     if (argument.is_output()) outputs |= bit;
-    if (!argument.is_output() && !argument.may_be_absent()) required |= bit;
+    if (!argument.is_output() && !argument.may_be_absent() && argument.wanted.empty())
+      required |= bit;
     parse(argument.shape);
     parse(argument.conditional_shape);
     if (argument.dtype.like) argument.like = index_of(camel_case(argument.dtype.like));

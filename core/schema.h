@@ -33,7 +33,7 @@ struct Argument {
   int like = -1;          // position of the argument whose dtype this one has
   std::string condition;  // the shape below holds when this argument is present
   Shape conditional_shape;
-  std::string wanted;  // outputs only: allocated when this flag is set or this tensor is given
+  std::string wanted;  // what is written only if this flag is set or this tensor is given
   int condition_at = -1, wanted_at = -1, dtype_option = -1;  // where these and the dtype option are
   double initial = 0, least = -std::numeric_limits<double>::infinity(),
          most = std::numeric_limits<double>::infinity();

@@ -28,7 +28,7 @@ struct Fetch {
     schema.input("wanted", &Fetch::wanted, "n", kI32);
     schema.input("length", &Fetch::length, "1", kI32);
     schema.inout("near_k", &Fetch::near_k, "slots page_size hk d", like("k"));
-    schema.optional("near_v", &Fetch::near_v, "slots page_size hk dv", like("k"));
+    schema.inout("near_v", &Fetch::near_v, "slots page_size hk dv", like("k")).only_if("v");
     schema.inout("places", &Fetch::places, "most_pages", kI32);
     schema.inout("slots", &Fetch::slots, "slots 2", kI32);
     schema.inout("counts", &Fetch::counts, "4", DTypes{1u << int(DType::kI64)});

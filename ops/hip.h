@@ -58,14 +58,15 @@ struct Hip {
     // With these k is no pages, whose names of sizes are free for them
     schema.optional("near", &Hip::near, "page_size d", like("q"));
     schema.optional("near_places", &Hip::near_places, "max_pages", kI32);
-    schema.optional("near_slots", &Hip::near_slots, "page_size 2", kI32);
-    schema.optional("near_counts", &Hip::near_counts, "4", DTypes{1u << int(DType::kI64)});
-    schema.optional("missed", &Hip::missed, "page_size+1", kI32);
+    schema.inout("near_slots", &Hip::near_slots, "page_size 2", kI32).only_if("near");
+    schema.inout("near_counts", &Hip::near_counts, "4", DTypes{1u << int(DType::kI64)})
+        .only_if("near");
+    schema.inout("missed", &Hip::missed, "page_size+1", kI32).only_if("near");
     schema.inout("index", &Hip::index, "b hm rows width", kI32);
     schema.inout("count", &Hip::count, "b hm rows", kI32);
-    schema.optional("blocks", &Hip::blocks, "b hm rows words", kI32);
-    schema.optional("table", &Hip::table, "b hm rows pages", kI32);
-    schema.optional("length", &Hip::length, "b hm rows", kI32);
+    schema.inout("blocks", &Hip::blocks, "b hm rows words", kI32).only_if("blocks");
+    schema.inout("table", &Hip::table, "b hm rows pages", kI32).only_if("table");
+    schema.inout("length", &Hip::length, "b hm rows", kI32).only_if("table");
     schema.choice("kind", &Hip::kind, {"halves", "stage"});
     schema.choice("representative", &Hip::representative, {"center", "first"});
     schema.choice("positions", &Hip::positions,

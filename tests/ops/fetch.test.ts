@@ -121,10 +121,12 @@ describeDevices('fetch', (device) => {
   })
 
   it('refuses pages that do not exist', async () => {
-    const state = make(9, 4, [1, 1], 0, 'float32')
+    const state = make(9, 4, [1, 1], 4, 'float32')
     const [found] = run('fetch', { ...state, wanted: int32([1, 9]), length: int32([2]) })
-    expect((await failure(() => found!.read())).message).toMatch(
-      /^fetch: wanted must name pages that exist/,
-    )
+    const { nearK, nearV, places, slots, counts } = state
+    for (const written of [found, nearK, nearV, places, slots, counts])
+      expect((await failure(() => written!.read())).message).toMatch(
+        /^fetch: wanted must name pages that exist/,
+      )
   })
 })

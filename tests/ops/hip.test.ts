@@ -1,14 +1,17 @@
 import {
   attention,
   type Device,
+  empty,
   explain,
   type HipOptions,
   type HipStage,
   hip,
   hipLists,
+  type Tensor,
   tensor,
 } from 'heddle'
 import { describe, expect, it } from 'vitest'
+import { run } from '../../dist/native.js'
 import { maxError } from '../support/compare.js'
 import { describeDevices, epsilon, floats } from '../support/devices.js'
 import { failure } from '../support/failure.js'
@@ -891,5 +894,18 @@ describeDevices('hip', (device) => {
     expect(
       (await failure(() => hipLists(q, make(2, 16, 2, 8), short).index.read())).message,
     ).toContain('cacheSeqlens must be from sq')
+    // nothing that a search writes can be read when it failed
+    const [index, count, pages, length, blocks] = [[20], [], [24], [], [1]].map((shape) =>
+      empty([1, 2, 1, ...shape], { dtype: 'int32', device }),
+    ) as [Tensor, Tensor, Tensor, Tensor, Tensor]
+    const cacheSeqlens = tensor([0], [1], { dtype: 'int32', device })
+    run('hip', {
+      ...{ q: make(1, 1, 2, 8), k: make(1, 16, 2, 8), cacheSeqlens },
+      ...{ index, count, table: pages, length, blocks, sinkTokens: 8 },
+    })
+    for (const written of [index, count, pages, length, blocks])
+      expect((await failure(() => written.read())).message).toContain(
+        'cacheSeqlens must be from sq',
+      )
   })
 })

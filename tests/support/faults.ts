@@ -4,7 +4,7 @@ import { addon } from '../../dist/native.js'
 type Function = (...given: unknown[]) => unknown
 
 /** What a function returns or throws while some functions of the addon are others, which `change` makes of them. */
-function changed<T>(
+export function changed<T>(
   names: readonly string[],
   change: (original: Function) => Function,
   body: () => T,
