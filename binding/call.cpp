@@ -269,8 +269,11 @@ class Marshal {
           backend.allocate(static_cast<size_t>(view.size()) * size_of(view.dtype)));
       view.data = storage->data;
     });
+    auto& recording = environment_.recording;
+    for (size_t i = 0; recording && i < call_->updated; ++i)
+      if (recording->made.erase(call_->outputs[i])) call_->begun |= uint64_t{1} << i;
     backend.launch(call_);
-    if (environment_.recording) environment_.recording->push_back(call_);
+    if (recording) recording->calls.push_back(call_);
 
     // Read before the next call: making a JavaScript array of them would cost more than the launch
     double* next = environment_.shared;

@@ -5,6 +5,7 @@
 #include <map>
 #include <memory>
 #include <optional>
+#include <set>
 #include <vector>
 
 #include "core/backend.h"
@@ -61,8 +62,13 @@ class Environment {
   static constexpr size_t kMostOutputs = 16;
   Napi::Float64Array share_memory(Napi::Env env);
   double* shared = nullptr;
-  // The calls of a graph that is being made
-  std::optional<std::vector<std::shared_ptr<Call>>> recording;
+  // The calls of a graph that is being made, and tensors that are made with it, until a call
+  // writes them
+  struct Recording {
+    std::vector<std::shared_ptr<Call>> calls;
+    std::set<StorageRef> made;
+  };
+  std::optional<Recording> recording;
   // Refuses what only happens once while a graph is being made
   void not_recording() const;
   std::map<double, std::unique_ptr<Graph>> graphs;

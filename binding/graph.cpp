@@ -19,7 +19,7 @@ Napi::Value begin_graph(const Napi::CallbackInfo& info) {
 Napi::Value end_graph(const Napi::CallbackInfo& info) {
   Environment& environment = Environment::of(info.Env());
   HEDDLE_CHECK(environment.recording, kArgument, "body", "there is no graph to end");
-  auto calls = std::move(*environment.recording);
+  auto calls = std::move(environment.recording->calls);
   environment.recording.reset();
   if (!info[0].ToBoolean().Value()) return info.Env().Undefined();
   HEDDLE_CHECK(!calls.empty(), kArgument, "body", "body must call an operator");

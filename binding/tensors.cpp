@@ -139,6 +139,7 @@ Napi::Value make_empty(const Napi::CallbackInfo& info) {
   StorageRef storage =
       environment.backend(view.device).allocate(bytes_of(view), info[4].ToBoolean());
   view.data = storage->data;
+  if (environment.recording) environment.recording->made.insert(storage);
   return Napi::Number::New(info.Env(), environment.add(std::move(storage), view, true));
 }
 

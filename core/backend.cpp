@@ -61,7 +61,8 @@ Failure Call::inherited() const {
 }
 
 void Call::renew_outputs() const {
-  for (size_t i = updated; i < outputs.size(); ++i) outputs[i]->renew();
+  for (size_t i = 0; i < outputs.size(); ++i)
+    if (begins(i)) outputs[i]->renew();
 }
 
 void Call::poison_outputs(const Failure& failure) const {

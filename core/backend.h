@@ -56,6 +56,8 @@ struct Call {
   // The failure of anything that it reads, if there is one
   Failure inherited() const;
   void poison_outputs(const Failure& failure) const;
+  // Whether what an output holds before this call is nothing to it
+  bool begins(size_t output) const { return output >= updated || begun >> output & 1; }
   // Forgets why the last run of this call left nothing useful
   void renew_outputs() const;
   // Whether there is nothing to write
@@ -65,6 +67,7 @@ struct Call {
   void* const arguments;
   std::vector<StorageRef> inputs, outputs;
   size_t updated = 0;  // so many outputs, the first ones, are read as well
+  uint64_t begun = 0;  // but not these, a bit for each: the graph made them for this call to fill
 };
 
 // Opens once, for one side of a transfer to wait on the other

@@ -29,8 +29,8 @@ class CpuBackend final : public Backend {
     for (const StorageRef& output : call->outputs) output->producer = call->op.name.c_str();
     push([this, call = std::move(call)] {
       if (stopping_) return;
-      if (Failure failure = call->inherited()) return call->poison_outputs(failure);
       call->renew_outputs();
+      if (Failure failure = call->inherited()) return call->poison_outputs(failure);
       if (call->empty()) return;
       CpuContext context(stopping_);
       try {

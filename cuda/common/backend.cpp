@@ -269,6 +269,11 @@ class CudaBackend final : public Backend {
       backend_->sweep();
       for (const auto& call : calls_) {
         call->renew_outputs();
+        // Words of calls that were made once say nothing of what is made anew
+        for (size_t i = 0; i < call->outputs.size(); ++i)
+          if (call->begins(i))
+            std::erase_if(call->outputs[i]->faults,
+                          [](const auto& word) { return !fault_of(word)->captured; });
         if (const Failure failure = call->inherited()) call->poison_outputs(failure);
         take_over_faults(*call, {});
       }

@@ -1,7 +1,9 @@
 import {
   add,
   attention,
+  empty,
   graph,
+  hip,
   lightningDecode,
   memory,
   mul,
@@ -84,6 +86,39 @@ describeDevices('graph', (device) => {
     expect(error).toMatchObject({ op: 'attention', code: 'ERR_ARGUMENT' })
     cacheSeqlens.write([1])
     expect(await step.replay().read()).toEqual(good)
+  })
+
+  it('recovers in what it makes first and fills then, too', async () => {
+    const q = draw([1, 1, 2, 64], 1)
+    const k = draw([1, 300, 2, 64], 2)
+    const cacheSeqlens = tensor([300], [1], { dtype: 'int32', device })
+    const attend = () => attention(q, k, k, { cacheSeqlens }).out
+    const bodies: (() => Tensor)[] = [
+      () => attend().cast('float16'),
+      () => zeros([1, 2, 2, 64], { device }).slice(1, 1).copyFrom(attend()).transpose(2, 3).clone(),
+      () => attention(q, k, k, { mask: hip(q, k, { topK: 64, cacheSeqlens }), cacheSeqlens }).out,
+      () => {
+        // what failed in one half is no better for the other
+        const halves = empty([1, 1, 2, 64], { device })
+        halves.slice(2, 0, 1).copyFrom(attend().slice(2, 0, 1))
+        halves.slice(2, 1).copyFrom(q.slice(2, 1))
+        return halves
+      },
+    ]
+    for (const body of bodies) {
+      // made while all is well, and while it is not
+      const good = await graph(body).result.read()
+      cacheSeqlens.write([301])
+      const step = graph(body)
+      for (const length of [301, 300, 301, 302, 300, 300]) {
+        cacheSeqlens.write([length])
+        const { result } = step
+        step.replay()
+        if (length === 300) expect(await result.read()).toEqual(good)
+        else expect((await failure(() => result.read())).message).toContain('cacheSeqlens must be')
+      }
+      cacheSeqlens.write([300])
+    }
   })
 
   it('fails where its inputs became what failed after it was made', async () => {
