@@ -104,7 +104,9 @@ struct FlexMemory {
 
 // Tokens whose masses add up to that of a block: `line` 0 is of keys, 1 of distances. A distance of
 // o + x blocks, x < 1, lies on diagonal o of blocks for 1 - x of all queries and on the next for x,
-// which `coverage` goes by; the released code bands distances instead.
+// which `coverage` goes by; the released code bands distances instead. Where blocks of queries
+// begin inside those of keys, diagonals count from the block in which their last query stands, so
+// that all distances are longer by what the first lacks.
 struct FlexSum {
   float* from;
   int64_t first, count;  // token that `from` begins with, and how many follow
@@ -116,15 +118,16 @@ struct FlexSum {
     const int64_t sk = task.sk, nk = task.nk;
     const bool tent = line == 1 && op.coverage;
     // Bands count from the farthest distance: a short last block shifts them
-    const int64_t shift = tent ? op.block : line == 1 ? nk * op.block - sk : 0;
-    const int64_t begin = c * op.block - shift;
+    const int64_t longer = tent ? nk * op.block - (sk - task.sq) : nk * op.block - sk;
+    const int64_t shift = line == 1 ? longer % op.block : 0, middle = c * op.block - shift;
+    const int64_t begin = tent ? middle - op.block : middle;
     first = begin < 0 ? 0 : begin;
-    const int64_t last = c * op.block + op.block - (tent ? 0 : shift), end = last < sk ? last : sk;
+    const int64_t last = middle + op.block, end = last < sk ? last : sk;
     from = task.lines + (head * 2 + line) * sk + first;
     count = end - first;
     to = task.work + (head * 3 + line) * (nk + 1) + c;
     slope = tent ? 1.f / static_cast<float>(op.block) : 0.f;
-    peak = static_cast<float>(c * op.block - first);
+    peak = static_cast<float>(middle - first);
   }
   HEDDLE_HD float weight(int64_t i) const {
     return 1 - slope * fabsf(static_cast<float>(i) - peak);
@@ -265,10 +268,11 @@ HEDDLE_HD void flexprefill_head(const Team& own, const Group& all, const FlexTas
       [&](int64_t i, uint32_t word) { column_bits[i] = static_cast<int32_t>(word); });
   // Row `row`, columns from 32 * i on, of which some pairs are listed
   const auto write = [&](int64_t row, int64_t i, uint32_t pairs) {
-    const int64_t from = i * 32, last = visible.seen(row) - 1;
+    const int64_t from = i * 32, last = visible.seen(row) - 1,
+                  diagonal = op.coverage ? row + visible.ahead : last;
     uint64_t seen = pairs | bits_at(column_bits, line_words, from) | bit_range(-from, 1 - from) |
                     bit_range(first_seen + row - from, last + 1 - from);
-    seen |= reverse_bits(bits_at(band_bits, line_words, last - from - 63));
+    seen |= reverse_bits(bits_at(band_bits, line_words, diagonal - from - 63));
     bits[row * words + i] =
         static_cast<int32_t>(static_cast<uint32_t>(full ? ~uint64_t{0} : seen) &
                              static_cast<uint32_t>(bit_range(0, last + 1 - from)));

@@ -262,6 +262,31 @@ describeDevices('flexPrefill', (device) => {
     expect(whole.size).toBeGreaterThan(10)
   })
 
+  it('covers a diagonal wherever a chunk begins', async () => {
+    // Query i wants the key 198 before it: three blocks and a bit, or four for most rows of a block that begins late
+    const [n, d, away] = [1024, 64, 198]
+    const codes = random(97).normals(n * d)
+    const row = (t: number) => codes.subarray(t * d, (t + 1) * d)
+    const k = tensor(codes, [1, n, 1, d], { device })
+    const q = tensor(
+      Float32Array.from(
+        { length: n * d },
+        (_, i) => 1.5 * row(Math.max(Math.floor(i / d) - away, 0))[i % d]!,
+      ),
+      [1, n, 1, d],
+      { device },
+    )
+    for (const begin of [384, 400, 416, 447]) {
+      const options = { mode: 'coverage', gamma: 0.8, tau: 0, minBudget: 0, block: 64 } as const
+      const mask = flexPrefill(q.slice(1, begin), k, options)
+      const dense = await mask.toDense()
+      let seen = 0
+      for (let i = begin; i < n; i++) seen += dense[(i - begin) * n + i - away]!
+      expect(seen / (n - begin), `${begin}`).toBeGreaterThan(0.8)
+      expect(await mask.density()).toBeLessThan(0.6)
+    }
+  })
+
   it('attends to all of short sequences and to what it chooses of long ones', async () => {
     const rng = random(95)
     const [q, k] = planted(rng, 640, 2, false).map((x) => tensor(x, [1, 640, 2, 32], { device }))
