@@ -48,8 +48,8 @@ export interface HipAttentionOptions extends HipOptions {
   /** What other layers do: `'dense'`, or options that replace those given here. */
   layers?: Readonly<Record<number, 'dense' | HipOptions>> | undefined
   /**
-   * How many last rows of a call see everything, where it has at least twice as many: answers begin there. None if left out,
-   * 64 with stages.
+   * How many last rows of a sequence see everything, where it has at least twice as many: answers begin there. None if left
+   * out, 64 with stages.
    */
   denseTailRows?: number | undefined
   /** Up to how many keys a call is dense; if left out, as many as every row would see anyway. */
@@ -148,73 +148,51 @@ export function hipAttention<D extends FloatDType>(
   if (rope && (blockTable || cacheSeqlens || cuSeqlensQ))
     throw refuse('ERR_ARGUMENT', op, 'rope', 'rope cannot be combined with lengths of sequences')
   const isDense = mode === 'dense' || (sk <= threshold && !cuSeqlensQ)
-  if (!isDense && tail > 0 && sq >= 2 * tail && (blockTable || cacheSeqlens))
-    throw refuse(
-      'ERR_ARGUMENT',
-      op,
-      'denseTailRows',
-      'denseTailRows cannot be combined with cacheSeqlens',
-    )
 
   return scope(() => {
     const [turnedQ, turnedK] = rope ? [turn(q, rope, sk - sq), turn(k, rope, 0)] : [q, k]
     const dense = { ...place, causal: true }
     if (isDense) return attention(turnedQ, turnedK, v, { ...dense, cuSeqlensQ, cuSeqlensK })
     const elsewhere = substitutes(op, rope, settings)
-    // Without the last rows
-    const sparse = (without: number): AttentionResult<D> => {
-      const cut = (x: Tensor<D>) => (without > 0 ? x.slice(1, 0, x.shape[1]! - without) : x)
-      const [rows, keys, values] = [cut(q), cut(k), cut(v)]
-      if (!elsewhere) {
-        const mask = hip(rows, keys, searched)
-        return attention(cut(turnedQ), cut(turnedK), values, { ...place, mask })
-      }
-      const { index, count } = listsOf({ q: rows, k: keys }, settings)
-      const near = attention(cut(turnedQ), cut(turnedK), values, { ...dense, window })
+    const sparse = (): AttentionResult<D> => {
+      if (!elsewhere) return attention(turnedQ, turnedK, v, { ...place, mask: hip(q, k, searched) })
+      const { index, count } = listsOf({ q, k }, settings)
+      const near = attention(turnedQ, turnedK, v, { ...dense, window })
       const listed = Array.from({ length: b }, (_, i) => {
         const of = <T extends Tensor>(x: T) => x.slice(0, i, i + 1) as T
         const pages = (x: Tensor<D>) => pagesOf(of(x).contiguous(), settings.block[1])
         const lists = { index: of(index), count: of(count) }
-        const given = { k: pages(keys), v: pages(values), lists, sk: sk - without, window }
-        return attendListed(of(cut(turnedQ)), given, elsewhere, settings, { scale, softCap })
+        const given = { k: pages(k), v: pages(v), lists, sk, window }
+        return attendListed(of(turnedQ), given, elsewhere, settings, { scale, softCap })
       })
-      return merge([joined(listed, 0, 0), near])
+      return merge([joined(listed), near])
     }
-    if (tail === 0 || sq < 2 * tail || cuSeqlensQ) return sparse(0)
-    const last = attention(turnedQ.slice(1, sq - tail), turnedK, v, dense)
-    return joined([sparse(tail), last], 1, 2)
+    const result = sparse()
+    const [ofQ, ofK] = [cuSeqlensQ ?? [0, sq], cuSeqlensK ?? [0, k.shape[1]!]]
+    for (let i = 1; tail > 0 && i < ofQ.length; i++) {
+      const end = ofQ[i]!
+      if (end - ofQ[i - 1]! < 2 * tail) continue
+      const [keys, values] = [turnedK, v].map((x) => x.slice(1, ofK[i - 1]!, ofK[i]))
+      const last = attention(turnedQ.slice(1, end - tail, end), keys!, values!, dense)
+      result.out.slice(1, end - tail, end).copyFrom(last.out)
+      result.lse.slice(2, end - tail, end).copyFrom(last.lse)
+    }
+    return result
   })
 }
 
-/** Results one after the other along a dimension of out, and one of lse. */
-function joined<D extends FloatDType>(
-  parts: readonly AttentionResult<D>[],
-  ofOut: number,
-  ofLse: number,
-): AttentionResult<D> {
-  const join = <E extends FloatDType>(tensors: readonly Tensor<E>[], dimension: number) => {
+/** Results of sequences, one after the other. */
+function joined<D extends FloatDType>(parts: readonly AttentionResult<D>[]): AttentionResult<D> {
+  const join = <E extends FloatDType>(tensors: readonly Tensor<E>[]) => {
     const [{ shape, dtype, device }] = tensors as [Tensor<E>]
-    const size = tensors.reduce((sum, one) => sum + one.shape[dimension]!, 0)
-    const all = empty(shape.with(dimension, size), { dtype, device })
-    let at = 0
-    for (const one of tensors) {
-      const next = at + one.shape[dimension]!
-      all.slice(dimension, at, next).copyFrom(one)
-      at = next
-    }
+    const all = empty(shape.with(0, tensors.length), { dtype, device })
+    tensors.forEach((one, i) => {
+      all.slice(0, i, i + 1).copyFrom(one)
+    })
     return all
   }
   if (parts.length === 1) return parts[0]!
-  return {
-    out: join(
-      parts.map(({ out }) => out),
-      ofOut,
-    ),
-    lse: join(
-      parts.map(({ lse }) => lse),
-      ofLse,
-    ),
-  }
+  return { out: join(parts.map(({ out }) => out)), lse: join(parts.map(({ lse }) => lse)) }
 }
 
 /** Options of {@link hipDecoder}. */
@@ -226,8 +204,8 @@ export interface HipDecoderOptions
    */
   refresh?: number | readonly number[] | undefined
   /**
-   * Whether keys that leave the window before the next list can name them stay in sight, true if left out. The released
-   * code loses them.
+   * Whether the window keeps what leaves it until the next list is made, true if left out. The released code loses it until
+   * then. With stages it may be named once the first of them looks again.
    */
   freezeWindowStart?: boolean | undefined
   /** Factor of q·k, `1/√d` if left out. */
