@@ -1,5 +1,6 @@
-import { checkOptions, elements, mustBe } from '../check.js'
+import { checkInteger, checkOptions, elements, mustBe } from '../check.js'
 import type { FloatDType } from '../dtype.js'
+import { refuse } from '../errors.js'
 import { type Mask, makeMask } from '../mask.js'
 import { keepBits } from '../ops/keep.js'
 import { probe } from '../ops/probe.js'
@@ -13,6 +14,12 @@ export type MInferencePattern =
   | { kind: 'a-shape'; sinkTokens: number; window: number }
   | { kind: 'vertical-slash'; vertical: number; slash: number }
   | { kind: 'block-sparse'; topBlocks: number }
+
+const sizes = {
+  'a-shape': ['sinkTokens', 'window'],
+  'vertical-slash': ['vertical', 'slash'],
+  'block-sparse': ['topBlocks'],
+} as const
 
 /** What the heads of released configurations are: 1000 columns and 6096 diagonals. */
 const usual: MInferencePattern = { kind: 'vertical-slash', vertical: 1000, slash: 6096 }
@@ -42,13 +49,23 @@ export function minference<D extends FloatDType>(
   checkOptions(op, options, new Set(['patterns']))
   const { sq, sk } = lengthsOf(op, q, k)
   const [b = 0, , heads = 0] = q.shape
-  const group = heads / (k.shape[2] ?? 1)
+  const kvHeads = k.shape[2] ?? 0
+  if (heads % kvHeads !== 0)
+    throw refuse('ERR_SHAPE', op, 'k', `hq must be a multiple of hk, got ${heads} and ${kvHeads}`)
+  const group = heads / kvHeads
   const { patterns: given = [usual] } = options
   if (!Array.isArray(given)) throw mustBe(op, 'patterns', 'a list of patterns', given)
   const patterns = elements(op, 'patterns', given, (pattern, i): MInferencePattern => {
     if (pattern === null || typeof pattern !== 'object')
       throw mustBe(op, `patterns[${i}]`, 'an object with a kind', pattern)
-    return { ...(pattern as MInferencePattern) }
+    const copy = { ...(pattern as MInferencePattern) }
+    const { kind, ...own } = copy
+    if (!Object.hasOwn(sizes, kind))
+      throw mustBe(op, 'kind', 'a-shape, vertical-slash or block-sparse', kind)
+    checkOptions(op, own, new Set(sizes[kind]))
+    for (const name of sizes[kind])
+      checkInteger(op, `patterns[${i}].${name}`, (own as Record<string, unknown>)[name], 0)
+    return copy
   })
   if (patterns.length !== 1 && patterns.length !== heads)
     throw mustBe(op, 'patterns', `a list of 1 or hq = ${heads}`, patterns)
@@ -83,13 +100,6 @@ export function minference<D extends FloatDType>(
           blocks.slice(1, head, head + 1).copyFrom(kept)
           break
         }
-        default:
-          throw mustBe(
-            op,
-            'kind',
-            'a-shape, vertical-slash or block-sparse',
-            (pattern as { kind: unknown }).kind,
-          )
       }
     }
     return makeMask({ ...parts, sequences: b, heads, sinkTokens: 0, blocks, columns, diagonals })

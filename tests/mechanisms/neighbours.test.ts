@@ -12,6 +12,7 @@ import {
 import { expect, it } from 'vitest'
 import { maxError } from '../support/compare.js'
 import { describeDevices } from '../support/devices.js'
+import { failure } from '../support/failure.js'
 import { random, sample } from '../support/random.js'
 
 describeDevices('mechanisms', (device) => {
@@ -35,6 +36,31 @@ describeDevices('mechanisms', (device) => {
       const out = await attention(x, y, y, { mask }).out.read()
       expect(maxError(out, dense)).toBeLessThan(1e-5)
     }
+  })
+
+  it('refuse patterns that say too little or too much', async () => {
+    const [x, y] = [3, 2].map((heads) =>
+      tensor(new Float32Array(heads * 16), [1, 1, heads, 16], { device }),
+    )
+    const cases = [
+      [{ kind: 'a-shape', sinkTokens: 4 }, 'patterns[0].window must be an integer at least 0'],
+      [
+        { kind: 'vertical-slash', vertical: 1.5, slash: 2 },
+        'patterns[0].vertical must be an integer at least 0, got 1.5',
+      ],
+      [
+        { kind: 'block-sparse', topBlock: 2 },
+        'unknown option "topBlock"; did you mean "topBlocks"',
+      ],
+      [{ kind: 'diagonal' }, 'kind must be a-shape, vertical-slash or block-sparse'],
+    ] as const
+    for (const [pattern, message] of cases) {
+      const patterns = [pattern] as unknown as [{ kind: 'block-sparse'; topBlocks: number }]
+      expect((await failure(() => minference(x!, x!, { patterns }))).message).toContain(message)
+    }
+    expect((await failure(() => minference(x!, y!))).message).toBe(
+      'minference: hq must be a multiple of hk, got 3 and 2',
+    )
   })
 
   it('find what is planted, and the pattern that fits', async () => {
