@@ -3,7 +3,7 @@ import { readFileSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { pathToFileURL } from 'node:url'
 import { parseArgs } from 'node:util'
-import { checkInteger, closest } from './check.js'
+import { checkInteger, closest, show } from './check.js'
 import { analyzeFile, report } from './cli/analyze.js'
 import { examine, findingLines } from './cli/doctor.js'
 import { comparisonTable, type Evaluation, evaluate, evaluationTable } from './cli/eval.js'
@@ -116,6 +116,18 @@ function randomFrom(seed: number): () => number {
     mixed = (mixed + Math.imul(mixed ^ (mixed >>> 7), 61 | mixed)) ^ mixed
     return ((mixed ^ (mixed >>> 14)) >>> 0) / 2 ** 32
   }
+}
+
+// What a command takes by name
+const model = ['model', 'device', 'dtype']
+const taken: Readonly<Record<string, readonly string[]>> = {
+  doctor: ['json'],
+  info: ['json'],
+  generate: [...model, 'prompt', 'max-tokens', 'temperature', 'seed'],
+  eval: [...model, 'set', 'limit', 'json', 'attention', ...mechanismOptions],
+  analyze: ['size', 'scalar', 'dtype', 'machine', 'svg', 'json'],
+  bench: ['device', 'rounds', 'out', 'json'],
+  report: [...model, 'set', 'limit', 'out'],
 }
 
 // How many words a command takes without a name; the others take none
@@ -254,6 +266,13 @@ const commands: Record<string, (values: Values, words: readonly string[]) => Pro
     const op = 'report'
     const out = text(values, op, 'out', true)
     const asked = evaluationOptions(values, op)
+    // It takes long: a page that cannot be written is refused at once
+    try {
+      writeFileSync(out, '', { flag: 'a' })
+    } catch (cause) {
+      const why = (cause as Error).message
+      throw refuse('ERR_ARGUMENT', op, 'out', `cannot write ${show(out)} (${why})`)
+    }
     const done: [string, Evaluation][] = [['dense', await evaluate(asked)]]
     for (const [name, settings] of reported) {
       const mechanism = chooseMechanism(op, name, settings)
@@ -313,6 +332,9 @@ async function main(args: string[]): Promise<number> {
   const stray = more[most[name] ?? 0]
   if (stray !== undefined)
     throw refuse('ERR_ARGUMENT', name, undefined, `unexpected argument "${stray}"`)
+  const foreign = Object.keys(values).find((key) => !taken[name]!.includes(key))
+  if (foreign !== undefined)
+    throw refuse('ERR_ARGUMENT', name, foreign, `--${foreign} goes with another command`)
   return command(values, more)
 }
 

@@ -9,6 +9,8 @@ import { sampled } from '../mechanisms/sampled.js'
 import { streaming } from '../mechanisms/streaming.js'
 import { xattention } from '../mechanisms/xattention.js'
 import { hip, hipStages } from '../ops/hip.js'
+import { scope } from '../scope.js'
+import { zeros } from '../tensor.js'
 
 /** @internal A mechanism of the command line with its settings. */
 export interface Mechanism {
@@ -96,6 +98,8 @@ export function chooseMechanism(op: string, name: string, given: Settings): Mech
       throw mustBe(op, key, 'a number', value)
     settings[camel(key)] = isText ? value : number
   }
+  // What is wrong with them comes out before anything is evaluated
+  scope(() => select(zeros([1, 1, 1, 16]), zeros([1, 1, 1, 16]), settings))
   const shown = Object.entries(given).filter(([, value]) => value !== undefined)
   return {
     label: [name, ...shown.map(([key, value]) => `${key} ${value}`)].join(' '),
