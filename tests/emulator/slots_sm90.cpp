@@ -277,6 +277,22 @@ const Case kCases[] = {
      .hk = 1,
      .cached = {300, 20, 131},
      .slots = {.weights = kSoftplus, .length_scale = 0.4f}},
+    // the first pass of re-weighting, whose sums have products of two tiles under way
+    {.b = 1,
+     .sq = 150,
+     .sk = 500,
+     .hq = 2,
+     .hk = 1,
+     .causal = true,
+     .processors = 1,
+     .slots = {.weights = kSoftplus, .length_scale = 4, .cosine = true}},
+    {.b = 2,
+     .sq = 70,
+     .sk = 275,
+     .hq = 2,
+     .hk = 2,
+     .window = 100,
+     .slots = {.weights = kSoftplus, .length_scale = 4, .cosine = true}},
 };
 
 // What row_factors does on a GPU
