@@ -215,9 +215,9 @@ HEDDLE_HD void flexprefill_head(const Team& own, const Group& all, const FlexTas
     const float sum = estimate[c] + vertical[c] + slash[c];
     if (!(sum - sum == 0)) memory.finite = false;
   });
-  // What is no number in a row of the map makes the row so
+  // What is not finite in a mean of q makes the first score of its row so, in one of k the estimate
   own.each(rows, [&](int64_t row) {
-    if (map[row * nk] != map[row * nk]) memory.finite = false;
+    if (!(map[row * nk] - map[row * nk] == 0)) memory.finite = false;
   });
   own.each(1, [&](int64_t) {
     float sum = 0;

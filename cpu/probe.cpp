@@ -143,8 +143,9 @@ template <class T> class Row {
         sum += p;
         store(line(t), p);
       }
-      const Vec factor = sum > 0.f ? 1.f / sum : sum;
-      for (int64_t t = 0; t < keys; ++t) store(line(t), load(line(t)) * factor);
+      // A sum that is no number is so for what the row sees alone
+      const Vec factor = 1.f / sum;
+      for (int64_t t = 0; t < keys; ++t) store(line(t), seen(t) ? load(line(t)) * factor : zero());
     }
   }
 

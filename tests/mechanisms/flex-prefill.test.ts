@@ -219,6 +219,27 @@ describeDevices('flexPrefill', (device) => {
     expect((await pairsOf(mask, 1, 10)).size).toBeLessThan(55)
   })
 
+  it('is dense for heads that a number reaches which is not finite, wherever it stands', async () => {
+    const rng = random(97)
+    const options = { gamma: 0.5, minBudget: 0, block: 64 } as const
+    for (const odd of [Number.NaN, Number.POSITIVE_INFINITY, Number.NEGATIVE_INFINITY])
+      for (const [of, token] of [
+        ['q', 0],
+        ['q', 100],
+        ['q', 639],
+        ['k', 0],
+        ['k', 639],
+      ] as const) {
+        const draw = () => sample(rng, [1, 640, 2, 32], 'float32', device, { strided: false })
+        const made = { q: (await draw()).tensor, k: (await draw()).tensor }
+        const place = made[of].slice(1, token, token + 1).slice(3, 5, 6)
+        place.slice(2, 0, 1).copyFrom(tensor([odd], [1, 1, 1, 1], { device }))
+        const mask = flexPrefill(made.q, made.k, options)
+        expect((await pairsOf(mask, 0, 10)).size, `${odd} in ${of} at ${token}`).toBe(55)
+        expect((await pairsOf(mask, 1, 10)).size).toBeLessThan(55)
+      }
+  })
+
   it('grows with gamma and minBudget, keeps column 0 and the diagonal, and covers what it says', async () => {
     const rng = random(92)
     const [q, k] = planted(rng, 1000, 2, false).map((x) => tensor(x, [1, 1000, 2, 32], { device }))

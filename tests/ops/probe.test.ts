@@ -1,4 +1,4 @@
-import { probe } from 'heddle'
+import { full, probe } from 'heddle'
 import { describe, expect, it } from 'vitest'
 import { expectClose } from '../support/compare.js'
 import { describeDevices, floats } from '../support/devices.js'
@@ -145,6 +145,19 @@ describeDevices('probe', (device) => {
         expect(await probe(q.tensor, k.tensor, options).read(), text).toEqual(actual)
       }
     })
+  })
+
+  it('keeps what is no number in a query from keys and distances beyond it', async () => {
+    const rng = random(84)
+    for (const dtype of floats) {
+      const [sq, sk] = [40, 100]
+      const { tensor: q } = await sample(rng, [1, sq, 1, 64], dtype, device)
+      const { tensor: k } = await sample(rng, [1, sk, 1, 64], dtype, device)
+      q.slice(1, 10, 11).copyFrom(full([1, 1, 1, 64], Number.NaN, { dtype, device }))
+      const score = await probe(q, k, { kind: 'rows', per: 'line', block: 128 }).read()
+      for (let i = 0; i < 2 * sk; i++)
+        expect(Number.isNaN(score[i]), `${dtype} ${i}`).toBe(i % sk <= sk - sq + 10)
+    }
   })
 
   it('makes rows of scores sum to 1', async () => {
