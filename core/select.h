@@ -77,10 +77,12 @@ HEDDLE_HD inline uint64_t rank_of(float score, int64_t index, bool forced) {
 
 constexpr double kMassSteps = 1099511627776.0;  // 2^40
 
-// A mass relative to the largest one; what is no positive number weighs nothing
+// A mass relative to the largest one, which may be infinite; what is no positive number weighs
+// nothing
 HEDDLE_HD inline unsigned long long mass_of(float score, float largest) {
-  if (!(score > 0) || !(largest > 0)) return 0;
-  return static_cast<unsigned long long>(static_cast<double>(score) / largest * kMassSteps);
+  if (!(score > 0)) return 0;
+  const double share = score == largest ? 1 : static_cast<double>(score) / largest;
+  return static_cast<unsigned long long>(share * kMassSteps);
 }
 
 // The same of shares of 1, all below 2: no digit of their ranks is the same for all

@@ -90,6 +90,18 @@ describeDevices('keep', (device) => {
     }
   })
 
+  it('takes what is infinite for all of the mass', async () => {
+    const inf = Number.POSITIVE_INFINITY
+    const score = tensor([1, inf, 5, inf], [1, 1, 1, 4], { device })
+    for (const [coverage, columns] of [
+      [0.5, [1]],
+      [0.9, [1, 3]],
+    ] as const)
+      expect(await listed(keep(score, { sq: 16, sk: 64, block: 16, coverage }), 4)).toEqual([
+        [columns],
+      ])
+  })
+
   it('refuses what is no rule or no score', async () => {
     const score = tensor(new Float32Array(4), [1, 1, 2, 2], { device })
     expect((await failure(() => keep(score, { sq: 256 }))).message).toBe(
