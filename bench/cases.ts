@@ -183,21 +183,17 @@ function attentionProblem({ dtype, size, flags }: Problem, device: Device) {
   // which page holds a row of the batch entry; entries behind the last row are never read
   const tables = held.map((n) => [...drawn.splice(0, n), ...new Array<number>(entries - n).fill(0)])
   // sigmoid(score - log sk), a bias for all heads, slopes of ALiBi
-  const slopes = flags.has('slopes')
-    ? Array.from({ length: hq }, (_, h) => 2 ** ((-8 * (h + 1)) / hq))
-    : undefined
+  const isSigmoid = flags.has('sigmoid')
+  const isBiased = flags.has('bias')
+  const int32 = { dtype: 'int32', device } as const
   const options = {
     causal,
-    ...(slopes ? { slopes } : {}),
-    ...(flags.has('sigmoid') ? { weights: 'sigmoid' as const, bias: -Math.log(sk) } : {}),
-    ...(flags.has('bias') ? { bias: make(5, [1, 1, sq, sk]) } : {}),
-    ...(window ? { window } : {}),
-    ...(page
-      ? {
-          blockTable: tensor(tables.flat(), [b, entries], { dtype: 'int32', device }),
-        }
-      : {}),
-    ...(page || ragged ? { cacheSeqlens: tensor(lengths, [b], { dtype: 'int32', device }) } : {}),
+    window,
+    slopes: flags.has('slopes') ? alibiSlopes(hq) : undefined,
+    weights: isSigmoid ? ('sigmoid' as const) : undefined,
+    bias: isBiased ? make(5, [1, 1, sq, sk]) : isSigmoid ? -Math.log(sk) : undefined,
+    cacheSeqlens: page || ragged ? tensor(lengths, [b], int32) : undefined,
+    ...(page && { blockTable: tensor(tables.flat(), [b, entries], int32) }),
   }
   // keys that a row of the last batch entry, or of one with so many keys, sees
   const sees = (row: number, keys = lengths[b - 1]!) => {
@@ -617,10 +613,8 @@ export const operators: Readonly<Record<string, (problem: Problem, device: Devic
         const read = async (x: Tensor, h: number) =>
           x.select(0, 0).select(1, h).read({ as: 'float32' })
         const last = async (x: Tensor) => x.select(0, 0).select(0, 0).select(0, -1).read()
-        const [starts, [listed = 0]] = [
-          await last(index),
-          [(await last(count.reshape([...count.shape, 1])))[0]],
-        ]
+        const starts = await last(index)
+        const [listed = 0] = await last(count.reshape([...count.shape, 1]))
         const size = staged ? 8 : block[1]
         const keys = new Set<number>()
         for (let t = 0; t < sinkTokens; t++) keys.add(t)

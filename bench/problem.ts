@@ -18,9 +18,12 @@ export interface Problem {
   text: string
   operator: string
   dtype: FloatDType
-  flags: ReadonlySet<string>
+  flags: { has(name: string): boolean }
   /** A size by its letters; refuses a string that lacks it unless there is a fallback. */
   size(name: string, fallback?: number): number
+  /** What was asked for so far, and the words of the string that were not. */
+  asked: ReadonlySet<string>
+  unasked(): string[]
 }
 
 /** Takes a problem string apart. */
@@ -28,19 +31,26 @@ export function parseProblem(text: string): Problem {
   const match = /^([a-z.]+):(.+)$/.exec(text.trim())
   if (!match) throw refuse(`a problem must be operator:sizes, got "${text}"`)
   const sizes = new Map<string, number>()
-  const flags = new Set<string>()
+  const words = new Set<string>()
+  const asked = new Set<string>()
   let dtype: FloatDType = 'float32'
   for (const word of match[2]!.trim().split(/\s+/)) {
     const size = /^([a-zA-Z]+)(\d+(?:\.\d+)?)$/.exec(word)
     const known = dtypes[word]
     if (known) dtype = known
     else if (size) sizes.set(size[1]!, Number(size[2]))
-    else flags.add(word)
+    else words.add(word)
   }
+  const flags = { has: (name: string) => !!asked.add(name) && words.has(name) }
   const size = (name: string, fallback?: number) => {
+    asked.add(name)
     const value = sizes.get(name) ?? fallback
     if (value === undefined) throw refuse(`"${text}" lacks the size ${name}`)
     return value
   }
-  return { text: text.trim(), operator: match[1]!, dtype, flags, size }
+  const unasked = () => [
+    ...[...words].filter((word) => !asked.has(word)),
+    ...[...sizes].filter(([name]) => !asked.has(name)).map((size) => size.join('')),
+  ]
+  return { text: text.trim(), operator: match[1]!, dtype, flags, size, asked, unasked }
 }

@@ -41,17 +41,25 @@ export interface BenchOptions {
   log(line: string): void
 }
 
-function make(text: string, device: Device): Case {
+function parse(text: string) {
   const problem = parseProblem(text)
-  const operator = Object.hasOwn(operators, problem.operator)
-    ? operators[problem.operator]
-    : undefined
-  if (!operator)
-    throw refuse(
-      `the operator of a problem must be one of ${Object.keys(operators).join(', ')}, got "${problem.operator}"`,
-    )
-  const made = operator(problem, device)
-  if (!problem.flags.has('graph')) return made
+  const { operator } = problem
+  const build = Object.hasOwn(operators, operator) ? operators[operator] : undefined
+  if (build) return { problem, build }
+  const names = Object.keys(operators).join(', ')
+  throw refuse(`the operator of a problem must be one of ${names}, got "${operator}"`)
+}
+
+function make(text: string, device: Device): Case {
+  const { problem, build } = parse(text)
+  const made = build(problem, device)
+  const isGraph = problem.flags.has('graph')
+  const [stray] = problem.unasked()
+  if (stray !== undefined) {
+    const taken = [...problem.asked].join(', ')
+    throw refuse(`"${text}" has "${stray}", but ${problem.operator} takes ${taken}`)
+  }
+  if (!isGraph) return made
   const step = graph(made.run)
   const run = () => {
     step.replay()
@@ -179,7 +187,7 @@ export async function bench(options: BenchOptions): Promise<object> {
             `a problem must be operator:sizes or one of ${names.join(', ')}, got "${name}"`,
           )
         })
-  for (const text of chosen) parseProblem(text)
+  for (const text of chosen) parse(text)
   const gpu = cuda.devices.find((one) => one.device === device)
   if (device !== 'cpu' && !gpu)
     throw refuse(

@@ -3,12 +3,12 @@ import { readFileSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { pathToFileURL } from 'node:url'
 import { parseArgs } from 'node:util'
-import { checkInteger, closest, show } from './check.js'
+import { checkInteger, closest, mustBe, show } from './check.js'
 import { analyzeFile, report } from './cli/analyze.js'
 import { examine, findingLines } from './cli/doctor.js'
 import { comparisonTable, type Evaluation, evaluate, evaluationTable } from './cli/eval.js'
 import { chooseMechanism, mechanismOptions } from './cli/mechanisms.js'
-import { chooseDevice, chooseDType, loadModel } from './cli/model.js'
+import { chooseDevice, chooseDType, chooseNumber, loadModel } from './cli/model.js'
 import { reportPage } from './cli/report.js'
 import { table } from './cli/terminal.js'
 import { cuda, type Device } from './device.js'
@@ -96,7 +96,7 @@ function integer(values: Values, op: string, name: string, least: number): numbe
   const value = text(values, op, name)
   return value === undefined
     ? undefined
-    : checkInteger(op, name, value.trim() === '' ? value : Number(value), least)
+    : checkInteger(op, name, chooseNumber(op, name, value), least)
 }
 
 function print(line: string): void {
@@ -186,17 +186,17 @@ const commands: Record<string, (values: Values, words: readonly string[]) => Pro
     const prompt = new TextEncoder().encode(text(values, op, 'prompt', true))
     if (prompt.length === 0)
       throw refuse('ERR_ARGUMENT', op, 'prompt', 'prompt must have at least one byte')
-    const temperature = Number(text(values, op, 'temperature') ?? 0)
-    if (!(temperature >= 0))
-      throw refuse('ERR_ARGUMENT', op, 'temperature', 'temperature must be a number from 0 on')
+    const temperature = chooseNumber(op, 'temperature', text(values, op, 'temperature') ?? '0')
+    if (temperature < 0) throw mustBe(op, 'temperature', 'at least 0', temperature)
     const seed = integer(values, op, 'seed', 0)
+    const maxTokens = integer(values, op, 'max-tokens', 1) ?? 256
     const { decoder, model } = await loadModel(op, text(values, op, 'model', true), {
       device,
       dtype,
     })
     process.stdout.write(prompt)
     const bytes = decoder.generate(model, prompt, {
-      maxTokens: integer(values, op, 'max-tokens', 1) ?? 256,
+      maxTokens,
       temperature,
       random: seed === undefined ? Math.random : randomFrom(seed),
     })
@@ -311,7 +311,11 @@ async function main(args: string[]): Promise<number> {
   try {
     parsed = parseArgs({ args, options, allowPositionals: true })
   } catch (error) {
-    throw refuse('ERR_ARGUMENT', 'heddle', undefined, (error as Error).message.split('\n')[0]!)
+    const [why = ''] = (error as Error).message.split(/\. |\n/)
+    const [, stray] = /^Unknown option '--([^']+)'$/.exec(why) ?? []
+    const near = stray && closest(stray, Object.keys(options))
+    const hint = near ? `; did you mean --${near}?` : ''
+    throw refuse('ERR_ARGUMENT', 'heddle', stray, `${why}${hint}`)
   }
   const { values, positionals } = parsed
   if (values.version) {

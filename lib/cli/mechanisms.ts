@@ -11,6 +11,7 @@ import { xattention } from '../mechanisms/xattention.js'
 import { hip, hipStages } from '../ops/hip.js'
 import { scope } from '../scope.js'
 import { zeros } from '../tensor.js'
+import { chooseNumber } from './model.js'
 
 /** @internal A mechanism of the command line with its settings. */
 export interface Mechanism {
@@ -92,11 +93,7 @@ export function chooseMechanism(op: string, name: string, given: Settings): Mech
     if (value === undefined) continue
     if (!takes.split(' ').includes(key))
       throw refuse('ERR_ARGUMENT', op, key, `--${key} goes with another mechanism than ${name}`)
-    const number = Number(value)
-    const isText = texts.has(key)
-    if (!isText && (value.trim() === '' || Number.isNaN(number)))
-      throw mustBe(op, key, 'a number', value)
-    settings[camel(key)] = isText ? value : number
+    settings[camel(key)] = texts.has(key) ? value : chooseNumber(op, key, value)
   }
   // What is wrong with them comes out before anything is evaluated
   scope(() => select(zeros([1, 1, 1, 16]), zeros([1, 1, 1, 16]), settings))

@@ -52,6 +52,13 @@ export function chooseDType(op: string, wanted: string | undefined, device: Devi
   throw mustBe(op, 'dtype', 'float32, float16 or bfloat16', wanted)
 }
 
+/** @internal */
+export function chooseNumber(op: string, name: string, text: string): number {
+  const number = text.trim() === '' ? Number.NaN : Number(text)
+  if (Number.isNaN(number)) throw mustBe(op, name, 'a number', text)
+  return number
+}
+
 /** @internal Loads a model with the code that its config.json names. */
 export async function loadModel(
   op: string,

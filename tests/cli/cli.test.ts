@@ -66,6 +66,7 @@ describe('heddle', () => {
     expect(rows[0].error).toBeLessThan(1e-5)
     for (const [text, message] of [
       ['attention:b1', 'bench: "attention:b1" lacks the size sq'],
+      ['norm:m2 d8 f64', 'bench: "norm:m2 d8 f64" has "f64", but norm takes m, d, graph'],
       ['nothing:b1', 'bench: the operator of a problem must be one of attention,'],
       ['nothing', 'bench: a problem must be operator:sizes or one of attention,'],
     ] as const) {
@@ -168,8 +169,17 @@ describe('heddle', () => {
     ],
     [['report', '--gamma', '0.9'], /report: --gamma goes with another command/],
     [['eval', '--temperature', '1'], /eval: --temperature goes with another command/],
+    [
+      ['generate', '--model', model, '--prompt', 'x', '--max-tokens', '3x'],
+      /^generate: max-tokens must be a number, got "3x"/,
+    ],
+    [
+      ['generate', '--model', model, '--prompt', 'x', '--temperature', '-0.5'],
+      /heddle: .*--temperature/,
+    ],
     [['doctor', 'now'], /doctor: unexpected argument "now"/],
-    [['--nonsense'], /heddle: .*nonsense/],
+    [['bench', '--round', '3'], /^heddle: Unknown option '--round'; did you mean --rounds\?$/m],
+    [['--nonsense'], /^heddle: Unknown option '--nonsense'$/m],
     [['analyze'], /analyze: the file is missing/],
     [['analyze', '/nowhere/x.cascade'], /analyze: cannot read "\/nowhere\/x.cascade" \(ENOENT/],
     [['analyze', __filename, 'more'], /analyze: unexpected argument "more"/],
