@@ -75,19 +75,15 @@ export const dtypeOfArray: Readonly<Record<string, DType>> = {
   Uint8Array: 'uint8',
 }
 
-/** Any typed array. */
-export type AnyTypedArray =
-  | Int8Array
-  | Uint8Array
-  | Uint8ClampedArray
-  | Int16Array
-  | Uint16Array
-  | Int32Array
-  | Uint32Array
+/** Typed arrays that tensors are made from: numbers, or the bit patterns that a {@link HostArray} has. */
+export type HostValues =
   | Float32Array
-  | Float64Array
+  // Float16Array, which not every TypeScript knows
+  | (ArrayBufferView & ArrayLike<number> & { readonly [Symbol.toStringTag]: 'Float16Array' })
+  | Uint16Array
+  | Uint8Array
+  | Int32Array
   | BigInt64Array
-  | BigUint64Array
 
 /** The dtype of a tensor made from such host values when none is given. */
 export type DTypeOf<A> = A extends Int32Array
@@ -96,7 +92,9 @@ export type DTypeOf<A> = A extends Int32Array
     ? 'int64'
     : A extends Uint8Array
       ? 'uint8'
-      : 'float32'
+      : A extends { readonly [Symbol.toStringTag]: 'Float16Array' }
+        ? 'float16'
+        : 'float32'
 
 /** @internal */
 export function isDType(value: unknown): value is DType {

@@ -1,7 +1,7 @@
 export * from './cascade/index.js'
 export type { CudaDevice, CudaInfo, CudaReason, Device, DeviceLike, MemoryInfo } from './device.js'
 export { cuda, elapsed, memory, synchronize } from './device.js'
-export type { AnyTypedArray, DType, DTypeOf, FloatDType, HostArray, HostArrays } from './dtype.js'
+export type { DType, DTypeOf, FloatDType, HostArray, HostArrays, HostValues } from './dtype.js'
 export { bytesPerElement, dtypes } from './dtype.js'
 export type { ErrorCode, ErrorDetails } from './errors.js'
 export { HeddleError } from './errors.js'

@@ -2,7 +2,6 @@ import { inspect } from 'node:util'
 import { checkInteger, checkOptions, elements, mustBe, show } from './check.js'
 import { type Device, type DeviceLike, parseDevice } from './device.js'
 import {
-  type AnyTypedArray,
   bytesPerElement,
   type DType,
   type DTypeOf,
@@ -10,6 +9,7 @@ import {
   dtypes,
   type FloatDType,
   type HostArray,
+  type HostValues,
   hostArrays,
   isDType,
 } from './dtype.js'
@@ -411,7 +411,7 @@ export class Tensor<D extends DType = DType> {
    * Overwrites the elements with host values in row-major order. They are taken at the call; the array may change right
    * after. Numbers in a `Float32Array` or a plain array are converted to the dtype.
    */
-  write(data: AnyTypedArray | readonly number[]): this {
+  write(data: HostValues | readonly number[]): this {
     const given = hostValues('write', data, this.dtype)
     const source = Tensor.make('write', this.shape, given.dtype, this.device, given.bytes)
     try {
@@ -524,6 +524,9 @@ async function unlessAborted<T>(promise: Promise<T>, signal: AbortSignal | undef
   }
 }
 
+const carriers =
+  'a Float32Array, Float16Array, Uint16Array, Uint8Array, Int32Array or BigInt64Array'
+
 // Whether the buffer under a typed array was transferred, or became too short for it
 function isStale(array: ArrayBufferView): boolean {
   try {
@@ -539,7 +542,7 @@ function hostValues(
   op: string,
   data: unknown,
   wanted: DType | undefined,
-): { bytes: AnyTypedArray; dtype: DType } {
+): { bytes: HostValues; dtype: DType } {
   if (Array.isArray(data)) {
     const values = elements(op, 'data', data, (value, i) => {
       const argument = `data[${i}]`
@@ -565,11 +568,12 @@ function hostValues(
   }
   const kind = Object.prototype.toString.call(data).slice(8, -1)
   const own = dtypeOfArray[kind]
-  if (own === 'float32' || own === 'float16') return { bytes: data as AnyTypedArray, dtype: own }
+  if (own === 'float32' || own === 'float16') return { bytes: data as HostValues, dtype: own }
   if (wanted === undefined) {
-    if (own === undefined)
-      throw refuse('ERR_DTYPE', op, 'dtype', `dtype must be given for a ${kind}`)
-    return { bytes: data as AnyTypedArray, dtype: own }
+    if (own !== undefined) return { bytes: data as HostValues, dtype: own }
+    throw kind === 'Uint16Array'
+      ? refuse('ERR_DTYPE', op, 'dtype', `dtype must be given for a ${kind}`)
+      : refuse('ERR_DTYPE', op, 'data', `data must be ${carriers}, got a ${kind}`)
   }
   const carrier = hostArrays[wanted].name
   if (kind !== carrier) {
@@ -580,7 +584,7 @@ function hostValues(
       `data must be a ${carrier}${wanted === 'float32' ? '' : ' or Float32Array'} for ${wanted}, got ${kind}`,
     )
   }
-  return { bytes: data as AnyTypedArray, dtype: wanted }
+  return { bytes: data as HostValues, dtype: wanted }
 }
 
 /**
@@ -594,7 +598,7 @@ function hostValues(
  * const x = tensor([1, 2, 3, 4], [2, 2], { dtype: 'bfloat16' })
  * console.log(await x.read({ as: 'float32' }))
  */
-export function tensor<A extends AnyTypedArray | readonly number[], D extends DType = DTypeOf<A>>(
+export function tensor<A extends HostValues | readonly number[], D extends DType = DTypeOf<A>>(
   data: A,
   shape?: readonly number[],
   options?: CreateOptions<D>,
@@ -605,7 +609,7 @@ export function tensor<A extends AnyTypedArray | readonly number[], D extends DT
     throw mustBe('tensor', 'dtype', `one of ${dtypes.join(', ')}`, dtype)
   const given = hostValues('tensor', data, dtype)
   const sizes = shape ?? [given.bytes.length]
-  const make = <E extends DType>(as: E, bytes?: AnyTypedArray, pinned?: boolean) =>
+  const make = <E extends DType>(as: E, bytes?: HostValues, pinned?: boolean) =>
     Tensor.make('tensor', sizes, as, options?.device, bytes, pinned)
   if (dtype === undefined || dtype === given.dtype)
     return make(given.dtype, given.bytes, options?.pinned) as unknown as Tensor<D>

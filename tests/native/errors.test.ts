@@ -451,9 +451,9 @@ const wrong: Wrong[] = [
   ],
   [
     'doubles',
-    () => tensor(new Float64Array(2)),
+    () => tensor(any(new Float64Array(2))),
     'ERR_DTYPE',
-    'tensor: dtype must be given for a Float64Array',
+    'tensor: data must be a Float32Array, Float16Array, Uint16Array, Uint8Array, Int32Array or BigInt64Array, got a Float64Array',
   ],
   [
     'bits of another dtype',
