@@ -49,10 +49,15 @@ export function closest(word: string, known: Iterable<string>): string | undefin
 }
 
 /** @internal Refuses what is no options object and options that do not exist, with the closest that does. */
-export function checkOptions(op: string, options: unknown, known: ReadonlySet<string>): void {
+export function checkOptions(
+  op: string,
+  options: unknown,
+  known: ReadonlySet<string>,
+  what = 'option',
+): void {
   if (options === undefined) return
   if (options === null || typeof options !== 'object' || Array.isArray(options)) {
-    throw mustBe(op, 'options', 'an object', options)
+    throw mustBe(op, `${what}s`, 'an object', options)
   }
   for (const key of Object.keys(options)) {
     if (known.has(key)) continue
@@ -61,7 +66,7 @@ export function checkOptions(op: string, options: unknown, known: ReadonlySet<st
       'ERR_ARGUMENT',
       op,
       key,
-      `unknown option ${show(key)}${near === undefined ? '' : `; did you mean "${near}"?`}`,
+      `unknown ${what} ${show(key)}${near === undefined ? '' : `; did you mean "${near}"?`}`,
     )
   }
 }
@@ -92,10 +97,22 @@ export function checkInteger(
 ): number {
   if (typeof value !== 'number' || !Number.isInteger(value) || value < least || value > most) {
     const bounds =
-      most === Number.MAX_SAFE_INTEGER ? `at least ${least}` : `from ${least} to ${most}`
-    throw mustBe(op, argument, `an integer ${bounds}`, value)
+      most < Number.MAX_SAFE_INTEGER ? ` from ${least} to ${most}` : ` at least ${least}`
+    throw mustBe(op, argument, `an integer${least > Number.MIN_SAFE_INTEGER ? bounds : ''}`, value)
   }
   return value
+}
+
+/** @internal Refuses a promise, of whose failure nobody else hears. */
+export function checkSynchronous(op: string, result: unknown): void {
+  if (!(result instanceof Promise)) return
+  result.catch(() => {})
+  throw refuse(
+    'ERR_ARGUMENT',
+    op,
+    'body',
+    'body must be synchronous, got one that returns a promise',
+  )
 }
 
 /** @internal Nothing else may compare what a caller gave: an object would be asked for its value. */

@@ -1,4 +1,4 @@
-import { checkInteger, mustBe } from './check.js'
+import { checkInteger, checkSynchronous, mustBe } from './check.js'
 import { named } from './errors.js'
 import { addon } from './native.js'
 
@@ -154,11 +154,7 @@ export function elapsed(body: () => unknown, device: DeviceLike = 'cpu'): Promis
   const native = addon()
   const span = named('elapsed', () => native.beginSpan(kind, index))
   try {
-    const result = body()
-    if (result instanceof Promise) {
-      result.catch(() => {}) // what it awaits is none of ours
-      throw mustBe('elapsed', 'body', 'a synchronous function', body)
-    }
+    checkSynchronous('elapsed', body())
   } catch (error) {
     native.endSpan(span).catch(() => {})
     throw error

@@ -1,4 +1,4 @@
-import { mustBe } from './check.js'
+import { checkSynchronous, mustBe } from './check.js'
 import { named } from './errors.js'
 import { addon } from './native.js'
 import { scope } from './scope.js'
@@ -45,10 +45,7 @@ export function graph<T>(body: () => T): Graph<T> {
   let result: T
   try {
     result = scope(body)
-    if (result instanceof Promise) {
-      result.catch(() => {}) // what it awaits is none of ours
-      throw mustBe('graph', 'body', 'a synchronous function', body)
-    }
+    checkSynchronous('graph', result)
   } catch (error) {
     native.endGraph(false)
     throw error

@@ -11,6 +11,7 @@ export { graph } from './graph.js'
 export type {
   HeadMode,
   MaskOptions,
+  MaskRange,
   PaddedLists,
   PaddedTokens,
   RowLists,

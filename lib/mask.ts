@@ -1,3 +1,4 @@
+import { inspect } from 'node:util'
 import { checkInteger, checkOptions, elements, mustBe, offsetNumbers } from './check.js'
 import type { DeviceLike } from './device.js'
 import { named, refuse } from './errors.js'
@@ -56,8 +57,15 @@ export interface PaddedTokens {
   index: Tensor<'int32'>
 }
 
+/** The last keys of every row and the first ones of the sequence, none if left out. */
+export interface MaskRange {
+  /** Keys back from a row's own, which counts. */
+  window?: number | undefined
+  sinkTokens?: number | undefined
+}
+
 /** What a head of {@link Mask.fromHeads} sees: everything, the last keys and the first ones, or what a mask says. */
-export type HeadMode = 'dense' | { window?: number; sinkTokens?: number } | Mask
+export type HeadMode = 'dense' | MaskRange | Mask
 
 /** @internal */
 export interface GatheredLists extends HipLists {
@@ -117,6 +125,8 @@ export interface Mask {
   intersect(other: Mask): Mask
   /** One head as a picture, dark where much is seen. */
   svg(options?: SvgOptions): Promise<string>
+  /** What it is, not what it lists. */
+  toString(): string
   /** Frees its lists. */
   dispose(): void
   /** Lets `using mask = …` dispose of it. */
@@ -259,6 +269,8 @@ function fromTable(
   return makeMask({ ...parts, sequences: parts.cuSeqlensQ ? parts.sequences : b, heads, blocks })
 }
 
+const knownLists: ReadonlySet<string> = new Set<keyof TokenLists>(['columns', 'diagonals'])
+
 function tokenBits(
   name: string,
   lists: PaddedTokens | readonly number[] | undefined,
@@ -294,11 +306,11 @@ function tokenBits(
   }
 }
 
-const knownRange: ReadonlySet<string> = new Set(['window', 'sinkTokens'])
+const knownRange: ReadonlySet<string> = new Set<keyof MaskRange>(['window', 'sinkTokens'])
 
 function rangeOf(range: unknown, prefix = ''): { window: number; sinkTokens: number } {
   checkOptions('mask', range, knownRange)
-  const { window, sinkTokens } = (range ?? {}) as { window?: number; sinkTokens?: number }
+  const { window, sinkTokens } = (range ?? {}) as MaskRange
   return {
     window: checkInteger('mask', `${prefix}window`, window ?? 0, 0),
     sinkTokens: checkInteger('mask', `${prefix}sinkTokens`, sinkTokens ?? 0, 0),
@@ -320,7 +332,13 @@ export const Mask = {
    */
   fromBlocks(table: Tensor<'bool' | 'uint8'>, options: MaskOptions): Mask {
     checkTensor('mask', 'table', table)
-    const [b = 0, heads = 0] = table.shape
+    const { rows, columns } = blockTable(checkParts(options))
+    const [b = 0, heads = 0, high, wide] = table.shape
+    if (table.rank !== 4 || high !== rows || wide !== columns) {
+      const got = table.shape.join(', ')
+      const text = `table must be [b, heads, ${rows}, ${columns}], got [${got}]`
+      throw refuse('ERR_SHAPE', 'mask', 'table', text)
+    }
     return fromTable(options, b, heads, table.device, { dense: table })
   },
 
@@ -355,7 +373,10 @@ export const Mask = {
    *
    * @throws HeddleError as {@link Mask.fromLists} does.
    */
-  fromRows(lists: RowLists, options: MaskOptions & { b?: number; heads?: number }): Mask {
+  fromRows(
+    lists: RowLists,
+    options: MaskOptions & { b?: number | undefined; heads?: number | undefined },
+  ): Mask {
     checkTensor('mask', 'rowPtr', lists?.rowPtr)
     checkTensor('mask', 'column', lists.column)
     const { b = 1, heads = 1, ...rest } = options ?? {}
@@ -383,12 +404,13 @@ export const Mask = {
    *
    * @example
    * import { attention, Mask, randn } from 'heddle'
-   * const [q, k, v] = [1, 2, 3].map((seed) => randn([1, 256, 2, 64], { seed }))
+   * const [q, k, v] = [randn([1, 256, 2, 64]), randn([1, 256, 2, 64]), randn([1, 256, 2, 64])]
    * const mask = Mask.fromTokens({ columns: [0, 1, 77], diagonals: [0, 1, 2, 16] }, { sq: 256 })
    * const { out } = attention(q, k, v, { mask })
    */
   fromTokens(lists: TokenLists, options: MaskOptions): Mask {
     const parts = checkParts(options)
+    checkOptions('mask', lists, knownLists)
     const given = [lists?.columns, lists?.diagonals] as const
     const index = given.map((one) => (one as PaddedTokens | undefined)?.index)
     const { device } = index.find((one) => one instanceof Tensor) ?? parts
@@ -405,7 +427,7 @@ export const Mask = {
   },
 
   /** The last `window` keys of every row, its own included, and the first `sinkTokens` keys of the sequence. */
-  fromWindow(range: { window?: number; sinkTokens?: number }, options: MaskOptions): Mask {
+  fromWindow(range: MaskRange, options: MaskOptions): Mask {
     return makeMask({ ...checkParts(options), ...rangeOf(range) })
   },
 
@@ -417,7 +439,7 @@ export const Mask = {
    * @throws HeddleError `ERR_ARGUMENT` at the call.
    * @example
    * import { attention, Mask, randn } from 'heddle'
-   * const [q, k, v] = [1, 2, 3].map((seed) => randn([1, 256, 2, 64], { seed }))
+   * const [q, k, v] = [randn([1, 256, 2, 64]), randn([1, 256, 2, 64]), randn([1, 256, 2, 64])]
    * const mask = Mask.fromHeads(['dense', { window: 64, sinkTokens: 4 }], { sq: 256 })
    * const { out } = attention(q, k, v, { mask })
    */
@@ -603,6 +625,25 @@ class Made implements Mask {
 
   [Symbol.dispose](): void {
     this.dispose()
+  }
+
+  toString(): string {
+    const { sequences, heads, sq, sk, block, causal, window, sinkTokens } = this
+    const parts = {
+      causal,
+      [`blocks of ${block.join(' x ')}`]: this.blocks,
+      columns: this.columns,
+      diagonals: this.diagonals,
+      [`window ${window}`]: window,
+      [`sinkTokens ${sinkTokens}`]: sinkTokens,
+      bounds: this.bounds,
+    }
+    const there = Object.entries(parts).filter(([, part]) => part)
+    return `Mask [${sequences}, ${heads}, ${sq}, ${sk}] ${there.map(([name]) => name).join(', ')}`.trim()
+  }
+
+  [inspect.custom](): string {
+    return this.toString()
   }
 }
 

@@ -3,7 +3,7 @@ import { bytesPerElement, type DType, dtypes } from '../dtype.js'
 import { contractionOf, unshiftedExp, visibleShare, type Work, workOf } from './cost.js'
 import { broken } from './error.js'
 import { type Graph, graphOf, indexedBy, type Node } from './graph.js'
-import { type CascadeIR, rankOf, type Span, visitPredicate } from './ir.js'
+import { type CascadeIR, rankOf, type Span, sizedRanks, visitPredicate } from './ir.js'
 import { type Machine, type MachineName, machineOf } from './machine.js'
 import { edgeKind, type RankPasses, rankPasses, sweepNumbers } from './passes.js'
 import { type Suggestion, suggest } from './suggest.js'
@@ -90,6 +90,11 @@ const widest = 512
 /** @internal Everything that the text, some sizes and a machine tell. */
 export function analyze(ir: CascadeIR, options: AnalyzeOptions, advise = true): Analysis {
   checkOptions('cascade', options, known)
+  // a rewrite may leave out what the text has
+  if (advise) {
+    checkOptions('cascade', options.sizes, sizedRanks(ir), 'size')
+    checkOptions('cascade', options.scalars, new Set(ir.scalars), 'scalar')
+  }
   return new Analyzer(ir, options).run(advise)
 }
 
@@ -111,7 +116,7 @@ class Analyzer {
     this.#sizes = sizesOf(ir, options.sizes ?? {})
     for (const name of [options.dtype, ...Object.values(options.dtypes ?? {})]) {
       if (name !== undefined && !dtypes.includes(name))
-        throw mustBe('cascade', 'dtype', 'a dtype', name)
+        throw mustBe('cascade', 'dtype', `one of ${dtypes.join(', ')}`, name)
     }
     this.#checkMasks()
     this.#groups = this.#fusion()

@@ -119,6 +119,15 @@ export function rankOf(variable: string): string {
   return variable.toUpperCase()
 }
 
+/** @internal Ranks that have a size, those of a split variable's parts among them. */
+export function sizedRanks({
+  ranks,
+  families,
+}: Pick<CascadeIR, 'ranks' | 'families'>): Set<string> {
+  const own = families.flatMap(({ name, levels }) => [name, ...levels.map(rankOf)])
+  return new Set([...ranks.keys(), ...own])
+}
+
 /** @internal Calls back for every access in an expression, its indices included, reads before what contains them. */
 export function visitAccesses(expr: Expr, visit: (access: Access) => void): void {
   visitExprs(expr, (one) => {

@@ -11,6 +11,7 @@ import {
   type Span,
   type Split,
   type Statement,
+  sizedRanks,
   statementsOf,
   visitAccesses,
   visitExprs,
@@ -126,8 +127,7 @@ export function validate(syntax: Syntax): CascadeIR {
   }
 
   const families = familiesOf(splits, variables)
-  const sized = new Set([...ranks.keys(), ...families.map(({ name }) => name)])
-  for (const { levels } of families) for (const level of levels) sized.add(rankOf(level))
+  const sized = sizedRanks({ ranks, families })
   const read = new Set<string>()
   const scalars: string[] = []
   for (const { expr, where } of all) {

@@ -53,7 +53,7 @@ const known: ReadonlySet<string> = new Set<keyof FlexPrefillOptions>([
  * @throws HeddleError `ERR_SHAPE`, `ERR_DTYPE` or `ERR_ARGUMENT` at the call.
  * @example
  * import { attention, flexPrefill, randn } from 'heddle'
- * const [q, k, v] = [1, 2, 3].map((seed) => randn([1, 1024, 2, 64], { seed }))
+ * const [q, k, v] = [randn([1, 1024, 2, 64]), randn([1, 1024, 2, 64]), randn([1, 1024, 2, 64])]
  * const mask = flexPrefill(q, k, { gamma: 0.95, minBudget: 256, block: 64 })
  * const { out } = attention(q, k, v, { mask })
  * console.log(await mask.density())
@@ -156,7 +156,7 @@ function select<D extends FloatDType>(
  * @throws HeddleError `ERR_SHAPE`, `ERR_DTYPE` or `ERR_ARGUMENT` at the call.
  * @example
  * import { flexPrefillAttention, randn } from 'heddle'
- * const [q, k, v] = [1, 2, 3].map((seed) => randn([1, 1024, 2, 64], { seed }))
+ * const [q, k, v] = [randn([1, 1024, 2, 64]), randn([1, 1024, 2, 64]), randn([1, 1024, 2, 64])]
  * const { out } = flexPrefillAttention(q, k, v, { gamma: 0.95, minBudget: 256, denseBelow: 512 })
  */
 export function flexPrefillAttention<D extends FloatDType>(
@@ -167,8 +167,7 @@ export function flexPrefillAttention<D extends FloatDType>(
 ): AttentionResult<D> {
   const op = 'flexPrefillAttention'
   for (const [name, x] of Object.entries({ q, k, v })) checkTensor(op, name, x)
-  if (options === null || typeof options !== 'object')
-    throw mustBe(op, 'options', 'an object', options)
+  checkOptions(op, options, new Set([...known, 'denseBelow']))
   const { denseBelow = 8192, ...chosen } = options
   checkInteger(op, 'denseBelow', denseBelow, 0)
   const settings = checked(op, chosen)

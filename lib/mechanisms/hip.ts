@@ -1,4 +1,4 @@
-import { checkInteger, mustBe } from '../check.js'
+import { checkInteger, checkOptions, mustBe } from '../check.js'
 import type { FloatDType } from '../dtype.js'
 import { refuse } from '../errors.js'
 import { explainCall, run } from '../native.js'
@@ -13,6 +13,7 @@ import {
   hipMask,
   hipSettings,
   keysOf,
+  knownHip,
   listHeads,
   listsOf,
   makeLists,
@@ -81,9 +82,11 @@ const ownOptions = [
 
 /** Splits options into those of `hip` and the others, of which only `names` may be there. */
 function split<N extends string>(
+  op: string,
   options: object,
   names: readonly N[],
 ): [hip: HipOptions, own: Record<N, unknown>] {
+  checkOptions(op, options, new Set([...knownHip, ...names]))
   const own = {} as Record<N, unknown>
   const rest: Record<string, unknown> = {}
   for (const [key, value] of Object.entries(options))
@@ -102,7 +105,7 @@ function split<N extends string>(
  * @throws HeddleError as {@link hip} and {@link attention} do.
  * @example
  * import { hipAttention, hipPresets, randn } from 'heddle'
- * const [q, k, v] = [1, 2, 3].map((seed) => randn([1, 2048, 2, 64], { seed }))
+ * const [q, k, v] = [randn([1, 2048, 2, 64]), randn([1, 2048, 2, 64]), randn([1, 2048, 2, 64])]
  * const layers = { 0: 'dense', 1: 'dense', 2: 'dense' } as const
  * const { out } = hipAttention(q, k, v, { ...hipPresets.smallBudget, layer: 5, layers })
  */
@@ -116,9 +119,7 @@ export function hipAttention<D extends FloatDType>(
   checkTensor(op, 'q', q)
   checkTensor(op, 'k', k)
   checkTensor(op, 'v', v)
-  if (options === null || typeof options !== 'object')
-    throw mustBe(op, 'options', 'an object', options)
-  const [shared] = split(options, ownOptions)
+  const [shared] = split(op, options, ownOptions)
   const { layer = 0, layers = {}, scale, softCap } = options
   checkInteger(op, 'layer', layer, 0)
   const mode = layers[layer]
@@ -330,9 +331,7 @@ function checkRefresh(
  */
 export function hipDecoder(options: HipDecoderOptions = {}): HipDecoder {
   const op = 'hipDecoder'
-  if (options === null || typeof options !== 'object')
-    throw mustBe(op, 'options', 'an object', options)
-  const [searched, own] = split(options, [
+  const [searched, own] = split(op, options, [
     'refresh',
     'freezeWindowStart',
     'scale',

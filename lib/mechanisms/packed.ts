@@ -1,8 +1,7 @@
 import type { FloatDType } from '../dtype.js'
 import { refuse } from '../errors.js'
 import { blockTable, Mask, makeMask } from '../mask.js'
-import type { Tensor } from '../tensor.js'
-import { zeros } from '../tensor.js'
+import { full, type Tensor, zeros } from '../tensor.js'
 
 /** Packed sequences of a selector. */
 export interface PackedOptions {
@@ -63,15 +62,8 @@ export function perSequence<D extends FloatDType>(
         .slice(3, 0, mask.blocks.shape[3])
         .copyFrom(mask.blocks.expand([1, heads, ...mask.blocks.shape.slice(2)]))
     // A short sequence without lists sees all of itself
-    else
-      place.copyFrom(zeros([], { ...options }).expand(place.shape)).copyFrom(ones(place.shape, q))
+    else place.copyFrom(full([], -1, options).expand(place.shape))
     mask.dispose()
   }
   return makeMask({ ...parts, blocks })
-}
-
-function ones(shape: readonly number[], like: Tensor): Tensor<'int32'> {
-  const all = zeros(shape, { dtype: 'int32', device: like.device })
-  all.write(new Int32Array(all.size).fill(-1))
-  return all
 }

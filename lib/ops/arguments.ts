@@ -64,14 +64,26 @@ export function offsets(
   return place(offsetNumbers(op, argument, value, total), 'int32', device, made)
 }
 
-/** @internal A mask as operators take it. */
+/** @internal A mask as operators take it, whose q and k it must be about. */
 export function maskArguments(
   op: string,
-  mask: Mask | undefined,
-  causal: boolean | undefined,
+  mask: Mask,
+  q: Tensor,
+  k: Tensor,
+  { causal, blockTable }: { causal?: boolean | undefined; blockTable?: Tensor | undefined },
 ): Record<string, unknown> {
-  if (mask === undefined) return {}
   checkMask(op, mask)
+  const pages = blockTable instanceof Tensor ? (blockTable.shape[1] ?? 1) : 1
+  const [sq, sk] = [q.shape[1], (k.shape[1] ?? 0) * pages]
+  if (mask.sq !== sq || mask.sk !== sk) {
+    const text = `mask must be of sq = ${sq} and sk = ${sk}, got one of ${mask.sq} and ${mask.sk}`
+    throw refuse('ERR_SHAPE', op, 'mask', text)
+  }
+  const { device } = mask.blocks ?? mask.columns ?? mask.diagonals ?? mask.bounds ?? q
+  if (device !== q.device) {
+    const text = `mask is on ${device}, but q is on ${q.device}; make it with device: '${q.device}'`
+    throw refuse('ERR_DEVICE', op, 'mask', text)
+  }
   if (causal !== undefined && causal !== mask.causal) {
     throw refuse(
       'ERR_ARGUMENT',

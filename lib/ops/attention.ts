@@ -182,7 +182,7 @@ function prepare(
   const { device, shape } = q
   const { mask } = call
   if (call.weights !== undefined) call.normalise ??= divides(call.weights)
-  if (mask !== undefined) Object.assign(call, maskArguments(op, mask, call.causal))
+  if (mask !== undefined) Object.assign(call, maskArguments(op, mask, q, k, call))
   const place = (name: string, placed: Tensor | undefined) => {
     if (placed) call[name] = placed
   }

@@ -105,7 +105,8 @@ export const hipStages: readonly HipStage[] = [
   { chunk: 8, stride: 1, topK: 8192 },
 ]
 
-const known: ReadonlySet<string> = new Set<keyof HipOptions>([
+/** @internal */
+export const knownHip: ReadonlySet<string> = new Set<keyof HipOptions>([
   ...(['topK', 'block', 'stride', 'window', 'sinkTokens', 'headMode', 'representative'] as const),
   ...(['stages', 'rope', 'blockTable', 'cacheSeqlens', 'cuSeqlensQ', 'cuSeqlensK'] as const),
 ])
@@ -137,7 +138,7 @@ const isPower = (x: unknown, most: number): x is number =>
 
 /** @internal */
 export function hipSettings(op: string, options: HipOptions): HipSettings {
-  checkOptions(op, options, known)
+  checkOptions(op, options, knownHip)
   const { stages: given, representative = 'center' } = options
   const stages = Array.isArray(given)
     ? elements(op, 'stages', given, (stage, i) => {
@@ -191,7 +192,11 @@ export function hipSettings(op: string, options: HipOptions): HipSettings {
   if (rope !== undefined && (rope === null || typeof rope !== 'object'))
     throw rule('rope', 'an object', rope)
   if (rope && !stages) throw refuse('ERR_ARGUMENT', op, 'rope', 'rope goes with stages')
-  if (rope) checkOptions(`${op} rope`, rope, knownRope)
+  if (rope) {
+    checkOptions(`${op} rope`, rope, knownRope)
+    checkTensor(op, 'rope.cos', rope.cos)
+    checkTensor(op, 'rope.sin', rope.sin)
+  }
 
   if (!stages) {
     const [blockQ, blockK] = pair('block', options.block ?? [64, 2])
@@ -405,7 +410,7 @@ export function hipLists<D extends FloatDType>(
  * `blockTable` are out of range.
  * @example
  * import { attention, hip, randn } from 'heddle'
- * const [q, k, v] = [1, 2, 3].map((seed) => randn([1, 1024, 2, 64], { seed }))
+ * const [q, k, v] = [randn([1, 1024, 2, 64]), randn([1, 1024, 2, 64]), randn([1, 1024, 2, 64])]
  * const mask = hip(q, k, { topK: 128, window: 64 })
  * const { out } = attention(q, k, v, { mask })
  * console.log(await mask.density())

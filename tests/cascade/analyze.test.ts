@@ -402,7 +402,7 @@ describe('costs', () => {
       other: F * P,
       mulAdd: 0,
     })
-    const delta = cascade('D[p] = sum(f) dO[f,p] * O[f,p]').analyze({ sizes }).flops
+    const delta = cascade('D[p] = sum(f) dO[f,p] * O[f,p]').analyze({ sizes: { F, P } }).flops
     expect(delta).toEqual([{ einsum: 'D', mulAdd: 2 * F * P, exp: 0, other: 0, unit: 'vector' }])
   })
 
@@ -539,7 +539,11 @@ describe('refusals', () => {
       'ERR_ARGUMENT',
       'cascade: machine.cores must be a positive number, got undefined',
     ],
-    [{ dtype: 'float31' }, 'ERR_ARGUMENT', 'cascade: dtype must be a dtype, got "float31"'],
+    [
+      { dtype: 'float31' },
+      'ERR_ARGUMENT',
+      'cascade: dtype must be one of float32, float16, bfloat16, float8_e4m3fn, float8_e5m2, int32, int64, uint8, bool, got "float31"',
+    ],
     [{ size: {} }, 'ERR_ARGUMENT', 'cascade: unknown option "size"; did you mean "sizes"?'],
     [
       { dtypes: { doc: 'float32' } },

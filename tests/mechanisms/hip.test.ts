@@ -847,6 +847,7 @@ describeDevices('hip mechanisms', (device) => {
 
   it('refuse what they cannot do', async () => {
     const z = tensor(new Float32Array(32), [1, 2, 2, 8], { device })
+    const tables = { cos: z.reshape([8, 4]), sin: z.reshape([8, 4]) }
     const cases = [
       [
         () => hipDecoder({ refresh: 0 }),
@@ -873,15 +874,15 @@ describeDevices('hip mechanisms', (device) => {
         'hipDecoder offload: unknown option "scaned"; did you mean "scanned"?',
       ],
       [
-        () => hipDecoder({ stages: hipStages, headMode: 'kv_group', rope: {} as never }),
+        () => hipDecoder({ stages: hipStages, headMode: 'kv_group', rope: tables }),
         'hipDecoder: rope with keys attended elsewhere than they stand takes one list for all heads and a window of at least a block',
       ],
       [
-        () => hipDecoder({ stages: hipStages, rope: { attended: 'relative' } as never }),
+        () => hipDecoder({ stages: hipStages, rope: { ...tables, attended: 'relative' as never } }),
         'hipDecoder: rope.attended must be one of own, streaming, infllm, self_extend, dynamic_extend, got "relative"',
       ],
       [
-        () => hipAttention(z, z, z, { stages: hipStages, rope: {} as never, cacheSeqlens: [1] }),
+        () => hipAttention(z, z, z, { stages: hipStages, rope: tables, cacheSeqlens: [1] }),
         'hipAttention: rope cannot be combined with lengths of sequences',
       ],
       [
@@ -895,7 +896,7 @@ describeDevices('hip mechanisms', (device) => {
       [
         () => {
           const two = z.expand([2, 2, 2, 8])
-          return hipDecoder({ stages: hipStages, rope: {} as never }).attend(two, two, two)
+          return hipDecoder({ stages: hipStages, rope: tables }).attend(two, two, two)
         },
         'hipDecoder: rope with keys attended elsewhere than they stand takes one sequence; make a decoder for each',
       ],

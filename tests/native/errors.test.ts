@@ -2,16 +2,24 @@ import {
   add,
   alibiSlopes,
   attention,
+  cascade,
   cuda,
+  elapsed,
   embed,
   empty,
+  flexPrefillAttention,
   full,
   glu,
+  graph,
+  hip,
+  hipDecoder,
+  hipStages,
   keep,
   lightning,
   lightningBackward,
   lightningDecode,
   linear,
+  Mask,
   memory,
   merge,
   norm,
@@ -594,6 +602,78 @@ const wrong: Wrong[] = [
     'ERR_ARGUMENT',
     'memory: device must be "cpu", "cuda" or "cuda:N", got "disk"',
   ],
+  [
+    'a length left out',
+    () => matrix.slice(0, any(undefined)),
+    'ERR_ARGUMENT',
+    'slice: start must be an integer, got undefined',
+  ],
+  [
+    'a graph that waits',
+    () => graph(async () => add(matrix, matrix)),
+    'ERR_ARGUMENT',
+    'graph: body must be synchronous, got one that returns a promise',
+  ],
+  [
+    'a time that waits',
+    () => elapsed(async () => {}),
+    'ERR_ARGUMENT',
+    'elapsed: body must be synchronous, got one that returns a promise',
+  ],
+  [
+    'a mask of other lengths',
+    () => attention(q, q, q, { mask: Mask.fromWindow({ window: 2 }, { sq: 4, sk: 8 }) }),
+    'ERR_SHAPE',
+    'attention: mask must be of sq = 4 and sk = 4, got one of 4 and 8',
+  ],
+  [
+    'a mask of a prompt for pages',
+    () => attention(q, kv, kv, { ...pages, mask: Mask.fromWindow({ window: 2 }, { sq: 4 }) }),
+    'ERR_SHAPE',
+    'attention: mask must be of sq = 4 and sk = 8, got one of 4 and 4',
+  ],
+  [
+    'a table of another size',
+    () => Mask.fromBlocks(zeros([1, 1, 2, 3], { dtype: 'uint8' }), { sq: 256 }),
+    'ERR_SHAPE',
+    'mask: table must be [b, heads, 2, 2], got [1, 1, 2, 3]',
+  ],
+  [
+    'a misspelled list of a mask',
+    () => Mask.fromTokens(any({ colums: [1] }), { sq: 4 }),
+    'ERR_ARGUMENT',
+    'mask: unknown option "colums"; did you mean "columns"?',
+  ],
+  [
+    'a misspelled option of a decoder',
+    () => hipDecoder(any({ offlod: true })),
+    'ERR_ARGUMENT',
+    'hipDecoder: unknown option "offlod"; did you mean "offload"?',
+  ],
+  [
+    'a misspelled option of a prefill',
+    () => flexPrefillAttention(q, kv, kv, any({ denseBelo: 1 })),
+    'ERR_ARGUMENT',
+    'flexPrefillAttention: unknown option "denseBelo"; did you mean "denseBelow"?',
+  ],
+  [
+    'tables of a rope left out',
+    () => hip(q, kv, { stages: hipStages, rope: any({}) }),
+    'ERR_ARGUMENT',
+    'hip: rope.cos must be a tensor, got undefined',
+  ],
+  [
+    'a size of no rank',
+    () => cascade('Y[n,o] = sum(i) X[n,i] * W[o,i]').analyze({ sizes: { n: 4 } }),
+    'ERR_ARGUMENT',
+    'cascade: unknown size "n"; did you mean "N"?',
+  ],
+  [
+    'a scalar that the text has not',
+    () => cascade('Y[n] = X[n] * scale').analyze({ scalars: { scal: 4 } }),
+    'ERR_ARGUMENT',
+    'cascade: unknown scalar "scal"; did you mean "scale"?',
+  ],
 ]
 
 describe('messages', () => {
@@ -628,6 +708,11 @@ describeGpu('tensors of two devices', () => {
     expect(error).toMatchObject({ code: 'ERR_DEVICE', op: 'attention', argument: 'k' })
     expect(error.message).toBe(
       "attention: k is on cpu, but q is on cuda:0; move it with k.to('cuda:0')",
+    )
+    const mask = Mask.fromDocuments([0, 2, 4], { sq: 4 })
+    const [rows, keys] = [q.to('cuda:0'), kv.to('cuda:0')]
+    expect((await failure(() => attention(rows, keys, keys, { mask }))).message).toBe(
+      "attention: mask is on cpu, but q is on cuda:0; make it with device: 'cuda:0'",
     )
   })
 })

@@ -1,3 +1,4 @@
+import { inspect } from 'node:util'
 import {
   attention,
   attentionBackward,
@@ -626,7 +627,9 @@ describeDevices('attention over a mask', (device) => {
     const wrong = await failure(() =>
       attention(q.slice(1, 0, 60), q, q, { mask: Mask.fromLists(lists(1, [0, 0]), options) }),
     )
-    expect(wrong.message).toMatch(/^attention: mask must have 1 rows of blocks, got 2/)
+    expect(wrong.message).toBe(
+      'attention: mask must be of sq = 60 and sk = 128, got one of 128 and 128',
+    )
     expect((await failure(() => attention(q, q, q, { mask, causal: false }))).message).toBe(
       'attention: causal must be as the mask has it, true, got false',
     )
@@ -635,8 +638,12 @@ describeDevices('attention over a mask', (device) => {
     )
   })
 
-  it('draws itself', async () => {
+  it('draws and names itself', async () => {
     const mask = Mask.fromWindow({ window: 40, sinkTokens: 8 }, { sq: 300, device })
+    expect(`${mask}`).toBe('Mask [1, 1, 300, 300] causal, window 40, sinkTokens 8')
+    const blocks = tensor(new Uint8Array(6), [1, 2, 1, 3], { device })
+    const listed = Mask.fromBlocks(blocks, { sq: 16, sk: 48, block: 16, causal: false })
+    expect(inspect({ listed })).toBe('{ listed: Mask [1, 2, 16, 48] blocks of 16 x 16 }')
     const picture = await mask.svg({ size: 100 })
     expect(picture).toMatch(/^<svg .*<\/svg>$/)
     expect(picture.match(/<rect/g)!.length).toBeGreaterThan(90)
