@@ -1,7 +1,7 @@
 import { type FileHandle, open, rename, rm } from 'node:fs/promises'
 import { checkInteger, checkOptions, mustBe, show } from './check.js'
 import type { DeviceLike } from './device.js'
-import { bytesPerElement, type DType } from './dtype.js'
+import { bytesPerElement, type DType, dtypes, isDType } from './dtype.js'
 import { HeddleError, refuse } from './errors.js'
 import { checkTensor, Tensor } from './tensor.js'
 
@@ -38,8 +38,10 @@ export interface SafetensorsEntry {
 }
 
 /** How {@link SafetensorsFile.load} makes a tensor. */
-export interface LoadOptions {
+export interface LoadOptions<D extends DType = DType> {
   device?: DeviceLike | undefined
+  /** What the tensor is converted to, where the file has another; the file's own if left out. */
+  dtype?: D | undefined
   /** Only the rows `start` to `end` (excluded) of the first dimension. */
   rows?: readonly [start: number, end: number] | undefined
 }
@@ -55,7 +57,7 @@ export interface SafetensorsFile {
    * @throws The promise rejects with `ERR_ARGUMENT` for a name that is not there and `ERR_DTYPE` for a dtype that tensors
    * cannot have.
    */
-  load(name: string, options?: LoadOptions): Promise<Tensor>
+  load<D extends DType = DType>(name: string, options?: LoadOptions<D>): Promise<Tensor<D>>
   /** Closes the file; tensors that were loaded stay. */
   close(): Promise<void>
   /** Lets `await using file = …` close it. */
@@ -66,7 +68,7 @@ interface Located extends SafetensorsEntry {
   begin: number
 }
 
-const loadOptions: ReadonlySet<string> = new Set<keyof LoadOptions>(['device', 'rows'])
+const loadOptions: ReadonlySet<string> = new Set<keyof LoadOptions>(['device', 'dtype', 'rows'])
 
 async function readFully(
   file: FileHandle,
@@ -121,14 +123,16 @@ function few(shape: readonly number[]): string {
   return shape.length > 8 ? `${shape.slice(0, 8).join(', ')}, …` : shape.join(', ')
 }
 
+const invalid = (path: string, text: string) =>
+  refuse('ERR_ARGUMENT', 'safetensors', 'path', `${path} is no valid file: ${text}`)
+
 // Every size and offset of the header is checked before anything is allocated or read by it
 function parseHeader(
   path: string,
   header: unknown,
   dataBytes: number,
 ): { entries: Map<string, Located>; metadata: Record<string, string> } {
-  const broken = (text: string) =>
-    refuse('ERR_ARGUMENT', 'safetensors', 'path', `${path} is no valid file: ${text}`)
+  const broken = (text: string) => invalid(path, text)
   if (!isRecord(header)) throw broken('its header is no JSON object')
   const entries = new Map<string, Located>()
   let metadata: Record<string, string> = {}
@@ -213,7 +217,8 @@ function makeNamed(
  * import { openSafetensors, writeSafetensors, zeros } from 'heddle'
  * await writeSafetensors('/tmp/example.safetensors', { w: zeros([2, 3]) })
  * const file = await openSafetensors('/tmp/example.safetensors')
- * console.log((await file.load('w')).shape) // [2, 3]
+ * const w = await file.load('w', { dtype: 'bfloat16' })
+ * console.log(w.shape) // [2, 3]
  * await file.close()
  */
 export async function openSafetensors(path: string): Promise<SafetensorsFile> {
@@ -229,8 +234,7 @@ export async function openSafetensors(path: string): Promise<SafetensorsFile> {
       `cannot open ${path} (${(cause as Error).message})`,
     )
   }
-  const broken = (text: string) =>
-    refuse('ERR_ARGUMENT', 'safetensors', 'path', `${path} is no valid file: ${text}`)
+  const broken = (text: string) => invalid(path, text)
   const truncated = () => broken('it is truncated')
   try {
     const stat = await file.stat()
@@ -257,7 +261,7 @@ export async function openSafetensors(path: string): Promise<SafetensorsFile> {
     const { entries, metadata } = parseHeader(path, header, stat.size - dataStart)
 
     let closed = false
-    const load = async (name: string, options: LoadOptions = {}): Promise<Tensor> => {
+    const load = async <D extends DType>(name: string, options: LoadOptions<D> = {}) => {
       checkOptions('safetensors', options, loadOptions)
       const disposed = () => refuse('ERR_DISPOSED', 'safetensors', undefined, `${path} was closed`)
       if (closed) throw disposed()
@@ -272,7 +276,9 @@ export async function openSafetensors(path: string): Promise<SafetensorsFile> {
           `${show(name)} of ${path} has a dtype that tensors cannot have`,
         )
       const [count = 1, ...rest] = entry.shape
-      const { rows = [0, count] } = options
+      const { rows = [0, count], dtype = entry.dtype } = options
+      if (!isDType(dtype))
+        throw mustBe('safetensors', 'dtype', `one of ${dtypes.join(', ')}`, dtype)
       if (!Array.isArray(rows) || rows.length !== 2)
         throw mustBe('safetensors', 'rows', 'two row numbers', rows)
       const [first, last] = rows
@@ -288,7 +294,9 @@ export async function openSafetensors(path: string): Promise<SafetensorsFile> {
           await readFully(file, part, begin + at, truncated)
           tensor.writeBytes(part, at)
         }
-        return tensor
+        if (dtype === entry.dtype) return tensor as Tensor<D>
+        using stored = tensor
+        return stored.cast(dtype as D)
       } catch (error) {
         tensor.dispose()
         throw closed ? disposed() : error

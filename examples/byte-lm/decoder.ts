@@ -79,11 +79,8 @@ export async function load(
   const file = await openSafetensors(join(directory, 'model.safetensors'))
   const weights = new Map<string, Tensor<FloatDType>>()
   try {
-    for (const name of file.entries.keys()) {
-      const stored = await file.load(name, { device })
-      weights.set(name, stored.cast(dtype))
-      stored.dispose()
-    }
+    for (const name of file.entries.keys())
+      weights.set(name, await file.load(name, { device, dtype }))
   } finally {
     await file.close()
   }

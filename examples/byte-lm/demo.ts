@@ -22,11 +22,10 @@ async function main(): Promise<void> {
     ['dev16k', device === 'cpu' ? 1 : 4],
   ] as const) {
     const [sequences = 0, length = 0] = file.entries.get(`${name}.ids`)?.shape ?? []
-    const pairs = (await (await file.load(`${name}.answers`)).read()) as Int32Array
+    const pairs = await (await file.load(`${name}.answers`, { dtype: 'int32' })).read()
     for (let i = 0; i < Math.min(most, sequences); i++) {
-      const ids = (await (
-        await file.load(`${name}.ids`, { rows: [i, i + 1] })
-      ).read()) as Uint8Array
+      const row = await file.load(`${name}.ids`, { dtype: 'uint8', rows: [i, i + 1] })
+      const ids = await row.read()
       prompt ??= ids.slice(0, 600)
       const answers = Array.from({ length: pairs.length / 2 }, (_, j) => j)
         .filter((j) => pairs[2 * j] === i)

@@ -98,8 +98,8 @@ export async function evaluate(options: EvalOptions): Promise<Evaluation> {
     let pictures: string[][] | undefined
     for (let i = 0; i < count; i++) {
       bar.advance(i * length)
-      const row = await file.load(`${name}.ids`, { rows: [i, i + 1] })
-      const bytes = (await row.read()) as Uint8Array
+      const row = await file.load(`${name}.ids`, { dtype: 'uint8', rows: [i, i + 1] })
+      const bytes = await row.read()
       row.dispose()
       const masks: Promise<HostMask>[] = []
       const attend = options.mechanism && attendTo(options.mechanism, masks)

@@ -30,7 +30,7 @@ describeDevices('byte-lm', (device) => {
 
   const rows = async (count: number, at = 0) => {
     const file = await openSafetensors(join(directory, 'eval-dev.safetensors'))
-    const ids = (await (await file.load('dev16k.ids', { rows: [0, 1] })).read()) as Uint8Array
+    const ids = await (await file.load('dev16k.ids', { dtype: 'uint8', rows: [0, 1] })).read()
     await file.close()
     return ids.slice(at, at + count)
   }
@@ -114,8 +114,8 @@ describeDevices('byte-lm', (device) => {
 
   it('scores a sequence as it was measured elsewhere', async () => {
     const file = await openSafetensors(join(directory, 'eval-dev.safetensors'))
-    const ids = (await (await file.load('dev4k.ids', { rows: [1, 2] })).read()) as Uint8Array
-    const pairs = (await (await file.load('dev4k.answers')).read()) as Int32Array
+    const ids = await (await file.load('dev4k.ids', { dtype: 'uint8', rows: [1, 2] })).read()
+    const pairs = await (await file.load('dev4k.answers', { dtype: 'int32' })).read()
     await file.close()
     const answers = Array.from({ length: pairs.length / 2 }, (_, i) => i)
       .filter((i) => pairs[2 * i] === 1)

@@ -926,8 +926,8 @@ describeDevices('hip mechanisms', (device) => {
     const directory = join(__dirname, '..', '..', 'examples', 'byte-lm')
     const model = await load(directory, { device })
     const file = await openSafetensors(join(directory, 'eval-dev.safetensors'))
-    const ids = (await (await file.load('dev4k.ids')).read()) as Uint8Array
-    const pairs = (await (await file.load('dev4k.answers')).read()) as Int32Array
+    const ids = await (await file.load('dev4k.ids', { dtype: 'uint8' })).read()
+    const pairs = await (await file.load('dev4k.answers', { dtype: 'int32' })).read()
     await file.close()
     const searched = { topK: 256, window: 128, sinkTokens: 64, stages: hipStages } as const
     const prompt: Attend = (q, k, v) =>

@@ -90,6 +90,29 @@ describeDevices('safetensors', (device) => {
     }
   })
 
+  it('converts to the dtype that is asked for', async () => {
+    const path = fresh()
+    const x = randn([3, 4], { device })
+    const rounded = x.cast('bfloat16')
+    const values = await rounded.read()
+    await writeSafetensors(path, { x, half: rounded })
+    await using file = await openSafetensors(path)
+    const before = memory(device).tensors
+    const half: Tensor<'bfloat16'> = await file.load('x', {
+      dtype: 'bfloat16',
+      rows: [1, 3],
+      device,
+    })
+    expect(await half.read()).toEqual(values.slice(4))
+    const same = await file.load('half', { dtype: 'bfloat16', device })
+    expect(await same.read()).toEqual(values)
+    half.dispose()
+    same.dispose()
+    expect(memory(device).tensors).toBe(before)
+    const error = await failure(() => file.load('x', { dtype: 'f16' as DType, device }))
+    expect(error.message).toMatch(/^safetensors: dtype must be one of float32, .*, got "f16"$/)
+  })
+
   it('writes the length, the header padded to 8 bytes, then the tensors in order', async () => {
     const path = fresh()
     const a = tensor([1, -2], [2], { dtype: 'float16', device })
