@@ -13,7 +13,7 @@ export type { Explanation } from './native.js'
  * `undefined` and `declined` tells why.
  * @example
  * import { attention, explain, randn } from 'heddle'
- * const [q, k, v] = [1, 2, 3].map((seed) => randn([1, 128, 8, 64], { seed }))
+ * const [q, k, v] = [randn([1, 128, 8, 64]), randn([1, 128, 8, 64]), randn([1, 128, 8, 64])]
  * const { variant, declined } = explain(attention, q, k, v, { causal: true })
  * console.log(variant, declined) // 'avx2' [], or 'sm80_simt' and why 'sm90_wgmma' declined
  */

@@ -66,7 +66,7 @@ export interface Cascade {
    *
    * @example
    * import { attentionDefinition, cascade, explain, randn } from 'heddle'
-   * const [q, k, v] = [1, 2, 3].map((seed) => randn([1, 128, 8, 64], { seed }))
+   * const [q, k, v] = [randn([1, 128, 8, 64]), randn([1, 128, 8, 64]), randn([1, 128, 8, 64])]
    * const plan = cascade(attentionDefinition).compile()
    * const { O, LSE } = plan(q, k, v, { scale: 0.125 })
    * console.log(plan.explain().slots, explain(plan, q, k, v).variant)

@@ -40,7 +40,7 @@ export const infiniteHipPresets = {
  * @param k [b, sk, hk, d], as {@link hip} takes them.
  * @example
  * import { attention, infiniteHip, randn } from 'heddle'
- * const [q, k, v] = [1, 2, 3].map((seed) => randn([1, 1024, 2, 64], { seed }))
+ * const [q, k, v] = [randn([1, 1024, 2, 64]), randn([1, 1024, 2, 64]), randn([1, 1024, 2, 64])]
  * const { out } = attention(q, k, v, { mask: infiniteHip(q, k, { topK: 256, window: 128, sinkTokens: 64 }) })
  */
 export function infiniteHip<D extends FloatDType>(
@@ -59,10 +59,10 @@ export function infiniteHip<D extends FloatDType>(
  * @throws HeddleError `ERR_ARGUMENT` if `layer` is no integer from 0 on.
  * @example
  * import { hipAttention, infiniteHipPresets, infiniteHipRope, randn, tensor } from 'heddle'
- * const [q, k, v] = [1, 2, 3].map((seed) => randn([1, 4096, 2, 64], { seed }))
+ * const [q, k, v] = [randn([1, 4096, 2, 64]), randn([1, 4096, 2, 64]), randn([1, 4096, 2, 64])]
  * const angles = Array.from({ length: 4096 * 32 }, (_, i) => Math.floor(i / 32) * 10000 ** ((i % 32) / -32))
- * const [cos, sin] = [Math.cos, Math.sin].map((f) => tensor(angles.map(f), [4096, 32]))
- * const rope = infiniteHipRope(5, { cos, sin })
+ * const table = (f: (angle: number) => number) => tensor(angles.map(f), [4096, 32])
+ * const rope = infiniteHipRope(5, { cos: table(Math.cos), sin: table(Math.sin) })
  * const { out } = hipAttention(q, k, v, { ...infiniteHipPresets.fineScans, rope, layer: 5 })
  */
 export function infiniteHipRope(layer: number, tables: Pick<HipRope, 'cos' | 'sin'>): HipRope {

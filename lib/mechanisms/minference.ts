@@ -34,7 +34,7 @@ const usual: MInferencePattern = { kind: 'vertical-slash', vertical: 1000, slash
  * @throws HeddleError `ERR_SHAPE`, `ERR_DTYPE` or `ERR_ARGUMENT` at the call.
  * @example
  * import { attention, minference, randn } from 'heddle'
- * const [q, k, v] = [1, 2, 3].map((seed) => randn([1, 512, 2, 64], { seed }))
+ * const [q, k, v] = [randn([1, 512, 2, 64]), randn([1, 512, 2, 64]), randn([1, 512, 2, 64])]
  * const patterns = [{ kind: 'vertical-slash', vertical: 40, slash: 100 }] as const
  * const { out } = attention(q, k, v, { mask: minference(q, k, { patterns }) })
  */

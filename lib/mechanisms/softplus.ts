@@ -88,7 +88,7 @@ const known: ReadonlySet<string> = new Set<keyof SoftplusOptions>([
  * @throws HeddleError `ERR_SHAPE`, `ERR_DTYPE`, `ERR_DEVICE` or `ERR_ARGUMENT` at the call.
  * @example
  * import { randn, softplusAttention } from 'heddle'
- * const [q, k, v] = [1, 2, 3].map((seed) => randn([1, 128, 8, 64], { seed }))
+ * const [q, k, v] = [randn([1, 128, 8, 64]), randn([1, 128, 8, 64]), randn([1, 128, 8, 64])]
  * const { out } = softplusAttention(q, k, v, { power: 3 })
  * console.log(out.shape) // [1, 128, 8, 64]
  */
@@ -128,7 +128,8 @@ export type SoftplusGradients<D extends FloatDType = FloatDType> = Pick<
  * @throws HeddleError `ERR_SHAPE`, `ERR_DTYPE`, `ERR_DEVICE` or `ERR_ARGUMENT` at the call.
  * @example
  * import { randn, softplusAttention } from 'heddle'
- * const [q, k, v, dout] = [1, 2, 3, 4].map((seed) => randn([1, 128, 8, 64], { seed }))
+ * const draw = () => randn([1, 128, 8, 64])
+ * const [q, k, v, dout] = [draw(), draw(), draw(), draw()]
  * const { out, lse } = softplusAttention(q, k, v)
  * const { dq } = softplusAttention.backward(q, k, v, out, lse, dout)
  * console.log(dq.shape) // [1, 128, 8, 64]

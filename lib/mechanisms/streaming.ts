@@ -12,7 +12,7 @@ import { lengthsOf, type PackedOptions } from './packed.js'
  * @param options `sinkTokens` first keys (64 if left out) and `window` last ones (1024 if left out).
  * @example
  * import { attention, randn, streaming } from 'heddle'
- * const [q, k, v] = [1, 2, 3].map((seed) => randn([1, 512, 2, 64], { seed }))
+ * const [q, k, v] = [randn([1, 512, 2, 64]), randn([1, 512, 2, 64]), randn([1, 512, 2, 64])]
  * const { out } = attention(q, k, v, { mask: streaming(q, k, { sinkTokens: 4, window: 128 }) })
  */
 export function streaming(

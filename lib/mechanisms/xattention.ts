@@ -31,7 +31,7 @@ const known: ReadonlySet<string> = new Set<keyof XAttentionOptions>([
  * @throws HeddleError `ERR_SHAPE`, `ERR_DTYPE` or `ERR_ARGUMENT` at the call.
  * @example
  * import { attention, randn, xattention } from 'heddle'
- * const [q, k, v] = [1, 2, 3].map((seed) => randn([1, 512, 2, 64], { seed }))
+ * const [q, k, v] = [randn([1, 512, 2, 64]), randn([1, 512, 2, 64]), randn([1, 512, 2, 64])]
  * const { out } = attention(q, k, v, { mask: xattention(q, k, { block: 64 }) })
  */
 export function xattention<D extends FloatDType>(

@@ -309,7 +309,8 @@ const knownToBackward: ReadonlySet<string> = new Set<keyof AttentionBackwardOpti
  * of `cuSeqlensQ`, `cuSeqlensK` or `cacheSeqlens` are out of range.
  * @example
  * import { attention, attentionBackward, randn } from 'heddle'
- * const [q, k, v, dout] = [1, 2, 3, 4].map((seed) => randn([1, 128, 8, 64], { seed }))
+ * const draw = () => randn([1, 128, 8, 64])
+ * const [q, k, v, dout] = [draw(), draw(), draw(), draw()]
  * const { out, lse } = attention(q, k, v, { causal: true })
  * const { dq, dk, dv } = attentionBackward(q, k, v, out, lse, dout, { causal: true })
  * console.log(dq.shape, dk.shape, dv.shape) // [1, 128, 8, 64] three times

@@ -42,7 +42,7 @@ const known: ReadonlySet<string> = new Set<keyof KeepOptions>([
  * @throws HeddleError `ERR_SHAPE`, `ERR_DTYPE` or `ERR_ARGUMENT` at the call.
  * @example
  * import { attention, keep, probe, randn } from 'heddle'
- * const [q, k, v] = [1, 2, 3].map((seed) => randn([1, 1024, 2, 64], { seed }))
+ * const [q, k, v] = [randn([1, 1024, 2, 64]), randn([1, 1024, 2, 64]), randn([1, 1024, 2, 64])]
  * const mask = keep(probe(q, k, { block: 64 }), { sq: 1024, block: 64, topBlocks: 4, forceDiagonal: 1 })
  * const { out } = attention(q, k, v, { mask })
  * console.log(await mask.density())

@@ -105,10 +105,11 @@ function layoutOf(op: string, layout: unknown, made: Tensor[]) {
  * @param k [b, s, hk, d], same dtype.
  * @param v [b, s, hv, e], same dtype; e from 1 to 256. Either hq = hk with hv a multiple (value heads share), or hk = hv
  * with hq a multiple (query heads share; as many slopes as query heads give each a state, as many as hk share them).
- * @throws HeddleError `ERR_SHAPE`, `ERR_DTYPE`, `ERR_DEVICE` or `ERR_ARGUMENT` at the call.
+ * @throws HeddleError `ERR_SHAPE`, `ERR_DTYPE`, `ERR_DEVICE` or `ERR_ARGUMENT` at the call; reading rejects if a slope is
+ * negative or not finite.
  * @example
  * import { alibiSlopes, lightning, randn } from 'heddle'
- * const [q, k, v] = [1, 2, 3].map((seed) => randn([1, 256, 8, 64], { seed }))
+ * const [q, k, v] = [randn([1, 256, 8, 64]), randn([1, 256, 8, 64]), randn([1, 256, 8, 64])]
  * const { out, state } = lightning(q, k, v, { slopes: alibiSlopes(8), outputFinalState: true })
  * console.log(out.shape, state.shape) // [1, 256, 8, 64] [1, 8, 64, 64]
  */
@@ -195,10 +196,12 @@ const knownToBackward: ReadonlySet<string> = new Set<keyof LightningBackwardOpti
  *
  * @param q [b, s, hq, d]; k and v as for {@link lightning}, with the same options.
  * @param dout [b, s, max(hq, hv), e], the gradient of `out`, same dtype.
- * @throws HeddleError `ERR_SHAPE`, `ERR_DTYPE`, `ERR_DEVICE` or `ERR_ARGUMENT` at the call.
+ * @throws HeddleError `ERR_SHAPE`, `ERR_DTYPE`, `ERR_DEVICE` or `ERR_ARGUMENT` at the call; reading rejects if a slope is
+ * negative or not finite.
  * @example
  * import { alibiSlopes, lightningBackward, randn } from 'heddle'
- * const [q, k, v, dout] = [1, 2, 3, 4].map((seed) => randn([1, 256, 8, 64], { seed }))
+ * const draw = () => randn([1, 256, 8, 64])
+ * const [q, k, v, dout] = [draw(), draw(), draw(), draw()]
  * const { dq, dk, dv } = lightningBackward(q, k, v, dout, { slopes: alibiSlopes(8) })
  * console.log(dq.shape, dk.shape, dv.shape)
  */
@@ -266,15 +269,33 @@ const knownToDecode: ReadonlySet<string> = new Set<keyof LightningDecodeOptions>
  * @param slots [b] i32: which state each row of the batch continues, no two the same. A negative slot skips its row: the
  * output is 0 and no state changes.
  * @returns `out` [b, s, max(hq, hv), e], and with `outputAllStates` `allStates` [b, s, hs, d, e] f32.
- * @throws HeddleError `ERR_SHAPE`, `ERR_DTYPE`, `ERR_DEVICE` or `ERR_ARGUMENT` at the call.
+ * @throws HeddleError `ERR_SHAPE`, `ERR_DTYPE`, `ERR_DEVICE` or `ERR_ARGUMENT` at the call; reading rejects if a slope is
+ * negative or not finite.
  * @example
  * import { alibiSlopes, lightningDecode, randn, tensor, zeros } from 'heddle'
- * const [q, k, v] = [1, 2, 3].map((seed) => randn([2, 1, 8, 64], { seed }))
+ * const [q, k, v] = [randn([2, 1, 8, 64]), randn([2, 1, 8, 64]), randn([2, 1, 8, 64])]
  * const states = zeros([16, 8, 64, 64])
  * const slots = tensor([5, 0], [2], { dtype: 'int32' })
- * const { out } = lightningDecode(q, k, v, states, slots, { slopes: alibiSlopes(8) })
- * console.log(out.shape) // [2, 1, 8, 64]
+ * const options = { slopes: alibiSlopes(8), outputAllStates: true } as const
+ * const { out, allStates } = lightningDecode(q, k, v, states, slots, options)
+ * console.log(out.shape, allStates.shape) // [2, 1, 8, 64] [2, 1, 8, 64, 64]
  */
+export function lightningDecode<D extends FloatDType>(
+  q: Tensor<D>,
+  k: Tensor<D>,
+  v: Tensor<D>,
+  states: Tensor<'float32'>,
+  slots: Tensor<'int32'>,
+  options: LightningDecodeOptions & { outputAllStates: true },
+): { out: Tensor<D>; allStates: Tensor<'float32'> }
+export function lightningDecode<D extends FloatDType>(
+  q: Tensor<D>,
+  k: Tensor<D>,
+  v: Tensor<D>,
+  states: Tensor<'float32'>,
+  slots: Tensor<'int32'>,
+  options: LightningDecodeOptions,
+): { out: Tensor<D>; allStates: Tensor<'float32'> | undefined }
 export function lightningDecode<D extends FloatDType>(
   q: Tensor<D>,
   k: Tensor<D>,

@@ -51,6 +51,8 @@ describe('examples', () => {
       lib: ['lib.es2023.d.ts', 'lib.esnext.disposable.d.ts'],
       types: ['node'],
       strict: true,
+      exactOptionalPropertyTypes: true,
+      noUncheckedIndexedAccess: true,
       noEmit: true,
       skipLibCheck: true,
     })
