@@ -147,8 +147,8 @@ export function access(tensor: string, indices: readonly Form[]): Form {
   return atomForm({ kind: 'access', name: tensor, indices, key, free, height })
 }
 
-/** @internal The number that a form is, if it is one. */
-export function numberIn({ terms }: Form): number | undefined {
+// The number that a form is, if it is one
+function numberIn({ terms }: Form): number | undefined {
   if (terms.length === 0) return 0
   return terms.length === 1 && terms[0]!.factors.length === 0 ? terms[0]!.coefficient : undefined
 }

@@ -67,8 +67,8 @@ export function edgeKind(
   return axis >= 0 && read !== undefined && !read.has(variable) ? 'barrier' : 'plain'
 }
 
-/** @internal Tensors that are indexed by all of these variables at once. */
-export function carriersOf(graph: Graph, variables: readonly string[]): Set<string> {
+// Tensors that are indexed by all of these variables at once
+function carriersOf(graph: Graph, variables: readonly string[]): Set<string> {
   const found = new Set<string>()
   for (const { out, ins } of graph.nodes) {
     for (const use of [out, ...ins]) {

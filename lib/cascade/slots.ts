@@ -69,8 +69,7 @@ export interface Operand {
 export const isNumber = (form: Pick<Form, 'free'>, variables: readonly string[]) =>
   !has(form, variables) && ![...form.free].some((one) => one.endsWith('[]'))
 
-/** @internal */
-export function accessesIn({ terms }: Form): Access[] {
+function accessesIn({ terms }: Form): Access[] {
   const inside = (atom: Atom): Access[] => {
     if (atom.kind === 'access') return [atom]
     if (atom.kind === 'call') return atom.args.flatMap(accessesIn)
@@ -225,8 +224,7 @@ export function numberOf(form: Form, known: Readonly<Record<string, number>>): n
   return form.terms.reduce((sum, term) => sum + value(term), 0)
 }
 
-/** @internal */
-export function atomValue(atom: Atom, known: Readonly<Record<string, number>>): number {
+function atomValue(atom: Atom, known: Readonly<Record<string, number>>): number {
   if (atom.kind === 'name') {
     const value = known[atom.name]
     if (value === undefined)

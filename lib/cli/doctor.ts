@@ -37,6 +37,8 @@ function probeAddon(): Finding {
 // Small calls with known answers: they show that the kernels of this machine run at all
 async function selfTest(device: Device): Promise<Finding> {
   const check = `self-test ${device}`
+  const remedy = 'report this with the output of heddle doctor --json'
+  const failed = (text: string): Finding => ({ check, status: 'FAIL', text, remedy })
   try {
     const worst = await scope(async () => {
       const one = tensor([1], [1], { device })
@@ -57,26 +59,11 @@ async function selfTest(device: Device): Promise<Finding> {
       })
       return error
     })
-    return worst < 1e-4
-      ? {
-          check,
-          status: 'OK',
-          text: `attention and lightning agree with known results within ${worst.toExponential(1)}`,
-        }
-      : {
-          check,
-          status: 'FAIL',
-          text: `results are off by ${worst}`,
-          remedy: 'report this with the output of heddle doctor --json',
-        }
+    if (!(worst < 1e-4)) return failed(`results are off by ${worst}`)
+    const text = `attention and lightning agree with known results within ${worst.toExponential(1)}`
+    return { check, status: 'OK', text }
   } catch (error) {
-    const text = error instanceof HeddleError ? error.message : String(error)
-    return {
-      check,
-      status: 'FAIL',
-      text,
-      remedy: 'report this with the output of heddle doctor --json',
-    }
+    return failed(error instanceof HeddleError ? error.message : String(error))
   }
 }
 

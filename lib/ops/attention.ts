@@ -100,30 +100,15 @@ export interface AttentionResult<D extends FloatDType = FloatDType> {
   lse: Tensor<'float32'>
 }
 
+const shared = [
+  ...(['causal', 'window', 'scale', 'softCap', 'slopes', 'sink', 'mask', 'bias'] as const),
+  ...(['cuSeqlensQ', 'cuSeqlensK', 'cacheSeqlens'] as const),
+  ...(['weights', 'power', 'normalise', 'cosine', 'lengthScale', 'level', 'offset'] as const),
+]
+
 const known: ReadonlySet<string> = new Set<keyof Float8Options>([
-  'causal',
-  'window',
-  'scale',
-  'softCap',
-  'slopes',
-  'sink',
-  'cuSeqlensQ',
-  'cuSeqlensK',
-  'blockTable',
-  'cacheSeqlens',
-  'mask',
-  'bias',
-  'weights',
-  'power',
-  'normalise',
-  'cosine',
-  'lengthScale',
-  'level',
-  'offset',
-  'qScale',
-  'kScale',
-  'vScale',
-  'dtype',
+  ...shared,
+  ...(['blockTable', 'qScale', 'kScale', 'vScale', 'dtype'] as const),
 ])
 
 /**
@@ -272,27 +257,8 @@ export const attentionBackwardDefinition = `
   DV[m,f] = sum(p) P[p,m] * DO[p,f]`
 
 const knownToBackward: ReadonlySet<string> = new Set<keyof AttentionBackwardOptions>([
-  'causal',
-  'window',
-  'scale',
-  'softCap',
-  'slopes',
-  'sink',
-  'cuSeqlensQ',
-  'cuSeqlensK',
-  'cacheSeqlens',
-  'mask',
-  'bias',
-  'weights',
-  'power',
-  'normalise',
-  'cosine',
-  'lengthScale',
-  'level',
-  'offset',
-  'dlse',
-  'dbias',
-  'deterministic',
+  ...shared,
+  ...(['dlse', 'dbias', 'deterministic'] as const),
 ])
 
 /**

@@ -56,16 +56,14 @@ export interface LightningResult<D extends FloatDType = FloatDType> {
   state: Tensor<'float32'> | undefined
 }
 
+const shared = [
+  ...(['slopes', 'scale', 'initialState', 'stateLayout', 'cuSeqlens'] as const),
+  ...(['chunkSize', 'precision'] as const),
+]
+
 const known: ReadonlySet<string> = new Set<keyof LightningOptions>([
-  'slopes',
-  'scale',
-  'initialState',
-  'stateLayout',
-  'outputFinalState',
-  'cuSeqlens',
-  'chunkSize',
-  'precision',
-  'schedule',
+  ...shared,
+  ...(['outputFinalState', 'schedule'] as const),
 ])
 
 // States as the operators have them, [d, e] in f32, and back again
@@ -179,15 +177,8 @@ export interface LightningGradients<D extends FloatDType = FloatDType> {
 }
 
 const knownToBackward: ReadonlySet<string> = new Set<keyof LightningBackwardOptions>([
-  'slopes',
-  'scale',
-  'initialState',
-  'stateLayout',
-  'cuSeqlens',
-  'chunkSize',
-  'precision',
-  'dstate',
-  'outputDslopes',
+  ...shared,
+  ...(['dstate', 'outputDslopes'] as const),
 ])
 
 /**
