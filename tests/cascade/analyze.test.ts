@@ -1,5 +1,6 @@
-import { cascade, HeddleError, type Machine } from 'heddle'
+import { cascade, type Machine } from 'heddle'
 import { describe, expect, it } from 'vitest'
+import { thrown } from '../support/failure.js'
 
 const passesOf = (text: string, rank: string) => cascade(text).analyze().passes[rank]!
 const partition = `
@@ -514,15 +515,6 @@ describe('costs', () => {
 })
 
 describe('refusals', () => {
-  const failure = (run: () => unknown): HeddleError => {
-    try {
-      run()
-    } catch (error) {
-      if (error instanceof HeddleError) return error
-      throw error
-    }
-    throw new Error('nothing was thrown')
-  }
   it.each([
     [
       { sizes: { M: -1 } },
@@ -553,7 +545,7 @@ describe('refusals', () => {
     [{ sizes: { M: 1000 } }, 'CAS008', 'cascade: split m by 128 with M=1000: add "tail mask"'],
   ])('%j', (options, code, message) => {
     const text = 'split m -> (m1, m0 : 128)\nY[m1] = sum(m0) X[m1*M0 + m0] where doc[m1] == 0'
-    const error = failure(() => cascade(text).analyze(options as never))
+    const error = thrown(() => cascade(text).analyze(options as never))
     expect(error.code).toBe(code)
     expect(error.message).toBe(message)
   })

@@ -1,6 +1,7 @@
 import { type Cascade, cascade, definitions, HeddleError } from 'heddle'
 import { describe, expect, it } from 'vitest'
 import { maxError } from '../support/compare.js'
+import { thrown } from '../support/failure.js'
 import { random } from '../support/random.js'
 import { attentionReference } from '../support/reference.js'
 
@@ -33,16 +34,6 @@ const onePass = `
     RNV[f,m1+1,p] = SLNV[f,m1,p] + RNV[f,m1,p] * PRM[m1,p]
   }
   AV[f,p] = RNV[f,M1,p] / RD[M1,p]`
-
-function failure(run: () => unknown): HeddleError {
-  try {
-    run()
-  } catch (error) {
-    if (error instanceof HeddleError) return error
-    throw error
-  }
-  throw new Error('nothing was thrown')
-}
 
 describe('attention cascades', () => {
   it.each([
@@ -479,7 +470,7 @@ describe('errors', () => {
       [1, 1, 5],
     ],
   ] as const)('%s in %j', (code, text, message, span) => {
-    const error = failure(() => cascade(text))
+    const error = thrown(() => cascade(text))
     expect(error.code).toBe(code)
     expect(error.message).toBe(message)
     expect(error.span).toEqual(span)
@@ -533,7 +524,7 @@ describe('errors', () => {
     ['CAS004', 'Y = K[m]', {}, 'cascade: tensor K was not given'],
     ['CAS004', 'Y = K[m] * s', { K: X([1]) }, 'cascade: scalar s was not given'],
   ] as const)('%s when evaluating %j', (code, text, inputs, message) => {
-    const error = failure(() =>
+    const error = thrown(() =>
       cascade(text).evaluate(inputs as Record<string, ReturnType<typeof X>>),
     )
     expect(error.code).toBe(code)
@@ -685,7 +676,7 @@ describe('text', () => {
       `A = B where ${'!'.repeat(10_000)}`,
       `A = B where ${'('.repeat(5000)}1 < 2`,
     ]) {
-      expect(failure(() => cascade(text)).code).toBe('CAS001')
+      expect(thrown(() => cascade(text)).code).toBe('CAS001')
     }
   })
 })

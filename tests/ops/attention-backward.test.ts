@@ -2,7 +2,7 @@ import { attention, attentionBackward, type Tensor, tensor } from 'heddle'
 import { describe, expect, it } from 'vitest'
 import { expectGradients, largest, maxError } from '../support/compare.js'
 import { describeDevices, epsilon, floats } from '../support/devices.js'
-import { type Random, random, sample } from '../support/random.js'
+import { type Random, random, sample, starts } from '../support/random.js'
 import {
   type AttentionCase,
   attentionGradients,
@@ -152,8 +152,6 @@ describeDevices('attention.backward', (device) => {
           sq: rng.pick([0, 1, 5, 64, 70]),
           sk: rng.pick([0, 1, 9, 65, 130]),
         }))
-        const starts = (sizes: number[]) =>
-          sizes.reduce((list, size) => [...list, list.at(-1)! + size], [0])
         const cuSeqlensQ = starts(parts.map(({ sq }) => sq))
         const cuSeqlensK = starts(parts.map(({ sk }) => sk))
         const [totalQ, totalK] = [cuSeqlensQ.at(-1)!, cuSeqlensK.at(-1)!]

@@ -2,7 +2,7 @@ import { attention, type DType, empty, explain, type FloatDType, type Tensor, te
 import { describe, expect, it } from 'vitest'
 import { expectClose, largest, maxError } from '../support/compare.js'
 import { describeDevices, epsilon, floats } from '../support/devices.js'
-import { type Random, random, type Sample, sample } from '../support/random.js'
+import { type Random, random, type Sample, sample, starts } from '../support/random.js'
 import {
   type AttentionCase,
   attentionReference,
@@ -122,8 +122,6 @@ describeDevices('attention', (device) => {
           sq: rng.pick([0, 1, 5, 64, 70]),
           sk: rng.pick([0, 1, 9, 65, 130]),
         }))
-        const starts = (sizes: number[]) =>
-          sizes.reduce((list, size) => [...list, list.at(-1)! + size], [0])
         const cuSeqlensQ = starts(parts.map(({ sq }) => sq))
         const cuSeqlensK = starts(parts.map(({ sk }) => sk))
         const [totalQ, totalK] = [cuSeqlensQ.at(-1)!, cuSeqlensK.at(-1)!]

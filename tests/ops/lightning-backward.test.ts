@@ -2,9 +2,10 @@ import { lightning, lightningBackward, type Tensor, tensor } from 'heddle'
 import { describe, expect, it } from 'vitest'
 import { maxError, relativeRms } from '../support/compare.js'
 import { describeDevices, floats } from '../support/devices.js'
-import { type Random, random, sample } from '../support/random.js'
+import { type Random, random, sample, starts } from '../support/random.js'
 import {
   type LightningCase,
+  lightningCase,
   lightningGradients,
   lightningReference,
   reader,
@@ -12,26 +13,12 @@ import {
 
 const bounds = { float32: 1e-5, float16: 1e-3, bfloat16: 5e-3 } as const
 
-function drawCase(rng: Random): LightningCase {
-  const few = rng.pick([1, 2])
-  const more = few * rng.pick([1, 2, 3])
-  const share = rng.pick(['none', 'values', 'queries'] as const)
-  const hq = share === 'queries' ? more : few
-  const hv = share === 'values' ? more : few
-  const hs = share === 'queries' && rng.chance(0.5) ? few : Math.max(hq, hv)
-  return {
-    b: rng.pick([1, 2]),
-    s: rng.pick([0, 1, 2, 16, 63, 64, 65, 131, 200]),
-    hq,
-    hk: few,
-    hv,
-    hs,
-    d: rng.pick([1, 7, 32, 40, 64, 136]),
-    e: rng.pick([1, 5, 32, 48, 80]),
-    scale: rng.pick([1, 0.125, -0.7]),
-    slopes: Array.from({ length: hs }, () => Math.fround(rng.pick([0, 0.004, 0.1, 0.9, 8, 200]))),
-  }
-}
+const drawCase = (rng: Random) =>
+  lightningCase(rng, {
+    s: [0, 1, 2, 16, 63, 64, 65, 131, 200],
+    d: [1, 7, 32, 40, 64, 136],
+    e: [1, 5, 32, 48, 80],
+  })
 
 /** Central differences of the recurrence, which share nothing with the gradients but the definition. */
 function byDifferences(
@@ -145,7 +132,7 @@ describeDevices('lightning.backward', (device) => {
       runs: { chunkSize?: number },
     ) {
       const { tensors, reads } = await draw(rng, c)
-      const cuSeqlens = sizes?.reduce((list, size) => [...list, list.at(-1)! + size], [0])
+      const cuSeqlens = sizes && starts(sizes)
       const segments = cuSeqlens
         ? sizes!.map((size, i) => [0, cuSeqlens[i]!, cuSeqlens[i]! + size, i] as const)
         : Array.from({ length: c.b }, (_, b) => [b, 0, c.s, b] as const)

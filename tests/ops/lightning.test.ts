@@ -15,31 +15,22 @@ import { describe, expect, it } from 'vitest'
 import { maxError, relativeRms } from '../support/compare.js'
 import { describeDevices, floats } from '../support/devices.js'
 import { failure } from '../support/failure.js'
-import { type Random, random, sample } from '../support/random.js'
-import { type LightningCase, lightningReference, reader } from '../support/reference.js'
+import { type Random, random, sample, starts } from '../support/random.js'
+import {
+  type LightningCase,
+  lightningCase,
+  lightningReference,
+  reader,
+} from '../support/reference.js'
 
 const bounds = { float32: 1e-5, float16: 1e-3, bfloat16: 5e-3 } as const
 
-function drawCase(rng: Random): LightningCase {
-  const few = rng.pick([1, 2, 3])
-  const more = few * rng.pick([1, 1, 2, 3])
-  const share = rng.pick(['none', 'values', 'queries'] as const)
-  const hq = share === 'queries' ? more : few
-  const hv = share === 'values' ? more : few
-  const hs = share === 'queries' && rng.chance(0.5) ? few : Math.max(hq, hv)
-  return {
-    b: rng.pick([1, 2]),
-    s: rng.pick([0, 1, 2, 63, 64, 65, 131, 200, 300]),
-    hq,
-    hk: few,
-    hv,
-    hs,
-    d: rng.pick([1, 7, 32, 64, 96, 128, 200]),
-    e: rng.pick([1, 5, 32, 64, 80, 128]),
-    scale: rng.pick([1, 0.125, -0.7]),
-    slopes: Array.from({ length: hs }, () => Math.fround(rng.pick([0, 0.004, 0.1, 0.9, 8, 200]))),
-  }
-}
+const drawCase = (rng: Random) =>
+  lightningCase(rng, {
+    s: [0, 1, 2, 63, 64, 65, 131, 200, 300],
+    d: [1, 7, 32, 64, 96, 128, 200],
+    e: [1, 5, 32, 64, 80, 128],
+  })
 
 async function draw(
   rng: Random,
@@ -119,7 +110,7 @@ describeDevices('lightning', (device) => {
         const sizes = Array.from({ length: rng.pick([1, 3, 6]) }, () =>
           rng.pick([0, 1, 17, 64, 100]),
         )
-        const cuSeqlens = sizes.reduce((list, size) => [...list, list.at(-1)! + size], [0])
+        const cuSeqlens = starts(sizes)
         const c = { ...drawCase(rng), b: 1, s: cuSeqlens.at(-1)! }
         const { q, k, v, reads } = await draw(rng, c, dtype, device)
         const initial = rng.normals(sizes.length * c.hs * c.d * c.e)
@@ -230,7 +221,7 @@ describeDevices('lightning', (device) => {
         const slopes = [Math.fround(rng.pick([0, 0.0005, 0.01, 0.5]))]
         const c = { b: 1, hq: 1, hk: 1, hv: 1, hs: 1, scale: 1, slopes, ...size }
         const { q, k, v, reads } = await draw(rng, c, dtype, device)
-        const cuSeqlens = sizes?.reduce((list, length) => [...list, list.at(-1)! + length], [0])
+        const cuSeqlens = sizes && starts(sizes)
         const segments = (sizes ?? [c.s]).map(
           (length, i) => [0, cuSeqlens?.[i] ?? 0, (cuSeqlens?.[i] ?? 0) + length, i] as const,
         )

@@ -13,7 +13,7 @@ import { describe, expect, it } from 'vitest'
 import { expectClose, expectGradients, largest, maxError } from '../support/compare.js'
 import { describeDevices, epsilon, floats } from '../support/devices.js'
 import { failure } from '../support/failure.js'
-import { type Random, random, sample } from '../support/random.js'
+import { type Random, random, sample, starts } from '../support/random.js'
 import {
   type AttentionCase,
   attentionGradients,
@@ -124,7 +124,7 @@ function blockMask(rng: Random, m: Draw, format: Format, device: Device): Mask {
         options,
       )
     case 'rows': {
-      const rowPtr = lists.reduce((all, list) => [...all, all.at(-1)! + list.length], [0])
+      const rowPtr = starts(lists.map((list) => list.length))
       const column = lists.flat()
       return Mask.fromRows(
         { rowPtr: int32(rowPtr, [rowPtr.length]), column: int32(column, [column.length]) },
@@ -409,8 +409,6 @@ describeDevices('attention over a mask', (device) => {
         const sk = rng.pick([0, 4, 65, 150])
         return { sk, sq: Math.min(rng.pick([1, 64, 100]), sk) }
       })
-      const starts = (sizes: number[]) =>
-        sizes.reduce((list, size) => [...list, list.at(-1)! + size], [0])
       const cuSeqlensQ = starts(parts.map(({ sq }) => sq))
       const cuSeqlensK = starts(parts.map(({ sk }) => sk))
       c.sq = cuSeqlensQ.at(-1)!
@@ -506,12 +504,12 @@ describeDevices('attention over a mask', (device) => {
   })
 
   it('sees documents and windows as they are defined', async () => {
-    const starts = [0, 50, 50, 131, 200]
+    const begins = [0, 50, 50, 131, 200]
     const options = { sq: 170, sk: 200, device }
-    const documents = Mask.fromDocuments(starts, options)
+    const documents = Mask.fromDocuments(begins, options)
     const window = Mask.fromWindow({ window: 20, sinkTokens: 3 }, options)
     const both = documents.intersect(window)
-    const document = (t: number) => starts.findLastIndex((start) => start <= t)
+    const document = (t: number) => begins.findLastIndex((begin) => begin <= t)
     const [a, b, c] = await Promise.all([documents.toDense(), window.toDense(), both.toDense()])
     for (let i = 0; i < 170; i++)
       for (let t = 0; t < 200; t++) {

@@ -35,6 +35,11 @@ export function random(stream: number): Random {
   }
 }
 
+/** Where sequences of these lengths begin, then the total. */
+export function starts(lengths: readonly number[]): number[] {
+  return lengths.reduce((list, length) => [...list, list.at(-1)! + length], [0])
+}
+
 /** A tensor of given numbers and those numbers as the dtype rounds them. */
 export interface Sample<D extends DType = FloatDType> {
   tensor: Tensor<D>

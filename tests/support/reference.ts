@@ -1,5 +1,6 @@
 import type { FloatDType } from 'heddle'
 import { rounded as nearest } from './codecs.js'
+import type { Random } from './random.js'
 import { round } from './rounding.js'
 
 // Textbook float64 versions of the operators, written for clarity alone and apart from everything they test.
@@ -294,6 +295,31 @@ export interface LightningCase {
   e: number
   scale: number
   slopes: readonly number[]
+}
+
+/** Heads of which some share, and one of each of the sizes. */
+export function lightningCase(
+  rng: Random,
+  sizes: Readonly<Record<'s' | 'd' | 'e', readonly number[]>>,
+): LightningCase {
+  const few = rng.pick([1, 2, 3])
+  const more = few * rng.pick([1, 1, 2, 3])
+  const share = rng.pick(['none', 'values', 'queries'] as const)
+  const hq = share === 'queries' ? more : few
+  const hv = share === 'values' ? more : few
+  const hs = share === 'queries' && rng.chance(0.5) ? few : Math.max(hq, hv)
+  return {
+    b: rng.pick([1, 2]),
+    s: rng.pick(sizes.s),
+    hq,
+    hk: few,
+    hv,
+    hs,
+    d: rng.pick(sizes.d),
+    e: rng.pick(sizes.e),
+    scale: rng.pick([1, 0.125, -0.7]),
+    slopes: Array.from({ length: hs }, () => Math.fround(rng.pick([0, 0.004, 0.1, 0.9, 8, 200]))),
+  }
 }
 
 /** The recurrence, token by token; `segments` lists [batch, first, last + 1, index of its state]. */
