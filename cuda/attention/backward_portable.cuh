@@ -401,32 +401,28 @@ inline void sum_bias(const BackwardArgs& args, CudaContext& context) {
   const int64_t* shape = args.dbias_shape;
   const int64_t count = shape[0] * shape[1] * shape[2] * shape[3];
   if (!args.bias_sums || args.bias_sums == args.dbias || count == 0) return;
-  attention_bias_kernel<<<blocks_for(count * 32, context), kThreads, 0, context.stream>>>(args,
-                                                                                          count);
+  launch_grid(attention_bias_kernel, blocks_for(count * 32, context), kThreads, 0, context.stream,
+              args, count);
   context.launched("attention_bias_kernel");
 }
 
 inline void sum_heads(const BackwardArgs& args, CudaContext& context) {
   if (!args.dsink && !args.dslopes) return;
-  attention_heads_kernel<<<static_cast<unsigned>(args.call.hq), kThreads, 0, context.stream>>>(
-      args);
+  launch_grid(attention_heads_kernel, static_cast<unsigned>(args.call.hq), kThreads, 0,
+              context.stream, args);
   context.launched("attention_heads_kernel");
 }
 
-// Shared memory of a tile, which `kernel` is allowed from here on
-template <class Kernel> size_t gradient_smem_bytes(const ForwardArgs& call, Kernel* kernel) {
-  const size_t bytes =
-      sizeof(float) * static_cast<size_t>((kRowTile + kOtherTile) * (call.d + call.dv + 2));
-  allow_shared_memory(kernel, bytes);
-  return bytes;
+// Shared memory of a tile
+inline size_t gradient_smem_bytes(const ForwardArgs& call) {
+  return sizeof(float) * static_cast<size_t>((kRowTile + kOtherTile) * (call.d + call.dv + 2));
 }
 
 // Once more what backward_sm90 has marked
 inline void backward_redo(const BackwardArgs& args, const GradientTiles& tiles, const int* marks,
                           CudaContext& context) {
-  attention_redo_kernel<<<static_cast<unsigned>(context.processors), kAttentionThreads,
-                          gradient_smem_bytes(args.call, attention_redo_kernel), context.stream>>>(
-      args, tiles, marks);
+  launch_grid(attention_redo_kernel, static_cast<unsigned>(context.processors), kAttentionThreads,
+              gradient_smem_bytes(args.call), context.stream, args, tiles, marks);
   context.launched("attention_redo_kernel");
 }
 
@@ -440,13 +436,13 @@ inline void backward_portable(const BackwardArgs& args, CudaContext& context) {
   const bool extra = call.masked || call.cosine || call.level || args.bias_sums;
   const auto launch_gradient = [&](auto* kernel, unsigned count, int64_t heads) {
     if (count == 0) return;
-    const size_t smem_bytes = gradient_smem_bytes(call, kernel);
-    kernel<<<dim3(count, static_cast<unsigned>(heads)), kAttentionThreads, smem_bytes,
-             context.stream>>>(args);
+    launch_grid(kernel, dim3(count, static_cast<unsigned>(heads)), kAttentionThreads,
+                gradient_smem_bytes(call), context.stream, args);
     context.launched("attention_gradient_kernel");
   };
   if (rows > 0) {
-    attention_delta_kernel<<<blocks_for(rows * 32, context), kThreads, 0, context.stream>>>(args);
+    launch_grid(attention_delta_kernel, blocks_for(rows * 32, context), kThreads, 0, context.stream,
+                args);
     context.launched("attention_delta_kernel");
     launch_gradient(
         extra ? attention_gradient_kernel<false, true> : attention_gradient_kernel<false, false>,

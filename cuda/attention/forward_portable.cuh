@@ -399,13 +399,12 @@ template <class T> __global__ void attention_join_kernel(ForwardArgs p) {
 
 template <class T>
 void forward_portable(const ForwardArgs& args, dim3 grid, size_t smem_bytes, CudaContext& context) {
-  auto* kernel = attention_portable_kernel<T>;
-  allow_shared_memory(kernel, smem_bytes);
-  kernel<<<grid, kAttentionThreads, smem_bytes, context.stream>>>(args);
+  launch_grid(attention_portable_kernel<T>, grid, kAttentionThreads, smem_bytes, context.stream,
+              args);
   context.launched("attention_portable_kernel");
   if (!args.part_out) return;
-  attention_join_kernel<T>
-      <<<blocks_for(args.b * args.hq * args.sq * 32, context), kThreads, 0, context.stream>>>(args);
+  launch_grid(attention_join_kernel<T>, blocks_for(args.b * args.hq * args.sq * 32, context),
+              kThreads, 0, context.stream, args);
   context.launched("attention_join_kernel");
 }
 

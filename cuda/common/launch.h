@@ -28,6 +28,19 @@ template <class Kernel> void allow_shared_memory(Kernel* kernel, size_t smem_byt
                                    static_cast<int>(smem_bytes)));
 }
 
+// Enqueues such a kernel
+template <class... Params, class... Args>
+void launch_grid(void (*kernel)(Params...), dim3 grid, int threads, size_t smem_bytes,
+                 cudaStream_t stream, const Args&... args) {
+  allow_shared_memory(kernel, smem_bytes);
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = smem_bytes;
+  config.stream = stream;
+  HEDDLE_CUDA(cudaLaunchKernelEx(&config, kernel, args...));
+}
+
 // Enqueues a kernel that keeps its tiles in dynamic shared memory. Every call of one kernel asks
 // for the same amount.
 template <auto kKernel, class... Args> void launch(const Launch& launch, const Args&... args) {

@@ -1,5 +1,6 @@
 #pragma once
 #include "common/elements.cuh"
+#include "common/launch.h"
 #include "lightning/bad_slope.cuh"
 #include "ops/lightning.h"
 
@@ -175,10 +176,8 @@ void launch_scan(PortableArgs args, CudaContext& context) {
       sizeof(float) *
       static_cast<size_t>(args.d * kColumns + 2 * args.chunk * (args.d + 1) +
                           args.chunk * kColumns + args.chunk * (args.chunk + 1) + args.chunk + 1);
-  auto* kernel = lightning_scan_kernel<T, Out, kReverse>;
-  HEDDLE_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                   static_cast<int>(smem_bytes)));
-  kernel<<<static_cast<unsigned>(tasks), kScanThreads, smem_bytes, context.stream>>>(args);
+  launch_grid(lightning_scan_kernel<T, Out, kReverse>, static_cast<unsigned>(tasks), kScanThreads,
+              smem_bytes, context.stream, args);
   context.launched("lightning_scan_kernel");
 }
 
