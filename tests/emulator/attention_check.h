@@ -47,11 +47,13 @@ struct Case {
   std::vector<Sequence> packed = {};  // cuSeqlens, or
   std::vector<int64_t> cached = {};   // cacheSeqlens
   int processors = 1;
-  int64_t poisoned = -1;  // this key and its value are not numbers
-  int64_t infinite = -1;  // the value of this key begins with infinity
-  int64_t page_size = 0;  // k and v lie in pages of this size
-  CaseMask mask = {};     // with block_q
-  bool scaled = false;    // heads of float8 have scales, some of which are below or at zero
+  int64_t poisoned = -1;         // this key and its value are not numbers
+  int64_t infinite = -1;         // the value of this key begins with infinity
+  int64_t page_size = 0;         // k and v lie in pages of this size
+  CaseMask mask = {};            // with block_q
+  bool scaled = false;           // heads of float8 have scales, some of which are below or at zero
+  float scale = 0;               // or one over the root of d
+  float cap = 3, slope = 0.01f;  // of what is mapped
   CaseSlots slots = {};
 };
 
@@ -232,7 +234,7 @@ double check(const Case& c, int64_t d, int64_t dv, emulator::Random& random, con
   std::vector<float> lse(static_cast<size_t>(c.b * c.hq * c.sq), NAN);
   std::vector<float> slopes, sink, scales;
   for (int64_t h = 0; h < c.hq; ++h) {
-    slopes.push_back(0.01f * static_cast<float>(h + 1));
+    slopes.push_back(c.slope * static_cast<float>(h + 1));
     sink.push_back(static_cast<float>(h) - 1);
     scales.push_back(c.scaled ? 0.75f - 0.75f * static_cast<float>(h) : 1);
   }
@@ -262,8 +264,8 @@ double check(const Case& c, int64_t d, int64_t dv, emulator::Random& random, con
   call.k_strides = k.strides;
   call.v_strides = v.strides;
   call.out_strides = out.strides;
-  call.scale = 1 / std::sqrt(static_cast<float>(d));
-  call.soft_cap = c.mapped ? 3.f : 0.f;
+  call.scale = c.scale != 0 ? c.scale : 1 / std::sqrt(static_cast<float>(d));
+  call.soft_cap = c.mapped ? c.cap : 0.f;
   call.causal = c.causal;
   call.window = c.window;
   call.slopes = c.mapped || c.slots.sloped ? slopes.data() : nullptr;
@@ -390,7 +392,7 @@ double check(const Case& c, int64_t d, int64_t dv, emulator::Random& random, con
       score *= double{call.scale} * scales[size_t(h)] * scales[size_t(head)];
       if (s.cosine) score /= q_length(b, row.token, h) * k_length(b, row.k0 + t, head);
       if (s.length_scale != 0) score *= s.length_scale * std::log(seen);
-      if (c.mapped) score = 3 * std::tanh(score / 3);
+      if (call.soft_cap > 0) score = double{c.cap} * std::tanh(score / double{c.cap});
       if (call.slopes) score += double{slopes[size_t(h)]} * static_cast<double>(t - row.position);
       const int64_t line = s.shared ? 0 : (b * c.hq + h) * c.sq + row.index;
       if (s.bias > BiasForm::kRow) score += bias[static_cast<size_t>(line * bias_row + t)];

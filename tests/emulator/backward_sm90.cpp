@@ -1,12 +1,18 @@
-// The Hopper backward on the emulator, against the chain rule in float64
+// The Hopper backward on the emulator, with what it leaves to the portable one, or that one alone;
+// against the chain rule in float64
 #include "attention/backward_sm90.cuh"
 
-#include "attention_check.h"
+#include "attention/backward_portable.cuh"
+#include "portable_check.h"
 #include "variant.h"
 
 namespace heddle {
 namespace {
 
+#ifndef HEDDLE_PORTABLE
+#define HEDDLE_PORTABLE false
+#endif
+constexpr bool kPortable = HEDDLE_PORTABLE;
 using Array = HeadArray<kType>;
 
 // A sum and the size of its terms, each of which may be wrong by a rounding; and what so many
@@ -191,21 +197,45 @@ double check(const BackwardCase& c, emulator::Random& random) {
   call.counters = counters.data();
   auto part_sums = poisoned(tiles.part_sums());
   call.part_sums = part_sums[0].values;
-  std::vector<float> slope_parts(static_cast<size_t>(c.b * c.hq * tiles.dslope_parts()));
+  const int64_t slope_parts_each = kPortable ? c.sq : tiles.dslope_parts();
+  std::vector<float> slope_parts(static_cast<size_t>(c.b * c.hq * slope_parts_each));
   call.dslope_parts = slope_parts.data();
   auto got_q = poisoned(static_cast<int64_t>(rows)), got_k = poisoned(static_cast<int64_t>(keys)),
        got_v = got_k;
   call.dq = &got_q[0];
   call.dk = &got_k[0];
   call.dv_out = &got_v[0];
+  call.out_dtype = kType;
   mask.list(call);
-  call.masked            ? launch_backward_sm90<kType, kD, false, true>(call, nullptr)
-  : c.mapped || c.sloped ? launch_backward_sm90<kType, kD, true>(call, nullptr)
-                         : launch_backward_sm90<kType, kD, false>(call, nullptr);
+  BackwardArgs args{};
+  args.call = args_of(call);
+  args.out = heads_of(call.out, call.out_strides);
+  args.dout = heads_of(call.dout, call.dout_strides);
+  args.dq = call.dq;
+  args.dk = call.dk;
+  args.dv = call.dv_out;
+  args.lse = call.lse;
+  args.lse_batch = call.lse_batch;
+  args.lse_head = call.lse_head;
+  args.lse_token = call.lse_row;
+  args.row_lse = call.row_lse;
+  args.row_delta = call.row_delta;
+  args.slope_parts = slope_parts_each;
+  std::vector<float> got_slopes(static_cast<size_t>(c.hq), NAN);
+  if (c.sloped) args.dslopes = got_slopes.data();
+  CudaContext context;
+  if (kPortable) {
+    if (c.sloped) args.dslope_parts = slope_parts.data();
+    backward_portable(args, context);
+  } else {
+    call.masked            ? launch_backward_sm90<kType, kD, false, true>(call, nullptr)
+    : c.mapped || c.sloped ? launch_backward_sm90<kType, kD, true>(call, nullptr)
+                           : launch_backward_sm90<kType, kD, false>(call, nullptr);
+  }
 
   const double unit = kType == DType::kBF16 ? 0x1p-8 : 0x1p-11;
   double worst = counters.back() == -77 ? 0 : INFINITY;
-  if (c.mask.percent == 100) {
+  if (!kPortable && c.mask.percent == 100) {
     // everything is listed: the same bits as without a mask
     const auto same = [](const std::vector<Line>& a, const std::vector<Line>& b) {
       return std::memcmp(a.data(), b.data(), a.size() * sizeof(Line)) == 0;
@@ -215,18 +245,23 @@ double check(const BackwardCase& c, emulator::Random& random) {
     if (!same(before[0], got_q) || !same(before[1], got_k) || !same(before[2], got_v))
       worst = INFINITY;
   }
-  const auto judge = [&](const std::vector<Sum>& expected, const void* results, int64_t tokens,
-                         int64_t heads, int64_t tile, const int* marks) {
+  if (!kPortable) {
+    // left to be done once more, which only what is no number may cause
+    const int* marks = tiles.marks(counters.data());
+    const auto marked = std::count(marks, marks + tiles.total_rows + tiles.total_keys, 1);
+    if ((marked > 0) != (c.poisoned >= 0)) worst = INFINITY;
+    if (leaves_marks(call)) backward_redo(args, tiles, marks, context);
+    args.dslope_parts = slope_parts.data();
+    sum_heads(args, context);
+  }
+  const auto judge = [&](const std::vector<Sum>& expected, const void* results) {
     const auto* got = static_cast<const uint16_t*>(results);
-    const int64_t each = (tokens + tile - 1) / tile;
     for (size_t i = 0; i < expected.size(); ++i) {
-      const int64_t token = static_cast<int64_t>(i) / d / heads, head = int64_t(i) / d % heads;
-      // left to be done once more, which only what is no number may cause
-      if (c.poisoned >= 0 && marks[(token / tokens * heads + head) * each + token % tokens / tile])
-        continue;
       const Sum& sum = expected[i];
-      const double error = std::fabs(emulator::decode(kType, got[i]) - sum.value) /
-                           (2 * unit * (sum.size + std::fabs(sum.value)) + 1e-5);
+      const double actual = emulator::decode(kType, got[i]);
+      if (std::isnan(actual) && std::isnan(sum.value)) continue;
+      const double error =
+          std::fabs(actual - sum.value) / (2 * unit * (sum.size + std::fabs(sum.value)) + 1e-5);
       worst = error <= worst ? worst : std::isnan(error) ? INFINITY : error;
     }
     // nothing behind them was written
@@ -235,21 +270,14 @@ double check(const BackwardCase& c, emulator::Random& random) {
     if (!std::isnan(emulator::decode(kType, behind[1]))) worst = INFINITY;
   };
   for (size_t h = 0; h < dslopes.size() && c.sloped; ++h) {
-    double sum = 0;
-    for (size_t i = 0; i < slope_parts.size(); ++i)
-      if (static_cast<int64_t>(i) / tiles.dslope_parts() % c.hq == static_cast<int64_t>(h))
-        sum += double{slope_parts[i]};
     const Sum& exact = dslopes[h];
     const double error =
-        std::fabs(sum - exact.value) / (4 * unit * std::sqrt(exact.squares) + 1e-5);
+        std::fabs(got_slopes[h] - exact.value) / (4 * unit * std::sqrt(exact.squares) + 1e-5);
     worst = error <= worst ? worst : std::isnan(error) ? INFINITY : error;
   }
-  const int* marks = tiles.marks(counters.data());
-  judge(dq, call.dq, c.sq, c.hq, tiles.queries, marks);
-  judge(dk, call.dk, c.sk, c.hk, tiles.keys, marks + tiles.total_rows);
-  judge(dv, call.dv_out, c.sk, c.hk, tiles.keys, marks + tiles.total_rows);
-  const auto marked = std::count(marks, marks + tiles.total_rows + tiles.total_keys, 1);
-  if ((marked > 0) != (c.poisoned >= 0)) worst = INFINITY;
+  judge(dq, call.dq);
+  judge(dk, call.dk);
+  judge(dv, call.dv_out);
   return worst;
 }
 

@@ -1,4 +1,6 @@
 #pragma once
+#include <math.h>
+
 #include <algorithm>
 #include <bit>
 #include <cstdint>
@@ -13,8 +15,15 @@
 #define __device__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-#define __shared__ static
+// in a function static, and where it is sized by the launch declared without being defined
+#define __shared__ thread_local
 #define __grid_constant__
+
+using cudaStream_t = void*;
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
 
 using std::max;
 using std::min;
@@ -45,6 +54,7 @@ inline int __syncthreads_count(bool value) {
   __syncthreads();
   return all;
 }
+inline int __syncthreads_or(bool value) { return __syncthreads_count(value) != 0; }
 inline void __syncwarp() { heddle::emulator::cta->meet_warp(); }
 template <class T> T __shfl_sync(unsigned, T value, int lane) {
   uint32_t words[sizeof(T) / 4];
@@ -96,6 +106,8 @@ inline int __float_as_int(float value) { return std::bit_cast<int>(value); }
 inline int __vimax3_s32(int a, int b, int c) { return std::max({a, b, c}); }
 
 template <class T> T __ldg(const T* from) { return *from; }
+template <class T> T __ldcs(const T* from) { return *from; }
+template <class T> void __stcs(T* to, T x) { *to = x; }
 template <class T, class Y> T atomicAdd(T* x, Y y) {
   const T before = *x;
   *x += static_cast<T>(y);

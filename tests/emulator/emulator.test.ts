@@ -4,8 +4,8 @@ import { basename, dirname, join } from 'node:path'
 import { promisify } from 'node:util'
 import { describe, expect, it } from 'vitest'
 
-// Hopper kernels run here on a CPU: their source, unchanged, over an emulator of the instructions they use. Then their
-// source is broken on purpose, and the emulator has to notice each time.
+// Kernels run here on a CPU: their source, unchanged, over an emulator of the instructions they use. Then their source is
+// broken on purpose, and the emulator has to notice each time.
 
 const root = join(__dirname, '../..')
 const folder = join(root, 'build', 'emulator')
@@ -21,7 +21,8 @@ const objects = ['emulator', 'attention_check'].map((name) => join(folder, `${na
 
 async function compile(output: string, flags: string[], front: string[] = []): Promise<void> {
   await run(compiler, [
-    ...['-std=c++20', '-Wno-unknown-pragmas'],
+    // what is shared memory is zero before anything runs: nobody has to ask
+    ...['-std=c++20', '-Wno-unknown-pragmas', '-fno-extern-tls-init'],
     ...[...front, ...include].flatMap((path) => ['-I', path]),
     ...flags,
     ...['-o', output],
@@ -86,6 +87,12 @@ const sums = 'attention/sums_sm90.cuh'
 const linear = 'linear/linear_sm90.cuh'
 const split = 'attention/split_sm90.cuh'
 const backward = 'attention/backward_sm90.cuh'
+const plain = 'attention/forward_portable.cuh'
+const plainBackward = 'attention/backward_portable.cuh'
+const plainScan = 'lightning/scan_portable.cuh'
+const decode = 'lightning/decode.cuh'
+const decode90 = 'lightning/decode_sm90.cuh'
+const plainDecode = 'lightning/decode_portable.cuh'
 const scan = 'lightning/forward_sm90.cuh'
 const sweep = 'lightning/backward_sm90.cuh'
 const tile = 'common/tile.cuh'
@@ -884,6 +891,134 @@ const kernels: Kernel[] = [
     ],
   },
   {
+    name: 'forward_portable',
+    variants: { kBF16: [], kE4M3: ['-DHEDDLE_DTYPE=kE4M3'] },
+    broken: 'kBF16',
+    faults: [
+      {
+        what: 'a tile is used before it is there',
+        file: plain,
+        from: ': 0;\n      }\n      __syncthreads();',
+        to: ': 0;\n      }',
+      },
+      {
+        what: 'a tile is loaded over the one in use',
+        file: plain,
+        from: 'int width) {\n      __syncthreads();',
+        to: 'int width) {',
+      },
+      {
+        what: 'masked values that are no numbers leak into rows',
+        file: plain,
+        from: 'if (weight < 0) continue;',
+        to: '',
+      },
+      {
+        what: 'the diagonal is off by one',
+        file: plain,
+        from: '|| t <= position) &&',
+        to: '|| t <= position + 1) &&',
+      },
+      {
+        what: 'the window is one key too wide',
+        file: plain,
+        from: 't > position - p.window) &&',
+        to: 't >= position - p.window) &&',
+      },
+      {
+        what: 'splits share a tile',
+        file: plain,
+        from: 'begin + share * kKeyTile);',
+        to: 'begin + (share + 1) * kKeyTile);',
+      },
+      {
+        what: "sums don't shrink",
+        file: plain,
+        from: 'row_sum *= correction;',
+        to: '',
+      },
+      {
+        what: 'threads of a row have maxima of their own',
+        file: plain,
+        from: 'tile_max = fmaxf(tile_max, __shfl_xor_sync(~0u, tile_max, 2));',
+        to: '',
+      },
+      {
+        what: 'parts of splits are added as they are',
+        file: plain,
+        from: 'sum += expf(row_max[i] - top) *',
+        to: 'sum +=',
+      },
+      {
+        what: 'a tile is passed by that a row sees',
+        file: plain,
+        from: '__syncthreads_or(seen != 0)',
+        to: '__syncthreads_or(seen % 2 != 0)',
+      },
+      {
+        what: 'cosines keep their lengths',
+        file: plain,
+        from: 'x[e] / unit / length * short_of',
+        to: 'x[e] / unit * short_of',
+      },
+      {
+        what: 'pages are those of the batch',
+        file: plain,
+        from: 'data + page * x.batch',
+        to: 'data + place.batch * x.batch',
+      },
+    ],
+  },
+  {
+    name: 'backward_portable',
+    variants: { 'kBF16 d64': [], 'kF16 d128': ['-DHEDDLE_DTYPE=kF16', '-DHEDDLE_D=128'] },
+    broken: 'kBF16 d64',
+    faults: [
+      {
+        what: 'a tile is loaded over the one in use',
+        file: plainBackward,
+        from: '__syncthreads();\n      if (kExtra && p.masked) {',
+        to: 'if (kExtra && p.masked) {',
+      },
+      {
+        what: 'a tile is used before it is there',
+        file: plainBackward,
+        from: 'kOtherTile, p.dv);\n      }\n      __syncthreads();',
+        to: 'kOtherTile, p.dv);\n      }',
+      },
+      {
+        what: 'masked values that are no numbers leak into gradients',
+        file: plainBackward,
+        from: 'if (p_c < 0) continue;',
+        to: '',
+      },
+      {
+        what: 'rows without keys weigh something',
+        file: plainBackward,
+        from: 'lse == -INFINITY ? INFINITY : lse;',
+        to: 'lse == -INFINITY ? 0 : lse;',
+      },
+      {
+        what: 'a key misses the first row that sees it',
+        file: plainBackward,
+        from: 'first = max(first, low - off);',
+        to: 'first = max(first, low - off + 1);',
+      },
+      {
+        what: 'rows have no delta',
+        file: plainBackward,
+        from: 'p.normalise ? args.row_delta[row] : 0',
+        to: '0',
+      },
+      {
+        what: 'slopes get sums of before the last rows',
+        file: plainBackward,
+        from: 'dslope = sum_of_four(dslope);',
+        to: '',
+      },
+    ],
+  },
+  {
     name: 'backward_sm90',
     variants: Object.fromEntries(
       [
@@ -898,6 +1033,18 @@ const kernels: Kernel[] = [
     ),
     broken: 'kBF16 d128',
     faults: [
+      {
+        what: 'what was marked is not done again',
+        file: plainBackward,
+        from: 'if (!marks[i]) continue;',
+        to: 'continue;',
+      },
+      {
+        what: 'a tile that is done again is loaded over the one before',
+        file: plainBackward,
+        from: '__syncthreads();\n        gradient_tile',
+        to: 'gradient_tile',
+      },
       {
         what: 'rows are loaded over those in use',
         file: backward,
@@ -1299,6 +1446,117 @@ const kernels: Kernel[] = [
         file: linear,
         from: 'smem.x[0].kBytes + smem.weight[0].kBytes',
         to: 'smem.weight[0].kBytes',
+      },
+    ],
+  },
+  {
+    name: 'lightning_portable',
+    variants: { kBF16: [], kF16: ['-DHEDDLE_DTYPE=kF16'] },
+    broken: 'kBF16',
+    faults: [
+      {
+        what: 'a chunk is loaded over the one in use',
+        file: plainScan,
+        from: 'end - t0));\n    __syncthreads();',
+        to: 'end - t0));',
+      },
+      {
+        what: 'a chunk is used before it is there',
+        file: plainScan,
+        from: 'column) : 0;\n    __syncthreads();',
+        to: 'column) : 0;',
+      },
+      {
+        what: 'scores are used before they are there',
+        file: plainScan,
+        from: '= dot;\n    }\n    __syncthreads();',
+        to: '= dot;\n    }',
+      },
+      {
+        what: 'the state moves while others read it',
+        file: plainScan,
+        from: '__syncthreads();\n    for (int c = lane;',
+        to: 'for (int c = lane;',
+      },
+      {
+        what: 'a short chunk decays as a whole one',
+        file: plainScan,
+        from: 'float sum = powers[m] *',
+        to: 'float sum = powers[p.chunk] *',
+      },
+      {
+        what: 'heads that share a state have its gradient each',
+        file: plainScan,
+        from: '(!kReverse || head % (p.heads / p.heads_state) == 0)',
+        to: 'true',
+      },
+    ],
+  },
+  {
+    name: 'decode_sm90',
+    variants: { kBF16: [], kF16: ['-DHEDDLE_DTYPE=kF16'] },
+    broken: 'kBF16',
+    faults: [
+      {
+        what: 'rows are used before they are there',
+        file: decode90,
+        from: 'skipped ? 0 : v;\n  }\n  __syncthreads();',
+        to: 'skipped ? 0 : v;\n  }',
+      },
+      {
+        what: 'sums of warps are added up before they are there',
+        file: decode,
+        from: 'own[3]};\n      __syncthreads();',
+        to: 'own[3]};',
+      },
+      {
+        what: 'who has no slot writes the first',
+        file: decode90,
+        from: 'if (!skipped) tile.store_vectors(state);',
+        to: 'tile.store_vectors(state);',
+      },
+      {
+        what: 'states are transposed',
+        file: decode,
+        from: 'by_row = kTransposed ? smem_v : smem_k,',
+        to: 'by_row = kTransposed ? smem_k : smem_v,',
+      },
+      {
+        what: 'heads have one slope',
+        file: decode90,
+        from: 'p.slopes[head * p.slopes_stride]',
+        to: 'p.slopes[0]',
+      },
+    ],
+  },
+  {
+    name: 'decode_portable',
+    variants: { kBF16: [], kF16: ['-DHEDDLE_DTYPE=kF16'] },
+    broken: 'kBF16',
+    faults: [
+      {
+        what: 'rows are overwritten while they are used',
+        file: plainDecode,
+        from: '__syncthreads();\n      smem_q[thread] = q;',
+        to: 'smem_q[thread] = q;',
+      },
+      {
+        what: 'rows are used before they are there',
+        file: plainDecode,
+        from: 'skipped ? 0 : v;\n      __syncthreads();',
+        to: 'skipped ? 0 : v;',
+      },
+      {
+        what: 'each head of a state advances it',
+        file: plainDecode,
+        from: 'if (member == 0) {',
+        to: '{',
+      },
+      {
+        what: 'numbers behind the end of a row are written',
+        file: plainDecode,
+        from: 'if (j < count) at[j] = piece[j];',
+        to: 'at[j] = piece[j];',
       },
     ],
   },

@@ -1,0 +1,2 @@
+#define HEDDLE_PORTABLE true
+#include "backward_sm90.cpp"

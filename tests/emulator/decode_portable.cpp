@@ -1,0 +1,2 @@
+#define HEDDLE_PORTABLE true
+#include "decode_sm90.cpp"
