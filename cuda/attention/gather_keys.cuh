@@ -49,4 +49,26 @@ struct GatherKeys {
   }
 };
 
+// Values of columns lane, lane + 32, ... of the row at `position` once more, by a warp and from the
+// keys alone that it sees: a weight of zero doesn't silence a masked value that is no number.
+// weight(n, t) is that of the n-th key, which is t, and value(n, t, column) what it has.
+template <int kColumns, class Weight, class Value>
+__device__ void gather_again(float (&values)[kColumns], const GatherKeys& keys, int position,
+                             const Weight& weight, const Value& value) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  for (int n0 = 0; n0 < keys.count; n0 += 32) {
+    const int own = keys.at(n0 + lane);
+    float its_weight = -1;  // of keys that are not seen
+    if (own >= 0 && keys.sees(position, n0 + lane, own)) its_weight = weight(n0 + lane, own);
+    for (int i = 0; i < 32; ++i) {
+      const float shared = __shfl_sync(~0u, its_weight, i);
+      const int t = __shfl_sync(~0u, own, i);
+      if (shared < 0) continue;
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c)
+        values[c] = fmaf(shared, value(n0 + i, t, 32 * c + lane), values[c]);
+    }
+  }
+}
+
 }  // namespace heddle

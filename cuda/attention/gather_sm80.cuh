@@ -111,9 +111,8 @@ __device__ __forceinline__ void gather_attention(const GatherArgs& args, GatherS
   const int split = static_cast<int>(blockIdx.x) % splits;
   const int begin = tiles * split / splits, end = tiles * (split + 1) / splits;
 
-  const auto find = [&](int tile) {
-    if (thread >= kGatherTile) return;
-    const int t = keys.at(tile * kGatherTile + thread), slot = tile % 4;
+  // Where the n-th key, which is t, stands in k or v and in their recent part, null if nowhere
+  const auto row_of = [&](int n, int t, const Heads& x, const Heads& recent_x) {
     int64_t block = t < 0 ? -1 : batch;
     int row = t;
     if (p.block_table && t >= 0) {
@@ -124,19 +123,24 @@ __device__ __forceinline__ void gather_attention(const GatherArgs& args, GatherS
     }
     bool recent = false;
     if constexpr (kSplit) {
-      recent = args.recent_k.data && tile * kGatherTile + thread >= keys.listed && t >= 0;
+      recent = args.recent_k.data && n >= keys.listed && t >= 0;
       if (recent) {
         row = t - args.recent_from;
         block = row >= 0 && row < args.recents ? 0 : -1;
       }
     }
-    const auto row_of = [&](const Heads& x) {
-      if (block < 0) return static_cast<const T*>(nullptr);
-      return static_cast<const T*>(x.data) + block * x.batch + row * x.token + kv_head * x.head;
-    };
+    const Heads& its = recent ? recent_x : x;
+    return block < 0 ? static_cast<const T*>(nullptr)
+                     : static_cast<const T*>(its.data) + block * its.batch + row * its.token +
+                           kv_head * its.head;
+  };
+  const auto find = [&](int tile) {
+    if (thread >= kGatherTile) return;
+    const int n = tile * kGatherTile + thread, t = keys.at(n), slot = tile % 4;
+    const T *k = row_of(n, t, p.k, args.recent_k), *v = row_of(n, t, p.v, args.recent_v);
     smem.keys[slot][thread] = t;
-    smem.k_rows[slot][thread] = row_of(recent ? args.recent_k : p.k);
-    smem.v_rows[slot][thread] = row_of(recent ? args.recent_v : p.v);
+    smem.k_rows[slot][thread] = k;
+    smem.v_rows[slot][thread] = v;
   };
   const auto gather = [&](int tile) {
 #pragma unroll 1
@@ -281,17 +285,51 @@ __device__ __forceinline__ void gather_attention(const GatherArgs& args, GatherS
     p.lse[(batch * p.hq + head) * p.sq + query] = sum == 0 ? -INFINITY : fmaf(max, kLn2, logf(sum));
   };
 
+  // A row that came out as no number, which others' values may have done
+  const auto write_again = [&](int query, int head, float max, float sum) {
+    const T* q =
+        static_cast<const T*>(p.q.data) + batch * p.q.batch + query * p.q.token + head * p.q.head;
+    float values[kD / 32] = {};
+    gather_again(
+        values, keys, ahead + query,
+        [&](int n, int t) {
+          const T* k = row_of(n, t, p.k, args.recent_k);
+          float s = 0;
+          for (int e = 0; k && e < kD; ++e) s = fmaf(to_float(q[e]), to_float(k[e]), s);
+          if (p.soft_cap > 0) s = tanhf(s * into_cap);
+          return exp2_approx(s * scale_log2 - max) / sum;
+        },
+        [&](int n, int t, int column) {
+          const T* v = row_of(n, t, p.v, args.recent_v);
+          return v ? to_float(v[column]) : 0;
+        });
+    __syncwarp();
+#pragma unroll
+    for (int c = 0; c < kD / 32; ++c) out_of(query, head)[32 * c + lane] = from_float<T>(values[c]);
+  };
+
   if constexpr (!kSplit) {
+    uint32_t poisoned = 0;  // of the warp's rows
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       if (query[i] < 0) continue;
       const float factor = row_sum[i] == 0 ? 0 : 1 / row_sum[i];
       T* out = out_of(query[i], head[i]) + lane % 4 * 2;
+      float total = 0;
 #pragma unroll
-      for (int f = 0; f < kD / 8; ++f)
-        *reinterpret_cast<uint32_t*>(out + f * 8) =
-            pack_pair<T>(acc_o[f][2 * i] * factor, acc_o[f][2 * i + 1] * factor);
+      for (int f = 0; f < kD / 8; ++f) {
+        const float a = acc_o[f][2 * i] * factor, b = acc_o[f][2 * i + 1] * factor;
+        total += a + b;
+        *reinterpret_cast<uint32_t*>(out + f * 8) = pack_pair<T>(a, b);
+      }
+      if (total != total) poisoned |= 1u << (lane / 4 + 8 * i);
       if (lane % 4 == 0) write_lse(query[i], head[i], row_max[i], row_sum[i]);
+    }
+    poisoned = __reduce_or_sync(~0u, poisoned);
+    for (; poisoned != 0; poisoned &= poisoned - 1) {
+      const int its = __ffs(static_cast<int>(poisoned)) - 1, i = its / 8, from = its % 8 * 4;
+      const auto of = [&](auto(&x)[2]) { return __shfl_sync(~0u, i ? x[1] : x[0], from); };
+      write_again(of(query), of(head), of(row_max), of(row_sum));
     }
   } else {
     const int rows = args.block_q * args.heads;
@@ -354,11 +392,16 @@ __device__ __forceinline__ void gather_attention(const GatherArgs& args, GatherS
         }
       }
       const float factor = sum == 0 ? 0 : 1 / sum;
+      bool poisoned = false;
 #pragma unroll
-      for (int f = 0; f < kD / 64; ++f)
+      for (int f = 0; f < kD / 64; ++f) {
+        const float a = total[f].x * factor, b = total[f].y * factor;
+        poisoned |= a != a || b != b;
         *reinterpret_cast<uint32_t*>(out_of(query, head_of(row)) + f * 64 + lane * 2) =
-            pack_pair<T>(total[f].x * factor, total[f].y * factor);
+            pack_pair<T>(a, b);
+      }
       if (lane == 0) write_lse(query, head_of(row), max, sum);
+      if (__any_sync(~0u, poisoned)) write_again(query, head_of(row), max, sum);
     }
   }
 }

@@ -40,9 +40,9 @@ struct GatherArgs90 {
   MaskView mask;
   int sq, sk, hq, hk, group, row_tiles, units;
   float scale_log2, scale, soft_cap;
-  const uint16_t* q;
+  const uint16_t *q, *k, *v;
   uint16_t* out;
-  Strides q_strides, out_strides;
+  Strides q_strides, k_strides, v_strides, out_strides;
   float* lse;
 };
 
@@ -225,21 +225,55 @@ __global__ void __launch_bounds__(GatherStages::kThreads, 1)
       release(smem.v_empty[turn.stage]);
     }
 
+    auto out_of = [&](int to) {
+      return args.out + unit.batch * args.out_strides.batch +
+             (unit.row0 + to) * args.out_strides.row + head * args.out_strides.head;
+    };
+    float lse_log2[2];
+    uint32_t poisoned = 0;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float sum = rows.total(r);
       const RowEnd end(rows.row_max[r] * to_log2, sum, nullptr);
-      const int query = unit.row0 + row + 8 * r;
+      lse_log2[r] = end.lse_log2;
       if (row + 8 * r >= unit.rows) continue;
-      uint16_t* out = args.out + unit.batch * args.out_strides.batch +
-                      query * args.out_strides.row + head * args.out_strides.head;
+      uint16_t* out = out_of(row + 8 * r);
+      float total = 0;
 #pragma unroll
-      for (int i = 2 * r; i < kD / 2; i += 4)
-        *reinterpret_cast<uint32_t*>(out + i / 4 * 8 + lane % 4 * 2) =
-            pack<kType>(acc_o[i] * end.factor, acc_o[i + 1] * end.factor);
+      for (int i = 2 * r; i < kD / 2; i += 4) {
+        const float a = acc_o[i] * end.factor, b = acc_o[i + 1] * end.factor;
+        total += a + b;
+        *reinterpret_cast<uint32_t*>(out + i / 4 * 8 + lane % 4 * 2) = pack<kType>(a, b);
+      }
+      if (total != total) poisoned |= 1u << (lane / 4 + 8 * r);
       if (lane % 4 == 0)
-        args.lse[(static_cast<int64_t>(unit.batch) * args.hq + head) * args.sq + query] =
-            end.lse_log2 * kLn2;
+        args.lse[(static_cast<int64_t>(unit.batch) * args.hq + head) * args.sq + unit.row0 + row +
+                 8 * r] = end.lse_log2 * kLn2;
+    }
+    // once more the warp's rows that came out as no number
+    for (uint32_t left = __reduce_or_sync(~0u, poisoned); left != 0; left &= left - 1) {
+      const int its = __ffs(static_cast<int>(left)) - 1, to = warp % 4 * 16 + its;
+      const auto rows_of = [&](const uint16_t* x, const Strides& strides) {
+        return [&, from = x + unit.batch * strides.batch + unit.kv_head * strides.head](int n) {
+          return from + keys.at(n) * strides.row;
+        };
+      };
+      float values[kD / 32] = {};
+      attend_seen<kType>(
+          values,
+          args.q + unit.batch * args.q_strides.batch + (unit.row0 + to) * args.q_strides.row +
+              head * args.q_strides.head,
+          rows_of(args.k, args.k_strides), rows_of(args.v, args.v_strides), kD, kD, 0, keys.count,
+          [&](int n) {
+            const int t = keys.at(n);
+            return t >= 0 && keys.sees(keys.first + to, n, t);
+          },
+          [&](float product, int) { return mapped ? map(product, 0) : product * args.scale_log2; },
+          __shfl_sync(~0u, its < 8 ? lse_log2[0] : lse_log2[1], its % 8 * 4), lane);
+      __syncwarp();
+#pragma unroll
+      for (int c = 0; c < kD / 32; ++c)
+        out_of(to)[32 * c + lane] = static_cast<uint16_t>(pack<kType>(values[c], 0));
     }
   }
 }
@@ -262,8 +296,12 @@ void launch_gather_sm90(const GatherCall& call, cudaStream_t stream) {
   args.scale = call.scale;
   args.soft_cap = call.soft_cap;
   args.q = static_cast<const uint16_t*>(call.q);
+  args.k = static_cast<const uint16_t*>(call.k);
+  args.v = static_cast<const uint16_t*>(call.v);
   args.out = static_cast<uint16_t*>(call.out);
   args.q_strides = call.q_strides;
+  args.k_strides = call.k_strides;
+  args.v_strides = call.v_strides;
   args.out_strides = call.out_strides;
   args.lse = call.lse;
   const auto map = [&](const void* data, const Strides& strides) {

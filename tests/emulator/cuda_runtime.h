@@ -84,6 +84,11 @@ inline unsigned __reduce_add_sync(unsigned, unsigned value) {
   for (const uint32_t other : heddle::emulator::cta->exchange(value)) sum += other;
   return sum;
 }
+inline unsigned __reduce_or_sync(unsigned, unsigned value) {
+  unsigned all = 0;
+  for (const uint32_t other : heddle::emulator::cta->exchange(value)) all |= other;
+  return all;
+}
 inline unsigned __reduce_xor_sync(unsigned, unsigned value) {
   unsigned sum = 0;
   for (const uint32_t other : heddle::emulator::cta->exchange(value)) sum ^= other;

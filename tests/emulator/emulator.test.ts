@@ -2053,10 +2053,22 @@ const kernels: Kernel[] = [
         to: 'keys.sees(keys.last, n0 + c, t)',
       },
       {
-        what: 'keys that nobody sees are whatever they were',
+        what: 'masked values that are no numbers leak into rows',
         file: gather,
-        from: '*reinterpret_cast<uint4*>(smem_row + to) = {};',
-        to: '',
+        from: 'poisoned = __reduce_or_sync(~0u, poisoned);',
+        to: 'poisoned = 0;',
+      },
+      {
+        what: 'masked values that are no numbers leak into rows of splits',
+        file: gather,
+        from: '__any_sync(~0u, poisoned)',
+        to: 'false',
+      },
+      {
+        what: 'rows are done again with keys that they do not see',
+        file: gatherKeys,
+        from: 'own >= 0 && keys.sees(position, n0 + lane, own)',
+        to: 'own >= 0',
       },
       {
         what: 'columns of values are taken for rows',
@@ -2165,10 +2177,10 @@ const kernels: Kernel[] = [
         to: '',
       },
       {
-        what: 'keys behind the last are whatever they were',
+        what: 'masked values that are no numbers leak into rows',
         file: gather90,
-        from: 'if (left < kKeys && left % kGatherBox != 0) {',
-        to: 'if (false) {',
+        from: 'left = __reduce_or_sync(~0u, poisoned)',
+        to: 'left = 0',
       },
       {
         what: 'both warpgroups have the first head',

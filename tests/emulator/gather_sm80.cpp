@@ -54,6 +54,19 @@ const GatherCase kCases[] = {
      .splits = 4},
     {.sq = 20, .sk = 500, .hq = 4, .hk = 2, .block_q = 16, .window = 30, .width = 30, .splits = 3},
     {.b = 3, .sq = 2, .sk = 90, .hq = 2, .hk = 2, .block_q = 2, .cached = true, .splits = 5},
+    // some rows of a tile see a key that is no number
+    {.sq = 64, .sk = 200, .hq = 2, .block_q = 64, .soft_cap = 3, .poisoned = 150},
+    {.b = 2,
+     .sq = 16,
+     .sk = 300,
+     .hq = 4,
+     .hk = 2,
+     .block_q = 16,
+     .window = 9,
+     .width = 20,
+     .page_size = 32,
+     .splits = 3,
+     .poisoned = 292},
 };
 
 double check(const GatherCase& c, emulator::Random& random) {

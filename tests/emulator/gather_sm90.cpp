@@ -21,6 +21,9 @@ const GatherCase kCases[] = {
      .soft_cap = 3},
     {.sq = 150, .sk = 150, .hq = 2, .block_q = 64, .block_k = 32, .window = 61, .sink_tokens = 64},
     {.sq = 128, .sk = 300, .hq = 2, .block_q = 64, .window = 70, .poisoned = 300 - 64},
+    // some rows of a tile see a key that is no number
+    {.sq = 100, .sk = 300, .hq = 4, .block_q = 64, .window = 70, .soft_cap = 3, .poisoned = 280},
+    {.b = 2, .sq = 64, .sk = 200, .hq = 2, .block_q = 64, .window = 16, .poisoned = 150},
 };
 
 double check(const GatherCase& c, emulator::Random& random) {
