@@ -53,7 +53,7 @@ struct GatherKeys {
 // keys alone that it sees: a weight of zero doesn't silence a masked value that is no number.
 // weight(n, t) is that of the n-th key, which is t, and value(n, t, column) what it has.
 template <int kColumns, class Weight, class Value>
-__device__ void gather_again(float (&values)[kColumns], const GatherKeys& keys, int position,
+__device__ void attend_again(float (&values)[kColumns], const GatherKeys& keys, int position,
                              const Weight& weight, const Value& value) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   for (int n0 = 0; n0 < keys.count; n0 += 32) {

@@ -22,6 +22,7 @@
 namespace heddle {
 
 constexpr int kGatherTile = 64, kGatherThreads = 128;
+constexpr float kGatherLog2e = 1.4426950408889634f;
 
 struct GatherArgs {
   ForwardArgs call;
@@ -74,45 +75,39 @@ template <class T, int kD> struct GatherSmem {
   static __device__ int at(int row, int piece) { return row * kD + (piece ^ row % 8) * 8; }
 };
 
-template <class T, int kD, bool kSplit>
-__device__ __forceinline__ void gather_attention(const GatherArgs& args, GatherSmem<T, kD>& smem) {
-  using Smem = GatherSmem<T, kD>;
-  const ForwardArgs& p = args.call;
-  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-  const int group = static_cast<int>(p.hq / p.hk);
-  const int kv_head = static_cast<int>(blockIdx.y) / args.head_tiles;
-  const int head0 = static_cast<int>(blockIdx.y) % args.head_tiles * args.heads;
+// What a CTA works on
+template <class T, bool kSplit> struct GatherPlace {
+  const GatherArgs& args;
+  const ForwardArgs& p;
   const int64_t batch = blockIdx.z;
-  const int splits = kSplit ? args.splits : 1;
-  const int row_tile = static_cast<int>(blockIdx.x) / splits;
-  const int sq = static_cast<int>(p.sq), row0 = row_tile * args.block_q;
-  const int64_t sk =
-      p.cache_seqlens ? clamp_to(p.cache_seqlens[batch * p.cache_stride], 0, p.sk) : p.sk;
-  const int ahead = static_cast<int>(sk) - sq;
+  const int group, kv_head, head0, splits, row_tile, sq, row0, ahead;
+  const GatherKeys keys;
 
-  const auto head_of = [&](int row) { return kv_head * group + head0 + row / args.block_q; };
+  __device__ explicit GatherPlace(const GatherArgs& args)
+      : args(args),
+        p(args.call),
+        group(static_cast<int>(p.hq / p.hk)),
+        kv_head(static_cast<int>(blockIdx.y) / args.head_tiles),
+        head0(static_cast<int>(blockIdx.y) % args.head_tiles * args.heads),
+        splits(kSplit ? args.splits : 1),
+        row_tile(static_cast<int>(blockIdx.x) / splits),
+        sq(static_cast<int>(p.sq)),
+        row0(row_tile * args.block_q),
+        ahead(static_cast<int>(p.cache_seqlens
+                                   ? clamp_to(p.cache_seqlens[batch * p.cache_stride], 0, p.sk)
+                                   : p.sk) -
+              sq),
+        keys(args.lists, p.mask, batch, kv_head * group + head0, p.hq, row0,
+             min(row0 + args.block_q, sq), ahead, 1) {}
+
+  __device__ int head_of(int row) const { return kv_head * group + head0 + row / args.block_q; }
   // -1 if there is none
-  const auto query_of = [&](int row) {
+  __device__ int query_of(int row) const {
     const int sub = row / args.block_q, query = row0 + row % args.block_q;
     return sub >= args.heads || head0 + sub >= group || query >= sq ? -1 : query;
-  };
-  // Two rows of a thread
-  int query[2], head[2];
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int row = warp * 16 + lane / 4 + i * 8;
-    head[i] = head_of(row);
-    query[i] = query_of(row);
   }
-
-  const GatherKeys keys(args.lists, p.mask, batch, kv_head * group + head0, p.hq, row0,
-                        min(row0 + args.block_q, sq), ahead, 1);
-  const int tiles = (keys.count + kGatherTile - 1) / kGatherTile;
-  const int split = static_cast<int>(blockIdx.x) % splits;
-  const int begin = tiles * split / splits, end = tiles * (split + 1) / splits;
-
   // Where the n-th key, which is t, stands in k or v and in their recent part, null if nowhere
-  const auto row_of = [&](int n, int t, const Heads& x, const Heads& recent_x) {
+  __device__ const T* row_of(int n, int t, const Heads& x, const Heads& recent_x) const {
     int64_t block = t < 0 ? -1 : batch;
     int row = t;
     if (p.block_table && t >= 0) {
@@ -130,14 +125,67 @@ __device__ __forceinline__ void gather_attention(const GatherArgs& args, GatherS
       }
     }
     const Heads& its = recent ? recent_x : x;
-    return block < 0 ? static_cast<const T*>(nullptr)
+    return block < 0 ? nullptr
                      : static_cast<const T*>(its.data) + block * its.batch + row * its.token +
                            kv_head * its.head;
-  };
+  }
+};
+
+// Row `row` of the CTA, which came out as no number, from the keys alone that it sees: others'
+// values may have done that. Apart, so that it takes no registers of what is usual.
+template <class T, int kD, bool kSplit>
+__device__ __noinline__ void gather_again(const GatherArgs& args, int row, float max, float sum) {
+  const GatherPlace<T, kSplit> place(args);
+  const ForwardArgs& p = args.call;
+  const int lane = threadIdx.x % 32, query = place.query_of(row), head = place.head_of(row);
+  const T* q = static_cast<const T*>(p.q.data) + place.batch * p.q.batch + query * p.q.token +
+               head * p.q.head;
+  float values[kD / 32] = {};
+  attend_again(
+      values, place.keys, place.ahead + query,
+      [&](int n, int t) {
+        const T* k = place.row_of(n, t, p.k, args.recent_k);
+        float s = 0;
+        for (int e = 0; k && e < kD; ++e) s = fmaf(to_float(q[e]), to_float(k[e]), s);
+        s = p.soft_cap > 0 ? p.soft_cap * tanhf(s * p.scale / p.soft_cap) : s * p.scale;
+        return exp2_approx(fmaf(s, kGatherLog2e, -max)) / sum;
+      },
+      [&](int n, int t, int column) {
+        const T* v = place.row_of(n, t, p.v, args.recent_v);
+        return v ? to_float(v[column]) : 0;
+      });
+  T* out = static_cast<T*>(p.out) + ((place.batch * p.sq + query) * p.hq + head) * kD;
+#pragma unroll
+  for (int c = 0; c < kD / 32; ++c) out[32 * c + lane] = from_float<T>(values[c]);
+}
+
+template <class T, int kD, bool kSplit>
+__device__ __forceinline__ void gather_attention(const GatherArgs& args, GatherSmem<T, kD>& smem) {
+  using Smem = GatherSmem<T, kD>;
+  const ForwardArgs& p = args.call;
+  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+  const GatherPlace<T, kSplit> place(args);
+  const GatherKeys& keys = place.keys;
+  const int64_t batch = place.batch;
+  const int splits = place.splits, row_tile = place.row_tile, ahead = place.ahead;
+  // Two rows of a thread
+  int query[2], head[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int row = warp * 16 + lane / 4 + i * 8;
+    head[i] = place.head_of(row);
+    query[i] = place.query_of(row);
+  }
+
+  const int tiles = (keys.count + kGatherTile - 1) / kGatherTile;
+  const int split = static_cast<int>(blockIdx.x) % splits;
+  const int begin = tiles * split / splits, end = tiles * (split + 1) / splits;
+
   const auto find = [&](int tile) {
     if (thread >= kGatherTile) return;
     const int n = tile * kGatherTile + thread, t = keys.at(n), slot = tile % 4;
-    const T *k = row_of(n, t, p.k, args.recent_k), *v = row_of(n, t, p.v, args.recent_v);
+    const T *k = place.row_of(n, t, p.k, args.recent_k),
+            *v = place.row_of(n, t, p.v, args.recent_v);
     smem.keys[slot][thread] = t;
     smem.k_rows[slot][thread] = k;
     smem.v_rows[slot][thread] = v;
@@ -178,9 +226,9 @@ __device__ __forceinline__ void gather_attention(const GatherArgs& args, GatherS
       frag_q[step][i] = query[i % 2] < 0 ? 0 : *reinterpret_cast<const uint32_t*>(q);
     }
 
-  constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+  constexpr float kLn2 = 0.6931471805599453f;
   // A capped score is cap * tanh(q . k * scale / cap) and has no other scale
-  const float scale_log2 = (p.soft_cap > 0 ? p.soft_cap : p.scale) * kLog2e;
+  const float scale_log2 = (p.soft_cap > 0 ? p.soft_cap : p.scale) * kGatherLog2e;
   const float into_cap = p.scale / p.soft_cap;
   // row_max starts at a large negative finite number: (-inf) - (-inf) would poison empty rows
   float row_max[2] = {-1e30f, -1e30f}, row_sum[2] = {};
@@ -285,29 +333,6 @@ __device__ __forceinline__ void gather_attention(const GatherArgs& args, GatherS
     p.lse[(batch * p.hq + head) * p.sq + query] = sum == 0 ? -INFINITY : fmaf(max, kLn2, logf(sum));
   };
 
-  // A row that came out as no number, which others' values may have done
-  const auto write_again = [&](int query, int head, float max, float sum) {
-    const T* q =
-        static_cast<const T*>(p.q.data) + batch * p.q.batch + query * p.q.token + head * p.q.head;
-    float values[kD / 32] = {};
-    gather_again(
-        values, keys, ahead + query,
-        [&](int n, int t) {
-          const T* k = row_of(n, t, p.k, args.recent_k);
-          float s = 0;
-          for (int e = 0; k && e < kD; ++e) s = fmaf(to_float(q[e]), to_float(k[e]), s);
-          if (p.soft_cap > 0) s = tanhf(s * into_cap);
-          return exp2_approx(s * scale_log2 - max) / sum;
-        },
-        [&](int n, int t, int column) {
-          const T* v = row_of(n, t, p.v, args.recent_v);
-          return v ? to_float(v[column]) : 0;
-        });
-    __syncwarp();
-#pragma unroll
-    for (int c = 0; c < kD / 32; ++c) out_of(query, head)[32 * c + lane] = from_float<T>(values[c]);
-  };
-
   if constexpr (!kSplit) {
     uint32_t poisoned = 0;  // of the warp's rows
 #pragma unroll
@@ -326,10 +351,11 @@ __device__ __forceinline__ void gather_attention(const GatherArgs& args, GatherS
       if (lane % 4 == 0) write_lse(query[i], head[i], row_max[i], row_sum[i]);
     }
     poisoned = __reduce_or_sync(~0u, poisoned);
+    __syncwarp();
     for (; poisoned != 0; poisoned &= poisoned - 1) {
       const int its = __ffs(static_cast<int>(poisoned)) - 1, i = its / 8, from = its % 8 * 4;
       const auto of = [&](auto(&x)[2]) { return __shfl_sync(~0u, i ? x[1] : x[0], from); };
-      write_again(of(query), of(head), of(row_max), of(row_sum));
+      gather_again<T, kD, kSplit>(args, warp * 16 + its, of(row_max), of(row_sum));
     }
   } else {
     const int rows = args.block_q * args.heads;
@@ -356,7 +382,7 @@ __device__ __forceinline__ void gather_attention(const GatherArgs& args, GatherS
     if (thread == 0) args.arrivals[unit] = 0;
     // A warp has a row, of which a lane has pairs
     for (int row = warp; row < rows; row += kGatherThreads / 32) {
-      const int query = query_of(row);
+      const int query = place.query_of(row), head = place.head_of(row);
       if (query < 0) continue;
       const auto at = [&](int from) { return first + from * rows + row; };
       float max = -1e30f, sum = 0;
@@ -397,11 +423,10 @@ __device__ __forceinline__ void gather_attention(const GatherArgs& args, GatherS
       for (int f = 0; f < kD / 64; ++f) {
         const float a = total[f].x * factor, b = total[f].y * factor;
         poisoned |= a != a || b != b;
-        *reinterpret_cast<uint32_t*>(out_of(query, head_of(row)) + f * 64 + lane * 2) =
-            pack_pair<T>(a, b);
+        *reinterpret_cast<uint32_t*>(out_of(query, head) + f * 64 + lane * 2) = pack_pair<T>(a, b);
       }
-      if (lane == 0) write_lse(query, head_of(row), max, sum);
-      if (__any_sync(~0u, poisoned)) write_again(query, head_of(row), max, sum);
+      if (lane == 0) write_lse(query, head, max, sum);
+      if (__any_sync(~0u, poisoned)) gather_again<T, kD, kSplit>(args, row, max, sum);
     }
   }
 }

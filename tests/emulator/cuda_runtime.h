@@ -14,6 +14,7 @@
 #define __global__
 #define __device__
 #define __forceinline__ inline
+#define __noinline__
 #define __launch_bounds__(...)
 // in a function static, and where it is sized by the launch declared without being defined
 #define __shared__ thread_local
