@@ -206,7 +206,7 @@ export interface HipDecoderOptions
   refresh?: number | readonly number[] | undefined
   /**
    * Whether the window keeps what leaves it until the next list is made, true if left out. The released code loses it until
-   * then. With stages it may be named once the first of them looks again.
+   * then, unless sink tokens still stood in the window. With stages it may be named once the first of them looks again.
    */
   freezeWindowStart?: boolean | undefined
   /** Factor of q·k, `1/√d` if left out. */
@@ -234,8 +234,8 @@ export interface HipDecoder {
    */
   attend<D extends FloatDType>(q: Tensor<D>, k: Tensor<D>, v: Tensor<D>): AttentionResult<D>
   /**
-   * Has the next call make all lists and caches again, as after a guess whose keys were taken back, or a result that could not
-   * be read: what is wrong with keys that a list was made of is wrong with the list.
+   * Has the next call make all lists and caches again, as after a guess whose keys were taken back, or a result that could
+   * not be read: what is wrong with keys that a list was made of is wrong with the list.
    */
   reset(): void
   /** How often keys and blocks stood on the device, with `offload`; counted since the caches were made. */
