@@ -1,11 +1,12 @@
 import { checkInteger, checkOptions, mustBe } from '../check.js'
 import { bytesPerElement, type DType, dtypes } from '../dtype.js'
-import { contractionOf, unshiftedExp, visibleShare, type Work, workOf } from './cost.js'
+import { isContraction, unshiftedExp, visibleShare, type Work, workOf } from './cost.js'
 import { broken } from './error.js'
 import { type Graph, graphOf, indexedBy, type Node } from './graph.js'
 import { type CascadeIR, rankOf, type Span, sizedRanks, visitPredicate } from './ir.js'
 import { type Machine, type MachineName, machineOf } from './machine.js'
 import { edgeKind, type RankPasses, rankPasses, sweepNumbers } from './passes.js'
+import { tie } from './sizes.js'
 import { type Suggestion, suggest } from './suggest.js'
 import { indivisible } from './validate.js'
 
@@ -136,7 +137,7 @@ class Analyzer {
         mulAdd: one.tensor + one.vector,
         exp: one.exp,
         other: one.other,
-        unit: contractionOf(node, this.ir.variables) ? ('tensor' as const) : ('vector' as const),
+        unit: isContraction(node, this.ir.variables) ? ('tensor' as const) : ('vector' as const),
       }))
     const bytes = this.#bytes()
     const times = this.#times(
@@ -592,6 +593,11 @@ function sizesOf(ir: CascadeIR, given: Readonly<Record<string, number>>): Map<st
       )
     sizes.set(rank, size)
   }
+  tie(
+    ir,
+    (rank) => sizes.get(rank),
+    (rank, size) => sizes.set(rank, size),
+  )
   for (const { variable, outer, inner, size, tailMask, span } of ir.splits) {
     sizes.set(rankOf(inner), size)
     const whole = sizes.get(rankOf(variable))
@@ -599,5 +605,10 @@ function sizesOf(ir: CascadeIR, given: Readonly<Record<string, number>>): Map<st
     if (whole % size !== 0 && !tailMask) throw indivisible(variable, size, whole, span)
     sizes.set(rankOf(outer), Math.ceil(whole / size))
   }
+  tie(
+    ir,
+    (rank) => sizes.get(rank),
+    (rank, size) => sizes.set(rank, size),
+  )
   return sizes
 }

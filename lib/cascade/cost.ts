@@ -1,6 +1,5 @@
 import type { Node } from './graph.js'
 import {
-  type Access,
   type CascadeIR,
   type Expr,
   type FunctionName,
@@ -9,6 +8,7 @@ import {
   visitExprs,
   visitPredicate,
 } from './ir.js'
+import { printExpr } from './print.js'
 
 /** @internal Operations of one einsum. */
 export interface Work {
@@ -62,26 +62,20 @@ export function variablesIn(expr: Expr, known: readonly string[]): Set<string> {
   return found
 }
 
-/** @internal The two operands of a matrix product: each has a summed variable and one that the other lacks. */
-export function contractionOf(node: Node, known: readonly string[]): [Access, Access] | undefined {
+/** @internal Whether a sum is a matrix product: two of its factors have a summed variable, and each one that the other lacks. */
+export function isContraction(node: Node, known: readonly string[]): boolean {
   const { reduce, expr } = node.statement
-  if (reduce?.op !== 'sum' || reduce.over.length === 0) return undefined
-  const operands = productOf(expr).factors.filter((one): one is Access => one.kind === 'access')
-  const names = operands.map((one) => variablesIn(one, known))
-  for (let i = 0; i < operands.length; i++) {
-    for (let j = i + 1; j < operands.length; j++) {
-      const [a, b] = [names[i]!, names[j]!]
-      const summed = reduce.over.some((v) => a.has(v) && b.has(v))
-      const apart = [...a].some((v) => !b.has(v)) && [...b].some((v) => !a.has(v))
-      if (summed && apart) return [operands[i]!, operands[j]!]
-    }
-  }
-  return undefined
+  if (reduce?.op !== 'sum' || reduce.over.length === 0) return false
+  const names = productOf(expr).factors.map((one) => variablesIn(one, known))
+  const lacks = (a: ReadonlySet<string>, b: ReadonlySet<string>) => [...a].some((v) => !b.has(v))
+  return names.some((a) =>
+    names.some((b) => lacks(a, b) && lacks(b, a) && reduce.over.some((v) => a.has(v) && b.has(v))),
+  )
 }
 
 /**
  * @internal Operations of one einsum as it is written: each once for every combination of the variables that it depends
- * on. Numbers and scalars in a product that is summed are folded into an operand and cost nothing.
+ * on. Numbers, scalars and sizes in a product that is summed are folded into an operand and cost nothing.
  */
 export function workOf(
   node: Node,
@@ -92,16 +86,24 @@ export function workOf(
   const work: Work = { tensor: 0, vector: 0, exp: 0, other: 0 }
   const summed = reduce?.op === 'sum' && reduce.over.length > 0
   const total = points(node.variables)
-  const contraction = contractionOf(node, ir.variables)
-  const free = (one: Expr) =>
-    one.kind === 'number' || (one.kind === 'name' && ir.scalars.includes(one.name))
+  const contraction = isContraction(node, ir.variables)
+  // Known before the first point: made of numbers, scalars and sizes
+  const free = (one: Expr) => {
+    let known = true
+    visitExprs(one, (part) => {
+      if (part.kind === 'access' || (part.kind === 'name' && ir.variables.includes(part.name)))
+        known = false
+    })
+    return known
+  }
 
   const count = (one: Expr, top: boolean): Set<string> => {
     const names = variablesIn(one, ir.variables)
+    if (free(one)) return names
     switch (one.kind) {
       case 'negate':
         count(one.x, false)
-        if (one.x.kind !== 'number') work.vector += points(names)
+        work.vector += points(names)
         break
       case 'binary': {
         const product = one.op === '*' || one.op === '/'
@@ -109,7 +111,7 @@ export function workOf(
         count(one.a, below)
         count(one.b, below)
         const folded = below && summed && (free(one.a) || free(one.b))
-        if (folded || (free(one.a) && free(one.b))) break
+        if (folded) break
         if (one.op === '/') work.other += points(names)
         else if (below && contraction) work.tensor += points(names)
         else work.vector += points(names)
@@ -252,8 +254,18 @@ function conjuncts(predicate: Predicate): Predicate[] {
 /** @internal Whether some exponential takes a score that nothing bounds from above. */
 export function unshiftedExp(expr: Expr, bounded: ReadonlySet<string>): Expr | undefined {
   let found: Expr | undefined
+  // if(x > 0, …, exp(x))
+  const guarded = new Set<Expr>()
   visitExprs(expr, (one) => {
-    if (one.kind !== 'call' || (one.fn !== 'exp' && one.fn !== 'exp2')) return
+    if (one.kind !== 'if' || one.test.kind !== 'compare') return
+    const { op, a } = one.test
+    if (op === '==' || op === '!=') return
+    visitExprs(op.startsWith('>') ? one.no : one.yes, (part) => {
+      if (part.kind === 'call' && printExpr(part.args[0]!) === printExpr(a)) guarded.add(part)
+    })
+  })
+  visitExprs(expr, (one) => {
+    if (one.kind !== 'call' || (one.fn !== 'exp' && one.fn !== 'exp2') || guarded.has(one)) return
     const [x] = one.args
     let reads = false
     visitAccesses(x!, () => {

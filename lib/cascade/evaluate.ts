@@ -74,23 +74,25 @@ const erf = (x: number): number => {
   return Math.sign(x) * (1 - Math.exp(-z * z) / (Math.sqrt(Math.PI) * (z + fraction)))
 }
 
-const unary: Readonly<Record<Exclude<FunctionName, 'pow' | 'max' | 'min'>, (x: number) => number>> =
-  {
-    exp: Math.exp,
-    exp2: (x) => 2 ** x,
-    log: Math.log,
-    log1p: Math.log1p,
-    tanh: Math.tanh,
-    sigmoid: (x) => 1 / (1 + Math.exp(-x)),
-    relu: (x) => Math.max(x, 0),
-    softplus: (x) => Math.max(x, 0) + Math.log1p(Math.exp(-Math.abs(x))),
-    abs: Math.abs,
-    sqrt: Math.sqrt,
-    rsqrt: (x) => 1 / Math.sqrt(x),
-    erf,
-    sin: Math.sin,
-    cos: Math.cos,
-  }
+/** @internal */
+export const unary: Readonly<
+  Record<Exclude<FunctionName, 'pow' | 'max' | 'min'>, (x: number) => number>
+> = {
+  exp: Math.exp,
+  exp2: (x) => 2 ** x,
+  log: Math.log,
+  log1p: Math.log1p,
+  tanh: Math.tanh,
+  sigmoid: (x) => 1 / (1 + Math.exp(-x)),
+  relu: (x) => Math.max(x, 0),
+  softplus: (x) => Math.max(x, 0) + Math.log1p(Math.exp(-Math.abs(x))),
+  abs: Math.abs,
+  sqrt: Math.sqrt,
+  rsqrt: (x) => 1 / Math.sqrt(x),
+  erf,
+  sin: Math.sin,
+  cos: Math.cos,
+}
 
 const identities: Readonly<Record<Reducer, number>> = {
   sum: 0,
@@ -380,12 +382,10 @@ class Evaluation {
     }
   }
 
-  // A name without brackets: an index variable, a tensor without ranks, the size of a rank, or a scalar
+  // A name without brackets: an index variable, the size of a rank, or a scalar
   #bare(name: string, span: Span, slots: ReadonlyMap<string, number>): Compute {
     const slot = slots.get(name)
     if (slot !== undefined) return (state) => state.at[slot]!
-    if (this.#stores.has(name))
-      return this.#read({ kind: 'access', name, indices: [], span }, slots)
     const size = this.#sizes.get(name)
     if (size !== undefined) return () => size
     const scalar = this.scalars[name]

@@ -116,8 +116,7 @@ export function graphOf(ir: CascadeIR): Graph {
         return { tensor: access.name, places, axes, scattered }
       }
       const out = use(statement.out)
-      const produced = new Set(nodes.map(({ out }) => out.tensor))
-      const ins = [...readsOf(statement), ...bareTensors(statement, produced, ir)].map(use)
+      const ins = readsOf(statement).map(use)
       const variables = new Set<string>(iteration === undefined ? [] : [iteration])
       for (const one of [out, ...ins])
         for (const [v, place] of one.places)
@@ -189,17 +188,6 @@ function commonStem(a: string, b: string): string {
 function aliasOf({ init, out, expr, reduce, where }: Statement): string | undefined {
   const plain = out.indices.every((index) => plainVariable(index) !== undefined)
   return init && plain && expr.kind === 'access' && !reduce && !where ? expr.name : undefined
-}
-
-function bareTensors(statement: Statement, produced: ReadonlySet<string>, ir: CascadeIR): Access[] {
-  const found: Access[] = []
-  const note = (one: Expr) => {
-    if (one.kind === 'name' && produced.has(one.name) && !ir.variables.includes(one.name))
-      found.push({ kind: 'access', name: one.name, indices: [], span: one.span })
-  }
-  visitExprs(statement.expr, note)
-  if (statement.where) visitPredicate(statement.where, note)
-  return found
 }
 
 // The variable that names an axis: the first that stands on it alone

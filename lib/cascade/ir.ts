@@ -173,6 +173,46 @@ export function visitPredicate(predicate: Predicate, visit: (expr: Expr) => void
   }
 }
 
+/** @internal An expression with some of its parts exchanged; what `change` leaves undefined is looked into. */
+export function rewrite(expr: Expr, change: (expr: Expr) => Expr | undefined): Expr {
+  const changed = change(expr)
+  if (changed) return changed
+  const into = (one: Expr) => rewrite(one, change)
+  switch (expr.kind) {
+    case 'number':
+    case 'name':
+      return expr
+    case 'access':
+      return {
+        ...expr,
+        indices: expr.indices.map((index) =>
+          index.kind === 'pin' ? index : { ...index, expr: into(index.expr) },
+        ),
+      }
+    case 'negate':
+      return { ...expr, x: into(expr.x) }
+    case 'binary':
+      return { ...expr, a: into(expr.a), b: into(expr.b) }
+    case 'call':
+      return { ...expr, args: expr.args.map(into) }
+    case 'if':
+      return {
+        ...expr,
+        test: rewriteTest(expr.test, change),
+        yes: into(expr.yes),
+        no: into(expr.no),
+      }
+  }
+}
+
+/** @internal */
+export function rewriteTest(test: Predicate, change: (expr: Expr) => Expr | undefined): Predicate {
+  if (test.kind === 'compare')
+    return { ...test, a: rewrite(test.a, change), b: rewrite(test.b, change) }
+  if (test.kind === 'not') return { ...test, x: rewriteTest(test.x, change) }
+  return { ...test, a: rewriteTest(test.a, change), b: rewriteTest(test.b, change) }
+}
+
 /** @internal The names without brackets in a predicate. */
 export function namesIn(predicate: Predicate): Set<string> {
   const names = new Set<string>()

@@ -12,7 +12,7 @@ import {
   visitExprs,
   visitPredicate,
 } from './ir.js'
-import { indivisible, plainVariable, stepOf } from './validate.js'
+import { indivisible, plainVariable, readsOf, stepOf } from './validate.js'
 
 /**
  * @internal The sizes of all ranks in one call. They come from declarations, the caller, splits, and the shapes of inputs
@@ -55,12 +55,25 @@ export class Sizes {
       visitAccesses(expr, fromAccess)
       if (where) visitPredicate(where, (one) => one.kind === 'access' && fromAccess(one))
     }
+    this.#tie()
     for (const { variable, outer, inner, size, tailMask, span } of ir.splits) {
       const whole = this.of(rankOf(variable), span)
       if (whole % size !== 0 && !tailMask) throw indivisible(variable, size, whole, span)
       this.#learn(rankOf(inner), size, 'its split', span)
       this.#learn(rankOf(outer), Math.ceil(whole / size), 'its split', span)
     }
+    this.#tie()
+  }
+
+  // What nothing else tells is as large as the axis that it reads
+  #tie(): void {
+    tie(
+      this.ir,
+      (rank) => this.get(rank),
+      (rank, size) => {
+        this.#sizes.set(rank, { size, source: 'another' })
+      },
+    )
   }
 
   #learn(rank: string, size: number, source: string, span: Span): void {
@@ -80,7 +93,12 @@ export class Sizes {
   #underSplit(index: Index, size: number, name: string, span: Span): void {
     if (index.kind !== 'expr') return
     const parts = new Set<string>()
-    visitExprs(index.expr, (one) => one.kind === 'name' && parts.add(one.name))
+    let lookedUp = false
+    visitExprs(index.expr, (one) => {
+      if (one.kind === 'name') parts.add(one.name)
+      if (one.kind === 'access') lookedUp = true
+    })
+    if (lookedUp) return
     for (const split of this.ir.splits) {
       if (parts.has(split.outer) && parts.has(split.inner))
         this.#learn(rankOf(split.variable), size, name, span)
@@ -141,6 +159,55 @@ export class Sizes {
       }
     }
   }
+}
+
+/**
+ * @internal Sizes of ranks that only read what the text makes along another one, as u does in `S[t,u] = Q[t] * K[u]` of a K
+ * that is made along t.
+ */
+export function tie(
+  ir: CascadeIR,
+  get: (rank: string) => number | undefined,
+  set: (rank: string, size: number) => void,
+): void {
+  const all = statementsOf(ir.steps)
+  const made = new Map(all.filter(({ init }) => !init).map(({ out }) => [out.name, out.indices]))
+  const started = new Set(all.filter(({ init }) => init).map(({ out }) => out.name))
+  const pairs = all.flatMap((one) =>
+    readsOf(one).flatMap(({ name, indices }) =>
+      indices.flatMap((index, axis) => {
+        const own = made.get(name)?.[axis]
+        const [a, b] = [plainVariable(index), own && plainVariable(own)]
+        const apart = a !== undefined && b !== undefined && a !== b && !started.has(name)
+        return apart ? [[rankOf(a), rankOf(b)] as const] : []
+      }),
+    ),
+  )
+  for (let count = pairs.length; count > 0; count--) {
+    for (const [a, b] of pairs) {
+      const [x, y] = [get(a), get(b)]
+      if (x === undefined && y !== undefined) set(a, y)
+      if (y === undefined && x !== undefined) set(b, x)
+    }
+  }
+}
+
+/** @internal Ranks whose sizes neither an input nor a declaration tells. */
+export function untoldRanks(ir: CascadeIR): string[] {
+  const told = new Set<string>(ir.splits.flatMap(({ outer, inner }) => [outer, inner]))
+  const note = ({ name, indices }: Access) => {
+    if (!ir.inputs.includes(name)) return
+    for (const index of indices) told.add(plainVariable(index) ?? '')
+  }
+  for (const one of statementsOf(ir.steps)) readsOf(one).forEach(note)
+  const ranks = new Set([...told].map(rankOf))
+  for (const [rank, size] of ir.ranks) if (size !== undefined) ranks.add(rank)
+  tie(
+    ir,
+    (rank) => (ranks.has(rank) ? 1 : undefined),
+    (rank) => ranks.add(rank),
+  )
+  return ir.variables.map(rankOf).filter((rank) => !ranks.has(rank))
 }
 
 function variablesOf(index: Index): Set<string> {

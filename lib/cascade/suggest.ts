@@ -9,9 +9,12 @@ import {
   type Iteration,
   type Predicate,
   rankOf,
+  rewrite,
+  rewriteTest,
   type Span,
   type Split,
   type Statement,
+  visitAccesses,
   visitExprs,
   visitPredicate,
 } from './ir.js'
@@ -81,7 +84,7 @@ function withoutUnread(ir: CascadeIR, draft: Draft): Draft {
   for (let steps = draft.steps; ; ) {
     const read = new Set(ir.outputs)
     const note = (one: Expr) => {
-      if (one.kind === 'access' || one.kind === 'name') read.add(one.name)
+      if (one.kind === 'access') read.add(one.name)
     }
     for (const step of steps) {
       for (const { expr, where } of 'body' in step ? step.body : [step]) {
@@ -114,12 +117,14 @@ function* candidates(
     const plan = planOf(ir, variable)
     if (!plan) continue
     if (plan.shifted.length > 0 && headline > 1) {
-      yield {
-        rule: 'iterate-max',
-        rank: name,
-        draft: runningForm(ir, plan, tile),
-        effect: `results so far are corrected whenever the running maximum over ${variable} grows`,
-      }
+      const reductions = [...plan.maxima, ...plan.logs, ...plan.sums.map(({ one }) => one)]
+      if (reductions.every((one) => !emptiedBy(one, plan)))
+        yield {
+          rule: 'iterate-max',
+          rank: name,
+          draft: runningForm(ir, plan, tile),
+          effect: `results so far are corrected whenever the running maximum over ${variable} grows`,
+        }
       yield {
         rule: 'split-kv',
         rank: name,
@@ -183,45 +188,6 @@ function quotient(factors: readonly Expr[], divisors: readonly Expr[]): Expr {
   return divisors.reduce((a, b) => binary('/', a, b), product)
 }
 
-/** An expression with some of its parts exchanged; what `change` leaves undefined is looked into. */
-function rewrite(expr: Expr, change: (expr: Expr) => Expr | undefined): Expr {
-  const changed = change(expr)
-  if (changed) return changed
-  const into = (one: Expr) => rewrite(one, change)
-  switch (expr.kind) {
-    case 'number':
-    case 'name':
-      return expr
-    case 'access':
-      return {
-        ...expr,
-        indices: expr.indices.map((index) =>
-          index.kind === 'pin' ? index : { ...index, expr: into(index.expr) },
-        ),
-      }
-    case 'negate':
-      return { ...expr, x: into(expr.x) }
-    case 'binary':
-      return { ...expr, a: into(expr.a), b: into(expr.b) }
-    case 'call':
-      return { ...expr, args: expr.args.map(into) }
-    case 'if':
-      return {
-        ...expr,
-        test: rewriteTest(expr.test, change),
-        yes: into(expr.yes),
-        no: into(expr.no),
-      }
-  }
-}
-
-function rewriteTest(test: Predicate, change: (expr: Expr) => Expr | undefined): Predicate {
-  if (test.kind === 'compare')
-    return { ...test, a: rewrite(test.a, change), b: rewrite(test.b, change) }
-  if (test.kind === 'not') return { ...test, x: rewriteTest(test.x, change) }
-  return { ...test, a: rewriteTest(test.a, change), b: rewriteTest(test.b, change) }
-}
-
 function namer(ir: CascadeIR): (wanted: string) => string {
   const taken = new Set([
     ...ir.inputs,
@@ -246,19 +212,10 @@ const plainNames = (indices: readonly Index[]): string[] | undefined => {
   return names.some((one) => one === undefined) ? undefined : (names as string[])
 }
 
-const producedBy = (ir: CascadeIR): Set<string> =>
-  new Set(
-    ir.steps.flatMap((step) => ('body' in step ? step.body : [step]).map(({ out }) => out.name)),
-  )
-
-// A tensor without ranks stands without brackets
-const readsTensor = (ir: CascadeIR, expr: Expr): boolean => {
-  const produced = producedBy(ir)
+const readsTensor = (expr: Expr): boolean => {
   let found = false
-  visitExprs(expr, (one) => {
-    if (one.kind === 'access') found = true
-    if (one.kind === 'name' && !ir.variables.includes(one.name) && produced.has(one.name))
-      found = true
+  visitAccesses(expr, () => {
+    found = true
   })
   return found
 }
@@ -338,7 +295,7 @@ function inlineProduct(
       const same = part[0] && plainNames(part[0].indices)?.join() === own.join()
       const finished = [...factors, ...divisors].some((factor) => {
         const names = variablesIn(factor, ir.variables)
-        return readsTensor(ir, factor) && !over.every((v) => names.has(v))
+        return readsTensor(factor) && !over.every((v) => names.has(v))
       })
       return part.length === 1 && all.length === 1 && same && finished
     })
@@ -383,16 +340,15 @@ function hoist(
         const names = variablesIn(factor, ir.variables)
         let solid = true
         visitExprs(factor, (part) => {
-          if ((part.kind === 'access' || part.kind === 'name') && empty.has(part.name))
-            solid = false
+          if (part.kind === 'access' && empty.has(part.name)) solid = false
         })
-        return readsTensor(ir, factor) && solid && within.every((v) => !names.has(v))
+        return readsTensor(factor) && solid && within.every((v) => !names.has(v))
       }
       const out = { factors: factors.filter(movable), divisors: divisors.filter(movable) }
       const rest = factors.filter((factor) => !movable(factor))
       if (
         out.factors.length + out.divisors.length === 0 ||
-        !rest.some((factor) => readsTensor(ir, factor))
+        !rest.some((factor) => readsTensor(factor))
       )
         continue
       const kept = quotient(
@@ -422,6 +378,16 @@ function hoist(
   return undefined
 }
 
+function hasExponential(expr: Expr, producer: (tensor: string) => Statement | undefined): boolean {
+  let found = false
+  visitExprs(expr, (one) => {
+    if (one.kind === 'call') found ||= ['exp', 'exp2', 'sigmoid'].includes(one.fn)
+    const from = one.kind === 'access' ? producer(one.name) : undefined
+    if (from && !from.reduce) found ||= hasExponential(from.expr, producer)
+  })
+  return found
+}
+
 // sum(m) A * B with B = sum(f) X * Y and X without m is sum(f) X * O, where O = sum(m) A * Y is what a forward pass leaves
 function precomputeDelta(ir: CascadeIR, variable: string): Omit<Candidate, 'rule'> | undefined {
   const single = ir.steps.filter((step): step is Statement => !('body' in step))
@@ -435,6 +401,9 @@ function precomputeDelta(ir: CascadeIR, variable: string): Omit<Candidate, 'rule
     if (ir.outputs.includes(one.out.name)) continue
     for (const [weight, grad] of [factors, [...factors].reverse()] as [Expr, Expr][]) {
       if (weight.kind !== 'access' || grad.kind !== 'access') continue
+      // weights of attention are computed from an exponential, coordinate by coordinate
+      const weigher = producer(weight.name)
+      if (!weigher || weigher.reduce || !hasExponential(weigher.expr, producer)) continue
       const from = producer(grad.name)
       if (from?.reduce?.op !== 'sum' || from.where) continue
       const same = plainNames(grad.indices)?.join() === plainNames(from.out.indices)?.join()
@@ -442,7 +411,7 @@ function precomputeDelta(ir: CascadeIR, variable: string): Omit<Candidate, 'rule
       const apart = parts.factors.filter((part) => !variablesIn(part, ir.variables).has(variable))
       const along = parts.factors.filter((part) => variablesIn(part, ir.variables).has(variable))
       if (!same || parts.divisors.length > 0 || apart.length === 0 || along.length === 0) continue
-      if (!apart.some((part) => readsTensor(ir, part))) continue
+      if (!apart.some((part) => readsTensor(part))) continue
       const summed = from.reduce.over
       const needs = new Set(along.flatMap((part) => [...variablesIn(part, ir.variables)]))
       for (const v of variablesIn(weight, ir.variables)) needs.add(v)
@@ -516,7 +485,7 @@ function planOf(ir: CascadeIR, variable: string): Plan | undefined {
   const isLate = (expr: Expr): boolean => {
     let found = false
     visitExprs(expr, (part) => {
-      if ((part.kind === 'access' || part.kind === 'name') && late.has(part.name)) found = true
+      if (part.kind === 'access' && late.has(part.name)) found = true
     })
     return found
   }
@@ -721,6 +690,10 @@ function partsOf(ir: CascadeIR, plan: Plan, tile: number) {
   return { outer, inner, expr, where, whole, draft, fresh: namer(ir) }
 }
 
+// The mask of a reduction that empties whole coordinates of it
+const emptiedBy = ({ where }: Statement, { variable }: Plan): Predicate | undefined =>
+  where && predicateNames(where).has(variable) ? undefined : where
+
 // Statements that need no reduction over the variable, and those that do
 function around(plan: Plan): { ahead: Statement[]; after: Statement[] } {
   const late = new Set(
@@ -730,7 +703,7 @@ function around(plan: Plan): { ahead: Statement[]; after: Statement[] } {
   for (const one of plan.rest) {
     let needs = late.has(one.out.name)
     visitExprs(one.expr, (part) => {
-      if ((part.kind === 'access' || part.kind === 'name') && late.has(part.name)) needs = true
+      if (part.kind === 'access' && late.has(part.name)) needs = true
     })
     if (needs) late.add(one.out.name)
     ;(needs ? after : ahead).push(one)
@@ -887,6 +860,9 @@ function mergedForm(ir: CascadeIR, plan: Plan, tile: number): Draft {
   const { ahead, after } = around(plan)
   const steps: Statement[] = [...ahead, ...plan.before.map(whole)]
   const results = new Map<string, Statement>()
+  // What a mask empties is empty again: parts that are skipped would leave the identity
+  const finished = (one: Statement, value: Expr, reduce?: Statement['reduce']) =>
+    statement(one.out, value, { reduce, where: emptiedBy(one, plan) })
   const done: Statement[] = []
   let weight: Expr | undefined
   let maximum: Expr | undefined
@@ -910,7 +886,7 @@ function mergedForm(ir: CascadeIR, plan: Plan, tile: number): Draft {
       statement(maximum as Access, part(local, space), { reduce: { op: 'max', over: [outer] } }),
       statement(weight as Access, call(plan.fn, binary('-', part(local, space), maximum))),
     )
-    for (const { out } of plan.maxima) results.set(out.name, statement(out, maximum))
+    for (const one of plan.maxima) results.set(one.out.name, finished(one, maximum))
   }
   const merge = (
     one: Statement,
@@ -938,7 +914,7 @@ function mergedForm(ir: CascadeIR, plan: Plan, tile: number): Draft {
     const { expr: value, reduce } = merge(one, space, 'sum', summand, true, where(one.where))
     const total = on(fresh(`S${one.out.name}`), space)
     done.push(statement(total, value, { reduce }))
-    results.set(one.out.name, statement(one.out, binary('+', maximum!, call('log', total))))
+    results.set(one.out.name, finished(one, binary('+', maximum!, call('log', total))))
   }
   for (const { one, left, rest, reference } of plan.sums) {
     const op = one.reduce!.op
@@ -952,7 +928,7 @@ function mergedForm(ir: CascadeIR, plan: Plan, tile: number): Draft {
     )
     results.set(
       one.out.name,
-      statement(one.out, maximum ? corrected(plan, value, reference, maximum) : value, { reduce }),
+      finished(one, maximum ? corrected(plan, value, reference, maximum) : value, reduce),
     )
   }
   return draft([...steps, ...done, ...after.map((one) => results.get(one.out.name) ?? one)])

@@ -8,6 +8,8 @@ import {
   type Iteration,
   type Reducer,
   rankOf,
+  rewrite,
+  rewriteTest,
   type Span,
   type Split,
   type Statement,
@@ -64,9 +66,9 @@ function namesOf(access: Access): string[] {
 /** @internal Gives names their meanings and checks every rule that the text alone decides. */
 export function validate(syntax: Syntax): CascadeIR {
   const { splits } = syntax
-  const all = statementsOf(syntax.steps)
+  const written = statementsOf(syntax.steps)
   const end: Span = [1, 1, 0]
-  if (all.length === 0) throw broken('CAS001', 'line 1: expected a statement', end)
+  if (written.length === 0) throw broken('CAS001', 'line 1: expected a statement', end)
 
   const ranks = new Map<string, number | undefined>()
   for (const { name, size, span } of syntax.ranks) {
@@ -81,28 +83,15 @@ export function validate(syntax: Syntax): CascadeIR {
     ranks.set(name, size)
   }
 
+  const variables = variablesOf(written)
+  const steps = resolved(syntax.steps, variables, ranks)
+  const all = statementsOf(steps)
   const produced = new Set(all.map(({ out }) => out.name))
-  const variables: string[] = []
-  const noteVariables = (index: Index) => {
-    const note = (name: string) => {
-      if (/^[a-z]/.test(name) && !variables.includes(name)) variables.push(name)
-    }
-    if (index.kind === 'pin') note(index.name)
-    else visitExprs(index.expr, (expr) => expr.kind === 'name' && note(expr.name))
-  }
-  for (const { out, expr, where, reduce } of all) {
-    for (const index of out.indices) noteVariables(index)
-    visitAccesses(expr, ({ indices }) => indices.forEach(noteVariables))
-    if (where)
-      visitPredicate(where, (one) => one.kind === 'access' && one.indices.forEach(noteVariables))
-    for (const name of reduce?.over ?? []) if (!variables.includes(name)) variables.push(name)
-  }
-
   checkSplits(splits, ranks)
   checkRanks(all)
-  checkIterations(syntax.steps, all)
-  const inputs = checkOrder(syntax.steps, produced)
-  const steps = syntax.steps.map((step) =>
+  checkIterations(steps, all)
+  const inputs = checkOrder(steps, produced)
+  const bound = steps.map((step) =>
     'body' in step
       ? { ...step, body: step.body.map((one) => bindReduction(one, variables, step.variable)) }
       : bindReduction(step, variables, undefined),
@@ -111,11 +100,7 @@ export function validate(syntax: Syntax): CascadeIR {
   for (const { where } of all) {
     if (!where) continue
     visitPredicate(where, (expr) => {
-      if (
-        (expr.kind === 'access' || expr.kind === 'name') &&
-        produced.has(expr.name) &&
-        !variables.includes(expr.name)
-      ) {
+      if (expr.kind === 'access' && produced.has(expr.name)) {
         throw broken(
           'CAS010',
           'masks must be decidable from indices and integer tensors',
@@ -134,14 +119,66 @@ export function validate(syntax: Syntax): CascadeIR {
     const bare = (one: Expr) => {
       if (one.kind === 'access') read.add(one.name)
       if (one.kind !== 'name' || variables.includes(one.name)) return
-      if (produced.has(one.name)) read.add(one.name)
-      else if (!sized.has(one.name) && !scalars.includes(one.name)) scalars.push(one.name)
+      if (!sized.has(one.name) && !scalars.includes(one.name)) scalars.push(one.name)
     }
     visitExprs(expr, bare)
     if (where) visitPredicate(where, bare)
   }
   const outputs = [...produced].filter((name) => !read.has(name))
-  return { ranks, splits, families, steps, inputs, outputs, scalars, variables }
+  return { ranks, splits, families, steps: bound, inputs, outputs, scalars, variables }
+}
+
+// Names that index something, in the order of the text
+function variablesOf(all: readonly Statement[]): string[] {
+  const variables: string[] = []
+  const note = (name: string) => {
+    if (/^[a-z]/.test(name) && !variables.includes(name)) variables.push(name)
+  }
+  const noteIndex = (index: Index) => {
+    if (index.kind === 'pin') note(index.name)
+    else visitExprs(index.expr, (expr) => expr.kind === 'name' && note(expr.name))
+  }
+  for (const { out, expr, where, reduce } of all) {
+    out.indices.forEach(noteIndex)
+    visitAccesses(expr, ({ indices }) => indices.forEach(noteIndex))
+    if (where)
+      visitPredicate(where, (one) => one.kind === 'access' && one.indices.forEach(noteIndex))
+    for (const name of reduce?.over ?? []) note(name)
+  }
+  return variables
+}
+
+// A bare name that some statement makes without ranks reads it, though a rank has the name too unless in brackets
+function resolved(
+  steps: Syntax['steps'],
+  variables: readonly string[],
+  ranks: ReadonlyMap<string, number | undefined>,
+): Syntax['steps'] {
+  const made = new Set(
+    statementsOf(steps).flatMap(({ out }) => (out.indices.length === 0 ? [out.name] : [])),
+  )
+  if (made.size === 0) return steps
+  const sized = new Set([...ranks.keys(), ...variables.map(rankOf)])
+  const read = (expr: Expr): Expr | undefined => {
+    if (expr.kind === 'name' && made.has(expr.name) && !variables.includes(expr.name))
+      return { kind: 'access', name: expr.name, indices: [], span: expr.span }
+    if (expr.kind !== 'access') return undefined
+    const inside = (one: Expr) => (one.kind === 'name' && sized.has(one.name) ? one : read(one))
+    return {
+      ...expr,
+      indices: expr.indices.map((index) =>
+        index.kind === 'pin' ? index : { ...index, expr: rewrite(index.expr, inside) },
+      ),
+    }
+  }
+  const whole = (one: Statement): Statement => ({
+    ...one,
+    expr: rewrite(one.expr, read),
+    where: one.where && rewriteTest(one.where, read),
+  })
+  return steps.map((step) =>
+    'body' in step ? { ...step, body: step.body.map(whole) } : whole(step),
+  )
 }
 
 function checkSplits(
@@ -462,9 +499,13 @@ function bindReduction(
   }
   const missing = reduced.filter((name) => !named.includes(name))
   if (reduce && missing.length > 0) {
+    const inside = readsOf(statement).flatMap(({ indices }) => indices.map(plainVariable))
+    const hint = inside.includes(missing[0])
+      ? ''
+      : '; in brackets lower case is an index variable, a number of the call has a capital there'
     throw broken(
       'CAS005',
-      `${missing[0]} is neither on the left of ${out.name} nor reduced by ${reduce.op}(${named.join(',')})`,
+      `${missing[0]} is neither on the left of ${out.name} nor reduced by ${reduce.op}(${named.join(',')})${hint}`,
       out.span,
       out.name,
     )

@@ -407,6 +407,19 @@ describe('costs', () => {
     expect(delta).toEqual([{ einsum: 'D', mulAdd: 2 * F * P, exp: 0, other: 0, unit: 'vector' }])
   })
 
+  it('folds sizes into an operand, and takes a sum of products times a tensor for a matrix product', () => {
+    const { flops } = cascade(`
+      S[p,m] = sum(e) Q[p,e] * K[m,e] / sqrt(E)
+      O[p,f] = sum(m) (S[p,m] - 0.5 * R[p,m]) * V[m,f]`).analyze({
+      sizes: { P: 7, M: 5, E: 3, F: 2 },
+    })
+    const none = { exp: 0, other: 0, unit: 'tensor' }
+    expect(flops).toEqual([
+      { einsum: 'S', mulAdd: 2 * 7 * 5 * 3, ...none },
+      { einsum: 'O', mulAdd: 2 * 7 * 5 * 2 + 2 * 7 * 5, ...none },
+    ])
+  })
+
   it('a running maximum costs one more maximum, one more exp and 2F + 2 for each tile of a row', () => {
     const sum = (text: string, unit: 'mulAdd' | 'exp' | 'other') =>
       cascade(text)
@@ -511,6 +524,8 @@ describe('costs', () => {
     expect(warnings('A[m] = exp(-slope * X[m])')).toEqual(['CAS030'])
     expect(warnings('A[m] = exp(-slope) * X[m]')).toEqual([])
     expect(warnings('A[m] = exp(min(X[m], 0))')).toEqual([])
+    expect(warnings('A[m] = if(X[m] > 0, X[m] + 1, exp(X[m]))')).toEqual([])
+    expect(warnings('A[m] = if(X[m] > 0, exp(X[m]), X[m] + 1)')).toEqual(['CAS030'])
   })
 })
 

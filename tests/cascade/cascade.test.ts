@@ -275,6 +275,19 @@ describe('semantics', () => {
     expect(one('Y[k] = A[k] * Cap + K', { A: [1, 2] }, { Cap: 3 })).toEqual({ Y: [5, 8] })
   })
 
+  it('tells the size of a rank from a tensor of that name, and reads along another rank as far as it goes', () => {
+    const N = { data: [1, 2, 6], shape: [3] }
+    expect(cascade('Y[n] = N[n] / N').evaluate({ N }).Y!.data).toEqual(
+      Float64Array.of(1 / 3, 2 / 3, 2),
+    )
+    const made = cascade('N[n] = X[n] * 2\nY = sum(n) N[n] / N')
+    expect(made.ir.outputs).toEqual(['Y'])
+    expect(made.evaluate({ X: N }).Y!.data).toEqual(Float64Array.of(6))
+    const pairs = cascade('K[n] = X[n] * 2\nY[n] = sum(u) K[n] * K[u]')
+    expect(pairs.evaluate({ X: N }).Y!.data).toEqual(Float64Array.of(36, 72, 216))
+    expect(pairs.analyze({ sizes: { N: 4 } }).flops[1]!.mulAdd).toBe(32)
+  })
+
   it('reads nothing between two coordinates', () => {
     expect(one('Y[k] = A[k / 2]', { A: [3, 4] }, {}, { K: 4 })).toEqual({ Y: [3, 0, 4, 0] })
   })
@@ -335,6 +348,18 @@ describe('errors', () => {
       'A[m] = K[m]\nA[m] = L[m]',
       'cascade: A is produced on line 1 and again on line 2',
       [2, 1, 4],
+    ],
+    [
+      'CAS005',
+      'S[p] = sum(m) A[m] * R[p + off - m]',
+      'cascade: off is neither on the left of S nor reduced by sum(m); in brackets lower case is an index variable, a number of the call has a capital there',
+      [1, 1, 4],
+    ],
+    [
+      'CAS004',
+      'Y[n] = X[n] / D\nD = sum(n) X[n]',
+      'cascade: D is read on line 1 before it is produced',
+      [1, 15, 1],
     ],
     ['CAS005', 'AV[f] = A[m]', 'cascade: f appears on the left of AV but in no operand', [1, 1, 5]],
     [

@@ -264,6 +264,13 @@ describe('suggestions', () => {
       'M: 2 -> 1 passes; D reads O[f,p] = sum(m) P[m,p] * V[f,m], which the forward pass leaves',
     )
     expect(cascade(rewritten).analyze().passes.M!.headline).toBe(1)
+    // a product of products leaves nothing that a forward pass has
+    const plain = text.replace('exp(S[m,p] - L[p])', 'S[m,p] * L[p]')
+    expect(
+      cascade(plain)
+        .analyze()
+        .suggestions.map(({ rule }) => rule),
+    ).not.toContain('precompute-delta')
     const [M, P, E, F] = [7, 5, 3, 2]
     const array = (shape: number[]) => ({
       data: Float64Array.from(rng.normals(shape.reduce((a, b) => a * b, 1))),
