@@ -993,10 +993,10 @@ const kernels: Kernel[] = [
         to: '',
       },
       {
-        what: 'rows without keys weigh something',
+        what: 'keys meet one head of their group',
         file: plainBackward,
-        from: 'lse == -INFINITY ? INFINITY : lse;',
-        to: 'lse == -INFINITY ? 0 : lse;',
+        from: 'first_head + (kOwnsKeys ? group : 1);',
+        to: 'first_head + 1;',
       },
       {
         what: 'a key misses the first row that sees it',
