@@ -25,6 +25,7 @@ import {
   times,
 } from './normal.js'
 import { type Layout, Side } from './side.js'
+import { untoldRanks } from './sizes.js'
 import {
   bareName,
   batched,
@@ -78,7 +79,12 @@ interface Dot {
   scale: Form
 }
 
-function dotOf(term: Term, key: string, variables: readonly string[]): Dot | undefined {
+function dotOf(
+  term: Term,
+  key: string,
+  variables: readonly string[],
+  normal: Normal,
+): Dot | undefined {
   const sums = term.factors.filter((one) => isSum(one) && has(one.atom, [key]))
   const { over, body, where } = (sums[0]?.atom ?? {}) as Reduce
   if (sums.length !== 1 || over.length !== 1 || where.length > 0 || body.terms.length !== 1)
@@ -95,8 +101,8 @@ function dotOf(term: Term, key: string, variables: readonly string[]): Dot | und
   const k = single([...ofK, ...withKey])
   const rows = variables.filter((v) => q.free.has(v) && !single(ofK).free.has(v))
   const operands = {
-    q: rows.map((row) => operandOf(q, [row, e])).find((one) => one !== undefined),
-    k: operandOf(k, [key, e]),
+    q: rows.map((row) => operandOf(q, [row, e], normal)).find((one) => one !== undefined),
+    k: operandOf(k, [key, e], normal),
   }
   if (!operands.q || !operands.k || rows.some((row) => k.free.has(row))) return undefined
   const scale = formOf([termOf(term.coefficient * product.coefficient, scales)])
@@ -183,6 +189,8 @@ export function attentionOf(normal: Normal, ir: CascadeIR): Lowered {
       operator: 'attention',
       slots,
       ranks: part.ranks,
+      axes: part.axes,
+      layouts,
       run(call) {
         const result = part.run(call)
         const made: Record<string, Tensor> = {}
@@ -195,6 +203,9 @@ export function attentionOf(normal: Normal, ir: CascadeIR): Lowered {
   return {
     operator: 'attention',
     slots,
+    ranks: untoldRanks(ir),
+    axes: part.axes,
+    layouts,
     run: (call) =>
       scope(() => {
         const results = parts.map((one) => one.run(call))
@@ -209,12 +220,13 @@ export function attentionOf(normal: Normal, ir: CascadeIR): Lowered {
 }
 
 function weightedSum(
-  { pages }: Normal,
+  normal: Normal,
   ir: CascadeIR,
   out: { tensor: string; left: readonly string[] },
   { factors, coefficient }: Term,
   others: readonly { tensor: string; form: Form }[],
 ): Weighted {
+  const { pages } = normal
   let fit = 0
   let einsum = out.tensor
   const fail = (reason: string, code: 'CAS020' | 'CAS022' = 'CAS020') =>
@@ -247,7 +259,8 @@ function weightedSum(
   const found = candidates.flatMap((weight) => {
     const value = times(single(inner), power(weight, -1))
     const [column, ...more] = columnsOf(value, weight)
-    const v = column === undefined || more.length > 0 ? undefined : operandOf(value, [m, column])
+    const v =
+      column === undefined || more.length > 0 ? undefined : operandOf(value, [m, column], normal)
     const own = weightsOf(weight)
     const apart = out.left.every((x) => x === column || !value.free.has(x) || v?.main.free.has(x))
     return v && own && apart && has(own.score, [m]) ? [{ ...own, weight, v, column: column! }] : []
@@ -310,7 +323,7 @@ function weightedSum(
   const terms: Term[] = []
   for (const term of score.terms) {
     const bent = term.factors.find(({ atom }) => atom.kind === 'call' && atom.fn === 'tanh')
-    const own = dotOf(term, m, ir.variables)
+    const own = dotOf(term, m, ir.variables, normal)
     if (own && !cap) dots.push(own)
     else if (bent?.power === 1 && bent.atom.kind === 'call' && dots.length === 0) {
       const inside = bent.atom.args[0]!.terms
@@ -320,7 +333,7 @@ function weightedSum(
           term.factors.filter((one) => one !== bent),
         ),
       ])
-      dots = inside.flatMap((one) => dotOf(one, m, ir.variables) ?? [])
+      dots = inside.flatMap((one) => dotOf(one, m, ir.variables, normal) ?? [])
       if (!isNumber(cap, [m, ...ir.variables]) || dots.length < inside.length)
         throw fail(`its score has ${bent.atom.key}, which is no soft cap`)
     } else terms.push(term)

@@ -14,10 +14,12 @@ import {
   number,
   power,
   rankIn,
+  reduction,
   type Term,
   termOf,
   times,
 } from './normal.js'
+import { untoldRanks } from './sizes.js'
 import {
   type Access,
   batched,
@@ -37,6 +39,7 @@ import {
   shown,
   sideOf,
   single,
+  sweeps,
   tensorIn,
 } from './slots.js'
 
@@ -83,9 +86,9 @@ export function lightningOf(normal: Normal, ir: CascadeIR): Lowered {
   const columns = left.filter((x) => has(parts.v, [x]) && !has(parts.q, [x]) && !has(parts.k, [x]))
   const heads = left.filter((x) => x !== row && !columns.includes(x))
   const [column = ''] = columns
-  const q = operandOf(parts.q, [row, e])
-  const k = operandOf(parts.k, [m, e])
-  const v = operandOf(parts.v, [m, column])
+  const q = operandOf(parts.q, [row, e], normal)
+  const k = operandOf(parts.k, [m, e], normal)
+  const v = operandOf(parts.v, [m, column], normal)
   if (!q || !k || !v || columns.length !== 1) throw fail('it does not multiply q, k and v')
   const axes =
     hasAxes(q.main, [...heads, row, e]) &&
@@ -99,8 +102,7 @@ export function lightningOf(normal: Normal, ir: CascadeIR): Lowered {
   const divisors = main.factors.filter(({ atom, power }) => atom.kind === 'reduce' && power === -1)
   const weight = times(body, power(v.form, -1))
   for (const { atom } of divisors) {
-    const { body: own, where: limits } = atom as Reduce
-    const same = own.key === weight.key && limits.map(({ key }) => key).join() === limit!.key
+    const same = atom.key === reduction('sum', over, weight, where).key
     if (!same || divisors.length > 1) throw fail('its divisor is not the sum of its weights')
   }
   const [divisor] = divisors
@@ -123,6 +125,7 @@ export function lightningOf(normal: Normal, ir: CascadeIR): Lowered {
   const scales = only.factors.filter(({ atom }) => isNumber(atom, ir.variables))
   const scale = formOf([termOf(only.coefficient, scales)])
   const post = single(only.factors.filter((one) => !scales.includes(one)))
+  if (sweeps(post, rankIn(m))) throw fail(`it is multiplied by ${post.key}, which takes all keys`)
   fit++
   if (left.some((x) => has(slope, [x]) && !heads.includes(x)))
     throw fail(`its decay is ${slope.key}, no number for each head`, 'CAS022')
@@ -200,14 +203,19 @@ export function lightningOf(normal: Normal, ir: CascadeIR): Lowered {
   return {
     operator: 'lightning',
     slots,
+    ranks: untoldRanks(ir),
+    axes: [batch, row, head, column],
+    layouts,
     run: (call) =>
       scope(() => {
         const [first] = [batched(call, q.main.name)] as [F32]
         const known = call.scalars
         const sizes = {
           M_: first.shape[1]!,
+          [rankIn(m)]: first.shape[1]!,
           [rankOf(row)]: first.shape[1]!,
           [rankIn(e)]: first.shape[3]!,
+          [rankOf(column)]: batched(call, v.main.name).shape[3]!,
         }
         const all = { ...sizes, ...known }
         const [tq, tk, tv] = [ofQ, ofK, ofV].map((side, i) => {

@@ -8,12 +8,13 @@ import { norm } from '../ops/norm.js'
 import { scope } from '../scope.js'
 import { checkTensor, type Tensor } from '../tensor.js'
 import { type Analysis, type AnalyzeOptions, analyze } from './analyze.js'
+import { coreOf, keptOf } from './core.js'
 import { broken } from './error.js'
 import { type CascadeIR, rankOf, type Statement, statementsOf } from './ir.js'
 import { definitions } from './library.js'
 import { attentionOf } from './lower-attention.js'
 import { lightningOf } from './lower-lightning.js'
-import { Normal, name, TooLarge } from './normal.js'
+import { Normal, name, startOver, TooLarge } from './normal.js'
 import { parse } from './parse.js'
 import { print } from './print.js'
 import { multiply, productOf } from './product.js'
@@ -32,6 +33,8 @@ export interface PlanExplanation {
   operator: string
   /** Its slots and what of the text fills them. */
   slots: Readonly<Record<string, string>>
+  /** Inputs that a call gives as [b, s, h, d]; others have the axes of the text, or those of an operator without slots. */
+  packed: readonly string[]
   /** Operators that were looked at before, and why they do not take the cascade. */
   refused: readonly { operator: string; einsum: string; reason: string }[]
   /** Why no operator takes it, where it runs statement by statement. */
@@ -110,6 +113,7 @@ function signature(ir: CascadeIR): string {
     return `${(bracket ? tensors : names).get(word) ?? word}${bracket}`
   })
   const other = validate(parse(text))
+  startOver()
   const { forms } = new Normal(other)
   return other.outputs.map((tensor) => `${forms.get(tensor)!.form.key}`).join('\n')
 }
@@ -138,7 +142,10 @@ function matrixOf(_: Normal, ir: CascadeIR): Lowered {
   const [only, ...more] = statementsOf(ir.steps) as [Statement]
   const product = more.length === 0 ? productOf(only) : undefined
   const { a, b, names } = product ?? { names: [] }
-  if (!product || !names.every((one) => ir.scalars.includes(one)))
+  const ranks = [a, b].map(
+    (one) => one?.indices.map((index) => rankOf(plainVariable(index)!)) ?? [],
+  )
+  if (!product || !names.every((one) => ir.scalars.includes(one) || ranks.flat().includes(one)))
     throw new Mismatch(ir.outputs[0]!, 'it is no product of matrices', -1)
   return {
     operator: 'linear',
@@ -153,8 +160,14 @@ function matrixOf(_: Normal, ir: CascadeIR): Lowered {
           const text = `${one!.name} must be [${axes}], got [${got}]`
           throw refuse('ERR_SHAPE', 'cascade', one!.name, text)
         }) as [F32, F32]
-        const numbers = names.map((one) => numberOf(name(one), scalars))
-        const factor = numbers.reduce((x, y) => x * y, product.factor)
+        const known = { ...scalars }
+        operands.forEach(({ shape }, i) => {
+          ranks[i]!.forEach((rank, axis) => {
+            known[rank] = shape[axis]!
+          })
+        })
+        const values = names.map((one) => [one, numberOf(name(one), known)] as const)
+        const factor = product.scale(Object.fromEntries(values))
         return { [only.out.name]: multiply(product, operands, factor).contiguous() }
       }),
   }
@@ -235,7 +248,29 @@ function fusedOne(ir: CascadeIR, refused: Refused[]): Lowered {
       'no kernel takes this cascade; every tensor is read by another, so it has no result'
     throw broken('CAS020', text, out.span, out.name)
   }
+  startOver()
+  // with operands that stay what the text makes them: an operator then takes fewer terms
+  for (const lower of [attentionOf, lightningOf]) {
+    const found = keptOf(ir, lower)
+    if (found) return found
+  }
+  const direct = directOne(ir, refused)
+  if (!(direct instanceof HeddleError)) return direct
+  // an operator may compute all but the end of it
+  startOver()
+  for (const lower of [attentionOf, lightningOf]) {
+    const found = coreOf(ir, lower)
+    if (!found) continue
+    refused.length = 0 // they were of the whole
+    return found
+  }
+  throw direct
+}
+
+function directOne(ir: CascadeIR, refused: Refused[]): Lowered | HeddleError {
+  startOver()
   const normal = normalOf(ir)
+  if (normal instanceof HeddleError) return normal
   const made = new Set(statementsOf(ir.steps).map(({ out }) => `${out.name}[]`))
   for (const tensor of ir.outputs) {
     const found = normal.forms.get(tensor)
@@ -248,7 +283,7 @@ function fusedOne(ir: CascadeIR, refused: Refused[]): Lowered {
           ? 'leaves points of its result empty'
           : found.form.free.has('inf') && 'computes with infinity'
     if (why)
-      throw broken(
+      return broken(
         'CAS020',
         `no kernel takes this cascade; ${tensor} ${why}`,
         spanOf(ir, tensor),
@@ -270,17 +305,17 @@ function fusedOne(ir: CascadeIR, refused: Refused[]): Lowered {
       refused.push({ operator, mismatch })
     }
   }
-  throw refusal(ir, refused)
+  return refusal(ir, refused)
 }
 
-function normalOf(ir: CascadeIR): Normal {
+function normalOf(ir: CascadeIR): Normal | HeddleError {
   try {
     return new Normal(ir)
   } catch (error) {
     if (!(error instanceof TooLarge)) throw error
     const [tensor] = ir.outputs as [string]
     const text = 'no kernel takes this cascade; it computes far more than one operator does'
-    throw broken('CAS020', text, spanOf(ir, tensor), tensor)
+    return broken('CAS020', text, spanOf(ir, tensor), tensor)
   }
 }
 
@@ -309,6 +344,7 @@ function refusal(ir: CascadeIR, refused: readonly Refused[]) {
 
 function planOf(ir: CascadeIR, lowered: Lowered, refused: readonly Refused[]): Plan {
   const scalarNames: ReadonlySet<string> = new Set([...ir.scalars, ...(lowered.ranks ?? [])])
+  const declared = [...ir.ranks].filter((one): one is [string, number] => one[1] !== undefined)
   const count = ir.inputs.length
   const plan = (...inputs: readonly (Tensor | Scalars)[]) => {
     if (inputs.length < count || inputs.length > count + 1)
@@ -323,11 +359,12 @@ function planOf(ir: CascadeIR, lowered: Lowered, refused: readonly Refused[]): P
       checkTensor('cascade', tensor, inputs[i])
       tensors[tensor] = inputs[i] as Tensor
     })
-    const scalars = (inputs[count] ?? {}) as Scalars
+    let scalars = (inputs[count] ?? {}) as Scalars
     checkOptions('cascade', scalars, scalarNames)
     for (const scalar of Object.keys(scalars))
       if (typeof scalars[scalar] !== 'number')
         throw mustBe('cascade', scalar, 'a number', scalars[scalar])
+    if (declared.length > 0) scalars = { ...Object.fromEntries(declared), ...scalars }
     return lowered.run({ tensors, scalars })
   }
   return Object.freeze(
@@ -335,6 +372,7 @@ function planOf(ir: CascadeIR, lowered: Lowered, refused: readonly Refused[]): P
       explain: (options: AnalyzeOptions = {}): PlanExplanation => ({
         operator: lowered.operator,
         slots: lowered.slots,
+        packed: ir.inputs.filter((tensor) => lowered.layouts?.has(tensor)),
         refused: refused.map(({ operator, mismatch }) => ({
           operator,
           einsum: mismatch.einsum,

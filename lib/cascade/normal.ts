@@ -87,6 +87,11 @@ const budget = 1e6 // characters of all keys of one cascade, a few tenths of a s
 
 let spent = 0
 
+/** @internal Gives the forms to come a budget of their own. */
+export function startOver(): void {
+  spent = 0
+}
+
 /** @internal A form is far larger than any operator's. */
 export class TooLarge {}
 
@@ -440,8 +445,10 @@ function choose(test: Condition, yes: Form, no: Form): Form {
 /** @internal The rank that a bound variable runs over. */
 export const rankIn = (bound: string): string => bound.replace(/^[#%]\d+/, '')
 
-// A reduction as it stands, with its variables named by height and rank, in an order that does not depend on the text
-function reduction(
+/**
+ * @internal A reduction as it stands, with its variables named by height and rank, in an order that does not depend on the text.
+ */
+export function reduction(
   op: Reducer,
   over: readonly string[],
   body: Form,
@@ -458,7 +465,13 @@ function reduction(
   const names = ordered.map((v, i) => `#${height + i + 1}${rankIn(v)}`)
   const by = new Map(ordered.map((v, i) => [v, name(names[i]!)]))
   const inner = replace(body, by)
-  const limits = distinct(where.map((one) => replaceCondition(one, by)))
+  // the end of a rank ends nothing
+  const ends = new Set(
+    names.map((v) => `${minus(plus(name(v), number(1)), name(rankIn(v))).key} <= 0`),
+  )
+  const limits = distinct(where.map((one) => replaceCondition(one, by))).filter(
+    ({ key }) => !ends.has(key),
+  )
   const limit = limits.length > 0 ? ` : ${limits.map(({ key }) => key).join(', ')}` : ''
   const key = `${op}(${names.join(',')}${limit} | ${inner.key})`
   const atom = { kind: 'reduce', op, over: names, body: inner, where: limits, key } as const
@@ -475,11 +488,16 @@ export class Normal {
    * Tables of the inputs that are read page by page, as K[table[m1],m0,e] of a split rank, or '' for several; they have m here.
    */
   readonly pages = new Map<string, string>()
+  /** Of the kept tensors those that were taken apart after all. */
+  readonly taken = new Set<string>()
   private readonly states = new Map<string, State>()
   private fresh = 0
 
-  constructor(private readonly ir: CascadeIR) {
-    spent = 0
+  /** Tensors that are `kept` stay what they are where they are read; true for those that are read once. */
+  constructor(
+    private readonly ir: CascadeIR,
+    readonly kept: ReadonlyMap<string, boolean> = new Map(),
+  ) {
     for (const step of ir.steps) {
       if ('body' in step) for (const statement of step.body) this.iterated(statement, step.variable)
       else if (statementStarts(step)) this.start(step)
@@ -508,8 +526,25 @@ export class Normal {
       return
     }
     const left = indices.map((index, i) => (i === state.at ? variable : plainVariable(index)!))
-    state.closed = this.solve(tensor, left, variable, state.initial, this.right(statement).form)
+    const { form } = this.right(statement)
+    state.closed =
+      this.solve(tensor, left, variable, state.initial, form) ??
+      this.solveLogarithm(tensor, left, variable, state.initial, form)
     state.left = left
+  }
+
+  // R[i+1] = log(A[i] + exp(R[i]) g(i) / g(i+1))
+  private solveLogarithm(
+    tensor: string,
+    left: readonly string[],
+    variable: string,
+    initial: Form,
+    form: Form,
+  ): State['closed'] {
+    const start = initial.key === '-1 inf' ? number(0) : exponential(initial)
+    const before = exponential(access(tensor, left.map(name)))
+    const closed = this.solve(tensor, left, variable, start, exponential(form), before)
+    return closed && ((index) => logarithm(closed(index)))
   }
 
   // R[i+1] = A[i] + R[i] g(i) / g(i+1), as a function of i
@@ -519,9 +554,14 @@ export class Normal {
     variable: string,
     initial: Form,
     form: Form,
-  ): ((index: Form) => Form) | undefined {
-    const before = access(tensor, left.map(name))
-    const isBefore = ({ atom }: Factor) => atom.key === before.key
+    before = access(tensor, left.map(name)),
+  ): State['closed'] {
+    const [{ atom: state }] = before.terms[0]!.factors as [Factor]
+    const old = argument(state)
+    const isBefore = ({ atom }: Factor) =>
+      old
+        ? argument(atom)?.terms.some(({ key, coefficient }) => key === old.key && coefficient === 1)
+        : atom.key === state.key
     const own = form.terms.filter(({ factors }) => factors.some(isBefore))
     const rest = formOf(form.terms.filter((term) => !own.includes(term)))
     const factor = times(formOf(own), power(before, -1))
@@ -530,15 +570,13 @@ export class Normal {
     let g = number(1)
     let constant = true
     if (factor.key !== '1') {
-      const [term] = factor.terms
+      const [term, ...more] = factor.terms
       const decays = (numberIn(factor) ?? 0) > 0 || (isPlain(factor) && !factor.free.has(variable))
-      const exponent = decays
-        ? logarithm(factor)
-        : term?.factors.length === 1
-          ? argument(term.factors[0]!.atom)
-          : undefined
-      if (!exponent) return undefined
-      constant = !exponent.free.has(variable)
+      if (!decays && (!term || more.length > 0 || term.coefficient !== 1)) return undefined
+      const others = decays ? [] : term!.factors.filter(({ atom }) => !argument(atom))
+      const shifted = decays ? undefined : term!.factors.find(({ atom }) => argument(atom))
+      const exponent = decays ? logarithm(factor) : shifted ? argument(shifted.atom)! : number(0)
+      constant = others.length === 0 && !exponent.free.has(variable)
       // What a step has and takes away again in the next; a constant is a step of a line
       const opposed = (part: Term) => {
         const [ahead] = replace(formOf([part]), next).terms
@@ -551,6 +589,12 @@ export class Normal {
           ? times(times(number(-1), exponent), name(variable))
           : formOf(exponent.terms.filter(opposed)),
       )
+      // sums that a step multiplies by and the next divides by
+      const met = others.filter(({ atom, power }) => {
+        const ahead = replace(atomForm(atom), next).key
+        return others.some((one) => one.atom.key === ahead && one.power === -power)
+      })
+      g = times(g, formOf([termOf(1, met)]))
     }
     const after = replace(g, next)
     if (numberIn(factor) === undefined && times(times(factor, after), power(g, -1)).key !== '1')
@@ -566,7 +610,7 @@ export class Normal {
         index.key === rankOf(variable)
           ? []
           : [condition({ kind: '<=', form: plus(name(u), number(1), times(number(-1), index)) })]
-      const from = (i: Form) => replace(g, new Map([[variable, i]]))
+      const from = (i: Form) => this.rejoined(replace(g, new Map([[variable, i]])))
       const sum = this.sum(u, body, where)
       const whole = initial.terms.length > 0 ? plus(times(from(number(0)), initial), sum) : sum
       return times(power(from(index), -1), whole)
@@ -650,8 +694,22 @@ export class Normal {
     )
   }
 
+  // Sums that no longer end inside a rank may be sums over all of it
+  private rejoined({ terms }: Form): Form {
+    return plus(
+      ...terms.map(({ coefficient, factors }) =>
+        factors.reduce((value, { atom, power: exponent }) => {
+          const sum = atom.kind === 'reduce' && atom.op === 'sum'
+          const own = sum ? this.joined(atom.over, atom.body, atom.where) : atomForm(atom)
+          return times(value, power(own, exponent))
+        }, number(coefficient)),
+      ),
+    )
+  }
+
   private joined(over: readonly string[], body: Form, where: readonly Condition[]): Form {
-    const named = (v: string) => (/^[#%]/.test(v) ? v : `%${++this.fresh}${rankOf(v)}`)
+    const named = (v: string) =>
+      v.startsWith('%') ? v : `%${++this.fresh}${v.startsWith('#') ? rankIn(v) : rankOf(v)}`
     const by = new Map(over.map((v) => [v, name(named(v))]))
     let variables = over.map((v) => by.get(v)!.key)
     let inner = replace(body, by)
@@ -678,9 +736,7 @@ export class Normal {
       case 'number':
         return Number.isFinite(expr.value) ? number(expr.value) : name('inf')
       case 'name':
-        return this.forms.has(expr.name) && !this.ir.variables.includes(expr.name)
-          ? this.read(expr.name, [], limits)
-          : name(expr.name)
+        return name(expr.name)
       case 'access':
         return this.access(expr, limits)
       case 'negate':
@@ -754,7 +810,7 @@ export class Normal {
       by.delete(at)
       return replace(state.closed(index), by)
     }
-    const known = this.forms.get(tensor)
+    const known = this.kept.has(tensor) ? undefined : this.forms.get(tensor)
     if (!known) return access(tensor, indices)
     const by = new Map(known.left.map((v, i) => [v, indices[i]!]))
     limits.push(...known.where.map((one) => replaceCondition(one, by)))

@@ -2,7 +2,9 @@ import { refuse } from '../errors.js'
 import { mul } from '../ops/elementwise.js'
 import { linear } from '../ops/linear.js'
 import { empty, full } from '../tensor.js'
-import type { Access, Expr, Statement } from './ir.js'
+import { productOf as factorsOf } from './cost.js'
+import { unary } from './evaluate.js'
+import { type Access, type Expr, type Statement, visitExprs } from './ir.js'
 import type { F32 } from './slots.js'
 import { plainVariable } from './validate.js'
 
@@ -19,13 +21,34 @@ export interface Product {
   over: readonly string[]
   /** The order of the result. */
   left: readonly string[]
-  /** Names that the product is multiplied by, and a number. */
+  /** Names in what the product is multiplied by, and that of their values. */
   names: readonly string[]
-  factor: number
+  scale(values: Readonly<Record<string, number>>): number
 }
 
-const factorsOf = (expr: Expr): Expr[] =>
-  expr.kind === 'binary' && expr.op === '*' ? [...factorsOf(expr.a), ...factorsOf(expr.b)] : [expr]
+// An expression of numbers and names
+function constantOf(expr: Expr, values: Readonly<Record<string, number>>): number {
+  switch (expr.kind) {
+    case 'number':
+      return expr.value
+    case 'name':
+      return values[expr.name]!
+    case 'negate':
+      return -constantOf(expr.x, values)
+    case 'binary': {
+      const [a, b] = [constantOf(expr.a, values), constantOf(expr.b, values)]
+      return expr.op === '+' ? a + b : expr.op === '-' ? a - b : expr.op === '*' ? a * b : a / b
+    }
+    case 'call': {
+      const [a, b] = expr.args.map((arg) => constantOf(arg, values)) as [number, number]
+      const { fn } = expr
+      if (fn === 'pow' || fn === 'max' || fn === 'min') return Math[fn](a, b)
+      return unary[fn](a)
+    }
+    default:
+      return Number.NaN
+  }
+}
 
 // Variables of an access all of whose indices are one of its own
 function variablesOf({ indices }: Access): string[] | undefined {
@@ -37,18 +60,22 @@ function variablesOf({ indices }: Access): string[] | undefined {
 /** @internal */
 export function productOf({ out, reduce, expr, where }: Statement): Product | undefined {
   if (where || reduce?.op !== 'sum') return undefined
-  const factors = factorsOf(expr)
+  const { factors, divisors } = factorsOf(expr)
   const [a, b, ...more] = factors.filter((one) => one.kind === 'access')
-  const numbers = factors.filter((one) => one.kind === 'number')
-  const scalars = factors.filter((one) => one.kind === 'name')
-  if (!a || !b || more.length > 0 || numbers.length + scalars.length + 2 < factors.length)
-    return undefined
+  const numbers = factors.filter((one) => one.kind !== 'access')
+  const names: string[] = []
+  let constant = true
+  for (const one of [...numbers, ...divisors])
+    visitExprs(one, (part) => {
+      if (part.kind === 'access' || part.kind === 'if') constant = false
+      if (part.kind === 'name') names.push(part.name)
+    })
+  if (!a || !b || more.length > 0 || !constant) return undefined
   const [ofA, ofB, left] = [a, b, out].map(variablesOf)
   if (!ofA || !ofB || !left) return undefined
   const { over } = reduce
   const both = ofA.filter((name) => ofB.includes(name))
   const batch = both.filter((name) => left.includes(name))
-  const names = scalars.map(({ name }) => name)
   const rows = ofA.filter((name) => !both.includes(name))
   const columns = ofB.filter((name) => !both.includes(name))
   const apart =
@@ -57,12 +84,16 @@ export function productOf({ out, reduce, expr, where }: Statement): Product | un
     [...rows, ...columns].every((name) => left.includes(name))
   const found = left.length === batch.length + rows.length + columns.length
   if (!apart || !found || batch.length + over.length !== both.length) return undefined
-  const factor = numbers.reduce((product, { value }) => product * value, 1)
-  return { a, b, batch, rows, columns, over, left, names, factor }
+  const scale: Product['scale'] = (values) => {
+    const all = (of: readonly Expr[]) => of.reduce((x, one) => x * constantOf(one, values), 1)
+    return all(numbers) / all(divisors)
+  }
+  return { a, b, batch, rows, columns, over, left, names, scale }
 }
 
 // The axes `from` in the order of `to`
-function arranged(x: F32, from: readonly string[], to: readonly string[]): F32 {
+/** @internal */
+export function arranged(x: F32, from: readonly string[], to: readonly string[]): F32 {
   const order = [...from]
   return to.reduce((view, name, at) => {
     const other = order.indexOf(name)

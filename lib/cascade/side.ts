@@ -1,7 +1,9 @@
+import { refuse } from '../errors.js'
 import type { Tensor } from '../tensor.js'
 import { type CascadeIR, rankOf } from './ir.js'
 import { type Atom, type Condition, type Form, rankIn, type Term } from './normal.js'
 import { parse } from './parse.js'
+import { untoldRanks } from './sizes.js'
 import { runSteps } from './steps.js'
 import { validate } from './validate.js'
 
@@ -49,6 +51,13 @@ export class Side {
   ): Tensor<'float32'> {
     const { scalars, families } = this.#ir
     const wanted = [...scalars, ...families.map(({ name }) => name)]
+    const missing = untoldRanks(this.#ir).find(
+      (name) => known[name] === undefined && known[this.#ranks.get(name) ?? ''] === undefined,
+    )
+    if (missing !== undefined) {
+      const rank = this.#ranks.get(missing) ?? missing
+      throw refuse('ERR_ARGUMENT', 'cascade', rank, `${rank} is missing (no tensor has its size)`)
+    }
     const given = wanted.flatMap((name) => {
       const value = known[name] ?? known[this.#ranks.get(name) ?? '']
       return value === undefined ? [] : [[name, value]]
@@ -88,7 +97,8 @@ export class Side {
           atom.indices.map((index) => this.#index(index)),
         )
         for (const index of indices) if (this.variables.has(index)) this.#used.add(index)
-        return `${atom.name}[${indices}]`
+        // a tensor without ranks is given with one of size 1
+        return `${atom.name}[${indices.length > 0 ? indices : 0}]`
       }
       case 'call':
         return `${atom.fn}(${atom.args.map((arg) => this.#form(arg)).join(', ')})`

@@ -4,13 +4,20 @@ import type { Tensor } from '../tensor.js'
 import { type CascadeIR, type Statement, statementsOf } from './ir.js'
 import {
   type Atom,
+  atomForm,
   type Condition,
   type Factor,
   type Form,
   formOf,
+  type Normal,
+  number,
+  plus,
+  power,
   rankIn,
+  replace,
   type Term,
   termOf,
+  times,
 } from './normal.js'
 import { type Layout, Side } from './side.js'
 
@@ -32,6 +39,9 @@ export interface Lowered {
   refusal?: string
   /** Names that a call may give besides scalars. */
   ranks?: readonly string[]
+  /** Axes [b, s, h, d] of the result, and where those of operands stand in the text. */
+  axes?: readonly string[]
+  layouts?: Layouts
   run(call: Call): Record<string, Tensor>
 }
 
@@ -79,13 +89,45 @@ function accessesIn({ terms }: Form): Access[] {
   return terms.flatMap(({ factors }) => factors.flatMap(({ atom }) => inside(atom)))
 }
 
-/** @internal The tensor that has these axes, each as a variable of its own. */
-export function operandOf(form: Form, axes: readonly string[]): Operand | undefined {
-  const main = accessesIn(form).find((one) => {
+// The tensor that has these axes, each as a variable of its own
+function mainIn(form: Form, axes: readonly string[]): Access | undefined {
+  const mains = accessesIn(form).filter((one) => {
     const names = one.indices.map(({ key }) => key)
     return new Set(names).size === names.length && axes.every((axis) => names.includes(axis))
   })
-  return main && { main, form }
+  // a table of positions has no heads
+  return mains.length === 0
+    ? undefined
+    : mains.reduce((a, b) => (b.indices.length > a.indices.length ? b : a))
+}
+
+/**
+ * @internal What is computed row by row from the tensor that has these axes. A kept tensor is taken apart, unless none of
+ * those that it is computed from has them: then it is made before.
+ */
+export function operandOf(
+  form: Form,
+  axes: readonly string[],
+  { kept, forms, taken }: Normal,
+): Operand | undefined {
+  const found = mainIn(form, axes)
+  if (!found || !kept.get(found.name)) return found && { main: found, form }
+  const { form: own, left } = forms.get(found.name)!
+  const whole = replace(own, new Map(left.map((v, i) => [v, found.indices[i]!])))
+  const apart = plus(
+    ...form.terms.map(({ coefficient, factors }) =>
+      factors.reduce(
+        (value, { atom, power: exponent }) =>
+          times(value, power(atom.key === found.key ? whole : atomForm(atom), exponent)),
+        number(coefficient),
+      ),
+    ),
+  )
+  const main = mainIn(apart, axes)
+  if (!main || [...kept.keys()].some((one) => apart.free.has(`${one}[]`)))
+    return { main: found, form }
+  taken.add(found.name)
+  return { main, form: apart }
 }
 
 /** @internal Whether a form reduces over a rank. */

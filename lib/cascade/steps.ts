@@ -102,11 +102,12 @@ export function runSteps(
     const products = productsIn(ir, sizes, places, scalars)
     for (const step of ir.steps) {
       if (!('body' in step)) {
-        const product = products.get(step)
-        if (!product) launch(step, 0)
+        const found = products.get(step)
+        if (!found) launch(step, 0)
         else {
+          const { product, factor } = found
           const operands = [view(product.a.name), view(product.b.name)] as const
-          view(step.out.name).copyFrom(multiply(product, operands, product.factor))
+          view(step.out.name).copyFrom(multiply(product, operands, factor))
         }
         continue
       }
@@ -123,10 +124,10 @@ function productsIn(
   sizes: Sizes,
   places: ReadonlyMap<string, Place>,
   scalars: Readonly<Record<string, number>>,
-): Map<Statement, Product> {
+): Map<Statement, { product: Product; factor: number }> {
   const least = { points: 1 << 18, summands: 16 }
   const mostProducts = 64
-  const found = new Map<Statement, Product>()
+  const found = new Map<Statement, { product: Product; factor: number }>()
   const holey = new Set<string>()
   const isWhole = ({ name, indices }: Access) =>
     !holey.has(name) &&
@@ -145,17 +146,20 @@ function productsIn(
       const product = productOf(statement)
       const count = (names: readonly string[]) =>
         names.reduce((n, name) => n * sizes.of(rankOf(name), out.span), 1)
-      const values = product?.names.map((name) =>
-        ir.variables.includes(name) || places.has(name)
-          ? undefined
-          : (sizes.get(name) ?? scalars[name]),
+      const values = new Map(
+        product?.names.map((name) => [
+          name,
+          ir.variables.includes(name) ? undefined : (sizes.get(name) ?? scalars[name]),
+        ]),
       )
-      if (!product || values!.includes(undefined) || !isWhole(out)) continue
+      if (!product || [...values.values()].includes(undefined) || !isWhole(out)) continue
       const { batch, over } = product
       const small = count(variables) < least.points || count(over) < least.summands
       if (small || count(batch) > mostProducts) continue
-      const factor = (values as number[]).reduce((a, b) => a * b, product.factor)
-      found.set(statement, { ...product, factor })
+      found.set(statement, {
+        product,
+        factor: product.scale(Object.fromEntries(values) as Record<string, number>),
+      })
     }
   }
   return found
@@ -346,7 +350,7 @@ class Program {
     this.words.push(constant(index.least), constant(index.most))
   }
 
-  #read({ name, indices }: Pick<Access, 'name' | 'indices'>): void {
+  #read({ name, indices }: Access): void {
     const { offset, shape, strides } = this.places.get(name)!
     const slots = indices.map((index, i) => {
       const variable = plainVariable(index)
@@ -374,7 +378,6 @@ class Program {
         break
       case 'name':
         if (this.#slots.has(expr.name)) this.#variable(expr.name)
-        else if (this.places.has(expr.name)) this.#read({ name: expr.name, indices: [] })
         else this.#constant(this.#bare(expr))
         break
       case 'access':

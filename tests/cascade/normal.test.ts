@@ -1,6 +1,6 @@
 import { type CascadeIR, cascade } from 'heddle'
 import { expect, it } from 'vitest'
-import { Normal, TooLarge } from '../../dist/cascade/normal.js'
+import { Normal, startOver, TooLarge } from '../../dist/cascade/normal.js'
 import { Side } from '../../dist/cascade/side.js'
 import { tensor } from '../../dist/tensor.js'
 import { random } from '../support/random.js'
@@ -8,6 +8,7 @@ import { random } from '../support/random.js'
 // As a text again; not if it is too long for one
 function formOf(ir: CascadeIR): Side | undefined {
   try {
+    startOver()
     const { form } = new Normal(ir).forms.get('Y')!
     return new Side(ir.variables, (_, indices) => indices, new Map(), form, ['i'])
   } catch (error) {

@@ -20,8 +20,8 @@ interface Case {
   scalars?: Record<string, number>
   operator?: 'attention' | 'lightning'
   refused?: [code: string, reason: string]
-  /** Inputs of the operator that are [b, s, h, d]; Q, K and V if left out. */
-  packed?: readonly string[]
+  /** Ranks whose sizes no input tells. */
+  ranks?: readonly string[]
   /** Slots that tell how it was taken. */
   slots?: Record<string, unknown>
   /** As many rows as keys. */
@@ -236,7 +236,6 @@ const cases: Record<string, Case> = {
       D2[h,p]   = sum(m) A2[h,p,m]
       O[h,p,f]  = sum(m) (A1[h,p,m] / D1[h,p] - lambda * A2[h,p,m] / D2[h,p]) * V[h,m,f]`,
     inputs: { ...heads, X: 'H P E', Y: 'H M E' },
-    packed: ['Q', 'K', 'V', 'X', 'Y'],
     scalars: { lambda: 0.4 },
     operator: 'attention',
   },
@@ -246,7 +245,6 @@ const cases: Record<string, Case> = {
       SR[h,p,m] = sum(r) QR[h,p,r] * KR[m,r]
       T[h,p,m]  = (SC[h,p,m] + SR[h,p,m]) * scale     where m <= p + off${softmax}`,
     inputs: { ...heads, QR: 'H P R', KR: 'M R' },
-    packed: ['Q', 'K', 'V', 'QR', 'KR'],
     scalars: { scale: 0.2 },
     operator: 'attention',
     slots: { q2: 'QR', k2: 'KR' },
@@ -367,7 +365,6 @@ const cases: Record<string, Case> = {
       X[h,p,m] = sum(r) QR[h,p,r] * KR[h,m,r]
       T[h,p,m] = 3 * tanh((S[h,p,m] + X[h,p,m]) / 3) + Bias[p,m]${softmax}`,
     inputs: { ...heads, QR: 'H P R', KR: 'H M R', Bias: 'P M' },
-    packed: ['Q', 'K', 'V', 'QR', 'KR'],
     operator: 'attention',
   },
   'retention in parallel (RetNet)': {
@@ -461,6 +458,228 @@ const cases: Record<string, Case> = {
     inputs: { K: 'H T E', beta: 'H T', V: 'H T F', Q: 'H T E' },
     refused: ['CAS020', 'O hangs on S, whose recurrence'],
   },
+  'rotated queries and keys, pairs half a row apart (RoPE)': {
+    text: `
+      X[h,p,e] = Q[h,p,e] * cs[p + M - P,e] + if(e < E / 2, -Q[h,p,e + E / 2], Q[h,p,e - E / 2]) * sn[p + M - P,e]
+      Y[h,m,e] = K[h,m,e] * cs[m,e] + if(e < E / 2, -K[h,m,e + E / 2], K[h,m,e - E / 2]) * sn[m,e]
+      T[h,p,m] = sum(e) X[h,p,e] * Y[h,m,e] / sqrt(E)   where m <= p + off${softmax}`,
+    inputs: { ...heads, cs: 'M E', sn: 'M E' },
+    operator: 'attention',
+    slots: { bias: undefined, causal: 'off + p' },
+  },
+  'queries and keys under a layer norm (ViT-22B)': {
+    text: `
+      MQ[h,p]  = sum(e) Q[h,p,e] / E
+      MK[h,m]  = sum(e) K[h,m,e] / E
+      VQ[h,p]  = sum(e) (Q[h,p,e] - MQ[h,p]) * (Q[h,p,e] - MQ[h,p]) / E
+      VK[h,m]  = sum(e) (K[h,m,e] - MK[h,m]) * (K[h,m,e] - MK[h,m]) / E
+      X[h,p,e] = (Q[h,p,e] - MQ[h,p]) * rsqrt(VQ[h,p] + 0.1) * WQ[e]
+      Y[h,m,e] = (K[h,m,e] - MK[h,m]) * rsqrt(VK[h,m] + 0.1) * WK[e]
+      T[h,p,m] = sum(e) X[h,p,e] * Y[h,m,e] / sqrt(E)${softmax}`,
+    inputs: { ...heads, WQ: 'E', WK: 'E' },
+    operator: 'attention',
+    slots: { bias: undefined, scale: 'E^-0.5' },
+  },
+  'keys and values made from what all heads share (MLA)': {
+    text: `
+      K[h,m,e]  = sum(c) KV[m,c] * WK[h,c,e]
+      V[h,m,f]  = sum(c) KV[m,c] * WV[h,c,f]
+      S1[h,p,m] = sum(e) Q[h,p,e] * K[h,m,e]
+      S2[h,p,m] = sum(r) QR[h,p,r] * KR[m,r]
+      T[h,p,m]  = (S1[h,p,m] + S2[h,p,m]) * 0.2   where m <= p + off${softmax}`,
+    inputs: { KV: 'M C', WK: 'H C E', WV: 'H C F', Q: 'H P E', QR: 'H P R', KR: 'M R' },
+    operator: 'attention',
+    slots: { q: 'Q', k: 'K', v: 'V', q2: 'QR', before: 'K, V' },
+  },
+  'products moved to queries and results instead (MLA, absorbed)': {
+    text: `
+      X[h,p,c]  = sum(e) Q[h,p,e] * WK[h,c,e]
+      S1[h,p,m] = sum(c) X[h,p,c] * KV[m,c]
+      S2[h,p,m] = sum(r) QR[h,p,r] * KR[m,r]
+      T[h,p,m]  = (S1[h,p,m] + S2[h,p,m]) * 0.2   where m <= p + off
+      A[h,p,m]  = exp(T[h,p,m])
+      D[h,p]    = sum(m) A[h,p,m]
+      L[h,p,c]  = sum(m) A[h,p,m] * KV[m,c] / D[h,p]
+      O[h,p,f]  = sum(c) L[h,p,c] * WV[h,c,f]`,
+    inputs: { Q: 'H P E', WK: 'H C E', KV: 'M C', QR: 'H P R', KR: 'M R', WV: 'H C F' },
+    operator: 'attention',
+    slots: { q: 'X', k: 'KV', v: 'KV', before: 'X', result: 'sum(#1C | L[h,p,#1C] WV[h,#1C,f])' },
+  },
+  'a layer from its tokens to its result (Transformer)': {
+    text: `
+      Q[h,t,e] = sum(i) X[t,i] * WQ[h,e,i]
+      K[h,t,e] = sum(i) X[t,i] * WK[h,e,i]
+      V[h,t,f] = sum(i) X[t,i] * WV[h,f,i]
+      T[h,t,u] = sum(e) Q[h,t,e] * K[h,u,e] / sqrt(E)   where u <= t
+      G[h,t]   = max(u) T[h,t,u]
+      A[h,t,u] = exp(T[h,t,u] - G[h,t])
+      D[h,t]   = sum(u) A[h,t,u]
+      L[h,t,f] = sum(u) A[h,t,u] * V[h,u,f] / D[h,t]
+      O[t,c]   = sum(h,f) L[h,t,f] * WO[c,h,f]`,
+    inputs: { X: 'T C', WQ: 'H E C', WK: 'H E C', WV: 'H F C', WO: 'C H F' },
+    operator: 'attention',
+    slots: { q: 'Q', k: 'K', v: 'V', before: 'Q, K, V' },
+  },
+  'two maps under a norm, with a learned share (Differential Transformer)': {
+    text: `
+      S1[h,p,m] = sum(e) Q[h,p,e] * K[h,m,e] / sqrt(E)    where m <= p + off
+      S2[h,p,m] = sum(e) X[h,p,e] * Y[h,m,e] / sqrt(E)    where m <= p + off
+      L1        = sum(r) la[r] * lb[r]
+      L2        = sum(r) lc[r] * ld[r]
+      LAM       = exp(0.1 * L1) - exp(0.1 * L2) + 0.8
+      G1[h,p]   = max(m) S1[h,p,m]
+      G2[h,p]   = max(m) S2[h,p,m]
+      A1[h,p,m] = exp(S1[h,p,m] - G1[h,p])
+      A2[h,p,m] = exp(S2[h,p,m] - G2[h,p])
+      D1[h,p]   = sum(m) A1[h,p,m]
+      D2[h,p]   = sum(m) A2[h,p,m]
+      U[h,p,f]  = sum(m) (A1[h,p,m] / D1[h,p] - LAM * A2[h,p,m] / D2[h,p]) * V[h,m,f]
+      MS[h,p]   = sum(f) U[h,p,f] * U[h,p,f]
+      O[h,p,f]  = U[h,p,f] * rsqrt(MS[h,p] / F + 0.1) * 0.2`,
+    inputs: { ...heads, X: 'H P E', Y: 'H M E', la: 'R', lb: 'R', lc: 'R', ld: 'R' },
+    operator: 'attention',
+    slots: { before: 'LAM' },
+  },
+  'a memory beside a window (Infini-attention)': {
+    text: `
+      PQ[h,p,e] = if(Q[h,p,e] > 0, Q[h,p,e] + 1, exp(Q[h,p,e]))
+      NM[h,p,f] = sum(e) PQ[h,p,e] * MEM[h,e,f]
+      DM[h,p]   = sum(e) PQ[h,p,e] * ZM[e]
+      T[h,p,m]  = sum(e) Q[h,p,e] * K[h,m,e] / sqrt(E)    where m <= p + off
+      A[h,p,m]  = exp(T[h,p,m])
+      D[h,p]    = sum(m) A[h,p,m]
+      L[h,p,f]  = sum(m) A[h,p,m] * V[h,m,f] / D[h,p]
+      O[h,p,f]  = sigmoid(b) * NM[h,p,f] / (1 + DM[h,p] * DM[h,p]) + (1 - sigmoid(b)) * L[h,p,f]`,
+    inputs: { ...heads, MEM: 'H E F', ZM: 'E' },
+    scalars: { b: 0.3 },
+    operator: 'attention',
+  },
+  'results divided in every step (FlashAttention 1)': {
+    text: `
+      split m -> (m1, m0 : 4) tail mask
+      init R[m1=0,p] = -inf;  init L[m1=0,p] = 0;  init Z[m1=0,p,f] = 0
+      iterate m1 {
+        S[p,m1,m0] = sum(e) Q[p,e] * K[m1*M0 + m0, e]
+        LM[m1,p]   = max(m0) S[p,m1,m0]
+        N[p,m1,m0] = exp(S[p,m1,m0] - LM[m1,p])
+        LD[m1,p]   = sum(m0) N[p,m1,m0]
+        R[m1+1,p]  = max(R[m1,p], LM[m1,p])
+        L[m1+1,p]  = exp(R[m1,p] - R[m1+1,p]) * L[m1,p] + exp(LM[m1,p] - R[m1+1,p]) * LD[m1,p]
+        X[m1,p,f]  = sum(m0) N[p,m1,m0] * V[m1*M0 + m0, f]
+        Z[m1+1,p,f] = (L[m1,p] * exp(R[m1,p] - R[m1+1,p]) * Z[m1,p,f] + exp(LM[m1,p] - R[m1+1,p]) * X[m1,p,f]) / L[m1+1,p]
+      }
+      O[p,f] = Z[M1,p,f]`,
+    inputs: { Q: 'P E', K: 'M E', V: 'M F' },
+    operator: 'attention',
+    slots: { scale: '1' },
+  },
+  'parts that are merged in turn by their logarithms (ring attention)': {
+    text: `
+      split m -> (m1, m0 : 4) tail mask
+      S[p,m1,m0] = sum(e) Q[p,e] * K[m1*M0 + m0, e]
+      L[p,m1]    = logsumexp(m0) S[p,m1,m0]
+      X[p,m1,f]  = sum(m0) exp(S[p,m1,m0] - L[p,m1]) * V[m1*M0 + m0, f]
+      init R[m1=0,p] = -inf;  init Z[m1=0,p,f] = 0
+      iterate m1 {
+        G[m1,p]     = max(R[m1,p], L[p,m1])
+        R[m1+1,p]   = G[m1,p] + log(exp(R[m1,p] - G[m1,p]) + exp(L[p,m1] - G[m1,p]))
+        Z[m1+1,p,f] = exp(R[m1,p] - R[m1+1,p]) * Z[m1,p,f] + exp(L[p,m1] - R[m1+1,p]) * X[p,m1,f]
+      }
+      O[p,f] = Z[M1,p,f]`,
+    inputs: { Q: 'P E', K: 'M E', V: 'M F' },
+    operator: 'attention',
+    slots: { scale: '1' },
+  },
+  'sinusoids as a bias (Sandwich)': {
+    text: `
+      B[p,m]   = sum(r) cos((p - m) / pow(10000, r / R))
+      ${scores}                                           where m <= p
+      T[h,p,m] = S[h,p,m] + B[p,m]${softmax}`,
+    inputs: heads,
+    ranks: ['R'],
+    operator: 'attention',
+    slots: { causal: 'p' },
+    square: true,
+  },
+  'distances by their logarithm (KERPLE)': {
+    text: `
+      ${scores}                                           where m <= p + off
+      T[h,p,m] = S[h,p,m] - r1[h] * log(1 + exp(r2[h]) * abs(p + off - m))${softmax}`,
+    inputs: { ...heads, r1: 'H', r2: 'H' },
+    operator: 'attention',
+    slots: { causal: 'off + p' },
+  },
+  'keys of each entry, padded': {
+    text: `
+      T[b,h,p,m] = sum(e) Q[b,h,p,e] * K[b,h,m,e] / sqrt(E)    where m < len[b]
+      A[b,h,p,m] = exp(T[b,h,p,m])
+      D[b,h,p]   = sum(m) A[b,h,p,m]
+      O[b,h,p,f] = sum(m) A[b,h,p,m] * V[b,h,m,f] / D[b,h,p]`,
+    inputs: { Q: 'B H P E', K: 'B H M E', len: 'B < 4', V: 'B H M F' },
+    operator: 'attention',
+  },
+  'features that are sums (relu plus one)': {
+    text: `
+      X[h,t,e] = relu(Q[h,t,e]) + 1
+      Y[h,t,e] = relu(K[h,t,e]) + 1
+      init S[t=0,h,e,f] = 0
+      init Z[t=0,h,e] = 0
+      iterate t {
+        S[t+1,h,e,f] = S[t,h,e,f] + Y[h,t,e] * V[h,t,f]
+        Z[t+1,h,e]   = Z[t,h,e] + Y[h,t,e]
+        N[h,t,f]     = sum(e) X[h,t,e] * S[t+1,h,e,f]
+        D[h,t]       = sum(e) X[h,t,e] * Z[t+1,h,e]
+        O[h,t,f]     = N[h,t,f] / D[h,t]
+      }`,
+    inputs: { Q: 'H T E', K: 'H T E', V: 'H T F' },
+    operator: 'lightning',
+  },
+  'retention under a norm and a gate (RetNet)': {
+    text: `
+      init S[t=0,h,e,f] = 0
+      iterate t {
+        S[t+1,h,e,f] = gamma[h] * S[t,h,e,f] + K[h,t,e] * V[h,t,f]
+        Y[h,t,f]     = sum(e) Q[h,t,e] * S[t+1,h,e,f]
+      }
+      N[h,t]   = sum(f) Y[h,t,f] * Y[h,t,f]
+      O[h,t,f] = Y[h,t,f] * rsqrt(N[h,t] / F + 0.1) * G[h,t,f] * sigmoid(G[h,t,f])`,
+    inputs: { gamma: 'H', K: 'H T E', V: 'H T F', Q: 'H T E', G: 'H T F' },
+    operator: 'lightning',
+    slots: {
+      result: '(0.1 + F^-1 sum(#1F | Y[h,t,#1F]^2))^-0.5 G[h,t,f] Y[h,t,f] sigmoid(G[h,t,f])',
+    },
+  },
+  'the same with all of it in the loop': {
+    text: `
+      init S[t=0,h,e,f] = 0
+      iterate t {
+        S[t+1,h,e,f] = 0.9 * S[t,h,e,f] + K[h,t,e] * V[h,t,f]
+        Y[h,t,f]     = sum(e) Q[h,t,e] * S[t+1,h,e,f]
+        N[h,t]       = sum(f) Y[h,t,f] * Y[h,t,f]
+        O[h,t,f]     = Y[h,t,f] * rsqrt(N[h,t] / F + 0.1)
+      }`,
+    inputs: { K: 'H T E', V: 'H T F', Q: 'H T E' },
+    operator: 'lightning',
+    slots: { result: '(0.1 + F^-1 sum(#1F | Y[h,t,#1F]^2))^-0.5 Y[h,t,f]' },
+  },
+  'retention divided by its weights (RetNet)': {
+    text: `
+      S[h,t,u] = sum(e) Q[h,t,e] * K[h,u,e] * pow(gamma[h], t - u)   where u <= t
+      R[h,t]   = sum(u) S[h,t,u]
+      O[h,t,f] = sum(u) S[h,t,u] / max(abs(R[h,t]), 1) * V[h,u,f]`,
+    inputs: { Q: 'H T E', K: 'H U E', gamma: 'H', V: 'H U F' },
+    refused: ['CAS021', 'lightning, does not take O: it is multiplied by'],
+    square: true,
+  },
+  'weights of a Taylor series (Based)': {
+    text: `
+      ${scores}                                           where m <= p + off
+      W[h,p,m] = 1 + S[h,p,m] + S[h,p,m] * S[h,p,m] / 2
+      D[h,p]   = sum(m) W[h,p,m]
+      O[h,p,f] = sum(m) W[h,p,m] * V[h,m,f] / D[h,p]`,
+    inputs: heads,
+    refused: ['CAS021', 'it is no weighted sum'],
+  },
   'no products (AFT)': {
     text: `
       X[p,m,f] = exp(K[m,f] + w[p,m])   where m <= p + off
@@ -538,7 +757,7 @@ function turned(data: ArrayLike<number>, ranks: string[], lengths: number[], bac
 function sizesFor(rng: Random, square: boolean): Record<string, number> {
   const P = 1 + rng.below(rng.pick([2, 12, 40]))
   const M = square ? P : P + rng.below(20)
-  return { B: 2, H: 3, N: 2, G: 3, P, M, T: P, U: P, E: 8, F: 16, R: 8 }
+  return { B: 2, H: 3, N: 2, G: 3, P, M, T: P, U: P, E: 8, F: 16, R: 8, C: 8 }
 }
 
 describeDevices('published mechanisms', (device) => {
@@ -561,8 +780,8 @@ describeDevices('published mechanisms', (device) => {
     const plan = parsed.compile({ fused: refused ? 'preferred' : 'required' })
     const found = plan.explain()
     expect(found.operator).toBe(operator ?? 'einsum')
-    expect(found.slots).toMatchObject(slots)
-    const packed = refused ? [] : (one.packed ?? ['Q', 'K', 'V'])
+    for (const [slot, filled] of Object.entries(slots)) expect(found.slots[slot]).toBe(filled)
+    const { packed } = found
     for (let n = 0; n < 4; n++) {
       const sizes = sizesFor(rng, one.square ?? false)
       const given: Record<string, DenseArray> = {}
@@ -583,8 +802,9 @@ describeDevices('published mechanisms', (device) => {
         return tensor(Float32Array.from(moved), four, { device })
       })
       const off = parsed.ir.scalars.includes('off') ? { off: sizes.M! - sizes.P! } : {}
-      const expected = parsed.evaluate(given, { ...scalars, ...off })
-      const numbers = { ...scalars, ...(refused ? off : {}) }
+      const ranks = Object.fromEntries((one.ranks ?? []).map((rank) => [rank, sizes[rank]!]))
+      const expected = parsed.evaluate(given, { ...scalars, ...off }, { sizes: ranks })
+      const numbers = { ...scalars, ...ranks, ...(refused ? off : {}) }
       const results = plan(...tensors, numbers)
       expect(Object.keys(results).sort()).toEqual(Object.keys(expected).sort())
       const { data, shape } = expected.O!
@@ -600,7 +820,9 @@ describeDevices('published mechanisms', (device) => {
       // In 16 bits too, which what is computed beside the operator is rounded to
       if (!operator || n > 0) continue
       const halves = tensors.map((x, i) =>
-        packed.includes(parsed.ir.inputs[i]!) ? (x as Tensor<'float32'>).cast('bfloat16') : x,
+        packed.includes(parsed.ir.inputs[i]!) || packed.length === 0
+          ? (x as Tensor<'float32'>).cast('bfloat16')
+          : x,
       )
       const { O } = plan(...halves, numbers)
       expect(O!.dtype).toBe('bfloat16')

@@ -1,0 +1,241 @@
+import type { FloatDType } from '../dtype.js'
+import { HeddleError } from '../errors.js'
+import { scope } from '../scope.js'
+import type { Tensor } from '../tensor.js'
+import { productOf, variablesIn } from './cost.js'
+import { type CascadeIR, type Expr, rankOf, type Statement, statementsOf } from './ir.js'
+import { type Form, Normal, TooLarge } from './normal.js'
+import { arranged } from './product.js'
+import { untoldRanks } from './sizes.js'
+import { cast, type F32, has, type Layouts, type Lowered, Mismatch, sideOf } from './slots.js'
+import { runSteps } from './steps.js'
+import { plainVariable, readsOf } from './validate.js'
+
+// A cascade whose end no operator computes, as an operator and statements behind it: a norm of what attention gives, its
+// projection, a branch that is added
+
+// The statements that some tensors need, where others are given
+function without(ir: CascadeIR, wanted: readonly string[], given: readonly string[]): CascadeIR {
+  const needed = new Set(wanted)
+  const steps: CascadeIR['steps'][number][] = []
+  const isNeeded = ({ out }: Statement) => needed.has(out.name) && !given.includes(out.name)
+  const note = (all: readonly Statement[]) => {
+    for (const { name } of all.filter(isNeeded).flatMap(readsOf)) needed.add(name)
+  }
+  for (const step of [...ir.steps].reverse()) {
+    const all = 'body' in step ? step.body : [step]
+    // a state is read before it is written
+    for (let size = 0; size < needed.size; note(all)) size = needed.size
+    const kept = all.filter(isNeeded)
+    if (kept.length > 0) steps.unshift('body' in step ? { ...step, body: kept } : step)
+  }
+  return { ...ir, steps, inputs: [...ir.inputs, ...given], outputs: wanted }
+}
+
+const summandsOf = (expr: Expr): Expr[] =>
+  expr.kind === 'binary' && (expr.op === '+' || expr.op === '-')
+    ? [...summandsOf(expr.a), ...summandsOf(expr.b)]
+    : [expr]
+
+// Operands of products that are sums, rows that are turned or projected, and single numbers that are
+function operandsIn(ir: CascadeIR): Map<string, boolean> {
+  const all = ir.steps.filter((step): step is Statement => !('body' in step))
+  const isSum = ({ reduce, where, init, expr, out }: Statement) => {
+    const plain = out.indices.every((index) => plainVariable(index) !== undefined)
+    let added = reduce?.op === 'sum'
+    for (let parts = [expr]; parts.length > 0; ) {
+      const one = parts.pop()!
+      if (one.kind === 'binary') parts.push(one.a, one.b)
+      added ||= one.kind === 'binary' && (one.op === '+' || one.op === '-')
+    }
+    return added && plain && !where && !init && (!reduce || reduce.op === 'sum')
+  }
+  const sums = new Set(all.filter(isSum).map(({ out }) => out.name))
+  const found = new Map<string, boolean>()
+  const reads = statementsOf(ir.steps).flatMap(readsOf)
+  for (const { name, indices } of reads)
+    if (indices.length === 0 && sums.has(name)) found.set(name, false)
+  for (const step of ir.steps) {
+    for (const { expr, reduce } of 'body' in step ? step.body : [step]) {
+      if (reduce?.op !== 'sum' && !('body' in step)) continue
+      for (const part of summandsOf(expr)) {
+        const operands = productOf(part).factors.filter((one) => one.kind === 'access')
+        const names = operands.map((one) => variablesIn(one, ir.variables))
+        operands.forEach(({ name }, i) => {
+          const own = [...names[i]!].sort().join()
+          const apart = names.some((their) => [...their].sort().join() !== own)
+          if (sums.has(name) && apart && !ir.outputs.includes(name))
+            found.set(name, reads.filter((read) => read.name === name).length === 1)
+        })
+      }
+    }
+  }
+  return found
+}
+
+/** @internal What an operator makes of a cascade whose operands of products stay what the text makes them. */
+export function keptOf(
+  ir: CascadeIR,
+  lower: (normal: Normal, ir: CascadeIR) => Lowered,
+): Lowered | undefined {
+  const kept = operandsIn(ir)
+  if (kept.size === 0) return undefined
+  try {
+    const normal = new Normal(ir, kept)
+    if (!isClosed(normal, ir)) return undefined
+    const found = lower(normal, ir)
+    const made = [...kept.keys()].filter(
+      (name) =>
+        !normal.taken.has(name) &&
+        ir.outputs.some((tensor) => normal.forms.get(tensor)!.form.free.has(`${name}[]`)),
+    )
+    return made.length > 0 ? preceded(ir, found, made) : found
+  } catch (error) {
+    return fits(error)
+  }
+}
+
+// What is computed beside an operator may be no text, or too long a one
+function fits(error: unknown): undefined {
+  const known = [Mismatch, TooLarge, HeddleError].some((one) => error instanceof one)
+  if (!known) throw error
+}
+
+// Whether every result is an expression of inputs and kept tensors
+function isClosed({ forms, kept }: Normal, ir: CascadeIR): boolean {
+  const states = statementsOf(ir.steps).flatMap(({ out }) =>
+    kept.has(out.name) ? [] : [`${out.name}[]`],
+  )
+  return ir.outputs.every((tensor) => {
+    const found = forms.get(tensor)
+    return found && found.where.length === 0 && !has(found.form, [...states, 'inf'])
+  })
+}
+
+// Operands that are made before, of tensors with the axes of the text
+function preceded(ir: CascadeIR, core: Lowered, made: readonly string[]): Lowered {
+  const before = without(ir, made, [])
+  const { layouts = new Map() as Layouts } = core
+  const reads = new Set(
+    statementsOf(before.steps)
+      .flatMap(readsOf)
+      .map(({ name }) => name),
+  )
+  const both = ir.inputs.find((name) => reads.has(name) && layouts.has(name))
+  if (both !== undefined) throw new Mismatch(ir.outputs[0]!, `${both} is read in two layouts`, 0)
+  const inputs = ir.inputs.filter((name) => reads.has(name))
+  const operands = [...ir.inputs.filter((name) => layouts.has(name)), ...ir.inputs]
+  const ranks = [...before.families.map(({ name }) => name), ...before.ranks.keys()]
+  return {
+    ...core,
+    slots: { ...core.slots, before: made.join(', ') },
+    ranks: untoldRanks(ir),
+    run: (call) =>
+      scope(() => {
+        const known = Object.entries(call.scalars).filter(
+          ([name]) => before.scalars.includes(name) || ranks.includes(name),
+        )
+        const results = runSteps({ ...before, inputs }, call.tensors, Object.fromEntries(known))
+        const dtypes = operands.map((name) => call.tensors[name]!.dtype)
+        const dtype = dtypes.find(isFloat) ?? 'float32'
+        const tensors: Record<string, Tensor> = { ...call.tensors }
+        for (const name of made)
+          tensors[name] = cast(packed(results[name] as F32, layouts.get(name)), dtype)
+        return core.run({ ...call, tensors })
+      }),
+  }
+}
+
+const isFloat = (dtype: string): dtype is FloatDType => /^b?float(16|32)$/.test(dtype)
+
+// A tensor with the axes of the text as [b, s, h, d]
+function packed(x: F32, layout: ((indices: readonly string[]) => readonly string[]) | undefined) {
+  if (!layout) return x.rank > 0 ? x : x.reshape([1])
+  const from = x.shape.map((_, i) => `axis ${i}`)
+  const places = layout(from).map((axis) => from.indexOf(axis))
+  const to = places.flatMap((at) => (at < 0 ? [] : [from[at]!]))
+  const shape = places.map((at) => (at < 0 ? 1 : x.shape[at]!))
+  return arranged(x, from, to).contiguous().reshape(shape)
+}
+
+/** @internal What `lower` makes of a tensor on the way, and what is computed from it. */
+export function coreOf(
+  ir: CascadeIR,
+  lower: (normal: Normal, ir: CascadeIR) => Lowered,
+): Lowered | undefined {
+  const [result, ...more] = ir.outputs as [string]
+  if (more.length > 0) return undefined
+  // weights come from one sum of products and go into another
+  const all = statementsOf(ir.steps)
+  const isProduct = ({ expr, reduce }: Statement) =>
+    reduce?.op === 'sum' && productOf(expr).factors.length > 1
+  for (const { out } of [...all].reverse()) {
+    const tensor = out.name
+    if (tensor === result || out.indices.length < 2) continue
+    try {
+      const inner = without(ir, [tensor], [])
+      if (inner.steps.every((step) => !('body' in step))) {
+        if (statementsOf(inner.steps).filter(isProduct).length < 2) continue
+      }
+      const normal = new Normal(inner)
+      const core =
+        keptOf(inner, lower) ?? (isClosed(normal, inner) ? lower(normal, inner) : undefined)
+      if (core?.axes) return followed(ir, core, tensor, result)
+    } catch (error) {
+      if (error instanceof TooLarge) return undefined
+      fits(error)
+    }
+  }
+  return undefined
+}
+
+// Whether functions of a tensor are summed
+function bends({ terms }: Form, tensor: string, summed = false): boolean {
+  return terms.some(({ factors }) =>
+    factors.some(({ atom }) => {
+      if (!atom.free.has(tensor)) return false
+      if (atom.kind === 'reduce') return atom.op !== 'sum' || bends(atom.body, tensor, true)
+      if (atom.kind === 'sum') return bends(atom.form, tensor, summed)
+      return (
+        atom.kind !== 'access' &&
+        (summed || ('args' in atom && atom.args.some((one) => bends(one, tensor))))
+      )
+    }),
+  )
+}
+
+function followed(ir: CascadeIR, core: Lowered, tensor: string, result: string): Lowered {
+  const outer = without(ir, [result], [tensor])
+  const found = new Normal(outer).forms.get(result)
+  if (!found) throw new Mismatch(result, 'it is the state of an iteration', 0)
+  const { form, left, where } = found
+  const own = statementsOf(ir.steps).find(({ out }) => out.name === tensor)!.out.indices
+  const names = own.map((index) => plainVariable(index)!)
+  const [b, row, h, column] = core.axes as [string, string, string, string]
+  const absent = [left.includes(b) ? '0' : b, '', left.includes(h) ? '0' : h, '']
+  const layouts = new Map(core.layouts)
+  layouts.set(tensor, (given) =>
+    [b, row, h, column].map((axis, i) => given[names.indexOf(axis)] ?? absent[i]!),
+  )
+  const last = left.filter((v) => v !== b && v !== row && v !== h)
+  // what is bent before it is summed, as scores are, is better an operand
+  if (bends(form, `${tensor}[]`)) throw new Mismatch(result, `it sums functions of ${tensor}`, 0)
+  if (last.length !== 1 || !left.includes(row) || where.length > 0)
+    throw new Mismatch(result, 'it has other axes than what it is computed from', 0)
+  // heads that are summed leave [b, s, d]
+  const axes = left.includes(h) || h === 'h_' ? [b, row, h, last[0]!] : [b, row, last[0]!]
+  const side = sideOf(outer, layouts, form, axes)
+  return {
+    operator: core.operator,
+    slots: { ...core.slots, result: [core.slots.result, form.key].filter(Boolean).join('; ') },
+    ranks: untoldRanks(ir),
+    layouts: core.layouts!,
+    run: (call) =>
+      scope(() => {
+        const made = core.run(call)[tensor] as F32
+        const [, sq, , d] = made.shape as [number, number, number, number]
+        const known = { [rankOf(row)]: sq, [rankOf(column)]: d, ...call.scalars }
+        return { [result]: cast(side.run({ ...call.tensors, [tensor]: made }, known), made.dtype) }
+      }),
+  }
+}
