@@ -568,6 +568,21 @@ describe('text', () => {
     'Y[p] = max(a,b) (-A[a,b] * Q[p])\nZ[p] = max(Y[p], 1) - -Y[p] / 1e-30',
     localMax,
     splitKV,
+    // what is computed before an operator and behind it
+    `X[h,p,c] = sum(e) Q[h,p,e] * WK[h,c,e]
+    S[h,p,m] = sum(c) X[h,p,c] * KV[m,c]                where m <= p + off
+    A[h,p,m] = exp(S[h,p,m])
+    D[h,p] = sum(m) A[h,p,m]
+    L[h,p,c] = sum(m) A[h,p,m] * KV[m,c] / D[h,p]
+    O[h,p,f] = sum(c) L[h,p,c] * WV[h,c,f]`,
+    `C = sum(i) X[i] - 1
+    init S[t=0,h,e,f] = 0
+    iterate t {
+      S[t+1,h,e,f] = 0.9 * S[t,h,e,f] + K[h,t,e] * V[h,t,f]
+      Y[h,t,f] = sum(e) Q[h,t,e] * S[t+1,h,e,f]
+      N[h,t] = sum(f) Y[h,t,f] * Y[h,t,f]
+      O[h,t,f] = Y[h,t,f] * rsqrt(N[h,t] / F + C)
+    }`,
   ]
 
   it.each(samples)('prints what parses back: %#', (text) => {
