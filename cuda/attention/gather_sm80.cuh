@@ -155,6 +155,7 @@ __device__ __noinline__ void gather_again(const GatherArgs& args, int row, float
         return v ? to_float(v[column]) : 0;
       });
   T* out = static_cast<T*>(p.out) + ((place.batch * p.sq + query) * p.hq + head) * kD;
+  __syncwarp();  // other lanes have written there
 #pragma unroll
   for (int c = 0; c < kD / 32; ++c) out[32 * c + lane] = from_float<T>(values[c]);
 }
@@ -351,7 +352,6 @@ __device__ __forceinline__ void gather_attention(const GatherArgs& args, GatherS
       if (lane % 4 == 0) write_lse(query[i], head[i], row_max[i], row_sum[i]);
     }
     poisoned = __reduce_or_sync(~0u, poisoned);
-    __syncwarp();
     for (; poisoned != 0; poisoned &= poisoned - 1) {
       const int its = __ffs(static_cast<int>(poisoned)) - 1, i = its / 8, from = its % 8 * 4;
       const auto of = [&](auto(&x)[2]) { return __shfl_sync(~0u, i ? x[1] : x[0], from); };
