@@ -1011,7 +1011,7 @@ const kernels: Kernel[] = [
         to: '0',
       },
       {
-        what: 'slopes get sums of before the last rows',
+        what: 'threads of a row keep what slopes get',
         file: plainBackward,
         from: 'dslope = sum_of_four(dslope);',
         to: '',
@@ -1038,12 +1038,6 @@ const kernels: Kernel[] = [
         file: plainBackward,
         from: 'if (!marks[i]) continue;',
         to: 'continue;',
-      },
-      {
-        what: 'a tile that is done again is loaded over the one before',
-        file: plainBackward,
-        from: '__syncthreads();\n        gradient_tile',
-        to: 'gradient_tile',
       },
       {
         what: 'rows are loaded over those in use',
