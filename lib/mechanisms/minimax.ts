@@ -1,4 +1,3 @@
-import { checkInteger, checkOptions } from '../check.js'
 import type { FloatDType } from '../dtype.js'
 import { silu } from '../ops/elementwise.js'
 import { glu } from '../ops/glu.js'
@@ -6,7 +5,7 @@ import { alibiSlopes, lightning } from '../ops/lightning.js'
 import { linear } from '../ops/linear.js'
 import { norm } from '../ops/norm.js'
 import { scope } from '../scope.js'
-import { checkTensor, type Tensor } from '../tensor.js'
+import { checkLayer, type Tensor } from '../tensor.js'
 
 /** The weights of a {@link minimax} layer, each [outputs, inputs] as {@link linear} takes them. */
 export interface MinimaxWeights<D extends FloatDType = FloatDType> {
@@ -42,6 +41,8 @@ const known: ReadonlySet<string> = new Set<keyof MinimaxOptions>([
   'state',
 ])
 
+const names: readonly (keyof MinimaxWeights)[] = ['qkv', 'gate', 'norm', 'out']
+
 /**
  * The lightning layer of MiniMax-01: `(sigmoid(x gate) * norm(o)) out`, where q, k and v all pass SiLU, {@link lightning}
  * with {@link alibiSlopes} gives o, and the norm is over all heads together. There is no positional encoding.
@@ -63,10 +64,8 @@ export function minimax<D extends FloatDType>(
   weights: MinimaxWeights<D>,
   options: MinimaxOptions,
 ): { out: Tensor<D>; state: Tensor<'float32'> } {
-  checkTensor('minimax', 'x', x)
-  checkOptions('minimax', options, known)
+  checkLayer('minimax', x, weights, options, { known, names, parts: 3 })
   const { heads, layer, layers, eps = 1e-5, state: before } = options
-  checkInteger('minimax', 'heads', heads, 1)
   return scope(() => {
     const tokens = x.shape.slice(0, 2)
     const qkv = silu(linear(x, weights.qkv))

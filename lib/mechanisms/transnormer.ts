@@ -1,4 +1,4 @@
-import { checkInteger, checkOptions, mustBe } from '../check.js'
+import { checkInteger, checkNumber, checkOptions, mustBe, numbers } from '../check.js'
 import type { FloatDType } from '../dtype.js'
 import { add, mul, silu } from '../ops/elementwise.js'
 import { glu } from '../ops/glu.js'
@@ -6,7 +6,7 @@ import { alibiSlopes, lightning } from '../ops/lightning.js'
 import { linear } from '../ops/linear.js'
 import { norm } from '../ops/norm.js'
 import { scope } from '../scope.js'
-import { checkTensor, type Tensor, tensor } from '../tensor.js'
+import { checkLayer, type Tensor, tensor } from '../tensor.js'
 
 /** The weights of a {@link transnormer} block, each [outputs, inputs] as {@link linear} takes them. */
 export interface TransnormerWeights<D extends FloatDType = FloatDType> {
@@ -53,6 +53,9 @@ const known: ReadonlySet<string> = new Set<keyof TransnormerOptions>([
   'offset',
 ])
 
+const knownToLrpe: ReadonlySet<string> = new Set(['theta'])
+const names: readonly (keyof TransnormerWeights)[] = ['qkvu', 'out', 'gate', 'up', 'down']
+
 /** The angles per token that LRPE starts to learn from, `10000^(-2i/width)` for all channels of all heads together. */
 export function lrpeTheta(width: number): number[] {
   checkInteger('lrpeTheta', 'width', width, 1)
@@ -94,11 +97,15 @@ export function transnormer<D extends FloatDType>(
   weights: TransnormerWeights<D>,
   options: TransnormerOptions,
 ): { out: Tensor<D>; state: Tensor<'float32'> } {
-  checkTensor('transnormer', 'x', x)
-  checkOptions('transnormer', options, known)
+  checkLayer('transnormer', x, weights, options, { known, names, parts: 4 })
   const { heads, layer, layers, eps = 1e-6, state: before, lrpe, offset = 0 } = options
-  checkInteger('transnormer', 'heads', heads, 1)
   checkInteger('transnormer', 'offset', offset, 0)
+  checkOptions('transnormer', lrpe, knownToLrpe)
+  const given =
+    lrpe?.theta &&
+    numbers('transnormer', 'theta', lrpe.theta, (angle, i) =>
+      checkNumber('transnormer', `theta[${i}]`, angle, 'a finite number', Number.isFinite),
+    )
   return scope(() => {
     const plain = (y: Tensor<D>) => norm(y, undefined, { eps })
     const qkvu = linear(plain(x), weights.qkvu)
@@ -107,7 +114,7 @@ export function transnormer<D extends FloatDType>(
     const split = (y: Tensor<D>) => y.reshape([...x.shape.slice(0, 2), heads, width / heads])
     let [q, k] = [split(silu(part(0))), split(silu(part(1)))]
     if (lrpe) {
-      const { theta = lrpeTheta(width) } = lrpe
+      const theta = given ?? lrpeTheta(width)
       if (theta.length !== width)
         throw mustBe('transnormer', 'theta', `${width} numbers, one per channel`, theta.length)
       const [b, s, h, d] = q.shape as [number, number, number, number]

@@ -1,7 +1,8 @@
-import { alibiSlopes, minimax, type Tensor, transnormer } from 'heddle'
+import { alibiSlopes, full, minimax, type Tensor, transnormer, zeros } from 'heddle'
 import { expect, it } from 'vitest'
 import { relativeRms } from '../support/compare.js'
 import { describeDevices } from '../support/devices.js'
+import { thrown } from '../support/failure.js'
 import { type Random, random, sample } from '../support/random.js'
 import { lightningReference, reader } from '../support/reference.js'
 
@@ -141,4 +142,46 @@ describeDevices('layers of lightning attention', (device) => {
       { out: product(gated, out.matrix), state: o.state },
     )
   })
+})
+
+it('say what is wrong with weights, sizes and options', () => {
+  const x = zeros([1, 4, 8])
+  const own = { qkv: zeros([24, 8]), gate: zeros([8, 8]), norm: full([8], 1), out: zeros([8, 8]) }
+  const block = {
+    ...{ qkvu: zeros([32, 8]), out: zeros([8, 8]) },
+    ...{ gate: zeros([16, 8]), up: zeros([16, 8]), down: zeros([8, 16]) },
+  }
+  const place = { heads: 2, layer: 0, layers: 4 }
+  // biome-ignore lint/suspicious/noExplicitAny: what types refuse
+  const any = (value: unknown) => value as any
+  for (const [call, message] of [
+    [() => minimax(zeros([4, 8]), own, place), 'minimax: x must be [b, s, model], got [4, 8]'],
+    [() => minimax(x, any(null), place), 'minimax: weights must be an object of tensors, got null'],
+    [
+      () => minimax(x, any({ ...own, gate: undefined }), place),
+      'minimax: weights.gate must be a tensor, got undefined',
+    ],
+    [() => minimax(x, own, any(undefined)), 'minimax: options must be an object, got undefined'],
+    [
+      () => minimax(x, own, { ...place, heads: 3 }),
+      'minimax: weights.qkv must be [3 h d, model] of 3 heads, got [24, 8]',
+    ],
+    [
+      () => minimax(x, own, { ...place, layer: 4 }),
+      'minimax: layer must be an integer from 0 to 3, got 4',
+    ],
+    [
+      () => transnormer(x, any({ ...block, down: 3 }), place),
+      'transnormer: weights.down must be a tensor, got 3',
+    ],
+    [
+      () => transnormer(x, block, { ...place, lrpe: { theta: [1, Number.NaN] } }),
+      'transnormer: theta[1] must be a finite number, got NaN',
+    ],
+    [
+      () => transnormer(x, block, { ...place, lrpe: { theta: [1, 2] } }),
+      'transnormer: theta must be 8 numbers, one per channel, got 2',
+    ],
+  ] as const)
+    expect(thrown(call).message).toBe(message)
 })
