@@ -85,8 +85,9 @@ __device__ inline Place place_tile(const ForwardArgs& p, int64_t batch, int64_t 
 }
 
 // 32 rows of query head `owner`, or 32 keys of kv head `owner`; a thread has kColumns of each sum.
-// Masks, cosines and levels are `kExtra`, whose registers the rest does without.
-template <bool kOwnsKeys, int kColumns, bool kExtra>
+// Masks are `kMasked`, cosines, levels and biases with sums `kExtra`: the rest does without their
+// registers.
+template <bool kOwnsKeys, int kColumns, bool kMasked, bool kExtra>
 __device__ void gradient_tile(const BackwardArgs& args, const Place& place, int64_t owner) {
   const ForwardArgs& p = args.call;
   extern __shared__ float smem[];
@@ -155,7 +156,7 @@ __device__ void gradient_tile(const BackwardArgs& args, const Place& place, int6
     const float slope = p.slopes ? p.slopes[head * p.slopes_stride] : 0;
     for (int64_t other0 = first; other0 < last; other0 += kOtherTile) {
       __syncthreads();
-      if (kExtra && p.masked) {
+      if (kMasked && p.masked) {
         uint32_t seen = 0;
         const int64_t query = (kOwnsKeys ? other0 : place.row0) + thread;
         if (thread < (kOwnsKeys ? kOtherTile : kRowTile)) {
@@ -194,7 +195,7 @@ __device__ void gradient_tile(const BackwardArgs& args, const Place& place, int6
         if (query >= place.sq || t >= place.sk || its >= last) continue;
         if ((p.causal || p.window) && t > position) continue;
         if (p.window && t <= position - p.window) continue;
-        if (kExtra && p.masked && !(smem_seen[kOwnsKeys ? c : own] >> (kOwnsKeys ? own : c) & 1))
+        if (kMasked && p.masked && !(smem_seen[kOwnsKeys ? c : own] >> (kOwnsKeys ? own : c) & 1))
           continue;
         float s = 0, dp = 0;
         for (int e = 0; e < p.d; ++e)
@@ -310,7 +311,7 @@ __device__ void gradient_tile(const BackwardArgs& args, const Place& place, int6
 template <bool kOwnsKeys, bool kExtra>
 __global__ void __launch_bounds__(kAttentionThreads) attention_gradient_kernel(BackwardArgs args) {
   const Place place = find_place(args.call, blockIdx.x, kOwnsKeys);
-  if (place.any) gradient_tile<kOwnsKeys, kMostColumns, kExtra>(args, place, blockIdx.y);
+  if (place.any) gradient_tile<kOwnsKeys, kMostColumns, kExtra, kExtra>(args, place, blockIdx.y);
 }
 
 // The row tiles, or key tiles, that backward_sm90 has marked. Neighbours go to different CTAs.
@@ -330,7 +331,7 @@ __device__ void redo_tiles(const BackwardArgs& args, const GradientTiles& tiles,
       const int64_t end = place.row0 + size;
       for (; place.row0 < end; place.row0 += kRowTile) {
         __syncthreads();
-        gradient_tile<kOwnsKeys, kHopperColumns, true>(args, place, i / each % heads);
+        gradient_tile<kOwnsKeys, kHopperColumns, true, false>(args, place, i / each % heads);
       }
     }
   }

@@ -5,4 +5,12 @@ template void launch_forward_sm90<DType::kF16, 128, 128, Form::kPlain>(const For
                                                                        cudaStream_t);
 template void launch_forward_sm90<DType::kF16, 128, 128, Form::kMapped>(const ForwardCall&,
                                                                         cudaStream_t);
+template void launch_forward_sm90<DType::kF16, 128, 128, Form::kSloped>(const ForwardCall&,
+                                                                        cudaStream_t);
+template void launch_forward_sm90<DType::kF16, 128, 128, Form::kBiased>(const ForwardCall&,
+                                                                        cudaStream_t);
+template void launch_forward_sm90<DType::kF16, 128, 128, Form::kSigmoid>(const ForwardCall&,
+                                                                         cudaStream_t);
+template void launch_forward_sm90<DType::kF16, 128, 128, Form::kReweighted>(const ForwardCall&,
+                                                                            cudaStream_t);
 }  // namespace heddle

@@ -1,8 +1,0 @@
-#include "attention/forward_sm90.cuh"
-
-namespace heddle {
-template void launch_forward_sm90<DType::kBF16, 64, 64, Form::kPlain, true>(const ForwardCall&,
-                                                                            cudaStream_t);
-template void launch_forward_sm90<DType::kF16, 64, 64, Form::kPlain, true>(const ForwardCall&,
-                                                                           cudaStream_t);
-}  // namespace heddle
