@@ -977,8 +977,8 @@ const kernels: Kernel[] = [
       {
         what: 'a tile is loaded over the one in use',
         file: plainBackward,
-        from: '__syncthreads();\n      if (kExtra && p.masked) {',
-        to: 'if (kExtra && p.masked) {',
+        from: '__syncthreads();\n      if (kMasked && p.masked) {',
+        to: 'if (kMasked && p.masked) {',
       },
       {
         what: 'a tile is used before it is there',
