@@ -2496,7 +2496,7 @@ const kernels: Kernel[] = [
 ]
 
 // Programs share two cores with each other, and a machine may be busy with more
-const patience = 240_000
+const patience = 600_000
 
 describe.concurrent.each(kernels)('$name', ({ name, variants, broken, faults }) => {
   it.each(Object.keys(variants))(
