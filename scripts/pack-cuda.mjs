@@ -14,6 +14,9 @@ const addon = join(root, 'build/Release/heddle.node')
 const { built, runtime } = createRequire(import.meta.url)(addon).cuda()
 if (!built) throw new Error(`${addon} was built without CUDA`)
 if (Math.floor(runtime / 1000) !== 13) throw new Error(`${addon} was built with CUDA ${runtime}`)
+const cache = readFileSync(join(root, 'build/CMakeCache.txt'), 'utf8')
+const [, archs] = /^HEDDLE_PORTABLE_ARCHS:\w+=(.*)$/m.exec(cache) ?? []
+if (archs !== '80;90') throw new Error(`${addon} was built for ${archs || "this machine's GPUs"}`)
 
 const { version } = JSON.parse(readFileSync(join(root, 'package.json'), 'utf8'))
 const packageFile = join(folder, 'package.json')
