@@ -5,7 +5,8 @@ import { alibiSlopes, lightning } from '../ops/lightning.js'
 import { linear } from '../ops/linear.js'
 import { norm } from '../ops/norm.js'
 import { scope } from '../scope.js'
-import { checkLayer, type Tensor } from '../tensor.js'
+import type { Tensor } from '../tensor.js'
+import { checkLayer } from './layers.js'
 
 /** The weights of a {@link minimax} layer, each [outputs, inputs] as {@link linear} takes them. */
 export interface MinimaxWeights<D extends FloatDType = FloatDType> {

@@ -6,7 +6,8 @@ import { alibiSlopes, lightning } from '../ops/lightning.js'
 import { linear } from '../ops/linear.js'
 import { norm } from '../ops/norm.js'
 import { scope } from '../scope.js'
-import { checkLayer, type Tensor, tensor } from '../tensor.js'
+import { type Tensor, tensor } from '../tensor.js'
+import { checkLayer } from './layers.js'
 
 /** The weights of a {@link transnormer} block, each [outputs, inputs] as {@link linear} takes them. */
 export interface TransnormerWeights<D extends FloatDType = FloatDType> {

@@ -321,7 +321,8 @@ function powersOfTwo(heads: number): number[] {
 
 const mostHeads = 65536
 
-function checkLayer(op: string, heads: number, layer: number, layers: number): void {
+/** @internal */
+export function checkPlace(op: string, heads: number, layer: number, layers: number): void {
   checkInteger(op, 'heads', heads, 1, mostHeads)
   checkInteger(op, 'layers', layers, 1)
   checkInteger(op, 'layer', layer, 0, layers - 1)
@@ -337,7 +338,7 @@ function checkLayer(op: string, heads: number, layer: number, layers: number): v
  * console.log(alibiSlopes(8)[0]) // 0.5
  */
 export function alibiSlopes(heads: number, layer?: number, layers?: number): number[] {
-  if (layers !== undefined) checkLayer('alibiSlopes', heads, layer ?? 0, layers)
+  if (layers !== undefined) checkPlace('alibiSlopes', heads, layer ?? 0, layers)
   else {
     checkInteger('alibiSlopes', 'heads', heads, 1, mostHeads)
     if (layer !== undefined) checkInteger('alibiSlopes', 'layer', layer, 0)
@@ -355,7 +356,7 @@ export function alibiSlopes(heads: number, layer?: number, layers?: number): num
  * `1 - layer/(layers - 1 + 1e-5) + 1e-5`. Other than {@link alibiSlopes} when H is no power of two.
  */
 export function hfMiniMaxSlopes(heads: number, layer: number, layers: number): number[] {
-  checkLayer('hfMiniMaxSlopes', heads, layer, layers)
+  checkPlace('hfMiniMaxSlopes', heads, layer, layers)
   const factor = 1 - layer / (layers - 1 + 1e-5) + 1e-5
   return powersOfTwo(heads).map((slope) => slope * factor)
 }
@@ -365,6 +366,6 @@ export function hfMiniMaxSlopes(heads: number, layer: number, layers: number): n
  * Released weights use {@link alibiSlopes}.
  */
 export function tnlPaperSlopes(heads: number, layer: number, layers: number): number[] {
-  checkLayer('tnlPaperSlopes', heads, layer, layers)
+  checkPlace('tnlPaperSlopes', heads, layer, layers)
   return Array.from({ length: heads }, (_, h) => ((8 * h) / heads) * (1 - layer / layers))
 }
