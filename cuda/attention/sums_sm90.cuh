@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(SumsTile::kThreads, 1)
   raise_registers<Shape::kComputeRegisters>();
   const int own = warpgroup - 1, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
   float scores[kCosines ? 2 : 1][kKeys / 2];  // of a key tile, and of the next
-  // what is read of a tile while products of the next are issued, which takes as long as they do
+  // what is read of a tile while products are issued, its own or those of the next
   uint32_t ahead[kCosines ? 1 : kKeys / 8][2];
   float2 factors[kCosines ? kKeys / 8 : 1];
   RowSoftmax rows;
