@@ -593,11 +593,13 @@ function sizesOf(ir: CascadeIR, given: Readonly<Record<string, number>>): Map<st
       )
     sizes.set(rank, size)
   }
-  tie(
-    ir,
-    (rank) => sizes.get(rank),
-    (rank, size) => sizes.set(rank, size),
-  )
+  const tied = () =>
+    tie(
+      ir,
+      (rank) => sizes.get(rank),
+      (rank, size) => sizes.set(rank, size),
+    )
+  tied()
   for (const { variable, outer, inner, size, tailMask, span } of ir.splits) {
     sizes.set(rankOf(inner), size)
     const whole = sizes.get(rankOf(variable))
@@ -605,10 +607,7 @@ function sizesOf(ir: CascadeIR, given: Readonly<Record<string, number>>): Map<st
     if (whole % size !== 0 && !tailMask) throw indivisible(variable, size, whole, span)
     sizes.set(rankOf(outer), Math.ceil(whole / size))
   }
-  tie(
-    ir,
-    (rank) => sizes.get(rank),
-    (rank, size) => sizes.set(rank, size),
-  )
+  // with the parts of split ranks
+  tied()
   return sizes
 }

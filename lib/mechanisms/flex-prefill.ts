@@ -41,6 +41,7 @@ const known: ReadonlySet<string> = new Set<keyof FlexPrefillOptions>([
   'scale',
   ...(['cuSeqlensQ', 'cuSeqlensK'] as const),
 ])
+const knownToAttention: ReadonlySet<string> = new Set([...known, 'denseBelow'])
 
 /**
  * Chooses blocks for a causal prefill from its last queries, as FlexPrefill does (arXiv 2502.20766): per head and per input
@@ -66,6 +67,7 @@ export function flexPrefill<D extends FloatDType>(
   const op = 'flexPrefill'
   checkTensor(op, 'q', q)
   checkTensor(op, 'k', k)
+  checkOptions(op, options, known)
   const settings = checked(op, options)
   return grouped(q, k, options.gqaInterleave, (queries, back) => {
     const mask = select(op, queries, k, settings, options)
@@ -97,7 +99,6 @@ function grouped<D extends FloatDType, R>(
 }
 
 function checked(op: string, options: FlexPrefillOptions) {
-  checkOptions(op, options, known)
   const { mode = 'reference', gamma = 0.9, tau = 0.1, block = 128, scale } = options
   const { minBudget = 1024, maxBudget } = options
   if (mode !== 'reference' && mode !== 'coverage')
@@ -167,7 +168,7 @@ export function flexPrefillAttention<D extends FloatDType>(
 ): AttentionResult<D> {
   const op = 'flexPrefillAttention'
   for (const [name, x] of Object.entries({ q, k, v })) checkTensor(op, name, x)
-  checkOptions(op, options, new Set([...known, 'denseBelow']))
+  checkOptions(op, options, knownToAttention)
   const { denseBelow = 8192, ...chosen } = options
   checkInteger(op, 'denseBelow', denseBelow, 0)
   const settings = checked(op, chosen)
