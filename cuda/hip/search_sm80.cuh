@@ -1,4 +1,6 @@
 #pragma once
+#include <algorithm>
+
 #include "common/elements.cuh"
 #include "common/sm80.cuh"
 #include "common/team.cuh"
@@ -10,11 +12,11 @@
 //
 //   best[key] = max over queries that may see it of q . k
 //
-// 16-bit keys come from global memory as fragments of m16n8k16 products: a lane reads 16 bytes at a
-// time, which are the columns of two steps, and queries stand in shared memory with their columns
-// in the same order. Nothing of a key passes through shared memory, and heads that look at the same
-// keys one after the other find them in L1. A stage of few lists splits their chunks among CTAs,
-// the last of which to finish chooses.
+// 16-bit keys come from global memory as fragments of m16n8k16 products, on their right: a lane
+// reads 16 bytes at a time, whose halves are the pairs of registers that two steps take as they
+// are, and queries stand in shared memory with their columns in the same order. Nothing of a key
+// passes through shared memory, and heads that look at the same keys one after the other find them
+// in L1. A stage of few lists splits their chunks among CTAs, the last of which to finish chooses.
 namespace heddle {
 
 constexpr int kHipWarps = 12;  // of a CTA, at most
@@ -152,30 +154,39 @@ template <class T, int kD> class HipMatrix {
   // One size for all keys nearby: what comes over the bus takes longer than products with zeros
   static constexpr bool kNear = kD == 256;
   __device__ HipMatrix(const HipArgs& args, const HipPlace& place, char* smem)
-      : d_(static_cast<int>(args.op.q.shape[3])),
+      : args_(args),
+        d_(static_cast<int>(args.op.q.shape[3])),
         heads_(args.heads),
         rows_(args, place),
-        groups_((rows_.count + 7) / 8),
+        groups_((rows_.count + 15) / 16),
         smem_q_(reinterpret_cast<uint4*>(smem)) {}
 
   // As query_bytes says, of a head
   static size_t bytes(const Hip& op) {
-    return static_cast<size_t>((op.block_q / op.stride_q + 7) / 8 * 8 * kD) * sizeof(T);
+    return static_cast<size_t>((op.block_q / op.stride_q + 15) / 16 * 16 * kD) * sizeof(T);
   }
 
   __device__ int64_t heads() const { return heads_; }
   __device__ void load(int64_t head, int64_t n) {
     if (head == head_) return;
     head_ = head;
+    // Heads that are held are not more than those of a kv head
+    const int group = static_cast<int>(args_.op.q.shape[2] / args_.op.k.shape[2]);
+    keys_ = rows_.keys(head);
+    next_ = group - static_cast<int>(head) % group;
     // A row beyond the last is the last once more, and adds nothing to a maximum
     for (int i = threadIdx.x; i < n * groups_ * kPieces * 32; i += blockDim.x) {
       const int lane = i % 32, piece = i / 32 % kPieces, group = i / 32 / kPieces;
       const int e = piece * 32 + lane % 4 * 8;
-      const int row = min(group % groups_ * 8 + lane / 4, rows_.count - 1);
-      smem_q_[i] = uint4{0, 0, 0, 0};
-      if (e >= d_) continue;
-      const auto columns = rows_.template read<8>(head + group / groups_, row, e);
-      memcpy(&smem_q_[i], &columns, sizeof columns);
+      uint4 rows[2] = {};
+      for (int j = 0; e < d_ && j < 2; ++j) {
+        const int row = min(group % groups_ * 16 + lane / 4 + j * 8, rows_.count - 1);
+        const auto columns = rows_.template read<8>(head + group / groups_, row, e);
+        memcpy(&rows[j], &columns, sizeof columns);
+      }
+      uint4* to = smem_q_ + (i - lane) * 2 + lane;
+      to[0] = {rows[0].x, rows[1].x, rows[0].y, rows[1].y};
+      to[32] = {rows[0].z, rows[1].z, rows[0].w, rows[1].w};
     }
     __syncthreads();
   }
@@ -183,53 +194,72 @@ template <class T, int kD> class HipMatrix {
   __device__ void score(const HipWarp& warp, int64_t head) const {
     const int lane = threadIdx.x % 32, column = lane % 4 * 8;
     HipTile& tile = warp.tile;
-    const uint4* q = smem_q_ + head * groups_ * kPieces * 32 + lane;
-    const T* keys = rows_.keys(head_ + head);
+    const uint4* q = smem_q_ + head * groups_ * kPieces * 64 + lane;
+    const T* keys = head < next_ ? keys_ : keys_ + args_.op.k.strides[2];
+    // Columns that there are none of stay zeros
+    uint4 k[kRows][kPieces] = {};
 #pragma unroll 1
-    for (int first = lane / 4; first < kHipTile; first += kRows * 8) {
+    for (int first = 0; first < kHipTile; first += kRows * 8) {
       // Of the keys first, first + 8, ... as many columns as a lane has of a fragment
-      uint4 k[kRows][kPieces];
       int32_t last_key = -1;
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
-        const int32_t t = tile.keys[first + i * 8];
+        const int slot = first + i * 8 + lane / 4;
+        const int32_t t = tile.keys[slot];
         last_key = max(last_key, t);
-        const T* from = t < 0 ? nullptr : rows_.key(keys, t, tile.best[first + i * 8]);
+        const T* from = t < 0 ? nullptr : rows_.key(keys, t, tile.best[slot]);
+        if (!from) from = keys;  // nobody asks what a key scores that does not exist
 #pragma unroll
-        for (int piece = 0; piece < kPieces; ++piece) {
-          const int e = piece * 32 + column;
-          k[i][piece] =
-              from && e < d_ ? __ldg(reinterpret_cast<const uint4*>(from + e)) : uint4{0, 0, 0, 0};
-        }
+        for (int piece = 0; piece < kPieces; ++piece)
+          if (piece * 32 + column < d_)
+            k[i][piece] = __ldg(reinterpret_cast<const uint4*>(from + column + piece * 32));
       }
       const bool all_see = __all_sync(~0u, last_key <= rows_.limit(0));
-      float best[kRows];
+      float best[2 * kRows];  // of two of every eight keys
 #pragma unroll
-      for (int i = 0; i < kRows; ++i) best[i] = -INFINITY;
+      for (float& one : best) one = -INFINITY;
 #pragma unroll 1
       for (int group = 0; group < groups_; ++group) {
-        float acc[kRows / 2][4] = {};
+        float acc[kRows][4] = {};
 #pragma unroll
         for (int piece = 0; piece < kPieces; ++piece) {
-          const uint4 b = q[(group * kPieces + piece) * 32];
+          const uint4* a = q + (group * kPieces + piece) * 64;
+          const uint4 left = a[0], right = a[32];
 #pragma unroll
-          for (int i = 0; i < kRows; i += 2) {
-            const uint4 &above = k[i][piece], &below = k[i + 1][piece];
-            multiply<T>(acc[i / 2], {above.x, below.x, above.y, below.y}, b.x, b.y);
-            multiply<T>(acc[i / 2], {above.z, below.z, above.w, below.w}, b.z, b.w);
-          }
+          for (int i = 0; i < kRows; ++i)
+            multiply<T>(acc[i], {left.x, left.y, left.z, left.w}, k[i][piece].x, k[i][piece].y);
+#pragma unroll
+          for (int i = 0; i < kRows; ++i)
+            multiply<T>(acc[i], {right.x, right.y, right.z, right.w}, k[i][piece].z, k[i][piece].w);
         }
         if (!all_see) hide(tile, first, group, acc);
           // NaN ranks as -inf
 #pragma unroll
-        for (int i = 0; i < kRows; ++i)
-          best[i] = fmaxf(best[i], fmaxf(acc[i / 2][i % 2 * 2], acc[i / 2][i % 2 * 2 + 1]));
+        for (int i = 0; i < 2 * kRows; ++i)
+          best[i] = fmaxf(best[i], fmaxf(acc[i / 2][i % 2], acc[i / 2][i % 2 + 2]));
+      }
+      // Of eight lanes that have the same keys each hands over half of them, until it has one
+      int own = 0;
+      constexpr int kLeft = std::max(kRows / 4, 1);
+#pragma unroll
+      for (int mask = 16, count = 2 * kRows; mask >= 4; mask /= 2) {
+        const bool upper = lane & mask;
+        if (count == 1) {
+          best[0] = fmaxf(best[0], __shfl_xor_sync(~0u, best[0], mask));
+          continue;
+        }
+        count /= 2;
+        own = 2 * own + upper;
+#pragma unroll
+        for (int i = 0; i < count; ++i) {
+          const float given = upper ? best[i] : best[i + count];
+          best[i] = fmaxf(upper ? best[i + count] : best[i], __shfl_xor_sync(~0u, given, mask));
+        }
       }
 #pragma unroll
-      for (int i = 0; i < kRows; ++i) {
-        best[i] = fmaxf(best[i], __shfl_xor_sync(~0u, best[i], 1));
-        best[i] = fmaxf(best[i], __shfl_xor_sync(~0u, best[i], 2));
-        if (lane % 4 == 0) tile.best[first + i * 8] = order_of(best[i]);
+      for (int i = 0; i < kLeft; ++i) {
+        const int at = own * kLeft + i;
+        tile.best[first + at / 2 * 8 + lane % 4 * 2 + at % 2] = order_of(best[i]);
       }
     }
     __syncwarp();
@@ -240,22 +270,25 @@ template <class T, int kD> class HipMatrix {
   static constexpr int kRows = 2 * 256 / kD;  // of a lane at a time: 64 registers
 
   // Products with queries that stand too early for a key
-  __device__ void hide(const HipTile& tile, int first, int group,
-                       float (&acc)[kRows / 2][4]) const {
+  __device__ void hide(const HipTile& tile, int first, int group, float (&acc)[kRows][4]) const {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
     for (int j = 0; j < 2; ++j) {
-      const int32_t limit =
-          rows_.limit(min(group * 8 + static_cast<int>(threadIdx.x) % 4 * 2 + j, rows_.count - 1));
+      const int32_t limit = rows_.limit(min(group * 16 + lane / 4 + j * 8, rows_.count - 1));
 #pragma unroll
-      for (int i = 0; i < kRows; ++i)
-        if (tile.keys[first + i * 8] > limit) acc[i / 2][i % 2 * 2 + j] = -INFINITY;
+      for (int i = 0; i < 2 * kRows; ++i)
+        if (tile.keys[first + i / 2 * 8 + lane % 4 * 2 + i % 2] > limit)
+          acc[i / 2][j * 2 + i % 2] = -INFINITY;
     }
   }
 
+  const HipArgs& args_;
   const int d_, heads_;
   const HipRows<T, kNear> rows_;
-  const int groups_;  // of eight rows
-  uint4* smem_q_;     // [heads, groups, pieces, lanes]
+  const int groups_;  // of sixteen rows
+  uint4* smem_q_;     // [heads, groups, pieces, 2, lanes]
   int64_t head_ = -1;
+  const T* keys_ = nullptr;  // of its kv head
+  int next_ = 0;             // the first of the heads that are held that has the keys after these
 };
 
 // Any other keys, and those that turn: a lane has one, and eight rows at a time

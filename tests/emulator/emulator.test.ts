@@ -1919,14 +1919,14 @@ const kernels: Kernel[] = [
       {
         what: 'queries are used before they are there',
         file: search,
-        from: 'sizeof columns);\n    }\n    __syncthreads();',
-        to: 'sizeof columns);\n    }',
+        from: 'rows[1].w};\n    }\n    __syncthreads();',
+        to: 'rows[1].w};\n    }',
       },
       {
         what: 'columns of a fragment are taken for rows',
         file: search,
-        from: '{above.x, below.x, above.y, below.y}',
-        to: '{above.x, above.y, below.x, below.y}',
+        from: '{left.x, left.y, left.z, left.w}',
+        to: '{left.x, left.z, left.y, left.w}',
       },
       {
         what: 'queries see keys of their windows',
@@ -1937,8 +1937,8 @@ const kernels: Kernel[] = [
       {
         what: 'a maximum misses half of the queries',
         file: search,
-        from: '__shfl_xor_sync(~0u, best[i], 2)',
-        to: 'best[i]',
+        from: '__shfl_xor_sync(~0u, given, mask)',
+        to: 'given',
       },
       {
         what: 'scores of the list before stay',
