@@ -248,7 +248,7 @@ template <class Team, class Scorer>
 HEDDLE_HD void hip_halves(const Team& team, const Hip& op, const HipPlace& place, Scorer& scorer,
                           uint32_t* slot) {
   const int64_t width = op.index.shape[3];
-  const int per_block = hip_log2(op.block_k / op.stride_k);
+  const int block_log2 = hip_log2(op.block_k), per_block = hip_log2(op.block_k / op.stride_k);
   const int64_t length = place.end - op.sink_tokens;
   const int64_t blocks = length > 0 ? (length + op.block_k - 1) / op.block_k : 0;
   const auto start = [&](int64_t block) { return op.sink_tokens + block * op.block_k; };
@@ -270,7 +270,11 @@ HEDDLE_HD void hip_halves(const Team& team, const Hip& op, const HipPlace& place
       const HipInterval own = half(i);
       order[i] = own.from < own.to ? kLeastOrder : kNoOrder;
     });
-    const int64_t keys = 2 * width << per_block, tiles = (keys + kHipTile - 1) / kHipTile;
+    // Keys are below 2^30
+    const auto keys = static_cast<int32_t>(2 * width << per_block),
+               stride = static_cast<int32_t>(op.stride_k), end = static_cast<int32_t>(place.end),
+               skipped = static_cast<int32_t>(op.sink_tokens);
+    const int64_t tiles = (keys + kHipTile - 1) / kHipTile;
     for (int64_t head = 0; head < place.heads; head += scorer.heads()) {
       const int64_t rest = place.heads - head, held = rest < scorer.heads() ? rest : scorer.heads();
       scorer.load(place.first_head + head, held);
@@ -287,8 +291,8 @@ HEDDLE_HD void hip_halves(const Team& team, const Hip& op, const HipPlace& place
           const int32_t block =
               op.representative == Hip::kFirst ? own.from : own.from + (own.to - own.from) / 2;
           const int32_t offset = at & ((1 << per_block) - 1);
-          const int64_t key = start(block) + (offset + 1) * op.stride_k - 1;
-          if (key < place.end) tile.keys[i] = static_cast<int32_t>(key);
+          const int32_t key = skipped + (block << block_log2) + (offset + 1) * stride - 1;
+          if (key < end) tile.keys[i] = key;
         });
         const int64_t own_head = item - int64_t{of_tile} * held;
         if constexpr (Scorer::kNear) hip_look_up(squad, op, place.first_head + head + own_head);

@@ -36,7 +36,10 @@ struct HipWarp {
   template <class X> __device__ X take(X& x) const { return atomicAdd(&x, X{1}); }
   __device__ void put(int32_t& x, int32_t value) const { x = value; }
   template <class Body> __device__ void each(int n, const Body& body) const {
-    for (int i = static_cast<int>(threadIdx.x) % 32; i < n; i += 32) body(i);
+    // So that the rounds of a constant number are known
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    for (int first = 0; first < n; first += 32)
+      if (first + lane < n) body(first + lane);
     __syncwarp();
   }
 };
@@ -120,6 +123,23 @@ template <class T, bool kNear> class HipRows {
     const int64_t batch = op_.block_table.data ? 0 : place_.b * op_.k.strides[0];
     return static_cast<T*>(op_.k.data) + batch + kv_head * op_.k.strides[2];
   }
+  // Columns of several of those at k, of positions or -1, for which there is any row, as for pages
+  // that do not exist; nothing branches between them where keys are no pages
+  template <int kCount>
+  __device__ void find(const T* k, int column, const int32_t (&t)[kCount], const uint32_t* slots,
+                       const T* (&to)[kCount]) const {
+    const T* any = k + column;
+    if (kNear || op_.block_table.data) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        const T* row = t[i] < 0 ? nullptr : key(k, t[i], slots[i * 8]);
+        to[i] = row ? row + column : any;
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) to[i] = any + max(t[i], 0) * op_.k.strides[1];
+    }
+  }
   // One of those at k, null if a page does not exist; a slot is one nearby
   __device__ const T* key(const T* k, int64_t t, uint32_t slot) const {
     if constexpr (kNear)
@@ -192,7 +212,8 @@ template <class T, int kD> class HipMatrix {
   }
 
   __device__ void score(const HipWarp& warp, int64_t head) const {
-    const int lane = threadIdx.x % 32, column = lane % 4 * 8;
+    const auto lane = static_cast<int>(threadIdx.x % 32);
+    const int column = lane % 4 * 8;
     HipTile& tile = warp.tile;
     const uint4* q = smem_q_ + head * groups_ * kPieces * 64 + lane;
     const T* keys = head < next_ ? keys_ : keys_ + args_.op.k.strides[2];
@@ -201,19 +222,21 @@ template <class T, int kD> class HipMatrix {
 #pragma unroll 1
     for (int first = 0; first < kHipTile; first += kRows * 8) {
       // Of the keys first, first + 8, ... as many columns as a lane has of a fragment
-      int32_t last_key = -1;
+      // Nobody asks what one scores that does not exist
+      int32_t t[kRows], last_key = -1;
+      const T* from[kRows];
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
-        const int slot = first + i * 8 + lane / 4;
-        const int32_t t = tile.keys[slot];
-        last_key = max(last_key, t);
-        const T* from = t < 0 ? nullptr : rows_.key(keys, t, tile.best[slot]);
-        if (!from) from = keys;  // nobody asks what a key scores that does not exist
+        t[i] = tile.keys[first + i * 8 + lane / 4];
+        last_key = max(last_key, t[i]);
+      }
+      rows_.find(keys, column, t, tile.best + first + lane / 4, from);
+#pragma unroll
+      for (int i = 0; i < kRows; ++i)
 #pragma unroll
         for (int piece = 0; piece < kPieces; ++piece)
           if (piece * 32 + column < d_)
-            k[i][piece] = __ldg(reinterpret_cast<const uint4*>(from + column + piece * 32));
-      }
+            k[i][piece] = __ldg(reinterpret_cast<const uint4*>(from[i] + piece * 32));
       const bool all_see = __all_sync(~0u, last_key <= rows_.limit(0));
       float best[2 * kRows];  // of two of every eight keys
 #pragma unroll

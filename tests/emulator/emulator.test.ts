@@ -1907,8 +1907,8 @@ const kernels: Kernel[] = [
       {
         what: 'lanes go on before their warp has its keys',
         file: search,
-        from: 'i += 32) body(i);\n    __syncwarp();',
-        to: 'i += 32) body(i);',
+        from: 'body(first + lane);\n    __syncwarp();',
+        to: 'body(first + lane);',
       },
       {
         what: 'a warp goes on before its scores are there',
