@@ -54,6 +54,7 @@ template <class Scorer> void search(HipArgs args, CudaContext& context) {
   const bool shared = args.members == 1 && slot_bytes <= kSharedSlot;
   if (shared) ctas = resident(bytes += slot_bytes);
   const int64_t groups = args.members == 1 ? std::min(tasks, ctas) : tasks;
+  args.queue = context.counters(1);
   if (!shared) {
     const auto words = static_cast<size_t>(groups * args.slot);
     const size_t all = words + static_cast<size_t>(groups);

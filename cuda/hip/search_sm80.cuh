@@ -28,6 +28,7 @@ struct HipArgs {
   int members, heads;  // CTAs that share a list; heads whose queries shared memory holds
   size_t query_bytes;
   int* arrivals;
+  int* queue;  // how many lists were taken after the first of each CTA; of those without members
   int* fault;
 };
 
@@ -379,6 +380,19 @@ __device__ inline bool arrives_last(int* arrivals, int members) {
   return last;
 }
 
+// The list that a CTA takes after one, from all that none has; the last to find none clears the
+// queue
+__device__ inline int64_t next_task(const HipArgs& args, int64_t groups) {
+  __shared__ int taken;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    taken = atomicAdd(args.queue, 1);
+    if (taken == args.tasks - 1) *args.queue = 0;
+  }
+  __syncthreads();
+  return groups + taken;
+}
+
 // `smem` has query_bytes for queries, a tile for each warp, and a slot if they stand here
 template <class Scorer> __device__ void hip_search(const HipArgs& args, char* smem) {
   const Hip& op = args.op;
@@ -387,11 +401,8 @@ template <class Scorer> __device__ void hip_search(const HipArgs& args, char* sm
   const int64_t groups = gridDim.x / args.members;
   uint32_t* slot = args.slots ? args.slots + group * args.slot
                               : reinterpret_cast<uint32_t*>(team.tiles + blockDim.x / 32);
-  // There and back, so that nobody gets the longer list every time
-  bool back = false;
-  for (int64_t first = 0; first < args.tasks; first += groups, back = !back) {
-    const int64_t task = first + (back ? groups - 1 - group : group);
-    if (task >= args.tasks) continue;
+  const auto next = [&] { return args.members == 1 ? next_task(args, groups) : args.tasks; };
+  for (int64_t task = group; task < args.tasks; task = next()) {
     HipPlace place = hip_place(op, task);
     if (op.cache_seqlens.data && threadIdx.x == 0) {
       const int32_t keys =

@@ -1947,6 +1947,12 @@ const kernels: Kernel[] = [
         to: '',
       },
       {
+        what: 'the next search finds lists taken',
+        file: search,
+        from: 'if (taken == args.tasks - 1) *args.queue = 0;',
+        to: '',
+      },
+      {
         what: 'keys that stand nearby are read from afar',
         file: search,
         from: 'if (op_.near.data && ~slot)',

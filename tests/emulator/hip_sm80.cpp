@@ -270,6 +270,8 @@ double check(const Case& c, emulator::Random& random) {
   std::vector<int> arrivals(static_cast<size_t>(groups));
   if (!c.shared || c.members > 1) args.slots = slots.data();
   args.arrivals = arrivals.data();
+  int queue = 0;
+  args.queue = &queue;
   const size_t bytes = args.query_bytes + static_cast<size_t>(c.warps) * sizeof(HipTile) +
                        static_cast<size_t>(args.slots ? 0 : args.slot) * sizeof(uint32_t);
   emulator::launch(static_cast<int>(groups) * c.members, c.warps * 32, bytes + 16, [&] {
@@ -287,7 +289,7 @@ double check(const Case& c, emulator::Random& random) {
       used += op.near_slots.as<int32_t>()[2 * slot + 1] == 7;
     if (used == 0 || used > static_cast<int64_t>(counts[0])) return INFINITY;
   }
-  return fault == 0 && actual == expected ? 0 : INFINITY;
+  return fault == 0 && queue == 0 && actual == expected ? 0 : INFINITY;
 }
 
 constexpr int kStage = Hip::kStage;
