@@ -12,6 +12,10 @@
 //   raise(x, y)                 x = max(x, y) of a uint32_t, whoever does it at the same time
 //   how_many(n, chosen)         are chosen of the i < n
 //   compact(n, chosen, place)   place(i, at) of the i < n that are chosen, `at` counting them
+//   kHasPeers                   whether teams search lists of the same rows side by side, of heads
+//                               one after the other: then it has peers(), how many there are,
+//                               peer(), which it is, and meet(), which waits for all; slots of
+//                               peers stand one after the other, and their scorer is the same
 //
 // A scorer looks at keys, kHipTile at a time:
 //
@@ -21,6 +25,7 @@
 //   score(squad, i)             best[j] of the squad's tile becomes the order of the largest
 //                               product of the i-th of those heads with keys[j], unless that is
 //                               negative
+//   score_each(squad, n, put)   the same for n heads: put(i, j, order)
 //
 // Where rows of k stand nearby, squads look them up, for which they also have `take`, as
 // core/fetch.h says, and `put(x, value)`: x = value, as others may do at the same time.
@@ -235,8 +240,9 @@ template <class Squad> HEDDLE_HD void hip_look_up(const Squad& squad, const Hip&
 }
 
 // What `halves` needs of a slot of memory: intervals and their halves
+constexpr int64_t kHalvesWords = 6;  // for each block of a list
 inline int64_t hip_slot(const Hip& op) {
-  return op.kind == Hip::kHalves ? 6 * op.index.shape[3] : op.most_chunks();
+  return op.kind == Hip::kHalves ? kHalvesWords * op.index.shape[3] : op.most_chunks();
 }
 
 // Of blocks
@@ -260,6 +266,8 @@ HEDDLE_HD void hip_halves(const Team& team, const Hip& op, const HipPlace& place
     kept[i] = {static_cast<int32_t>(i * blocks / width),
                static_cast<int32_t>((i + 1) * blocks / width)};
   });
+  // Peers begin with the same intervals: each looks at its share of them for all
+  bool shares = Team::kHasPeers;
   for (int64_t longest = (blocks + width - 1) / width; longest > 1; longest = (longest + 1) / 2) {
     const auto half = [&](auto i) {
       const HipInterval whole = kept[i / 2];
@@ -277,11 +285,21 @@ HEDDLE_HD void hip_halves(const Team& team, const Hip& op, const HipPlace& place
     const int64_t tiles = (keys + kHipTile - 1) / kHipTile;
     for (int64_t head = 0; head < place.heads; head += scorer.heads()) {
       const int64_t rest = place.heads - head, held = rest < scorer.heads() ? rest : scorer.heads();
-      scorer.load(place.first_head + head, held);
+      int64_t items = tiles * held;
+      if constexpr (Team::kHasPeers) {
+        if (shares) items = (tiles - team.peer() + team.peers() - 1) / team.peers();
+        scorer.load(place.first_head - team.peer(), team.peers());
+      } else {
+        scorer.load(place.first_head + head, held);
+      }
       // Heads that look at the same keys come one after the other
-      team.share(tiles * held, [&](const auto& squad, int64_t item) {
-        const int32_t of_tile = static_cast<int32_t>(held > 1 ? item / held : item),
-                      first = of_tile * kHipTile;
+      team.share(items, [&](const auto& squad, int64_t item) {
+        int64_t of_tile = held > 1 ? item / held : item, own_head = item - of_tile * held;
+        if constexpr (Team::kHasPeers) {
+          if (shares) of_tile = team.peer() + item * team.peers();
+          own_head = team.peer();
+        }
+        const int32_t first = static_cast<int32_t>(of_tile) * kHipTile;
         HipTile& tile = squad.tile;
         squad.each(kHipTile, [&](auto i) {
           const int32_t at = first + static_cast<int32_t>(i), branch = at >> per_block;
@@ -294,7 +312,12 @@ HEDDLE_HD void hip_halves(const Team& team, const Hip& op, const HipPlace& place
           const int32_t key = skipped + (block << block_log2) + (offset + 1) * stride - 1;
           if (key < end) tile.keys[i] = key;
         });
-        const int64_t own_head = item - int64_t{of_tile} * held;
+        if constexpr (Team::kHasPeers)
+          if (shares)
+            return scorer.score_each(squad, team.peers(), [&](int i, int j, uint32_t best) {
+              uint32_t* to = order + (i - team.peer()) * kHalvesWords * width;
+              if (tile.keys[j] >= 0) team.raise(to[(first + j) >> per_block], best);
+            });
         if constexpr (Scorer::kNear) hip_look_up(squad, op, place.first_head + head + own_head);
         scorer.score(squad, own_head);
         squad.each(kHipTile, [&](auto i) {
@@ -303,6 +326,9 @@ HEDDLE_HD void hip_halves(const Team& team, const Hip& op, const HipPlace& place
         });
       });
     }
+    if constexpr (Team::kHasPeers)
+      if (shares) team.meet();
+    shares = false;
     const uint64_t least = hip_threshold(team, order, 2 * width, width);
     team.compact(
         2 * width,

@@ -17,6 +17,7 @@ namespace {
 
 // A team of one, which is its own squad
 struct HipTeam : Alone {
+  static constexpr bool kHasPeers = false;
   HipTile& tile;
 
   template <class X> X take(X& x) const { return std::atomic_ref(x).fetch_add(1); }

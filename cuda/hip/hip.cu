@@ -12,7 +12,52 @@ __global__ void __launch_bounds__(kHipWarps * 32) hip_kernel(const __grid_consta
   hip_search<Scorer>(args, smem);
 }
 
+template <class Scorer>
+__global__ void __launch_bounds__(kMostPeers * 32, kHipWarps / kMostPeers)
+    hip_peers_kernel(const __grid_constant__ HipArgs args) {
+  extern __shared__ __align__(16) char smem[];
+  hip_search_peers<Scorer>(args, smem);
+}
+
+// Lists of a kv head's heads side by side, if there are many, and as many fit as otherwise
+template <class Scorer> bool search_peers(HipArgs args, CudaContext& context) {
+  const Hip& op = args.op;
+  auto* kernel = hip_peers_kernel<Scorer>;
+  const auto bytes = [&](int peers) {
+    return static_cast<size_t>(peers) *
+           (Scorer::bytes(op) + sizeof(HipTile) + static_cast<size_t>(hip_slot(op)) * 4);
+  };
+  const auto warps = [&](int peers) {
+    int ctas = 0;
+    HEDDLE_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                     static_cast<int>(bytes(peers))));
+    HEDDLE_CUDA(
+        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&ctas, kernel, peers * 32, bytes(peers)));
+    return ctas * peers;
+  };
+  const int64_t group = op.q.shape[2] / op.k.shape[2];
+  constexpr size_t kMostBytes = size_t{200} << 10;
+  int peers = kMostPeers;
+  while (peers > 1 && group % peers != 0) --peers;
+  if (op.kind != Hip::kHalves || op.near || op.index.shape[1] != op.q.shape[2] || peers == 1 ||
+      bytes(peers) > kMostBytes || args.tasks < int64_t{2} * kHipWarps * context.processors)
+    return false;
+  const int alone = warps(1), resident = warps(peers);
+  if (resident < alone) return false;
+  args.query_bytes = static_cast<size_t>(peers) * Scorer::bytes(op);
+  args.heads = args.members = 1;
+  args.slot = hip_slot(op);
+  args.tasks /= peers;
+  args.queue = context.counters(1);
+  const int64_t ctas = std::min<int64_t>(args.tasks, resident / peers * context.processors);
+  kernel<<<static_cast<unsigned>(ctas), peers * 32, bytes(peers), context.stream>>>(args);
+  context.launched("hip_peers_kernel");
+  return true;
+}
+
 template <class Scorer> void search(HipArgs args, CudaContext& context) {
+  if constexpr (Scorer::kHasPeers)
+    if (search_peers<Scorer>(args, context)) return;
   constexpr size_t kSharedSlot = size_t{48} << 10, kSharedQueries = size_t{64} << 10;
   const Hip& op = args.op;
   auto* kernel = hip_kernel<Scorer>;

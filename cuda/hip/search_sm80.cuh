@@ -20,6 +20,7 @@
 namespace heddle {
 
 constexpr int kHipWarps = 12;  // of a CTA, at most
+constexpr int kMostPeers = 4;  // of lists that are searched side by side
 
 struct HipArgs {
   Hip op;
@@ -46,6 +47,7 @@ struct HipWarp {
 };
 
 struct HipTeam : CtaTeam {
+  static constexpr bool kHasPeers = false;
   HipTile* tiles;
 
   template <class Body> __device__ void share(int64_t n, const Body& body) const {
@@ -67,6 +69,43 @@ struct HipTeam : CtaTeam {
     const uint32_t all = __reduce_add_sync(~0u, lane < blockDim.x / 32 ? found[lane] : 0);
     __syncthreads();
     return all;
+  }
+};
+
+// Warps of a CTA that search for a list each
+struct HipPeers {
+  static constexpr bool kHasPeers = true;
+  const HipWarp squad;
+
+  __device__ int peers() const { return static_cast<int>(blockDim.x) / 32; }
+  __device__ int peer() const { return static_cast<int>(threadIdx.x) / 32; }
+  __device__ void meet() const { __syncthreads(); }
+  __device__ void raise(uint32_t& x, uint32_t y) const { atomicMax(&x, y); }
+  template <class Body> __device__ void each(int64_t n, const Body& body) const {
+    squad.each(static_cast<int>(n), body);
+  }
+  template <class Body> __device__ void share(int64_t n, const Body& body) const {
+    for (int i = 0; i < static_cast<int>(n); ++i) body(squad, i);
+    __syncwarp();
+  }
+  template <class Chosen> __device__ int64_t how_many(int64_t n, const Chosen& chosen) const {
+    uint32_t own = 0;
+#pragma unroll 8
+    for (int i = static_cast<int>(threadIdx.x) % 32; i < static_cast<int>(n); i += 32)
+      own += chosen(i);
+    return __reduce_add_sync(~0u, own);
+  }
+  template <class Chosen, class Place>
+  __device__ void compact(int64_t n, const Chosen& chosen, const Place& place) const {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    int at = 0;
+    for (int first = 0; first < static_cast<int>(n); first += 32) {
+      const bool own = first + lane < n && chosen(first + lane);
+      const uint32_t mine = __ballot_sync(~0u, own);
+      if (own) place(first + lane, at + __popc(mine & ((1u << lane) - 1)));
+      at += __popc(mine);
+    }
+    __syncwarp();
   }
 };
 
@@ -173,7 +212,7 @@ template <class T, bool kNear> class HipRows {
 template <class T, int kD> class HipMatrix {
  public:
   // One size for all keys nearby: what comes over the bus takes longer than products with zeros
-  static constexpr bool kNear = kD == 256;
+  static constexpr bool kNear = kD == 256, kHasPeers = true;
   __device__ HipMatrix(const HipArgs& args, const HipPlace& place, char* smem)
       : args_(args),
         d_(static_cast<int>(args.op.q.shape[3])),
@@ -213,10 +252,24 @@ template <class T, int kD> class HipMatrix {
   }
 
   __device__ void score(const HipWarp& warp, int64_t head) const {
+    look(warp, head, 1, [&](int, int at, uint32_t best) { warp.tile.best[at] = best; });
+  }
+  template <class Put>
+  __device__ void score_each(const HipWarp& warp, int count, const Put& put) const {
+    look(warp, 0, count, put);
+  }
+
+ private:
+  static constexpr int kPieces = kD / 32;     // of four lanes each
+  static constexpr int kRows = 2 * 256 / kD;  // of a lane at a time: 64 registers
+
+  // For heads from one on that look at the same keys
+  template <class Put>
+  __device__ __forceinline__ void look(const HipWarp& warp, int64_t head, int heads,
+                                       const Put& put) const {
     const auto lane = static_cast<int>(threadIdx.x % 32);
     const int column = lane % 4 * 8;
     HipTile& tile = warp.tile;
-    const uint4* q = smem_q_ + head * groups_ * kPieces * 64 + lane;
     const T* keys = head < next_ ? keys_ : keys_ + args_.op.k.strides[2];
     // Columns that there are none of stay zeros
     uint4 k[kRows][kPieces] = {};
@@ -239,59 +292,60 @@ template <class T, int kD> class HipMatrix {
           if (piece * 32 + column < d_)
             k[i][piece] = __ldg(reinterpret_cast<const uint4*>(from[i] + piece * 32));
       const bool all_see = __all_sync(~0u, last_key <= rows_.limit(0));
-      float best[2 * kRows];  // of two of every eight keys
-#pragma unroll
-      for (float& one : best) one = -INFINITY;
 #pragma unroll 1
-      for (int group = 0; group < groups_; ++group) {
-        float acc[kRows][4] = {};
+      for (int other = 0; other < heads; ++other) {
+        const uint4* q = smem_q_ + (head + other) * groups_ * kPieces * 64 + lane;
+        float best[2 * kRows];  // of two of every eight keys
 #pragma unroll
-        for (int piece = 0; piece < kPieces; ++piece) {
-          const uint4* a = q + (group * kPieces + piece) * 64;
-          const uint4 left = a[0], right = a[32];
+        for (float& one : best) one = -INFINITY;
+#pragma unroll 1
+        for (int group = 0; group < groups_; ++group) {
+          float acc[kRows][4] = {};
 #pragma unroll
-          for (int i = 0; i < kRows; ++i)
-            multiply<T>(acc[i], {left.x, left.y, left.z, left.w}, k[i][piece].x, k[i][piece].y);
+          for (int piece = 0; piece < kPieces; ++piece) {
+            const uint4* a = q + (group * kPieces + piece) * 64;
+            const uint4 left = a[0], right = a[32];
 #pragma unroll
-          for (int i = 0; i < kRows; ++i)
-            multiply<T>(acc[i], {right.x, right.y, right.z, right.w}, k[i][piece].z, k[i][piece].w);
+            for (int i = 0; i < kRows; ++i)
+              multiply<T>(acc[i], {left.x, left.y, left.z, left.w}, k[i][piece].x, k[i][piece].y);
+#pragma unroll
+            for (int i = 0; i < kRows; ++i)
+              multiply<T>(acc[i], {right.x, right.y, right.z, right.w}, k[i][piece].z,
+                          k[i][piece].w);
+          }
+          if (!all_see) hide(tile, first, group, acc);
+            // NaN ranks as -inf
+#pragma unroll
+          for (int i = 0; i < 2 * kRows; ++i)
+            best[i] = fmaxf(best[i], fmaxf(acc[i / 2][i % 2], acc[i / 2][i % 2 + 2]));
         }
-        if (!all_see) hide(tile, first, group, acc);
-          // NaN ranks as -inf
+        // Of eight lanes that have the same keys each hands over half of them, until it has one
+        int own = 0;
+        constexpr int kLeft = std::max(kRows / 4, 1);
 #pragma unroll
-        for (int i = 0; i < 2 * kRows; ++i)
-          best[i] = fmaxf(best[i], fmaxf(acc[i / 2][i % 2], acc[i / 2][i % 2 + 2]));
-      }
-      // Of eight lanes that have the same keys each hands over half of them, until it has one
-      int own = 0;
-      constexpr int kLeft = std::max(kRows / 4, 1);
+        for (int mask = 16, count = 2 * kRows; mask >= 4; mask /= 2) {
+          const bool upper = lane & mask;
+          if (count == 1) {
+            best[0] = fmaxf(best[0], __shfl_xor_sync(~0u, best[0], mask));
+            continue;
+          }
+          count /= 2;
+          own = 2 * own + upper;
 #pragma unroll
-      for (int mask = 16, count = 2 * kRows; mask >= 4; mask /= 2) {
-        const bool upper = lane & mask;
-        if (count == 1) {
-          best[0] = fmaxf(best[0], __shfl_xor_sync(~0u, best[0], mask));
-          continue;
+          for (int i = 0; i < count; ++i) {
+            const float given = upper ? best[i] : best[i + count];
+            best[i] = fmaxf(upper ? best[i + count] : best[i], __shfl_xor_sync(~0u, given, mask));
+          }
         }
-        count /= 2;
-        own = 2 * own + upper;
 #pragma unroll
-        for (int i = 0; i < count; ++i) {
-          const float given = upper ? best[i] : best[i + count];
-          best[i] = fmaxf(upper ? best[i + count] : best[i], __shfl_xor_sync(~0u, given, mask));
+        for (int i = 0; i < kLeft; ++i) {
+          const int at = own * kLeft + i;
+          put(other, first + at / 2 * 8 + lane % 4 * 2 + at % 2, order_of(best[i]));
         }
-      }
-#pragma unroll
-      for (int i = 0; i < kLeft; ++i) {
-        const int at = own * kLeft + i;
-        tile.best[first + at / 2 * 8 + lane % 4 * 2 + at % 2] = order_of(best[i]);
       }
     }
     __syncwarp();
   }
-
- private:
-  static constexpr int kPieces = kD / 32;     // of four lanes each
-  static constexpr int kRows = 2 * 256 / kD;  // of a lane at a time: 64 registers
 
   // Products with queries that stand too early for a key
   __device__ void hide(const HipTile& tile, int first, int group, float (&acc)[kRows][4]) const {
@@ -318,7 +372,7 @@ template <class T, int kD> class HipMatrix {
 // Any other keys, and those that turn: a lane has one, and eight rows at a time
 template <class T> class HipPlain {
  public:
-  static constexpr bool kNear = true;
+  static constexpr bool kNear = true, kHasPeers = false;
   __device__ HipPlain(const HipArgs& args, const HipPlace& place, char* smem)
       : op_(args.op), rows_(args, place), smem_q_(reinterpret_cast<float*>(smem)) {}
 
@@ -380,6 +434,13 @@ __device__ inline bool arrives_last(int* arrivals, int members) {
   return last;
 }
 
+__device__ inline void check_keys(const HipArgs& args, const HipPlace& place) {
+  const Hip& op = args.op;
+  const int32_t keys =
+      static_cast<int32_t*>(op.cache_seqlens.data)[place.b * op.cache_seqlens.strides[0]];
+  if (keys < op.q.shape[1] || keys > hip_keys(op)) *args.fault = 1;
+}
+
 // The list that a CTA takes after one, from all that none has; the last to find none clears the
 // queue
 __device__ inline int64_t next_task(const HipArgs& args, int64_t groups) {
@@ -404,11 +465,7 @@ template <class Scorer> __device__ void hip_search(const HipArgs& args, char* sm
   const auto next = [&] { return args.members == 1 ? next_task(args, groups) : args.tasks; };
   for (int64_t task = group; task < args.tasks; task = next()) {
     HipPlace place = hip_place(op, task);
-    if (op.cache_seqlens.data && threadIdx.x == 0) {
-      const int32_t keys =
-          static_cast<int32_t*>(op.cache_seqlens.data)[place.b * op.cache_seqlens.strides[0]];
-      if (keys < op.q.shape[1] || keys > hip_keys(op)) *args.fault = 1;
-    }
+    if (op.cache_seqlens.data && threadIdx.x == 0) check_keys(args, place);
     Scorer scorer(args, place, smem);
     if (op.kind == Hip::kHalves) {
       hip_halves(team, op, place, scorer, slot);
@@ -432,6 +489,23 @@ template <class Scorer> __device__ void hip_search(const HipArgs& args, char* sm
       continue;
     }
     hip_keep(team, op, place, chunks, slot);
+  }
+}
+
+// Lists of heads in turn, by a warp each. `smem` has queries of all of them, then a tile and a slot
+// for each warp.
+template <class Scorer> __device__ void hip_search_peers(const HipArgs& args, char* smem) {
+  const Hip& op = args.op;
+  const int64_t peers = blockDim.x / 32, rows = op.index.shape[2];
+  const auto peer = static_cast<int64_t>(threadIdx.x) / 32;
+  auto* tiles = reinterpret_cast<HipTile*>(smem + args.query_bytes);
+  uint32_t* slot = reinterpret_cast<uint32_t*>(tiles + peers) + peer * args.slot;
+  const HipPeers team{{tiles[peer]}};
+  for (int64_t task = blockIdx.x; task < args.tasks; task = next_task(args, gridDim.x)) {
+    const HipPlace place = hip_place(op, (task / rows * peers + peer) * rows + task % rows);
+    if (op.cache_seqlens.data && threadIdx.x == 0) check_keys(args, place);
+    Scorer scorer(args, place, smem);
+    hip_halves(team, op, place, scorer, slot);
   }
 }
 

@@ -1913,8 +1913,8 @@ const kernels: Kernel[] = [
       {
         what: 'a warp goes on before its scores are there',
         file: search,
-        from: 'order_of(best[i]);\n      }\n    }\n    __syncwarp();',
-        to: 'order_of(best[i]);\n      }\n    }',
+        from: 'order_of(best[i]));\n        }\n      }\n    }\n    __syncwarp();',
+        to: 'order_of(best[i]));\n        }\n      }\n    }',
       },
       {
         what: 'queries are used before they are there',
@@ -1945,6 +1945,12 @@ const kernels: Kernel[] = [
         file: search,
         from: 'slot[i] = kNoOrder;',
         to: '',
+      },
+      {
+        what: 'a list is chosen before peers are through with its keys',
+        file: search,
+        from: '__device__ void meet() const { __syncthreads(); }',
+        to: '__device__ void meet() const {}',
       },
       {
         what: 'the next search finds lists taken',

@@ -13,6 +13,7 @@ namespace {
 #endif
 using Scorer = HEDDLE_SCORER;
 using T = HEDDLE_ELEMENT;
+using SideBySide = std::conditional_t<Scorer::kHasPeers, Scorer, HipMatrix<BF16, 64>>;
 constexpr bool kTurns = std::is_same_v<Scorer, HipPlain<T>>;
 template <class> constexpr int kColumns = 0;  // of a fragment's keys
 template <int kD> constexpr int kColumns<HipMatrix<T, kD>> = kD;
@@ -30,10 +31,12 @@ struct Case {
   int64_t near = 0;    // slots
   uint32_t most = 4;   // of what q and k hold
   bool step = false;   // by the kernel of steps, if it takes such keys
+  int peers = 0;       // lists that a CTA searches side by side
 };
 
 // One thread, which is its own squad
 struct Alone {
+  static constexpr bool kHasPeers = false;
   HipTile& tile;
   template <class X> X take(X& x) const { return x++; }
   void put(int32_t& x, int32_t value) const { x = value; }
@@ -274,6 +277,22 @@ double check(const Case& c, emulator::Random& random) {
   args.queue = &queue;
   const size_t bytes = args.query_bytes + static_cast<size_t>(c.warps) * sizeof(HipTile) +
                        static_cast<size_t>(args.slots ? 0 : args.slot) * sizeof(uint32_t);
+  if constexpr (Scorer::kHasPeers)
+    if (c.peers > 0) {
+      args.query_bytes = static_cast<size_t>(c.peers) * Scorer::bytes(op);
+      args.tasks /= c.peers;
+      emulator::launch(std::min(static_cast<int>(args.tasks), c.ctas), c.peers * 32,
+                       args.query_bytes +
+                           static_cast<size_t>(c.peers) *
+                               (sizeof(HipTile) + static_cast<size_t>(args.slot) * 4) +
+                           16,
+                       [&] {
+                         char* smem = reinterpret_cast<char*>(emulator::cta->smem());
+                         while (reinterpret_cast<uintptr_t>(smem) % 16) ++smem;
+                         hip_search_peers<SideBySide>(args, smem);
+                       });
+      return fault == 0 && queue == 0 && actual == expected ? 0 : INFINITY;
+    }
   emulator::launch(static_cast<int>(groups) * c.members, c.warps * 32, bytes + 16, [&] {
     char* smem = reinterpret_cast<char*>(emulator::cta->smem());
     while (reinterpret_cast<uintptr_t>(smem) % 16) ++smem;
@@ -311,6 +330,29 @@ constexpr Case turning(int positions, int64_t lists = 1) {
 
 const Case kCases[] = {
     {.width = 8},
+    {.b = 2,
+     .sq = 100,
+     .sk = 300,
+     .hq = 4,
+     .hk = 2,
+     .lists = 4,
+     .block_q = 32,
+     .stride_q = 2,
+     .ctas = 3,
+     .peers = 2},
+    {.sq = 70,
+     .sk = 400,
+     .hq = 6,
+     .hk = 2,
+     .lists = 6,
+     .d = 40,
+     .block_q = 32,
+     .block_k = 4,
+     .stride_k = 2,
+     .width = 5,
+     .page_size = 16,
+     .ctas = 2,
+     .peers = 3},
     {.b = 2, .sq = 70, .sk = 200, .hq = 4, .hk = 2, .lists = 4, .block_q = 32, .stride_q = 2},
     {.representative = Hip::kFirst,
      .sq = 20,
