@@ -34,13 +34,21 @@ struct GatherKeys {
     listed = sinks + (blocks << block_k_log2);
     count = listed + max(last + 1 - window_begin, 0);
   }
+  // Where the list has the block of the n-th key, null if the key is none of it
+  __device__ const int32_t* start_of(int n) const {
+    return n < sinks || n >= listed ? nullptr : index + ((n - sinks) >> block_k_log2);
+  }
   // The n-th key, or -1 where no row sees one
   __device__ int at(int n) const {
+    const int32_t* start = start_of(n);
+    return at(n, start ? *start : 0);
+  }
+  // The same of one whose block starts there
+  __device__ int at(int n, int start) const {
     if (n >= count) return -1;
     if (n >= listed) return window_begin + n - listed;
     if (n < sinks) return n;
-    const int i = n - sinks, start = index[i >> block_k_log2];
-    const int t = start + (i & ((1 << block_k_log2) - 1));
+    const int t = start + ((n - sinks) & ((1 << block_k_log2) - 1));
     return start >= 0 && t <= last - window ? t : -1;
   }
   // Whether the row at `position` sees the n-th key, which is `t`

@@ -67,10 +67,14 @@ template <class T, int kD> struct GatherSmem {
   static constexpr int kPieces = kD / 8;  // of 16 bytes, swizzled by their row
   alignas(16) T k[2][kGatherTile * kD];
   alignas(16) T v[2][kGatherTile * kD];
+  struct alignas(16) Rows {
+    const T *k, *v;
+  };
   // Of the tiles in work and the next two: positions, -1 for none, and where their rows stand
   int32_t keys[4][kGatherTile];
-  const T *k_rows[4][kGatherTile], *v_rows[4][kGatherTile];
-  bool last;  // of the CTAs that share a list
+  Rows rows[4][kGatherTile];
+  int32_t starts[2][kGatherTile];  // of their blocks, of the tiles after that
+  bool last;                       // of the CTAs that share a list
 
   static __device__ int at(int row, int piece) { return row * kD + (piece ^ row % 8) * 8; }
 };
@@ -182,41 +186,62 @@ __device__ __forceinline__ void gather_attention(const GatherArgs& args, GatherS
   const int split = static_cast<int>(blockIdx.x) % splits;
   const int begin = tiles * split / splits, end = tiles * (split + 1) / splits;
 
+  // A thread finds a key of a tile; what its list says is asked for a tile ahead
+  const auto look_up = [&](int tile) {
+    const int32_t* start =
+        thread < kGatherTile ? keys.start_of(tile * kGatherTile + thread) : nullptr;
+    if (start) __pipeline_memcpy_async(&smem.starts[tile % 2][thread], start, sizeof *start);
+  };
   const auto find = [&](int tile) {
     if (thread >= kGatherTile) return;
-    const int n = tile * kGatherTile + thread, t = keys.at(n), slot = tile % 4;
+    const int n = tile * kGatherTile + thread, slot = tile % 4;
+    const int t = keys.at(n, smem.starts[tile % 2][thread]);
     const T *k = place.row_of(n, t, p.k, args.recent_k),
             *v = place.row_of(n, t, p.v, args.recent_v);
     smem.keys[slot][thread] = t;
-    smem.k_rows[slot][thread] = k;
-    smem.v_rows[slot][thread] = v;
+    smem.rows[slot][thread] = {k, v};
   };
+  // Of a thread's pieces of rows, which are multiples of eight apart: they are swizzled alike
+  constexpr int kRowsAtOnce = kGatherThreads / Smem::kPieces;
+  const int piece = thread % Smem::kPieces, own_row = thread / Smem::kPieces;
+  const int to = Smem::at(own_row, piece);
   const auto gather = [&](int tile) {
+    constexpr int kAhead = 4;  // rows that are looked up at the same time
 #pragma unroll 1
-    for (int i = thread; i < kGatherTile * Smem::kPieces; i += kGatherThreads) {
-      const int row = i / Smem::kPieces, piece = i % Smem::kPieces, to = Smem::at(row, piece);
-      const auto copy = [&](T* smem_row, const T* from) {
+    for (int first = 0; first < kGatherTile; first += kAhead * kRowsAtOnce) {
+      typename Smem::Rows rows[kAhead];
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i)
+        rows[i] = smem.rows[tile % 4][own_row + first + i * kRowsAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
         // Zeros instead of what nobody sees, which may hold NaN
-        if (from) {
-          __pipeline_memcpy_async(smem_row + to, from + piece * 8, 16);
-        } else {
-          *reinterpret_cast<uint4*>(smem_row + to) = {};
-        }
-      };
-      copy(smem.k[tile % 2], smem.k_rows[tile % 4][row]);
-      copy(smem.v[tile % 2], smem.v_rows[tile % 4][row]);
+        const bool exists = rows[i].k;
+        const int at = to + (first + i * kRowsAtOnce) * kD;
+        copy_or_zero(smem.k[tile % 2] + at, rows[i].k + piece * 8, exists);
+        copy_or_zero(smem.v[tile % 2] + at, rows[i].v + piece * 8, exists);
+      }
     }
   };
 
+  look_up(begin);
+  look_up(begin + 1);
+  __pipeline_commit();
+  __pipeline_wait_prior(0);
   find(begin);
   find(begin + 1);
   __syncthreads();
+  look_up(begin + 2);
   if (begin < end) gather(begin);
   __pipeline_commit();
   // A share has few tiles, whose copies would each wait for the one before
   if (kSplit && begin + 1 < end) gather(begin + 1);
   if (kSplit) __pipeline_commit();
 
+  // Scores are compared before they are scaled, so that a scale is positive, and a score of -inf
+  // stays one
+  const uint32_t signs = p.scale < 0 ? 0x80008000u : 0;
+  const float scale = fmaxf(fabsf(p.scale), 1e-30f);
   uint32_t frag_q[kD / 16][4];
 #pragma unroll
   for (int step = 0; step < kD / 16; ++step)
@@ -224,13 +249,13 @@ __device__ __forceinline__ void gather_attention(const GatherArgs& args, GatherS
     for (int i = 0; i < 4; ++i) {
       const T* q = static_cast<const T*>(p.q.data) + batch * p.q.batch + query[i % 2] * p.q.token +
                    head[i % 2] * p.q.head + step * 16 + i / 2 * 8 + lane % 4 * 2;
-      frag_q[step][i] = query[i % 2] < 0 ? 0 : *reinterpret_cast<const uint32_t*>(q);
+      frag_q[step][i] = query[i % 2] < 0 ? 0 : *reinterpret_cast<const uint32_t*>(q) ^ signs;
     }
 
   constexpr float kLn2 = 0.6931471805599453f;
   // A capped score is cap * tanh(q . k * scale / cap) and has no other scale
-  const float scale_log2 = (p.soft_cap > 0 ? p.soft_cap : p.scale) * kGatherLog2e;
-  const float into_cap = p.scale / p.soft_cap;
+  const float scale_log2 = (p.soft_cap > 0 ? p.soft_cap : scale) * kGatherLog2e;
+  const float into_cap = scale / p.soft_cap;
   // row_max starts at a large negative finite number: (-inf) - (-inf) would poison empty rows
   float row_max[2] = {-1e30f, -1e30f}, row_sum[2] = {};
   float acc_o[kD / 8][4] = {};
@@ -245,6 +270,7 @@ __device__ __forceinline__ void gather_attention(const GatherArgs& args, GatherS
     // The tile is there for all, and nobody needs the one before it any more
     __syncthreads();
     find(tile + 2);
+    look_up(tile + 3);
     if (tile + 1 < end && !both) gather(tile + 1);
     __pipeline_commit();
     if (kSplit && warp * 16 >= args.block_q * args.heads) continue;  // it has no rows
@@ -277,7 +303,6 @@ __device__ __forceinline__ void gather_attention(const GatherArgs& args, GatherS
         for (int i = 0; i < 4; ++i) body(acc_s[n][i], n * 8 + lane % 4 * 2 + i % 2, i / 2);
     };
     if (p.soft_cap > 0) each_score([&](float& s, int, int) { s = tanhf(s * into_cap); });
-    each_score([&](float& s, int, int) { s *= scale_log2; });
     if (!whole)
       each_score([&](float& s, int c, int row) {
         const int t = own[c];
@@ -289,17 +314,24 @@ __device__ __forceinline__ void gather_attention(const GatherArgs& args, GatherS
     for (int i = 0; i < 2; ++i) {
       top[i] = fmaxf(top[i], __shfl_xor_sync(~0u, top[i], 1));
       top[i] = fmaxf(top[i], __shfl_xor_sync(~0u, top[i], 2));
-      const float correction = exp2_approx(row_max[i] - top[i]);
-      row_max[i] = top[i];
-      row_sum[i] *= correction;
-#pragma unroll
-      for (int f = 0; f < kD / 8; ++f) {
-        acc_o[f][2 * i] *= correction;
-        acc_o[f][2 * i + 1] *= correction;
-      }
     }
+    // A maximum that has not grown by more than a factor of 256 serves as well
+    const auto grows = [&](int i) { return (top[i] - row_max[i]) * scale_log2 > 8; };
+    if (__any_sync(~0u, grows(0) || grows(1)))
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float correction = exp2_approx((row_max[i] - top[i]) * scale_log2);
+        row_max[i] = top[i];
+        row_sum[i] *= correction;
+#pragma unroll
+        for (int f = 0; f < kD / 8; ++f) {
+          acc_o[f][2 * i] *= correction;
+          acc_o[f][2 * i + 1] *= correction;
+        }
+      }
+    const float shift[2] = {row_max[0] * scale_log2, row_max[1] * scale_log2};
     each_score([&](float& s, int, int row) {
-      s = exp2_approx(s - row_max[row]);
+      s = exp2_approx(fmaf(s, scale_log2, -shift[row]));
       row_sum[row] += s;
     });
 
@@ -326,6 +358,7 @@ __device__ __forceinline__ void gather_attention(const GatherArgs& args, GatherS
   for (int i = 0; i < 2; ++i) {
     row_sum[i] += __shfl_xor_sync(~0u, row_sum[i], 1);
     row_sum[i] += __shfl_xor_sync(~0u, row_sum[i], 2);
+    row_max[i] *= scale_log2;
   }
   const auto out_of = [&](int query, int head) {
     return static_cast<T*>(p.out) + ((batch * p.sq + query) * p.hq + head) * kD;

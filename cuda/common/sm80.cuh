@@ -45,6 +45,13 @@ __device__ __forceinline__ uint32_t smem_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// Copies 16 bytes as __pipeline_memcpy_async does, or zeros where there is nothing
+__device__ __forceinline__ void copy_or_zero(void* smem, const void* from, bool exists) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem_address(smem)), "l"(from),
+               "r"(exists ? 16 : 0)
+               : "memory");
+}
+
 // Loads four 8x8 matrices of shared memory, if asked transposed; lane l gives the address of row
 // l % 8 of matrix l / 8
 template <bool kTransposed>

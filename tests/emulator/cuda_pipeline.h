@@ -1,11 +1,13 @@
 #pragma once
 #include "emulator.h"
 
-// Copies of 16 bytes arrive when their thread waits for them, and until then there is no number
+// Copies of 4 and 16 bytes arrive when their thread waits for them, and until then there is no
+// number
 struct PipelineCopies {
   struct Copy {
     void* to;
     const void* from;
+    size_t nbytes;
   };
   std::vector<Copy> open;
   std::vector<std::vector<Copy>> committed;
@@ -17,8 +19,8 @@ inline PipelineCopies& pipeline_copies() {
 
 inline void __pipeline_memcpy_async(void* to, const void* from, size_t nbytes) {
   std::memset(to, 0x7f, nbytes);
-  pipeline_copies().open.push_back({to, from});
-  if (nbytes != 16) heddle::emulator::fault("copies are of 16 bytes here");
+  pipeline_copies().open.push_back({to, from, nbytes});
+  if (nbytes != 4 && nbytes != 16) heddle::emulator::fault("copies are of 4 or 16 bytes here");
 }
 inline void __pipeline_commit() {
   auto& [open, committed] = pipeline_copies();
@@ -29,6 +31,6 @@ inline void __pipeline_wait_prior(size_t pending) {
   auto& committed = pipeline_copies().committed;
   const size_t done = committed.size() - std::min(pending, committed.size());
   for (size_t i = 0; i < done; ++i)
-    for (const auto& [to, from] : committed[i]) std::memcpy(to, from, 16);
+    for (const auto& [to, from, nbytes] : committed[i]) std::memcpy(to, from, nbytes);
   committed.erase(committed.begin(), committed.begin() + static_cast<ptrdiff_t>(done));
 }

@@ -2031,8 +2031,8 @@ const kernels: Kernel[] = [
       {
         what: 'keys are used before they arrived',
         file: gather,
-        from: '__pipeline_wait_prior(0);',
-        to: '',
+        from: '__pipeline_wait_prior(0);\n    }',
+        to: '}',
       },
       {
         what: 'the first of two tiles is used before it arrived',

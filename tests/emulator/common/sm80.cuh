@@ -1,5 +1,6 @@
 #pragma once
 #include "common/elements.cuh"
+#include "cuda_pipeline.h"
 
 // The emulator's side of cuda/common/sm80.cuh
 namespace heddle {
@@ -25,6 +26,11 @@ void multiply(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1)
 }
 
 inline uint32_t smem_address(const void* pointer) { return emulator::cta->address_of(pointer); }
+
+inline void copy_or_zero(void* smem, const void* from, bool exists) {
+  static const uint4 zero{};
+  __pipeline_memcpy_async(smem, exists ? from : &zero, 16);
+}
 
 template <bool kTransposed> void load_matrices(uint32_t address, uint32_t (&to)[4]) {
   static uint32_t all[32][32];  // of a warp and lane
