@@ -7,6 +7,7 @@
 #include "attention/forward_sm90.h"
 #include "attention/slots_sm90.cuh"
 #include "attention/softmax_sm90.cuh"
+#include "common/sm80.cuh"
 #include "common/sm90.cuh"
 #include "common/tensor_map.h"
 #include "common/tile.cuh"
@@ -536,15 +537,15 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
         await_empty(smem.k_empty, loaded);
         load(smem.k, smem.k_full, gmem_k, 0);
         load_q(work, visit);
-        load_bias(0);
         for (int j = 1; j < work.key_tiles; ++j) {
           await_empty(smem.k_empty, loaded + j);
           load(smem.k, smem.k_full, gmem_k, j);
+          load_bias(j - 1);
           await_empty(smem.v_empty, loaded + j - 1);
           load(smem.v, smem.v_full, gmem_v, j - 1);
-          load_bias(j);
         }
         const int ticket = ask();
+        load_bias(work.key_tiles - 1);
         await_empty(smem.v_empty, loaded + work.key_tiles - 1);
         load(smem.v, smem.v_full, gmem_v, work.key_tiles - 1);
         loaded += work.key_tiles;
@@ -569,23 +570,23 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
   SlotMap slots(args.slots, args.scale, args.soft_cap);
   uint32_t ahead[kSlots ? kKeys / 8 : 1][2];  // what is read while scores are multiplied
   // mapped scores are in log2 units already
-  const float to_log2 =
-      kMapped || kForm == Form::kSigmoid || kForm == Form::kReweighted ? 1.f : args.scale_log2;
+  const float to_log2 = kMapped || kForm == Form::kSigmoid || kForm == Form::kReweighted ? 1.f
+                        : kForm == Form::kBiased                                         ? kLog2e
+                                                 : args.scale_log2;
   // weights of bf16 have the range of f32
   constexpr int kLag = kType == DType::kF16 ? 12 : 60;
-  constexpr bool kBiased = kForm == Form::kBiased;
   uint32_t biased = 0;  // tiles of biases
-  float base[2] = {};   // what this lane's rows of acc_s lack then
+  bool calm = false;    // maxima of the tile before were no news
   float slope = 0;      // in units of products
   Peaks peaks;
 
-  auto issue_scores = [&](uint32_t stage, uint32_t buffer, bool from_biases) {
+  auto issue_scores = [&](uint32_t stage, uint32_t buffer) {
     wgmma_fence(acc_s);
     const uint64_t q = smem.q[buffer].k_major(own * 64, 0), k = smem.k[stage].k_major(0, 0);
 #pragma unroll
     for (int d = 0; d < kD; d += 16)
       wgmma<kType, Major::kK>(acc_s, advance(q, smem.q[0].k_step(d)),
-                              advance(k, smem.k[0].k_step(d)), from_biases || d > 0);
+                              advance(k, smem.k[0].k_step(d)), d > 0);
     wgmma_commit();
   };
   auto issue_values = [&](uint32_t stage) {
@@ -598,31 +599,6 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
   auto release = [&](Barrier& empty) {
     if (lane == 0) empty.arrive();
   };
-  // body(i, bias, unit) for each of acc_s, with how many products make a score of 1
-  auto take_biases = [&](const auto& body) {
-    if constexpr (kBiased) {
-      const float unit = 1 / args.scale;
-      smem.bias_full[own].wait(biased++ & 1);
-      each_bias<kType, kKeys / 2>(smem.bias[own], warp * 16, lane,
-                                  [&](int i, float bias) { body(i, bias, unit); });
-      __syncwarp();
-      release(smem.bias_empty[own]);
-    }
-  };
-  auto add_biases = [&] {
-    base[0] = base[1] = 0;
-    take_biases([&](int i, float bias, float unit) { acc_s[i] = fmaf(bias, unit, acc_s[i]); });
-  };
-  // Products may as well be added to biases, which are ready before them. Less the row's maximum so
-  // far those that count are small; but if all so far were as good as hidden, those that count have
-  // ordinary biases, which beside such a maximum would leave no digits for products.
-  auto start_from_biases = [&] {
-    constexpr float kHidden = -1024;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) base[r] = rows.row_max[r] * to_log2 < kHidden ? 0 : rows.row_max[r];
-    take_biases(
-        [&](int i, float bias, float unit) { acc_s[i] = fmaf(bias, unit, -base[i / 2 % 2]); });
-  };
   auto fetch = [&](int key, int sk) {
     if constexpr (kSlots) {
       if (!slots.reads()) return;
@@ -632,8 +608,28 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
         for (int x = 0; x < 2; ++x) ahead[g][x] = slots.word(key + 8 * g + lane % 4 * 2, x, sk);
     }
   };
+  // Products of the tile from key `key` on, which this tile of q sees whole, by each warp alone
+  auto multiply_again = [&](const ForwardWork& work, const auto& tile, int key) {
+    using Element = std::conditional_t<kType == DType::kF16, F16, BF16>;
+    const uint16_t* k = args.k + work.batch * args.k_strides.batch +
+                        work.head / args.group * args.k_strides.head +
+                        (work.k_begin + key + lane / 4) * args.k_strides.row + lane % 4 * 2;
+    for (float& x : acc_s) x = 0;
+#pragma unroll 1
+    for (int d = 0; d < args.d; d += 16, k += 16) {
+      uint32_t frag_q[4];
+      ldmatrix_x4(tile.address(own_row + lane % 16, d + lane / 16 * 8), frag_q);
+#pragma unroll
+      for (int i = 0; i < kKeys / 2; i += 4) {
+        const auto* pairs = reinterpret_cast<const uint32_t*>(k + 2 * i * args.k_strides.row);
+        float products[4] = {acc_s[i], acc_s[i + 1], acc_s[i + 2], acc_s[i + 3]};
+        multiply<Element>(products, frag_q, pairs[0], d + 8 < args.d ? pairs[4] : 0);
+        for (int x = 0; x < 4; ++x) acc_s[i + x] = products[x];
+      }
+    }
+  };
   // acc_s becomes exp(S - row_max); whether what was summed before has to shrink
-  auto softmax = [&](int key, int sk, bool masked) {
+  auto softmax = [&](const ForwardWork& work, uint32_t buffer, int key, bool masked) {
     const int column = key + lane % 4 * 2;
     const auto mask = [&] {
       if (masked) mask_scores(acc_s, bounds, key, args.window, lane);
@@ -643,10 +639,31 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
       mask();
       const float base[2] = {slope * static_cast<float>(column - bounds.position[0]),
                              slope * static_cast<float>(column - bounds.position[1])};
-      return rows.update_lazily<kLag>(acc_s, to_log2, base);
+      return rows.update_lazily(acc_s, to_log2, base, kLag);
     } else if constexpr (kForm == Form::kBiased) {
+      const auto& biases = smem.bias[own];
+      smem.bias_full[own].wait(biased++ & 1);
+      const auto given_back = [&](bool moved) {
+        __syncwarp();
+        release(smem.bias_empty[own]);
+        return moved;
+      };
+      // Where maxima are no news none is looked for, which may go wrong
+      constexpr float kMost = kType == DType::kF16 ? 0x1p15f : 0x1p60f;
+      const bool hopes = calm && !masked;
+      if (hopes && rows.add_biased<kType>(acc_s, args.scale_log2, biases, warp * 16, lane, kMost))
+        return given_back(false);
+      if (hopes) multiply_again(work, smem.q[buffer], key);
+      each_bias<kType, kKeys / 2>(biases, warp * 16, lane, [&](int i, float bias) {
+        acc_s[i] = fmaf(acc_s[i], args.scale, bias);
+      });
       mask();
-      return rows.update_lazily<kLag>(acc_s, to_log2, base);
+      // once it went wrong the next will be relative to the largest
+      const bool moved = rows.update_lazily(acc_s, to_log2, {0, 0}, hopes ? 0 : kLag);
+      // beside what hides keys all others are too large
+      constexpr float kHidden = -1024;
+      calm = !hopes && !moved && rows.above(kHidden);
+      return given_back(moved);
     } else if constexpr (kForm == Form::kSigmoid) {
       mask();
       slots.make_sigmoids(acc_s, args.scale_log2, rows);
@@ -656,7 +673,7 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
       return slots.reweigh<kLag>(acc_s, rows, peaks);
     } else {
       if constexpr (kSlots) {
-        slots.map(acc_s, ahead, bounds, column, sk);
+        slots.map(acc_s, ahead, bounds, column, work.sk);
       } else if (kMapped) {
         map(acc_s, bounds, column);
       }
@@ -790,10 +807,9 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
     auto step = [&](int j, const auto& soften) {
       const Turn<kStages> k = stage_of(j), v = stage_of(j - 1);
       fetch(key_of(j), work.sk);
-      if (kBiased) start_from_biases();
       smem.k_full[k.stage].wait(k.parity);
       await_turn();
-      issue_scores(k.stage, q.stage, kBiased);
+      issue_scores(k.stage, q.stage);
       smem.v_full[v.stage].wait(v.parity);
       issue_values(v.stage);
       pass_turn();
@@ -811,11 +827,10 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
       const Turn<kStages> k = stage_of(j);
       fetch(key_of(j), work.sk);
       smem.k_full[k.stage].wait(k.parity);
-      issue_scores(k.stage, q.stage, false);
+      issue_scores(k.stage, q.stage);
       wgmma_wait<0>(acc_s);
       scale_columns(k.stage);
       release(smem.k_empty[k.stage]);
-      if (kBiased) add_biases();
       const bool moved = soften();
       pack_weights<kType>(frag_p, acc_s);
       return moved;
@@ -903,7 +918,7 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
       if (pending) last(key_tiles - 1);
     } else {
       const auto soften = [&](int j, bool masked) {
-        return [&, j, masked] { return softmax(key_of(j), work.sk, masked); };
+        return [&, j, masked] { return softmax(work, q.stage, key_of(j), masked); };
       };
       first(0, soften(0, true));
       if (kBuffers > 1 && visit > 0) release_q(visit - 1);
@@ -942,7 +957,7 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
       const RowEnd end(rows.row_max[r] * to_log2, rows.total(r),
                        args.sink ? args.sink + work.head * args.sink_stride : nullptr);
       const float factor = kRows && !args.slots.normalise && end.factor != 0
-                               ? exp2_approx(rows.row_max[r])
+                               ? sm90::exp2_approx(rows.row_max[r])
                                : end.factor;
       lse_log2[r] = end.lse_log2;
       if (lane % 4 == 0 && row + 8 * r < work.sq)

@@ -148,9 +148,7 @@ inline Form form_of(const ForwardCall& call) {
   bool copied = slots.bias_dtype == call.dtype && !call.cu_seqlens_q &&
                 slots.bias_strides[2] != 0 && reinterpret_cast<uintptr_t>(slots.bias) % 16 == 0;
   for (int i = 0; i < 3; ++i) copied &= slots.bias_strides[i] % 8 == 0;
-  constexpr float kLeast = 1e-3f;  // scale by which biases may be divided
-  return slots.weights == Attention::kSoftmax && slots.bias_form == BiasForm::kPairs && copied &&
-                 call.scale > kLeast
+  return slots.weights == Attention::kSoftmax && slots.bias_form == BiasForm::kPairs && copied
              ? Form::kBiased
              : Form::kMapped;
 }

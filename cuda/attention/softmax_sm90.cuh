@@ -203,24 +203,24 @@ struct RowSoftmax {
   }
 
   // The same of scores that lack the `base` of their row. Lanes look at each other's maxima only
-  // where one of the warp is beyond kLag.
-  template <int kLag, int kScores>
+  // where one of the warp is beyond `lag`.
+  template <int kScores>
   __device__ __forceinline__ bool update_lazily(float (&acc)[kScores], float to_log2,
-                                                const float (&base)[2]) {
+                                                const float (&base)[2], float lag) {
     float most[2];
     bool beyond = false, moved = false;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       most[r] = own_highest(acc, r, acc[2 * r]) + base[r];
       shrink[r] = 1;
-      beyond |= (most[r] - row_max[r]) * to_log2 > kLag;
+      beyond |= (most[r] - row_max[r]) * to_log2 > lag;
     }
     if (__any_sync(~0u, beyond)) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         float next = fmaxf(most[r], __shfl_xor_sync(~0u, most[r], 1));
         next = fmaxf(next, __shfl_xor_sync(~0u, next, 2));
-        if (!((next - row_max[r]) * to_log2 > kLag)) next = row_max[r];
+        if (!((next - row_max[r]) * to_log2 > lag)) next = row_max[r];
         // what is as low hides keys: of exponents relative to it rounding alone would be left
         if (next * to_log2 < -0x1p31f) next = -INFINITY;
         moved |= next != row_max[r];
@@ -236,6 +236,33 @@ struct RowSoftmax {
                        row_max[r] == -INFINITY ? 0 : (base[r] - row_max[r]) * to_log2);
     }
     return moved;
+  }
+
+  // Whether the maxima of all rows of the warp are
+  __device__ __forceinline__ bool above(float limit) const {
+    return __all_sync(~0u, fminf(row_max[0], row_max[1]) > limit) != 0;
+  }
+
+  // Products become weights relative to what those before are, with the biases of a tile in shared
+  // memory of which this warp has 16 rows from `row` on. Nobody looks for a maximum: if some sum of
+  // weights is beyond `most`, or no number, products are lost and sums are as before.
+  template <DType kType, int kScores, class Tile>
+  __device__ __forceinline__ bool add_biased(float (&acc)[kScores], float scale_log2,
+                                             const Tile& tile, int row, int lane, float most) {
+    const float shift[2] = {-row_max[0] * kLog2e, -row_max[1] * kLog2e};
+    float sums[2][2] = {};  // of either half, which need not wait for each other
+    each_bias<kType, kScores>(tile, row, lane, [&](int i, float bias) {
+      const int r = i / 2 % 2;
+      acc[i] = exp2_approx(fmaf(acc[i], scale_log2, fmaf(bias, kLog2e, shift[r])));
+      if (i % 2) sums[r][i * 2 / kScores] += acc[i - 1] + acc[i];
+    });
+    bool fits = true;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) fits &= sums[r][0] + sums[r][1] <= most;
+    if (!__all_sync(~0u, fits)) return false;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) row_sum[r] += sums[r][0] + sums[r][1];
+    return true;
   }
 
   // The largest of a row's scores in this tile

@@ -33,9 +33,11 @@ struct CaseSlots {
   BiasForm bias = BiasForm::kNone;
   DType bias_dtype = DType::kF32;
   bool shared = false;  // the bias, by all batches, heads and queries
-  int64_t hidden = 0;   // so many last keys have biases that are as low as can be, or
+  // So many last keys, or first keys if it is negative, have biases that are as low as can be, or
+  int64_t hidden = 0;
   float low = -0x1.fep127f;
-  float tilt = 0;  // by how much biases fall from key to key
+  float tilt = 0;     // by how much biases fall from key to key, or
+  int64_t every = 1;  // from so many keys to as many
 };
 
 struct Case {
@@ -313,7 +315,9 @@ double check(const Case& c, int64_t d, int64_t dv, emulator::Random& random, con
   for (int64_t i = 0; s.bias > BiasForm::kRow && i < bias_rows; ++i)
     for (int64_t t = 0; t < c.sk; ++t) {
       float& value = bias[static_cast<size_t>(i * bias_row + t)] =
-          t < c.sk - s.hidden ? normal(random) - s.tilt * static_cast<float>(t) : s.low;
+          (s.hidden < 0 ? t >= -s.hidden : t < c.sk - s.hidden)
+              ? normal(random) - s.tilt * static_cast<float>(t / s.every)
+              : s.low;
       if (s.bias_dtype == DType::kF32) continue;
       uint16_t& bits = bias_bits[static_cast<size_t>(i * bias_row + t)];
       bits = emulator::encode(s.bias_dtype, value);

@@ -449,8 +449,8 @@ const kernels: Kernel[] = [
       {
         what: 'biases are those of the tile before',
         file: forward,
-        from: 'fetch(key_of(j), work.sk);\n      if (kBiased)',
-        to: 'if (kBiased)',
+        from: 'fetch(key_of(j), work.sk);\n      smem.k_full[k.stage].wait(k.parity);\n      await_turn();',
+        to: 'smem.k_full[k.stage].wait(k.parity);\n      await_turn();',
       },
       {
         what: 'a bias of infinity is added to what is masked',
@@ -543,16 +543,22 @@ const kernels: Kernel[] = [
         to: '',
       },
       {
-        what: 'products start from biases less the maximum of another row',
-        file: forward,
-        from: '-base[i / 2 % 2]',
-        to: '-base[0]',
+        what: 'weights are kept that are too large',
+        file: softmax,
+        from: 'if (!__all_sync(~0u, fits)) return false;',
+        to: '',
       },
       {
-        what: 'products are added to what is far from them',
+        what: 'lost products are not made again',
         file: forward,
-        from: 'rows.row_max[r] * to_log2 < kHidden ?',
-        to: 'rows.row_max[r] == -INFINITY ?',
+        from: 'if (hopes) multiply_again',
+        to: 'if (false) multiply_again',
+      },
+      {
+        what: 'products are made again of columns that do not exist',
+        file: forward,
+        from: 'd + 8 < args.d ? pairs[4] : 0',
+        to: 'pairs[4]',
       },
       {
         what: 'biases are loaded over those that are read',
