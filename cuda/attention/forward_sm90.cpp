@@ -28,9 +28,12 @@ template <DType kType, Form kForm> void pick(const ForwardCall& call, cudaStream
 }
 
 template <DType kType> void pick_listed(const ForwardCall& call, cudaStream_t stream) {
-  std::max(call.d, call.dv) <= 64
-      ? launch_forward_sm90<kType, 64, 64, Form::kPlain, true>(call, stream)
-      : launch_forward_sm90<kType, 128, 128, Form::kPlain, true>(call, stream);
+  const MaskView& mask = call.lists.mask;
+  const bool apart = mask.blocks && mask.block_q % (64 * kListedWarpgroups) != 0;
+  if (std::max(call.d, call.dv) <= 64)
+    return launch_forward_sm90<kType, 64, 64, Form::kPlain, true>(call, stream);
+  apart ? launch_forward_sm90<kType, 128, 128, Form::kPlain, true, true>(call, stream)
+        : launch_forward_sm90<kType, 128, 128, Form::kPlain, true>(call, stream);
 }
 
 // Of kSlotColumns columns

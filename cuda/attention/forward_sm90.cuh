@@ -74,12 +74,13 @@ struct ForwardWork {
   int sequence;                  // packed or not
 };
 
-// Two units of a list. A warpgroup has four bits of `seen`: any and listed of the first, then of
-// the second.
+// Two units of a list. A warpgroup has a byte of `seen`: any and listed of the first, then of the
+// second, whether some row doesn't see some key, and whether a tile of q begins, which may be none.
 struct alignas(16) UnitPair {
   int unit[2];  // ascending, or -1
-  uint32_t seen;
+  uint8_t seen[kListedWarpgroups];
   int buffer;  // where the tile of q is described
+  static constexpr uint32_t kAny = 5, kListed = 10, kMasked = 16, kOpens = 32;
 };
 
 // The units of a list from the last to the first, in pairs
@@ -148,7 +149,7 @@ template <int kWarpgroups> struct UnitWalk {
   __device__ __forceinline__ UnitPair pair() {
     for (;;) {
       const uint32_t unit = take();
-      if (unit == kNone) return {{-1, -1}, 0, 0};
+      if (unit == kNone) return {{-1, -1}, {}, 0};
       uint32_t kind = (unit & 1) | (unit >> 1 & 2);
       if (odd >> kind & 1) {
         odd ^= 1u << kind;
@@ -162,18 +163,16 @@ template <int kWarpgroups> struct UnitWalk {
           waiting[i] = other == kNone && (i > 0 || odd != 0) ? unit : kNone;
         }
       if (other != kNone) return both(unit, other);
-      if (kind == 0 && odd == 0) return {{static_cast<int>(unit >> 4), -1}, spread(unit), 0};
+      if (kind == 0 && odd == 0) return both(unit, 0);
     }
   }
 
-  // Four bits of each warpgroup
-  __device__ __forceinline__ static uint32_t spread(uint32_t unit) {
-    return (unit & 3) | (unit & 12) << 2;
-  }
   __device__ __forceinline__ static UnitPair both(uint32_t low, uint32_t high) {
-    return {{static_cast<int>(low >> 4), static_cast<int>(high >> 4)},
-            spread(low) | spread(high) << 2,
-            0};
+    UnitPair pair{
+        {static_cast<int>(low >> 4), high == 0 ? -1 : static_cast<int>(high >> 4)}, {}, 0};
+    for (int w = 0; w < kWarpgroups; ++w)
+      pair.seen[w] = static_cast<uint8_t>((low >> 2 * w & 3) | (high >> 2 * w & 3) << 2);
+    return pair;
   }
 };
 
@@ -350,7 +349,7 @@ template <class Element> struct KeyRows {
   }
 };
 
-template <DType kType, int kD, int kDv, Form kForm, bool kListed>
+template <DType kType, int kD, int kDv, Form kForm, bool kListed, bool kApart>
 __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThreads), 1)
     forward_sm90_kernel(const __grid_constant__ sm90::TensorMap gmem_q,
                         const __grid_constant__ sm90::TensorMap gmem_k,
@@ -397,6 +396,8 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
   }
   __syncthreads();
 
+  // lists are written meanwhile
+  if constexpr (kListed) await_previous();
   if (warpgroup == 0) {
     lower_registers<Shape::kLoadRegisters>();
     auto ask = [&] { return static_cast<int>(gridDim.x) + fetch_add(&args.tickets[0], 1); };
@@ -435,9 +436,17 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
         ForwardWork work = order.at(blockIdx.x);
         uint32_t visit = 0, n = 0;  // tiles of q, and of k and v
         UnitWalk<kWarpgroups> walk;
-        auto push = [&](UnitPair pair) {
+        auto push = [&](UnitPair pair, bool opens) {
           const Turn<smem.kPairs> turn(n++);
           pair.buffer = Turn<kBuffers>(visit).stage;
+          // keys that the first row of a warpgroup sees, if the lists name them
+          const int behind = work.row + work.sk - work.sq + 1, end = (pair.unit[1] + 1) * kUnitKeys;
+          for (int w = 0; w < kWarpgroups; ++w) {
+            const int whole_end = args.causal ? min(behind + w * 64, work.sk) : work.sk;
+            const bool whole = (pair.seen[w] & UnitPair::kListed) == UnitPair::kListed;
+            if (!whole || end > whole_end) pair.seen[w] |= UnitPair::kMasked;
+            if (opens) pair.seen[w] |= UnitPair::kOpens;
+          }
           smem.pair_empty[turn.stage].wait(turn.parity ^ 1);
           smem.pairs[turn.stage] = pair;
           smem.pair_full[turn.stage].arrive();
@@ -446,11 +455,11 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
           walk.begin(args.lists, list_of(work));
           work.key_tiles = max((walk.units + 1) / 2, 1);
           load_q(work, visit);
-          for (int j = 0; j < work.key_tiles; ++j) push(walk.pair());
+          for (int j = 0; j < work.key_tiles; ++j) push(walk.pair(), j == 0);
           work = order.at(ask());
         }
         finish(work, visit);
-        push({});
+        push({}, true);
       } else {
         prefetch(gmem_k);
         prefetch(gmem_v);
@@ -589,12 +598,23 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
                               advance(k, smem.k[0].k_step(d)), d > 0);
     wgmma_commit();
   };
+  // With lists scores are waited for while half of this product is behind them, and keys are given
+  // back before the other half. Not where warpgroups are apart, which pass by many tiles.
+  constexpr int kFirstValues = kListed && !kApart && kD == 128 ? kKeys / 2 : kKeys;
   auto issue_values = [&](uint32_t stage) {
     wgmma_fence(acc_o);
 #pragma unroll
-    for (int k = 0; k < kKeys; k += 16)
+    for (int k = 0; k < kFirstValues; k += 16)
       wgmma<kType, Major::kMN>(acc_o, frag_p[k / 16], smem.v[stage].mn_major(k), true);
     wgmma_commit();
+  };
+  auto issue_rest = [&](uint32_t stage) {
+    if constexpr (kFirstValues < kKeys) {
+#pragma unroll
+      for (int k = kFirstValues; k < kKeys; k += 16)
+        wgmma<kType, Major::kMN>(acc_o, frag_p[k / 16], smem.v[stage].mn_major(k), true);
+      wgmma_commit();
+    }
   };
   auto release = [&](Barrier& empty) {
     if (lane == 0) empty.arrive();
@@ -715,7 +735,7 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
   // accumulators of 16 keys, packed in order, are an operand A
   // named barrier 1 + w stands for the turn of computing warpgroup w; from d = 192 on the products
   // are long enough to overlap by themselves
-  constexpr bool kTurns = kD <= 128;
+  constexpr bool kTurns = kD <= 128 && !kApart;
   auto await_turn = [&] {
     if (kTurns) named_barrier_sync(1 + own, 256);
   };
@@ -772,11 +792,19 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
 
   if (kTurns && own == 0) named_barrier_arrive(1, 256);
   uint32_t visit = 0, used = 0;  // tiles of q, and of k and v
+  uint32_t next = 0;             // what this warpgroup sees of the next of a list
+  auto look_at = [&](uint32_t n) {
+    const Turn<smem.kPairs> turn(n);
+    smem.pair_full[turn.stage].wait(turn.parity);
+    next = __shfl_sync(~0u, smem.pairs[turn.stage].seen[own], 0);
+  };
+  if constexpr (kListed) look_at(0);
   for (;; ++visit) {
     const Turn<kBuffers> q(visit);
     smem.q_full[q.stage].wait(q.parity);
     // stays there until out was stored: where registers are scarce it is read when it is needed
-    std::conditional_t<kRows, const ForwardWork&, const ForwardWork> work = smem.work[q.stage];
+    std::conditional_t<kRows || kListed, const ForwardWork&, const ForwardWork> work =
+        smem.work[q.stage];
     if (work.row < 0) break;
     __syncwarp();
     release(smem.q_empty[q.stage]);
@@ -785,7 +813,7 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
     const int key_tiles = __shfl_sync(~0u, work.key_tiles, 0);
     auto key_of = [&](int j) { return (key_end - 1 - j) * kKeys; };
     auto stage_of = [&](int j) { return Turn<kStages>(used + j); };
-    bounds = bounds_of(args, work, row);
+    if (!kListed) bounds = bounds_of(args, work, row);
     if constexpr (kRows) {
       open_rows<kForm>(args, work, row, slots, rows);
       if constexpr (kForm == Form::kReweighted) peaks.clear();
@@ -812,10 +840,12 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
       issue_scores(k.stage, q.stage);
       smem.v_full[v.stage].wait(v.parity);
       issue_values(v.stage);
-      pass_turn();
+      if (kFirstValues == kKeys) pass_turn();
       wgmma_wait<1>(acc_s);
       scale_columns(k.stage);
       release(smem.k_empty[k.stage]);
+      issue_rest(v.stage);
+      if (kFirstValues < kKeys) pass_turn();
       const bool moved = soften();
       wgmma_wait<0>(acc_o);
       release(smem.v_empty[v.stage]);
@@ -839,6 +869,7 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
       const Turn<kStages> v = stage_of(j);
       smem.v_full[v.stage].wait(v.parity);
       issue_values(v.stage);
+      issue_rest(v.stage);
       wgmma_wait<0>(acc_o);
       release(smem.v_empty[v.stage]);
     };
@@ -851,56 +882,48 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
     };
 
     if constexpr (kListed) {
-      // keys that the first row of this warpgroup sees, if the lists name them
-      const int whole_end =
-          args.causal ? min(work.row + own * 64 + diagonal + 1, work.sk) : work.sk;
       bool pending = false;  // weights of tile j - 1
-      UnitPair next;
-      // seen of it, and whether there is something to mask
-      uint32_t next_seen;
-      auto look_at = [&](int j) {
-        const Turn<smem.kPairs> turn(used + j);
-        smem.pair_full[turn.stage].wait(turn.parity);
-        next = smem.pairs[turn.stage];
-        const uint32_t its = next.seen >> 4 * own & 15;
-        const bool masked = (its & 10) != 10 || (next.unit[1] + 1) * kUnitKeys > whole_end;
-        next_seen = __shfl_sync(~0u, its | static_cast<uint32_t>(masked) << 4, 0);
-      };
-      look_at(0);
 #pragma unroll 1
       for (int j = 0; j < key_tiles; ++j) {
+        // what this warpgroup sees whole takes the same steps as dense, without a branch in them
+        if (pending) {
+#pragma unroll 1
+          for (; next == (UnitPair::kAny | UnitPair::kListed); ++j)
+            step(j, [&] {
+              look_at(used + j + 1);
+              return rows.update(acc_s, to_log2);
+            });
+          if (j == key_tiles) break;
+        }
         const Turn<kStages> stage = stage_of(j);
-        const UnitPair pair = next;
-        const uint32_t seen = next_seen & 15;
-        const bool masked = next_seen >> 4 != 0;
-        const auto look_ahead = [&] {
-          if (j + 1 < key_tiles) look_at(j + 1);
-        };
+        const uint32_t its = next;
         uint64_t words[2][2];
         // before there are scores, whose registers it takes
-        if (masked) {
-          look(work, pair, seen, words);
+        if (its & UnitPair::kMasked) {
+          const UnitPair& pair = smem.pairs[Turn<smem.kPairs>(used + j).stage];
+          bounds = bounds_of(args, work, row);
+          look(work, pair, its, words);
           // a sequence may end in either
           clear_tail(j, (pair.unit[1] < 0 ? pair.unit[0] : pair.unit[1] - 1) * kUnitKeys);
         }
-        const auto soften = [&](bool masked) {
-          return [&, masked] {
-            look_ahead();
-            if (masked) mask_scores(acc_s, words);
-            return rows.update(acc_s, to_log2);
-          };
+        const auto look_ahead = [&] {
+          // the next tile of q may need the buffer of the one before
+          if (j == 0 && visit > 0) release_q(visit - 1);
+          look_at(used + j + 1);
         };
-        // what both warpgroups see whole takes the same steps as dense, without a branch in them
-        if (pending && !masked) {
-          step(j, soften(false));
-        } else if (pending && (seen & 5)) {
-          step(j, soften(true));
+        const auto soften = [&] {
+          look_ahead();
+          if (its & UnitPair::kMasked) mask_scores(acc_s, words);
+          return rows.update(acc_s, to_log2);
+        };
+        if (pending && (its & UnitPair::kAny)) {
+          step(j, soften);
         } else {
           if (pending) last(j - 1);
           if (j > 0) await_turn();
           if (j > 0) pass_turn();
-          if (seen & 5) {
-            if (first(j, soften(masked))) shrink_values();
+          if (its & UnitPair::kAny) {
+            if (first(j, soften)) shrink_values();
           } else {
             smem.k_full[stage.stage].wait(stage.parity);
             look_ahead();
@@ -912,8 +935,7 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
             release(smem.v_empty[stage.stage]);
           }
         }
-        pending = seen & 5;
-        if (j == 0 && kBuffers > 1 && visit > 0) release_q(visit - 1);
+        pending = its & UnitPair::kAny;
       }
       if (pending) last(key_tiles - 1);
     } else {
@@ -1081,7 +1103,7 @@ template <Form kForm> FormMaps<kForm> form_maps(const ForwardCall& call) {
   }
 }
 
-template <DType kType, int kD, int kDv, Form kForm, bool kListed>
+template <DType kType, int kD, int kDv, Form kForm, bool kListed, bool kApart = false>
 void launch_forward(const ForwardCall& call, cudaStream_t stream) {
   using Shape = ForwardTile<kD, kDv, kForm, kListed>;
   const ForwardArgs args = forward_args(call, Shape::kQueries);
@@ -1090,9 +1112,9 @@ void launch_forward(const ForwardCall& call, cudaStream_t stream) {
     return make_tensor_map(kType, data, {d, s, h, call.b, strides.row, strides.head, strides.batch},
                            rows);
   };
-  launch<forward_sm90_kernel<kType, kD, kDv, kForm, kListed>>(
+  launch<forward_sm90_kernel<kType, kD, kDv, kForm, kListed, kApart>>(
       {std::min(args.tiles, call.processors), Shape::kThreads,
-       sm90::shared_memory_bytes<ForwardSmem<kD, kDv, kForm, kListed>>(), stream},
+       sm90::shared_memory_bytes<ForwardSmem<kD, kDv, kForm, kListed>>(), stream, kListed},
       map(call.q, call.d, call.sq, call.hq, call.q_strides, Shape::kQueries),
       map(call.k, call.d, call.sk, call.hk, call.k_strides, Shape::kKeysOfBox),
       map(call.v, call.dv, call.sk, call.hk, call.v_strides, Shape::kKeysOfBox),
@@ -1101,9 +1123,9 @@ void launch_forward(const ForwardCall& call, cudaStream_t stream) {
 
 }  // namespace
 
-template <DType kType, int kD, int kDv, Form kForm, bool kListed>
+template <DType kType, int kD, int kDv, Form kForm, bool kListed, bool kApart>
 void launch_forward_sm90(const ForwardCall& call, cudaStream_t stream) {
-  launch_forward<kType, kD, kDv, kForm, kListed>(call, stream);
+  launch_forward<kType, kD, kDv, kForm, kListed, kApart>(call, stream);
 }
 
 }  // namespace heddle

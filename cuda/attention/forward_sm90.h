@@ -172,8 +172,9 @@ template <class Body> void dispatch_form(const ForwardCall& call, const Body& bo
 }
 
 // What forward_sm90 picks from, an instantiation file for each size, and for each dtype where there
-// are slots. `kListed` keys come from lists.
-template <DType kType, int kD, int kDv, Form kForm, bool kListed = false>
+// are slots. `kListed` keys come from lists, in which the rows of a tile mostly see the same, or,
+// `kApart`, those of either warpgroup what the other does not.
+template <DType kType, int kD, int kDv, Form kForm, bool kListed = false, bool kApart = false>
 void launch_forward_sm90(const ForwardCall& call, cudaStream_t stream);
 // Of v without columns, up to kSlotColumns columns of q; `kCosines` are those of softplus
 template <DType kType, bool kCosines>

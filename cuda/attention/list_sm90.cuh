@@ -5,6 +5,7 @@
 
 #include "attention/forward_sm90.h"
 #include "common/launch.h"
+#include "common/sm90.cuh"
 
 namespace heddle {
 namespace {
@@ -28,6 +29,7 @@ __device__ int64_t offset(const int32_t* offsets, int64_t stride, int64_t i, int
 // else it looks at one.
 __global__ void __launch_bounds__(kListThreads, 2)
     attention_list_kernel(const __grid_constant__ ListArgs p) {
+  sm90::let_next_begin();
   const UnitLists& lists = p.lists;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int64_t warps = static_cast<int64_t>(gridDim.x) * (blockDim.x / 32);

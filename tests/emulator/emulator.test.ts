@@ -676,6 +676,7 @@ const kernels: Kernel[] = [
     variants: {
       'kF16 d64': ['-DHEDDLE_DTYPE=kF16', '-DHEDDLE_D=64'],
       'kBF16 d128': ['-DHEDDLE_D=128'],
+      'kBF16 d128 apart': ['-DHEDDLE_D=128', '-DHEDDLE_APART=true'],
     },
     broken: 'kBF16 d128',
     faults: [
@@ -700,7 +701,7 @@ const kernels: Kernel[] = [
       {
         what: 'a pair is used before it is there',
         file: forward,
-        from: 'smem.pair_full[turn.stage].wait(turn.parity);\n        next',
+        from: 'smem.pair_full[turn.stage].wait(turn.parity);\n    next',
         to: 'next',
       },
       {
@@ -708,6 +709,12 @@ const kernels: Kernel[] = [
         file: forward,
         from: 'smem.pair_empty[turn.stage].wait(turn.parity ^ 1);',
         to: '',
+      },
+      {
+        what: 'half of the values are left out',
+        file: forward,
+        from: 'issue_rest(v.stage);\n      if (kFirstValues',
+        to: 'if (kFirstValues',
       },
       {
         what: 'what is left over of classes is left out',
@@ -718,14 +725,14 @@ const kernels: Kernel[] = [
       {
         what: 'all warpgroups take the list of the first',
         file: forward,
-        from: 'next.seen >> 4 * own & 15',
-        to: 'next.seen & 15',
+        from: 'smem.pairs[turn.stage].seen[own]',
+        to: 'smem.pairs[turn.stage].seen[0]',
       },
       {
         what: 'causality does not cut what is listed',
         file: forward,
-        from: '(next.unit[1] + 1) * kUnitKeys > whole_end',
-        to: 'false',
+        from: ' || end > whole_end',
+        to: '',
       },
       {
         what: 'a unit counts as listed that is not',
@@ -772,7 +779,7 @@ const kernels: Kernel[] = [
       {
         what: 'sums of before do not shrink behind such a tile',
         file: forward,
-        from: 'if (first(j, soften(masked))) shrink_values();',
+        from: 'if (first(j, soften)) shrink_values();',
         to: 'first(j, soften(masked));',
       },
       {

@@ -3,6 +3,10 @@
 #include "attention_check.h"
 #include "variant.h"
 
+#ifndef HEDDLE_APART
+#define HEDDLE_APART false
+#endif
+
 namespace heddle {
 namespace {
 
@@ -62,6 +66,15 @@ const Case kCases[] = {
      .hq = 1,
      .hk = 1,
      .mask = {.block_q = 64, .block_k = 64, .percent = 20, .window = 30}},
+    // many tiles that are seen whole, some by one warpgroup alone
+    {.b = 1,
+     .sq = 140,
+     .sk = 1300,
+     .hq = 2,
+     .hk = 1,
+     .causal = true,
+     .mask = {.block_q = 128, .block_k = 128, .heads = 2, .percent = 80}},
+    {.b = 1, .sq = 128, .sk = 1100, .hq = 1, .hk = 1, .mask = {64, 128, 1, 75}},
     // more than 32 words of 32 units, most of them empty
     {.b = 1, .sq = 3, .sk = 67000, .hq = 1, .hk = 1, .narrower = 56, .mask = {64, 32, 1, 1}},
     // a value that is no number in a tile that is visited for other keys
@@ -115,6 +128,6 @@ const Case kCases[] = {
 int main(int argc, char** argv) {
   using namespace heddle;
   return check_all<kType>(kCases, kD, kD, argc, argv, [](const Case&, SplitCall& call) {
-    launch_forward_sm90<kType, kD, kD, Form::kPlain, true>(call, nullptr);
+    launch_forward_sm90<kType, kD, kD, Form::kPlain, true, HEDDLE_APART>(call, nullptr);
   });
 }
