@@ -336,7 +336,7 @@ __global__ void __launch_bounds__(Float8Tile<kD>::kThreads, 1)
         shift[r] = rows.row_max[r] == -INFINITY ? 0 : kLift - rows.row_max[r];
 #pragma unroll
       for (int i = 0; i < kKeys / 2; ++i)
-        acc_s[i] = exp2_approx(fmaf(acc_s[i], size_log2, shift[i / 2 % 2]));
+        acc_s[i] = sm90::exp2_approx(fmaf(acc_s[i], size_log2, shift[i / 2 % 2]));
     };
     auto add_weights = [&] {
 #pragma unroll
@@ -356,7 +356,7 @@ __global__ void __launch_bounds__(Float8Tile<kD>::kThreads, 1)
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const bool same = settled_max[r] == rows.row_max[r];
-        const float shrink = same ? 1 : exp2_approx(settled_max[r] - rows.row_max[r]);
+        const float shrink = same ? 1 : sm90::exp2_approx(settled_max[r] - rows.row_max[r]);
         settled_max[r] = rows.row_max[r];
 #pragma unroll
         for (int i = 2 * r; i < kD / 2; i += 4) {
