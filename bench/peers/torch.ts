@@ -1,4 +1,5 @@
 import { type ChildProcess, spawn } from 'node:child_process'
+import { once } from 'node:events'
 import { join } from 'node:path'
 import { createInterface } from 'node:readline'
 import type { Problem } from '../problem.js'
@@ -70,7 +71,9 @@ export async function torch(problem: Problem): Promise<Peer[]> {
     }))
 }
 
-/** Ends the process that serves the rounds. */
+/** Ends the process that serves the rounds; the next problem starts another one. */
 export async function stopTorch(): Promise<void> {
-  ;(await service)?.process.kill()
+  const running = await service
+  service = undefined
+  if (running?.process.kill()) await once(running.process, 'exit')
 }
