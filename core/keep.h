@@ -9,7 +9,7 @@ namespace heddle {
 struct KeepMemory {
   Histogram bins;
   float largest;
-  unsigned long long total;
+  unsigned long long total, forced;
 };
 
 template <class Team>
@@ -32,8 +32,9 @@ HEDDLE_HD void keep_part(const Team& team, const Keep& op, int64_t head, int64_t
   const auto rank = [&](int64_t i) { return rank_of(score[i], i, forced(i)); };
   team.each(1, [&](int64_t) {
     memory.largest = 0;
-    memory.total = 0;
+    memory.total = memory.forced = 0;
   });
+  int64_t fewest = op.least * rows;
   Wanted wanted{op.rule == Keep::kCoverage, static_cast<unsigned long long>(op.top)};
   if (op.rule == Keep::kCoverage) {
     team.each(count, [&](int64_t i) {
@@ -44,6 +45,14 @@ HEDDLE_HD void keep_part(const Team& team, const Keep& op, int64_t head, int64_t
     const double share = op.coverage * static_cast<double>(memory.total);
     wanted.amount = static_cast<unsigned long long>(ceil(share));
     if (op.coverage >= 1) wanted = {false, static_cast<unsigned long long>(count)};
+    // However little of it reaches the share
+    if (op.force_first > 0 || op.force_diagonal > 0) {
+      team.each(count, [&](int64_t i) {
+        if (forced(i) && rank(i) != 0) team.add(memory.forced, 1);
+      });
+      const auto all = static_cast<int64_t>(memory.forced);
+      if (all > fewest) fewest = all;
+    }
   }
   const float largest = memory.largest;
   const auto mass = [&](int64_t i, uint64_t) { return mass_of(score[i], largest); };
@@ -63,8 +72,7 @@ HEDDLE_HD void keep_part(const Team& team, const Keep& op, int64_t head, int64_t
   } else {
     cut = select(team, count, wanted, rank, mass, memory.bins);
   }
-  if (op.least > 0 && cut.count < static_cast<unsigned long long>(op.least * rows))
-    cut = at_most(op.least * rows);
+  if (fewest > 0 && cut.count < static_cast<unsigned long long>(fewest)) cut = at_most(fewest);
   if (op.most > 0 && cut.count > static_cast<unsigned long long>(op.most * rows))
     cut = at_most(op.most * rows);
   // A word belongs to one call, so that nobody else writes it

@@ -14,8 +14,8 @@ struct Keep {
   double coverage = 1, threshold = 0;
   int rule = kTop;
   bool over_map = false;  // the rule holds for the map of a head instead of each row
-  // Taken first, inside the budget: the first columns, and the blocks of the row's own positions
-  // with those before them
+  // Taken first, inside the budget, which is not a coverage: the first columns, and the blocks of
+  // the row's own positions with those before them
   int64_t force_first = 0, force_diagonal = 0;
   int64_t block_q = 128, block_k = 128, sq = 0, ahead = 0;  // where rows stand: p = ahead + query
 

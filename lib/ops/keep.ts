@@ -23,9 +23,9 @@ export interface KeepOptions {
   /** At least and at most so many blocks, per row on average. */
   minBlocks?: number | undefined
   maxBlocks?: number | undefined
-  /** The first blocks of keys, taken first and inside the budget. */
+  /** The first blocks of keys, taken first and inside the budget; a coverage has all of them, which count. */
   forceFirst?: number | undefined
-  /** The blocks of the row's own positions and those before them, so many, taken first and inside the budget. */
+  /** The blocks of the row's own positions and those before them, so many, as `forceFirst`. */
   forceDiagonal?: number | undefined
 }
 

@@ -77,6 +77,7 @@ describeDevices('keep', (device) => {
             let sum = 0
             taken = 0
             while (sum < wanted) sum += mass(order[taken++]!.x)
+            taken = Math.max(taken, order.filter(({ forced }) => forced).length)
           }
           if (rule !== 'threshold') {
             if (minBlocks) taken = Math.max(taken, minBlocks * count)
