@@ -378,6 +378,8 @@ export function hipDecoder(options: HipDecoderOptions = {}): HipDecoder {
   const caches = offload === false ? undefined : hipCaches(op, offload, whole)
 
   let tokens = 0
+  // Sequences, heads of queries and of keys, their size and the keys of the call before
+  let before: readonly number[] = []
   let found: Found | undefined
   // What was found before that, where the next search writes: a call that fails leaves `found` as it was
   let spare: Found | undefined
@@ -533,7 +535,14 @@ export function hipDecoder(options: HipDecoderOptions = {}): HipDecoder {
           'rope with keys attended elsewhere than they stand takes one sequence; make a decoder for each',
         )
       const settings = settingsOf(n)
-      const sk = k.shape[1]!
+      const [, sk = 0, hk = 0, d = 0] = k.shape
+      const sizes = [b, q.shape[2]!, hk, d, sk]
+      if (found && sizes.some((size, i) => (i < 4 ? size !== before[i] : size < before[i]!))) {
+        const [ofB, heads, ofHk, ofD, keys] = before
+        const text = `k must be [${ofB}, from ${keys} on, ${ofHk}, ${ofD}] and q have ${heads} heads as in the call before`
+        const got = `got [${k.shape.join(', ')}] and ${q.shape[2]}; call reset() for other keys`
+        throw refuse('ERR_SHAPE', op, 'k', `${text}, ${got}`)
+      }
       if (caches && (b !== 1 || !k.isContiguous || !v.isContiguous))
         throw refuse(
           'ERR_ARGUMENT',
@@ -588,6 +597,7 @@ export function hipDecoder(options: HipDecoderOptions = {}): HipDecoder {
       try {
         const result = attendNext()
         tokens += n
+        before = sizes
         return result
       } catch (error) {
         // they may hold keys of what was refused

@@ -916,6 +916,15 @@ describeDevices('hip mechanisms', (device) => {
     )
     expect(decoder.tokens).toBe(before)
     expect(decoder.attend(z, z, z).out.shape).toEqual([1, 2, 2, 8])
+    // nor may its keys be others than before
+    for (const [rows, keys] of [
+      [z, z.slice(1, 1)],
+      [z.slice(2, 1), z.slice(2, 1)],
+      [z.expand([2, 2, 2, 8]), z.expand([2, 2, 2, 8])],
+    ] as const)
+      expect((await failure(() => decoder.attend(rows, keys, keys))).message).toBe(
+        `hipDecoder: k must be [1, from 2 on, 2, 8] and q have 2 heads as in the call before, got [${keys.shape.join(', ')}] and ${rows.shape[2]}; call reset() for other keys`,
+      )
     const q = tensor(new Float32Array(129 * 8), [1, 129, 1, 8], { device })
     expect((await failure(() => hipDecoder().attend(q, q, q))).message).toBe(
       'hipDecoder: q.shape[1] must be an integer from 1 to 128, got 129',
