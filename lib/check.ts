@@ -133,10 +133,11 @@ export function numbers(
   argument: string,
   value: unknown,
   check: (number: unknown, index: number) => number,
+  rule = 'an array of numbers',
 ): number[] {
   if (Array.isArray(value) || value instanceof Float32Array || value instanceof Int32Array)
     return elements(op, argument, value, check)
-  throw mustBe(op, argument, 'a tensor or an array of numbers', value)
+  throw mustBe(op, argument, rule, value)
 }
 
 /** @internal Ascending offsets that start at 0 and end at `total`, as numbers. */
@@ -145,6 +146,7 @@ export function offsetNumbers(
   argument: string,
   value: unknown,
   total: number | undefined,
+  rule?: string,
 ): number[] {
   const wrong = (got: string) =>
     refuse(
@@ -154,12 +156,13 @@ export function offsetNumbers(
       `${argument} must start at 0, never descend and end at ${total}, got ${got}`,
     )
   let last = 0
-  const values = numbers(op, argument, value, (number, i) => {
+  const check = (number: unknown, i: number) => {
     if (typeof number !== 'number' || !Number.isInteger(number) || (i ? number < last : number))
       throw wrong(`${show(number)} at index ${i}`)
     last = number
     return number
-  })
+  }
+  const values = numbers(op, argument, value, check, rule)
   if (values.length === 0) throw wrong('no elements')
   if (last !== total) throw wrong(`${last} at its end`)
   return values

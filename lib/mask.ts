@@ -192,6 +192,10 @@ function checkParts(options: MaskOptions): MaskParts & { device: DeviceLike } {
       'cuSeqlensQ and cuSeqlensK must be given together',
     )
   }
+  if (cuSeqlensQ?.length !== cuSeqlensK?.length) {
+    const text = `cuSeqlensK must be [${cuSeqlensQ?.length}] as cuSeqlensQ, got [${cuSeqlensK?.length}]`
+    throw refuse('ERR_SHAPE', 'mask', 'cuSeqlensK', text)
+  }
   return {
     sequences: cuSeqlensQ ? cuSeqlensQ.length - 1 : 1,
     heads: 1,

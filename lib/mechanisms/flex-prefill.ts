@@ -111,7 +111,8 @@ function checked(op: string, options: FlexPrefillOptions) {
     const rule = `at least minBudget = ${minBudget}`
     checkNumber(op, 'maxBudget', maxBudget, rule, (x) => x >= minBudget)
   }
-  if (scale !== undefined) checkNumber(op, 'scale', scale, 'above 0', (x) => x > 0)
+  if (scale !== undefined)
+    checkNumber(op, 'scale', scale, 'a finite number above 0', (x) => x > 0 && x < Infinity)
   const { gqaInterleave = false } = options
   if (typeof gqaInterleave !== 'boolean')
     throw mustBe(op, 'gqaInterleave', 'a boolean', gqaInterleave)

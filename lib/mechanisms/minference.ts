@@ -7,7 +7,7 @@ import { probe } from '../ops/probe.js'
 import { scope } from '../scope.js'
 import { checkTensor, type Tensor, zeros } from '../tensor.js'
 import { achievedMass } from './flex-prefill.js'
-import { everything, lengthsOf } from './packed.js'
+import { everything, lengthsOf, under } from './packed.js'
 
 /** What a head of {@link minference} sees. Sizes are tokens but for `topBlocks`. */
 export type MInferencePattern =
@@ -72,7 +72,8 @@ export function minference<D extends FloatDType>(
   const bits = (...shape: number[]) => zeros(shape, { dtype: 'int32', device: q.device })
   const words = Math.ceil(sk / 32)
   const parts = everything(sq, sk, 64)
-  return scope(() => {
+  if (sq === 0) return parts
+  const lists = () => {
     const blocks = bits(b, heads, Math.ceil(sq / 64), Math.ceil(Math.ceil(sk / 64) / 32))
     const [columns, diagonals] = [bits(b, heads, words), bits(b, heads, words)]
     for (let head = 0; head < heads; head++) {
@@ -103,7 +104,8 @@ export function minference<D extends FloatDType>(
       }
     }
     return makeMask({ ...parts, sequences: b, heads, sinkTokens: 0, blocks, columns, diagonals })
-  })
+  }
+  return scope(() => under(op, lists))
 }
 
 /**

@@ -1,5 +1,5 @@
 import type { FloatDType } from '../dtype.js'
-import { refuse } from '../errors.js'
+import { named, refuse } from '../errors.js'
 import { blockTable, Mask, makeMask } from '../mask.js'
 import { full, type Tensor, zeros } from '../tensor.js'
 
@@ -22,9 +22,18 @@ export function everything(
 
 /** @internal Lengths of the call, which a selector refuses where queries outnumber keys. */
 export function lengthsOf(op: string, q: Tensor, k: Tensor): { sq: number; sk: number } {
+  for (const [name, { rank, shape }] of Object.entries({ q, k }))
+    if (rank !== 4)
+      throw refuse('ERR_SHAPE', op, name, `${name} must be [b, s, h, d], got [${shape.join(', ')}]`)
   const [sq = 0, sk = 0] = [q.shape[1], k.shape[1]]
   if (sq > sk) throw refuse('ERR_SHAPE', op, 'q', `sq must be at most sk, got ${sq} and ${sk}`)
   return { sq, sk }
+}
+
+/** @internal What the operators of a selector refuse comes under its own name. */
+export function under<T>(op: string, call: () => T): T {
+  const operators = ['mask', 'probe', 'keep']
+  return operators.reduce((inner, native) => () => named(op, inner, native), call)()
 }
 
 /** @internal Runs a selector that lists blocks on every packed sequence, and packs what it lists. */
@@ -40,10 +49,12 @@ export function perSequence<D extends FloatDType>(
   const { cuSeqlensQ: ofQ, cuSeqlensK: ofK } = packed
   if (ofQ === undefined && ofK === undefined) {
     lengthsOf(op, q, k)
-    return select(q, k)
+    return under(op, () => select(q, k))
   }
-  const [sq = 0, sk = 0] = [q.shape[1], k.shape[1]]
-  const whole = Mask.fromWindow({}, { sq, sk, block, cuSeqlensQ: ofQ, cuSeqlensK: ofK })
+  const [[b = 0, sq = 0], [, sk = 0]] = [q.shape, k.shape]
+  if (b !== 1) throw refuse('ERR_SHAPE', op, 'cuSeqlensQ', `b must be 1 with cuSeqlensQ, got ${b}`)
+  const given = { sq, sk, block, cuSeqlensQ: ofQ, cuSeqlensK: ofK }
+  const whole = under(op, () => Mask.fromWindow({}, given))
   const { cuSeqlensQ, cuSeqlensK } = whole
   const parts = { ...whole, heads }
   const { rows, columns } = blockTable(parts)
@@ -54,7 +65,7 @@ export function perSequence<D extends FloatDType>(
     const keys = k.slice(1, cuSeqlensK![i]!, cuSeqlensK![i + 1])
     const { sq: queries } = lengthsOf(op, own, keys)
     if (queries === 0) continue
-    const mask = select(own, keys)
+    const mask = under(op, () => select(own, keys))
     const first = Math.floor(cuSeqlensQ![i]! / block[0]) + i
     const place = blocks.slice(2, first, first + Math.ceil(queries / block[0]))
     if (mask.blocks)

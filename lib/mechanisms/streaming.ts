@@ -1,7 +1,7 @@
 import { checkOptions } from '../check.js'
 import { Mask } from '../mask.js'
 import { checkTensor, type Tensor } from '../tensor.js'
-import { lengthsOf, type PackedOptions } from './packed.js'
+import { lengthsOf, type PackedOptions, under } from './packed.js'
 
 /**
  * What StreamingLLM sees: the first keys of the sequence and the last ones of every row. It looks at no numbers, and costs
@@ -25,7 +25,8 @@ export function streaming(
   checkOptions('streaming', options, known)
   const { sinkTokens = 64, window = 1024, cuSeqlensQ, cuSeqlensK } = options
   const { sq, sk } = lengthsOf('streaming', q, k)
-  return Mask.fromWindow({ sinkTokens, window }, { sq, sk, cuSeqlensQ, cuSeqlensK })
+  const about = { sq, sk, cuSeqlensQ, cuSeqlensK }
+  return under('streaming', () => Mask.fromWindow({ sinkTokens, window }, about))
 }
 
 const known: ReadonlySet<string> = new Set(['sinkTokens', 'window', 'cuSeqlensQ', 'cuSeqlensK'])

@@ -1,4 +1,4 @@
-import { checkOptions } from '../check.js'
+import { checkNumber, checkOptions } from '../check.js'
 import type { FloatDType } from '../dtype.js'
 import type { Mask } from '../mask.js'
 import { keep } from '../ops/keep.js'
@@ -43,6 +43,7 @@ export function xattention<D extends FloatDType>(
   checkTensor('xattention', 'k', k)
   checkOptions('xattention', options, known)
   const { stride = 8, threshold = 0.9, block = 128, scale } = options
+  checkNumber('xattention', 'threshold', threshold, 'from 0 to 1', (x) => x >= 0 && x <= 1)
   return perSequence('xattention', q, k, blockPair('xattention', block), options, (own, keys) => {
     using score = probe(own, keys, { kind: 'antidiagonal', stride, block, scale })
     const {

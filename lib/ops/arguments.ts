@@ -7,6 +7,8 @@ import { Tensor, tensor } from '../tensor.js'
 // Small arguments may be given as plain arrays. They become tensors beside the others and are put on `made`, which the
 // caller disposes of after the call. What a tensor holds is checked on its device instead.
 
+const either = 'a tensor or an array of numbers'
+
 function place<D extends 'float32' | 'int32'>(
   values: readonly number[],
   dtype: D,
@@ -27,12 +29,13 @@ export function vector(
   made: Tensor[],
 ): Tensor | undefined {
   if (value === undefined || value instanceof Tensor) return value
-  const values = numbers(op, argument, value, (number, i) => {
+  const check = (number: unknown, i: number) => {
     if (typeof number !== 'number' || !Number.isFinite(number)) {
       throw mustBe(op, `${argument}[${i}]`, 'a finite number', number)
     }
     return number
-  })
+  }
+  const values = numbers(op, argument, value, check, either)
   return place(values, 'float32', device, made)
 }
 
@@ -45,9 +48,9 @@ export function lengths(
   made: Tensor[],
 ): Tensor | undefined {
   if (value === undefined || value instanceof Tensor) return value
-  const values = numbers(op, argument, value, (number, i) =>
-    checkInteger(op, `${argument}[${i}]`, number, 0, 2 ** 31 - 1),
-  )
+  const check = (number: unknown, i: number) =>
+    checkInteger(op, `${argument}[${i}]`, number, 0, 2 ** 31 - 1)
+  const values = numbers(op, argument, value, check, either)
   return place(values, 'int32', device, made)
 }
 
@@ -61,7 +64,7 @@ export function offsets(
   made: Tensor[],
 ): Tensor | undefined {
   if (value === undefined || value instanceof Tensor) return value
-  return place(offsetNumbers(op, argument, value, total), 'int32', device, made)
+  return place(offsetNumbers(op, argument, value, total, either), 'int32', device, made)
 }
 
 /** @internal A mask as operators take it, whose q and k it must be about. */

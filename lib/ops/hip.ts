@@ -122,6 +122,13 @@ export interface HipSettings {
   calls: readonly { width: number; arguments: Record<string, unknown> }[]
 }
 
+const knownStage: ReadonlySet<string> = new Set<keyof HipStage>([
+  'chunk',
+  'topK',
+  'block',
+  'stride',
+])
+
 const knownRope: ReadonlySet<string> = new Set<keyof HipRope>([
   'cos',
   'sin',
@@ -144,6 +151,7 @@ export function hipSettings(op: string, options: HipOptions): HipSettings {
     ? elements(op, 'stages', given, (stage, i) => {
         if (stage === null || typeof stage !== 'object')
           throw mustBe(op, `stages[${i}]`, 'a stage', stage)
+        checkOptions(`${op} stages[${i}]`, stage, knownStage)
         return stage as HipStage
       })
     : given

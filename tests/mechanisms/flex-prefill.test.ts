@@ -393,7 +393,7 @@ describeDevices('flexPrefill', (device) => {
       'flexPrefillAttention: denseBelow must be an integer at least 0, got -1',
     )
     expect((await attend({ cuSeqlensQ: 1, cuSeqlensK: 1 })).message).toBe(
-      'flexPrefillAttention: cuSeqlensK must be a tensor or an array of numbers, got 1',
+      'flexPrefillAttention: cuSeqlensK must be an array of numbers, got 1',
     )
     const short = await failure(() => flexPrefill(q.tensor, q.tensor.slice(1, 0, 200)))
     expect(short.message).toBe('flexPrefill: sq must be at most sk, got 300 and 200')

@@ -6,6 +6,7 @@ import {
   mul,
   sampled,
   streaming,
+  type Tensor,
   tensor,
   xattention,
 } from 'heddle'
@@ -61,6 +62,89 @@ describeDevices('mechanisms', (device) => {
     expect((await failure(() => minference(x!, y!))).message).toBe(
       'minference: hq must be a multiple of hk, got 3 and 2',
     )
+  })
+
+  it('refuse in their own name what their operators refuse', async () => {
+    const [q, k] = [4, 2].map((heads) =>
+      tensor(new Float32Array(300 * heads * 16), [1, 300, heads, 16], { device }),
+    ) as [Tensor<'float32'>, Tensor<'float32'>]
+    const cases = [
+      [() => sampled(q, k, { stride: 0 }), 'sampled: stride must be at least 1, got 0'],
+      [
+        () => sampled(q, k, { block: 48 }),
+        'sampled: block must be a power of two for keys, got 48',
+      ],
+      [() => sampled(q, k.cast('bfloat16') as never), 'sampled: k must be float32, got bfloat16'],
+      [() => xattention(q, k, { stride: 7 }), 'xattention: stride must divide the blocks, got 7'],
+      [
+        () => xattention(q, k, { threshold: 2 }),
+        'xattention: threshold must be from 0 to 1, got 2',
+      ],
+      [
+        () => xattention(q, k, { cuSeqlensQ: [0, 300], cuSeqlensK: [0, 100, 300] }),
+        'xattention: cuSeqlensK must be [2] as cuSeqlensQ, got [3]',
+      ],
+      [
+        () => sampled(q.expand([2, 300, 4, 16]), k, { cuSeqlensQ: [0, 300], cuSeqlensK: [0, 300] }),
+        'sampled: b must be 1 with cuSeqlensQ, got 2',
+      ],
+      [
+        () => sampled(q, k, { cuSeqlensQ: q as never, cuSeqlensK: [0, 300] }),
+        'sampled: cuSeqlensQ must be an array of numbers, got an object',
+      ],
+      [
+        () => streaming(q, k, { window: 1.5 }),
+        'streaming: window must be an integer at least 0, got 1.5',
+      ],
+      [
+        () => streaming(q, k, { cuSeqlensQ: [0, 300] }),
+        'streaming: cuSeqlensQ and cuSeqlensK must be given together',
+      ],
+      [
+        () => minference(q, k.slice(3, 0, 8)),
+        'minference: k must be [b, sk, hk, d], got [1, 300, 1, 8] (d is 8, but q has d = 16)',
+      ],
+      [
+        () => minference(q.select(0, 0), k.select(0, 0)),
+        'minference: q must be [b, s, h, d], got [300, 4, 16]',
+      ],
+    ] as const
+    for (const [call, message] of cases) expect((await failure(call)).message).toContain(message)
+  })
+
+  it('choose nothing for no queries', async () => {
+    const make = (s: number) => tensor(new Float32Array(s * 32), [1, s, 2, 16], { device })
+    for (const select of [streaming, xattention, sampled, minference] as const)
+      for (const sk of [0, 300]) {
+        const [q, k] = [make(0), make(sk)]
+        const mask = select(q, k)
+        expect(await mask.count()).toBe(0)
+        expect(attention(q, k, k, { mask }).out.shape).toEqual([1, 0, 2, 16])
+      }
+  })
+
+  it('have the first block and their own, whatever the others weigh', async () => {
+    const direction = (s: number, like: (t: number) => boolean) =>
+      tensor(
+        Float32Array.from({ length: s * 16 }, (_, i) =>
+          i % 16 === 0 && like(Math.floor(i / 16)) ? 16 : 0,
+        ),
+        [1, s, 1, 16],
+        { device },
+      )
+    const [sq, sk] = [200, 520]
+    const q = direction(sq, () => true)
+    // all of the mass in the first block, or in the third
+    for (const heavy of [0, 2]) {
+      const k = direction(sk, (t) => Math.floor(t / 64) === heavy)
+      const seen = await xattention(q, k, { block: 64 }).toDense()
+      for (let i = 0; i < sq; i++) {
+        const row = seen.subarray(i * sk, (i + 1) * sk)
+        const p = sk - sq + i
+        expect([row[0], row[p], row[heavy * 64]]).toEqual([1, 1, 1])
+        expect(row.reduce((sum, x) => sum + x, 0)).toBeLessThanOrEqual(4 * 64)
+      }
+    }
   })
 
   it('find what is planted, and the pattern that fits', async () => {

@@ -872,6 +872,14 @@ describeDevices('hip', (device) => {
         'hip: stages[1].chunk must be at most that of the stage before, 32, got 64',
       ],
       [{ stages, topK: 128 }, 'hip: topK must be at most what enters the last stage, 64, got 128'],
+      [
+        { stages: [{ ...stages[0]!, strid: 1 } as never] },
+        'hip stages[0]: unknown option "strid"; did you mean "stride"?',
+      ],
+      [
+        { cuSeqlensQ: [0, 2, 8], cuSeqlensK: [0, 300] },
+        'hip: cuSeqlensK must be [3] as cuSeqlensQ, got [2]',
+      ],
       [{ topk: 1 } as never, 'hip: unknown option "topk"; did you mean "topK"?'],
     ]
     for (const [options, message] of cases)
