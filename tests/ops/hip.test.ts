@@ -645,6 +645,41 @@ describeDevices('hip', (device) => {
     }
   })
 
+  it('attends pages as it attends keys, bit by bit', async () => {
+    const rng = random(312)
+    const [sq, sk, hk, d] = [20, 130, 2, 64]
+    const make = async (...shape: number[]) =>
+      (await sample(rng, shape, 'bfloat16', device, { strided: false })).tensor
+    const [q, k, v] = [
+      await make(1, sq, 4, d),
+      await make(1, sk, hk, d),
+      await make(1, sk, hk, d),
+    ] as const
+    const options = { block: [16, 8], topK: 32, window: 24, sinkTokens: 8 } as const
+    const flat = attention(q, k, v, { mask: hip(q, k, options) })
+    const read = async ({ out, lse }: typeof flat) => [await out.read(), await lse.read()]
+    for (const page of [1, 2, 4, 8, 16, 32]) {
+      const pages = Math.ceil(sk / page)
+      const table = order(range(pages + 3), () => rng.next()).slice(0, pages)
+      const inPages = async (x: typeof k) => {
+        const pool = await make(pages + 3, page, hk, d)
+        table.forEach((to, i) => {
+          const keys = x.slice(1, i * page, Math.min((i + 1) * page, sk))
+          pool
+            .slice(0, to, to + 1)
+            .slice(1, 0, keys.shape[1])
+            .copyFrom(keys)
+        })
+        return pool
+      }
+      const blockTable = tensor(table, [1, pages], { dtype: 'int32', device })
+      const place = { blockTable, cacheSeqlens: [sk] }
+      const [y, z] = [await inPages(k), await inPages(v)]
+      const mask = hip(q, y, { ...options, ...place })
+      expect(await read(attention(q, y, z, { mask, ...place }))).toEqual(await read(flat))
+    }
+  })
+
   it('takes a prompt in chunks and packed sequences as it takes them alone', async () => {
     const rng = random(306)
     const q = await sample(rng, [1, 256, 2, 16], 'float32', device)
