@@ -6,6 +6,7 @@ import {
   lightning,
   lightningBackward,
   lightningDecode,
+  mul,
   type Tensor,
   tensor,
   tnlPaperSlopes,
@@ -339,6 +340,69 @@ describeDevices('lightning', (device) => {
       v.slice(1, 100).copyFrom(tensor([5], [1], { device }).expand([1, 30, c.hv, c.e]))
       expect(maxError(await run(), before)).toBe(0)
     })
+  })
+
+  it('is linear, and heads go their own ways', async () => {
+    const rng = random(32)
+    const whole = (n: number) => Float32Array.from({ length: n }, () => rng.below(5) - 2)
+    const add = (x: Float32Array, y: Float32Array) => x.map((one, i) => one + y[i]!)
+    const slopes = [0, 0.01, 0.2, 3]
+    const order = [2, 0, 3, 1]
+    for (const dtype of floats)
+      for (const [s, d, e] of [
+        [1, 8, 8],
+        [70, 40, 24],
+        [150, 128, 64],
+      ] as const) {
+        const make = (values: Float32Array, size: number): Tensor<FloatDType> =>
+          tensor(values, [1, s, 4, size], { dtype, device })
+        const [q, k] = [make(whole(s * 4 * d), d), make(whole(s * 4 * d), d)]
+        const values = [whole(s * 4 * e), whole(s * 4 * e)] as const
+        const states = [whole(4 * d * e), whole(4 * d * e)] as const
+        const v = make(values[0], e)
+        const run = async (
+          given: readonly Tensor<FloatDType>[],
+          initial: Float32Array,
+          own = slopes,
+        ) => {
+          const initialState = tensor(initial, [1, 4, d, e], { device })
+          const options = { slopes: own, initialState, outputFinalState: true } as const
+          const { out, state } = lightning(given[0]!, given[1]!, given[2]!, options)
+          return [await out.read({ as: 'float32' }), await state.read()] as const
+        }
+        const what = `${dtype} ${s} ${d} ${e}`
+        const first = await run([q, k, v], states[0])
+        const second = await run([q, k, make(values[1], e)], states[1])
+        const both = await run([q, k, make(add(...values), e)], add(...states))
+        expect(relativeRms(both[0], add(first[0], second[0])), what).toBeLessThan(2 * bounds[dtype])
+        expect(relativeRms(both[1], add(first[1], second[1])), what).toBeLessThan(1e-5)
+
+        // powers of two change no digit, but of what is next to nothing in 16 bits
+        const times = (x: Tensor<FloatDType>, factor: number) =>
+          mul(x, tensor([factor], [1], { device }).cast(dtype))
+        const twice = await run([times(q, 2), k, v], states[0])
+        expect(relativeRms(twice[0], add(first[0], first[0])), what).toBeLessThan(1e-6)
+        const moved = await run([q, times(k, 2), times(v, 0.5)], states[0])
+        expect(relativeRms(moved[0], first[0]), what).toBeLessThan(1e-6)
+        expect(relativeRms(moved[1], first[1]), what).toBeLessThan(1e-6)
+
+        const heads = (x: Tensor<FloatDType>, axis: number) => {
+          const to = empty(x.shape, { dtype: x.dtype, device })
+          for (const [h, from] of order.entries())
+            to.slice(axis, h, h + 1).copyFrom(x.slice(axis, from, from + 1))
+          return to
+        }
+        const state = (x: Float32Array) =>
+          heads(tensor(x, [1, 4, d, e], { device }), 1).read({ as: 'float32' })
+        const given = [q, k, v].map((x) => heads(x, 2))
+        const turned = await run(
+          given,
+          await state(states[0]),
+          order.map((h) => slopes[h]!),
+        )
+        const out = await heads(make(first[0], e), 2).read({ as: 'float32' })
+        expect(turned, what).toEqual([out, await state(first[1])])
+      }
   })
 
   it('takes states in either layout, and of 16 bits', async () => {
