@@ -1,5 +1,6 @@
 import { inspect } from 'node:util'
 import {
+  add,
   attention,
   attentionBackward,
   type Device,
@@ -20,6 +21,8 @@ import {
   attentionReference,
   reader,
 } from '../support/reference.js'
+
+const range = (n: number) => Array.from({ length: n }, (_, i) => i)
 
 const lengths = [1, 17, 63, 64, 65, 130, 257]
 
@@ -488,6 +491,100 @@ describeDevices('attention over a mask', (device) => {
     const expected = run(whole)
     expect(maxError(await joined.out.read(), await expected.out.read())).toBeLessThan(1e-5)
     expect(maxError(await joined.lse.read(), await expected.lse.read())).toBeLessThan(1e-5)
+  })
+
+  it('does what the definition of its lists promises', async () => {
+    const rng = random(80)
+    const [sq, sk, block, heads, d] = [150, 300, 64, 4, 16]
+    const [rows, columns] = [Math.ceil(sq / block), Math.ceil(sk / block)]
+    const draw = async (s: number, h: number) =>
+      (await sample(rng, [1, s, h, d], 'float32', device, { strided: false })).tensor
+    const [q, k, v] = [await draw(sq, heads), await draw(sk, 2), await draw(sk, 2)]
+    const of = (listed: (head: number, row: number, column: number) => boolean) => {
+      const table = range(heads).flatMap((h) =>
+        range(rows).flatMap((r) => range(columns).map((c) => Number(listed(h, r, c)))),
+      )
+      const shape = [1, heads, rows, columns]
+      return Mask.fromBlocks(tensor(Uint8Array.from(table), shape, { device }), { sq, sk, block })
+    }
+    const run = async (mask: Mask, keys = k, values = v) => {
+      const { out, lse } = attention(q, keys, values, { mask })
+      return [await out.read({ as: 'float32' }), await lse.read()] as const
+    }
+    const some = range(heads * rows * columns).map(() => rng.chance(0.4))
+    const listed = (h: number, r: number, c: number) => some[(h * rows + r) * columns + c]!
+    const position = (row: number) => sk - sq + Math.min((row + 1) * block, sq) - 1
+    const plain = await run(of(listed))
+
+    // blocks that nobody of a row may see change nothing
+    expect(await run(of((h, r, c) => listed(h, r, c) || c * block > position(r)))).toEqual(plain)
+
+    // one block a row, whose values are the same
+    const one = of((_, r, c) => c === r)
+    const constant = tensor(
+      Float32Array.from({ length: sk * 2 * d }, (_, i) => (i % d) - 3),
+      v.shape,
+      {
+        device,
+      },
+    )
+    const same = Float32Array.from({ length: sq * heads * d }, (_, i) => (i % d) - 3)
+    expect(maxError((await run(one, k, constant))[0], same)).toBeLessThan(1e-5)
+
+    // values that tell keys apart give the weights, which sum to 1
+    const tell = tensor(
+      Float32Array.from({ length: sk * 2 * d }, (_, i) =>
+        Number(Math.floor(i / (2 * d)) % d === i % d),
+      ),
+      v.shape,
+      { device },
+    )
+    const [weights, sums] = await run(
+      of((_, __, c) => c < 2),
+      k,
+      tell,
+    )
+    const totals = Float32Array.from({ length: sq * heads }, (_, i) =>
+      weights.subarray(i * d, (i + 1) * d).reduce((sum, x) => sum + x, 0),
+    )
+    expect(
+      maxError(
+        totals,
+        totals.map(() => 1),
+      ),
+    ).toBeLessThan(1e-5)
+    expect(weights.every((x) => x >= 0)).toBe(true)
+    expect(sums.every(Number.isFinite)).toBe(true)
+
+    // what all keys have in common moves lse alone
+    const shift = Float32Array.from(rng.normals(d))
+    const moved = await run(of(listed), add(k, tensor(shift, [1, 1, 1, d], { device })))
+    expect(maxError(moved[0], plain[0])).toBeLessThan(1e-4)
+    const rowsOfQ = await q.read()
+    const expected = plain[1].map((lse, at) => {
+      const [h, i] = [Math.floor(at / sq), at % sq]
+      const own = rowsOfQ.subarray((i * heads + h) * d, (i * heads + h + 1) * d)
+      return lse + own.reduce((sum, x, e) => sum + x * shift[e]!, 0) / Math.sqrt(d)
+    })
+    expect(maxError(moved[1], expected)).toBeLessThan(1e-4)
+
+    // groups of tokens, half of the heads half a group on (shifted sparse attention)
+    const group = 128
+    const shifted = (h: number, t: number) => Math.floor((t + (h < 2 ? 0 : group / 2)) / group)
+    const square = range(2).flatMap((shared) =>
+      range(columns).flatMap((r) =>
+        range(columns).map((c) =>
+          Number(shifted(2 * shared, r * block) === shifted(2 * shared, c * block)),
+        ),
+      ),
+    )
+    const table = tensor(Uint8Array.from(square), [1, 2, columns, columns], { device })
+    const seen = await Mask.fromBlocks(table, { sq: sk, block }).toDense()
+    for (let at = 0; at < seen.length; at++) {
+      const [h, i, t] = [Math.floor(at / sk / sk), Math.floor(at / sk) % sk, at % sk]
+      if (seen[at] !== Number(t <= i && shifted(2 * h, i) === shifted(2 * h, t)))
+        expect.fail(`${[h, i, t]}`)
+    }
   })
 
   it('counts the visible keys in lse where all keys are zero', async () => {
