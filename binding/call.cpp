@@ -1,5 +1,6 @@
 #include "binding/call.h"
 
+#include <algorithm>
 #include <array>
 #include <bit>
 #include <cmath>
@@ -215,6 +216,10 @@ class Marshal {
     }
     tensor(argument) = view;
     if (argument.kind == Argument::kInout) {
+      // what is made of its own elements does not begin anew
+      if (argument.is_filled && view.covers(entry.storage->nbytes) &&
+          std::ranges::find(call_->inputs, entry.storage) == call_->inputs.end())
+        call_->begun |= uint64_t{1} << call_->updated;
       call_->outputs.push_back(entry.storage);
       ++call_->updated;
     } else {

@@ -32,6 +32,7 @@ void Storage::poison(Failure failure) {
 void Storage::renew() {
   std::lock_guard lock(mutex_);
   failure_ = nullptr;
+  faults.clear();
 }
 
 namespace {

@@ -29,6 +29,7 @@ class Storage {
   Failure failure() const;
   // Keeps the first failure
   void poison(Failure failure);
+  // What it held is nothing to anybody any more
   void renew();
 
   const std::shared_ptr<Backend> backend;
@@ -58,7 +59,7 @@ struct Call {
   void poison_outputs(const Failure& failure) const;
   // Whether what an output holds before this call is nothing to it
   bool begins(size_t output) const { return output >= updated || begun >> output & 1; }
-  // Forgets why the last run of this call left nothing useful
+  // Forgets what was wrong with outputs before
   void renew_outputs() const;
   // Whether there is nothing to write
   bool empty() const;
@@ -67,7 +68,8 @@ struct Call {
   void* const arguments;
   std::vector<StorageRef> inputs, outputs;
   size_t updated = 0;  // so many outputs, the first ones, are read as well
-  uint64_t begun = 0;  // but not these, a bit for each: the graph made them for this call to fill
+  uint64_t begun = 0;  // but not these, a bit for each: it fills them, or a graph made them for it
+  std::vector<std::shared_ptr<const int>> faults;  // words that its own kernels set
 };
 
 // Opens once, for one side of a transfer to wait on the other

@@ -63,6 +63,7 @@ class CpuBackend final : public Backend {
               std::shared_ptr<Gate> gate) override {
     push([=, this] {
       if (stopping_) return;
+      if (nbytes == to->nbytes) to->renew();
       const Failure failure = gate ? gate->wait() : nullptr;
       if (failure) return to->poison(failure);
       std::memcpy(static_cast<char*>(to->data) + offset, from.get(), nbytes);

@@ -37,7 +37,8 @@ struct Argument {
   int condition_at = -1, wanted_at = -1, dtype_option = -1;  // where these and the dtype option are
   double initial = 0, least = -std::numeric_limits<double>::infinity(),
          most = std::numeric_limits<double>::infinity();
-  bool open = false;  // `least` itself is excluded
+  bool open = false;       // `least` itself is excluded
+  bool is_filled = false;  // every element is written, and none read
   std::vector<std::string> choices;
 
   bool is_tensor() const { return kind <= kOutput; }
@@ -50,6 +51,7 @@ struct Argument {
   Argument& at_least(double value) { return least = value, *this; }
   Argument& above(double value) { return least = value, open = true, *this; }
   Argument& at_most(double value) { return most = value, *this; }
+  Argument& filled() { return is_filled = true, *this; }
 };
 
 // The list of an operator's members. Shapes are size names separated by spaces; "n+1" is one more

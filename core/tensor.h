@@ -41,6 +41,15 @@ struct Tensor {
     }
     return true;
   }
+
+  // Whether every element of so many bytes is one of its own, in whatever order
+  bool covers(size_t nbytes) const {
+    int64_t run = 1;
+    for (int turn = 0; turn < rank; ++turn)
+      for (int i = 0; i < rank; ++i)
+        if (shape[i] > 1 && strides[i] == run) run *= shape[i];
+    return run == size() && static_cast<size_t>(run) * size_of(dtype) == nbytes;
+  }
 };
 
 }  // namespace heddle

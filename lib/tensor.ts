@@ -392,7 +392,10 @@ export class Tensor<D extends DType = DType> {
     }
   }
 
-  /** Overwrites the elements with those of a tensor of the same shape on the same device, converting the dtype. */
+  /**
+   * Overwrites the elements with those of a tensor of the same shape on the same device, converting the dtype. Where that is
+   * all of its memory, a tensor whose reads were rejected can be read again.
+   */
   copyFrom(source: Tensor): this {
     checkTensor('copyFrom', 'source', source)
     if (source.rank !== this.rank || source.shape.some((size, i) => size !== this.shape[i])) {

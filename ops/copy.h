@@ -12,7 +12,7 @@ struct Copy {
 
   template <class Schema> static void describe(Schema& schema) {
     schema.input("x", &Copy::x, "...", kAny);
-    schema.inout("to", &Copy::to, "...", kAny);
+    schema.inout("to", &Copy::to, "...", kAny).filled();
   }
 };
 

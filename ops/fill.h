@@ -13,7 +13,7 @@ struct Fill {
   int source = 0;  // 0: value, 1: standard normal
 
   template <class Schema> static void describe(Schema& schema) {
-    schema.inout("to", &Fill::to, "...", kAny);
+    schema.inout("to", &Fill::to, "...", kAny).filled();
     schema.number("value", &Fill::value, 0);
     schema.integer("seed", &Fill::seed, 0).at_least(0);
     schema.choice("source", &Fill::source, {"value", "normal"});

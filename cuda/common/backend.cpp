@@ -81,6 +81,7 @@ class CudaBackend final : public Backend {
 
   void launch(std::shared_ptr<Call> call) override {
     check_lost();
+    call->renew_outputs();
     if (const Failure failure = call->inherited()) return call->poison_outputs(failure);
     cudaSetDevice(device.index);
     sweep();
@@ -125,20 +126,25 @@ class CudaBackend final : public Backend {
     check_lost();
     cudaSetDevice(device.index);
     sweep();
+    if (nbytes == to->nbytes) to->renew();
     if (gate) {
       // Runs between the copies of the stream, on a thread of the driver that must not call CUDA;
-      // what it uses is kept alive by the entry below
+      // the gate is kept alive by the entry below. What is computed from `to` may be enqueued
+      // before it, so that a failure comes by a word, as one of a kernel does.
       struct Wait {
         Gate* gate;
-        Storage* to;
+        std::shared_ptr<Fault> fault;
       };
+      const std::shared_ptr<Fault> fault = fault_pool_->take(stream_, false);
+      to->faults.emplace_back(fault, &fault->word);
       HEDDLE_CUDA(cudaLaunchHostFunc(
           stream_,
           [](void* data) {
             const std::unique_ptr<Wait> wait(static_cast<Wait*>(data));
-            if (const Failure failure = wait->gate->wait()) wait->to->poison(failure);
+            wait->fault->failure = wait->gate->wait();
+            wait->fault->word = wait->fault->failure != nullptr;
           },
-          new Wait{gate.get(), to.get()}));
+          new Wait{gate.get(), fault}));
     }
     if (nbytes)
       HEDDLE_CUDA(cudaMemcpyAsync(static_cast<char*>(to->data) + offset, from.get(), nbytes,
@@ -158,9 +164,9 @@ class CudaBackend final : public Backend {
     if (status == cudaSuccess) status = try_record(event);
     {
       std::lock_guard lock(mutex_);
-      auto faults = from->faults;
-      downloads_.push_back(
-          {event, status, std::move(from), std::move(faults), std::move(to), std::move(done)});
+      auto [failure, faults] = std::pair(from->failure(), from->faults);
+      downloads_.push_back({event, status, std::move(from), std::move(failure), std::move(faults),
+                            std::move(to), std::move(done)});
     }
     filled_.notify_one();
   }
@@ -237,7 +243,9 @@ class CudaBackend final : public Backend {
     cudaEvent_t event;
     cudaError_t status;
     StorageRef from;
-    std::vector<std::shared_ptr<const int>> faults;  // of `from` when this was queued
+    // Of `from` when this was queued
+    Failure failure;
+    std::vector<std::shared_ptr<const int>> faults;
     HostBuffer to;
     std::function<void(Failure)> done;
   };
@@ -269,13 +277,8 @@ class CudaBackend final : public Backend {
       backend_->sweep();
       for (const auto& call : calls_) {
         call->renew_outputs();
-        // Words of calls that were made once say nothing of what is made anew
-        for (size_t i = 0; i < call->outputs.size(); ++i)
-          if (call->begins(i))
-            std::erase_if(call->outputs[i]->faults,
-                          [](const auto& word) { return !fault_of(word)->captured; });
         if (const Failure failure = call->inherited()) call->poison_outputs(failure);
-        take_over_faults(*call, {});
+        take_over_faults(*call);
       }
       HEDDLE_CUDA(cudaGraphLaunch(graph_, backend_->stream_));
     }
@@ -286,7 +289,7 @@ class CudaBackend final : public Backend {
     const cudaGraphExec_t graph_;
   };
 
-  void enqueue(const Call& call, bool capturing) {
+  void enqueue(Call& call, bool capturing) {
     CallContext context(stream_, info_, capturing, *fault_pool_, counters_, scratch_,
                         call.op.name.c_str());
     try {
@@ -296,12 +299,14 @@ class CudaBackend final : public Backend {
       throw;
     }
     for (const StorageRef& output : call.outputs) output->producer = call.op.name.c_str();
-    take_over_faults(call, std::move(context.faults));
+    call.faults = std::move(context.faults);
+    take_over_faults(call);
   }
 
   // Whatever is computed from a faulty tensor is faulty as well. Tensors that are updated for ever
   // let go of words that have nothing more to say.
-  static void take_over_faults(const Call& call, std::vector<std::shared_ptr<const int>> faults) {
+  static void take_over_faults(const Call& call) {
+    auto faults = call.faults;
     const auto settled = [](const auto& word) { return fault_of(word)->settled.load(); };
     for (const StorageRef& input : call.inputs) {
       std::erase_if(input->faults, settled);
@@ -398,13 +403,14 @@ class CudaBackend final : public Backend {
       lose(error, from->producer);
       return std::make_shared<Error>(error);
     }
-    if (Failure failure = from->failure()) return failure;
+    if (download.failure) return download.failure;
     for (const auto& word : download.faults) {
       Fault* fault = fault_of(word);
       if (*static_cast<const volatile int*>(word.get()) == 0) {
         fault->settled = !fault->captured;
         continue;
       }
+      if (fault->failure) return fault->failure;
       auto error = std::make_shared<Error>(Code::kArgument, "", fault->text);
       error->op = fault->op;
       return error;

@@ -17,6 +17,7 @@ struct Fault {
   std::atomic<bool> settled;  // all that could set it has run, and did not
   const char* op;
   const char* text;
+  Failure failure;  // or this
 };
 
 // Hands out fault words at zero. One that comes back may yet be set by a kernel of its former
@@ -31,6 +32,7 @@ class FaultPool : public std::enable_shared_from_this<FaultPool> {
     cudaEvent_t done;
     std::vector<Fault*> faults;
   };
+  static constexpr size_t kBlock = 256;
   std::mutex mutex_;
   std::vector<void*> blocks_;
   std::vector<Fault*> free_, back_;

@@ -17,11 +17,13 @@ void fail_cuda(cudaError_t status, const char* call) {
 
 FaultPool::~FaultPool() {
   for (const Batch& batch : waiting_) cudaEventDestroy(batch.done);
-  for (void* block : blocks_) cudaFreeHost(block);
+  for (void* block : blocks_) {
+    std::destroy_n(static_cast<Fault*>(block), kBlock);
+    cudaFreeHost(block);
+  }
 }
 
 std::shared_ptr<Fault> FaultPool::take(cudaStream_t stream, bool capturing) {
-  constexpr size_t kBlock = 256;
   Fault* fault;
   {
     std::lock_guard lock(mutex_);
@@ -45,6 +47,7 @@ std::shared_ptr<Fault> FaultPool::take(cudaStream_t stream, bool capturing) {
       void* block;
       HEDDLE_CUDA(cudaHostAlloc(&block, kBlock * sizeof(Fault), cudaHostAllocDefault));
       blocks_.push_back(block);
+      std::uninitialized_value_construct_n(static_cast<Fault*>(block), kBlock);
       for (size_t i = 0; i < kBlock; ++i) free_.push_back(static_cast<Fault*>(block) + i);
     }
     fault = free_.back();
@@ -54,6 +57,7 @@ std::shared_ptr<Fault> FaultPool::take(cudaStream_t stream, bool capturing) {
   fault->captured = capturing;
   fault->settled = false;
   return {fault, [pool = shared_from_this()](Fault* used) {
+            used->failure = nullptr;
             std::lock_guard lock(pool->mutex_);
             pool->back_.push_back(used);
           }};

@@ -28,10 +28,12 @@ import {
   scope,
   silu,
   synchronize,
+  type Tensor,
   tensor,
   zeros,
 } from 'heddle'
 import { describe, expect, it } from 'vitest'
+import { describeDevices } from '../support/devices.js'
 import { faultOf } from '../support/errors.js'
 import { failure } from '../support/failure.js'
 import { describeGpu } from '../support/gpu.js'
@@ -733,5 +735,66 @@ describe('errors of the device', () => {
     expect(error.name).toBe('HeddleError')
     expect(error).toBeInstanceOf(Error)
     expect(error.stack).toContain(error.message)
+  })
+})
+
+describeDevices('a tensor that failed', (device) => {
+  const int32 = (values: number[]) => tensor(values, [2], { dtype: 'int32', device })
+  const table = () => tensor([1, 2, 3, 4, 5, 6], [2, 3], { device })
+  const make = () => embed(int32([0, 9]), table())
+  const failed = async (x: Tensor) => expect((await failure(() => x.read())).op).toBe('embed')
+  const numbers = async (x: Tensor) => Array.from((await x.read()) as Float32Array)
+
+  it('is well again once it is overwritten whole, by nothing else', async () => {
+    for (const overwrite of [
+      (x: Tensor) => x.copyFrom(table()),
+      (x: Tensor) => x.write([1, 2, 3, 4, 5, 6]),
+      (x: Tensor) => x.reshape([3, 2, 1]).write([1, 2, 3, 4, 5, 6]),
+      (x: Tensor) => x.transpose(0, 1).copyFrom(table().transpose(0, 1)),
+    ]) {
+      const x = make()
+      const doubled = add(x, x)
+      const before = failed(x)
+      overwrite(x)
+      expect(await numbers(x)).toEqual([1, 2, 3, 4, 5, 6])
+      expect(await numbers(add(x, x))).toEqual([2, 4, 6, 8, 10, 12])
+      await before
+      await failed(doubled)
+    }
+    const x = make()
+    await failed(x.copyFrom(x))
+    await failed(x.copyFrom(make()))
+    x.slice(0, 0, 1).copyFrom(table().slice(0, 0, 1))
+    x.slice(0, 1).copyFrom(table().slice(0, 1))
+    await failed(x)
+    await failed(
+      x
+        .expand([2, 2, 3])
+        .slice(0, 0, 0)
+        .copyFrom(zeros([0, 2, 3], { device })),
+    )
+  })
+
+  it('is well again where a graph overwrites it', async () => {
+    const ids = int32([0, 9])
+    const [x, values] = [make(), table()]
+    const step = graph(() => add(x.copyFrom(embed(ids, values)), x))
+    await failed(step.result)
+    for (const id of [1, 9, 0]) {
+      ids.write([0, id])
+      step.replay()
+      if (id > 1) await failed(step.result)
+      else expect((await numbers(step.result))[3]).toBe(id ? 8 : 2)
+    }
+    expect(await numbers(x)).toEqual([1, 2, 3, 1, 2, 3])
+  })
+
+  it('has failed on other devices, too', async () => {
+    for (const to of ['cpu', device] as const) {
+      const moved = make().to('cpu').to(to)
+      await failed(add(moved, moved))
+      moved.copyFrom(table().to(to))
+      expect(await numbers(moved)).toEqual([1, 2, 3, 4, 5, 6])
+    }
   })
 })
