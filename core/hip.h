@@ -1,5 +1,6 @@
 #pragma once
 #include "core/fetch.h"
+#include "core/mask.h"
 #include "core/select.h"
 #include "ops/hip.h"
 
@@ -71,12 +72,38 @@ HEDDLE_HD inline int64_t hip_keys(const Hip& op) {
 struct HipPlace {
   int64_t b, head, row;       // of index
   int64_t first_head, heads;  // query heads that share it
-  int64_t first, last;        // queries, the last excluded
-  int64_t ahead;              // where query 0 stands
-  int64_t end;                // behind the last key that can be listed
-  int64_t list;               // index of the list among all
-  int64_t chunks;             // that a stage looks at
+  int64_t sequence;           // of those that are packed, and where it begins
+  int64_t first_query, first_key;
+  int64_t first, last;  // queries, the last excluded
+  int64_t ahead;        // where query 0 stands
+  int64_t end;          // behind the last key that can be listed
+  int64_t list;         // index of the list among all
+  int64_t chunks;       // that a stage looks at
 };
+
+// The packed sequence that a row belongs to, and how many queries and keys it has; of a row that
+// none has use of, queries end before it
+HEDDLE_HD inline void hip_sequence(const Hip& op, HipPlace& place, int64_t& queries,
+                                   int64_t& keys) {
+  const auto offset = [](const Tensor& cu, int64_t i, int64_t total) {
+    const int64_t own = static_cast<int32_t*>(cu.data)[i];
+    return own < 0 ? 0 : own < total ? own : total;
+  };
+  const auto begins = [&](int64_t i) { return offset(op.cu_seqlens_q, i, queries); };
+  int64_t from = 0, to = op.cu_seqlens_q.shape[0] - 1;
+  while (to - from > 1) {
+    const int64_t middle = (from + to) / 2;
+    (first_block_row(begins(middle), middle, op.block_q) <= place.row ? from : to) = middle;
+  }
+  place.sequence = from;
+  place.first_query = begins(from);
+  place.first_key = offset(op.cu_seqlens_k, from, keys);
+  place.first = (place.row - first_block_row(place.first_query, from, op.block_q)) * op.block_q;
+  queries = begins(from + 1) - place.first_query;
+  keys = offset(op.cu_seqlens_k, from + 1, keys) - place.first_key;
+  // Those of the longest sequence turn, by which the caller has made the tables
+  if (op.cos.data && keys > op.cos.shape[0]) keys = op.cos.shape[0];
+}
 
 // Rows of a head in turn, so that its keys stay in the cache; long ones first
 HEDDLE_HD inline HipPlace hip_place(const Hip& op, int64_t task) {
@@ -88,15 +115,17 @@ HEDDLE_HD inline HipPlace hip_place(const Hip& op, int64_t task) {
   place.heads = hq / lists;
   place.first_head = place.head * place.heads;
   place.first = place.row * op.block_q;
-  place.last = place.first + op.block_q < op.q.shape[1] ? place.first + op.block_q : op.q.shape[1];
-  int64_t keys = hip_keys(op);
+  place.sequence = place.first_query = place.first_key = 0;
+  int64_t keys = hip_keys(op), queries = op.q.shape[1];
+  if (op.cu_seqlens_q.data) hip_sequence(op, place, queries, keys);
+  place.last = place.first + op.block_q < queries ? place.first + op.block_q : queries;
   if (op.cache_seqlens.data) {
     const int64_t own =
         static_cast<int32_t*>(op.cache_seqlens.data)[place.b * op.cache_seqlens.strides[0]];
     keys = own < 0 ? 0 : own < keys ? own : keys;
   }
-  place.ahead = keys - op.q.shape[1];
-  place.end = place.ahead + place.last - op.window;
+  place.ahead = keys - queries;
+  place.end = place.first < place.last ? place.ahead + place.last - op.window : 0;
   place.list = (place.b * lists + place.head) * rows + place.row;
   place.chunks = 0;
   return place;
@@ -360,7 +389,9 @@ HEDDLE_HD inline HipChunks hip_chunks(const Hip& op, const HipPlace& place) {
     return chunks;
   }
   const int64_t rows = op.from_index.shape[2], width = op.from_index.shape[3];
-  const int64_t list = place.list / op.index.shape[2] * rows + place.first / op.from_block_q;
+  const int64_t begins = first_block_row(place.first_query, place.sequence, op.from_block_q);
+  const int64_t list =
+      place.list / op.index.shape[2] * rows + begins + place.first / op.from_block_q;
   chunks.from = static_cast<int32_t*>(op.from_index.data) + list * width;
   chunks.pieces = hip_log2(op.from_block_k / op.block_k);
   int64_t listed = static_cast<int32_t*>(op.from_count.data)[list];

@@ -54,7 +54,7 @@ template <class T> class Scorer {
     const T* q = op_.q.as<T>() + place_.b * op_.q.strides[0] + head * op_.q.strides[2];
     const auto line = [&] { return lines_.data() + static_cast<int64_t>(limits_.size()) * d_; };
     const auto load_q = [&](float* to, int64_t query) {
-      load_row(to, q + query * op_.q.strides[1], op_.q.strides[3], d_);
+      load_row(to, q + (place_.first_query + query) * op_.q.strides[1], op_.q.strides[3], d_);
     };
     const int64_t stride = op_.stride_q;
     if (op_.kind == Hip::kHalves) {
@@ -124,7 +124,8 @@ template <class T> class Scorer {
   // A slot is one nearby
   const T* key(int64_t t, uint32_t slot) const {
     if (op_.near && ~slot) return op_.near.as<T>() + slot * d_;
-    if (!op_.block_table) return k_head_ + place_.b * op_.k.strides[0] + t * op_.k.strides[1];
+    if (!op_.block_table)
+      return k_head_ + place_.b * op_.k.strides[0] + (place_.first_key + t) * op_.k.strides[1];
     const Tensor& table = op_.block_table;
     const int64_t page =
         table.as<int32_t>()[place_.b * table.strides[0] + t / page_ * table.strides[1]];

@@ -22,6 +22,8 @@ struct Hip {
   Tensor k;              // [b, sk, hk, d], or pages of it
   Tensor block_table;    // [b, max_pages] i32: which page holds which part of a sequence
   Tensor cache_seqlens;  // [b] i32: keys in use, at least sq
+  Tensor cu_seqlens_q;   // [n + 1] i32: where each packed sequence of q begins, b = 1
+  Tensor cu_seqlens_k;   // [n + 1] i32; lists stand at rows as a mask has them
   Tensor cos, sin;       // [positions, d / 2] f32: a stage turns queries and keys by them
   Tensor from_index;     // [b, hm, rows, width] i32: what the stage before kept
   Tensor from_count;     // [b, hm, rows] i32
@@ -51,11 +53,14 @@ struct Hip {
     schema.input("k", &Hip::k, "b sk hk d", like("q")).when("block_table", "pages page_size hk d");
     schema.optional("block_table", &Hip::block_table, "b max_pages", kI32);
     schema.optional("cache_seqlens", &Hip::cache_seqlens, "b", kI32);
+    // With these k is no pages, whose names of sizes are free for them
+    schema.optional("cu_seqlens_q", &Hip::cu_seqlens_q, "pages+1", kI32);
+    schema.optional("cu_seqlens_k", &Hip::cu_seqlens_k, "pages+1", kI32);
     schema.optional("cos", &Hip::cos, "... turns", kF32);
     schema.optional("sin", &Hip::sin, "... turns", kF32);
     schema.optional("from_index", &Hip::from_index, "b hm from_rows from_width", kI32);
     schema.optional("from_count", &Hip::from_count, "b hm from_rows", kI32);
-    // With these k is no pages, whose names of sizes are free for them
+    // The same goes for these
     schema.optional("near", &Hip::near, "page_size d", like("q"));
     schema.optional("near_places", &Hip::near_places, "max_pages", kI32);
     schema.inout("near_slots", &Hip::near_slots, "page_size 2", kI32).only_if("near");
@@ -82,6 +87,11 @@ struct Hip {
     schema.integer("sink_tokens", &Hip::sink_tokens, 16).at_least(0);
   }
 
+  // Rows of blocks of so many queries, core/mask.h has where those of a packed sequence begin
+  int64_t rows(int64_t block) const {
+    const int64_t sq = q.shape[1];
+    return cu_seqlens_q ? sq / block + cu_seqlens_q.shape[0] - 1 : (sq + block - 1) / block;
+  }
   int64_t keys() const { return block_table ? block_table.shape[1] * k.shape[1] : k.shape[1]; }
   // Chunks that a row of a stage scores at most
   int64_t most_chunks() const {
@@ -95,7 +105,14 @@ struct Hip {
     HEDDLE_CHECK(hk > 0 && hq % hk == 0, kShape, "k", "hq must be a multiple of hk, got ", hq,
                  " and ", hk);
     HEDDLE_CHECK(d >= 1 && d <= 256, kShape, "q", "d must be from 1 to 256, got ", d);
-    HEDDLE_CHECK(sq <= keys(), kShape, "q", "sq must be at most sk, got ", sq, " and ", keys());
+    HEDDLE_CHECK(bool(cu_seqlens_q) == bool(cu_seqlens_k), kArgument, "cuSeqlensQ",
+                 "cuSeqlensQ and cuSeqlensK must be given together");
+    HEDDLE_CHECK(!cu_seqlens_q || (q.shape[0] == 1 && cu_seqlens_q.contiguous() &&
+                                   cu_seqlens_k.contiguous() && !cache_seqlens && !near && !table),
+                 kArgument, "cuSeqlensQ",
+                 "cuSeqlensQ must be contiguous, with b = 1, and without cacheSeqlens");
+    HEDDLE_CHECK(cu_seqlens_q || sq <= keys(), kShape, "q", "sq must be at most sk, got ", sq,
+                 " and ", keys());
     HEDDLE_CHECK(keys() < int64_t{1} << 30, kUnsupported, "k", "sk must be less than 2^30, got ",
                  keys());
     HEDDLE_CHECK(!block_table || (cache_seqlens && power(k.shape[1]) && k.shape[1] <= 256), kShape,
@@ -105,11 +122,11 @@ struct Hip {
                  "block must be of powers of two, got ", block_q, " and ", block_k);
     HEDDLE_CHECK(block_q % stride_q == 0 && block_k % stride_k == 0, kArgument, "stride",
                  "stride must divide the block, got ", stride_q, " and ", stride_k);
-    const int64_t heads = index.shape[1], rows = (sq + block_q - 1) / block_q;
+    const int64_t heads = index.shape[1];
     HEDDLE_CHECK(heads == 1 || heads == hk || heads == hq, kShape, "index",
                  "index must have 1, hk or hq heads, got ", heads);
-    HEDDLE_CHECK(index.shape[2] == rows && index.shape[3] >= 1, kShape, "index", "index must have ",
-                 rows, " rows, got ", index);
+    HEDDLE_CHECK(index.shape[2] == rows(block_q) && index.shape[3] >= 1, kShape, "index",
+                 "index must have ", rows(block_q), " rows, got ", index);
     for (const Tensor* tensor :
          {&from_index, &from_count, &index, &count, &blocks, &table, &length})
       HEDDLE_CHECK(!*tensor || tensor->contiguous(), kShape, "index", "lists must be contiguous");
@@ -117,7 +134,7 @@ struct Hip {
                  "fromIndex", "fromIndex and fromCount must be given together, to a stage");
     if (from_index)
       HEDDLE_CHECK(from_block_q % block_q == 0 && from_block_k % block_k == 0 &&
-                       from_index.shape[2] == (sq + from_block_q - 1) / from_block_q,
+                       from_index.shape[2] == rows(from_block_q),
                    kArgument, "fromIndex",
                    "fromIndex must have blocks that contain those of index");
     HEDDLE_CHECK(bool(cos) == bool(sin) && (cos || positions == kOwn), kArgument, "cos",
@@ -125,7 +142,7 @@ struct Hip {
     if (cos) {
       HEDDLE_CHECK(kind == kStage, kArgument, "cos", "cos and sin go with stages");
       HEDDLE_CHECK(cos.rank == 2 && cos.shape[1] * 2 == d && cos.contiguous() && sin.contiguous() &&
-                       cos.shape[0] >= keys() && cos.shape[0] >= window + 2,
+                       (cu_seqlens_q || cos.shape[0] >= keys()) && cos.shape[0] >= window + 2,
                    kShape, "cos", "cos must be contiguous, [positions, d / 2], for ", keys(),
                    " keys and window + 2 positions, got ", cos);
       HEDDLE_CHECK(positions < kSelfExtend || context >= 4, kArgument, "context",

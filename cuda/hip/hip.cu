@@ -120,8 +120,9 @@ __global__ void __launch_bounds__(kStepWarps * 32, 2)
 // Scores of all lists have room of their own, which those of a long prompt would not find
 bool is_step(const Hip& op) {
   constexpr int64_t kMostScores = int64_t{16} << 20;
-  return op.kind == Hip::kStage && op.block_q == op.stride_q && !op.near && op.k.shape[3] <= 128 &&
-         HipStep(op).group <= kStepHeads && op.count.size() * hip_slot(op) <= kMostScores;
+  return op.kind == Hip::kStage && op.block_q == op.stride_q && !op.near && !op.cu_seqlens_q &&
+         op.k.shape[3] <= 128 && HipStep(op).group <= kStepHeads &&
+         op.count.size() * hip_slot(op) <= kMostScores;
 }
 
 template <class T, int kD> void search_step(HipArgs args, CudaContext& context) {

@@ -134,7 +134,8 @@ template <class T, bool kNear> class HipRows {
     float sum[kCount] = {};
     for (int64_t query = first; query < last; ++query) {
       const T* q = static_cast<T*>(op_.q.data) + place_.b * op_.q.strides[0] +
-                   query * op_.q.strides[1] + head * op_.q.strides[2] + e * op_.q.strides[3];
+                   (place_.first_query + query) * op_.q.strides[1] + head * op_.q.strides[2] +
+                   e * op_.q.strides[3];
       if constexpr (kCount == 1) {
         sum[0] += turned(q, op_.q.strides[3], e, hip_query_position(op_, place_, query));
       } else {
@@ -160,8 +161,10 @@ template <class T, bool kNear> class HipRows {
   // Where those of a head begin
   __device__ const T* keys(int64_t head) const {
     const int kv_head = static_cast<int>(head) / static_cast<int>(op_.q.shape[2] / op_.k.shape[2]);
-    const int64_t batch = op_.block_table.data ? 0 : place_.b * op_.k.strides[0];
-    return static_cast<T*>(op_.k.data) + batch + kv_head * op_.k.strides[2];
+    const int64_t sequence =
+        op_.block_table.data ? 0
+                             : place_.b * op_.k.strides[0] + place_.first_key * op_.k.strides[1];
+    return static_cast<T*>(op_.k.data) + sequence + kv_head * op_.k.strides[2];
   }
   // Columns of several of those at k, of positions or -1, for which there is any row, as for pages
   // that do not exist; nothing branches between them where keys are no pages

@@ -26,14 +26,36 @@ export function lengthsOf(op: string, q: Tensor, k: Tensor): { sq: number; sk: n
     if (rank !== 4)
       throw refuse('ERR_SHAPE', op, name, `${name} must be [b, s, h, d], got [${shape.join(', ')}]`)
   const [sq = 0, sk = 0] = [q.shape[1], k.shape[1]]
-  if (sq > sk) throw refuse('ERR_SHAPE', op, 'q', `sq must be at most sk, got ${sq} and ${sk}`)
+  checkLengths(op, sq, sk)
   return { sq, sk }
+}
+
+function checkLengths(op: string, sq: number, sk: number): void {
+  if (sq > sk) throw refuse('ERR_SHAPE', op, 'q', `sq must be at most sk, got ${sq} and ${sk}`)
 }
 
 /** @internal What the operators of a selector refuse comes under its own name. */
 export function under<T>(op: string, call: () => T): T {
   const operators = ['mask', 'probe', 'keep']
   return operators.reduce((inner, native) => () => named(op, inner, native), call)()
+}
+
+/** @internal Packed sequences of a selector, checked: a mask that lists nothing. */
+export function packedMask(
+  op: string,
+  q: Tensor,
+  k: Tensor,
+  block: readonly [number, number],
+  { cuSeqlensQ, cuSeqlensK }: PackedOptions,
+): Mask {
+  const [[b = 0, sq = 0], [, sk = 0]] = [q.shape, k.shape]
+  if (b !== 1) throw refuse('ERR_SHAPE', op, 'cuSeqlensQ', `b must be 1 with cuSeqlensQ, got ${b}`)
+  const mask = under(op, () => Mask.fromWindow({}, { sq, sk, block, cuSeqlensQ, cuSeqlensK }))
+  for (let i = 0; i < mask.sequences; i++) {
+    const [queries, keys] = [mask.cuSeqlensQ!, mask.cuSeqlensK!].map((x) => x[i + 1]! - x[i]!)
+    checkLengths(op, queries!, keys!)
+  }
+  return mask
 }
 
 /** @internal Runs a selector that lists blocks on every packed sequence, and packs what it lists. */
@@ -51,10 +73,7 @@ export function perSequence<D extends FloatDType>(
     lengthsOf(op, q, k)
     return under(op, () => select(q, k))
   }
-  const [[b = 0, sq = 0], [, sk = 0]] = [q.shape, k.shape]
-  if (b !== 1) throw refuse('ERR_SHAPE', op, 'cuSeqlensQ', `b must be 1 with cuSeqlensQ, got ${b}`)
-  const given = { sq, sk, block, cuSeqlensQ: ofQ, cuSeqlensK: ofK }
-  const whole = under(op, () => Mask.fromWindow({}, given))
+  const whole = packedMask(op, q, k, block, packed)
   const { cuSeqlensQ, cuSeqlensK } = whole
   const parts = { ...whole, heads }
   const { rows, columns } = blockTable(parts)
@@ -63,7 +82,7 @@ export function perSequence<D extends FloatDType>(
   for (let i = 0; i < parts.sequences; i++) {
     const own = q.slice(1, cuSeqlensQ![i]!, cuSeqlensQ![i + 1])
     const keys = k.slice(1, cuSeqlensK![i]!, cuSeqlensK![i + 1])
-    const { sq: queries } = lengthsOf(op, own, keys)
+    const queries = own.shape[1]!
     if (queries === 0) continue
     const mask = under(op, () => select(own, keys))
     const first = Math.floor(cuSeqlensQ![i]! / block[0]) + i

@@ -2,10 +2,10 @@ import { checkInteger, checkOptions, elements, mustBe } from '../check.js'
 import type { FloatDType } from '../dtype.js'
 import { refuse } from '../errors.js'
 import { type GatheredLists, type Mask, makeMask } from '../mask.js'
-import { lengthsOf, type PackedOptions, perSequence } from '../mechanisms/packed.js'
+import { lengthsOf, type PackedOptions, packedMask } from '../mechanisms/packed.js'
 import { run } from '../native.js'
 import { checkTensor, empty, type Tensor } from '../tensor.js'
-import { lengths } from './arguments.js'
+import { lengths, offsets } from './arguments.js'
 
 /** One scan over chunks of keys, of several that {@link hip} takes; the first looks at all of them. */
 export interface HipStage {
@@ -278,6 +278,10 @@ export interface HipKeys<D extends FloatDType = FloatDType> {
   k: Tensor<D>
   blockTable?: Tensor<'int32'> | undefined
   cacheSeqlens?: Tensor | undefined
+  cuSeqlensQ?: Tensor | undefined
+  cuSeqlensK?: Tensor | undefined
+  /** The same, where the host knows them. */
+  packed?: Mask | undefined
 }
 
 /** @internal */
@@ -288,12 +292,16 @@ export const listHeads = (headMode: HipHeadMode, { q, k }: HipKeys): number =>
 export const keysOf = ({ k, blockTable }: HipKeys): number =>
   blockTable ? (blockTable.shape[1] ?? 0) * (k.shape[1] ?? 0) : (k.shape[1] ?? 0)
 
+// Rows of blocks of so many queries
+const rowsOf = ({ q, packed }: HipKeys, block: number): number =>
+  packed ? Math.floor(packed.sq / block) + packed.sequences : Math.ceil((q.shape[1] ?? 0) / block)
+
 /** @internal Room for the lists of every call. */
 export function makeLists(keys: HipKeys, { headMode, calls }: HipSettings): HipLists[] {
-  const [b = 0, sq = 0] = keys.q.shape
+  const [b = 0] = keys.q.shape
   const made = { dtype: 'int32', device: keys.q.device } as const
   return calls.map(({ width, arguments: { blockQ } }) => {
-    const shape = [b, listHeads(headMode, keys), Math.ceil(sq / (blockQ as number))]
+    const shape = [b, listHeads(headMode, keys), rowsOf(keys, blockQ as number)]
     return { index: empty([...shape, width], made), count: empty(shape, made) }
   })
 }
@@ -310,7 +318,7 @@ export interface HipSearch {
 
 /** @internal Makes the lists of every call, one from those before, where there is room for them. */
 export function searchHip(
-  { q, k, blockTable, cacheSeqlens }: HipKeys,
+  { q, k, blockTable, cacheSeqlens, cuSeqlensQ, cuSeqlensK }: HipKeys,
   { calls }: HipSettings,
   lists: readonly HipLists[],
   { first = 0, last, near }: HipSearch = {},
@@ -325,6 +333,8 @@ export function searchHip(
       k,
       blockTable,
       cacheSeqlens,
+      cuSeqlensQ,
+      cuSeqlensK,
       fromIndex: before?.index,
       fromCount: before?.count,
       index,
@@ -362,22 +372,47 @@ function checkKeys<D extends FloatDType>(
   op: string,
   q: Tensor<D>,
   k: Tensor<D>,
-  { blockTable, cacheSeqlens }: HipOptions,
+  options: HipOptions,
+  { block }: HipSettings,
   made: Tensor[],
 ): HipKeys<D> {
+  const { blockTable, cacheSeqlens, cuSeqlensQ, cuSeqlensK, rope } = options
   checkTensor(op, 'q', q)
   checkTensor(op, 'k', k)
   if (blockTable !== undefined) checkTensor(op, 'blockTable', blockTable)
-  const keys = {
-    ...{ q, k, blockTable },
-    cacheSeqlens: lengths(op, 'cacheSeqlens', cacheSeqlens, q.device, made),
+  if (cuSeqlensQ === undefined && cuSeqlensK === undefined) {
+    if (!blockTable) lengthsOf(op, q, k)
+    const own = lengths(op, 'cacheSeqlens', cacheSeqlens, q.device, made)
+    return { q, k, blockTable, cacheSeqlens: own }
   }
-  if (!blockTable) lengthsOf(op, q, k)
-  return keys
+  if (blockTable || cacheSeqlens)
+    throw refuse(
+      'ERR_ARGUMENT',
+      op,
+      'cuSeqlensQ',
+      'cuSeqlensQ cannot be combined with cacheSeqlens',
+    )
+  const packed = packedMask(op, q, k, block, options)
+  const [ofQ, ofK] = [packed.cuSeqlensQ!, packed.cuSeqlensK!]
+  const longest = Math.max(0, ...ofK.slice(1).map((end, i) => end - ofK[i]!))
+  const [positions = 0] = rope?.cos.shape ?? [longest]
+  if (positions < longest)
+    throw refuse(
+      'ERR_SHAPE',
+      op,
+      'rope.cos',
+      `rope.cos must have a row for each of ${longest} keys, got ${positions}`,
+    )
+  return {
+    ...{ q, k, packed },
+    cuSeqlensQ: offsets(op, 'cuSeqlensQ', ofQ, packed.sq, q.device, made),
+    cuSeqlensK: offsets(op, 'cuSeqlensK', ofK, packed.sk, q.device, made),
+  }
 }
 
 /**
- * The lists of {@link hip} themselves, for kernels that walk lists. `cuSeqlensQ` and `cuSeqlensK` are not taken here.
+ * The lists of {@link hip} themselves, for kernels that walk lists. With `cuSeqlensQ` rows of sequence i begin at
+ * `floor(cuSeqlensQ[i] / block) + i`, and a row between two sequences that neither needs has none.
  *
  * @throws HeddleError as {@link hip} does.
  * @example
@@ -393,11 +428,9 @@ export function hipLists<D extends FloatDType>(
 ): HipLists {
   const op = 'hipLists'
   const settings = hipSettings(op, options)
-  if (options.cuSeqlensQ || options.cuSeqlensK)
-    throw refuse('ERR_ARGUMENT', op, 'cuSeqlensQ', 'cuSeqlensQ goes with hip, not with hipLists')
   const made: Tensor[] = []
   try {
-    return listsOf(checkKeys(op, q, k, options, made), settings)
+    return listsOf(checkKeys(op, q, k, options, settings, made), settings)
   } finally {
     for (const tensor of made) tensor.dispose()
   }
@@ -430,24 +463,9 @@ export function hip<D extends FloatDType>(
 ): Mask {
   const op = 'hip'
   const settings = hipSettings(op, options)
-  const { block, window, sinkTokens } = settings
   const made: Tensor[] = []
   try {
-    const keys = checkKeys(op, q, k, options, made)
-    const { cuSeqlensQ, cuSeqlensK, blockTable } = options
-    const packed = cuSeqlensQ ?? cuSeqlensK
-    if (packed && (blockTable || options.cacheSeqlens))
-      throw refuse(
-        'ERR_ARGUMENT',
-        op,
-        'cuSeqlensQ',
-        'cuSeqlensQ cannot be combined with cacheSeqlens',
-      )
-    if (!packed) return maskOf(keys, settings)
-    const select = (own: Tensor<D>, of: Tensor<D>) => maskOf({ q: own, k: of }, settings)
-    const heads = listHeads(settings.headMode, keys)
-    const mask = perSequence(op, q, k, block, options, select, heads)
-    return makeMask({ ...mask, window, sinkTokens })
+    return maskOf(checkKeys(op, q, k, options, settings, made), settings)
   } finally {
     for (const tensor of made) tensor.dispose()
   }
@@ -455,16 +473,18 @@ export function hip<D extends FloatDType>(
 
 /** @internal The mask of a search. */
 export function maskOf(keys: HipKeys, settings: HipSettings): Mask {
-  const { q } = keys
+  const { q, packed } = keys
   const { headMode, block } = settings
-  const [b = 0, sq = 0] = q.shape
-  const sk = keysOf(keys)
+  const [b = 0] = q.shape
   const heads = listHeads(headMode, keys)
-  const shape = [b, heads, Math.ceil(sq / block[0]), Math.ceil(Math.ceil(sk / block[1]) / 32)]
+  const words = Math.ceil(Math.ceil(keysOf(keys) / block[1]) / 32)
+  const shape = [b, heads, rowsOf(keys, block[0]), words]
   const blocks = empty(shape, { dtype: 'int32', device: q.device })
   try {
     const lists = listsOf(keys, settings, { blocks })
-    return hipMask(keys, settings, blocks, settings.window, lists)
+    // what gathers takes no packed sequences
+    if (packed) disposeLists(lists)
+    return hipMask(keys, settings, blocks, settings.window, packed ? undefined : lists)
   } catch (error) {
     blocks.dispose()
     throw error
@@ -477,10 +497,10 @@ export function hipMask(
   settings: HipSettings,
   blocks: Tensor<'int32'>,
   window: number,
-  lists: GatheredLists,
+  lists: GatheredLists | undefined,
 ): Mask {
   return makeMask({
-    sequences: keys.q.shape[0]!,
+    sequences: keys.packed?.sequences ?? keys.q.shape[0]!,
     heads: blocks.shape[1]!,
     sq: keys.q.shape[1]!,
     sk: keysOf(keys),
@@ -492,8 +512,8 @@ export function hipMask(
     columns: undefined,
     diagonals: undefined,
     bounds: undefined,
-    cuSeqlensQ: undefined,
-    cuSeqlensK: undefined,
+    cuSeqlensQ: keys.packed?.cuSeqlensQ,
+    cuSeqlensK: keys.packed?.cuSeqlensK,
     lists,
   })
 }

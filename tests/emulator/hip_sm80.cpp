@@ -32,6 +32,7 @@ struct Case {
   uint32_t most = 4;   // of what q and k hold
   bool step = false;   // by the kernel of steps, if it takes such keys
   int peers = 0;       // lists that a CTA searches side by side
+  int64_t packed = 0;  // sequences
 };
 
 // One thread, which is its own squad
@@ -77,7 +78,7 @@ struct Plain {
     return own * op.cos.as<float>()[at] + other * op.sin.as<float>()[at];
   }
   const T* k(int64_t t) const {
-    int64_t row = place.b * op.k.strides[0] + t * op.k.strides[1];
+    int64_t row = place.b * op.k.strides[0] + (place.first_key + t) * op.k.strides[1];
     if (op.block_table) {
       const int64_t size = op.k.shape[1];
       row = op.block_table.as<int32_t>()[place.b * op.block_table.shape[1] + t / size] *
@@ -103,8 +104,8 @@ struct Plain {
         for (int64_t e = 0; e < op.q.shape[3]; ++e) {
           float x = 0;
           for (int64_t i = halves ? end - 1 : first; i < end; ++i)
-            x += turned(op.q.as<T>() + place.b * op.q.strides[0] + i * op.q.strides[1] +
-                            head * op.q.strides[2],
+            x += turned(op.q.as<T>() + place.b * op.q.strides[0] +
+                            (place.first_query + i) * op.q.strides[1] + head * op.q.strides[2],
                         e, hip_query_position(op, place, i));
           const float n = halves ? 1.f : static_cast<float>(end - first);
           sum += to_float(from_float<T>(x / n)) * turned(k(t), e, team.tile.positions[i]);
@@ -135,11 +136,12 @@ template <class X> Tensor view(std::vector<X>& data, std::vector<int64_t> shape,
 struct Lists {
   std::vector<int32_t> index, count, blocks, table, length;
   void attach(Hip& op, const Case& c) {
-    const int64_t rows = (c.sq + c.block_q - 1) / c.block_q;
+    const int64_t rows = op.rows(c.block_q);
     op.index = view(index, {c.b, c.lists, rows, c.width});
     op.count = view(count, {c.b, c.lists, rows});
     op.blocks = view(blocks, {c.b, c.lists, rows, (op.keys() / c.block_k + 32) / 32});
     std::fill(blocks.begin(), blocks.end(), 77);
+    if (c.packed > 0) return;
     op.table = view(table, {c.b, c.lists, rows, c.sink_tokens / c.block_k + c.width});
     op.length = view(length, {c.b, c.lists, rows});
   }
@@ -148,7 +150,7 @@ struct Lists {
 
 double check(const Case& c, emulator::Random& random) {
   std::vector<T> q, k;
-  std::vector<int32_t> table, lengths, from_index, from_count;
+  std::vector<int32_t> table, lengths, begins_q, begins_k, from_index, from_count;
   std::vector<float> cosines, sines;
   Hip op;
   op.kind = c.kind;
@@ -171,8 +173,23 @@ double check(const Case& c, emulator::Random& random) {
       table[static_cast<size_t>(i)] = static_cast<int32_t>(c.b * pages + 2 - i);
     op.block_table.data = table.data();
   }
-  op.cache_seqlens = view(lengths, {c.b});
-  for (int64_t b = 0; b < c.b; ++b)
+  if (c.packed > 0) {
+    op.cu_seqlens_q = view(begins_q, {c.packed + 1});
+    op.cu_seqlens_k = view(begins_k, {c.packed + 1});
+    auto *of_q = op.cu_seqlens_q.as<int32_t>(), *of_k = op.cu_seqlens_k.as<int32_t>();
+    // Some of no queries, and all the keys that are left in the last one
+    of_q[0] = of_k[0] = 0;
+    for (int64_t i = 1; i <= c.packed; ++i) {
+      const auto left = static_cast<uint32_t>(c.sq - of_q[i - 1]),
+                 spare = static_cast<uint32_t>(c.sk - of_k[i - 1]) - left;
+      const bool last = i == c.packed;
+      const uint32_t queries = last ? left : random.below(3) == 0 ? 0 : random.below(left + 1);
+      of_q[i] = of_q[i - 1] + static_cast<int32_t>(queries);
+      of_k[i] = of_k[i - 1] + static_cast<int32_t>(queries + (last ? spare : random.below(spare)));
+    }
+  }
+  if (c.packed == 0) op.cache_seqlens = view(lengths, {c.b});
+  for (int64_t b = 0; op.cache_seqlens && b < c.b; ++b)
     op.cache_seqlens.as<int32_t>()[b] = static_cast<int32_t>(
         c.sk - (b > 0 ? random.below(static_cast<uint32_t>(c.sk - c.sq + 1)) : 0));
   for (auto* numbers : {&q, &k})
@@ -190,7 +207,7 @@ double check(const Case& c, emulator::Random& random) {
     op.context = 100;
   }
   if (c.from_width > 0) {
-    const int64_t rows = (c.sq + c.from_block_q - 1) / c.from_block_q;
+    const int64_t rows = op.rows(c.from_block_q);
     op.from_index = view(from_index, {c.b, c.lists, rows, c.from_width});
     op.from_count = view(from_count, {c.b, c.lists, rows});
     for (int64_t list = 0; list < c.b * c.lists * rows; ++list) {
@@ -354,6 +371,34 @@ const Case kCases[] = {
      .ctas = 2,
      .peers = 3},
     {.b = 2, .sq = 70, .sk = 200, .hq = 4, .hk = 2, .lists = 4, .block_q = 32, .stride_q = 2},
+    {.sq = 150,
+     .sk = 700,
+     .hq = 4,
+     .hk = 2,
+     .lists = 4,
+     .block_q = 16,
+     .stride_q = 2,
+     .ctas = 3,
+     .peers = 2,
+     .packed = 4},
+    {.sq = 100, .sk = 500, .hq = 2, .lists = 2, .block_q = 16, .stride_q = 4, .packed = 3},
+    {.kind = kStage,
+     .sq = 90,
+     .sk = 600,
+     .hq = 2,
+     .hk = 1,
+     .d = 24,
+     .block_q = 16,
+     .block_k = 8,
+     .stride_q = 4,
+     .sink_tokens = 8,
+     .width = 9,
+     .from_block_q = 32,
+     .from_block_k = 16,
+     .from_width = 12,
+     .warps = 2,
+     .members = 2,
+     .packed = 5},
     {.representative = Hip::kFirst,
      .sq = 20,
      .sk = 260,

@@ -7,6 +7,7 @@ import {
   type HipStage,
   hip,
   hipLists,
+  randn,
   type Tensor,
   tensor,
 } from 'heddle'
@@ -706,6 +707,52 @@ describeDevices('hip', (device) => {
         expect(maxError(await out.slice(1, from, to).read(), alone)).toBeLessThan(1e-6)
       }
     }
+  })
+
+  it('lists packed sequences in one search, in the rows that masks have for them', async () => {
+    const rng = random(312)
+    const [ofQ, ofK] = [
+      [0, 45, 45, 130, 131],
+      [0, 200, 203, 300, 340],
+    ]
+    const q = (await sample(rng, [1, 131, 4, 16], 'bfloat16', device)).tensor
+    const k = (await sample(rng, [1, 340, 2, 16], 'bfloat16', device)).tensor
+    const table = (seed: number) => randn([256, 8], { seed, device })
+    const rope = { cos: table(1), sin: table(2), positions: 'streaming' as const }
+    const stages = [
+      { chunk: 32, stride: 4, block: 32 },
+      { chunk: 4, stride: 1, block: 16, topK: 64 },
+    ]
+    for (const own of [{ block: [16, 2] } as const, { stages }, { stages, rope }]) {
+      const options = { ...own, topK: 16, window: 9, sinkTokens: 4 }
+      const { index, count } = hipLists(q, k, { ...options, cuSeqlensQ: ofQ, cuSeqlensK: ofK })
+      const [, heads, rows, width] = index.shape as [number, number, number, number]
+      expect(rows).toBe(Math.floor(131 / 16) + 4)
+      const counts = await count.read()
+      const used = new Set<number>()
+      for (let i = 0; i < 4; i++) {
+        const [from, to] = [ofQ[i]!, ofQ[i + 1]!]
+        if (from === to) continue
+        const alone = hipLists(q.slice(1, from, to), k.slice(1, ofK[i]!, ofK[i + 1]!), options)
+        const [first, n] = [Math.floor(from / 16) + i, alone.count.shape[2]!]
+        for (let row = first; row < first + n; row++) used.add(row)
+        expect(await index.slice(2, first, first + n).read()).toEqual(await alone.index.read())
+        expect(await count.slice(2, first, first + n).read()).toEqual(await alone.count.read())
+      }
+      for (let at = 0; at < heads * rows; at++) if (!used.has(at % rows)) expect(counts[at]).toBe(0)
+      expect(width).toBe(16 / (own.block?.[1] ?? 4))
+    }
+    const short = { ...rope, cos: rope.cos.slice(0, 0, 150), sin: rope.sin.slice(0, 0, 150) }
+    expect(() =>
+      hipLists(q, k, {
+        stages,
+        rope: short,
+        topK: 16,
+        sinkTokens: 4,
+        cuSeqlensQ: ofQ,
+        cuSeqlensK: ofK,
+      }),
+    ).toThrow('hipLists: rope.cos must have a row for each of 200 keys, got 150')
   })
 
   it('finds planted keys in a landscape, and a lone spike only by chance', async () => {
