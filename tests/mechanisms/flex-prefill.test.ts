@@ -1,15 +1,20 @@
 import {
   achievedMass,
+  add,
   attention,
+  empty,
   type FloatDType,
   flexPrefill,
   flexPrefillAttention,
   type Mask,
+  mul,
   type Tensor,
   tensor,
+  zeros,
 } from 'heddle'
 import { expect, it } from 'vitest'
-import { maxError } from '../support/compare.js'
+import { run } from '../../dist/native.js'
+import { maxError, relativeRms } from '../support/compare.js'
 import { describeDevices } from '../support/devices.js'
 import { failure } from '../support/failure.js'
 import { type Random, random, sample } from '../support/random.js'
@@ -23,13 +28,24 @@ interface Settings {
   block: number
 }
 
+interface Selection {
+  set: Set<number>
+  near: boolean
+  aware: boolean
+  distance: number
+  /** Masses that sum to 1, of keys and distances, and of their blocks. */
+  masses: number[][]
+  /** What of the last two was chosen. */
+  chosen: number[][]
+}
+
 /** Section by section the selection of one head, with sorts and in float64; `near` tells that a cut is too close to call. */
 function selection(
   n: number,
   score: (i: number, t: number) => number,
   pooled: (from: number, to: number, column: number) => number,
   { mode, gamma, tau, minBudget, block: b }: Settings,
-): { set: Set<number>; near: boolean; aware: boolean } {
+): Selection {
   const nb = Math.ceil(n / b)
   const pad = nb * b - n
   let near = false
@@ -119,7 +135,38 @@ function selection(
       else break
     }
   }
-  return { set, near, aware }
+  return { set, near, aware, distance, masses: [av, as, V, O], chosen: [columns, offsets] }
+}
+
+/** What a head of q and k, [n, heads, 32], selects. */
+function selectionOf(
+  q: Float32Array,
+  k: Float32Array,
+  n: number,
+  heads: number,
+  head: number,
+  settings: Settings,
+): Selection {
+  const d = 32
+  const [rq, rk] = [reader(q, n, heads, d), reader(k, n, heads, d)]
+  const score = (i: number, t: number) => {
+    let sum = 0
+    for (let e = 0; e < d; e++) sum += rq(0, i, head, e) * rk(0, t, head, e)
+    return sum / Math.sqrt(d)
+  }
+  const mean = (read: typeof rq, from: number, to: number, e: number) => {
+    let sum = 0
+    for (let i = from; i < to; i++) sum += read(0, i, head, e)
+    return sum / (to - from)
+  }
+  const b = settings.block
+  const pooled = (from: number, to: number, c: number) => {
+    let sum = 0
+    for (let e = 0; e < d; e++)
+      sum += mean(rq, from, to, e) * mean(rk, c * b, Math.min((c + 1) * b, n), e)
+    return sum / Math.sqrt(d)
+  }
+  return selection(n, score, pooled, settings)
 }
 
 async function pairsOf(mask: Mask, head: number, nb: number): Promise<Set<number>> {
@@ -149,6 +196,19 @@ function planted(rng: Random, n: number, heads: number, flat: boolean): Float32A
   return [q, k]
 }
 
+const range = (n: number) => Array.from({ length: n }, (_, i) => i)
+
+/** Every head where the next was. */
+function turnHeads(x: Tensor<'float32'>): Tensor<'float32'> {
+  const to = empty(x.shape, { device: x.device })
+  const heads = x.shape[2]!
+  for (let h = 0; h < heads; h++) {
+    const next = (h + 1) % heads
+    to.slice(2, next, next + 1).copyFrom(x.slice(2, h, h + 1))
+  }
+  return to
+}
+
 describeDevices('flexPrefill', (device) => {
   it('selects what float64 selects', async () => {
     const rng = random(90)
@@ -166,29 +226,11 @@ describeDevices('flexPrefill', (device) => {
         const [q, k] = planted(rng, n, heads, flat)
         const place = (x: Float32Array) => tensor(x, [1, n, heads, d], { device })
         const mask = flexPrefill(place(q!), place(k!), settings)
-        const [rq, rk] = [reader(q!, n, heads, d), reader(k!, n, heads, d)]
         for (let head = 0; head < heads; head++) {
-          const score = (i: number, t: number) => {
-            let sum = 0
-            for (let e = 0; e < d; e++) sum += rq(0, i, head, e) * rk(0, t, head, e)
-            return sum / Math.sqrt(d)
-          }
-          const mean = (read: typeof rq, from: number, to: number, e: number) => {
-            let sum = 0
-            for (let i = from; i < to; i++) sum += read(0, i, head, e)
-            return sum / (to - from)
-          }
-          const b = settings.block
-          const pooled = (from: number, to: number, c: number) => {
-            let sum = 0
-            for (let e = 0; e < d; e++)
-              sum += mean(rq, from, to, e) * mean(rk, c * b, Math.min((c + 1) * b, n), e)
-            return sum / Math.sqrt(d)
-          }
-          const expected = selection(n, score, pooled, settings)
+          const expected = selectionOf(q!, k!, n, heads, head, settings)
           if (expected.near) continue
           compared++
-          const actual = await pairsOf(mask, head, Math.ceil(n / b))
+          const actual = await pairsOf(mask, head, Math.ceil(n / settings.block))
           const text = `${JSON.stringify(settings)} n ${n} head ${head} aware ${expected.aware}`
           expect(
             [...actual].sort((x, y) => x - y),
@@ -254,6 +296,126 @@ describeDevices('flexPrefill', (device) => {
       expect(mass).toBeGreaterThan(0)
       expect(mass).toBeLessThan(1.00001)
     }
+  })
+
+  it('has the properties of its definition', async () => {
+    const rng = random(98)
+    const [n, heads, d, block] = [900, 3, 32, 64]
+    const nb = Math.ceil(n / block)
+    const place = (x: Float32Array) => tensor(x, [1, n, heads, d], { device })
+    const base = { block, tau: 0.1, gamma: 0.9, minBudget: 0 }
+    const [rough, flat] = [planted(rng, n, heads, false), planted(rng, n, heads, true)]
+    const sizeOf = async (mask: Mask) =>
+      (await Promise.all(range(heads).map((head) => pairsOf(mask, head, nb)))).map(
+        ({ size }) => size,
+      )
+    for (const mode of ['reference', 'coverage'] as const)
+      for (const [q, k] of [rough, flat] as const) {
+        const [x, y] = [place(q!), place(k!)]
+        const words = Math.ceil(nb / 32)
+        const blocks = zeros([1, heads, nb, words], { dtype: 'int32', device })
+        const [distances] = run('flexprefill', {
+          q: x,
+          k: y,
+          blocks,
+          block,
+          coverage: mode === 'coverage',
+        })
+        const found = await (distances as Tensor<'float32'>).read()
+        const expected = range(heads).map((head) =>
+          selectionOf(q!, k!, n, heads, head, { ...base, mode }),
+        )
+        for (const [head, { distance, masses, chosen, aware, near }] of expected.entries()) {
+          expect(distance).toBeLessThanOrEqual(Math.sqrt(Math.log(2)))
+          expect(Math.abs(found[head]! - distance)).toBeLessThan(1e-3)
+          // of `coverage` the part beyond the last diagonal is none
+          for (const mass of mode === 'coverage' ? masses.slice(0, 3) : masses)
+            expect(mass.reduce((sum, p) => sum + p, 0)).toBeCloseTo(1, 9)
+          if (mode === 'coverage' && !aware && !near)
+            for (const [i, list] of chosen.entries())
+              expect(list.reduce((sum, c) => sum + masses[i + 2]![c]!, 0)).toBeGreaterThan(
+                base.gamma - 1e-6,
+              )
+        }
+        const options = { ...base, mode }
+        const mask = flexPrefill(x, y, options)
+        // no factor that q and k share is seen, nor where a head stands
+        const factor = (t: Tensor<'float32'>, by: number) => mul(t, tensor([by], [1], { device }))
+        const scaled = flexPrefill(factor(x, 4), factor(y, 0.25), options)
+        const turned = flexPrefill(turnHeads(x), turnHeads(y), options)
+        // nor what all keys have in common, which costs a digit
+        const shift = tensor(rng.normals(heads * d), [1, 1, heads, d], { device })
+        const moved = flexPrefill(x, add(y, shift), options)
+        for (const head of range(heads)) {
+          const set = await pairsOf(mask, head, nb)
+          expect(await pairsOf(scaled, head, nb)).toEqual(set)
+          expect(await pairsOf(turned, (head + 1) % heads, nb)).toEqual(set)
+          if (!expected[head]!.near) expect(await pairsOf(moved, head, nb)).toEqual(set)
+        }
+        // budgets of lines and blocks
+        const lines = { ...options, tau: 0 }
+        let before = new Set<number>()
+        for (const minBudget of [0, 100, 256, 512]) {
+          const set = await pairsOf(flexPrefill(x, y, { ...lines, minBudget }), 0, nb)
+          for (const pair of before) expect(set.has(pair)).toBe(true)
+          before = set
+        }
+        const least = await sizeOf(flexPrefill(x, y, { ...lines, minBudget: 128, maxBudget: 128 }))
+        const free = await sizeOf(flexPrefill(x, y, { ...lines, minBudget: 128 }))
+        least.forEach((size, head) => {
+          expect(size).toBeLessThanOrEqual(free[head]!)
+        })
+      }
+  })
+
+  it('finds what is planted, and comes closer to dense with gamma', async () => {
+    const rng = random(99)
+    const [n, d, block] = [1000, 32, 64]
+    const nb = Math.ceil(n / block)
+    const options = { block, minBudget: 0, gamma: 0.8 } as const
+    const place = (x: Float32Array) => tensor(x, [1, n, 1, d], { device })
+    // all queries want one key
+    const at = block + rng.below(n - 3 * block)
+    const [q, k] = planted(rng, n, 1, true)
+    for (let i = 0; i < n; i++) q![i * d] = 8
+    for (let t = 0; t < n; t++) k![t * d] = t === at ? 8 : 0
+    for (const mode of ['reference', 'coverage'] as const) {
+      // of one block `reference` would take the first alone
+      const lines = { ...options, mode, tau: 0, minBudget: 2 * block }
+      const set = await pairsOf(flexPrefill(place(q!), place(k!), lines), 0, nb)
+      const column = Math.floor(at / block)
+      for (let i = column; i < nb; i++)
+        expect(set.has(i * nb + column), `${mode} ${at} ${i}`).toBe(true)
+    }
+    // every block of queries wants a block of keys of its own, and all of them are alike
+    const wanted = range(nb).map((i) => rng.below(i + 1))
+    const of = (like: (block: number) => number) =>
+      place(
+        Float32Array.from({ length: n * d }, (_, i) =>
+          like(Math.floor(i / d / block)) === i % d ? 8 : 0,
+        ),
+      )
+    const all = { ...options, mode: 'coverage', gamma: 0.99, tau: 0.3 } as const
+    const diverse = flexPrefill(
+      of((i) => wanted[i]!),
+      of((c) => c),
+      all,
+    )
+    const set = await pairsOf(diverse, 0, nb)
+    for (const [i, c] of wanted.entries())
+      expect(set.has(i * nb + c), `${i} of ${wanted}`).toBe(true)
+    expect(set.size).toBeLessThan(nb * 5)
+
+    const [x, y] = planted(rng, n, 1, false).map(place) as [Tensor<'float32'>, Tensor<'float32'>]
+    const dense = await attention(x, y, y, { causal: true }).out.read()
+    const errors: number[] = []
+    for (const gamma of [0.3, 0.8, 0.99, 1]) {
+      const mask = flexPrefill(x, y, { ...options, gamma, mode: 'coverage', tau: 0 })
+      errors.push(relativeRms(await attention(x, y, y, { mask }).out.read(), dense))
+    }
+    for (const i of [1, 2, 3]) expect(errors[i]).toBeLessThanOrEqual(errors[i - 1]! * 1.25 + 1e-6)
+    expect(errors[0]).toBeGreaterThan(0.01)
+    expect(errors[3]).toBeLessThan(1e-5)
   })
 
   it('selects chunks, batches and packed sequences as it does single ones', async () => {
