@@ -1,6 +1,6 @@
 import { checkOptions, mustBe } from '../check.js'
 import { refuse } from '../errors.js'
-import { checkPlace } from '../ops/lightning.js'
+import { checkPlace } from '../ops/arguments.js'
 import { checkTensor, type Tensor } from '../tensor.js'
 
 /**

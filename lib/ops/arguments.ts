@@ -113,3 +113,15 @@ export function maskArguments(
     maskSinkTokens: mask.sinkTokens,
   }
 }
+
+/** @internal A count of heads. */
+export function checkHeads(op: string, heads: number): void {
+  checkInteger(op, 'heads', heads, 1, 65536)
+}
+
+/** @internal Where a layer with so many heads stands among those of its model. */
+export function checkPlace(op: string, heads: number, layer: number, layers: number): void {
+  checkHeads(op, heads)
+  checkInteger(op, 'layers', layers, 1)
+  checkInteger(op, 'layer', layer, 0, layers - 1)
+}

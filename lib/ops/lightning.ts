@@ -2,7 +2,7 @@ import { checkInteger, checkOptions, mustBe } from '../check.js'
 import type { FloatDType } from '../dtype.js'
 import { run } from '../native.js'
 import { checkTensor, type Tensor } from '../tensor.js'
-import { offsets, vector } from './arguments.js'
+import { checkHeads, checkPlace, offsets, vector } from './arguments.js'
 
 /** What {@link lightning} computes for one head; `slope` is its decay rate and S0 its initial state. */
 export const lightningDefinition = `
@@ -319,15 +319,6 @@ function powersOfTwo(heads: number): number[] {
   return Array.from({ length: heads }, (_, h) => 2 ** ((-8 * (h + 1)) / heads))
 }
 
-const mostHeads = 65536
-
-/** @internal */
-export function checkPlace(op: string, heads: number, layer: number, layers: number): void {
-  checkInteger(op, 'heads', heads, 1, mostHeads)
-  checkInteger(op, 'layers', layers, 1)
-  checkInteger(op, 'layer', layer, 0, layers - 1)
-}
-
 /**
  * The slopes of released TransNormerLLM and MiniMax-01 weights: `2^(-8(h+1)/H)` for a power of two of heads; for other
  * counts the next smaller power's, then every other one of the next larger's. With `layers`, scaled by
@@ -340,7 +331,7 @@ export function checkPlace(op: string, heads: number, layer: number, layers: num
 export function alibiSlopes(heads: number, layer?: number, layers?: number): number[] {
   if (layers !== undefined) checkPlace('alibiSlopes', heads, layer ?? 0, layers)
   else {
-    checkInteger('alibiSlopes', 'heads', heads, 1, mostHeads)
+    checkHeads('alibiSlopes', heads)
     if (layer !== undefined) checkInteger('alibiSlopes', 'layer', layer, 0)
   }
   const whole = 2 ** Math.floor(Math.log2(heads))

@@ -33,6 +33,22 @@ const examples = [...sources(join(root, 'lib')), join(root, 'README.md'), ...pag
   (path) => examplesOf(path).map((code, i) => ({ name: `${relative(root, path)} ${i + 1}`, code })),
 )
 
+it('nothing internal is exported', () => {
+  const index = join(root, 'dist/index.d.ts')
+  const options = { module: ts.ModuleKind.Node16, skipLibCheck: true, types: ['node'] }
+  const program = ts.createProgram([index], options)
+  const checker = program.getTypeChecker()
+  const exported = checker.getExportsOfModule(
+    checker.getSymbolAtLocation(program.getSourceFile(index)!)!,
+  )
+  expect(exported.length).toBeGreaterThan(50)
+  const internal = exported.filter((one) => {
+    const own = one.flags & ts.SymbolFlags.Alias ? checker.getAliasedSymbol(one) : one
+    return own.getJsDocTags(checker).some(({ name }) => name === 'internal')
+  })
+  expect(internal.map(({ name }) => name)).toEqual([])
+})
+
 describe('examples', () => {
   it('there are some', () => {
     expect(examples.length).toBeGreaterThan(15)
