@@ -206,7 +206,9 @@ export interface HipDecoderOptions
   refresh?: number | readonly number[] | undefined
   /**
    * Whether the window keeps what leaves it until the next list is made, true if left out. The released code loses it until
-   * then, unless sink tokens still stood in the window. With stages it may be named once the first of them looks again.
+   * then, unless sink tokens still stood in the window. A list of later stages names nothing that stood in the window when
+   * the first of them looked last: what has left it since is seen again once that one looks, `refresh[0]` tokens later at
+   * most. That is InfiniteHiP's rule; with the same number for all stages nothing is lost.
    */
   freezeWindowStart?: boolean | undefined
   /** Factor of q·k, `1/√d` if left out. */

@@ -43,7 +43,8 @@ export interface LightningOptions {
    * How a sequence is gone through, where a kernel knows both ways: in one pass (`'fused'`), or in segments side by side, whose
    * states a pass over k and v finds before (`'two-pass'`). If left out, whichever is faster by the number of heads, sequences
    * and tokens. With one given, a sequence gives the same bits in whatever batch it stands, of 16
-   * tokens and more in all. Two passes keep a state for every 1,024 tokens and head.
+   * tokens and more in all. Two passes keep a state for every 1,024 tokens and head, and where nothing decays a segment reads
+   * those of all before it.
    */
   schedule?: 'auto' | 'fused' | 'two-pass' | undefined
 }
