@@ -1,4 +1,4 @@
-import { checkInteger, checkOptions } from '../check.js'
+import { checkInteger, checkOptions, mustBe } from '../check.js'
 import type { FloatDType } from '../dtype.js'
 import { run } from '../native.js'
 import {
@@ -75,7 +75,9 @@ export function hipCaches(
   settings: { topK: number; sinkTokens: number; block: readonly [number, number] },
 ): HipCaches {
   const options = given === true ? {} : given
-  checkOptions(`${op} offload`, options, known)
+  if (options === null || typeof options !== 'object' || Array.isArray(options))
+    throw mustBe(op, 'offload', 'a boolean or an object', options)
+  checkOptions(op, options, known)
   const least = settings.topK + settings.sinkTokens
   const { scanned = 32768, attended = 2 * least } = options as HipOffload
   checkInteger(op, 'offload.scanned', scanned, 1)

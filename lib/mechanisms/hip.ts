@@ -146,8 +146,9 @@ export function hipAttention<D extends FloatDType>(
   if (blockTable !== undefined) checkTensor(op, 'blockTable', blockTable)
   const sk = keysOf({ q, k, blockTable })
   const { rope } = searched
-  if (rope && (blockTable || cacheSeqlens || cuSeqlensQ))
-    throw refuse('ERR_ARGUMENT', op, 'rope', 'rope cannot be combined with lengths of sequences')
+  const [packed] = Object.entries({ blockTable, cacheSeqlens, cuSeqlensQ }).filter(([, x]) => x)
+  if (rope && packed)
+    throw refuse('ERR_ARGUMENT', op, 'rope', `rope cannot be combined with ${packed[0]}`)
   const isDense = mode === 'dense' || (sk <= threshold && !cuSeqlensQ)
 
   return scope(() => {

@@ -197,11 +197,11 @@ export function hipSettings(op: string, options: HipOptions): HipSettings {
   }
 
   const { rope } = options
-  if (rope !== undefined && (rope === null || typeof rope !== 'object'))
+  if (rope !== undefined && (rope === null || typeof rope !== 'object' || Array.isArray(rope)))
     throw rule('rope', 'an object', rope)
   if (rope && !stages) throw refuse('ERR_ARGUMENT', op, 'rope', 'rope goes with stages')
   if (rope) {
-    checkOptions(`${op} rope`, rope, knownRope)
+    checkOptions(op, rope, knownRope)
     checkTensor(op, 'rope.cos', rope.cos)
     checkTensor(op, 'rope.sin', rope.sin)
   }

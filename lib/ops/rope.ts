@@ -45,6 +45,6 @@ const known: ReadonlySet<string> = new Set<keyof RopeOptions>([
 export function rope<D extends FloatDType>(x: Tensor<D>, options: RopeOptions = {}): Tensor<D> {
   checkOptions('rope', options, known)
   if (options.theta !== undefined && options.cos !== undefined)
-    throw refuse('ERR_ARGUMENT', 'rope', 'theta', 'theta must be left out where cos is given')
+    throw refuse('ERR_ARGUMENT', 'rope', 'theta', 'theta cannot be combined with cos')
   return run('rope', { x, ...options })[0] as Tensor<D>
 }

@@ -871,7 +871,7 @@ describeDevices('hip mechanisms', (device) => {
       ],
       [
         () => hipDecoder({ offload: { scaned: 16 } as never }),
-        'hipDecoder offload: unknown option "scaned"; did you mean "scanned"?',
+        'hipDecoder: unknown option "scaned"; did you mean "scanned"?',
       ],
       [
         () => hipDecoder({ stages: hipStages, headMode: 'kv_group', rope: tables }),
@@ -882,8 +882,16 @@ describeDevices('hip mechanisms', (device) => {
         'hipDecoder: rope.attended must be one of own, streaming, infllm, self_extend, dynamic_extend, got "relative"',
       ],
       [
+        () => hipDecoder({ offload: [] as never }),
+        'hipDecoder: offload must be a boolean or an object, got an array of 0',
+      ],
+      [
+        () => hip(z, z, { stages: hipStages, rope: [] as never }),
+        'hip: rope must be an object, got an array of 0',
+      ],
+      [
         () => hipAttention(z, z, z, { stages: hipStages, rope: tables, cacheSeqlens: [1] }),
-        'hipAttention: rope cannot be combined with lengths of sequences',
+        'hipAttention: rope cannot be combined with cacheSeqlens',
       ],
       [
         () => hipDecoder({ offload: true }).attend(z, z.transpose(1, 2), z),

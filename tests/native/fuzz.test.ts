@@ -272,6 +272,7 @@ const hipOptions = {
     { chunk: 4, stride: 1, block: 2 },
     { chunk: 2, stride: 1, block: 2, topK: 4 },
   ],
+  rope: () => ({ cos: floats(8, 4), sin: floats(8, 4), positions: 'relative' }),
   blockTable: () => zeros([1, 1], { dtype: 'int32' }),
   cacheSeqlens: () => [3],
   ...packed(4),
@@ -333,6 +334,7 @@ const targets: readonly Target[] = [
       logD: () => 2,
       scale: () => 0.5,
       eps: () => 1e-8,
+      degenerate: () => 'mean',
     },
   },
   {
@@ -379,6 +381,7 @@ const targets: readonly Target[] = [
       logD: () => 2,
       scale: () => 0.5,
       eps: () => 1e-8,
+      degenerate: () => 'mean',
     },
   },
   {
@@ -389,7 +392,9 @@ const targets: readonly Target[] = [
       slopes: () => [0.5, 0.25],
       scale: () => 0.5,
       initialState: () => floats(1, 2, 8, 8),
+      stateLayout: () => 'ev-dk',
       outputFinalState: () => true,
+      schedule: () => 'two-pass',
       cuSeqlens: () => [0, 4],
       chunkSize: () => 16,
       precision: () => 'high',
@@ -404,6 +409,7 @@ const targets: readonly Target[] = [
       slopes: () => [0.5, 0.25],
       scale: () => 0.5,
       initialState: () => floats(1, 2, 8, 8),
+      stateLayout: () => 'ev-dk',
       cuSeqlens: () => [0, 4],
       chunkSize: () => 16,
       precision: () => 'high',
@@ -461,6 +467,8 @@ const targets: readonly Target[] = [
       positions: () => zeros([1, 4], { dtype: 'int32' }),
       layout: () => 'interleaved',
       rotary: () => 4,
+      cos: () => floats(8, 2),
+      sin: () => floats(8, 2),
     },
   },
   {
@@ -529,6 +537,7 @@ const targets: readonly Target[] = [
       minBudget: () => 16,
       maxBudget: () => 32,
       block: () => 16,
+      gqaInterleave: () => true,
       scale: () => 0.5,
     },
   },
@@ -712,7 +721,7 @@ const optionName = fc.oneof(fc.constantFrom(...optionNames, 'casual', '__proto__
 
 const drawnCall: fc.Arbitrary<Drawn> = fc.record({
   target: index(targets),
-  given: fc.nat({ max: 2 ** 13 - 1 }),
+  given: fc.nat({ max: 2 ** 31 - 1 }),
   guise: fc.nat({ max: 7 }),
   change: fc.array(fc.record({ at: fc.nat({ max: 15 }), value: recipe }), { maxLength: 2 }),
   extra: fc.oneof(
@@ -766,13 +775,18 @@ function readAll(result: unknown): void {
   }
 }
 
+// Which options were given to what
+const tried = new Set<string>()
+
 function perform({ target, given, guise, change, extra }: Drawn): Outcome {
   const { name, call, args, options, needed = 0, lazy = false } = targets[target]!
   return scope(() => {
     const list = args()
     const named: Record<string, unknown> = {}
     Object.entries(options ?? {}).forEach(([option, make], i) => {
-      if (i < needed || (given >> i) & (given >> (i + 3)) & 1) named[option] = make()
+      if (i >= needed && !((given >> i) & (given >> (i + 3)) & (given >> (i + 6)) & 1)) return
+      named[option] = make()
+      tried.add(`${name} ${option}`)
     })
     const present = Object.keys(named)
     const slots = list.length + present.length
@@ -819,6 +833,8 @@ describe('the boundary', () => {
       { numRuns: 100_000, seed },
     )
     expect(counts.size).toBe(targets.length)
+    for (const { name, options } of targets)
+      for (const option of Object.keys(options ?? {})) expect(tried).toContain(`${name} ${option}`)
     for (const [name, { result, refused, own }] of counts) {
       expect(result, `results of ${name}`).toBeGreaterThan(100)
       expect(refused, `refusals of ${name}`).toBeGreaterThan(10)

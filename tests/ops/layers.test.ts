@@ -160,7 +160,7 @@ describeDevices('layers', (device) => {
       }
       const [x, cos] = [zeros([1, 3, 1, 4], { dtype, device }), zeros([4, 2], { device })]
       expect((await failure(() => rope(x, { cos, sin: cos, theta: 5 }))).message).toBe(
-        'rope: theta must be left out where cos is given',
+        'rope: theta cannot be combined with cos',
       )
       expect((await failure(() => rope(x, { cos, sin: cos, offset: 2 }))).message).toBe(
         'rope: cos must be contiguous, with 2 columns and a row for every position, got [4, 2]',
