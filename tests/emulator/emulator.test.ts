@@ -780,7 +780,7 @@ const kernels: Kernel[] = [
         what: 'sums of before do not shrink behind such a tile',
         file: forward,
         from: 'if (first(j, soften)) shrink_values();',
-        to: 'first(j, soften(masked));',
+        to: 'first(j, soften);',
       },
       {
         what: 'a turn is not passed on',
