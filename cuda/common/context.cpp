@@ -165,6 +165,18 @@ void allow_shared_memory(const void* kernel, size_t smem_bytes, uint64_t& ready)
   known.fetch_or(bit, std::memory_order_relaxed);
 }
 
+void allow_shared_memory(const void* kernel, size_t smem_bytes) {
+  // what every kernel has, with room for variables that are static
+  if (smem_bytes <= size_t{40} << 10) return;
+  static std::mutex mutex;
+  std::lock_guard lock(mutex);
+  cudaFuncAttributes now;
+  HEDDLE_CUDA(cudaFuncGetAttributes(&now, kernel));
+  if (static_cast<size_t>(now.maxDynamicSharedSizeBytes) >= smem_bytes) return;
+  HEDDLE_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   static_cast<int>(smem_bytes)));
+}
+
 void CudaContext::launched(const char* kernel) const {
   if (const cudaError_t status = cudaGetLastError(); status != cudaSuccess)
     fail(Code::kCuda, "",

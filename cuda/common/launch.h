@@ -20,19 +20,15 @@ struct Launch {
 // `ready` is the kernel's own and remembers the devices.
 void allow_shared_memory(const void* kernel, size_t smem_bytes, uint64_t& ready);
 
-// The same for a kernel whose tiles differ in size from call to call
-template <class Kernel> void allow_shared_memory(Kernel* kernel, size_t smem_bytes) {
-  // what every kernel has, with room for variables that are static
-  if (smem_bytes <= size_t{40} << 10) return;
-  HEDDLE_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                   static_cast<int>(smem_bytes)));
-}
+// The same for a kernel whose tiles differ in size from call to call, which may be those of other
+// threads: what it may have never becomes less
+void allow_shared_memory(const void* kernel, size_t smem_bytes);
 
 // Enqueues such a kernel
 template <class... Params, class... Args>
 void launch_grid(void (*kernel)(Params...), dim3 grid, int threads, size_t smem_bytes,
                  cudaStream_t stream, const Args&... args) {
-  allow_shared_memory(kernel, smem_bytes);
+  allow_shared_memory(reinterpret_cast<const void*>(kernel), smem_bytes);
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(static_cast<unsigned>(threads));

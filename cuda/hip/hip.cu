@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "common/launch.h"
 #include "core/slot.h"
 #include "hip/step_sm80.cuh"
 
@@ -19,6 +20,22 @@ __global__ void __launch_bounds__(kMostPeers * 32, kHipWarps / kMostPeers)
   hip_search_peers<Scorer>(args, smem);
 }
 
+// What a CTA may have of shared memory, without a little for variables that are static
+size_t most_shared_memory() {
+  int device = 0, bytes = 0;
+  HEDDLE_CUDA(cudaGetDevice(&device));
+  HEDDLE_CUDA(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  return static_cast<size_t>(bytes) - 1024;
+}
+
+// How many CTAs of `bytes` of it, at most that much, a multiprocessor has at the same time
+template <class Kernel> int resident_ctas(Kernel* kernel, int warps, size_t bytes) {
+  int ctas = 0;
+  allow_shared_memory(reinterpret_cast<const void*>(kernel), bytes);
+  HEDDLE_CUDA(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&ctas, kernel, warps * 32, bytes));
+  return ctas;
+}
+
 // Lists of a kv head's heads side by side, if there are many, and as many fit as otherwise
 template <class Scorer> bool search_peers(HipArgs args, CudaContext& context) {
   const Hip& op = args.op;
@@ -27,20 +44,13 @@ template <class Scorer> bool search_peers(HipArgs args, CudaContext& context) {
     return static_cast<size_t>(peers) *
            (Scorer::bytes(op) + sizeof(HipTile) + static_cast<size_t>(hip_slot(op)) * 4);
   };
-  const auto warps = [&](int peers) {
-    int ctas = 0;
-    HEDDLE_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                     static_cast<int>(bytes(peers))));
-    HEDDLE_CUDA(
-        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&ctas, kernel, peers * 32, bytes(peers)));
-    return ctas * peers;
-  };
+  const auto warps = [&](int peers) { return resident_ctas(kernel, peers, bytes(peers)) * peers; };
   const int64_t group = op.q.shape[2] / op.k.shape[2];
-  constexpr size_t kMostBytes = size_t{200} << 10;
   int peers = kMostPeers;
   while (peers > 1 && group % peers != 0) --peers;
   if (op.kind != Hip::kHalves || op.near || op.index.shape[1] != op.q.shape[2] || peers == 1 ||
-      bytes(peers) > kMostBytes || args.tasks < int64_t{2} * kHipWarps * context.processors)
+      bytes(peers) > most_shared_memory() ||
+      args.tasks < int64_t{2} * kHipWarps * context.processors)
     return false;
   const int alone = warps(1), resident = warps(peers);
   if (resident < alone) return false;
@@ -77,15 +87,12 @@ template <class Scorer> void search(HipArgs args, CudaContext& context) {
   while (halves && warps < kHipWarps && tasks * warps < kHipWarps * context.processors)
     warps = std::min(2 * warps, kHipWarps);
   const auto resident = [&](size_t bytes) {
-    int ctas = 0;
-    HEDDLE_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                     static_cast<int>(bytes)));
-    HEDDLE_CUDA(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&ctas, kernel, warps * 32, bytes));
-    HEDDLE_CHECK(ctas > 0, kUnsupported, "q", "block and d need ", bytes,
-                 " bytes of shared memory, more than this GPU has");
-    return int64_t{ctas} * context.processors;
+    return int64_t{resident_ctas(kernel, warps, bytes)} * context.processors;
   };
   size_t bytes = args.query_bytes + static_cast<size_t>(warps) * sizeof(HipTile);
+  const size_t limit = most_shared_memory();
+  HEDDLE_CHECK(bytes <= limit, kUnsupported, "q", "block and d need ", bytes,
+               " bytes of shared memory, more than this GPU has");
   int64_t ctas = resident(bytes);
   args.members = 1;
   if (!halves) {
@@ -96,7 +103,7 @@ template <class Scorer> void search(HipArgs args, CudaContext& context) {
         static_cast<int>(std::clamp<int64_t>(8 * ctas / tasks, 1, std::max<int64_t>(most, 1)));
   }
   const size_t slot_bytes = static_cast<size_t>(args.slot) * sizeof(uint32_t);
-  const bool shared = args.members == 1 && slot_bytes <= kSharedSlot;
+  const bool shared = args.members == 1 && slot_bytes <= kSharedSlot && bytes + slot_bytes <= limit;
   if (shared) ctas = resident(bytes += slot_bytes);
   const int64_t groups = args.members == 1 ? std::min(tasks, ctas) : tasks;
   args.queue = context.counters(1);

@@ -1,3 +1,4 @@
+import { join } from 'node:path'
 import { monitorEventLoopDelay } from 'node:perf_hooks'
 import {
   add,
@@ -15,7 +16,7 @@ import {
   zeros,
 } from 'heddle'
 import { expect, it } from 'vitest'
-import { runScript } from '../support/child.js'
+import { root, runScript } from '../support/child.js'
 import { maxError } from '../support/compare.js'
 import { describeGpu } from '../support/gpu.js'
 
@@ -193,6 +194,26 @@ describeGpu('cuda', () => {
     }
     process.stdout.write(`one attention call is enqueued in ${least.toFixed(2)} µs\n`)
     expect(least).toBeLessThan(50)
+  })
+
+  it('lets workers search lists of different sizes at once', async () => {
+    const worker = `
+      const { hipLists, randn } = require(${JSON.stringify(join(root, 'dist'))})
+      const { parentPort, workerData: topK } = require('node:worker_threads')
+      const draw = (heads, seed) =>
+        randn([1, 8192, heads, 64], { dtype: 'bfloat16', device: '${device}', seed })
+      const [q, k] = [draw(8, 1), draw(2, 2)]
+      const search = () => hipLists(q, k, { topK, block: [16, 2] })
+      for (let i = 0; i < 300; i++) search()
+      search().count.read().then((counts) => parentPort.postMessage(Math.max(...counts)))`
+    const { stdout } = await runScript(`
+      const { Worker } = require('node:worker_threads')
+      const ended = (topK) => new Promise((resolve) => {
+        const worker = new Worker(${JSON.stringify(worker)}, { eval: true, workerData: topK })
+        worker.on('message', resolve).on('error', (error) => resolve(error.message))
+      })
+      Promise.all([512, 1024, 1536].map(ended)).then((all) => console.log(...all))`)
+    expect(stdout).toBe('256 512 768\n')
   })
 
   it('is the same every time under memory pressure', async () => {
