@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <cmath>
 
 #include "attention/gather_keys.cuh"
 #include "common/sm80.cuh"
@@ -31,6 +32,7 @@ struct GatherArgs {
   int block_q;     // rows of a head in a CTA
   int heads;       // of a kv head, in a CTA
   int head_tiles;  // CTAs that share the heads of a kv head
+  float least;     // below what is compared, and finite when it is scaled
   // Where keys of the window stand, from recent_from on, if not with the others; of shared lists
   Heads recent_k, recent_v;
   int recent_from, recents;
@@ -60,6 +62,8 @@ inline GatherGrid plan_gather(GatherArgs& args) {
   args.block_q = static_cast<int>(block_q);
   args.heads = static_cast<int>(heads);
   args.head_tiles = static_cast<int>(head_tiles);
+  const float unit = call.soft_cap > 0 ? call.soft_cap : std::fabs(call.scale);
+  args.least = -1e30f / std::clamp(unit, 1e-8f, 1e30f);
   return {(call.sq + block_q - 1) / block_q, call.hk * head_tiles, call.b};
 }
 
@@ -144,6 +148,7 @@ __device__ __noinline__ void gather_again(const GatherArgs& args, int row, float
   const int lane = threadIdx.x % 32, query = place.query_of(row), head = place.head_of(row);
   const T* q = static_cast<const T*>(p.q.data) + place.batch * p.q.batch + query * p.q.token +
                head * p.q.head;
+  const float factor = sum == 0 ? 0 : 1 / sum;
   float values[kD / 32] = {};
   attend_again(
       values, place.keys, place.ahead + query,
@@ -152,7 +157,7 @@ __device__ __noinline__ void gather_again(const GatherArgs& args, int row, float
         float s = 0;
         for (int e = 0; k && e < kD; ++e) s = fmaf(to_float(q[e]), to_float(k[e]), s);
         s = p.soft_cap > 0 ? p.soft_cap * tanhf(s * p.scale / p.soft_cap) : s * p.scale;
-        return exp2_approx(fmaf(s, kGatherLog2e, -max)) / sum;
+        return exp2_approx(fmaf(s, kGatherLog2e, -max)) * factor;
       },
       [&](int n, int t, int column) {
         const T* v = place.row_of(n, t, p.v, args.recent_v);
@@ -257,7 +262,7 @@ __device__ __forceinline__ void gather_attention(const GatherArgs& args, GatherS
   const float scale_log2 = (p.soft_cap > 0 ? p.soft_cap : scale) * kGatherLog2e;
   const float into_cap = scale / p.soft_cap;
   // row_max starts at a large negative finite number: (-inf) - (-inf) would poison empty rows
-  float row_max[2] = {-1e30f, -1e30f}, row_sum[2] = {};
+  float row_max[2] = {args.least, args.least}, row_sum[2] = {};
   float acc_o[kD / 8][4] = {};
 
   for (int tile = begin; tile < end; ++tile) {

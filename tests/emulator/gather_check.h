@@ -16,6 +16,7 @@ struct GatherCase {
   float soft_cap = 0;
   int splits = 1;
   int64_t poisoned = -1;  // this key and its value are not numbers
+  bool hides = false;     // products with the first key are infinite, of the first query -inf
 };
 
 // Calls `run(call, lists)` and gives the error as a multiple of what is allowed
@@ -58,6 +59,10 @@ double check_gather(const GatherCase& c, int64_t d, emulator::Random& random, co
   if (c.poisoned >= 0)
     for (auto* x : {&k, &v})
       for (int64_t b = 0; b < c.b; ++b) std::fill_n(at(*x, b, c.poisoned, 0), c.hk * d, kNaN);
+  if (c.hides) {
+    aligned(q)[0] = emulator::encode(kType, 1);
+    *at(k, 0, 0, 0) = emulator::encode(kType, -INFINITY);
+  }
 
   std::vector<int32_t> indices, counts;
   const int64_t rows = (c.sq + c.block_q - 1) / c.block_q;
@@ -141,13 +146,15 @@ double check_gather(const GatherCase& c, int64_t d, emulator::Random& random, co
           seen.emplace_back(t, score);
           top = std::max(top, score);
         }
-        for (auto& [t, score] : seen) sum += score = std::exp(score - top);
-        judge(lse[size((b * c.hq + h) * c.sq + i)], seen.empty() ? -INFINITY : top + std::log(sum),
+        for (auto& [t, score] : seen)
+          sum += score = top == -INFINITY && !std::isnan(score) ? 0 : std::exp(score - top);
+        judge(lse[size((b * c.hq + h) * c.sq + i)], sum == 0 ? -INFINITY : top + std::log(sum),
               1e-4);
         for (int64_t e = 0; e < d; ++e) {
           double value = 0, terms = 0;
           for (const auto& [t, weight] : seen) {
-            const double term = weight / sum * emulator::decode(kType, at(v, b, t, kv)[e]);
+            const double term =
+                (sum == 0 ? 0 : weight / sum) * emulator::decode(kType, at(v, b, t, kv)[e]);
             value += term;
             terms += std::fabs(term);
           }

@@ -54,6 +54,23 @@ const GatherCase kCases[] = {
      .splits = 4},
     {.sq = 20, .sk = 500, .hq = 4, .hk = 2, .block_q = 16, .window = 30, .width = 30, .splits = 3},
     {.b = 3, .sq = 2, .sk = 90, .hq = 2, .hk = 2, .block_q = 2, .cached = true, .splits = 5},
+    // rows see nothing of the first tile, whatever scores are multiplied by
+    {.sq = 200,
+     .sk = 200,
+     .block_q = 64,
+     .window = 7,
+     .sink_tokens = 0,
+     .width = 20,
+     .soft_cap = 1e9f},
+    // the first row sees a key that it gives no weight, and none of those that are no numbers
+    {.sq = 20, .sk = 20, .block_q = 32, .sink_tokens = 0, .poisoned = 13, .hides = true},
+    {.sq = 20,
+     .sk = 20,
+     .block_q = 32,
+     .sink_tokens = 0,
+     .splits = 2,
+     .poisoned = 13,
+     .hides = true},
     // some rows of a tile see a key that is no number
     {.sq = 64, .sk = 200, .hq = 2, .block_q = 64, .soft_cap = 3, .poisoned = 150},
     {.b = 2,
