@@ -167,11 +167,14 @@ template <class T> void choose(const HipArgs& args, CudaContext& context) {
   search<HipPlain<T>>(args, context);
 }
 
+constexpr const char* kTooMany = "there are too many lists for one call";
+
 void run(const Hip& op, CudaContext& context) {
   HipArgs args{};
   args.op = op;
   args.tasks = op.count.size();
   if (args.tasks == 0) return;
+  HEDDLE_CHECK(args.tasks < INT32_MAX, kUnsupported, "index", kTooMany);
   // Lists that are made again for ever would collect words that nobody looks at
   if (op.cache_seqlens)
     args.fault =
@@ -187,7 +190,7 @@ __global__ void __launch_bounds__(kThreads)
 void run(const HipPlaces& op, CudaContext& context) {
   const int64_t lists = op.count.size();
   if (lists == 0) return;
-  HEDDLE_CHECK(lists < INT32_MAX, kUnsupported, "index", "there are too many lists for one call");
+  HEDDLE_CHECK(lists < INT32_MAX, kUnsupported, "index", kTooMany);
   hip_places_kernel<<<static_cast<unsigned>(lists), kThreads, 0, context.stream>>>(op);
   context.launched("hip_places_kernel");
 }

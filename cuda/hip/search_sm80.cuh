@@ -234,9 +234,9 @@ template <class T, int kD> class HipMatrix {
     if (head == head_) return;
     head_ = head;
     // Heads that are held are not more than those of a kv head
-    const int group = static_cast<int>(args_.op.q.shape[2] / args_.op.k.shape[2]);
+    const int most = static_cast<int>(args_.op.q.shape[2] / args_.op.k.shape[2]);
     keys_ = rows_.keys(head);
-    next_ = group - static_cast<int>(head) % group;
+    next_ = most - static_cast<int>(head) % most;
     // A row beyond the last is the last once more, and adds nothing to a maximum
     for (int i = threadIdx.x; i < n * groups_ * kPieces * 32; i += blockDim.x) {
       const int lane = i % 32, piece = i / 32 % kPieces, group = i / 32 / kPieces;
