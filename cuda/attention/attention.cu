@@ -339,7 +339,7 @@ void run_forward(const Attention& op, CudaContext& context) {
   check_lengths(op, context);
   SplitCall call = hopper_call(op, context);
   call.tickets = context.counters(2);
-  if (call.masked) list_units(call, context);
+  if (call.masked && !lists_itself(call)) list_units(call, context);
   const int* strange = op.cosine ? row_factors(call, context) : nullptr;
   if (call.dtype == DType::kE4M3)
     call.turned = context.scratch<uint8_t>(static_cast<size_t>(turned_bytes(call)));

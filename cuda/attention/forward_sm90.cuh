@@ -31,7 +31,8 @@
 // Under a mask a key tile is two units of 64 keys of the list that the tile of q has (list_sm90.h),
 // the next two that the same warpgroups see. A warpgroup whose rows see neither passes them by, and
 // one whose rows see all of both masks nothing. Another warp of warpgroup 0 takes tiles of q, loads
-// q and walks their lists, some key tiles ahead of the one that loads k and v.
+// q and walks their lists, which it makes where blocks alone are listed, some key tiles ahead of
+// the one that loads k and v.
 namespace heddle {
 namespace {
 
@@ -83,96 +84,47 @@ struct alignas(16) UnitPair {
   static constexpr uint32_t kAny = 5, kListed = 10, kMasked = 16, kOpens = 32;
 };
 
-// The units of a list from the last to the first, in pairs
-template <int kWarpgroups> struct UnitWalk {
-  static_assert(kWarpgroups == 2);
-  const UnitBits* bits;  // of the list
-  const int* marks;
-  int units;  // of the list
-  int group;  // of 32 words, whose marks are in `marked` as far as they are ahead
-  uint32_t marked;
-  int word, next;  // the numbers of `now` and `ahead`
-  uint32_t left;   // units of `now`
-  UnitBits now[kWarpgroups], ahead[kWarpgroups];
+__device__ __forceinline__ int highest_bit(uint32_t bits) {
+  return 31 - __clz(static_cast<int>(bits));
+}
+
+// Makes pairs of units that come from the last to the first: two that the same warpgroups see, so
+// that none multiplies for the sake of the other, with what is left over of each class among each
+// other. As many as half the units, rounded up.
+struct UnitPairs {
   // A unit is of class 1, 2 or 3: seen by the first warpgroup, by the second or by both. The last
-  // of a class that has an odd number counts as of class 0.
+  // of a class that has an odd number, whose bit is set here, counts as of class 0.
   uint32_t odd;
   uint32_t waiting[4];  // a unit and what is seen of it, or kNone, of each class
   static constexpr uint32_t kNone = ~0u;
 
-  __device__ __forceinline__ void begin(const UnitLists& lists, int64_t list) {
-    bits = lists.bits + list * lists.words * kWarpgroups;
-    marks = lists.marks + list * lists.mark_words();
-    units = marks[0] >> 4;
-    odd = marks[0] & 15;
-    group = lists.mark_words() - 1;
-    marked = 0;
-    left = 0;
+  __device__ __forceinline__ explicit UnitPairs(uint32_t odd) : odd(odd) {
     for (uint32_t& unit : waiting) unit = kNone;
-    fetch();
   }
 
-  __device__ __forceinline__ static int highest(uint32_t bits) {
-    return 31 - __clz(static_cast<int>(bits));
-  }
-
-  // A word is asked for while the one before it is walked
-  __device__ __forceinline__ void fetch() {
-    while (marked == 0) {
-      next = -1;
-      if (group == 0) return;
-      marked = static_cast<uint32_t>(marks[group--]);
+  // Whether a unit completes a pair; `seen` is `any` and `listed` of the first warpgroup, then of
+  // the second
+  __device__ __forceinline__ bool add(int number, uint32_t seen, UnitPair& pair) {
+    const uint32_t unit = static_cast<uint32_t>(number) << 4 | seen;
+    uint32_t kind = (seen & 1) | (seen >> 1 & 2), other = kNone;
+    if (odd >> kind & 1) {
+      odd ^= 1u << kind;
+      kind = 0;
     }
-    next = group * 32 + highest(marked);
-    marked ^= 1u << next % 32;
-    for (int w = 0; w < kWarpgroups; ++w) ahead[w] = bits[next * int64_t{kWarpgroups} + w];
-  }
-
-  // The next unit: its number, then `any` and `listed` of each warpgroup
-  __device__ __forceinline__ uint32_t take() {
-    if (left == 0) {
-      if (next < 0) return kNone;
-      word = next;
-      for (int w = 0; w < kWarpgroups; ++w) left |= (now[w] = ahead[w]).any;
-      fetch();
-    }
-    const int bit = highest(left);
-    left ^= 1u << bit;
-    uint32_t unit = word * 32 + bit;
-    for (int w = kWarpgroups - 1; w >= 0; --w)
-      unit = unit << 2 | (now[w].listed >> bit & 1) << 1 | (now[w].any >> bit & 1);
-    return unit;
-  }
-
-  // Two units that the same warpgroups see, so that none multiplies for the sake of the other, with
-  // what is left over of each class among each other. As many as half the units, rounded up.
-  __device__ __forceinline__ UnitPair pair() {
-    for (;;) {
-      const uint32_t unit = take();
-      if (unit == kNone) return {{-1, -1}, {}, 0};
-      uint32_t kind = (unit & 1) | (unit >> 1 & 2);
-      if (odd >> kind & 1) {
-        odd ^= 1u << kind;
-        kind = 0;
-      }
-      uint32_t other = kNone;
 #pragma unroll
-      for (uint32_t i = 0; i < 4; ++i)
-        if (i == kind) {
-          other = waiting[i];
-          waiting[i] = other == kNone && (i > 0 || odd != 0) ? unit : kNone;
-        }
-      if (other != kNone) return both(unit, other);
-      if (kind == 0 && odd == 0) return both(unit, 0);
-    }
-  }
-
-  __device__ __forceinline__ static UnitPair both(uint32_t low, uint32_t high) {
-    UnitPair pair{
-        {static_cast<int>(low >> 4), high == 0 ? -1 : static_cast<int>(high >> 4)}, {}, 0};
-    for (int w = 0; w < kWarpgroups; ++w)
-      pair.seen[w] = static_cast<uint8_t>((low >> 2 * w & 3) | (high >> 2 * w & 3) << 2);
-    return pair;
+    for (uint32_t i = 0; i < 4; ++i)
+      if (i == kind) {
+        other = waiting[i];
+        waiting[i] = other == kNone && (i > 0 || odd != 0) ? unit : kNone;
+      }
+    const bool alone = other == kNone;
+    if (alone && (kind > 0 || odd != 0)) return false;
+    if (alone) other = 0;
+    pair.unit[0] = number;
+    pair.unit[1] = alone ? -1 : static_cast<int>(other >> 4);
+    for (int w = 0; w < kListedWarpgroups; ++w)
+      pair.seen[w] = static_cast<uint8_t>((seen >> 2 * w & 3) | (other >> 2 * w & 3) << 2);
+    return true;
   }
 };
 
@@ -208,6 +160,7 @@ struct ForwardSmem : FormSmem<kForm, ForwardTile<kD, kDv, kForm, kListed>> {
   sm90::Barrier k_full[Shape::kStages], k_empty[Shape::kStages];
   sm90::Barrier v_full[Shape::kStages], v_empty[Shape::kStages];
   sm90::Barrier pair_full[kListed ? kPairs : 1], pair_empty[kListed ? kPairs : 1];
+  UnitBits units[kListed ? 32 : 1][kListedWarpgroups];  // a part of a list
 };
 
 struct ForwardArgs {
@@ -296,6 +249,53 @@ __device__ __forceinline__ void find_keys(const ForwardArgs& args, ForwardWork& 
   work.key_tiles = max(work.key_end - first, 1);
 }
 
+// The list of a tile of q, as the warp that walks it reads it: where none was written before it
+// finds out by itself what the blocks name
+template <int kQueries> struct ListReader {
+  const UnitLists& lists;
+  int64_t list = 0;
+  BlockUnits blocks{};
+
+  __device__ __forceinline__ ListReader(const ForwardArgs& args, const ForwardWork& work)
+      : lists(args.lists) {
+    const bool packed = args.cu_seqlens_q != nullptr;
+    if (lists.bits) {
+      const int64_t first = packed ? lists.first_tile(work.q_begin, work.sequence) : 0;
+      list = lists.index(work.batch, work.head, first + work.row / kQueries);
+    } else {
+      blocks = BlockUnits(lists.mask,
+                          {work.batch, work.sequence, work.q_begin, work.head, work.sq, work.sk,
+                           args.causal, packed},
+                          work.row);
+    }
+  }
+
+  // How many units it has, times 16, and which classes of UnitPairs have an odd number
+  __device__ __forceinline__ uint32_t count() const {
+    if (lists.bits) return static_cast<uint32_t>(lists.marks[list * lists.mark_words()]);
+    uint32_t units = 0, odd = 0;
+    for (int word = threadIdx.x % 32; word < lists.words; word += 32) {
+      const uint32_t first = blocks(word, 0), second = blocks(word, 1);
+      units += __popc(first | second);
+      odd ^= (__popc(first & ~second) & 1) << 1 | (__popc(second & ~first) & 1) << 2 |
+             (__popc(first & second) & 1) << 3;
+    }
+    return __reduce_add_sync(~0u, units) << 4 | __reduce_xor_sync(~0u, odd);
+  }
+
+  // What the warpgroups see of the units of a word, and whether they see any
+  __device__ __forceinline__ bool read(int word, UnitBits (&to)[kListedWarpgroups]) const {
+    to[0] = to[1] = {0, 0};
+    if (!lists.bits) {
+      for (int w = 0; w < kListedWarpgroups; ++w) to[w].any = to[w].listed = blocks(word, w);
+    } else if (lists.marks[list * lists.mark_words() + 1 + word / 32] >> word % 32 & 1) {
+      for (int w = 0; w < kListedWarpgroups; ++w)
+        to[w] = lists.bits[(list * lists.words + word) * kListedWarpgroups + w];
+    }
+    return (to[0].any | to[1].any) != 0;
+  }
+};
+
 // Where a thread's rows, `row` and the eighth behind it, stand among the keys
 __device__ __forceinline__ sm90::RowBounds bounds_of(const ForwardArgs& args,
                                                      const ForwardWork& work, int row) {
@@ -363,12 +363,6 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
   auto& smem = shared_memory<ForwardSmem<kD, kDv, kForm, kListed>>();
   // the same in all lanes, which the compiler cannot know of threadIdx
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
-  auto list_of = [&](const ForwardWork& work) {
-    const int64_t first =
-        args.cu_seqlens_q ? args.lists.first_tile(work.q_begin, work.sequence) : 0;
-    return args.lists.index(work.batch, work.head, first + work.row / kQueries);
-  };
-
   if (threadIdx.x == 0) {
     for (int buffer = 0; buffer < kBuffers; ++buffer) {
       smem.q_full[buffer].init(1);
@@ -428,14 +422,14 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
     };
     if constexpr (kListed) {
       if (threadIdx.x >= 64) return;
-      const bool walks = __shfl_sync(~0u, threadIdx.x / 32, 0) == 1;
-      if (!elect_one()) return;
+      const bool walks = __shfl_sync(~0u, threadIdx.x / 32, 0) == 1, leads = elect_one();
       if (walks) {
-        prefetch(gmem_q);
+        const int lane = static_cast<int>(threadIdx.x) % 32;
+        const int leader = __ffs(static_cast<int>(__ballot_sync(~0u, leads))) - 1;
+        if (leads) prefetch(gmem_q);
         ForwardOrder<kQueries> order{args};
         ForwardWork work = order.at(blockIdx.x);
         uint32_t visit = 0, n = 0;  // tiles of q, and of k and v
-        UnitWalk<kWarpgroups> walk;
         auto push = [&](UnitPair pair, bool opens) {
           const Turn<smem.kPairs> turn(n++);
           pair.buffer = Turn<kBuffers>(visit).stage;
@@ -452,15 +446,44 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
           smem.pair_full[turn.stage].arrive();
         };
         for (; work.row >= 0; ++visit) {
-          walk.begin(args.lists, list_of(work));
-          work.key_tiles = max((walk.units + 1) / 2, 1);
-          load_q(work, visit);
-          for (int j = 0; j < work.key_tiles; ++j) push(walk.pair(), j == 0);
-          work = order.at(ask());
+          const ListReader<kQueries> list(args, work);
+          const uint32_t count = list.count();
+          UnitPairs pairs(count & 15);
+          bool opens = true;
+          if (leads) {
+            work.key_tiles = max((static_cast<int>(count >> 4) + 1) / 2, 1);
+            load_q(work, visit);
+            if (count == 0) push({{-1, -1}, {}, 0}, true);
+          }
+          for (int group = (args.lists.words - 1) / 32 * 32; group >= 0; group -= 32) {
+            uint32_t left = __ballot_sync(~0u, list.read(group + lane, smem.units[lane]));
+            __syncwarp();
+            while (leads && left != 0) {
+              const int word = highest_bit(left);
+              left ^= 1u << word;
+              const UnitBits first = smem.units[word][0], second = smem.units[word][1];
+              for (uint32_t any = first.any | second.any; any != 0;) {
+                const int bit = highest_bit(any);
+                any ^= 1u << bit;
+                const auto seen = [&](const UnitBits& its) {
+                  return (its.listed >> bit & 1) << 1 | (its.any >> bit & 1);
+                };
+                UnitPair pair{};
+                if (!pairs.add((group + word) * 32 + bit, seen(first) | seen(second) << 2, pair))
+                  continue;
+                push(pair, opens);
+                opens = false;
+              }
+            }
+            __syncwarp();
+          }
+          work = order.at(__shfl_sync(~0u, leads ? ask() : 0, leader));
         }
-        finish(work, visit);
-        push({}, true);
-      } else {
+        if (leads) {
+          finish(work, visit);
+          push({}, true);
+        }
+      } else if (leads) {
         prefetch(gmem_k);
         prefetch(gmem_v);
         // where the units are of the key tile whose values are next
@@ -589,13 +612,19 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
   float slope = 0;      // in units of products
   Peaks peaks;
 
+  // With lists rows of q stay in registers: products read less of shared memory
+  uint32_t frag_q[kListed ? kD / 16 : 1][4];
   auto issue_scores = [&](uint32_t stage, uint32_t buffer) {
     wgmma_fence(acc_s);
     const uint64_t q = smem.q[buffer].k_major(own * 64, 0), k = smem.k[stage].k_major(0, 0);
 #pragma unroll
-    for (int d = 0; d < kD; d += 16)
-      wgmma<kType, Major::kK>(acc_s, advance(q, smem.q[0].k_step(d)),
-                              advance(k, smem.k[0].k_step(d)), d > 0);
+    for (int d = 0; d < kD; d += 16) {
+      const uint64_t its_k = advance(k, smem.k[0].k_step(d));
+      if constexpr (kListed)
+        wgmma<kType, Major::kK>(acc_s, frag_q[d / 16], its_k, d > 0);
+      else
+        wgmma<kType, Major::kK>(acc_s, advance(q, smem.q[0].k_step(d)), its_k, d > 0);
+    }
     wgmma_commit();
   };
   // With lists scores are waited for while half of this product is behind them, and keys are given
@@ -808,6 +837,12 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
     if (work.row < 0) break;
     __syncwarp();
     release(smem.q_empty[q.stage]);
+    if constexpr (kListed) {
+#pragma unroll
+      for (int d = 0; d < kD; d += 16)
+        ldmatrix_x4(smem.q[q.stage].address(own_row + lane % 16, d + lane / 16 * 8),
+                    frag_q[d / 16]);
+    }
     const int row = work.row + own_row + lane / 4, diagonal = work.sk - work.sq;
     const int key_end = __shfl_sync(~0u, work.key_end, 0);
     const int key_tiles = __shfl_sync(~0u, work.key_tiles, 0);
@@ -987,9 +1022,9 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
       float total = 0;
 #pragma unroll
       for (int i = 2 * r; i < kDv / 2; i += 4) {
-        // a row without keys gives zero, whatever its masked values were
-        acc_o[i] = factor == 0 ? 0 : acc_o[i] * factor;
-        acc_o[i + 1] = factor == 0 ? 0 : acc_o[i + 1] * factor;
+        // a row without keys gives zero, whatever its masked values were, which poison it below
+        acc_o[i] = !kListed && factor == 0 ? 0 : acc_o[i] * factor;
+        acc_o[i + 1] = !kListed && factor == 0 ? 0 : acc_o[i + 1] * factor;
         total += acc_o[i] + acc_o[i + 1];
       }
       poisoned[r] = (kListed || args.causal) && total != total && row + 8 * r < work.sq;

@@ -97,6 +97,13 @@ inline int64_t size_lists_sm90(ForwardCall& call) {
   return call.b * lists.mask.heads * lists.tiles;
 }
 
+// Whether the kernel of a masked call finds out by itself what lists would say, and sets their
+// sizes
+inline bool lists_itself(ForwardCall& call) {
+  size_lists_sm90(call);
+  return BlockUnits::take(call.lists.mask);
+}
+
 // Enqueues what writes so many lists, before a masked call
 void list_units_sm90(const ForwardCall& call, int64_t count, cudaStream_t stream);
 

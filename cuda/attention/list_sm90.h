@@ -159,4 +159,51 @@ struct UnitView {
   HEDDLE_HD int64_t window_end() const { return (rows.causal ? high.position : low.position) + 1; }
 };
 
+// Units of a tile of queries where nothing but blocks of whole units is listed, and no warpgroup
+// has rows of two of them: so little work that the forward kernel does it by itself
+struct BlockUnits {
+  const int32_t* blocks[kListedWarpgroups];
+  int end[kListedWarpgroups];  // of the keys of each
+  int words, log2;             // of a row of blocks; units of a block
+
+  static bool take(const MaskView& mask) {
+    return mask.blocks && !mask.columns && !mask.diagonals && !mask.bounds && mask.window == 0 &&
+           mask.sink_tokens == 0 && mask.block_k_log2 >= 6 && mask.block_q % 64 == 0;
+  }
+
+  BlockUnits() = default;
+  // From row `row` of a sequence on
+  HEDDLE_HD BlockUnits(const MaskView& mask, const UnitRows& rows, int row)
+      : words(static_cast<int>(mask.block_words)), log2(mask.block_k_log2 - 6) {
+    const int sq = static_cast<int>(rows.sq), sk = static_cast<int>(rows.sk);
+    const int block_q = static_cast<int>(mask.block_q), heads = static_cast<int>(mask.heads);
+    const int own = static_cast<int>(rows.head) / (static_cast<int>(mask.hq) / heads);
+    const int first =
+        rows.packed ? static_cast<int>(rows.q_begin) / block_q + static_cast<int>(rows.sequence)
+                    : 0;
+    for (int w = 0; w < kListedWarpgroups; ++w, row += 64) {
+      const int64_t line = (rows.batch * heads + own) * mask.block_rows + first + row / block_q;
+      blocks[w] = mask.blocks + line * words;
+      end[w] = row >= sq ? 0 : rows.causal ? sk - sq + (row + 64 < sq ? row + 64 : sq) : sk;
+    }
+  }
+
+  // What warpgroup `w` sees of units 32 * word to 32 * word + 31
+  HEDDLE_HD uint32_t operator()(int word, int w) const {
+    const int units = (end[w] + kUnitKeys - 1) / kUnitKeys - word * 32;
+    const int at = word * 32 >> log2;  // all are in one word of blocks
+    if (units <= 0 || at / 32 >= words) return 0;
+    uint32_t seen = static_cast<uint32_t>(blocks[w][at / 32]) >> at % 32;
+    if (log2 >= 5) seen = 0 - (seen & 1);
+    for (int i = 0; i < log2 && log2 < 5; ++i) {
+      seen = (seen & 0xff) | (seen & 0xff00) << 8;
+      seen = (seen | seen << 4) & 0x0f0f0f0f;
+      seen = (seen | seen << 2) & 0x33333333;
+      seen = (seen | seen << 1) & 0x55555555;
+      seen |= seen << 1;
+    }
+    return units >= 32 ? seen : seen & ((1u << units) - 1);
+  }
+};
+
 }  // namespace heddle

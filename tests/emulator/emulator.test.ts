@@ -683,14 +683,14 @@ const kernels: Kernel[] = [
       {
         what: 'a unit is skipped',
         file: forward,
-        from: 'left ^= 1u << bit;',
-        to: 'left ^= 3u << bit;',
+        from: 'any ^= 1u << bit;',
+        to: 'any ^= 3u << bit;',
       },
       {
         what: 'words behind the first 32 are left out',
         file: forward,
-        from: 'group = lists.mark_words() - 1;',
-        to: 'group = 1;',
+        from: 'int group = (args.lists.words - 1) / 32 * 32;',
+        to: 'int group = 0;',
       },
       {
         what: 'both halves of a tile are one unit',
@@ -763,6 +763,18 @@ const kernels: Kernel[] = [
         file: list,
         from: '!mask.bounds && first / mask.block_q == last / mask.block_q',
         to: 'true',
+      },
+      {
+        what: 'rows of the second warpgroup take the blocks of the first',
+        file: list,
+        from: '++w, row += 64)',
+        to: '++w)',
+      },
+      {
+        what: 'words of blocks begin at the first',
+        file: list,
+        from: ' >> at % 32;',
+        to: ';',
       },
       {
         what: 'a stage is given back before all had its values',
