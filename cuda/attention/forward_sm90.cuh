@@ -186,11 +186,13 @@ struct ForwardArgs {
   int* tickets;
   UnitLists lists;
   Slots slots;
+  int short_tiles;  // with lists, the first of row_tiles, which come last, those of all pairs
 };
 
 // Which tile has which number. Inside of a section tiles go from the last rows to the first, which
 // under a causal mask is from the longest to the shortest, and neighbours are of different heads.
-template <int kQueries> struct ForwardOrder {
+// With lists the short ones of all heads come last, so that all CTAs end at about the same time.
+template <int kQueries, bool kListed = false> struct ForwardOrder {
   const ForwardArgs& args;
   // packed sequences: where the search for the last tile ended
   int sequence = 0, tiles_before = 0;
@@ -222,11 +224,24 @@ template <int kQueries> struct ForwardOrder {
       work.sk =
           max(offset(args.cu_seqlens_k, args.cu_k_stride, sequence + 1, args.sk) - work.k_begin, 0);
     } else {
-      const int pairs = args.hq * args.b, per_section = args.section * args.row_tiles;
-      const int section = index / per_section, inside = index % per_section;
-      const int width = min(args.section, pairs - section * args.section);
-      const int pair = section * args.section + inside % width;
-      row_tile = args.row_tiles - 1 - inside / width;
+      const int pairs = args.hq * args.b;
+      int at = index, heads = args.section, tiles = args.row_tiles, first = 0;
+      if constexpr (kListed) {
+        const int above = tiles - args.short_tiles;
+        if (at < pairs * above) {
+          tiles = above;
+          first = args.short_tiles;
+        } else {
+          at -= pairs * above;
+          heads = pairs;
+          tiles = args.short_tiles;
+        }
+      }
+      const int per_section = heads * tiles;
+      const int section = at / per_section, inside = at % per_section;
+      const int width = min(heads, pairs - section * heads);
+      const int pair = section * heads + inside % width;
+      row_tile = first + tiles - 1 - inside / width;
       work.head = pair % args.hq;
       work.batch = work.sequence = pair / args.hq;
       if (args.cache_seqlens)
@@ -427,7 +442,7 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
         const int lane = static_cast<int>(threadIdx.x) % 32;
         const int leader = __ffs(static_cast<int>(__ballot_sync(~0u, leads))) - 1;
         if (leads) prefetch(gmem_q);
-        ForwardOrder<kQueries> order{args};
+        ForwardOrder<kQueries, true> order{args};
         ForwardWork work = order.at(blockIdx.x);
         uint32_t visit = 0, n = 0;  // tiles of q, and of k and v
         auto push = [&](UnitPair pair, bool opens) {
@@ -1077,8 +1092,6 @@ inline ForwardArgs forward_args(const ForwardCall& call, int queries) {
   const int64_t row_tiles =
       call.cu_seqlens_q ? call.sq / queries + call.sequences : (call.sq + queries - 1) / queries;
   const int64_t pairs = call.b * call.hq, tiles = row_tiles * pairs;
-  // keys and values that L2 keeps while they are needed
-  constexpr int64_t kSectionBytes = int64_t{33} << 20;
   const auto element_bytes = static_cast<int64_t>(size_of(call.dtype));
   const int64_t bytes = call.sk * (call.d + call.dv) * element_bytes * call.hk / call.hq;
   ForwardArgs args{};
@@ -1089,8 +1102,11 @@ inline ForwardArgs forward_args(const ForwardCall& call, int queries) {
   args.group = static_cast<int>(call.hq / call.hk);
   args.tiles = static_cast<int>(tiles);
   args.row_tiles = static_cast<int>(row_tiles);
-  args.section =
-      static_cast<int>(std::clamp<int64_t>(kSectionBytes / std::max<int64_t>(bytes, 1), 1, pairs));
+  args.section = static_cast<int>(
+      std::clamp<int64_t>(call.section_bytes / std::max<int64_t>(bytes, 1), 1, pairs));
+  // as many as have keys and values that fit there of all pairs
+  if (call.masked && call.causal && call.sk <= call.sq)
+    args.short_tiles = static_cast<int>(row_tiles * args.section / pairs);
   args.scale_log2 = call.scale * 1.44269504f;
   args.causal = call.causal || call.window;
   args.window = static_cast<int>(std::min<int64_t>(call.window, INT32_MAX / 2));

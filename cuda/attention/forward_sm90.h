@@ -64,6 +64,8 @@ struct ForwardCall {
   UnitLists lists;  // sized by size_lists_sm90
   int processors;   // multiprocessors, each of which runs one CTA
   int* tickets;     // two counters at zero, which the kernel leaves at zero
+  // Of keys and values that L2 keeps while they are needed
+  int64_t section_bytes = int64_t{33} << 20;
   // Of float8
   const float *q_scale, *k_scale, *v_scale;  // [hq], [hk] and [hk] or null
   int64_t q_scale_stride, k_scale_stride, v_scale_stride;

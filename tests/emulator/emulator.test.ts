@@ -777,6 +777,12 @@ const kernels: Kernel[] = [
         to: ';',
       },
       {
+        what: 'tiles of low rows are left out',
+        file: forward,
+        from: 'at -= pairs * above;',
+        to: '',
+      },
+      {
         what: 'a stage is given back before all had its values',
         file: forward,
         from: 'smem.v_full[stage.stage].wait(stage.parity);\n            __syncwarp(',

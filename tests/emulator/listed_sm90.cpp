@@ -75,6 +75,15 @@ const Case kCases[] = {
      .causal = true,
      .mask = {.block_q = 128, .block_k = 128, .heads = 2, .percent = 80}},
     {.b = 1, .sq = 128, .sk = 1100, .hq = 1, .hk = 1, .mask = {64, 128, 1, 75}},
+    // so many tiles that those of low rows come last
+    {.b = 1,
+     .sq = 1030,
+     .sk = 1030,
+     .hq = 2,
+     .hk = 1,
+     .causal = true,
+     .processors = 2,
+     .mask = {128, 128, 2, 10}},
     // more than 32 words of 32 units, most of them empty
     {.b = 1, .sq = 3, .sk = 67000, .hq = 1, .hk = 1, .narrower = 56, .mask = {64, 32, 1, 1}},
     // a value that is no number in a tile that is visited for other keys
@@ -128,6 +137,7 @@ const Case kCases[] = {
 int main(int argc, char** argv) {
   using namespace heddle;
   return check_all<kType>(kCases, kD, kD, argc, argv, [](const Case&, SplitCall& call) {
+    call.section_bytes = 300'000;  // of one head, where there are many keys
     if (lists_itself(call)) call.lists.bits = nullptr;
     launch_forward_sm90<kType, kD, kD, Form::kPlain, true, HEDDLE_APART>(call, nullptr);
   });
