@@ -33,16 +33,19 @@ struct SlotRow {
 
 // Re-weighted rows: what their weights were last made relative to
 struct Peaks {
-  float most[2];  // product up to which weights stay relative to the same
+  float most[2];  // product up to which weights stay relative to the same, or see `straight`
   float gain[2], offset[2];
   // Scores that weigh something are so high that softplus is almost the score, and weights are
   // relative to the highest that there could be
   bool high;
+  // Beside the highest of each row of the warp softplus may be taken for the score. Until then
+  // `most` is the weight that a row has to have had for that, or -inf where this lane found one.
+  bool straight;
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
     for (int r = 0; r < 2; ++r) most[r] = -INFINITY, gain[r] = offset[r] = 0;
-    high = false;
+    high = straight = false;
   }
 };
 
@@ -440,8 +443,15 @@ struct SlotMap {
       for (int r = 0; r < 2; ++r) {
         const float inverse = reciprocal_approx(limit[r]);
         next[r] = limit_log2[r];
-        peaks.gain[r] = exp2_approx(row[r].gain_log2 + kSoftplusBase) * inverse;
+        const float gain = exp2_approx(row[r].gain_log2 + kSoftplusBase);
+        peaks.gain[r] = gain * inverse;
         peaks.offset[r] = -row[r].offset * inverse;
+        // weights of such scores, which are beyond the offset by about that, lack 2^-11
+        constexpr float kAbout = 12, kLack = 15 * kLog2e * 0x1p11f;
+        const float beyond = fmaxf(kAbout - row[r].offset * reciprocal_approx(gain), 1);
+        const float straight = log2_approx(kLack * reciprocal_approx(beyond));
+        const float share = fmaf(straight, peaks.gain[r], peaks.offset[r]);
+        peaks.most[r] = share * share * share;
       }
     }
 #pragma unroll
@@ -464,14 +474,20 @@ struct SlotMap {
         acc[i] = exponent(acc[i] * row[i / 2 % 2].scale, row[i / 2 % 2]);
       return rows.update(acc, 1.f);
     }
-    if (kSeeksHigh && peaks.high) {
-      // s + log2(1 + u) for u = 2^-s, of which two terms are taken
-      float slope[2], first[2];
+    float slope[2], first[2];
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        slope[r] = peaks.gain[r] * row[r].scale;
-        first[r] = peaks.gain[r] * kLog2e;
+    for (int r = 0; r < 2; ++r) {
+      slope[r] = peaks.gain[r] * row[r].scale;
+      first[r] = peaks.gain[r] * kLog2e;
+    }
+    if (kSeeksHigh && peaks.straight) {
+#pragma unroll
+      for (int i = 0; i < kScores; ++i) {
+        const float x = saturate(fmaf(acc[i], slope[i / 2 % 2], peaks.offset[i / 2 % 2]));
+        acc[i] = x * x * x;
       }
+    } else if (kSeeksHigh && peaks.high) {
+      // s + log2(1 + u) for u = 2^-s, of which two terms are taken
 #pragma unroll
       for (int i = 0; i < kScores; ++i) {
         const int r = i / 2 % 2;
@@ -480,6 +496,15 @@ struct SlotMap {
             fmaf(fmaf(u, -0.5f * first[r], first[r]), u, fmaf(acc[i], slope[r], peaks.offset[r])));
         acc[i] = x * x * x;
       }
+      uint32_t found = 0x11111111;  // a bit for the first of four lanes that share rows
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        if (!none_above(acc, r, peaks.most[r])) peaks.most[r] = -INFINITY;
+        uint32_t lanes = __ballot_sync(~0u, peaks.most[r] == -INFINITY);
+        lanes |= lanes >> 1;
+        found &= lanes | lanes >> 2;
+      }
+      peaks.straight = found == 0x11111111;
     } else {
 #pragma unroll
       for (int i = 0; i < kScores; ++i) {

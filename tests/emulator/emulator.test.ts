@@ -603,6 +603,18 @@ const kernels: Kernel[] = [
         to: 'above > 0',
       },
       {
+        what: 'softplus of scores that are not so high is the score',
+        file: slots,
+        from: '15 * kLog2e * 0x1p11f',
+        to: '15 * kLog2e * 0x1p7f',
+      },
+      {
+        what: 'rows take other rows for their highest',
+        file: slots,
+        from: 'found &= lanes | lanes >> 2;',
+        to: '',
+      },
+      {
         what: 'a power is one too high',
         file: slots,
         from: 'times >> bit & 1',
