@@ -362,9 +362,9 @@ struct SlotMap {
   }
 
   // The sums of softplus of cosines' products, in units of ln 2
+  static constexpr float kLeastSum = 0.0625f;
   template <int kScores>
   __device__ __forceinline__ void sum_cosines(const float (&acc)[kScores], RowSoftmax& rows) const {
-    constexpr float kLeast = 0.0625f;
     float sums[2], small = INFINITY;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -374,7 +374,7 @@ struct SlotMap {
       small = fminf(small, sums[r]);
     }
     // a sum that is still small has too few digits in the logarithm of a product
-    if (__any_sync(~0u, small < kLeast)) {
+    if (__any_sync(~0u, small < kLeastSum)) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         float above = 0, beyond = 0;  // the product less 1
@@ -391,6 +391,38 @@ struct SlotMap {
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) rows.row_sum[r] = sums[r];
+  }
+
+  // By 1 + exp(s) of kPart cosines' products, whose logarithm is softplus
+  template <int kPart, int kScores, int kChains>
+  __device__ __forceinline__ void multiply_weights(const float (&acc)[kScores], int from,
+                                                   float (&products)[2][kChains]) const {
+#pragma unroll
+    for (int i = from; i < from + kPart; ++i) {
+      const int r = i / 2 % 2;
+      float& product = products[r][i / 4 % kChains];
+      product = fmaf(product, exp2_approx(acc[i] * row[r].scale), product);
+    }
+  }
+
+  // Adds their logarithms, not if one is too large, or a sum too small for its digits
+  template <int kChains>
+  __device__ __forceinline__ bool add_products(const float (&products)[2][kChains],
+                                               RowSoftmax& rows) const {
+    float sums[2];
+    bool fits = true;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float sum = 0;
+#pragma unroll
+      for (float product : products[r]) sum += log2_approx(product);
+      sums[r] = rows.row_sum[r] + sum;
+      fits &= sums[r] >= kLeastSum && sums[r] < INFINITY;
+    }
+    if (!__all_sync(~0u, fits)) return false;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) rows.row_sum[r] = sums[r];
+    return true;
   }
 
   // Makes weights relative to the largest so far, or to the largest that there could be; not if

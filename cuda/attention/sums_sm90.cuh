@@ -6,9 +6,9 @@
 //   lse[p] = ln(sum(w(S[p,t])))   with S and its weights w as in forward_sm90.cuh
 //
 // A tile is 64 rows of q for each of two computing warpgroups; warpgroup 0 loads. Of cosines, each
-// has the products of the next key tile running while it sums those of one. Other scores take so
-// much longer to map that the products of one warpgroup hide behind those of the other, and one
-// copy of the code is enough, of 10,000 instructions.
+// issues the products of the next key tile one by one between the sums of this one: issued at once
+// they would hold the warp until the last of them begins. Other scores take so much longer to map
+// that the products of one warpgroup hide behind those of the other.
 namespace heddle {
 namespace {
 
@@ -94,10 +94,7 @@ __global__ void __launch_bounds__(SumsTile::kThreads, 1)
 
   raise_registers<Shape::kComputeRegisters>();
   const int own = warpgroup - 1, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
-  float scores[kCosines ? 2 : 1][kKeys / 2];  // of a key tile, and of the next
-  // what is read of a tile while products are issued, its own or those of the next
-  uint32_t ahead[kCosines ? 1 : kKeys / 8][2];
-  float2 factors[kCosines ? kKeys / 8 : 1];
+  float acc[kKeys / 2];
   RowSoftmax rows;
   SlotMap slots(args.slots, args.scale, args.soft_cap);
   auto release = [&](Barrier& empty) {
@@ -122,70 +119,78 @@ __global__ void __launch_bounds__(SumsTile::kThreads, 1)
     const int key_tiles = __shfl_sync(~0u, work.key_tiles, 0);
     const auto tile_of = [&](int j) { return key_end - 1 - j; };
     const auto column_of = [&](int j) { return tile_of(j) * kKeys + lane % 4 * 2; };
-    const auto fetch = [&](int j) {
-      const int column = column_of(j);
-      if constexpr (kCosines) {
-#pragma unroll
-        for (int g = 0; g < kKeys / 8; ++g)
-          factors[g] = *reinterpret_cast<const float2*>(slots.columns + column + 8 * g);
-      } else if (slots.reads()) {
-#pragma unroll
-        for (int g = 0; g < kKeys / 8; ++g)
-#pragma unroll
-          for (int x = 0; x < 2; ++x) ahead[g][x] = slots.word(column + 8 * g, x, work.sk);
-      }
-    };
-    const auto issue = [&](float(&acc)[kKeys / 2], int j) {
+    const auto begin = [&](int j) {
       const Turn<kStages> k(used + j);
       smem.k_full[k.stage].wait(k.parity);
       wgmma_fence(acc);
+      return k.stage;
+    };
+    const auto multiply = [&](uint32_t stage, int d) {
+      wgmma<kType, Major::kK>(acc, smem.q[q.stage].k_major(own * 64, d),
+                              smem.k[stage].k_major(0, d), d > 0);
+      if (d == kD - 16) wgmma_commit();
+    };
+    const auto issue = [&](int j) {
+      const uint32_t stage = begin(j);
 #pragma unroll
-      for (int d = 0; d < kD; d += 16)
-        wgmma<kType, Major::kK>(acc, smem.q[q.stage].k_major(own * 64, d),
-                                smem.k[k.stage].k_major(0, d), d > 0);
-      wgmma_commit();
+      for (int d = 0; d < kD; d += 16) multiply(stage, d);
     };
-    const auto add = [&](float(&acc)[kKeys / 2], int j) {
-      release(smem.k_empty[Turn<kStages>(used + j).stage]);
+    const auto give_back = [&](int j) { release(smem.k_empty[Turn<kStages>(used + j).stage]); };
+    const auto mask = [&](float(&scores)[kKeys / 2], int j) {
       const int tile = tile_of(j);
-      if constexpr (kCosines) {
-        multiply_columns(acc, [&](int from) { return factors[from / 8]; });
-      } else {
-        slots.map(acc, ahead, bounds, column_of(j), work.sk);
-      }
       if (tile >= whole_end || tile < whole_begin)
-        mask_scores(acc, bounds, tile * kKeys, args.window, lane);
-      if constexpr (kCosines) {
-        slots.sum_cosines(acc, rows);
-      } else {
-        slots.sum(acc, rows);
-      }
+        mask_scores(scores, bounds, tile * kKeys, args.window, lane);
     };
+    issue(0);
     if constexpr (kCosines) {
-      // Key tile j, and whether it isn't the last. The branches are apart: were they around the
-      // products alone, the compiler would serialise them.
-      const auto step = [&](float(&acc)[kKeys / 2], float(&next)[kKeys / 2], int j) {
-        fetch(j);
-        if (j + 1 == key_tiles) {
-          wgmma_wait<0>(acc);
-          add(acc, j);
-          return false;
-        }
-        issue(next, j + 1);
-        wgmma_wait<1>(acc);
-        add(acc, j);
-        return true;
+      float2 factors[kKeys / 8];
+      const auto fetch = [&](int j) {
+#pragma unroll
+        for (int g = 0; g < kKeys / 8; ++g)
+          factors[g] = *reinterpret_cast<const float2*>(slots.columns + column_of(j) + 8 * g);
       };
-      issue(scores[0], 0);
+      fetch(0);
 #pragma unroll 1
-      for (int j = 0; step(scores[0], scores[1], j) && step(scores[1], scores[0], j + 1);) j += 2;
+      for (int j = 0; j < key_tiles; ++j) {
+        float cosines[kKeys / 2];
+        wgmma_wait<0>(acc);
+        give_back(j);
+#pragma unroll
+        for (int i = 0; i < kKeys / 2; ++i) cosines[i] = acc[i];
+        multiply_columns(cosines, [&](int column) { return factors[column / 8]; });
+        mask(cosines, j);
+        bool summed = false;
+        if (j + 1 < key_tiles) {
+          fetch(j + 1);
+          const uint32_t next = begin(j + 1);
+          float products[2][4] = {{1, 1, 1, 1}, {1, 1, 1, 1}};
+#pragma unroll
+          for (int d = 0; d < kD; d += 16) {
+            multiply(next, d);
+            constexpr int kPart = kKeys / 2 * 16 / kD;
+            slots.multiply_weights<kPart>(cosines, d / 16 * kPart, products);
+          }
+          summed = slots.add_products(products, rows);
+        }
+        if (!summed) slots.sum_cosines(cosines, rows);
+      }
     } else {
 #pragma unroll 1
       for (int j = 0; j < key_tiles; ++j) {
-        issue(scores[0], j);
-        fetch(j);
-        wgmma_wait<0>(scores[0]);
-        add(scores[0], j);
+        // what is read of a tile while it is multiplied
+        uint32_t ahead[kKeys / 8][2];
+        if (slots.reads()) {
+#pragma unroll
+          for (int g = 0; g < kKeys / 8; ++g)
+#pragma unroll
+            for (int x = 0; x < 2; ++x) ahead[g][x] = slots.word(column_of(j) + 8 * g, x, work.sk);
+        }
+        wgmma_wait<0>(acc);
+        give_back(j);
+        slots.map(acc, ahead, bounds, column_of(j), work.sk);
+        mask(acc, j);
+        slots.sum(acc, rows);
+        if (j + 1 < key_tiles) issue(j + 1);
       }
     }
     used += key_tiles;

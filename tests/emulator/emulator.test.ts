@@ -648,8 +648,8 @@ const kernels: Kernel[] = [
       {
         what: 'scores are added up while they are multiplied',
         file: sums,
-        from: 'wgmma_wait<1>(acc);\n        add(acc, j);',
-        to: 'add(acc, j);\n        wgmma_wait<1>(acc);',
+        from: 'float cosines[kKeys / 2];\n        wgmma_wait<0>(acc);',
+        to: 'float cosines[kKeys / 2];',
       },
       {
         what: 'q is loaded over the one before the last',
@@ -661,6 +661,12 @@ const kernels: Kernel[] = [
         what: 'the last key tile is not masked',
         file: sums,
         from: 'tile >= whole_end ||',
+        to: '',
+      },
+      {
+        what: 'products of weights may be too large',
+        file: slots,
+        from: ' && sums[r] < INFINITY',
         to: '',
       },
       {

@@ -338,7 +338,7 @@ const Case kCases[] = {
      .hk = 1,
      .cached = {300, 20, 131},
      .slots = {.weights = kSoftplus, .length_scale = 0.4f}},
-    // the first pass of re-weighting, whose sums have products of two tiles under way
+    // the first pass of re-weighting, whose sums have products of the next tile between them
     {.b = 1,
      .sq = 150,
      .sk = 500,
@@ -354,6 +354,15 @@ const Case kCases[] = {
      .hk = 2,
      .window = 100,
      .slots = {.weights = kSoftplus, .length_scale = 4, .cosine = true}},
+    // which are too large to be multiplied
+    {.b = 1,
+     .sq = 70,
+     .sk = 400,
+     .hq = 2,
+     .hk = 1,
+     .causal = true,
+     .narrower = 120,
+     .slots = {.weights = kSoftplus, .length_scale = 30, .cosine = true}},
 };
 
 // What row_factors does on a GPU
