@@ -616,6 +616,7 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
   ScoreMap map{args.scale, args.soft_cap, 0};
   SlotMap slots(args.slots, args.scale, args.soft_cap);
   uint32_t ahead[kSlots ? kKeys / 8 : 1][2];  // what is read while scores are multiplied
+  float2 columns[kForm == Form::kReweighted ? kKeys / 8 : 1];
   // mapped scores are in log2 units already
   const float to_log2 = kMapped || kForm == Form::kSigmoid || kForm == Form::kReweighted ? 1.f
                         : kForm == Form::kBiased                                         ? kLog2e
@@ -745,12 +746,19 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
       return kSlots ? slots.weigh(acc_s, rows) : rows.update(acc_s, to_log2);
     }
   };
-  // By the factors of keys, which lie beside them
-  auto scale_columns = [&](uint32_t stage) {
+  // Factors of keys lie beside them, and are read before products are issued: a read behind those
+  // waits for them and may be late, as its stage is given back meanwhile
+  auto fetch_columns = [&](uint32_t stage) {
     if constexpr (kForm == Form::kReweighted) {
       const float* factors = smem.factors[stage] + lane % 4 * 2;
-      multiply_columns(
-          acc_s, [&](int column) { return *reinterpret_cast<const float2*>(factors + column); });
+#pragma unroll
+      for (int g = 0; g < kKeys / 8; ++g)
+        columns[g] = *reinterpret_cast<const float2*>(factors + 8 * g);
+    }
+  };
+  auto scale_columns = [&] {
+    if constexpr (kForm == Form::kReweighted) {
+      multiply_columns(acc_s, [&](int column) { return columns[column / 8]; });
       __syncwarp();
     }
   };
@@ -886,13 +894,14 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
       const Turn<kStages> k = stage_of(j), v = stage_of(j - 1);
       fetch(key_of(j), work.sk);
       smem.k_full[k.stage].wait(k.parity);
+      fetch_columns(k.stage);
       await_turn();
       issue_scores(k.stage, q.stage);
       smem.v_full[v.stage].wait(v.parity);
       issue_values(v.stage);
       if (kFirstValues == kKeys) pass_turn();
       wgmma_wait<1>(acc_s);
-      scale_columns(k.stage);
+      scale_columns();
       release(smem.k_empty[k.stage]);
       issue_rest(v.stage);
       if (kFirstValues < kKeys) pass_turn();
@@ -907,9 +916,10 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
       const Turn<kStages> k = stage_of(j);
       fetch(key_of(j), work.sk);
       smem.k_full[k.stage].wait(k.parity);
+      fetch_columns(k.stage);
       issue_scores(k.stage, q.stage);
       wgmma_wait<0>(acc_s);
-      scale_columns(k.stage);
+      scale_columns();
       release(smem.k_empty[k.stage]);
       const bool moved = soften();
       pack_weights<kType>(frag_p, acc_s);

@@ -134,8 +134,8 @@ const kernels: Kernel[] = [
       {
         what: 'keys are used before they arrived',
         file: forward,
-        from: 'smem.k_full[k.stage].wait(k.parity);\n      await_turn();',
-        to: 'await_turn();',
+        from: 'smem.k_full[k.stage].wait(k.parity);\n      fetch_columns(k.stage);\n      await_turn();',
+        to: 'fetch_columns(k.stage);\n      await_turn();',
       },
       {
         what: 'a stage is never given back',
@@ -449,8 +449,8 @@ const kernels: Kernel[] = [
       {
         what: 'biases are those of the tile before',
         file: forward,
-        from: 'fetch(key_of(j), work.sk);\n      smem.k_full[k.stage].wait(k.parity);\n      await_turn();',
-        to: 'smem.k_full[k.stage].wait(k.parity);\n      await_turn();',
+        from: 'fetch(key_of(j), work.sk);\n      smem.k_full[k.stage].wait(k.parity);\n      fetch_columns(k.stage);\n      await_turn();',
+        to: 'smem.k_full[k.stage].wait(k.parity);\n      fetch_columns(k.stage);\n      await_turn();',
       },
       {
         what: 'a bias of infinity is added to what is masked',
