@@ -371,17 +371,18 @@ void write_factors(const SplitCall& call) {
                          const float* factors, int64_t row) {
     int strange = 0;
     const int lanes = static_cast<int>(std::bit_ceil(static_cast<uint64_t>(call.d / 8)));
+    const int pairs = static_cast<int>(call.b * h);
     const FactorArgs args{static_cast<const uint16_t*>(x),
                           strides,
                           s,
-                          h,
-                          call.b * s * h,
+                          static_cast<int>(h),
+                          pairs,
                           static_cast<int>(call.d),
                           lanes,
                           const_cast<float*>(factors),
                           row,
                           &strange};
-    emulator::launch(2, 128, 0, [&] { attention_factor_kernel<kType>(args); });
+    emulator::launch(2 * pairs, 128, 0, [&] { attention_factor_kernel<kType>(args); });
     if (strange) emulator::fault("an ordinary row is said to be strange");
   };
   write(call.q, call.q_strides, call.sq, call.hq, call.slots.q_factors, call.slots.q_row);
