@@ -16,7 +16,8 @@ struct Launch {
 template <auto kKernel, class... Args> void launch(const Launch& launch, const Args&... args) {
   gridDim.y = launch.rows;
   for (blockIdx.y = 0; blockIdx.y < launch.rows; ++blockIdx.y)
-    emulator::launch(launch.ctas, launch.threads, launch.smem_bytes, [&] { kKernel(args...); });
+    emulator::launch(
+        launch.ctas, launch.threads, launch.smem_bytes, [&] { kKernel(args...); }, launch.cluster);
 }
 
 // What kernels declare as shared memory of a size that they are launched with
