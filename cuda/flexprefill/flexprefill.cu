@@ -39,15 +39,14 @@ void run(const FlexPrefill& op, CudaContext& context) {
   LineStrips strips{};
   if (declines_lines_sm90(lines, context)) {
     probe(lines);
-    run_means(means, 0, context);
+    run_means(means, context);
   } else {
-    run_means(means, means.under_walks(), context);
     strips = run_lines_sm90(lines, &means, context);
   }
   if (!task.whole) {
     const Probe estimate = task.probe_estimate();
     const Means last(estimate, in_planes, context, &means);
-    run_means(last, 0, context);
+    run_means(last, context);
     multiply(estimate, last, nullptr);
   }
   const int64_t entries = std::max(task.sk, task.rows * nk);

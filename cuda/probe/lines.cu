@@ -387,8 +387,9 @@ const char* declines_lines_sm90(const Probe& op, const CudaContext& context) {
 }
 
 LineStrips run_lines_sm90(const Probe& op, const Means* means, CudaContext& context) {
-  const LinesPlan plan(op, context.processors);
-  const int64_t strips = plan.parts * int64_t{4};
+  const auto bytes = [](const Tensor& x) { return x.size() * 2; };
+  const LinesPlan plan(op, context.processors, means ? bytes(means->q.x) + bytes(means->k.x) : 0);
+  const int64_t strips = plan.parts * int64_t{8};
   const auto heads = static_cast<size_t>(op.q.shape[0] * op.q.shape[2]);
   const LinesCall call{
       op,
@@ -397,8 +398,7 @@ LineStrips run_lines_sm90(const Probe& op, const Means* means, CudaContext& cont
       {context.scratch<float>(heads * static_cast<size_t>(strips * (plan.strip + kLineQueries))),
        plan.strip, strips},
       means ? means->q : MeanArgs{},
-      means ? means->k : MeanArgs{},
-      means ? static_cast<int>(means->under_walks()) : 0};
+      means ? means->k : MeanArgs{}};
   const bool wide = op.q.shape[3] == 128;
   if (op.q.dtype == DType::kBF16)
     wide ? launch_lines_sm90<DType::kBF16, 128>(call, context.stream)

@@ -29,30 +29,40 @@ struct LineStrips {
   }
 };
 
-// How heads and keys are shared out: a warp has a strip of `strip` keys, 32 at a time, and a
-// warpgroup four strips that follow each other
+// How heads and keys are shared out: a warp has a strip of `strip` keys, 16 at a time, and a CTA 8
+// strips of each of two heads, or 16 of one
 struct LinesPlan {
-  bool shared;              // both warpgroups of a CTA have the same keys, and a head each
+  bool shared;              // two heads of a CTA have the same keys
   int items;                // heads or pairs of them
   int strip = 0, ctas = 0;  // of an item
-  int parts;                // of a head, four strips each
+  int parts;                // of a head, eight strips each
+  int averaging;            // CTAs that average blocks, of `averaged` bytes
 
-  LinesPlan(const Probe& op, int processors)
+  LinesPlan(const Probe& op, int processors, int64_t averaged)
       : shared(op.q.shape[2] / op.k.shape[2] % 2 == 0),
         items(static_cast<int>(op.q.shape[0] * op.q.shape[2] / (shared ? 2 : 1))) {
-    // what a CTA spends on its beginning and end, in turns of 32 keys a warp, and the fewest turns
-    constexpr int64_t kIdle = 4, kLeast = 4;
+    // what a processor reads in the time in which another has a key of a head in both walks
+    constexpr int64_t kRead = 1200;
+    const int64_t walked = kRead * op.q.shape[0] * op.q.shape[2] * op.k.shape[1];
+    averaging = averaged == 0 ? 0
+                              : static_cast<int>(std::clamp<int64_t>(
+                                    processors * averaged / (averaged + walked), 1, processors));
+    const int walking = std::max(processors - averaging, 1);
+    // what a CTA spends on its beginning and end, in turns of 16 keys a warp, and the fewest turns
+    constexpr int64_t kIdle = 4, kLeast = 8;
     const int64_t turn = shared ? 128 : 256, turns = (op.k.shape[1] + turn - 1) / turn;
     int64_t best = INT64_MAX;
-    for (int64_t n = 1; n <= processors; ++n) {
+    for (int64_t n = 1; n <= walking; ++n) {
       const int64_t each = std::max((turns + n - 1) / n, kLeast), used = (turns + each - 1) / each;
-      const int64_t waves = (items * used + processors - 1) / processors;
+      const int64_t waves = (items * used + walking - 1) / walking;
       if (waves * (each + kIdle) >= best) continue;
       best = waves * (each + kIdle);
-      strip = static_cast<int>(each * 32);
+      strip = static_cast<int>(each * 16);
       ctas = static_cast<int>(used);
     }
     parts = shared ? ctas : 2 * ctas;
+    // those that are left
+    if (averaging > 0) averaging = std::max(averaging, processors - items * ctas);
   }
 };
 
@@ -60,9 +70,8 @@ struct LinesCall {
   Probe op;
   LinesPlan plan;
   float2* stats;            // [b hq, parts, 128] largest score and sum, in powers of 2
-  LineStrips strips;        // four of a part
-  MeanArgs mean_q, mean_k;  // of none if they are not asked for
-  int blocks;               // of both, from the first, that the walks average
+  LineStrips strips;        // eight of a part
+  MeanArgs mean_q, mean_k;  // whose blocks are averaged, if any
 };
 
 // Masses of keys, and of the distances of every strip; an instantiation file for each size

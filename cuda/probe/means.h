@@ -8,7 +8,6 @@ namespace heddle {
 
 // Blocks of rows of x, and where their means go: [b, heads, blocks, depth] with zeros from d on
 constexpr int kMeanPlanes = 3;
-constexpr int kMeanBox = 16;  // rows of a block that the walks over lines load together
 
 struct MeanArgs {
   struct Block {

@@ -31,17 +31,15 @@ Means::Means(const Probe& op, bool in_planes, CudaContext& context, const Means*
   k = other ? other->k : means(op.k, op.block_k);
 }
 
-void run_means(const Means& means, int64_t first, CudaContext& context) {
+void run_means(const Means& means, CudaContext& context) {
   const MeanArgs &q = means.q, &k = means.k;
-  const int64_t ctas = means.count() - first;
-  if (ctas == 0) return;
-  HEDDLE_CHECK(means.count() < INT32_MAX, kUnsupported, "block",
-               "block gives too many for one call");
+  const int64_t ctas = means.count();
+  HEDDLE_CHECK(ctas < INT32_MAX, kUnsupported, "block", "block gives too many for one call");
   dispatch_float(q.x.dtype, [&]<class T>(T) {
     auto* kernel = moves_wide<T>(q.x) && moves_wide<T>(k.x) ? probe_means_kernel<T, Wide<T>::kCount>
                                                             : probe_means_kernel<T, 1>;
     kernel<<<static_cast<unsigned>(ctas), kMeanThreads, 0, context.stream>>>(
-        q, k, static_cast<int>(q.count()), static_cast<int>(first));
+        q, k, static_cast<int>(q.count()));
   });
   context.launched("probe_means_kernel");
 }

@@ -64,12 +64,12 @@ __device__ __forceinline__ void average_block(const MeanArgs& args, int64_t cta)
   }
 }
 
-// Both tensors in one launch, from block `skipped` on
+// Both tensors in one launch
 template <class T, int kCount>
 __global__ void __launch_bounds__(kMeanThreads)
     probe_means_kernel(const __grid_constant__ MeanArgs q, const __grid_constant__ MeanArgs k,
-                       int blocks_of_q, int skipped) {
-  const int block = static_cast<int>(blockIdx.x) + skipped;
+                       int blocks_of_q) {
+  const int block = static_cast<int>(blockIdx.x);
   const bool first = block < blocks_of_q;
   average_block<T, kCount>(first ? q : k, block - (first ? 0 : blocks_of_q));
 }

@@ -14,12 +14,9 @@ struct Means {
   Means(const Probe& op, bool in_planes, CudaContext& context, const Means* other = nullptr);
 
   int64_t count() const { return q.count() + (has_k ? 0 : k.count()); }
-  // What the walks over lines have time for
-  int64_t under_walks() const { return q.block % kMeanBox == 0 ? count() * 2 / 5 : 0; }
 };
 
-// Those from block `first` on
-void run_means(const Means& means, int64_t first, CudaContext& context);
+void run_means(const Means& means, CudaContext& context);
 // The rest, when they are there. Probabilities are also counted in `bins` [b * hq, kShareBins] of
 // core/select.h, unless it is null.
 void run_products(const Probe& op, const Means& means, uint32_t* bins, CudaContext& context);

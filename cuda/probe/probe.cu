@@ -207,7 +207,7 @@ constexpr Variant<Probe> kVariants[] = {
      },
      [](const Probe& op, CudaContext& context) {
        const Means means(op, false, context);
-       run_means(means, 0, context);
+       run_means(means, context);
        run_products(op, means, nullptr, context);
      }},
     {"portable", [](const Probe&, const CudaContext&) -> const char* { return nullptr; },

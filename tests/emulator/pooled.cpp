@@ -78,12 +78,10 @@ double check(const Case& c, emulator::Random& random) {
   const MeanArgs of_q{q.tensor, c.block_q, depth, mean_q};
   const MeanArgs of_k{k.tensor, c.block_k, depth, mean_q + c.b * c.hq * rows * depth};
   const auto ctas_of_q = static_cast<int>(of_q.count());
-  const int all = ctas_of_q + static_cast<int>(of_k.count()), some = all * 2 / 5;
-  for (const auto& [first, ctas] : {std::pair{0, some}, std::pair{some, all - some}})
-    emulator::launch(ctas, kMeanThreads, 0, [&, first = first] {
-      c.count == 1 ? probe_means_kernel<T, 1>(of_q, of_k, ctas_of_q, first)
-                   : probe_means_kernel<T, kWide>(of_q, of_k, ctas_of_q, first);
-    });
+  emulator::launch(ctas_of_q + static_cast<int>(of_k.count()), kMeanThreads, 0, [&] {
+    c.count == 1 ? probe_means_kernel<T, 1>(of_q, of_k, ctas_of_q)
+                 : probe_means_kernel<T, kWide>(of_q, of_k, ctas_of_q);
+  });
   std::vector<uint32_t> bins(size(c.b * c.hq * kShareBins)), counted(bins.size());
   const bool large = random.below(2) == 0, counts = random.below(2) == 0;
   const int64_t size_of_tile = large ? 64 : 16;
