@@ -66,12 +66,12 @@ void run(const FlexPrefill& op, CudaContext& context) {
                       strips};
   const int64_t warps = heads * 2 * nk;
   HEDDLE_CHECK(warps < INT32_MAX, kUnsupported, "map", "map has too many heads for one call");
-  // Only the choice clears what this counts: nothing in between may fail
-  multiply(map, means, task.bins);
   constexpr int kWarps = kThreads / 32;
   flexprefill_sums_kernel<<<static_cast<unsigned>((warps + kWarps - 1) / kWarps), kThreads, 0,
                             context.stream>>>(args);
   context.launched("flexprefill_sums_kernel");
+  // Only the choice clears what this counts: nothing in between may fail
+  multiply(map, means, task.bins);
   Launch choice{static_cast<int>(groups * members), kChoiceThreads, 0, context.stream};
   choice.together = members > 1;
   launch<flexprefill_kernel>(choice, args);
