@@ -257,7 +257,8 @@ template <class T> struct Problem {
                        query_of(part, row) * op.bias.strides[2] + key * op.bias.strides[3];
     float x = 0;
     dispatch_float(op.bias.dtype, [&]<class B>(B) { load_row(&x, op.bias.as<B>() + at, 1, 1); });
-    return x * static_cast<float>(kLog2e);
+    x *= static_cast<float>(kLog2e);
+    return x < Attention::kHidingLog2 ? -INFINITY : x;
   }
 
   static float log2_of(const Tensor& per_head, int64_t head) {

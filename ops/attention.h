@@ -15,6 +15,8 @@ struct Attention : MaskArguments {
   static constexpr int64_t kYoungRows = 3;  // rows that see no more keys than this have no offset
   // Differences from offset below this part of it are rounding
   static constexpr float kReweightedSnap = 7.6e-6f;
+  // Biases that are lower in base 2 hide their keys as -inf does: rounding leaves nothing of scores
+  static constexpr float kHidingLog2 = -0x1p31f;
   Tensor q;              // [b, sq, hq, d]
   Tensor k, v;           // [b, sk, hk, d] and [b, sk, hk, dv], or pages of them; dv may be 0
   Tensor cu_seqlens_q;   // [n + 1] i32: where each packed sequence of q begins, b = 1

@@ -80,7 +80,8 @@ __device__ inline float bias_at(const ForwardArgs& p, int64_t batch, int64_t hea
                                 int64_t t) {
   const int64_t at = batch * p.bias_strides[0] + head * p.bias_strides[1] +
                      query * p.bias_strides[2] + t * p.bias_strides[3];
-  return load_float(p.bias, at, p.bias_dtype);
+  const float bias = load_float(p.bias, at, p.bias_dtype);
+  return bias * 1.44269504f < Attention::kHidingLog2 ? -INFINITY : bias;
 }
 
 // What float8 is multiplied by; other numbers are what they are
@@ -280,6 +281,7 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_portable_kernel(F
       __syncthreads();
     }
     float score[kKeyTile / kRowThreads];
+    uint32_t hidden = 0;  // a bit for each
     float tile_max = -1e30f;
 #pragma unroll
     for (int j = 0; j < kKeyTile / kRowThreads; ++j) {
@@ -296,6 +298,7 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_portable_kernel(F
       if (p.bias && visible) s += bias_at(p, place.batch, head, query, t);
       if (p.shifted) s = exponent_of(p, s, lift);
       score[j] = visible ? s : -INFINITY;
+      hidden |= static_cast<uint32_t>(!visible) << j;
       if (visible) tile_max = s > tile_max || isnan(s) ? s : tile_max;
     }
     tile_max = fmaxf(tile_max, __shfl_xor_sync(~0u, tile_max, 1));
@@ -311,8 +314,9 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_portable_kernel(F
                            : p.shifted           ? expf(score[j] - row_max)
                                                  : weight_of(p, score[j]);
       row_sum += weight;
-      // -1 marks what the row must not see, whatever its value holds
-      smem_p[row * (kKeyTile + 1) + part + kRowThreads * j] = score[j] == -INFINITY ? -1 : weight;
+      // -1 marks what the row must not see, whatever its value holds. A weight of 0 is none: what
+      // it is multiplied by may be no number
+      smem_p[row * (kKeyTile + 1) + part + kRowThreads * j] = hidden >> j & 1 ? -1 : weight;
     }
 
     load(p.v, p.dv);

@@ -1062,7 +1062,8 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
     int poisoned[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const RowEnd end(rows.row_max[r] * to_log2, rows.total(r),
+      const float top_log2 = rows.row_max[r] * to_log2, sum = rows.total(r);
+      const RowEnd end(top_log2, kRows && args.slots.hides(top_log2) ? 0 * sum : sum,
                        args.sink ? args.sink + work.head * args.sink_stride : nullptr);
       const float factor = kRows && !args.slots.normalise && end.factor != 0
                                ? sm90::exp2_approx(rows.row_max[r])

@@ -5,6 +5,7 @@
 #include "attention/list_sm90.h"
 #include "common/launch.h"
 #include "core/dtype.h"
+#include "core/host_device.h"
 #include "ops/attention.h"
 
 namespace heddle {
@@ -37,6 +38,10 @@ struct Slots {
   bool used() const {
     return weights != Attention::kSoftmax || length_scale != 0 || cosine ||
            bias_form != BiasForm::kNone;
+  }
+  // Whether a row whose scores are at most that sees nothing, unless one is no number
+  HEDDLE_HD bool hides(float top_log2) const {
+    return bias_form != BiasForm::kNone && top_log2 < Attention::kHidingLog2;
   }
 };
 

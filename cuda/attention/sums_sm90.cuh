@@ -196,7 +196,8 @@ __global__ void __launch_bounds__(SumsTile::kThreads, 1)
     used += key_tiles;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const RowEnd end(rows.row_max[r], rows.total(r),
+      const float sum = rows.total(r);
+      const RowEnd end(rows.row_max[r], args.slots.hides(rows.row_max[r]) ? 0 * sum : sum,
                        args.sink ? args.sink + work.head * args.sink_stride : nullptr);
       const int64_t line = (static_cast<int64_t>(work.batch) * args.hq + work.head) * args.sq;
       if (lane % 4 == 0 && row + 8 * r < work.sq)

@@ -1,6 +1,7 @@
 #pragma once
 #include <cmath>
 #include <functional>
+#include <numbers>
 #include <vector>
 
 #include "attention/list_sm90.cuh"
@@ -399,8 +400,10 @@ double check(const Case& c, int64_t d, int64_t dv, emulator::Random& random, con
       if (call.soft_cap > 0) score = double{c.cap} * std::tanh(score / double{c.cap});
       if (call.slopes) score += double{slopes[size_t(h)]} * static_cast<double>(t - row.position);
       const int64_t line = s.shared ? 0 : (b * c.hq + h) * c.sq + row.index;
-      if (s.bias > BiasForm::kRow) score += bias[static_cast<size_t>(line * bias_row + t)];
-      scores.push_back(score + s.shift);
+      double added = s.shift;
+      if (s.bias > BiasForm::kRow) added = bias[static_cast<size_t>(line * bias_row + t)];
+      scores.push_back(added / std::numbers::ln2 < Attention::kHidingLog2 ? score - INFINITY
+                                                                          : score + added);
     }
     return scores;
   };

@@ -453,6 +453,12 @@ const kernels: Kernel[] = [
         to: 'smem.k_full[k.stage].wait(k.parity);\n      fetch_columns(k.stage);\n      await_turn();',
       },
       {
+        what: 'biases that hide all keys leave them equal',
+        file: forward,
+        from: 'args.slots.hides(top_log2) ? 0 * sum : sum',
+        to: 'false ? 0 : sum',
+      },
+      {
         what: 'a bias of infinity is added to what is masked',
         file: forward,
         from: 'if (kForm == Form::kSigmoid && slots.row[r].constant == INFINITY)',
@@ -633,6 +639,12 @@ const kernels: Kernel[] = [
     variants: { kF16: ['-DHEDDLE_DTYPE=kF16'], kBF16: [] },
     broken: 'kBF16',
     faults: [
+      {
+        what: 'biases that hide all keys leave them equal',
+        file: sums,
+        from: 'args.slots.hides(rows.row_max[r]) ? 0 * sum : sum',
+        to: 'sum',
+      },
       {
         what: 'keys are used before they arrived',
         file: sums,
@@ -961,6 +973,18 @@ const kernels: Kernel[] = [
         file: plain,
         from: 'int width) {\n      __syncthreads();',
         to: 'int width) {',
+      },
+      {
+        what: 'values that are no numbers are left out where their weight is 0',
+        file: plain,
+        from: 'hidden >> j & 1 ? -1',
+        to: 'weight == 0 ? -1',
+      },
+      {
+        what: 'biases that hide all keys leave them equal',
+        file: plain,
+        from: 'bias * 1.44269504f < Attention::kHidingLog2',
+        to: 'false',
       },
       {
         what: 'masked values that are no numbers leak into rows',

@@ -139,6 +139,31 @@ const Case kCases[] = {
      .hq = 2,
      .hk = 1,
      .slots = {.bias = BiasForm::kSingles, .shared = true, .hidden = 40}},
+    // a weight of 0 is not none
+    {.b = 1,
+     .sq = 20,
+     .sk = 90,
+     .hq = 1,
+     .hk = 1,
+     .causal = true,
+     .processors = 2,
+     .infinite = 60,
+     .slots = {.bias = BiasForm::kSingles, .hidden = 40, .low = -INFINITY}},
+    // nor are keys that all are hidden
+    {.b = 1,
+     .sq = 20,
+     .sk = 70,
+     .hq = 1,
+     .hk = 1,
+     .processors = 2,
+     .slots = {.bias = BiasForm::kSingles, .hidden = 70, .low = -2e9f}},
+    {.b = 1,
+     .sq = 20,
+     .sk = 70,
+     .hq = 1,
+     .hk = 1,
+     .sink = true,
+     .slots = {.weights = kSoftplus, .shift = -2e9f}},
 };
 
 // As run_portable has it

@@ -1,9 +1,11 @@
 import {
   type AttentionOptions,
   attention,
+  attentionBackward,
   cuda,
   explain,
   type FloatDType,
+  full,
   Mask,
   randn,
   type Tensor,
@@ -343,6 +345,60 @@ describeDevices('attention with other weights', (device) => {
         const error = maxError(hidden, expected)
         expect(error, `${dtype} ${low}`).toBeLessThan(dtype === 'float32' ? 1e-5 : 1e-2)
       }
+  })
+
+  it('sees nothing in rows whose biases all are as low', async () => {
+    const [sq, sk, heads] = [20, 300, 2]
+    for (const dtype of floats)
+      for (const d of [64, 128])
+        for (const low of [-1.6e9, -1e30, Number.NEGATIVE_INFINITY]) {
+          if (dtype === 'float16' && Number.isFinite(low)) continue
+          const what = `${dtype} ${d} ${low}`
+          const draw = (s: number, seed: number) => randn([1, s, heads, d], { seed, dtype, device })
+          const [q, k, v] = [draw(sq, 1), draw(sk, 2), draw(sk, 3)]
+          const isHidden = (row: number) => row % 2 === 1
+          const numbers = Float32Array.from({ length: sq * sk }, (_, i) =>
+            isHidden(Math.floor(i / sk)) ? low : 0,
+          )
+          const bias = tensor(numbers, [sq, sk], { dtype, device })
+          const { out, lse } = attention(q, k, v, { bias })
+          const plain = attention(q, k, v)
+          const rows = await out.read({ as: 'float32' })
+          const expected = (await plain.out.read({ as: 'float32' })).map((x, i) =>
+            isHidden(Math.floor(i / heads / d)) ? 0 : x,
+          )
+          expect(maxError(rows, expected), what).toBeLessThan(dtype === 'float32' ? 1e-5 : 1e-2)
+          const sums = await lse.read()
+          for (const [i, x] of (await plain.lse.read()).entries())
+            if (isHidden(i % sq)) expect(sums[i], what).toBe(Number.NEGATIVE_INFINITY)
+            else expect(Math.abs(sums[i]! - x), what).toBeLessThan(1e-3)
+          const { dq, dk, dv } = attentionBackward(q, k, v, out, lse, draw(sq, 4), { bias })
+          const gradient = await dq.read({ as: 'float32' })
+          for (let i = 0; i < gradient.length; i++)
+            expect(gradient[i] === 0, `${what} dq ${i}`).toBe(isHidden(Math.floor(i / heads / d)))
+          for (const x of [dk, dv])
+            expect((await x.read({ as: 'float32' })).every(Number.isFinite), what).toBe(true)
+        }
+  })
+
+  it('multiplies what is no number by a weight of 0', async () => {
+    for (const dtype of floats)
+      for (const d of [64, 128])
+        for (const s of [1, 40]) {
+          const [q, k, v] = [s, 90, 90].map((n, seed) =>
+            randn([1, n, 1, d], { seed, dtype, device }),
+          )
+          v!.slice(1, 60, 61).copyFrom(full([1, 1, 1, d], Number.POSITIVE_INFINITY, { device }))
+          const numbers = Float32Array.from({ length: 90 }, (_, t) =>
+            t === 60 ? Number.NEGATIVE_INFINITY : 0,
+          )
+          const bias = tensor(numbers, [90], { dtype, device })
+          const { out, lse } = attention(q!, k!, v!, { bias })
+          expect((await out.read({ as: 'float32' })).every(Number.isNaN), `${dtype} ${d}`).toBe(
+            true,
+          )
+          expect((await lse.read()).every(Number.isFinite), `${dtype} ${d}`).toBe(true)
+        }
   })
 
   it('takes what scores and weights are made of to matrix instructions where there are some', () => {
