@@ -31,7 +31,10 @@ export const hipPresets = {
   smallBudget: { topK: 512, block: [64, 2], stride: [2, 1], window: 256, sinkTokens: 16 },
   /** Four times the keys and every query looked at, for answers that hang on few keys. */
   largeBudget: { topK: 2048, block: [64, 2], stride: [1, 1], window: 256, sinkTokens: 16 },
-  /** Longer blocks and lists that the query heads of a kv head share: a quarter of the looking, at some loss. */
+  /**
+   * Longer blocks and lists that the query heads of a kv head share: a quarter of the looking, at some loss. Answers that hang
+   * on a few keys are lost by half; {@link infiniteHipPresets} have `fineScans` for these.
+   */
   sharedLists: {
     topK: 1024,
     block: [64, 8],
