@@ -20,18 +20,20 @@ function place<D extends 'float32' | 'int32'>(
   return placed
 }
 
-/** @internal A float32 vector, one number per head. */
+/** @internal A float32 vector, one number per head, none below `least`. */
 export function vector(
   op: string,
   argument: string,
   value: unknown,
   device: Device,
   made: Tensor[],
+  least = Number.NEGATIVE_INFINITY,
 ): Tensor | undefined {
   if (value === undefined || value instanceof Tensor) return value
+  const rule = `a finite number${least === 0 ? ' from 0 on' : ''}`
   const check = (number: unknown, i: number) => {
-    if (typeof number !== 'number' || !Number.isFinite(number)) {
-      throw mustBe(op, `${argument}[${i}]`, 'a finite number', number)
+    if (typeof number !== 'number' || !Number.isFinite(number) || number < least) {
+      throw mustBe(op, `${argument}[${i}]`, rule, number)
     }
     return number
   }

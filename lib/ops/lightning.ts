@@ -142,7 +142,7 @@ export function lightning<D extends FloatDType>(
       v,
       ...rest,
       initialState: states.take('initialState', initialState),
-      slopes: vector('lightning', 'slopes', slopes, q.device, made),
+      slopes: vector('lightning', 'slopes', slopes, q.device, made, 0),
       cuSeqlens: offsets('lightning', 'cuSeqlens', cuSeqlens, q.shape[1], q.device, made),
     })
     return { out, state: states.give(state as Tensor<'float32'>) } as LightningResult<D>
@@ -219,7 +219,7 @@ export function lightningBackward<D extends FloatDType>(
       ...rest,
       initialState: states.take('initialState', initialState),
       dstate: states.take('dstate', dstate),
-      slopes: vector(op, 'slopes', slopes, q.device, made),
+      slopes: vector(op, 'slopes', slopes, q.device, made, 0),
       cuSeqlens: offsets(op, 'cuSeqlens', cuSeqlens, q.shape[1], q.device, made),
       outputDinitialState: initialState !== undefined,
     })
@@ -308,7 +308,7 @@ export function lightningDecode<D extends FloatDType>(
       states,
       slots,
       ...rest,
-      slopes: vector('lightning.decode', 'slopes', slopes, q.device, made),
+      slopes: vector('lightning.decode', 'slopes', slopes, q.device, made, 0),
     })
     return { out, allStates } as { out: Tensor<D>; allStates: Tensor<'float32'> | undefined }
   } finally {

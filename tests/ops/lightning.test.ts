@@ -50,6 +50,8 @@ async function draw(
   return { q: q.tensor, k: k.tensor, v: v.tensor, reads }
 }
 
+type Slopes = Tensor<'float32'> | readonly number[]
+
 describeDevices('lightning', (device) => {
   describe.each(floats)('%s', (dtype) => {
     const close = (
@@ -458,6 +460,30 @@ describeDevices('lightning', (device) => {
     geometric.forEach((value, t) =>
       expect(value).toBeCloseTo((1 - decay ** (t + 1)) / (1 - decay), 4),
     )
+  })
+
+  it('refuses slopes that would grow, at the call or at the read', async () => {
+    const x = tensor(new Float32Array(32).fill(1), [1, 4, 1, 8], { device })
+    const slots = tensor([0], [1], { dtype: 'int32', device })
+    for (const bad of [-0.5, Number.NaN, Number.POSITIVE_INFINITY]) {
+      const slopes = tensor([bad], [1], { device })
+      for (const [op, call] of [
+        ['lightning', (slopes: Slopes) => lightning(x, x, x, { slopes }).out],
+        ['lightning.backward', (slopes: Slopes) => lightningBackward(x, x, x, x, { slopes }).dv],
+        [
+          'lightning.decode',
+          (slopes: Slopes) =>
+            lightningDecode(x, x, x, zeros([1, 1, 8, 8], { device }), slots, { slopes }).out,
+        ],
+      ] as const) {
+        expect((await failure(() => call([bad]))).message).toContain(
+          `${op}: slopes[0] must be a finite number`,
+        )
+        expect((await failure(() => call(slopes).read())).message).toMatch(
+          new RegExp(`^${op}: .*slopes.* finite and at least 0`),
+        )
+      }
+    }
   })
 
   it('rejects the read when slots or offsets on the device are out of range', async () => {
