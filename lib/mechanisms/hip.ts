@@ -24,6 +24,7 @@ import { scope, untrack } from '../scope.js'
 import { checkTensor, empty, type Tensor, zeros } from '../tensor.js'
 import { type HipCacheCounts, type HipListed, type HipOffload, hipCaches } from './hip-offload.js'
 import { attendListed, substitutes, turn } from './hip-rope.js'
+import { under } from './packed.js'
 
 /** Settings of {@link hip} that halve intervals, by what they trade. */
 export const hipPresets = {
@@ -154,7 +155,7 @@ export function hipAttention<D extends FloatDType>(
     throw refuse('ERR_ARGUMENT', op, 'rope', `rope cannot be combined with ${packed[0]}`)
   const isDense = mode === 'dense' || (sk <= threshold && !cuSeqlensQ)
 
-  return scope(() => {
+  const attend = (): AttentionResult<D> => {
     const [turnedQ, turnedK] = rope ? [turn(q, rope, sk - sq), turn(k, rope, 0)] : [q, k]
     const dense = { ...place, causal: true }
     if (isDense) return attention(turnedQ, turnedK, v, { ...dense, cuSeqlensQ, cuSeqlensK })
@@ -183,7 +184,8 @@ export function hipAttention<D extends FloatDType>(
       result.lse.slice(2, end - tail, end).copyFrom(last.lse)
     }
     return result
-  })
+  }
+  return scope(() => under(op, attend))
 }
 
 /** Results of sequences, one after the other. */

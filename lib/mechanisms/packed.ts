@@ -36,7 +36,7 @@ function checkLengths(op: string, sq: number, sk: number): void {
 
 /** @internal What the operators of a selector refuse comes under its own name. */
 export function under<T>(op: string, call: () => T): T {
-  const operators = ['mask', 'probe', 'keep']
+  const operators = ['mask', 'probe', 'keep', 'hip', 'attention', 'attention.backward']
   return operators.reduce((inner, native) => () => named(op, inner, native), call)()
 }
 

@@ -11,6 +11,7 @@ import { add } from '../ops/elementwise.js'
 import { merge } from '../ops/merge.js'
 import { scope } from '../scope.js'
 import { checkTensor, full, type Tensor, zeros } from '../tensor.js'
+import { under } from './packed.js'
 
 /**
  * What {@link softplusAttention} computes for one head, with `off = sk - sq` and an offset of 1: row p sees
@@ -98,9 +99,10 @@ export function softplusAttention<D extends FloatDType>(
   v: Tensor<D>,
   options: SoftplusOptions = {},
 ): AttentionResult<D> {
-  const { call, reweighted, mean } = recipe('softplusAttention', { q, k, v }, options)
-  if (!reweighted) return attention(q, k, v, { ...call, weights: 'softplus' })
-  return scope(() => {
+  const op = 'softplusAttention'
+  const { call, reweighted, mean } = recipe(op, { q, k, v }, options)
+  const run = () => {
+    if (!reweighted) return attention(q, k, v, { ...call, weights: 'softplus' })
     const level = levelOf(q, k, v, call)
     const sharp = attention(q, k, v, { ...call, ...reweighted, level })
     if (!mean) return sharp
@@ -108,7 +110,8 @@ export function softplusAttention<D extends FloatDType>(
     // weighs nothing beside any row that has a sum, and everything where there is none
     const lse = full(level.shape, -1e30, { device: q.device })
     return { out: merge([sharp, { out: plain.out, lse }]).out, lse: sharp.lse }
-  })
+  }
+  return scope(() => under(op, run))
 }
 
 /** What {@link softplusBackward} returns. */
@@ -145,7 +148,7 @@ export function softplusBackward<D extends FloatDType>(
 ): SoftplusGradients<D> {
   const op = 'softplusAttention.backward'
   const { call, reweighted } = recipe(op, { q, k, v, out, lse, dout }, options)
-  return scope(() => {
+  const run = () => {
     if (!reweighted) {
       const gradients = { ...call, weights: 'softplus' } as const
       const { dq, dk, dv } = attentionBackward(q, k, v, out, lse, dout, gradients)
@@ -168,7 +171,8 @@ export function softplusBackward<D extends FloatDType>(
       dlse,
     })
     return { dq: add(second.dq, first.dq), dk: add(second.dk, first.dk), dv: second.dv }
-  })
+  }
+  return scope(() => under(op, run))
 }
 
 /** The same as {@link softplusBackward}. */

@@ -890,6 +890,14 @@ describeDevices('hip mechanisms', (device) => {
         'hip: rope must be an object, got an array of 0',
       ],
       [
+        () => hipAttention(z, z, z, { scale: Number.NaN }),
+        'hipAttention: scale must be a finite number, got NaN',
+      ],
+      [
+        () => hipAttention(z, z.slice(1, 0, 1), z, { denseThreshold: 0 }),
+        'hipAttention: sq must be at most sk, got 2 and 1',
+      ],
+      [
         () => hipAttention(z, z, z, { stages: hipStages, rope: tables, cacheSeqlens: [1] }),
         'hipAttention: rope cannot be combined with cacheSeqlens',
       ],
