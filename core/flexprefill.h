@@ -256,14 +256,16 @@ HEDDLE_HD void flexprefill_head(const Team& own, const Group& all, const FlexTas
                   memory.bins)
         .least;
   };
-  const uint64_t least_column = best(vertical, columns), least_band = best(slash, distances);
+  // In a loop, so that this much code is there once
+  uint64_t least_of[2];
+  for (int line = 0; line < 2; ++line)
+    least_of[line] = best(line ? slash : vertical, line ? distances : columns);
   all.words(
       2 * line_words,
       [&](int64_t i, int64_t bit) {
         const bool band = i >= line_words;
         const int64_t c = (band ? i - line_words : i) * 32 + bit;
-        return c < nk && rank_of((band ? slash : vertical)[c], c, c == 0) >=
-                             (band ? least_band : least_column);
+        return c < nk && rank_of((band ? slash : vertical)[c], c, c == 0) >= least_of[band];
       },
       [&](int64_t i, uint32_t word) { column_bits[i] = static_cast<int32_t>(word); });
   // Row `row`, columns from 32 * i on, of which some pairs are listed
