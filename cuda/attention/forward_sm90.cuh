@@ -1129,8 +1129,16 @@ inline ForwardArgs forward_args(const ForwardCall& call, int queries) {
   const int64_t row_tiles =
       call.cu_seqlens_q ? call.sq / queries + call.sequences : (call.sq + queries - 1) / queries;
   const int64_t pairs = call.b * call.hq, tiles = row_tiles * pairs;
-  const auto element_bytes = static_cast<int64_t>(size_of(call.dtype));
-  const int64_t bytes = call.sk * (call.d + call.dv) * element_bytes * call.hk / call.hq;
+  // so many pairs have such a number of keys and their values in L2 together
+  const auto fit = [&](int64_t keys) {
+    const auto bytes = static_cast<int64_t>(size_of(call.dtype)) * (call.d + call.dv) * keys;
+    return std::clamp<int64_t>(call.section_bytes / std::max<int64_t>(bytes * call.hk / call.hq, 1),
+                               1, pairs);
+  };
+  // tiles that run at the same time under a window see few keys more than it has
+  constexpr int64_t kTogether = 1024;
+  const bool all =
+      call.window && !call.masked && fit(std::min(call.window, call.sk) + kTogether) == pairs;
   ForwardArgs args{};
   args.b = static_cast<int>(call.b);
   args.sq = static_cast<int>(call.sq);
@@ -1139,8 +1147,7 @@ inline ForwardArgs forward_args(const ForwardCall& call, int queries) {
   args.group = static_cast<int>(call.hq / call.hk);
   args.tiles = static_cast<int>(tiles);
   args.row_tiles = static_cast<int>(row_tiles);
-  args.section = static_cast<int>(
-      std::clamp<int64_t>(call.section_bytes / std::max<int64_t>(bytes, 1), 1, pairs));
+  args.section = static_cast<int>(all ? pairs : fit(call.sk));
   // as many as have keys and values that fit there of all pairs
   if (call.masked && call.causal && call.sk <= call.sq)
     args.short_tiles = static_cast<int>(row_tiles * args.section / pairs);

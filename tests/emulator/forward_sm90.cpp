@@ -40,6 +40,18 @@ const Case kCases[] = {
      .packed = {{70, 1}, {0, 130}, {5, 0}, {129, 129}, {11, 15}},
      .processors = 2},
     {.b = 3, .sq = 20, .sk = 300, .hq = 2, .hk = 1, .cached = {300, 20, 131}},
+    {.b = 1, .sq = 400, .sk = 400, .hq = 2, .hk = 1, .window = 256},
+    {.b = 2, .sq = 261, .sk = 450, .hq = 1, .hk = 1, .window = 192, .sink = true, .processors = 2},
+    {.b = 1, .sq = 300, .sk = 261, .hq = 1, .hk = 1, .window = 70, .narrower = 8, .poisoned = 100},
+    {.b = 2, .sq = 150, .sk = 500, .hq = 2, .hk = 2, .window = 128, .cached = {500, 170}},
+    {.b = 1,
+     .sq = 430,
+     .sk = 640,
+     .hq = 2,
+     .hk = 1,
+     .window = 130,
+     .packed = {{150, 300}, {0, 40}, {10, 3}, {270, 297}},
+     .processors = 2},
 };
 
 }  // namespace
