@@ -46,12 +46,12 @@ struct Barrier {
   __device__ __forceinline__ void arrive() {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address_of(this)) : "memory");
   }
-  // At the barrier in the same place of another CTA of the cluster. A release to the cluster would
-  // be a fence of the whole GPU, a microsecond each time.
+  // At the barrier in the same place of another CTA of the cluster
   __device__ __forceinline__ void arrive_at(uint32_t rank) {
     asm volatile(
         "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
-        "mbarrier.arrive.shared::cluster.b64 _, [there];\n}\n" ::"r"(address_of(this)),
+        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}\n" ::"r"(
+            address_of(this)),
         "r"(rank)
         : "memory");
   }
@@ -102,7 +102,7 @@ __device__ __forceinline__ void fence_barrier_init() {
 
 // All threads of a cluster meet
 __device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
                    : "memory");
 }
 

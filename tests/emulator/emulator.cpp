@@ -102,13 +102,6 @@ uint32_t Cta::address_of(const void* pointer) const {
   return static_cast<uint32_t>(offset);
 }
 
-uint32_t Cta::address_at(uint32_t address, uint32_t rank) const {
-  const auto begin = threads_.begin() + static_cast<int>(rank) * threads_of_cta_;
-  if (std::all_of(begin, begin + threads_of_cta_, [](const auto& thread) { return thread->done; }))
-    fault("shared memory of a CTA that has ended");
-  return address + (rank - this->rank()) * stride_;
-}
-
 uint8_t* Cta::async_view(uint32_t address, uint32_t nbytes) {
   if (address < kSkew || address + nbytes > smem_.size()) fault("shared memory overrun");
   return async_.data() + address;

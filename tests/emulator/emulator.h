@@ -84,7 +84,9 @@ class Cta {
   uint8_t* smem() { return smem_.data() + kSkew + rank() * stride_; }
   uint32_t address_of(const void* pointer) const;
   // Of the same place in another CTA
-  uint32_t address_at(uint32_t address, uint32_t rank) const;
+  uint32_t address_at(uint32_t address, uint32_t rank) const {
+    return address + (rank - this->rank()) * stride_;
+  }
   void store(uint32_t address, const void* from, uint32_t nbytes);
   void load(void* to, uint32_t address, uint32_t nbytes);
   void fence_async();
