@@ -46,15 +46,6 @@ struct Barrier {
   __device__ __forceinline__ void arrive() {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address_of(this)) : "memory");
   }
-  // At the barrier in the same place of another CTA of the cluster
-  __device__ __forceinline__ void arrive_at(uint32_t rank) {
-    asm volatile(
-        "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}\n" ::"r"(
-            address_of(this)),
-        "r"(rank)
-        : "memory");
-  }
   // One arrival, which also makes this phase wait for `bytes`
   __device__ __forceinline__ void arrive_expect(uint32_t bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address_of(this)),
@@ -98,12 +89,6 @@ struct Barrier {
 // After init and before the first use by other threads or by copies
 __device__ __forceinline__ void fence_barrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
-
-// All threads of a cluster meet
-__device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
-                   : "memory");
 }
 
 // Kernels launched behind this one with `overlaps` may begin once all of its CTAs came here or

@@ -70,8 +70,7 @@ struct ScanArgs {
   float scale;
   // the first kernel of its operator, which begins before that of the operator before has ended
   bool first;
-  bool fits;    // L2 holds most of q, k and v
-  bool paired;  // two slices of a head are a cluster
+  bool fits;  // L2 holds most of q, k and v
   const float* slopes;
   int64_t slopes_stride;
   const int32_t* cu_seqlens;
@@ -368,11 +367,11 @@ __global__ void __launch_bounds__((ScanShape<kD, kE>::kThreads), 1)
     prefetch(gmem_out);
     for (int stage = 0; stage < kStages; ++stage) {
       smem.full[stage].init(1);
-      smem.empty[stage].init(kConsumers / 32 + args.paired);
+      smem.empty[stage].init(kConsumers / 32);
     }
     fence_barrier_init();
   }
-  args.paired ? cluster_sync() : __syncthreads();
+  __syncthreads();
   begin(args);
 
   if (warpgroup == 0) {
@@ -383,9 +382,6 @@ __global__ void __launch_bounds__((ScanShape<kD, kE>::kThreads), 1)
       const Keep keep = args.fits ? Keep::kShortly : Keep::kNormal;
       for (int chunk = 0; chunk < chunks; ++chunk) {
         const Turn<kStages> turn(chunk);
-        // what both ask for at nearly the same time is read from L2 once, so neither goes on before
-        // the other has asked for the chunk before
-        if (args.paired && chunk >= kStages) smem.empty[turn.stage].arrive_at(blockIdx.x % 2 ^ 1);
         smem.empty[turn.stage].wait(turn.parity ^ 1);
         Barrier& full = smem.full[turn.stage];
         full.arrive_expect(2 * smem.k[0].kBytes + smem.v[0].kBytes);
@@ -795,8 +791,8 @@ void launch_scan(const ScanCall& call, const ScanPlan& plan, cudaStream_t stream
   }
   Launch main{ctas(plan.slots), ScanShape<kD, kE>::kThreads,
               sm90::shared_memory_bytes<ScanSmem<kD, kE>>(), stream, true};
-  args.paired = plan.slices % 2 == 0 && args.first;
-  if (args.paired) main.cluster = 2;
+  // two slices of a head are neighbours on the chip and read q and k at nearly the same time
+  if (plan.slices % 2 == 0 && args.first) main.cluster = 2;
   launch<lightning_sm90_kernel<kType, kD, kE, kPrecise>>(main, gmem_q, gmem_k, gmem_v, gmem_out,
                                                          args);
 }

@@ -77,12 +77,10 @@ uint16_t encode(DType type, float value) {
 Cta::Cta(int threads, size_t smem_bytes, uint64_t seed, int ctas)
     : random_(seed),
       threads_of_cta_(threads),
-      stride_(static_cast<uint32_t>(smem_bytes + kSkew + 1023) / 1024 * 1024),
-      free_registers_(static_cast<size_t>(ctas)),
       elected_(static_cast<int>(random_.below(32))),
       pace_(1 + random_.below(3) * random_.below(60)),
-      smem_(smem_bytes + kSkew + stride_ * static_cast<uint32_t>(ctas - 1), 0xff),
-      async_(smem_.size(), 0xff),
+      smem_(smem_bytes + kSkew, 0xff),
+      async_(smem_bytes + kSkew, 0xff),
       warpgroups_(static_cast<size_t>(threads * ctas + 127) / 128),
       warps_(static_cast<size_t>(threads * ctas) / 32),
       groups_of_warps_(warpgroups_.size()),
@@ -165,7 +163,6 @@ void Cta::run(const std::function<void()>& kernel) {
     makecontext(&thread->context, enter, 0);
   }
   const auto count = static_cast<uint32_t>(threads_.size());
-  const int first_block = blockIdx.x;
   uint32_t left = count, hold = 0;
   int stalled = -1;  // a warpgroup that gets no turn for a while
   for (bool idle = false; left > 0;) {
@@ -184,7 +181,7 @@ void Cta::run(const std::function<void()>& kernel) {
       thread.blocked = nullptr;
       current_ = static_cast<int>(at);
       threadIdx.x = current_ % threads_of_cta_;
-      blockIdx.x = first_block + static_cast<int>(rank());
+      if (count > static_cast<uint32_t>(threads_of_cta_)) blockIdx.x = current_ / threads_of_cta_;
       ran = true;
       resume(thread);
       if (thread.done) --left;
@@ -292,7 +289,6 @@ void Cta::meet_warp() { meet(warps_[static_cast<size_t>(current_) / 32], 32, "a 
 void Cta::meet_warpgroup() {
   meet(groups_of_warps_[static_cast<size_t>(current_) / 128], 128, "a warpgroup");
 }
-void Cta::meet_cluster() { meet(cluster_, static_cast<int>(threads_.size()), "a cluster"); }
 
 void Cta::named_arrive(int id, int threads) {
   if (id < 0 || id > 15 || threads % 32 != 0) fault("no such named barrier");
@@ -474,9 +470,9 @@ void Cta::products_commit() {
 void Cta::set_registers(int count) {
   Thread& thread = self();
   const int more = count - thread.registers;
-  int& free = free_registers_[rank()];
-  while (more > 0 && free < more) wait_until([&free, more] { return free >= more; });
-  free -= more;
+  while (more > 0 && free_registers_ < more)
+    wait_until([this, more] { return free_registers_ >= more; });
+  free_registers_ -= more;
   thread.registers = count;
 }
 
@@ -497,14 +493,11 @@ void Cta::products_wait(size_t pending) {
   thread.fenced = false;
 }
 
-float Cta::element(DType type, uint64_t descriptor, sm90::Major major, int row, int k,
-                   uint32_t cta_begin) {
+float Cta::element(DType type, uint64_t descriptor, sm90::Major major, int row, int k) {
   const auto field = [&](int shift) {
     return static_cast<uint32_t>(descriptor >> shift & 0x3fff) << 4;
   };
-  // addresses have 18 bits, which reach through the shared memory of one CTA
-  const uint32_t base = cta_begin + ((field(0) - cta_begin) & 0x3ffff);
-  const uint32_t leading = field(16), stride = field(32);
+  const uint32_t base = field(0), leading = field(16), stride = field(32);
   if (descriptor >> 62 != 1) fault("a descriptor without 128-byte swizzle");
   const auto r = static_cast<uint32_t>(row), column = static_cast<uint32_t>(k);
   const auto nbytes = static_cast<uint32_t>(size_of(type));
@@ -519,7 +512,6 @@ float Cta::element(DType type, uint64_t descriptor, sm90::Major major, int row, 
 }
 
 void Cta::execute(int warpgroup, Group& group) {
-  const uint32_t begin = static_cast<uint32_t>(warpgroup * 128 / threads_of_cta_) * stride_;
   for (const Product& product : group.products) {
     const Operands& operands = product.operands;
     const auto n = static_cast<size_t>(operands.n);
@@ -534,13 +526,13 @@ void Cta::execute(int warpgroup, Group& group) {
           const uint32_t word = product.a[lane][row % 16 / 8 + 2 * (k / (4 * each))];
           to = decode(operands.type, static_cast<uint16_t>(word >> (k % each * 32 / each)));
         } else {
-          to = element(operands.type, operands.a, operands.a_major, row, k, begin);
+          to = element(operands.type, operands.a, operands.a_major, row, k);
         }
       }
     for (int column = 0; column < operands.n; ++column)
       for (int k = 0; k < depth; ++k)
         b[static_cast<size_t>(k) * n + static_cast<size_t>(column)] =
-            element(operands.type, operands.b, operands.b_major, column, k, begin);
+            element(operands.type, operands.b, operands.b_major, column, k);
     std::vector<float> sums(64 * n);
     const auto each_value = [&](const auto& visit) {
       for (size_t t = 0; t < 128; ++t) {
@@ -565,19 +557,18 @@ void Cta::execute(int warpgroup, Group& group) {
   ++warpgroups_[static_cast<size_t>(warpgroup)].done;
 }
 
-void launch(int ctas, int threads, size_t smem_bytes, const std::function<void()>& kernel,
-            int cluster) {
+void launch(int ctas, int threads, size_t smem_bytes, const std::function<void()>& kernel) {
   gridDim.x = ctas;
   blockDim.x = threads;
   // in any order, for no CTA may rely on another one being first
-  std::vector<int> order(static_cast<size_t>(ctas / cluster));
+  std::vector<int> order(static_cast<size_t>(ctas));
   std::iota(order.begin(), order.end(), 0);
   Random random(next_seed++);
   for (size_t i = order.size(); i > 1; --i)
     std::swap(order[i - 1], order[random.below(static_cast<uint32_t>(i))]);
   for (const int block : order) {
-    blockIdx.x = block * cluster;
-    Cta here(threads, smem_bytes, next_seed++, cluster);
+    blockIdx.x = block;
+    Cta here(threads, smem_bytes, next_seed++);
     cta = &here;
     here.run(kernel);
     cta = nullptr;

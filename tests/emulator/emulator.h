@@ -81,12 +81,8 @@ class Cta {
 
   // Shared memory. Threads and asynchronous units each have their view of it; fence_async makes
   // what a thread stored visible to the latter.
-  uint8_t* smem() { return smem_.data() + kSkew + rank() * stride_; }
+  uint8_t* smem() { return smem_.data() + kSkew; }
   uint32_t address_of(const void* pointer) const;
-  // Of the same place in another CTA
-  uint32_t address_at(uint32_t address, uint32_t rank) const {
-    return address + (rank - this->rank()) * stride_;
-  }
   void store(uint32_t address, const void* from, uint32_t nbytes);
   void load(void* to, uint32_t address, uint32_t nbytes);
   void fence_async();
@@ -129,10 +125,9 @@ class Cta {
   // Takes registers that other threads of the CTA gave away, once there are enough, or gives some
   void set_registers(int count);
 
-  // Meetings of 32 or 128 threads that belong together, and of all
+  // Meetings of 32 or 128 threads that belong together
   void meet_warp();
   void meet_warpgroup();
-  void meet_cluster();
   // What another lane of the warp hands over at the same time
   uint32_t exchange(uint32_t value, int lane);
   std::array<uint32_t, 32> exchange(uint32_t value);
@@ -203,18 +198,14 @@ class Cta {
   void settle(Barrier& barrier);
   bool run_background(bool now);
   void execute(int warpgroup, Group& group);
-  float element(DType type, uint64_t descriptor, sm90::Major major, int row, int k,
-                uint32_t cta_begin);
+  float element(DType type, uint64_t descriptor, sm90::Major major, int row, int k);
   void finish();
-  uint32_t rank() const { return static_cast<uint32_t>(current_ / threads_of_cta_); }
-  Meeting& named(int id) { return named_[static_cast<int>(rank()) * 16 + id]; }
+  Meeting& named(int id) { return named_[current_ / threads_of_cta_ * 16 + id]; }
   Thread& self() { return *threads_[static_cast<size_t>(current_)]; }
 
   Random random_;
   const int threads_of_cta_;
-  const uint32_t stride_;  // from the shared memory of a CTA to that of the next
-  int pauses_ = 0;
-  std::vector<int> free_registers_;  // of each CTA
+  int pauses_ = 0, free_registers_ = 0;
   int elected_;
   uint32_t pace_;  // how seldom something happens in the background before somebody waits
   std::vector<uint8_t> smem_, async_;
@@ -223,7 +214,6 @@ class Cta {
   std::map<uint32_t, Barrier> barriers_;
   std::map<int, Meeting> named_;
   std::vector<Meeting> warps_, groups_of_warps_;
-  Meeting cluster_;
   std::vector<uint32_t> exchanged_;
   std::vector<Action> arriving_;  // copies into shared memory
   std::function<void()> kernel_;
@@ -234,9 +224,8 @@ class Cta {
 // The CTA that runs, and what CUDA tells its threads
 extern Cta* cta;
 
-// Runs CTAs one after the other in any order, those of a cluster at the same time
-void launch(int ctas, int threads, size_t smem_bytes, const std::function<void()>& kernel,
-            int cluster = 1);
+// Runs CTAs one after the other, from the first or from the last
+void launch(int ctas, int threads, size_t smem_bytes, const std::function<void()>& kernel);
 
 // Runs CTAs at the same time; their kernel keeps no shared memory in the emulator's
 void launch_together(int ctas, int threads, const std::function<void()>& kernel);

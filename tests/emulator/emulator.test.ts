@@ -1659,18 +1659,6 @@ const kernels: Kernel[] = [
         to: 'Barrier& full = smem.full[turn.stage];\n        full.arrive_expect(2 *',
       },
       {
-        what: 'a CTA tells its neighbour something before that has begun',
-        file: scan,
-        from: 'args.paired ? cluster_sync() : __syncthreads();',
-        to: '__syncthreads();',
-      },
-      {
-        what: 'a CTA does not tell its neighbour that it has asked',
-        file: scan,
-        from: 'smem.empty[turn.stage].arrive_at(blockIdx.x % 2 ^ 1);',
-        to: '{}',
-      },
-      {
         what: 'scores are multiplied before q and k arrived',
         file: scan,
         from: 'smem.full[turn.stage].wait(turn.parity);\n      if (clears',

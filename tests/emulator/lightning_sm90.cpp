@@ -168,7 +168,7 @@ const Case kCases[] = {
     {.b = 1, .s = 1, .hq = 1, .hk = 1, .hv = 1, .hs = 1, .state = true},
     {.b = 1, .s = 1000, .hq = 1, .hk = 1, .hv = 1, .hs = 1, .state = true},
     {.b = 1, .s = 128, .hq = 2, .hk = 1, .hv = 1, .hs = 1, .initial = true, .state = true},
-    {.b = 1, .s = 390, .hq = 1, .hk = 1, .hv = 2, .hs = 2, .narrower = 24, .slices = 2},
+    {.b = 1, .s = 70, .hq = 1, .hk = 1, .hv = 2, .hs = 2, .narrower = 24, .slices = 2},
     {.b = 1,
      .s = 168,
      .hq = 1,

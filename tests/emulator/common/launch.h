@@ -16,8 +16,7 @@ struct Launch {
 template <auto kKernel, class... Args> void launch(const Launch& launch, const Args&... args) {
   gridDim.y = launch.rows;
   for (blockIdx.y = 0; blockIdx.y < launch.rows; ++blockIdx.y)
-    emulator::launch(
-        launch.ctas, launch.threads, launch.smem_bytes, [&] { kKernel(args...); }, launch.cluster);
+    emulator::launch(launch.ctas, launch.threads, launch.smem_bytes, [&] { kKernel(args...); });
 }
 
 // What kernels declare as shared memory of a size that they are launched with

@@ -34,7 +34,6 @@ struct Barrier {
 
   void init(uint32_t arrivals) { cta->barrier_init(address_of(this), static_cast<int>(arrivals)); }
   void arrive() { cta->barrier_arrive(address_of(this), 0); }
-  void arrive_at(uint32_t rank) { cta->barrier_arrive(cta->address_at(address_of(this), rank), 0); }
   void arrive_expect(uint32_t bytes) { cta->barrier_arrive(address_of(this), bytes); }
   bool has_ended(uint32_t parity) { return cta->barrier_noticed(address_of(this), parity); }
   void wait(uint32_t parity) { cta->barrier_wait(address_of(this), parity); }
@@ -44,7 +43,6 @@ struct Barrier {
 inline void let_next_begin() {}
 inline void await_previous() {}
 inline void fence_barrier_init() { cta->barrier_publish(); }
-inline void cluster_sync() { cta->meet_cluster(); }
 inline void named_barrier_sync(int id, int threads) { cta->named_sync(id, threads); }
 inline void named_barrier_arrive(int id, int threads) { cta->named_arrive(id, threads); }
 
