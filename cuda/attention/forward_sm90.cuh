@@ -136,8 +136,6 @@ template <class Shape> struct FormSmem<Form::kBiased, Shape> {
 };
 template <class Shape> struct FormSmem<Form::kReweighted, Shape> {
   alignas(16) float factors[Shape::kStages][Shape::kKeys];  // of the keys in k
-  // what the warps of a warpgroup say, of this key tile and of the one before
-  alignas(4) bool straight[2][Shape::kWarpgroups][4];
 };
 
 template <Form kForm> struct FormMaps {};
@@ -1013,31 +1011,7 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
           args.window ? max(work.row + kQueries + diagonal - args.window + kKeys - 1, 0) / kKeys
                       : 0;
       int j = 1;
-      if constexpr (kForm == Form::kReweighted && kType == DType::kBF16) {
-        // Tiles of which softplus is the score have a loop of their own, which is short. All warps
-        // of a warpgroup have to issue the same products.
-        bool straight = false;
-#pragma unroll 1
-        for (; j < key_tiles; ++j) {
-          if (straight) {
-#pragma unroll 1
-            for (; j < key_tiles && key_end - 1 - j >= whole_begin; ++j)
-              step(j, [&] {
-                slots.reweigh_straight(acc_s, rows, peaks);
-                return false;
-              });
-            if (j == key_tiles) break;
-          }
-          const int tile = key_end - 1 - j;
-          step(j, soften(j, tile >= whole_end || tile < whole_begin));
-          if (!straight && tile <= whole_end) {
-            bool(&votes)[4] = smem.straight[j % 2][own];
-            if (lane == 0) votes[warp] = peaks.straight;
-            named_barrier_sync(8 + own, 128);
-            straight = votes[0] && votes[1] && votes[2] && votes[3];
-          }
-        }
-      } else if constexpr (kRows || kForm == Form::kBiased) {
+      if constexpr (kRows || kForm == Form::kBiased) {
         // one copy of all that scores may pass through
 #pragma unroll 1
         for (; j < key_tiles; ++j) {

@@ -492,25 +492,6 @@ struct SlotMap {
     return true;
   }
 
-  // Where softplus is the score
-  template <int kScores>
-  __device__ __forceinline__ void reweigh_straight(float (&acc)[kScores], RowSoftmax& rows,
-                                                   const Peaks& peaks) const {
-    float slope[2];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      slope[r] = peaks.gain[r] * row[r].scale;
-      rows.shrink[r] = 1;
-    }
-#pragma unroll
-    for (int i = 0; i < kScores; ++i) {
-      const float x = saturate(fmaf(acc[i], slope[i / 2 % 2], peaks.offset[i / 2 % 2]));
-      const float cube = x * x * x, square = cube * cube;
-      acc[i] = cube * (square * square);
-    }
-    rows.add(acc);
-  }
-
   // Powers of 15 and 3 of cosines' products
   template <int kLag, int kScores>
   __device__ __forceinline__ bool reweigh(float (&acc)[kScores], RowSoftmax& rows,
@@ -518,10 +499,6 @@ struct SlotMap {
     // weights of bf16 have all digits however far they are below what they are relative to
     constexpr bool kSeeksHigh = kLag >= 60;
     bool moved = false;
-    if (kSeeksHigh && peaks.straight) {
-      reweigh_straight(acc, rows, peaks);
-      return false;
-    }
     rows.shrink[0] = rows.shrink[1] = 1;
     if (!peaks.high && !move_peaks<kLag, kSeeksHigh>(acc, rows, peaks, moved)) {
 #pragma unroll
@@ -529,14 +506,20 @@ struct SlotMap {
         acc[i] = exponent(acc[i] * row[i / 2 % 2].scale, row[i / 2 % 2]);
       return rows.update(acc, 1.f);
     }
-    if (kSeeksHigh && peaks.high) {
-      // s + log2(1 + u) for u = 2^-s, of which two terms are taken
-      float slope[2], first[2];
+    float slope[2], first[2];
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        slope[r] = peaks.gain[r] * row[r].scale;
-        first[r] = peaks.gain[r] * kLog2e;
+    for (int r = 0; r < 2; ++r) {
+      slope[r] = peaks.gain[r] * row[r].scale;
+      first[r] = peaks.gain[r] * kLog2e;
+    }
+    if (kSeeksHigh && peaks.straight) {
+#pragma unroll
+      for (int i = 0; i < kScores; ++i) {
+        const float x = saturate(fmaf(acc[i], slope[i / 2 % 2], peaks.offset[i / 2 % 2]));
+        acc[i] = x * x * x;
       }
+    } else if (kSeeksHigh && peaks.high) {
+      // s + log2(1 + u) for u = 2^-s, of which two terms are taken
 #pragma unroll
       for (int i = 0; i < kScores; ++i) {
         const int r = i / 2 % 2;

@@ -621,12 +621,6 @@ const kernels: Kernel[] = [
         to: '',
       },
       {
-        what: 'keys before the window are seen where softplus is the score',
-        file: forward,
-        from: '(; j < key_tiles && key_end - 1 - j >= whole_begin; ++j)\n              step(j, [&]',
-        to: '(; j < key_tiles; ++j)\n              step(j, [&]',
-      },
-      {
         what: 'a power is one too high',
         file: slots,
         from: 'times >> bit & 1',

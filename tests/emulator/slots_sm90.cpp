@@ -309,14 +309,14 @@ const Case kCases[] = {
      .hk = 1,
      .causal = true,
      .slots = {.weights = kReweighted, .power = 15, .length_scale = 65, .cosine = true}},
-    // of which none is, beside the highest, between tiles that are masked
+    // of which none is, beside the highest
     {.b = 1,
-     .sq = 64,
-     .sk = 900,
+     .sq = 40,
+     .sk = 600,
      .hq = 1,
      .hk = 1,
-     .window = 700,
-     .slots = {.weights = kReweighted, .power = 15, .length_scale = 110, .cosine = true}},
+     .causal = true,
+     .slots = {.weights = kReweighted, .power = 15, .length_scale = 115, .cosine = true}},
     // of which nothing makes zeros of what is no number
     {.b = 1,
      .sq = 20,
