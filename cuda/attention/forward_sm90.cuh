@@ -1045,12 +1045,17 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
       lse_log2[r] = end.lse_log2;
       if (lane % 4 == 0 && row + 8 * r < work.sq)
         args.lse[lse_row + row + 8 * r] = end.lse_log2 * kLn2;
+      // A row without keys gives zero, whatever its masked values were, which poison it below with
+      // lists
+      if (!kListed && factor == 0) {
+#pragma unroll
+        for (int i = 2 * r; i < kDv / 2; i += 4) acc_o[i] = acc_o[i + 1] = 0;
+      }
       float total = 0;
 #pragma unroll
       for (int i = 2 * r; i < kDv / 2; i += 4) {
-        // a row without keys gives zero, whatever its masked values were, which poison it below
-        acc_o[i] = !kListed && factor == 0 ? 0 : acc_o[i] * factor;
-        acc_o[i + 1] = !kListed && factor == 0 ? 0 : acc_o[i + 1] * factor;
+        acc_o[i] *= factor;
+        acc_o[i + 1] *= factor;
         total += acc_o[i] + acc_o[i + 1];
       }
       poisoned[r] = (kListed || args.causal) && total != total && row + 8 * r < work.sq;

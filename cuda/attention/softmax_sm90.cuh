@@ -104,24 +104,20 @@ struct ScoreMap {
 template <int kScores>
 __device__ __forceinline__ void mask_scores(float (&acc)[kScores], const RowBounds& rows, int key,
                                             int window, int lane) {
+  static_assert(kScores <= 64);
+  // A bit for each key that this lane has of a row, of those before `end`
+  const auto before = [](int end) {
+    const int from_0 = max(end, 0), bits = min(from_0 / 8 * 2 + min(from_0 % 8, 2), 32);
+    return static_cast<uint32_t>((uint64_t{1} << bits) - 1);
+  };
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int beyond = rows.until[r] - key - lane % 4 * 2;
-    if (beyond < 2 * kScores) {
+    const uint32_t seen = before(beyond) & ~(window ? before(beyond - window) : 0);
 #pragma unroll
-      for (int i = 2 * r; i < kScores; i += 4) {
-        if (i / 4 * 8 >= beyond) acc[i] = -INFINITY;
-        if (i / 4 * 8 + 1 >= beyond) acc[i + 1] = -INFINITY;
-      }
-    }
-    // a tile is rarely cut at both ends
-    const int first = window ? beyond - window : 0;
-    if (first > 0) {
-#pragma unroll
-      for (int i = 2 * r; i < kScores; i += 4) {
-        if (i / 4 * 8 < first) acc[i] = -INFINITY;
-        if (i / 4 * 8 + 1 < first) acc[i + 1] = -INFINITY;
-      }
+    for (int i = 2 * r; i < kScores; i += 4) {
+      if (!(seen >> i / 4 * 2 & 1)) acc[i] = -INFINITY;
+      if (!(seen >> i / 4 * 2 & 2)) acc[i + 1] = -INFINITY;
     }
   }
 }
