@@ -218,8 +218,8 @@ const kernels: Kernel[] = [
       {
         what: 'the window is one key too wide',
         file: softmax,
-        from: 'beyond - window :',
-        to: 'beyond - window - 1 :',
+        from: 'before(beyond - window)',
+        to: 'before(beyond - window - 1)',
       },
       {
         what: 'values of other sequences are not silenced',
@@ -432,8 +432,8 @@ const kernels: Kernel[] = [
       {
         what: 'the window is one key too wide',
         file: softmax,
-        from: 'beyond - window :',
-        to: 'beyond - window - 1 :',
+        from: 'before(beyond - window)',
+        to: 'before(beyond - window - 1)',
       },
     ],
   },
