@@ -5,7 +5,7 @@ import { run } from '../native.js'
 import { type AttentionResult, attention } from '../ops/attention.js'
 import { scope } from '../scope.js'
 import { checkTensor, empty, type Tensor } from '../tensor.js'
-import { everything, lengthsOf, type PackedOptions, perSequence } from './packed.js'
+import { everything, lengthsOf, type PackedOptions, perSequence, under } from './packed.js'
 
 /** Options of {@link flexPrefill}. */
 export interface FlexPrefillOptions extends PackedOptions {
@@ -150,7 +150,8 @@ function select<D extends FloatDType>(
 
 /**
  * A causal prefill over what {@link flexPrefill} chooses, where that pays: of sequences of more than `denseBelow` keys, and of
- * more than one query. The others are dense, and a call without any that is long gives, bit for bit, what {@link attention} does.
+ * more than one query. The others are dense, and a call without any that is long gives, bit for bit, what {@link attention}
+ * does.
  *
  * @param q [b, sq, hq, d], float32, float16 or bfloat16, the queries of a prompt or of its next chunk.
  * @param k [b, sk, hk, d], the keys up to and with those queries.
@@ -184,7 +185,7 @@ export function flexPrefillAttention<D extends FloatDType>(
       using mask = select(op, queries, k, settings, chosen, denseBelow)
       return attention(queries, k, v, { scale, mask })
     }
-    const { out, lse } = attend()
+    const { out, lse } = under(op, attend)
     return { out: back(out, 2), lse: back(lse, 1) }
   })
 }

@@ -20,11 +20,15 @@ export function everything(
   return Mask.fromWindow({ sinkTokens: sk }, { sq, sk, block })
 }
 
-/** @internal Lengths of the call, which a selector refuses where queries outnumber keys. */
-export function lengthsOf(op: string, q: Tensor, k: Tensor): { sq: number; sk: number } {
+function checkRanks(op: string, q: Tensor, k: Tensor): void {
   for (const [name, { rank, shape }] of Object.entries({ q, k }))
     if (rank !== 4)
       throw refuse('ERR_SHAPE', op, name, `${name} must be [b, s, h, d], got [${shape.join(', ')}]`)
+}
+
+/** @internal Lengths of the call, which a selector refuses where queries outnumber keys. */
+export function lengthsOf(op: string, q: Tensor, k: Tensor): { sq: number; sk: number } {
+  checkRanks(op, q, k)
   const [sq = 0, sk = 0] = [q.shape[1], k.shape[1]]
   checkLengths(op, sq, sk)
   return { sq, sk }
@@ -34,9 +38,12 @@ function checkLengths(op: string, sq: number, sk: number): void {
   if (sq > sk) throw refuse('ERR_SHAPE', op, 'q', `sq must be at most sk, got ${sq} and ${sk}`)
 }
 
-/** @internal What the operators of a selector refuse comes under its own name. */
+/** @internal What the operators of a mechanism refuse comes under its own name. */
 export function under<T>(op: string, call: () => T): T {
-  const operators = ['mask', 'probe', 'keep', 'hip', 'attention', 'attention.backward']
+  const operators = [
+    ...['mask', 'probe', 'keep', 'flexprefill', 'hip'],
+    ...['rope', 'attention', 'attention.backward'],
+  ]
   return operators.reduce((inner, native) => () => named(op, inner, native), call)()
 }
 
@@ -48,6 +55,7 @@ export function packedMask(
   block: readonly [number, number],
   { cuSeqlensQ, cuSeqlensK }: PackedOptions,
 ): Mask {
+  checkRanks(op, q, k)
   const [[b = 0, sq = 0], [, sk = 0]] = [q.shape, k.shape]
   if (b !== 1) throw refuse('ERR_SHAPE', op, 'cuSeqlensQ', `b must be 1 with cuSeqlensQ, got ${b}`)
   const mask = under(op, () => Mask.fromWindow({}, { sq, sk, block, cuSeqlensQ, cuSeqlensK }))

@@ -559,5 +559,11 @@ describeDevices('flexPrefill', (device) => {
     )
     const short = await failure(() => flexPrefill(q.tensor, q.tensor.slice(1, 0, 200)))
     expect(short.message).toBe('flexPrefill: sq must be at most sk, got 300 and 200')
+    // nor what its operators do not take
+    const other = q.tensor.cast('bfloat16') as never
+    const mixed = await failure(() => flexPrefill(q.tensor, other, { block: 64, minBudget: 0 }))
+    expect(mixed.message).toContain('flexPrefill: k must be float32, got bfloat16')
+    const values = await failure(() => flexPrefillAttention(q.tensor, q.tensor, other))
+    expect(values.message).toContain('flexPrefillAttention: v must be float32, got bfloat16')
   })
 })
