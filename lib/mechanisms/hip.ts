@@ -57,7 +57,7 @@ export interface HipAttentionOptions extends HipOptions {
    * out, 64 with stages.
    */
   denseTailRows?: number | undefined
-  /** Up to how many keys a call is dense; if left out, as many as every row would see anyway. */
+  /** Up to how many keys a call is dense, but for packed sequences; if left out, as many as every row would see anyway. */
   denseThreshold?: number | undefined
   /** Factor of q·k, `1/√d` if left out. */
   scale?: number | undefined
@@ -150,9 +150,10 @@ export function hipAttention<D extends FloatDType>(
   if (blockTable !== undefined) checkTensor(op, 'blockTable', blockTable)
   const sk = keysOf({ q, k, blockTable })
   const { rope } = searched
-  const [packed] = Object.entries({ blockTable, cacheSeqlens, cuSeqlensQ }).filter(([, x]) => x)
-  if (rope && packed)
-    throw refuse('ERR_ARGUMENT', op, 'rope', `rope cannot be combined with ${packed[0]}`)
+  const lengths = { blockTable, cacheSeqlens, cuSeqlensQ, cuSeqlensK }
+  const [other] = Object.entries(lengths).filter(([, x]) => x)
+  if (rope && other)
+    throw refuse('ERR_ARGUMENT', op, 'rope', `rope cannot be combined with ${other[0]}`)
   const isDense = mode === 'dense' || (sk <= threshold && !cuSeqlensQ)
 
   const attend = (): AttentionResult<D> => {
@@ -237,8 +238,10 @@ export interface HipDecoder {
    * Attention of the next tokens.
    *
    * @param q [b, n, hq, d], n tokens in a row, up to 128: one, or a guess at several.
-   * @param k [b, sk, hk, d], all keys up to and with theirs.
+   * @param k [b, sk, hk, d], all keys up to and with theirs: those of the call before, and further ones.
    * @param v [b, sk, hk, dv].
+   * @throws HeddleError `ERR_SHAPE`, `ERR_DTYPE`, `ERR_ARGUMENT` or `ERR_UNSUPPORTED` at the call, `ERR_SHAPE` also where there
+   * are fewer keys than in the call before, or other heads: call `reset` then.
    */
   attend<D extends FloatDType>(q: Tensor<D>, k: Tensor<D>, v: Tensor<D>): AttentionResult<D>
   /**

@@ -30,7 +30,7 @@ export function vector(
   least = Number.NEGATIVE_INFINITY,
 ): Tensor | undefined {
   if (value === undefined || value instanceof Tensor) return value
-  const rule = `a finite number${least === 0 ? ' from 0 on' : ''}`
+  const rule = `a finite number${least > Number.NEGATIVE_INFINITY ? ` from ${least} on` : ''}`
   const check = (number: unknown, i: number) => {
     if (typeof number !== 'number' || !Number.isFinite(number) || number < least) {
       throw mustBe(op, `${argument}[${i}]`, rule, number)

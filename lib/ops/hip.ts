@@ -45,7 +45,7 @@ export type HipPositions =
 
 /** Rotary embedding of queries and keys that have not been turned, while a search looks at them. */
 export interface HipRope {
-  /** Of channels i and i + d / 2, `[positions, d / 2]`: a row for every key, and window + 2 of them at least. */
+  /** Of channels i and i + d / 2, `[positions, d / 2]`: a row for every key of a sequence, and window + 2 at least. */
   cos: Tensor<'float32'>
   /** As `cos`. */
   sin: Tensor<'float32'>
@@ -151,7 +151,7 @@ export function hipSettings(op: string, options: HipOptions): HipSettings {
     ? elements(op, 'stages', given, (stage, i) => {
         if (stage === null || typeof stage !== 'object')
           throw mustBe(op, `stages[${i}]`, 'a stage', stage)
-        checkOptions(`${op} stages[${i}]`, stage, knownStage)
+        checkOptions(op, stage, knownStage)
         return stage as HipStage
       })
     : given
@@ -390,7 +390,7 @@ function checkKeys<D extends FloatDType>(
       'ERR_ARGUMENT',
       op,
       'cuSeqlensQ',
-      'cuSeqlensQ cannot be combined with cacheSeqlens',
+      `cuSeqlensQ cannot be combined with ${blockTable ? 'blockTable' : 'cacheSeqlens'}`,
     )
   const packed = packedMask(op, q, k, block, options)
   const [ofQ, ofK] = [packed.cuSeqlensQ!, packed.cuSeqlensK!]
@@ -411,8 +411,9 @@ function checkKeys<D extends FloatDType>(
 }
 
 /**
- * The lists of {@link hip} themselves, for kernels that walk lists. With `cuSeqlensQ` rows of sequence i begin at
- * `floor(cuSeqlensQ[i] / block) + i`, and a row between two sequences that neither needs has none.
+ * The lists of {@link hip} themselves, for kernels that walk lists. With n packed sequences there are `floor(sq / block) + n`
+ * rows, `block` being queries per list: those of sequence i begin at `floor(cuSeqlensQ[i] / block) + i`, and a row that belongs
+ * to none lists nothing.
  *
  * @throws HeddleError as {@link hip} does.
  * @example
@@ -441,7 +442,8 @@ export function hipLists<D extends FloatDType>(
  * (arXiv 2406.09827, and with `stages` arXiv 2502.08910). Without stages the best of `topK / block` intervals are kept and
  * cut in two until they are blocks; with stages, chunks are ranked by a descent inside each, and the best are cut up for the
  * next stage. A row also sees `sinkTokens` first keys and its `window`. Rows of a block share a list, so a row's list may
- * depend on later rows of its block, never on keys behind `window` of the block's last row.
+ * depend on later rows of its block, never on keys behind `window` of the block's last row. Packed sequences are searched in
+ * one call.
  *
  * Ties go to the lower key. Neither a positive scale nor a soft cap of {@link attention} changes a list, so none is taken.
  *

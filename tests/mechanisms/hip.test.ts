@@ -902,6 +902,10 @@ describeDevices('hip mechanisms', (device) => {
         'hipAttention: rope cannot be combined with cacheSeqlens',
       ],
       [
+        () => hipAttention(z, z, z, { stages: hipStages, rope: tables, cuSeqlensK: [0, 2] }),
+        'hipAttention: rope cannot be combined with cuSeqlensK',
+      ],
+      [
         () => hipDecoder({ offload: true }).attend(z, z.transpose(1, 2), z),
         'hipDecoder: offload takes contiguous keys and values of one sequence',
       ],

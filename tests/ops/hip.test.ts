@@ -956,11 +956,19 @@ describeDevices('hip', (device) => {
       [{ stages, topK: 128 }, 'hip: topK must be at most what enters the last stage, 64, got 128'],
       [
         { stages: [{ ...stages[0]!, strid: 1 } as never] },
-        'hip stages[0]: unknown option "strid"; did you mean "stride"?',
+        'hip: unknown option "strid"; did you mean "stride"?',
       ],
       [
         { cuSeqlensQ: [0, 2, 8], cuSeqlensK: [0, 300] },
         'hip: cuSeqlensK must be [3] as cuSeqlensQ, got [2]',
+      ],
+      [
+        { cuSeqlensQ: [0, 8], cuSeqlensK: [0, 300], cacheSeqlens: [300] },
+        'hip: cuSeqlensQ cannot be combined with cacheSeqlens',
+      ],
+      [
+        { cuSeqlensQ: [0, 8], cuSeqlensK: [0, 300], blockTable: q as never },
+        'hip: cuSeqlensQ cannot be combined with blockTable',
       ],
       [{ topk: 1 } as never, 'hip: unknown option "topk"; did you mean "topK"?'],
     ]
@@ -969,6 +977,10 @@ describeDevices('hip', (device) => {
     expect((await failure(() => hip(k as never, make(1, 8, 2, 8) as never))).message).toBe(
       'hip: sq must be at most sk, got 300 and 8',
     )
+    const flat = await failure(() =>
+      hip(q.reshape([1, 256]), k, { cuSeqlensQ: [0, 256], cuSeqlensK: [0, 300] }),
+    )
+    expect(flat.message).toBe('hip: q must be [b, s, h, d], got [1, 256]')
     const table = { blockTable: tensor([9], [1, 1], { dtype: 'int32', device }), cacheSeqlens: [8] }
     const paged = await failure(() =>
       hipLists(q, make(2, 16, 2, 8), {
