@@ -412,7 +412,8 @@ export class Tensor<D extends DType = DType> {
 
   /**
    * Overwrites the elements with host values in row-major order. They are taken at the call; the array may change right
-   * after. Numbers in a `Float32Array` or a plain array are converted to the dtype.
+   * after. Numbers in a `Float32Array` or a plain array are converted to the dtype. As with {@link Tensor.copyFrom}, a tensor
+   * that failed is well again where that is all of its memory.
    */
   write(data: HostValues | readonly number[]): this {
     const given = hostValues('write', data, this.dtype)
@@ -455,7 +456,7 @@ export class Tensor<D extends DType = DType> {
    * `Uint8Array`, unless `as: 'float32'` asks for numbers.
    *
    * @throws The promise rejects with a {@link HeddleError} if the operator that made the tensor, or one before it, failed on
-   * the device; the error names it.
+   * the device, unless it was overwritten whole since; the error names it.
    */
   read(options: ReadOptions & { as: 'float32' }): Promise<Float32Array<ArrayBuffer>>
   read(options?: ReadOptions): Promise<HostArray<D>>

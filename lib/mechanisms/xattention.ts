@@ -10,7 +10,7 @@ import { type PackedOptions, perSequence } from './packed.js'
 export interface XAttentionOptions extends PackedOptions {
   /** Queries and keys per antidiagonal sum, 8 if left out; it divides the blocks. */
   stride?: number | undefined
-  /** Share of a row's estimated mass that its blocks reach, 0.9 if left out. */
+  /** Share of a row's estimated mass that its blocks reach, from 0 to 1; 0.9 if left out. */
   threshold?: number | undefined
   /** Queries and keys per block, 128 if left out. */
   block?: number | readonly [number, number] | undefined

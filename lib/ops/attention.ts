@@ -57,8 +57,8 @@ export interface AttentionOptions {
   /**
    * Added to the score after scale, soft cap and slopes: a number, or a tensor that broadcasts to [b, hq, sq, sk]. Below
    * -1.488e9, which is -2^31 ln 2, it counts as -inf: rounding would leave nothing of the score. Such a key has a weight of 0,
-   * which its value is multiplied by, and a row of nothing else gives `out = 0` and `lse = -inf`. Neither with packed
-   * sequences nor with pages.
+   * which its value is multiplied by, so that one that is no finite number still gives NaN; a row of nothing else gives
+   * `out = 0` and `lse = -inf`. Neither with packed sequences nor with pages.
    */
   bias?: Tensor<FloatDType> | number | undefined
   /**

@@ -20,8 +20,9 @@ export interface KeepOptions {
   threshold?: number | undefined
   /** Whether the rule holds for every `'row'`, as if left out, or for the whole `'map'` of a head. */
   over?: 'row' | 'map' | undefined
-  /** At least and at most so many blocks, per row on average. */
+  /** At least so many blocks, per row on average. */
   minBlocks?: number | undefined
+  /** At most so many blocks, per row on average. */
   maxBlocks?: number | undefined
   /** The first blocks of keys, taken first and inside the budget; a coverage has all of them, which count. */
   forceFirst?: number | undefined

@@ -42,9 +42,8 @@ export interface LightningOptions {
   /**
    * How a sequence is gone through, where a kernel knows both ways: in one pass (`'fused'`), or in segments side by side, whose
    * states a pass over k and v finds before (`'two-pass'`). If left out, whichever is faster by the number of heads, sequences
-   * and tokens. With one given, a sequence gives the same bits in whatever batch it stands, of 16
-   * tokens and more in all. Two passes keep a state for every 1,024 tokens and head, and where nothing decays a segment reads
-   * those of all before it.
+   * and tokens. With one given, a sequence gives the same bits in whatever batch it stands, of 16 tokens and more in all. Two
+   * passes keep a state for every 1,024 tokens and head, and where nothing decays a segment reads those of all before it.
    */
   schedule?: 'auto' | 'fused' | 'two-pass' | undefined
 }
@@ -104,8 +103,8 @@ function layoutOf(op: string, layout: unknown, made: Tensor[]) {
  * @param k [b, s, hk, d], same dtype.
  * @param v [b, s, hv, e], same dtype; e from 1 to 256. Either hq = hk with hv a multiple (value heads share), or hk = hv
  * with hq a multiple (query heads share; as many slopes as query heads give each a state, as many as hk share them).
- * @throws HeddleError `ERR_SHAPE`, `ERR_DTYPE`, `ERR_DEVICE` or `ERR_ARGUMENT` at the call; reading rejects if a slope is
- * negative or not finite.
+ * @throws HeddleError `ERR_SHAPE`, `ERR_DTYPE`, `ERR_DEVICE` or `ERR_ARGUMENT` at the call; reading rejects if a slope of a
+ * tensor is negative or not finite.
  * @example
  * import { alibiSlopes, lightning, randn } from 'heddle'
  * const [q, k, v] = [randn([1, 256, 8, 64]), randn([1, 256, 8, 64]), randn([1, 256, 8, 64])]
@@ -188,8 +187,8 @@ const knownToBackward: ReadonlySet<string> = new Set<keyof LightningBackwardOpti
  *
  * @param q [b, s, hq, d]; k and v as for {@link lightning}, with the same options.
  * @param dout [b, s, max(hq, hv), e], the gradient of `out`, same dtype.
- * @throws HeddleError `ERR_SHAPE`, `ERR_DTYPE`, `ERR_DEVICE` or `ERR_ARGUMENT` at the call; reading rejects if a slope is
- * negative or not finite.
+ * @throws HeddleError `ERR_SHAPE`, `ERR_DTYPE`, `ERR_DEVICE` or `ERR_ARGUMENT` at the call; reading rejects if a slope of a
+ * tensor is negative or not finite.
  * @example
  * import { alibiSlopes, lightningBackward, randn } from 'heddle'
  * const draw = () => randn([1, 256, 8, 64])
@@ -235,7 +234,7 @@ lightning.backward = lightningBackward
 
 /** Options of {@link lightningDecode}. */
 export interface LightningDecodeOptions {
-  /** Decay rate per token, one per state, f32. */
+  /** Decay rate per token, one per state, f32, at least 0. */
   slopes: Tensor<'float32'> | readonly number[]
   /** Factor of the output, 1 if left out. */
   scale?: number | undefined
@@ -261,8 +260,8 @@ const knownToDecode: ReadonlySet<string> = new Set<keyof LightningDecodeOptions>
  * @param slots [b] i32: which state each row of the batch continues, no two the same. A negative slot skips its row: the
  * output is 0 and no state changes.
  * @returns `out` [b, s, max(hq, hv), e], and with `outputAllStates` `allStates` [b, s, hs, d, e] f32.
- * @throws HeddleError `ERR_SHAPE`, `ERR_DTYPE`, `ERR_DEVICE` or `ERR_ARGUMENT` at the call; reading rejects if a slope is
- * negative or not finite.
+ * @throws HeddleError `ERR_SHAPE`, `ERR_DTYPE`, `ERR_DEVICE` or `ERR_ARGUMENT` at the call; reading rejects if a slope of a
+ * tensor is negative or not finite.
  * @example
  * import { alibiSlopes, lightningDecode, randn, tensor, zeros } from 'heddle'
  * const [q, k, v] = [randn([2, 1, 8, 64]), randn([2, 1, 8, 64]), randn([2, 1, 8, 64])]
