@@ -613,7 +613,9 @@ export function hipDecoder(options: HipDecoderOptions = {}): HipDecoder {
       } catch (error) {
         // they may hold keys of what was refused
         caches?.dispose()
-        throw error
+        return under(op, () => {
+          throw error
+        })
       }
     },
     cacheCounts: async () => caches?.counts() ?? noCounts,

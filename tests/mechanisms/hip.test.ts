@@ -930,6 +930,10 @@ describeDevices('hip mechanisms', (device) => {
     using decoder = hipDecoder({ offload: true })
     const narrow = tensor(new Float32Array(16), [1, 2, 2, 4], { device })
     expect((await failure(() => decoder.attend(z, narrow, z))).message).toContain('but q has d = 8')
+    const mixed = z.cast('bfloat16') as never
+    expect((await failure(() => hipDecoder().attend(z, mixed, z))).message).toContain(
+      'hipDecoder: k must be float32, got bfloat16',
+    )
     const before = decoder.tokens
     expect((await failure(() => decoder.attend(z, z, z.slice(1, 1)))).message).toContain(
       'v must be',
