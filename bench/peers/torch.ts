@@ -5,8 +5,8 @@ import { createInterface } from 'node:readline'
 import type { Problem } from '../problem.js'
 import type { Peer } from './peer.js'
 
-// PyTorch's attention backends and matrix product, when a python3 with torch and a GPU is there. One process serves all
-// problems; rounds alternate with ours.
+// PyTorch's attention backends and matrix product, when a python3 with torch and a GPU is there. One process serves problem
+// after problem, until it is stopped; rounds alternate with ours.
 
 interface Service {
   process: ChildProcess

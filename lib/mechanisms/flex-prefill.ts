@@ -194,7 +194,10 @@ export function flexPrefillAttention<D extends FloatDType>(
  * How much of the attention mass a mask covers, per head: the mean over queries of the sum of dense probabilities over the keys
  * that it lists. As costly as dense attention: a diagnostic.
  *
+ * @param q [b, sq, hq, d]; q and k are those that the mask is about.
+ * @param k [b, sk, hk, d].
  * @returns One number from 0 to 1 per query head, over all sequences.
+ * @throws HeddleError as {@link attention} does, by rejecting.
  * @example
  * import { achievedMass, Mask, randn } from 'heddle'
  * const [q, k] = [randn([1, 256, 2, 64]), randn([1, 256, 2, 64])]

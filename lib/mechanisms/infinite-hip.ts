@@ -38,6 +38,7 @@ export const infiniteHipPresets = {
  *
  * @param q [b, sq, hq, d] and
  * @param k [b, sk, hk, d], as {@link hip} takes them.
+ * @throws HeddleError as {@link hip} does.
  * @example
  * import { attention, infiniteHip, randn } from 'heddle'
  * const [q, k, v] = [randn([1, 1024, 2, 64]), randn([1, 1024, 2, 64]), randn([1, 1024, 2, 64])]

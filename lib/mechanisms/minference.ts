@@ -112,7 +112,18 @@ export function minference<D extends FloatDType>(
  * The offline search of MInference: for every head the candidate that covers most of the attention mass of a sample. Give it
  * candidates of the same cost.
  *
+ * @param q [b, sq, hq, d]; sq at most sk.
+ * @param k [b, sk, hk, d].
  * @returns One pattern per query head, for {@link minference}.
+ * @throws HeddleError as {@link minference} does, by rejecting.
+ * @example
+ * import { findPatterns, minference, randn } from 'heddle'
+ * const [q, k] = [randn([1, 256, 2, 64]), randn([1, 256, 2, 64])]
+ * const candidates = [
+ *   { kind: 'a-shape', sinkTokens: 32, window: 96 },
+ *   { kind: 'vertical-slash', vertical: 30, slash: 100 },
+ * ] as const
+ * const mask = minference(q, k, { patterns: await findPatterns(q, k, candidates) })
  */
 export async function findPatterns<D extends FloatDType>(
   q: Tensor<D>,

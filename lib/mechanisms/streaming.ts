@@ -10,6 +10,7 @@ import { lengthsOf, type PackedOptions, under } from './packed.js'
  * @param q [b, sq, hq, d] and
  * @param k [b, sk, hk, d], for their lengths.
  * @param options `sinkTokens` first keys (64 if left out) and `window` last ones (1024 if left out).
+ * @throws HeddleError `ERR_SHAPE` or `ERR_ARGUMENT` at the call.
  * @example
  * import { attention, randn, streaming } from 'heddle'
  * const [q, k, v] = [randn([1, 512, 2, 64]), randn([1, 512, 2, 64]), randn([1, 512, 2, 64])]
