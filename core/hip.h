@@ -101,7 +101,7 @@ HEDDLE_HD inline void hip_sequence(const Hip& op, HipPlace& place, int64_t& quer
   place.first = (place.row - first_block_row(place.first_query, from, op.block_q)) * op.block_q;
   queries = begins(from + 1) - place.first_query;
   keys = offset(op.cu_seqlens_k, from + 1, keys) - place.first_key;
-  // Those of the longest sequence turn, by which the caller has made the tables
+  // The caller's tables have a row for each key of the longest; offsets that are wrong end there
   if (op.cos.data && keys > op.cos.shape[0]) keys = op.cos.shape[0];
 }
 

@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kListThreads, 2)
     int* marks = lists.marks + list * lists.mark_words();
     const bool plain = views[0].plain() && views[1].plain();
     int units = 0;
-    uint32_t odd = 0;  // bit c: of class c, as UnitWalk has them
+    uint32_t odd = 0;  // bit c: of class c, as UnitPairs has them
     for (int group = 0; group < lists.words; group += 32) {
       UnitBits bits[kListedWarpgroups]{};
       if (plain) {

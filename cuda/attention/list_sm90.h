@@ -5,7 +5,7 @@
 
 // Which keys a tile of queries visits under a mask: units of 64 keys, two bits for each and for
 // each computing warpgroup, which has 64 of the tile's rows. They are written before the forward
-// kernel runs and serve all query heads that share them.
+// kernel needs them and serve all query heads that share them, or BlockUnits finds them there.
 namespace heddle {
 
 inline constexpr int kUnitKeys = 64;
@@ -21,8 +21,8 @@ struct alignas(8) UnitBits {
 // The lists of a call, one for each sequence, head of the mask and tile of queries
 struct UnitLists {
   MaskView mask;
-  UnitBits* bits;  // [lists, words, warpgroups]
-  // [lists, mark_words]: how many units are seen, times 16, and which classes of UnitWalk have an
+  UnitBits* bits;  // [lists, words, warpgroups], null if the forward kernel finds them by itself
+  // [lists, mark_words]: how many units are seen, times 16, and which classes of UnitPairs have an
   // odd number, then a bit per word that has any
   int* marks;
   int tiles;  // per head: of one sequence, or of all that are packed

@@ -20,8 +20,8 @@ struct Launch {
 // `ready` is the kernel's own and remembers the devices.
 void allow_shared_memory(const void* kernel, size_t smem_bytes, uint64_t& ready);
 
-// The same for a kernel whose tiles differ in size from call to call, which may be those of other
-// threads: what it may have never becomes less
+// The same for a kernel whose tiles differ in size from call to call. Other threads may call it,
+// too: what it may have never becomes less.
 void allow_shared_memory(const void* kernel, size_t smem_bytes);
 
 // Enqueues such a kernel

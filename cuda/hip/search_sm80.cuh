@@ -278,8 +278,8 @@ template <class T, int kD> class HipMatrix {
     uint4 k[kRows][kPieces] = {};
 #pragma unroll 1
     for (int first = 0; first < kHipTile; first += kRows * 8) {
-      // Of the keys first, first + 8, ... as many columns as a lane has of a fragment
-      // Nobody asks what one scores that does not exist
+      // Of the keys first, first + 8, ... as many columns as a lane has of a fragment. Nobody asks
+      // what one scores that does not exist
       int32_t t[kRows], last_key = -1;
       const T* from[kRows];
 #pragma unroll

@@ -16,9 +16,10 @@
 //   score[0,t] = mean(i) P[i,t]               score[1,e] = mean(i) P[i,p(i)-e]
 //
 // Two kernels walk over the keys; one leaves the largest score and the sum of each query, one the
-// masses. Warpgroup 0 loads, two others have a head and two another, with the same keys, or, in
-// groups of an odd number of heads, all have one head and keys of their own. Each has one product,
-// and while it waits for that the others have exponentials.
+// masses. Warpgroup 0 loads. Of four others two have a head and two another, with the same keys, or,
+// in groups of an odd number of heads, all have one head and twice the keys. Those of a head halve
+// its queries in the first walk and its keys in the other. Each has one product, and while it waits
+// for that the others have exponentials.
 //
 // In the first walk queries are the rows of a product, 64 of them: a thread has few. In the other
 // keys are, 16 of each of four strips: a warp has all queries of a key, and adds up the masses of a
@@ -126,7 +127,7 @@ struct LineSums {
       *reinterpret_cast<float2*>(&squares[row][8 * i + column]) = {from[0], from[1]};
     }
     __syncwarp();
-    // Half of the rows each
+    // Half of the rows each. The exchange is behind all reads: the next call may write over them.
     float sum = 0;
 #pragma unroll
     for (int i = 0; i < 4; ++i) sum += squares[lane / 16 * 4 + i][lane % 16 + lane / 16 * 4 + i];

@@ -41,7 +41,7 @@ struct LinesPlan {
   LinesPlan(const Probe& op, int processors, int64_t averaged)
       : shared(op.q.shape[2] / op.k.shape[2] % 2 == 0),
         items(static_cast<int>(op.q.shape[0] * op.q.shape[2] / (shared ? 2 : 1))) {
-    // what a processor reads in the time in which another has a key of a head in both walks
+    // bytes that a processor reads in the time in which another has a key of a head in both walks
     constexpr int64_t kRead = 900;
     const int64_t walked = kRead * op.q.shape[0] * op.q.shape[2] * op.k.shape[1];
     averaging = averaged == 0 ? 0

@@ -6,9 +6,9 @@
 
 namespace heddle {
 
-// Blocks of rows of x, and where their means go: [b, heads, blocks, depth] with zeros from d on
 constexpr int kMeanPlanes = 3;
 
+// Blocks of rows of x, and where their means go: [b, heads, blocks, depth] with zeros from d on
 struct MeanArgs {
   struct Block {
     int b, head;
