@@ -16,10 +16,10 @@
 //   score[0,t] = mean(i) P[i,t]               score[1,e] = mean(i) P[i,p(i)-e]
 //
 // Two kernels walk over the keys; one leaves the largest score and the sum of each query, one the
-// masses. Warpgroup 0 loads. Of four others two have a head and two another, with the same keys, or,
-// in groups of an odd number of heads, all have one head and twice the keys. Those of a head halve
-// its queries in the first walk and its keys in the other. Each has one product, and while it waits
-// for that the others have exponentials.
+// masses. Warpgroup 0 loads. Of four others two have a head and two another, with the same keys,
+// or, in groups of an odd number of heads, all have one head and twice the keys. Those of a head
+// halve its queries in the first walk and its keys in the other. Each has one product, and while it
+// waits for that the others have exponentials.
 //
 // In the first walk queries are the rows of a product, 64 of them: a thread has few. In the other
 // keys are, 16 of each of four strips: a warp has all queries of a key, and adds up the masses of a
