@@ -333,12 +333,6 @@ __device__ __forceinline__ void commit_requests() {
 template <int kPending> __device__ __forceinline__ void wait_requests() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
-__device__ __forceinline__ void load_16_bytes(uint32_t address, uint32_t (&to)[4]) {
-  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-               : "r"(address)
-               : "memory");
-}
 
 // From shared to global memory, both aligned
 __device__ __forceinline__ void copy_16_bytes(void* gmem, uint32_t address) {

@@ -25,10 +25,9 @@ template <int kRows, int kColumns> struct alignas(1024) Tile {
       copy_to_smem(panel(column) + to * 128, map, full, column, row, head, batch, keep);
   }
 
-  // Rows are M or N, columns are reduced: the operand that starts at row `row` and column `k`, and
-  // whose groups of 8 rows are `stride_bytes` apart
-  __device__ __forceinline__ uint64_t k_major(int row, int k, uint32_t stride_bytes = 1024) const {
-    return matrix_descriptor(address_of(bytes), 0, stride_bytes) + ((k_step(k) + row * 128) >> 4);
+  // Rows are M or N, columns are reduced: the operand that starts at row `row` and column `k`
+  __device__ __forceinline__ uint64_t k_major(int row, int k) const {
+    return matrix_descriptor(address_of(bytes), 0, 1024) + ((k_step(k) + row * 128) >> 4);
   }
 
   // Bytes from there to where column `k` would be

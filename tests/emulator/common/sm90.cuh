@@ -168,7 +168,6 @@ inline void request_16_bytes(uint32_t address, const void* gmem, bool exists) {
 }
 inline void commit_requests() { cta->copies_commit(); }
 template <int kPending> void wait_requests() { cta->copies_wait(kPending); }
-inline void load_16_bytes(uint32_t address, uint32_t (&to)[4]) { cta->load(to, address, 16); }
 inline void copy_16_bytes(void* gmem, uint32_t address) { cta->load(gmem, address, 16); }
 inline int fetch_add(int* counter, int value) {
   const int before = *counter;
