@@ -121,13 +121,14 @@ struct LineSums {
   // over. It lies in these, below their own diagonals, and above that of the one before.
   __device__ __forceinline__ float finish(float (&squares)[8][kLineKeys + 8], int lane) {
     const int row = lane / 4, column = lane % 4 * 2;
+    __syncwarp();  // what the last call wrote has been read
 #pragma unroll
     for (int i = 0; i <= kLineSquares; ++i) {
       const float* from = i == kLineSquares ? before : diagonal[kDiagonals - kLineSquares + i];
       *reinterpret_cast<float2*>(&squares[row][8 * i + column]) = {from[0], from[1]};
     }
     __syncwarp();
-    // Half of the rows each. The exchange is behind all reads: the next call may write over them.
+    // Half of the rows each
     float sum = 0;
 #pragma unroll
     for (int i = 0; i < 4; ++i) sum += squares[lane / 16 * 4 + i][lane % 16 + lane / 16 * 4 + i];
