@@ -1,5 +1,6 @@
 import { checkNumber, checkOptions, mustBe } from '../check.js'
 import type { FloatDType } from '../dtype.js'
+import { refuse } from '../errors.js'
 import {
   type AttentionGradients,
   type AttentionOptions,
@@ -185,6 +186,8 @@ const levelOf = <D extends FloatDType>(
   call: AttentionOptions,
 ) => attention(q, k, v.slice(3, 0, 0), { ...call, weights: 'softplus' }).lse
 
+const mostHeads = 65536
+
 // The options of attention that both passes have, and those of the second one
 function recipe(op: string, tensors: Record<string, Tensor>, options: SoftplusOptions) {
   for (const [name, x] of Object.entries(tensors)) checkTensor(op, name, x)
@@ -199,8 +202,11 @@ function recipe(op: string, tensors: Record<string, Tensor>, options: SoftplusOp
     throw mustBe(op, 'degenerate', '"zero" or "mean"', degenerate)
   const mean = degenerate === 'mean'
   if (mean && eps > 0) throw mustBe(op, 'degenerate', '"zero" where eps is above 0', degenerate)
-  // A logit that only the normaliser sees
-  const sink = eps > 0 ? new Array<number>(q.shape[2]!).fill(Math.log(eps)) : undefined
+  // A logit that only the normaliser sees, of each head: a tensor without elements may have any number of them
+  const heads = q.shape[2] ?? 0
+  if (eps > 0 && heads > mostHeads)
+    throw refuse('ERR_SHAPE', op, 'q', `q must have at most ${mostHeads} heads, got ${heads}`)
+  const sink = eps > 0 ? new Array<number>(heads).fill(Math.log(eps)) : undefined
   const call = { ...shared, causal, scale, cosine: qkNorm, lengthScale: logD, sink }
   return { call, mean, reweighted: reweight && ({ weights: 'reweighted', power, offset } as const) }
 }

@@ -807,9 +807,9 @@ const kernels: Kernel[] = [
         to: ';',
       },
       {
-        what: 'tiles of low rows are left out',
+        what: 'low rows are there twice, and the last ones never',
         file: forward,
-        from: 'at -= pairs * above;',
+        from: 'first = args.short_tiles;',
         to: '',
       },
       {

@@ -374,6 +374,10 @@ describeDevices('softplus attention', (device) => {
     expect(() => softplusAttention(q, q, q, { scale: 0 })).toThrow(
       /scale must be a positive number/,
     )
+    const wide = full([1, 0, 2 ** 40, 8], 1, { device })
+    expect(() => softplusAttention(wide, wide, wide, { eps: 0.1 })).toThrow(
+      'softplusAttention: q must have at most 65536 heads, got 1099511627776',
+    )
     expect(() => attention(q, q, q, { weights: 'reweighted' })).toThrow(/level goes with/)
     expect(() => attention(q, q, q, { level })).toThrow(/level goes with/)
     expect(() => attention(q, q, q, { weights: 'relu', power: 2.5 })).toThrow(/whole number/)
