@@ -233,6 +233,8 @@ function weigh(scores: readonly number[], weights: 'softmax' | 'sigmoid' | 'rewe
   return powers.map((x) => x / total)
 }
 
+const both = ({ out, lse }: AttentionResult<FloatDType>): Tensor[] => [out, lse]
+
 /** How to make the case of an operator's problem. */
 export const operators: Readonly<Record<string, (problem: Problem, device: Device) => Case>> = {
   attention(problem, device) {
@@ -264,22 +266,14 @@ export const operators: Readonly<Record<string, (problem: Problem, device: Devic
     return {
       inputs: [q, k, v],
       ...(beside && {
-        others: {
-          'our causal attention': () => {
-            const { out, lse } = attention(q, k, v, { causal: true })
-            return [out, lse]
-          },
-        },
+        others: { 'our causal attention': () => both(attention(q, k, v, { causal: true })) },
       }),
       // every listed block counts whole; re-weighting needs all scores twice
       flops: 2 * (blocks ? b * blocks.listed : hq * pairs) * (d + dv + (reweighted ? d : 0)),
       bytes:
         (float8 ? 1 : element) * (b * sq * hq * d + keys * hk * (d + dv)) +
         (element * dv + 4) * b * sq * hq,
-      run() {
-        const { out, lse } = run()
-        return [out, lse]
-      },
+      run: () => both(run()),
       async check() {
         const { out, lse } = run()
         const [head, batch] = [hq - 1, b - 1]
@@ -445,12 +439,7 @@ export const operators: Readonly<Record<string, (problem: Problem, device: Devic
       bytes: bytesPerElement[dtype] * b * h * s * (2 * d + 2 * e),
       run: () => [lightning(q, k, v, { slopes }).out],
       ...(flags.has('softmax') && {
-        others: {
-          'our softmax attention': () => {
-            const { out, lse } = attention(q, k, v, { causal: true })
-            return [out, lse]
-          },
-        },
+        others: { 'our softmax attention': () => both(attention(q, k, v, { causal: true })) },
       }),
       async check() {
         const { out } = lightning(q, k, v, { slopes })
@@ -608,12 +597,10 @@ export const operators: Readonly<Record<string, (problem: Problem, device: Devic
           return [index, count]
         }
         if (sq === 1) {
-          const { out, lse } = decoder.attend(q, k, v)
-          return [out, lse]
+          return both(decoder.attend(q, k, v))
         }
         using mask = hip(q, k, options)
-        const { out, lse } = attention(q, k, v, { mask })
-        return [out, lse]
+        return both(attention(q, k, v, { mask }))
       },
       async check() {
         const { index, count } = hipLists(q, k, options)
@@ -688,7 +675,6 @@ export const operators: Readonly<Record<string, (problem: Problem, device: Devic
     const options = { gamma: 0.95 }
     const denseBelow = 8192
     const attend = () => flexPrefillAttention(q, k, v, { ...options, denseBelow })
-    const both = ({ out, lse }: AttentionResult<FloatDType>) => [out, lse]
     return {
       inputs: [q, k, v],
       flops: 2 * b * hq * s * (s + 1) * d,
