@@ -53,14 +53,20 @@ export class HeddleError extends Error {
   }
 }
 
+/** @internal An error under the name of the call that the user made, if it is one of these operators. */
+export function renamed(op: string, error: unknown, natives: readonly string[]): unknown {
+  if (!(error instanceof HeddleError) || error.code === 'ERR_DISPOSED') return error
+  const { op: native } = error
+  if (native === undefined || !natives.includes(native)) return error
+  return refuse(error.code, op, error.argument, error.message.slice(native.length + 2))
+}
+
 /** @internal Errors of the addon come under the name of the call that the user made. */
-export function named<T>(op: string, call: () => T, native = 'tensor'): T {
+export function named<T>(op: string, call: () => T, ...natives: readonly string[]): T {
   try {
     return call()
   } catch (error) {
-    if (!(error instanceof HeddleError) || error.op !== native || error.code === 'ERR_DISPOSED')
-      throw error
-    throw refuse(error.code, op, error.argument, error.message.slice(native.length + 2))
+    throw renamed(op, error, natives.length > 0 ? natives : ['tensor'])
   }
 }
 

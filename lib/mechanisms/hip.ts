@@ -1,6 +1,6 @@
 import { checkInteger, checkOptions, mustBe } from '../check.js'
 import type { FloatDType } from '../dtype.js'
-import { refuse } from '../errors.js'
+import { refuse, renamed } from '../errors.js'
 import { explainCall, run } from '../native.js'
 import { type AttentionResult, attention } from '../ops/attention.js'
 import { pagesOf } from '../ops/fetch.js'
@@ -24,7 +24,7 @@ import { scope, untrack } from '../scope.js'
 import { checkTensor, empty, type Tensor, zeros } from '../tensor.js'
 import { type HipCacheCounts, type HipListed, type HipOffload, hipCaches } from './hip-offload.js'
 import { attendListed, substitutes, turn } from './hip-rope.js'
-import { under } from './packed.js'
+import { ofMechanisms, under } from './packed.js'
 
 /** Settings of {@link hip} that halve intervals, by what they trade. */
 export const hipPresets = {
@@ -613,9 +613,7 @@ export function hipDecoder(options: HipDecoderOptions = {}): HipDecoder {
       } catch (error) {
         // they may hold keys of what was refused
         caches?.dispose()
-        return under(op, () => {
-          throw error
-        })
+        throw renamed(op, error, ofMechanisms)
       }
     },
     cacheCounts: async () => caches?.counts() ?? noCounts,

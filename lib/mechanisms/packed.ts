@@ -38,14 +38,14 @@ function checkLengths(op: string, sq: number, sk: number): void {
   if (sq > sk) throw refuse('ERR_SHAPE', op, 'q', `sq must be at most sk, got ${sq} and ${sk}`)
 }
 
+/** @internal What mechanisms are made of. */
+export const ofMechanisms: readonly string[] = [
+  ...['mask', 'probe', 'keep', 'flexprefill', 'hip'],
+  ...['rope', 'attention', 'attention.backward'],
+]
+
 /** @internal What the operators of a mechanism refuse comes under its own name. */
-export function under<T>(op: string, call: () => T): T {
-  const operators = [
-    ...['mask', 'probe', 'keep', 'flexprefill', 'hip'],
-    ...['rope', 'attention', 'attention.backward'],
-  ]
-  return operators.reduce((inner, native) => () => named(op, inner, native), call)()
-}
+export const under = <T>(op: string, call: () => T): T => named(op, call, ...ofMechanisms)
 
 /** @internal Packed sequences of a selector, checked: a mask that lists nothing. */
 export function packedMask(
