@@ -229,10 +229,14 @@ const knownOptions: ReadonlySet<string> = new Set<keyof MaskOptions>([
 export function blockTable(parts: MaskParts): { rows: number; columns: number } {
   const { sq, sk, block, cuSeqlensQ, sequences } = parts
   return {
-    rows: cuSeqlensQ ? Math.floor(sq / block[0]) + sequences : Math.ceil(sq / block[0]),
+    rows: blockRows(sq, block[0], cuSeqlensQ && sequences),
     columns: Math.ceil(sk / block[1]),
   }
 }
+
+/** @internal Rows of blocks of so many queries, of one sequence or of several that are packed. */
+export const blockRows = (sq: number, block: number, packed?: number): number =>
+  packed === undefined ? Math.ceil(sq / block) : Math.floor(sq / block) + packed
 
 type Lists = {
   dense?: Tensor

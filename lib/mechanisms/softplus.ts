@@ -1,6 +1,7 @@
 import { checkNumber, checkOptions, mustBe } from '../check.js'
 import type { FloatDType } from '../dtype.js'
 import { refuse } from '../errors.js'
+import { mostHeads } from '../ops/arguments.js'
 import {
   type AttentionGradients,
   type AttentionOptions,
@@ -185,8 +186,6 @@ const levelOf = <D extends FloatDType>(
   v: Tensor<D>,
   call: AttentionOptions,
 ) => attention(q, k, v.slice(3, 0, 0), { ...call, weights: 'softplus' }).lse
-
-const mostHeads = 65536
 
 // The options of attention that both passes have, and those of the second one
 function recipe(op: string, tensors: Record<string, Tensor>, options: SoftplusOptions) {

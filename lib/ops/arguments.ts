@@ -116,9 +116,12 @@ export function maskArguments(
   }
 }
 
+/** @internal */
+export const mostHeads = 65536
+
 /** @internal A count of heads. */
 export function checkHeads(op: string, heads: number): void {
-  checkInteger(op, 'heads', heads, 1, 65536)
+  checkInteger(op, 'heads', heads, 1, mostHeads)
 }
 
 /** @internal Where a layer with so many heads stands among those of its model. */

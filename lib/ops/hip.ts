@@ -1,7 +1,7 @@
 import { checkInteger, checkOptions, elements, mustBe } from '../check.js'
 import type { FloatDType } from '../dtype.js'
 import { refuse } from '../errors.js'
-import { type GatheredLists, type Mask, makeMask } from '../mask.js'
+import { blockRows, type GatheredLists, type Mask, makeMask } from '../mask.js'
 import { lengthsOf, type PackedOptions, packedMask } from '../mechanisms/packed.js'
 import { run } from '../native.js'
 import { checkTensor, empty, type Tensor } from '../tensor.js'
@@ -294,7 +294,7 @@ export const keysOf = ({ k, blockTable }: HipKeys): number =>
 
 // Rows of blocks of so many queries
 const rowsOf = ({ q, packed }: HipKeys, block: number): number =>
-  packed ? Math.floor(packed.sq / block) + packed.sequences : Math.ceil((q.shape[1] ?? 0) / block)
+  blockRows(q.shape[1] ?? 0, block, packed?.sequences)
 
 /** @internal Room for the lists of every call. */
 export function makeLists(keys: HipKeys, { headMode, calls }: HipSettings): HipLists[] {
