@@ -2,6 +2,7 @@
 #include <cstdint>
 
 #include "common/sm90.cuh"
+#include "ops/attention.h"
 
 // What happens to scores between the two products on Hopper. A thread of a warp holds pairs of
 // columns of rows lane / 4 and lane / 4 + 8 of its warp's 16: element i of an accumulator is in row
@@ -218,7 +219,7 @@ struct RowSoftmax {
         next = fmaxf(next, __shfl_xor_sync(~0u, next, 2));
         if (!((next - row_max[r]) * to_log2 > lag)) next = row_max[r];
         // what is as low hides keys: of exponents relative to it rounding alone would be left
-        if (next * to_log2 < -0x1p31f) next = -INFINITY;
+        if (next * to_log2 < Attention::kHidingLog2) next = -INFINITY;
         moved |= next != row_max[r];
         shrink[r] = next == row_max[r] ? 1 : exp2_approx((row_max[r] - next) * to_log2);
         row_max[r] = next;

@@ -581,7 +581,7 @@ const kernels: Kernel[] = [
       {
         what: 'weights are relative to what has no exponent',
         file: softmax,
-        from: 'if (next * to_log2 < -0x1p31f) next = -INFINITY;',
+        from: 'if (next * to_log2 < Attention::kHidingLog2) next = -INFINITY;',
         to: '',
       },
       {
