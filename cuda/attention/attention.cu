@@ -217,6 +217,7 @@ SplitCall hopper_call(const Attention& op, const CudaContext& context) {
   call.cache_stride = op.cache_seqlens.strides[0];
   call.slots = slots_of(op);
   call.processors = context.processors;
+  call.graphs = context.graphs;
   call.q_scale = floats(op.q_scale);
   call.k_scale = floats(op.k_scale);
   call.v_scale = floats(op.v_scale);

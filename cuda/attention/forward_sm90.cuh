@@ -628,8 +628,19 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
   float slope = 0;      // in units of products
   Peaks peaks;
 
+  // Where a warpgroup sees no key of a half of a tile, behind its last row in the first or before
+  // its window in the last, it leaves out what those take, but for their values. In copies of their
+  // own, with q in registers: where code is shared with what all tiles do ptxas makes that slower.
+  constexpr bool kHalves = !kListed && kForm == Form::kPlain && kD == 128;
+  constexpr int kHalfKeys = 64;
+  using HalfScores = float[kHalfKeys / 2];
   // With lists rows of q stay in registers: products read less of shared memory
-  uint32_t frag_q[kListed ? kD / 16 : 1][4];
+  uint32_t frag_q[kListed || kHalves ? kD / 16 : 1][4];
+  auto hold_q = [&](uint32_t buffer) {
+#pragma unroll
+    for (int d = 0; d < kD; d += 16)
+      ldmatrix_x4(smem.q[buffer].address(own_row + lane % 16, d + lane / 16 * 8), frag_q[d / 16]);
+  };
   auto issue_scores = [&](uint32_t stage, uint32_t buffer) {
     wgmma_fence(acc_s);
     const uint64_t q = smem.q[buffer].k_major(own * 64, 0), k = smem.k[stage].k_major(0, 0);
@@ -641,6 +652,16 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
       else
         wgmma<kType, Major::kK>(acc_s, advance(q, smem.q[0].k_step(d)), its_k, d > 0);
     }
+    wgmma_commit();
+  };
+  // Scores of half a tile's keys, from `key` on
+  auto issue_half = [&](HalfScores& scores, uint32_t stage, uint32_t buffer, int key) {
+    hold_q(buffer);
+    wgmma_fence(scores);
+    const uint64_t k = smem.k[stage].k_major(key, 0);
+#pragma unroll
+    for (int d = 0; d < kD; d += 16)
+      wgmma<kType, Major::kK>(scores, frag_q[d / 16], advance(k, smem.k[0].k_step(d)), d > 0);
     wgmma_commit();
   };
   // With lists scores are waited for while half of this product is behind them, and keys are given
@@ -860,12 +881,7 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
     if (work.row < 0) break;
     __syncwarp();
     release(smem.q_empty[q.stage]);
-    if constexpr (kListed) {
-#pragma unroll
-      for (int d = 0; d < kD; d += 16)
-        ldmatrix_x4(smem.q[q.stage].address(own_row + lane % 16, d + lane / 16 * 8),
-                    frag_q[d / 16]);
-    }
+    if constexpr (kListed) hold_q(q.stage);
     const int row = work.row + own_row + lane / 4, diagonal = work.sk - work.sq;
     const int key_end = __shfl_sync(~0u, work.key_end, 0);
     const int key_tiles = __shfl_sync(~0u, work.key_tiles, 0);
@@ -912,6 +928,45 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
       if (moved) shrink_values();
     };
 
+    // weights of a half, the upper one or not, and zeros for the other
+    auto pack_half = [&](const HalfScores& weights, bool upper) {
+      constexpr int kParts = kHalfKeys / 16;
+      uint32_t half[kParts][4];
+      pack_weights<kType>(half, weights);
+#pragma unroll
+      for (int i = 0; i < kKeys / 16; ++i)
+#pragma unroll
+        for (int x = 0; x < 4; ++x) frag_p[i][x] = i / kParts == upper ? half[i % kParts][x] : 0;
+    };
+    auto first_half = [&] {
+      HalfScores scores;
+      const Turn<kStages> k = stage_of(0);
+      smem.k_full[k.stage].wait(k.parity);
+      issue_half(scores, k.stage, q.stage, 0);
+      wgmma_wait<0>(scores);
+      release(smem.k_empty[k.stage]);
+      mask_scores(scores, bounds, key_of(0), args.window, lane);
+      rows.update(scores, to_log2);
+      pack_half(scores, false);
+    };
+    auto step_half = [&](int j) {
+      HalfScores scores;
+      const Turn<kStages> k = stage_of(j), v = stage_of(j - 1);
+      smem.k_full[k.stage].wait(k.parity);
+      await_turn();
+      issue_half(scores, k.stage, q.stage, kHalfKeys);
+      smem.v_full[v.stage].wait(v.parity);
+      issue_values(v.stage);
+      pass_turn();
+      wgmma_wait<1>(scores);
+      release(smem.k_empty[k.stage]);
+      mask_scores(scores, bounds, key_of(j) + kHalfKeys, args.window, lane);
+      const bool moved = rows.update(scores, to_log2);
+      wgmma_wait<0>(acc_o);
+      release(smem.v_empty[v.stage]);
+      pack_half(scores, true);
+      if (moved) shrink_values();
+    };
     auto first = [&](int j, const auto& soften) {
       const Turn<kStages> k = stage_of(j);
       fetch(key_of(j), work.sk);
@@ -925,13 +980,15 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
       pack_weights<kType>(frag_p, acc_s);
       return moved;
     };
-    auto last = [&](int j) {
+    auto issue_last = [&](int j) {
       const Turn<kStages> v = stage_of(j);
       smem.v_full[v.stage].wait(v.parity);
       issue_values(v.stage);
       issue_rest(v.stage);
+    };
+    auto await_last = [&](int j) {
       wgmma_wait<0>(acc_o);
-      release(smem.v_empty[v.stage]);
+      release(smem.v_empty[stage_of(j).stage]);
     };
     auto clear_tail = [&](int j, int key) {
       if (!args.cu_seqlens_q && !args.cache_seqlens) return;
@@ -941,8 +998,8 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
       if (left < kKeys) clear_beyond(v.stage, left);
     };
 
+    bool pending = !kListed;  // weights of tile j - 1
     if constexpr (kListed) {
-      bool pending = false;  // weights of tile j - 1
 #pragma unroll 1
       for (int j = 0; j < key_tiles; ++j) {
         // what this warpgroup sees whole takes the same steps as dense, without a branch in them
@@ -979,7 +1036,10 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
         if (pending && (its & UnitPair::kAny)) {
           step(j, soften);
         } else {
-          if (pending) last(j - 1);
+          if (pending) {
+            issue_last(j - 1);
+            await_last(j - 1);
+          }
           if (j > 0) await_turn();
           if (j > 0) pass_turn();
           if (its & UnitPair::kAny) {
@@ -997,12 +1057,15 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
         }
         pending = its & UnitPair::kAny;
       }
-      if (pending) last(key_tiles - 1);
     } else {
       const auto soften = [&](int j, bool masked) {
         return [&, j, masked] { return softmax(work, q.stage, key_of(j), masked); };
       };
-      first(0, soften(0, true));
+      const int own_first = work.row + own * 64 + diagonal, own_end = own_first + 64;
+      if (kHalves && args.causal && own_end <= key_of(0) + kHalfKeys)
+        first_half();
+      else
+        first(0, soften(0, true));
       if (kBuffers > 1 && visit > 0) release_q(visit - 1);
       clear_tail(0, key_of(0));
       // key tiles that the first row sees whole, and where the last row's window begins
@@ -1023,44 +1086,47 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
         for (; j < key_tiles && key_end - 1 - j >= whole_end; ++j) step(j, soften(j, true));
 #pragma unroll 1
         for (; j < key_tiles && key_end - 1 - j >= whole_begin; ++j) step(j, soften(j, false));
+        const int halves = kHalves && args.window &&
+                           own_first - args.window + 1 >= key_of(key_tiles - 1) + kHalfKeys;
 #pragma unroll 1
-        for (; j < key_tiles; ++j) step(j, soften(j, true));
+        for (; j < key_tiles - halves; ++j) step(j, soften(j, true));
+        if constexpr (kHalves)
+          if (j < key_tiles) step_half(j);
       }
-      last(key_tiles - 1);
     }
-    used += key_tiles;
+    if (pending) issue_last(key_tiles - 1);
 
-    const int64_t lse_row =
-        (static_cast<int64_t>(work.batch) * args.hq + work.head) * args.sq + work.q_begin;
-    float lse_log2[2];
-    int poisoned[2];
+    // sums are complete, while their last values are multiplied
+    float lse_log2[2], factor[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float top_log2 = rows.row_max[r] * to_log2, sum = rows.total(r);
       const RowEnd end(top_log2, kRows && args.slots.hides(top_log2) ? 0 * sum : sum,
                        args.sink ? args.sink + work.head * args.sink_stride : nullptr);
-      const float factor = kRows && !args.slots.normalise && end.factor != 0
-                               ? sm90::exp2_approx(rows.row_max[r])
-                               : end.factor;
+      factor[r] = kRows && !args.slots.normalise && end.factor != 0
+                      ? sm90::exp2_approx(rows.row_max[r])
+                      : end.factor;
       lse_log2[r] = end.lse_log2;
-      if (lane % 4 == 0 && row + 8 * r < work.sq)
-        args.lse[lse_row + row + 8 * r] = end.lse_log2 * kLn2;
+    }
+    if (pending) await_last(key_tiles - 1);
+    used += key_tiles;
+
+    bool poisoned[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
       // A row without keys gives zero, whatever its masked values were, which poison it below with
       // lists
-      if (!kListed && factor == 0) {
+      if (!kListed && factor[r] == 0) {
 #pragma unroll
         for (int i = 2 * r; i < kDv / 2; i += 4) acc_o[i] = acc_o[i + 1] = 0;
       }
-      float total = 0;
+      float total[2] = {};
 #pragma unroll
-      for (int i = 2 * r; i < kDv / 2; i += 4) {
-        acc_o[i] *= factor;
-        acc_o[i + 1] *= factor;
-        total += acc_o[i] + acc_o[i + 1];
-      }
-      poisoned[r] = (kListed || args.causal) && total != total && row + 8 * r < work.sq;
-      poisoned[r] |= __shfl_xor_sync(~0u, poisoned[r], 1);
-      poisoned[r] |= __shfl_xor_sync(~0u, poisoned[r], 2);
+      for (int i = 2 * r; i < kDv / 2; i += 4)
+#pragma unroll
+        for (int x = 0; x < 2; ++x) total[x] += acc_o[i + x] *= factor[r];
+      total[0] += total[1];
+      poisoned[r] = (kListed || args.causal) && total[0] != total[0] && row + 8 * r < work.sq;
     }
     // a warp's rows of q were read by its own products alone, so out may replace them
     auto& staged = smem.q[q.stage];
@@ -1069,14 +1135,17 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
       stmatrix_x4(staged.address(own_row + lane % 16, i * 2 + lane / 16 * 8),
                   pack<kType>(acc_o[i], acc_o[i + 1]), pack<kType>(acc_o[i + 2], acc_o[i + 3]),
                   pack<kType>(acc_o[i + 4], acc_o[i + 5]), pack<kType>(acc_o[i + 6], acc_o[i + 7]));
-    if (__any_sync(~0u, poisoned[0] | poisoned[1])) {
+    if (__any_sync(~0u, poisoned[0] || poisoned[1])) {
       for (int i = 0; i < 16; ++i) {
-        const int from = i % 8 * 4;
-        const float its_lse = __shfl_sync(~0u, i < 8 ? lse_log2[0] : lse_log2[1], from);
-        if (__shfl_sync(~0u, i < 8 ? poisoned[0] : poisoned[1], from))
+        const float its_lse = __shfl_sync(~0u, i < 8 ? lse_log2[0] : lse_log2[1], i % 8 * 4);
+        if (__ballot_sync(~0u, i < 8 ? poisoned[0] : poisoned[1]) >> i % 8 * 4 & 15)
           write_seen(work, work.row + own_row + i, its_lse, staged);
       }
     }
+    // stored behind the fence below, which would wait for it
+    float* const lse = args.lse + work.q_begin + row +
+                       (static_cast<int64_t>(work.batch) * args.hq + work.head) * args.sq;
+    const int rows_left = work.sq - row;
     const int first_row = work.row + own * 64;
     // the rows behind the last one may be those of another sequence
     const bool ends = args.cu_seqlens_q && first_row + 64 > work.sq;
@@ -1098,6 +1167,9 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
                      work.q_begin + first_row, work.head, work.batch);
       commit_copies();
     }
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+      if (lane % 4 == 0 && 8 * r < rows_left) lse[8 * r] = lse_log2[r] * kLn2;
     if (kBuffers == 1) release_q(visit);
   }
   // shared memory must outlive the copies that read it
@@ -1186,10 +1258,12 @@ void launch_forward(const ForwardCall& call, cudaStream_t stream) {
     return make_tensor_map(kType, data, {d, s, h, call.b, strides.row, strides.head, strides.batch},
                            rows);
   };
+  Launch how{std::min(args.tiles, call.processors), Shape::kThreads,
+             sm90::shared_memory_bytes<ForwardSmem<kD, kDv, kForm, kListed>>(), stream};
+  how.overlaps = kListed;
+  how.graphs = kListed ? nullptr : call.graphs;
   launch<forward_sm90_kernel<kType, kD, kDv, kForm, kListed, kApart>>(
-      {std::min(args.tiles, call.processors), Shape::kThreads,
-       sm90::shared_memory_bytes<ForwardSmem<kD, kDv, kForm, kListed>>(), stream, kListed},
-      map(call.q, call.d, call.sq, call.hq, call.q_strides, Shape::kQueries),
+      how, map(call.q, call.d, call.sq, call.hq, call.q_strides, Shape::kQueries),
       map(call.k, call.d, call.sk, call.hk, call.k_strides, Shape::kKeysOfBox),
       map(call.v, call.dv, call.sk, call.hk, call.v_strides, Shape::kKeysOfBox),
       map(call.out, call.dv, call.sq, call.hq, call.out_strides, 64), args, form_maps<kForm>(call));

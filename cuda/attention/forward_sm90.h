@@ -65,10 +65,11 @@ struct ForwardCall {
   const int32_t* cache_seqlens;  // [b] or null: keys in use
   int64_t cache_stride;
   Slots slots;
-  bool masked;      // by `lists.mask`
-  UnitLists lists;  // sized by size_lists_sm90
-  int processors;   // multiprocessors, each of which runs one CTA
-  int* tickets;     // two counters at zero, which the kernel leaves at zero
+  bool masked;           // by `lists.mask`
+  UnitLists lists;       // sized by size_lists_sm90
+  int processors;        // multiprocessors, each of which runs one CTA
+  KernelGraphs* graphs;  // or null
+  int* tickets;          // two counters at zero, which the kernel leaves at zero
   // Of keys and values that L2 keeps while they are needed
   int64_t section_bytes = int64_t{33} << 20;
   // Of float8

@@ -111,14 +111,22 @@ __device__ __forceinline__ void mask_scores(float (&acc)[kScores], const RowBoun
     const int from_0 = max(end, 0), bits = min(from_0 / 8 * 2 + min(from_0 % 8, 2), 32);
     return static_cast<uint32_t>((uint64_t{1} << bits) - 1);
   };
+  uint32_t seen[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int beyond = rows.until[r] - key - lane % 4 * 2;
-    const uint32_t seen = before(beyond) & ~(window ? before(beyond - window) : 0);
+    seen[r] = before(beyond) & ~(window ? before(beyond - window) : 0);
+  }
+  // by 64 columns, of which the warp may see all
 #pragma unroll
-    for (int i = 2 * r; i < kScores; i += 4) {
-      if (!(seen >> i / 4 * 2 & 1)) acc[i] = -INFINITY;
-      if (!(seen >> i / 4 * 2 & 2)) acc[i + 1] = -INFINITY;
+  for (int part = 0; part < kScores; part += 32) {
+    const uint32_t all = kScores - part < 32 ? (1u << (kScores - part) / 2) - 1 : 0xffff;
+    if (__all_sync(~0u, (seen[0] & seen[1] & all << part / 2) == all << part / 2)) continue;
+#pragma unroll
+    for (int i = part; i < min(kScores, part + 32); i += 2) {
+      const uint32_t bits = seen[i / 2 % 2] >> i / 4 * 2;
+      if (!(bits & 1)) acc[i] = -INFINITY;
+      if (!(bits & 2)) acc[i + 1] = -INFINITY;
     }
   }
 }
@@ -328,7 +336,7 @@ struct RowEnd {
       top_log2 = top;
     }
     lse_log2 = sum == 0 ? -INFINITY : top_log2 + log2f(sum);
-    factor = empty ? 0 : share / sum;
+    factor = empty ? 0 : share * reciprocal_approx(sum);
   }
 };
 

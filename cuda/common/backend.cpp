@@ -4,6 +4,7 @@
 #include <thread>
 
 #include "common/call_context.h"
+#include "common/launch.h"
 #include "core/block_cache.h"
 
 namespace heddle {
@@ -76,6 +77,7 @@ class CudaBackend final : public Backend {
     clear_blocks();
     counters_.clear(stream_);
     scratch_.clear(stream_);
+    graphs_.clear();
     cudaStreamDestroy(stream_);
   }
 
@@ -290,7 +292,7 @@ class CudaBackend final : public Backend {
   };
 
   void enqueue(Call& call, bool capturing) {
-    CallContext context(stream_, info_, capturing, *fault_pool_, counters_, scratch_,
+    CallContext context(stream_, info_, capturing, *fault_pool_, counters_, scratch_, graphs_,
                         call.op.name.c_str());
     try {
       call.op.cuda(call.arguments, context);
@@ -441,6 +443,7 @@ class CudaBackend final : public Backend {
   cudaStream_t stream_ = nullptr;
   Counters counters_;
   Scratch scratch_;
+  KernelGraphs graphs_;
   std::deque<Upload> uploads_;  // only touched by the environment's thread
 
   std::mutex mutex_;

@@ -68,8 +68,8 @@ class Scratch {
 class CallContext final : public CudaContext {
  public:
   CallContext(cudaStream_t stream, const DeviceInfo& device, bool capturing, FaultPool& pool,
-              Counters& counters, Scratch& scratch, const char* op)
-      : CudaContext(stream, device.arch, device.processors),
+              Counters& counters, Scratch& scratch, KernelGraphs& graphs, const char* op)
+      : CudaContext(stream, device.arch, device.processors, capturing ? nullptr : &graphs),
         capturing_(capturing),
         pool_(pool),
         counters_(counters),

@@ -153,6 +153,30 @@ int* IdleContext::counters(size_t) { fail(Code::kUnsupported, "", "nothing runs 
 int* IdleContext::verdict(const char*) { fail(Code::kUnsupported, "", "nothing runs here"); }
 int* IdleContext::fault(const char*) { fail(Code::kUnsupported, "", "nothing runs here"); }
 
+void KernelGraphs::launch(const cudaKernelNodeParams& node, cudaStream_t stream) {
+  auto its = std::find_if(made_.begin(), made_.end(),
+                          [&](const Made& made) { return made.kernel == node.func; });
+  if (its != made_.end()) {
+    HEDDLE_CUDA(cudaGraphExecKernelNodeSetParams(its->exec, its->node, &node));
+  } else {
+    Made made{node.func, nullptr, nullptr, nullptr};
+    HEDDLE_CUDA(cudaGraphCreate(&made.graph, 0));
+    // kept from here on, so that it goes whatever comes
+    its = made_.insert(made_.end(), made);
+    HEDDLE_CUDA(cudaGraphAddKernelNode(&its->node, its->graph, nullptr, 0, &node));
+    HEDDLE_CUDA(cudaGraphInstantiate(&its->exec, its->graph, 0));
+  }
+  HEDDLE_CUDA(cudaGraphLaunch(its->exec, stream));
+}
+
+void KernelGraphs::clear() {
+  for (const Made& made : made_) {
+    if (made.exec) cudaGraphExecDestroy(made.exec);
+    cudaGraphDestroy(made.graph);
+  }
+  made_.clear();
+}
+
 void allow_shared_memory(const void* kernel, size_t smem_bytes, uint64_t& ready) {
   int device = 0;
   HEDDLE_CUDA(cudaGetDevice(&device));

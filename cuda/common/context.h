@@ -5,11 +5,13 @@
 
 namespace heddle {
 
+class KernelGraphs;
+
 // What a CUDA operator may use while it enqueues its kernels. It lives for one call.
 class CudaContext {
  public:
-  CudaContext(cudaStream_t stream, int arch, int processors)
-      : stream(stream), arch(arch), processors(processors) {}
+  CudaContext(cudaStream_t stream, int arch, int processors, KernelGraphs* graphs = nullptr)
+      : stream(stream), arch(arch), processors(processors), graphs(graphs) {}
   virtual ~CudaContext() = default;
   CudaContext(const CudaContext&) = delete;
   CudaContext& operator=(const CudaContext&) = delete;
@@ -33,8 +35,9 @@ class CudaContext {
   void launched(const char* kernel) const;
 
   const cudaStream_t stream;
-  const int arch;        // 90 for compute capability 9.0
-  const int processors;  // multiprocessors
+  const int arch;              // 90 for compute capability 9.0
+  const int processors;        // multiprocessors
+  KernelGraphs* const graphs;  // of the stream, for long kernels; null while a graph is captured
 
  private:
   virtual void* scratch_bytes(size_t nbytes) = 0;

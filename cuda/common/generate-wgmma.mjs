@@ -9,7 +9,7 @@ const shapes = [
   { a: 'smem', b: 'kMN', widths: [64, 128], first: [64] },
   { a: 'transposed', b: 'kMN', widths: [64, 128] },
   { a: 'registers', b: 'kMN', widths: [64, 96, 128, 192, 256] },
-  { a: 'registers', b: 'kK', widths: [128] },
+  { a: 'registers', b: 'kK', widths: [64, 128] },
 ]
 const float8Shapes = [
   { a: 'smem', b: 'kK', widths: [96, 128] },

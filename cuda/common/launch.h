@@ -1,10 +1,29 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <tuple>
+#include <vector>
 
 #include "common/check.h"
 
 namespace heddle {
+
+// Kernels of a stream as graphs of one node each. To tell such a graph what its kernel is called
+// with and to launch it takes the host two thirds of what a launch does.
+class KernelGraphs {
+ public:
+  void launch(const cudaKernelNodeParams& node, cudaStream_t stream);
+  void clear();
+
+ private:
+  struct Made {
+    const void* kernel;
+    cudaGraph_t graph;
+    cudaGraphNode_t node;
+    cudaGraphExec_t exec;
+  };
+  std::vector<Made> made_;
+};
 
 struct Launch {
   int ctas, threads;
@@ -14,7 +33,26 @@ struct Launch {
   bool together = false;  // all CTAs run at the same time, or the launch fails
   int rows = 1;           // of so many CTAs
   int cluster = 1;        // of so many CTAs side by side, which run at the same time
+  // By these, unless null. Not of what overlaps, runs together or is a cluster.
+  KernelGraphs* graphs = nullptr;
 };
+
+template <class... Params, class... Args>
+void launch_graph(void (*kernel)(Params...), const Launch& launch, const Args&... args) {
+  std::tuple<Params...> values(args...);
+  std::apply(
+      [&](auto&... value) {
+        void* params[] = {&value...};
+        cudaKernelNodeParams node{};
+        node.func = reinterpret_cast<void*>(kernel);
+        node.gridDim = dim3(static_cast<unsigned>(launch.ctas), static_cast<unsigned>(launch.rows));
+        node.blockDim = dim3(static_cast<unsigned>(launch.threads));
+        node.sharedMemBytes = static_cast<unsigned>(launch.smem_bytes);
+        node.kernelParams = params;
+        launch.graphs->launch(node, launch.stream);
+      },
+      values);
+}
 
 // Once a device: lets a kernel have more shared memory than the few bytes that need no asking.
 // `ready` is the kernel's own and remembers the devices.
@@ -42,6 +80,7 @@ void launch_grid(void (*kernel)(Params...), dim3 grid, int threads, size_t smem_
 template <auto kKernel, class... Args> void launch(const Launch& launch, const Args&... args) {
   static uint64_t ready = 0;
   allow_shared_memory(reinterpret_cast<const void*>(kKernel), launch.smem_bytes, ready);
+  if (launch.graphs) return launch_graph(kKernel, launch, args...);
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(launch.ctas), static_cast<unsigned>(launch.rows));
   config.blockDim = dim3(static_cast<unsigned>(launch.threads));

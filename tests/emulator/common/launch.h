@@ -5,12 +5,15 @@
 
 namespace heddle {
 
+class KernelGraphs;
+
 struct Launch {
   int ctas, threads;
   size_t smem_bytes;
   cudaStream_t stream;
   bool overlaps = false, together = false;
   int rows = 1, cluster = 1;
+  KernelGraphs* graphs = nullptr;
 };
 
 template <auto kKernel, class... Args> void launch(const Launch& launch, const Args&... args) {
