@@ -113,6 +113,8 @@ export interface Mask {
   readonly cuSeqlensK: readonly number[] | undefined
   /** @internal What `blocks` lists, once more as first keys: none before the sink tokens, none twice. For kernels that gather. */
   readonly lists?: GatheredLists | undefined
+  /** @internal [b], i32: how many keys each sequence has, where these are not all `sk`. */
+  readonly cacheSeqlens?: Tensor<'int32'> | undefined
   /** How many (query, key) pairs are visible, over all heads and sequences. */
   count(): Promise<number>
   /** Visible pairs over those of the same shape without lists: causal pairs, or all where the mask is not causal. */
@@ -151,7 +153,14 @@ export type MaskParts = Pick<
   | 'cuSeqlensQ'
   | 'cuSeqlensK'
   | 'lists'
+  | 'cacheSeqlens'
 >
+
+/** @internal Words of which the first so many bits are set. */
+export const firstBits = (count: number, words: number): Int32Array =>
+  Int32Array.from({ length: words }, (_, word) =>
+    count >= 32 * (word + 1) ? -1 : (1 << Math.max(count - 32 * word, 0)) - 1,
+  )
 
 const words = (bits: number) => Math.ceil(bits / 32)
 const largestDense = 2 ** 28
@@ -493,9 +502,7 @@ export const Mask = {
         }
         const count = own(mode)
         if (count === 0) return
-        const first = Int32Array.from({ length: shape.at(-1)! }, (_, word) =>
-          count >= 32 * (word + 1) ? -1 : (1 << Math.max(count - 32 * word, 0)) - 1,
-        )
+        const first = firstBits(count, shape.at(-1)!)
         const other = tensor(first, undefined, { device }).expand(place.shape)
         named('mask', () => run('mask.combine', { bits: place, other, intersect: false }))
       })
@@ -507,6 +514,7 @@ export const Mask = {
       ...parts,
       sequences,
       heads: heads.length,
+      cacheSeqlens: modes.find((mode) => mode.cacheSeqlens)?.cacheSeqlens?.clone(),
       blocks: lines('blocks', [packed, heads.length, rows, words(columns)], (mode) =>
         everything(mode) ? columns : 0,
       ),
@@ -563,6 +571,7 @@ class Made implements Mask {
   readonly cuSeqlensQ: readonly number[] | undefined
   readonly cuSeqlensK: readonly number[] | undefined
   readonly lists: GatheredLists | undefined
+  readonly cacheSeqlens: Tensor<'int32'> | undefined
 
   constructor(parts: MaskParts) {
     this.sequences = parts.sequences
@@ -580,6 +589,7 @@ class Made implements Mask {
     this.cuSeqlensQ = parts.cuSeqlensQ
     this.cuSeqlensK = parts.cuSeqlensK
     this.lists = parts.lists
+    this.cacheSeqlens = parts.cacheSeqlens
   }
 
   get [holdsTensors](): true {
@@ -626,9 +636,9 @@ class Made implements Mask {
   }
 
   dispose(): void {
-    const { blocks, columns, diagonals, bounds, lists } = this
-    for (const one of [blocks, columns, diagonals, bounds, lists?.index, lists?.count])
-      one?.dispose()
+    const { blocks, columns, diagonals, bounds, lists, cacheSeqlens } = this
+    const own = [blocks, columns, diagonals, bounds, cacheSeqlens, lists?.index, lists?.count]
+    for (const one of own) one?.dispose()
   }
 
   [Symbol.dispose](): void {
@@ -751,6 +761,7 @@ function combine(a: MaskParts, other: Mask, intersect: boolean): Mask {
     diagonals: lists('diagonals'),
     bounds: (a.bounds ?? b.bounds)?.clone(),
     lists: undefined,
+    cacheSeqlens: (a.cacheSeqlens ?? b.cacheSeqlens)?.clone(),
     window: number('window'),
     sinkTokens: number('sinkTokens'),
   })
@@ -794,11 +805,12 @@ interface HostRows {
 async function readRows(parts: MaskParts): Promise<HostRows> {
   const { sequences, heads, sq, sk, block, causal, window, sinkTokens } = parts
   const read = (tensor: Tensor<'int32'> | undefined) => tensor?.read()
-  const [blocks, columns, diagonals, bounds] = await Promise.all([
+  const [blocks, columns, diagonals, bounds, cached] = await Promise.all([
     read(parts.blocks),
     read(parts.columns),
     read(parts.diagonals),
     read(parts.bounds),
+    read(parts.cacheSeqlens),
   ])
   const { cuSeqlensQ: cuQ, cuSeqlensK: cuK } = parts
   const table = blockTable(parts)
@@ -809,7 +821,7 @@ async function readRows(parts: MaskParts): Promise<HostRows> {
     from: cuQ ? cuQ[i]! : 0,
     firstRow: cuQ ? Math.floor(cuQ[i]! / block[0]) + i : 0,
     sq: cuQ ? cuQ[i + 1]! - cuQ[i]! : sq,
-    sk: cuK ? cuK[i + 1]! - cuK[i]! : sk,
+    sk: cuK ? cuK[i + 1]! - cuK[i]! : (cached?.[i] ?? sk),
   }))
   const bit = (set: Int32Array, at: number) => (set[at >> 5]! >> (at & 31)) & 1
   const runs = (sequence: number, head: number, query: number) => {

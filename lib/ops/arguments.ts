@@ -48,8 +48,8 @@ export function lengths(
   value: unknown,
   device: Device,
   made: Tensor[],
-): Tensor | undefined {
-  if (value === undefined || value instanceof Tensor) return value
+): Tensor<'int32'> | undefined {
+  if (value === undefined || value instanceof Tensor) return value as Tensor<'int32'> | undefined
   const check = (number: unknown, i: number) =>
     checkInteger(op, `${argument}[${i}]`, number, 0, 2 ** 31 - 1)
   const values = numbers(op, argument, value, check, either)

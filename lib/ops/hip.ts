@@ -277,7 +277,7 @@ export interface HipKeys<D extends FloatDType = FloatDType> {
   q: Tensor<D>
   k: Tensor<D>
   blockTable?: Tensor<'int32'> | undefined
-  cacheSeqlens?: Tensor | undefined
+  cacheSeqlens?: Tensor<'int32'> | undefined
   cuSeqlensQ?: Tensor | undefined
   cuSeqlensK?: Tensor | undefined
   /** The same, where the host knows them. */
@@ -517,5 +517,6 @@ export function hipMask(
     cuSeqlensQ: keys.packed?.cuSeqlensQ,
     cuSeqlensK: keys.packed?.cuSeqlensK,
     lists,
+    cacheSeqlens: keys.cacheSeqlens?.clone(),
   })
 }

@@ -646,6 +646,37 @@ describeDevices('hip', (device) => {
     }
   })
 
+  it('counts the keys that a cache has, not those that it could hold', async () => {
+    const rng = random(313)
+    const [b, sq, sk, page] = [2, 3, 300, 32]
+    const q = (await sample(rng, [b, sq, 2, 16], 'float32', device)).tensor
+    const pages = Math.ceil(sk / page)
+    const k = (await sample(rng, [b * pages, page, 2, 16], 'float32', device)).tensor
+    const table = range(b * pages).reverse()
+    const blockTable = tensor(table, [b, pages], { dtype: 'int32', device })
+    const lengths = [257, 40]
+    const options = { topK: 16, block: [4, 2], window: 8, sinkTokens: 4 } as const
+    const own = tensor(lengths, [b], { dtype: 'int32', device })
+    const mask = hip(q, k, { ...options, blockTable, cacheSeqlens: own })
+    // what the caller does with them afterwards is no matter of the mask
+    own.write([3, 3])
+    const seen = await mask.toDense()
+    const causal = lengths.reduce((sum, n) => sum + sq * n - (sq * (sq - 1)) / 2, 0)
+    const count = seen.reduce((sum, x) => sum + x, 0)
+    expect(await mask.count()).toBe(count)
+    expect(await mask.density()).toBeCloseTo(count / causal / mask.heads, 12)
+    for (const [i, length] of lengths.entries())
+      for (let row = 0; row < sq; row++) {
+        const at = (i * mask.heads * sq + row) * mask.sk
+        const line = [...seen.subarray(at, at + mask.sk)]
+        const last = length - sq + row
+        expect(line.lastIndexOf(1)).toBe(last)
+        expect(line.slice(last - 7, last + 1)).toEqual(new Array(8).fill(1))
+      }
+    const doubled = mask.union(mask)
+    expect(await doubled.count()).toBe(count)
+  })
+
   it('attends pages as it attends keys, bit by bit', async () => {
     const rng = random(312)
     const [sq, sk, hk, d] = [20, 130, 2, 64]
