@@ -1,13 +1,13 @@
 import { checkInteger, checkOptions, elements, mustBe } from '../check.js'
 import type { FloatDType } from '../dtype.js'
 import { refuse } from '../errors.js'
-import { type Mask, makeMask } from '../mask.js'
+import { firstBits, type Mask, makeMask } from '../mask.js'
 import { keepBits } from '../ops/keep.js'
 import { probe } from '../ops/probe.js'
 import { scope } from '../scope.js'
-import { checkTensor, type Tensor, zeros } from '../tensor.js'
+import { checkTensor, type Tensor, tensor, zeros } from '../tensor.js'
 import { achievedMass } from './flex-prefill.js'
-import { everything, lengthsOf, under } from './packed.js'
+import { checkRanks, everything, type PackedOptions, perSequence } from './packed.js'
 
 /** What a head of {@link minference} sees. Sizes are tokens but for `topBlocks`. */
 export type MInferencePattern =
@@ -21,6 +21,8 @@ const sizes = {
   'block-sparse': ['topBlocks'],
 } as const
 
+const known: ReadonlySet<string> = new Set(['patterns', 'cuSeqlensQ', 'cuSeqlensK'])
+
 /** What the heads of released configurations are: 1000 columns and 6096 diagonals. */
 const usual: MInferencePattern = { kind: 'vertical-slash', vertical: 1000, slash: 6096 }
 
@@ -30,7 +32,8 @@ const usual: MInferencePattern = { kind: 'vertical-slash', vertical: 1000, slash
  *
  * @param q [b, sq, hq, d]; sq at most sk.
  * @param k [b, sk, hk, d].
- * @param options `patterns`: one per query head, or one for all; {@link findPatterns} finds them.
+ * @param options `patterns`: one per query head, or one for all; {@link findPatterns} finds them. Packed sequences have the
+ * same.
  * @throws HeddleError `ERR_SHAPE`, `ERR_DTYPE` or `ERR_ARGUMENT` at the call.
  * @example
  * import { attention, minference, randn } from 'heddle'
@@ -41,19 +44,18 @@ const usual: MInferencePattern = { kind: 'vertical-slash', vertical: 1000, slash
 export function minference<D extends FloatDType>(
   q: Tensor<D>,
   k: Tensor<D>,
-  options: { patterns?: readonly MInferencePattern[] | undefined } = {},
+  options: PackedOptions & { patterns?: readonly MInferencePattern[] | undefined } = {},
 ): Mask {
   const op = 'minference'
   checkTensor(op, 'q', q)
   checkTensor(op, 'k', k)
-  checkOptions(op, options, new Set(['patterns']))
-  const { sq, sk } = lengthsOf(op, q, k)
-  const [b = 0, , heads = 0] = q.shape
+  checkOptions(op, options, known)
+  const { patterns: given = [usual], ...packed } = options
+  checkRanks(op, q, k)
+  const heads = q.shape[2]!
   const kvHeads = k.shape[2] ?? 0
   if (heads % kvHeads !== 0)
     throw refuse('ERR_SHAPE', op, 'k', `hq must be a multiple of hk, got ${heads} and ${kvHeads}`)
-  const group = heads / kvHeads
-  const { patterns: given = [usual] } = options
   if (!Array.isArray(given)) throw mustBe(op, 'patterns', 'a list of patterns', given)
   const patterns = elements(op, 'patterns', given, (pattern, i): MInferencePattern => {
     if (pattern === null || typeof pattern !== 'object')
@@ -69,44 +71,61 @@ export function minference<D extends FloatDType>(
   })
   if (patterns.length !== 1 && patterns.length !== heads)
     throw mustBe(op, 'patterns', `a list of 1 or hq = ${heads}`, patterns)
-  const bits = (...shape: number[]) => zeros(shape, { dtype: 'int32', device: q.device })
-  const words = Math.ceil(sk / 32)
-  const parts = everything(sq, sk, 64)
-  if (sq === 0) return parts
-  const lists = () => {
-    const blocks = bits(b, heads, Math.ceil(sq / 64), Math.ceil(Math.ceil(sk / 64) / 32))
-    const [columns, diagonals] = [bits(b, heads, words), bits(b, heads, words)]
-    for (let head = 0; head < heads; head++) {
-      const own = q.slice(2, head, head + 1)
-      const keys = k.slice(2, Math.floor(head / group), Math.floor(head / group) + 1)
-      const pattern = patterns[head % patterns.length]!
-      const last = own.slice(1, Math.max(sq - 64, 0))
-      const lines = (to: Tensor, per: 'key' | 'distance', top: number, forceFirst: number) => {
-        const score = probe(last, keys, { kind: 'rows', per, block: [last.shape[1]!, 64] })
-        const kept = keepBits(score, { rule: 'top', top, forceFirst })
-        to.slice(1, head, head + 1).copyFrom(kept.reshape([b, 1, words]))
+  const select = (own: Tensor<D>, keys: Tensor<D>): Mask => {
+    const [b = 0, sq = 0] = own.shape
+    const sk = keys.shape[1]!
+    const parts = everything(sq, sk, 64)
+    if (sq === 0) return parts
+    const made: { [kind in 'blocks' | 'columns' | 'diagonals']?: Tensor<'int32'> } = {}
+    const place = (kind: keyof typeof made, from: number, to: number, shape: readonly number[]) => {
+      made[kind] ??= zeros([b, heads, ...shape], { dtype: 'int32', device: q.device })
+      return made[kind].slice(1, from, to)
+    }
+    const words = Math.ceil(sk / 32)
+    let scores: Tensor<'float32'> | undefined
+    let pooled: Tensor<'float32'> | undefined
+    for (let from = 0, to: number; from < heads; from = to) {
+      const pattern = patterns[from % patterns.length]!
+      for (to = from + 1; to < heads && same(patterns[to % patterns.length]!, pattern); ) to++
+      const best = (score: Tensor<'float32'>, top: number, forceFirst = 0) =>
+        keepBits(score.slice(1, from, to).contiguous(), { rule: 'top', top, forceFirst })
+      const lines = (kind: 'columns' | 'diagonals', top: number, forceFirst: number) => {
+        const last = own.slice(1, Math.max(sq - 64, 0))
+        const block = [last.shape[1]!, 64] as const
+        scores ??= probe(last, keys, { kind: 'rows', per: 'line', block })
+        const line = kind === 'columns' ? 0 : 1
+        const kept = best(scores.slice(2, line, line + 1), top, forceFirst)
+        place(kind, from, to, [words]).copyFrom(kept.reshape([b, to - from, words]))
+      }
+      const first = (kind: 'columns' | 'diagonals', count: number) => {
+        const bits = tensor(firstBits(count, words), undefined, { device: q.device })
+        const own = place(kind, from, to, [words])
+        own.copyFrom(bits.expand(own.shape))
       }
       switch (pattern.kind) {
         case 'a-shape':
-          lines(columns, 'key', pattern.sinkTokens, pattern.sinkTokens)
-          lines(diagonals, 'distance', pattern.window, pattern.window)
+          first('columns', pattern.sinkTokens)
+          first('diagonals', pattern.window)
           break
         case 'vertical-slash':
-          lines(columns, 'key', pattern.vertical, 30)
-          lines(diagonals, 'distance', pattern.slash, 100)
+          lines('columns', pattern.vertical, 30)
+          lines('diagonals', pattern.slash, 100)
           break
         case 'block-sparse': {
-          const score = probe(own, keys, { block: 64 })
-          const kept = keepBits(score, { rule: 'top', top: pattern.topBlocks })
-          blocks.slice(1, head, head + 1).copyFrom(kept)
+          pooled ??= probe(own, keys, { block: 64 })
+          const kept = best(pooled, pattern.topBlocks)
+          place('blocks', from, to, kept.shape.slice(2)).copyFrom(kept)
           break
         }
       }
     }
-    return makeMask({ ...parts, sequences: b, heads, sinkTokens: 0, blocks, columns, diagonals })
+    return makeMask({ ...parts, sequences: b, heads, sinkTokens: 0, ...made })
   }
-  return scope(() => under(op, lists))
+  return scope(() => perSequence(op, q, k, [64, 64], packed, select))
 }
+
+const same = (a: MInferencePattern, b: MInferencePattern): boolean =>
+  JSON.stringify(a) === JSON.stringify(b)
 
 /**
  * The offline search of MInference: for every head the candidate that covers most of the attention mass of a sample. Give it

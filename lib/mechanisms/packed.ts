@@ -1,6 +1,7 @@
 import type { FloatDType } from '../dtype.js'
 import { named, refuse } from '../errors.js'
 import { blockTable, Mask, makeMask } from '../mask.js'
+import { scope } from '../scope.js'
 import { full, type Tensor, zeros } from '../tensor.js'
 
 /** Packed sequences of a selector. */
@@ -20,7 +21,8 @@ export function everything(
   return Mask.fromWindow({ sinkTokens: sk }, { sq, sk, block })
 }
 
-function checkRanks(op: string, q: Tensor, k: Tensor): void {
+/** @internal */
+export function checkRanks(op: string, q: Tensor, k: Tensor): void {
   for (const [name, { rank, shape }] of Object.entries({ q, k }))
     if (rank !== 4)
       throw refuse('ERR_SHAPE', op, name, `${name} must be [b, s, h, d], got [${shape.join(', ')}]`)
@@ -66,7 +68,10 @@ export function packedMask(
   return mask
 }
 
-/** @internal Runs a selector that lists blocks on every packed sequence, and packs what it lists. */
+/**
+ * @internal Runs a selector on packed sequences, on neighbours of the same lengths at once, and packs what it lists: blocks, or
+ * single keys and distances.
+ */
 export function perSequence<D extends FloatDType>(
   op: string,
   q: Tensor<D>,
@@ -74,34 +79,51 @@ export function perSequence<D extends FloatDType>(
   block: readonly [number, number],
   packed: PackedOptions,
   select: (q: Tensor<D>, k: Tensor<D>) => Mask,
-  heads: number = q.shape[2] ?? 0,
 ): Mask {
   const { cuSeqlensQ: ofQ, cuSeqlensK: ofK } = packed
   if (ofQ === undefined && ofK === undefined) {
     lengthsOf(op, q, k)
     return under(op, () => select(q, k))
   }
-  const whole = packedMask(op, q, k, block, packed)
-  const { cuSeqlensQ, cuSeqlensK } = whole
-  const parts = { ...whole, heads }
+  const parts = { ...packedMask(op, q, k, block, packed), heads: q.shape[2]! }
+  const { heads, sequences, cuSeqlensQ, cuSeqlensK } = parts
   const { rows, columns } = blockTable(parts)
+  const words = { blocks: Math.ceil(columns / 32), lines: Math.ceil(Math.max(parts.sk, 1) / 32) }
   const options = { dtype: 'int32', device: q.device } as const
-  const blocks = zeros([1, heads, rows, Math.ceil(columns / 32)], options)
-  for (let i = 0; i < parts.sequences; i++) {
-    const own = q.slice(1, cuSeqlensQ![i]!, cuSeqlensQ![i + 1])
-    const keys = k.slice(1, cuSeqlensK![i]!, cuSeqlensK![i + 1])
-    const queries = own.shape[1]!
-    if (queries === 0) continue
-    const mask = under(op, () => select(own, keys))
-    const first = Math.floor(cuSeqlensQ![i]! / block[0]) + i
-    const place = blocks.slice(2, first, first + Math.ceil(queries / block[0]))
-    if (mask.blocks)
-      place
-        .slice(3, 0, mask.blocks.shape[3])
-        .copyFrom(mask.blocks.expand([1, heads, ...mask.blocks.shape.slice(2)]))
-    // A short sequence without lists sees all of itself
-    else place.copyFrom(full([], -1, options).expand(place.shape))
-    mask.dispose()
-  }
-  return makeMask({ ...parts, blocks })
+  const lengths = Array.from({ length: sequences }, (_, i): [sq: number, sk: number] => [
+    cuSeqlensQ![i + 1]! - cuSeqlensQ![i]!,
+    cuSeqlensK![i + 1]! - cuSeqlensK![i]!,
+  ])
+  return scope(() => {
+    const made: { [kind in 'blocks' | 'columns' | 'diagonals']?: Tensor<'int32'> } = {}
+    for (let i = 0, next: number; i < sequences; i = next) {
+      const [sq, sk] = lengths[i]!
+      for (next = i + 1; next < sequences && `${lengths[next]}` === `${lengths[i]}`; ) next++
+      if (sq === 0) continue
+      const alike = (x: Tensor<D>, from: number, size: number) =>
+        x.slice(1, from, from + (next - i) * size).reshape([next - i, size, ...x.shape.slice(2)])
+      const own = [alike(q, cuSeqlensQ![i]!, sq), alike(k, cuSeqlensK![i]!, sk)] as const
+      const mask = under(op, () => select(...own))
+      // A short sequence without lists sees all of itself
+      const all = mask.sinkTokens >= sk
+      const listed = all ? full([1, 1, 1, words.blocks], -1, options) : mask.blocks
+      if (listed) made.blocks ??= zeros([1, heads, rows, words.blocks], options)
+      for (let j = i; listed && j < next; j++) {
+        const first = Math.floor(cuSeqlensQ![j]! / block[0]) + j
+        const place = made
+          .blocks!.slice(2, first, first + Math.ceil(sq / block[0]))
+          .slice(3, 0, listed.shape[3])
+        const from = listed.shape[0] === 1 ? 0 : j - i
+        place.copyFrom(listed.slice(0, from, from + 1).expand(place.shape))
+      }
+      for (const kind of ['columns', 'diagonals'] as const) {
+        const given = mask[kind]
+        if (!given) continue
+        made[kind] ??= zeros([sequences, heads, words.lines], options)
+        const place = made[kind].slice(0, i, next).slice(2, 0, given.shape[2])
+        place.copyFrom(given.expand(place.shape))
+      }
+    }
+    return makeMask({ ...parts, ...made })
+  })
 }

@@ -2,8 +2,12 @@ import {
   achievedMass,
   attention,
   findPatterns,
+  flexPrefill,
+  type Mask,
+  type MInferencePattern,
   minference,
   mul,
+  type PackedOptions,
   sampled,
   streaming,
   type Tensor,
@@ -102,7 +106,7 @@ describeDevices('mechanisms', (device) => {
       ],
       [
         () => minference(q, k.slice(3, 0, 8)),
-        'minference: k must be [b, sk, hk, d], got [1, 300, 1, 8] (d is 8, but q has d = 16)',
+        'minference: k must be [b, sk, hk, d], got [1, 300, 2, 8] (d is 8, but q has d = 16)',
       ],
       [
         () => minference(q.select(0, 0), k.select(0, 0)),
@@ -112,15 +116,76 @@ describeDevices('mechanisms', (device) => {
     for (const [call, message] of cases) expect((await failure(call)).message).toContain(message)
   })
 
+  it('choose for packed sequences as they do for each alone', async () => {
+    const rng = random(99)
+    // neighbours of one length, others, none, and queries that are a part
+    const lengths = [
+      [100, 100],
+      [100, 100],
+      [100, 130],
+      [0, 40],
+      [0, 0],
+      [1, 200],
+      [192, 256],
+      [192, 256],
+      [192, 256],
+      [70, 70],
+    ] as const
+    const starts = (of: 0 | 1) =>
+      lengths.reduce((list, one) => [...list, list.at(-1)! + one[of]], [0])
+    const [cuSeqlensQ, cuSeqlensK] = [starts(0), starts(1)]
+    const draw = (s: number, heads: number) => sample(rng, [1, s, heads, 16], 'float32', device)
+    const q = (await draw(cuSeqlensQ.at(-1)!, 4)).tensor
+    const k = (await draw(cuSeqlensK.at(-1)!, 2)).tensor
+    const patterns: readonly MInferencePattern[] = [
+      { kind: 'vertical-slash', vertical: 40, slash: 110 },
+      { kind: 'a-shape', sinkTokens: 3, window: 45 },
+      { kind: 'block-sparse', topBlocks: 2 },
+      { kind: 'block-sparse', topBlocks: 2 },
+    ]
+    type Select = (x: typeof q, y: typeof k, packed?: PackedOptions) => Mask
+    const selectors: Select[] = [
+      (x, y, packed) => minference(x, y, { ...packed, patterns }),
+      (x, y, packed) => minference(x, y, { ...packed, patterns: patterns.slice(1, 2) }),
+      (x, y, packed) => sampled(x, y, { ...packed, topK: 64, block: [32, 64] }),
+      (x, y, packed) => xattention(x, y, { ...packed, threshold: 0.5, block: 32 }),
+      (x, y, packed) => streaming(x, y, { ...packed, sinkTokens: 2, window: 20 }),
+      (x, y, packed) => flexPrefill(x, y, { ...packed, block: 32, minBudget: 32, gamma: 0.5 }),
+    ]
+    for (const select of selectors) {
+      const mask = select(q, k, { cuSeqlensQ, cuSeqlensK })
+      const dense = await mask.toDense()
+      const { heads, sk: width } = mask
+      const { out } = attention(q, k, k, { mask })
+      for (const [i, [sq, sk]] of lengths.entries()) {
+        if (sq === 0) continue
+        const own = q.slice(1, cuSeqlensQ[i]!, cuSeqlensQ[i + 1])
+        const keys = k.slice(1, cuSeqlensK[i]!, cuSeqlensK[i + 1])
+        const alone = select(own, keys)
+        const seen = await alone.toDense()
+        const rows = out.slice(1, cuSeqlensQ[i]!, cuSeqlensQ[i + 1])
+        const result = attention(own, keys, keys, { mask: alone }).out
+        expect(maxError(await rows.read(), await result.read())).toBeLessThan(1e-5)
+        for (let head = 0; head < heads; head++)
+          for (let row = 0; row < sq; row++) {
+            const at = ((i * heads + head) * mask.sq + row) * width
+            const from = ((alone.heads === 1 ? 0 : head) * sq + row) * sk
+            expect(dense.subarray(at, at + sk)).toEqual(seen.subarray(from, from + sk))
+          }
+      }
+    }
+  })
+
   it('choose nothing for no queries', async () => {
     const make = (s: number) => tensor(new Float32Array(s * 32), [1, s, 2, 16], { device })
     for (const select of [streaming, xattention, sampled, minference] as const)
-      for (const sk of [0, 300]) {
-        const [q, k] = [make(0), make(sk)]
-        const mask = select(q, k)
-        expect(await mask.count()).toBe(0)
-        expect(attention(q, k, k, { mask }).out.shape).toEqual([1, 0, 2, 16])
-      }
+      for (const sk of [0, 300])
+        for (const packed of [{}, { cuSeqlensQ: [0, 0, 0], cuSeqlensK: [0, sk, sk] }]) {
+          const [q, k] = [make(0), make(sk)]
+          const mask = select(q, k, packed)
+          expect(await mask.count()).toBe(0)
+          expect(attention(q, k, k, { mask }).out.shape).toEqual([1, 0, 2, 16])
+        }
   })
 
   it('have the first block and their own, whatever the others weigh', async () => {
