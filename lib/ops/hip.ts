@@ -382,6 +382,8 @@ function checkKeys<D extends FloatDType>(
   if (blockTable !== undefined) checkTensor(op, 'blockTable', blockTable)
   if (cuSeqlensQ === undefined && cuSeqlensK === undefined) {
     if (!blockTable) lengthsOf(op, q, k)
+    else if (cacheSeqlens === undefined)
+      throw refuse('ERR_ARGUMENT', op, 'cacheSeqlens', 'cacheSeqlens must be given with blockTable')
     const own = lengths(op, 'cacheSeqlens', cacheSeqlens, q.device, made)
     return { q, k, blockTable, cacheSeqlens: own }
   }
