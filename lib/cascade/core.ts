@@ -7,7 +7,16 @@ import { type CascadeIR, type Expr, rankOf, type Statement, statementsOf } from 
 import { type Form, Normal, TooLarge } from './normal.js'
 import { arranged } from './product.js'
 import { untoldRanks } from './sizes.js'
-import { cast, type F32, has, type Layouts, type Lowered, Mismatch, sideOf } from './slots.js'
+import {
+  cast,
+  type F32,
+  has,
+  type Layouts,
+  type Lowered,
+  Mismatch,
+  sideOf,
+  sizesOf,
+} from './slots.js'
 import { runSteps } from './steps.js'
 import { plainVariable, readsOf } from './validate.js'
 
@@ -102,7 +111,8 @@ function fits(error: unknown): undefined {
 }
 
 // Whether every result is an expression of inputs and kept tensors
-function isClosed({ forms, kept }: Normal, ir: CascadeIR): boolean {
+function isClosed({ forms, kept, beyond }: Normal, ir: CascadeIR): boolean {
+  if (beyond !== undefined) return false
   const states = statementsOf(ir.steps).flatMap(({ out }) =>
     kept.has(out.name) ? [] : [`${out.name}[]`],
   )
@@ -126,13 +136,14 @@ function preceded(ir: CascadeIR, core: Lowered, made: readonly string[]): Lowere
   const inputs = ir.inputs.filter((name) => reads.has(name))
   const operands = [...ir.inputs.filter((name) => layouts.has(name)), ...ir.inputs]
   const ranks = [...before.families.map(({ name }) => name), ...before.ranks.keys()]
+  const sizes = sizesOf(ir, layouts)
   return {
     ...core,
     slots: { ...core.slots, before: made.join(', ') },
     ranks: untoldRanks(ir),
     run: (call) =>
       scope(() => {
-        const known = Object.entries(call.scalars).filter(
+        const known = Object.entries({ ...sizes(call), ...call.scalars }).filter(
           ([name]) => before.scalars.includes(name) || ranks.includes(name),
         )
         const results = runSteps({ ...before, inputs }, call.tensors, Object.fromEntries(known))
@@ -206,7 +217,8 @@ function bends({ terms }: Form, tensor: string, summed = false): boolean {
 
 function followed(ir: CascadeIR, core: Lowered, tensor: string, result: string): Lowered {
   const outer = without(ir, [result], [tensor])
-  const found = new Normal(outer).forms.get(result)
+  const { forms, beyond } = new Normal(outer)
+  const found = beyond === undefined ? forms.get(result) : undefined
   if (!found) throw new Mismatch(result, 'it is the state of an iteration', 0)
   const { form, left, where } = found
   const own = statementsOf(ir.steps).find(({ out }) => out.name === tensor)!.out.indices
@@ -225,6 +237,7 @@ function followed(ir: CascadeIR, core: Lowered, tensor: string, result: string):
   // heads that are summed leave [b, s, d]
   const axes = left.includes(h) || h === 'h_' ? [b, row, h, last[0]!] : [b, row, last[0]!]
   const side = sideOf(outer, layouts, form, axes)
+  const sizes = sizesOf(ir, core.layouts!)
   return {
     operator: core.operator,
     slots: { ...core.slots, result: [core.slots.result, form.key].filter(Boolean).join('; ') },
@@ -234,7 +247,8 @@ function followed(ir: CascadeIR, core: Lowered, tensor: string, result: string):
       scope(() => {
         const made = core.run(call)[tensor] as F32
         const [, sq, , d] = made.shape as [number, number, number, number]
-        const known = { [rankOf(row)]: sq, [rankOf(column)]: d, ...call.scalars }
+        const own = { [rankOf(row)]: sq, [rankOf(column)]: d, ...call.scalars }
+        const known = { ...sizes(call), ...own }
         return { [result]: cast(side.run({ ...call.tensors, [tensor]: made }, known), made.dtype) }
       }),
   }

@@ -49,6 +49,7 @@ import {
   shown,
   sideOf,
   single,
+  sizesOf,
   spanOf,
   sweeps,
   tensorIn,
@@ -200,14 +201,16 @@ export function attentionOf(normal: Normal, ir: CascadeIR): Lowered {
         return made
       },
     }
+  const sizes = sizesOf(ir, layouts)
   return {
     operator: 'attention',
     slots,
     ranks: untoldRanks(ir),
     axes: part.axes,
     layouts,
-    run: (call) =>
+    run: (given) =>
       scope(() => {
+        const call = { ...given, scalars: { ...sizes(given), ...given.scalars } }
         const results = parts.map((one) => one.run(call))
         const [{ out: whole, known, lse: logarithms }] = results as [(typeof results)[number]]
         const raws = Object.fromEntries(results.map((one, i) => [`O${i}_`, one.out]))
@@ -307,7 +310,7 @@ function weightedSum(
         own!.factors.filter((one) => one !== sum),
       ),
     ])
-    if (!sum || !isNormaliser(sum.atom) || more.length > 0)
+    if (!sum || !isNormaliser(sum.atom) || more.length > 0 || own!.coefficient <= 0)
       throw fail('its divisor is no sum of its weights and one more')
     post = times(post, power(before, -1))
     shift = logarithm(before)
@@ -383,6 +386,7 @@ function weightedSum(
     isWhole(operand) ? undefined : side(operand.form, [axes[0]!, at, axes[2]!, last])
 
   const isPerHead = (form: Form) =>
+    (isNumber(form, ir.variables) || has(form, heads)) &&
     [m, ...ir.variables].every((x) => heads.includes(x) || !has(form, [x]))
   let bias = number(0)
   let added = number(0)
@@ -412,6 +416,8 @@ function weightedSum(
     return { ...one, ofQ: sideFor(ofQ, row, 'e_'), ofK: sideFor(one.k, 'm_', 'e_') }
   })
   const ofV = sideFor(v, 'm_', column)
+  for (const one of numerator.where)
+    if (has(one, [column])) throw fail(`its mask ${one.key} hangs on ${column}`)
   const { off, back, rest: hidden } = intervalOf(numerator.where, m, row, ir.variables)
 
   // What must be the distance of the last row from the last key
@@ -464,22 +470,25 @@ function weightedSum(
 
   const biasAxes = [axes[0]!, axes[2]!, row, 'm_']
   const biasPlaces = biasPlacesOf(bias, [batch, head, row, m])
-  const computed =
+  const besides = (where: readonly Condition[]) =>
+    new Side(ir.variables, layoutOf(layouts), names, bias, biasAxes, where, false)
+  const beside =
     hidden.length > 0 || (biasPlaces === undefined && !isNumber(bias, [m, ...ir.variables]))
-      ? new Side(ir.variables, layoutOf(layouts), names, bias, biasAxes, hidden, false)
+      ? besides(hidden)
       : undefined
+  let ending: Side | undefined
   const perHead = (form: Form | undefined) =>
     form && !isNumber(form, ir.variables) && tensorIn(form) === undefined
       ? side(form, [head!])
       : undefined
   const [ofSlope, ofSink] = [perHead(slope), perHead(sink)]
-  const sides = [computed, ofSlope, ofSink, ofV, ...parts.flatMap(({ ofQ, ofK }) => [ofQ, ofK])]
+  const sides = [beside, ofSlope, ofSink, ofV, ...parts.flatMap(({ ofQ, ofK }) => [ofQ, ofK])]
   const lengths = distances.map((form) => ({ form, only: bareName(form) }))
   const plainScale = bareName(scale)
   const ranks = [rankOf(column), rankOf(row), rankIn(m), rankIn(dot.e), 'M_']
   const shared = operands.flatMap(([{ main }, own]) => {
     const by = own.includes(row) ? [] : heads.filter((x) => !has(main, [x]))
-    return by.length > 0 ? [{ tensor: main.name, by }] : []
+    return by.map((x) => ({ tensor: main.name, by: x, axis: x === batch ? 0 : 2 }) as const)
   })
   const alone = post.key === '1' && sides.every((one) => one === undefined)
   // Keys and values that lie in pages
@@ -506,11 +515,12 @@ function weightedSum(
     ranks: table === undefined ? [] : [rankIn(m)],
     run(call) {
       const { tensors } = call
-      if (!grouped || !alone) for (const one of shared) oneHead(call, one)
+      if (!grouped || !alone) for (const one of shared) onlyOne(call, one)
       const tq = batched(call, q.main.name) as F32
       const [, sq, hq, d] = tq.shape as [number, number, number, number]
       const tk = batched(call, k.main.name)
       const options: AttentionOptions = { causal: off !== undefined }
+      let computed = beside
       const sk = table === undefined ? tk.shape[1]! : pagesOf(call, table, tk, page!, options)
       const dv = batched(call, v.main.name).shape[3]!
       const ends = sk - sq
@@ -523,7 +533,12 @@ function weightedSum(
       for (const { form, only } of lengths) {
         if (only !== undefined) known[only] ??= ends
         const got = only === undefined ? numberOf(form, known) : known[only]
-        if (got !== ends)
+        // Rows that end elsewhere have a mask, unless the call says where they end
+        if (form === off && got !== ends && only === undefined && table === undefined) {
+          ending ??= besides(numerator.where)
+          computed = ending
+          options.causal = false
+        } else if (got !== ends)
           throw broken(
             'CAS022',
             `attention ends its last row at the last key, ${ends} from its index here, but ${form.key} is ${got}`,
@@ -550,10 +565,10 @@ function weightedSum(
           )
       else if (biasPlaces) options.bias = placed(call.tensors[tensorIn(bias)!]!, biasPlaces) as F32
       else if (bias.terms.length > 0) options.bias = numberOf(bias, known)
-      if (cap) options.softCap = numberOf(cap, known)
+      if (cap) options.softCap = Math.abs(numberOf(cap, known))
       if (slope) options.slopes = vector(slope, ofSlope)
       if (sink) options.sink = vector(sink, ofSink)
-      if (back) options.window = ends + 1 - numberOf(back, known)
+      if (back && options.causal) options.window = ends + 1 - numberOf(back, known)
       const whole = (own: Side | undefined, { main }: Operand) => {
         const given = batched(call, main.name)
         return own ? cast(own.run(tensors, known), tq.dtype) : (given as F32)
@@ -562,7 +577,11 @@ function weightedSum(
         parts.length === 1 ? of(parts[0]!) : joined(parts.map(of))
       const query = each((one) => whole(one.ofQ, one.q))
       const key = each((one) => whole(one.ofK, one.k))
-      const result = attention(query, key, whole(ofV, v), options)
+      const value = whole(ofV, v)
+      const [keys, values] = table === undefined ? alike(tq.shape[0]!, key, value) : [key, value]
+      const result = attention(query, keys, values, options)
+      if (keys !== key) keys.dispose()
+      if (values !== value) values.dispose()
       return { out: result.out, lse: result.lse, known }
     },
   }
@@ -626,14 +645,23 @@ function placed(tensor: Tensor, places: readonly number[]): Tensor {
   return tensor.reshape(shape)
 }
 
-// What the text reads without a variable of the heads has one
-function oneHead(call: Call, { tensor, by }: { tensor: string; by: readonly string[] }): void {
-  const given = batched(call, tensor).shape[2]!
+// What the text reads without a variable of heads or of the batch has one
+function onlyOne(call: Call, { tensor, by, axis }: { tensor: string; by: string; axis: 0 | 2 }) {
+  const given = batched(call, tensor).shape[axis]!
   if (given === 1) return
-  throw refuse(
-    'ERR_SHAPE',
-    'cascade',
-    tensor,
-    `${tensor} must have one head, got ${given} (the text reads it without ${by.join(' and ')})`,
-  )
+  const what = axis === 0 ? 'sequence' : 'head'
+  const text = `${tensor} must have one ${what}, got ${given} (the text reads it without ${by})`
+  throw refuse('ERR_SHAPE', 'cascade', tensor, text)
+}
+
+// Keys and values, each of one head or sequence where the other has more
+function alike(b: number, key: F32, value: F32): readonly [F32, F32] {
+  const heads = Math.max(key.shape[2]!, value.shape[2]!)
+  const wide = (x: F32) => {
+    const [own, s, h, d] = x.shape as [number, number, number, number]
+    return (own === 1 && b > 1) || (h === 1 && heads > 1)
+      ? x.expand([b, s, heads, d]).contiguous()
+      : x
+  }
+  return [wide(key), wide(value)]
 }

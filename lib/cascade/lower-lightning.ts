@@ -1,6 +1,7 @@
 import { lightning } from '../ops/lightning.js'
 import { scope } from '../scope.js'
 import { full } from '../tensor.js'
+import { broken } from './error.js'
 import { type CascadeIR, rankOf } from './ir.js'
 import {
   access,
@@ -39,6 +40,8 @@ import {
   shown,
   sideOf,
   single,
+  sizesOf,
+  spanOf,
   sweeps,
   tensorIn,
 } from './slots.js'
@@ -129,6 +132,8 @@ export function lightningOf(normal: Normal, ir: CascadeIR): Lowered {
   fit++
   if (left.some((x) => has(slope, [x]) && !heads.includes(x)))
     throw fail(`its decay is ${slope.key}, no number for each head`, 'CAS022')
+  if (slope.free.size === 0 && !(numberOf(slope, {}) >= 0))
+    throw fail(`its weights grow with the distance, by exp(${-numberOf(slope, {})})`, 'CAS022')
 
   // What the state before the first token adds
   let initial: Access | undefined
@@ -200,6 +205,12 @@ export function lightningOf(normal: Normal, ir: CascadeIR): Lowered {
   if (initial) slots.initialState = initial.name
   if (divisor) slots.normalise = 'true'
   if (post.key !== '1') slots.result = post.key
+  const told = sizesOf(ir, layouts)
+  const decaying = (value: number) => {
+    if (value >= 0) return value
+    const text = `lightning takes slopes from 0 on, but ${slope.key} is ${value}`
+    throw broken('CAS022', text, spanOf(ir, tensor), tensor)
+  }
   return {
     operator: 'lightning',
     slots,
@@ -217,7 +228,7 @@ export function lightningOf(normal: Normal, ir: CascadeIR): Lowered {
           [rankIn(e)]: first.shape[3]!,
           [rankOf(column)]: batched(call, v.main.name).shape[3]!,
         }
-        const all = { ...sizes, ...known }
+        const all = { ...told(call), ...sizes, ...known }
         const [tq, tk, tv] = [ofQ, ofK, ofV].map((side, i) => {
           const given = batched(call, operands[i]![0].main.name) as F32
           return side ? cast(side.run(call.tensors, all), first.dtype) : given
@@ -228,7 +239,7 @@ export function lightningOf(normal: Normal, ir: CascadeIR): Lowered {
             ? ofSlope.run(call.tensors, all)
             : own !== undefined
               ? (call.tensors[own] as F32)
-              : new Array<number>(tq.shape[2]!).fill(numberOf(slope, all)),
+              : new Array<number>(tq.shape[2]!).fill(decaying(numberOf(slope, all))),
           scale: numberOf(scale, all),
           initialState: initial && (call.tensors[initial.name] as F32),
         })

@@ -272,6 +272,11 @@ function directOne(ir: CascadeIR, refused: Refused[]): Lowered | HeddleError {
   const normal = normalOf(ir)
   if (normal instanceof HeddleError) return normal
   const made = new Set(statementsOf(ir.steps).map(({ out }) => `${out.name}[]`))
+  const { beyond } = normal
+  if (beyond !== undefined) {
+    const text = `no kernel takes this cascade; ${beyond} may read beyond an axis, which leaves it empty in parts`
+    return broken('CAS020', text, spanOf(ir, beyond), beyond)
+  }
   for (const tensor of ir.outputs) {
     const found = normal.forms.get(tensor)
     const state = [...(found?.form.free ?? [])].find((one) => made.has(one))

@@ -4,12 +4,13 @@ import {
   type Expr,
   type FunctionName,
   type Index,
+  namesIn,
   type Predicate,
   type Reducer,
   rankOf,
   type Statement,
 } from './ir.js'
-import { plainVariable, stepOf } from './validate.js'
+import { plainVariable, readsOf, stepOf } from './validate.js'
 
 // What a cascade computes, apart from how: every output as one expression of the inputs, in a form that does not depend on
 // the order of statements, loops, factors and summands.
@@ -346,6 +347,9 @@ function isPlain({ terms }: Form): boolean {
   return single && factor?.power === 1 && ['name', 'access'].includes(factor.atom.kind)
 }
 
+// An index that no axis ends before
+const isWithin = (index: Form): boolean => isPlain(index) || index.key === '0'
+
 function apply(fn: FunctionName, args: readonly Form[]): Form {
   const [x, y] = args as [Form, Form]
   switch (fn) {
@@ -490,6 +494,9 @@ export class Normal {
   readonly pages = new Map<string, string>()
   /** Of the kept tensors those that were taken apart after all. */
   readonly taken = new Set<string>()
+  /** A tensor whose points may be empty for what a part of them reads beyond an axis: no form says that. */
+  beyond: string | undefined
+  private current = ''
   private readonly states = new Map<string, State>()
   private fresh = 0
 
@@ -499,7 +506,8 @@ export class Normal {
     readonly kept: ReadonlyMap<string, boolean> = new Map(),
   ) {
     for (const step of ir.steps) {
-      if ('body' in step) for (const statement of step.body) this.iterated(statement, step.variable)
+      if ('body' in step)
+        for (const one of arrangedBody(step.body)) this.iterated(one, step.variable)
       else if (statementStarts(step)) this.start(step)
       else this.define(step)
     }
@@ -514,8 +522,9 @@ export class Normal {
   private start(statement: Statement): void {
     const at = statement.out.indices.findIndex(({ kind }) => kind === 'pin')
     const left = statement.out.indices.map((index) => plainVariable(index) ?? '')
-    const { form } = this.right(statement)
-    this.states.set(statement.out.name, { at, left, initial: form, closed: undefined })
+    const { form, where } = this.right(statement)
+    const whole = where.length === 0 && this.outside(form).length === 0
+    this.states.set(statement.out.name, { at, left, initial: form, whole, closed: undefined })
   }
 
   private iterated(statement: Statement, variable: string): void {
@@ -526,11 +535,27 @@ export class Normal {
       return
     }
     const left = indices.map((index, i) => (i === state.at ? variable : plainVariable(index)!))
-    const { form } = this.right(statement)
-    state.closed =
-      this.solve(tensor, left, variable, state.initial, form) ??
-      this.solveLogarithm(tensor, left, variable, state.initial, form)
+    const { form, where } = this.right(statement)
+    // A step that reads an empty coordinate leaves all after it empty
+    if (state.whole && where.length === 0 && this.outside(form).length === 0)
+      state.closed =
+        this.solve(tensor, left, variable, state.initial, form) ??
+        this.solveLogarithm(tensor, left, variable, state.initial, form)
     state.left = left
+  }
+
+  // Reads that may fall beyond an axis, but in reductions, which skip what is not there
+  private outside({ terms }: Form): Atom[] {
+    const inside = (atom: Atom): Atom[] => {
+      if (atom.kind === 'call') return atom.args.flatMap((one) => this.outside(one))
+      if (atom.kind === 'sum') return this.outside(atom.form)
+      if (atom.kind === 'if') return [atom.yes, atom.no].flatMap((one) => this.outside(one))
+      if (atom.kind !== 'access' || this.states.has(atom.name)) return []
+      const made = this.forms.get(atom.name)
+      const within = atom.indices.every(isWithin)
+      return within && (!made || this.outside(made.form).length === 0) ? [] : [atom]
+    }
+    return terms.flatMap(({ factors }) => factors.flatMap(({ atom }) => inside(atom)))
   }
 
   // R[i+1] = log(A[i] + exp(R[i]) g(i) / g(i+1))
@@ -618,21 +643,29 @@ export class Normal {
   }
 
   private right(statement: Statement): { form: Form; where: readonly Condition[] } {
-    const limits: Condition[] = []
-    let form = this.expr(statement.expr, limits)
-    if (statement.where) limits.push(...this.predicate(statement.where, limits))
-    let where = distinct(limits)
+    const reads: Condition[] = []
+    this.current = statement.out.name
+    let form = this.expr(statement.expr, reads)
+    const own = statement.where ? this.predicate(statement.where, reads) : []
+    let where = distinct([...reads, ...own])
     const over = statement.reduce?.over ?? []
     if (statement.reduce && over.length > 0) {
       const { op } = statement.reduce
-      const inner = where.filter(({ free }) => over.some((v) => free.has(v)))
-      where = where.filter((one) => !inner.includes(one))
+      // What a predicate of the left hides is empty; what sees no point otherwise is what the reduction begins with
+      const names = statement.where ? namesIn(statement.where) : new Set()
+      const hides = !over.some((v) => names.has(v))
+      const inner = distinct(hides ? reads : where)
+      const outside = this.outside(form)
+      const apart = ({ free }: Atom) => !over.some((v) => free.has(v))
+      if (outside.length > 0 && (form.terms.length > 1 || outside.some(apart)))
+        this.beyond = statement.out.name
+      where = hides ? distinct(own) : []
       const logsum = op === 'logsumexp'
       if (op === 'sum' || logsum) {
         if (logsum) form = exponential(form)
         let left = inner
-        for (const v of [...over].reverse()) {
-          const own = left.filter(({ free }) => free.has(v))
+        for (const [i, v] of [...over.entries()].reverse()) {
+          const own = left.filter(({ free }) => i === 0 || free.has(v))
           left = left.filter((one) => !own.includes(one))
           form = this.sum(v, form, own)
         }
@@ -687,7 +720,7 @@ export class Normal {
             outside,
             plus(...inside.terms.map((one) => this.sum(variable, formOf([one]), where))),
           )
-        if (!depends(inside) && !limits.some(depends))
+        if (!depends(inside) && limits.length === 0)
           return times(outside, times(name(rankOf(variable)), inside))
         return times(outside, this.joined(over, inside, limits))
       }),
@@ -810,10 +843,12 @@ export class Normal {
       by.delete(at)
       return replace(state.closed(index), by)
     }
-    const known = this.kept.has(tensor) ? undefined : this.forms.get(tensor)
+    const known = this.forms.get(tensor)
     if (!known) return access(tensor, indices)
     const by = new Map(known.left.map((v, i) => [v, indices[i]!]))
     limits.push(...known.where.map((one) => replaceCondition(one, by)))
+    if (this.kept.has(tensor)) return access(tensor, indices)
+    if (!indices.every(isWithin)) this.beyond = this.current
     return replace(known.form, by)
   }
 
@@ -860,10 +895,25 @@ const opposite = {
   '!=': '==',
 } as const
 
+// Statements of a loop behind those that make what they read: a state of the step before is known by its recurrence
+function arrangedBody(body: readonly Statement[]): Statement[] {
+  const left = [...body]
+  const done: Statement[] = []
+  while (left.length > 0) {
+    const waits = (one: Statement) =>
+      readsOf(one).some(({ name }) => left.some(({ out }) => out.name === name && out !== one.out))
+    const ready = left.findIndex((one) => !waits(one))
+    done.push(...left.splice(Math.max(ready, 0), 1))
+  }
+  return done
+}
+
 interface State {
   at: number
   left: readonly string[]
   initial: Form
+  /** No coordinate of the first is empty. */
+  whole: boolean
   closed: ((index: Form) => Form) | undefined
 }
 

@@ -71,7 +71,11 @@ export class Side {
 
   #term({ coefficient, factors }: Term): string {
     let text = `(${coefficient})`
-    for (const { atom, power } of factors) {
+    // divided last: 0 / 0 is 0, and 1 / 0 times 0 is none
+    const ordered = [true, false].flatMap((last) =>
+      factors.filter(({ power }) => (power === -1) !== last),
+    )
+    for (const { atom, power } of ordered) {
       const one = this.#atom(atom)
       if (power === 1) text += ` * ${one}`
       else if (power === -1) text += ` / ${one}`

@@ -1,7 +1,7 @@
 import type { FloatDType } from '../dtype.js'
 import { refuse } from '../errors.js'
 import type { Tensor } from '../tensor.js'
-import { type CascadeIR, type Statement, statementsOf } from './ir.js'
+import { type CascadeIR, rankOf, type Statement, statementsOf } from './ir.js'
 import {
   type Atom,
   atomForm,
@@ -20,6 +20,8 @@ import {
   times,
 } from './normal.js'
 import { type Layout, Side } from './side.js'
+import { tie } from './sizes.js'
+import { plainVariable, readsOf } from './validate.js'
 
 // What the families of operators have in common when they take a cascade apart
 
@@ -248,10 +250,11 @@ export function bareName({ terms }: Form): string | undefined {
     : undefined
 }
 
-/** @internal */
+/** @internal The tensor that a form is, each of its indices a variable. */
 export function tensorIn(form: Form): string | undefined {
   const atom = form.terms[0]?.factors[0]?.atom
-  return form.terms.length === 1 && atom?.kind === 'access' && form.key === atom.key
+  const alone = form.terms.length === 1 && atom?.kind === 'access' && form.key === atom.key
+  return alone && atom.indices.every((index) => bareName(index) !== undefined)
     ? atom.name
     : undefined
 }
@@ -294,3 +297,32 @@ function atomValue(atom: Atom, known: Readonly<Record<string, number>>): number 
 
 /** @internal */
 export type Known = Record<string, number>
+
+/** @internal What tells the sizes of ranks in a call, by the axes of its tensors. */
+export function sizesOf(ir: CascadeIR, layouts: Layouts): (call: Call) => Known {
+  const reads = statementsOf(ir.steps)
+    .flatMap(readsOf)
+    .filter(({ name }) => ir.inputs.includes(name))
+  const axes = reads.map(({ name, indices }) => {
+    const own = indices.map((index) => plainVariable(index) ?? '')
+    return [name, layouts.get(name)?.(own) ?? own] as const
+  })
+  const told = [...new Set(axes.flatMap(([, variables]) => variables))].map(rankOf)
+  const same = new Map<string, string>()
+  const place = (rank: string) => told.indexOf(same.get(rank) ?? rank)
+  tie(
+    ir,
+    (rank) => (place(rank) < 0 ? undefined : place(rank)),
+    (rank, at) => same.set(rank, told[at]!),
+  )
+  return ({ tensors }) => {
+    const known: Known = {}
+    for (const [tensor, variables] of axes)
+      variables.forEach((variable, axis) => {
+        const size = tensors[tensor]?.shape[axis]
+        if (size !== undefined && ir.variables.includes(variable)) known[rankOf(variable)] = size
+      })
+    for (const [rank, other] of same) known[rank] = known[other]!
+    return known
+  }
+}

@@ -46,6 +46,121 @@ const onePass = `
   O[p,f] = RNV[f,M1,p] / RD[M1,p]
   LSE[p] = RM[M1,p] + log(RD[M1,p])`
 
+const weighted = `
+  A[p,m] = exp(T[p,m])
+  D[p]   = sum(m) A[p,m]
+  O[p,f] = sum(m) A[p,m] * V[m,f] / D[p]`
+
+// Texts whose empty coordinates decide what they compute, and who computes them
+const empties: Record<string, readonly [operator: string, text: string]> = {
+  'a product that a mask leaves without points, which is 0': [
+    'einsum',
+    `R[p,m,e] = Q[p,e] * K[m,e]   where m <= p
+     T[p,m]   = sum(e) R[p,m,e]${weighted}`,
+  ],
+  'a bias of rows alone, masked with what it sums': [
+    'attention',
+    `B[p,m] = sum(e) Q[p,e] * C[m,e]   where m > 0 && e <= p
+     S[p,m] = sum(e) Q[p,e] * K[m,e]
+     T[p,m] = S[p,m] + B[p,m]${weighted}`,
+  ],
+  'a predicate that always holds of what is summed': [
+    'einsum',
+    `T[p,m] = sum(e) Q[p,e] * K[m,e]   where m >= p && e <= e${weighted}`,
+  ],
+  'rows without a key, of which sums are 0': [
+    'attention',
+    `T[p,m] = sum(e) Q[p,e] * K[m,e]   where m <= p && p > 1${weighted}`,
+  ],
+  'a choice that reads a masked score': [
+    'einsum',
+    `S[p,m] = sum(e) Q[p,e] * K[m,e]   where m < 3
+     R[p,m] = sum(e) Q[p,e] * C[m,e]
+     T[p,m] = if(m < 3, S[p,m], R[p,m])${weighted}`,
+  ],
+  'queries, keys and values mixed with those before them': [
+    'attention',
+    `X[p,e] = Q[p,e] + Q[p - 1,e]
+     Y[m,e] = K[m,e] - K[m - 1,e]
+     Z[m,f] = V[m,f] + V[m - 1,f]
+     T[p,m] = sum(e) X[p,e] * Y[m,e]   where m <= p
+     A[p,m] = exp(T[p,m])
+     D[p]   = sum(m) A[p,m]
+     O[p,f] = sum(m) A[p,m] * Z[m,f] / D[p]`,
+  ],
+  'the same in one product, of which nothing is left at the end': [
+    'einsum',
+    `T[p,m] = sum(e) Q[p,e] * (K[m,e] - K[m - 1,e])   where m <= p${weighted}`,
+  ],
+  'a maximum of the row before': [
+    'einsum',
+    `T[p,m] = sum(e) Q[p,e] * K[m,e]
+     G[p]   = max(m) T[p,m]
+     A[p,m] = exp(T[p,m] - G[p - 1])
+     D[p]   = sum(m) A[p,m]
+     O[p,f] = sum(m) A[p,m] * V[m,f] / D[p]`,
+  ],
+  'a state whose steps begin late': [
+    'einsum',
+    `init S[p=0,e,f] = 0
+     iterate p {
+       S[p+1,e,f] = S[p,e,f] + K[p,e] * V[p,f]   where p >= 2
+       O[p,f]     = sum(e) Q[p,e] * S[p+1,e,f]
+     }`,
+  ],
+  'a state that adds what is masked': [
+    'einsum',
+    `X[p,e] = K[p,e]   where p >= 2
+     init S[p=0,e,f] = 0
+     iterate p {
+       S[p+1,e,f] = S[p,e,f] + X[p,e] * V[p,f]
+       O[p,f]     = sum(e) Q[p,e] * S[p+1,e,f]
+     }`,
+  ],
+  'a state of keys and those before them': [
+    'einsum',
+    `X[p,e] = K[p,e] - K[p - 1,e]
+     init S[p=0,e,f] = 0
+     iterate p {
+       S[p+1,e,f] = 0.9 * S[p,e,f] + X[p,e] * V[p,f]
+       O[p,f]     = sum(e) Q[p,e] * S[p+1,e,f]
+     }`,
+  ],
+  'a state that is read before its step': [
+    'einsum',
+    `init S[p=0,e,f] = 0
+     iterate p {
+       O[p,f]     = sum(e) Q[p,e] * S[p,e,f]
+       S[p+1,e,f] = 0.9 * S[p,e,f] + K[p,e] * V[p,f]
+     }`,
+  ],
+  'a divisor that sees less': [
+    'einsum',
+    `T[p,m] = sum(e) Q[p,e] * K[m,e]   where m <= p && p > 0
+     A[p,m] = exp(T[p,m])
+     D[p]   = sum(m) A[p,m]   where m > 0
+     O[p,f] = sum(m) A[p,m] * V[m,f] / D[p]`,
+  ],
+  'a mask of columns': [
+    'einsum',
+    `T[p,m] = sum(e) Q[p,e] * K[m,e]
+     A[p,m] = exp(T[p,m])
+     D[p]   = sum(m) A[p,m]   where m != 2
+     O[p,f] = sum(m) A[p,m] * V[m,f] / D[p]   where f > 0 && m != 2`,
+  ],
+  'a sink of the first head': [
+    'einsum',
+    `T[p,m] = sum(e) Q[p,e] * K[m,e]
+     D[p]   = sum(m) exp(T[p,m])
+     O[p,f] = sum(m) exp(T[p,m]) * V[m,f] / (D[p] + exp(sink[0]))`,
+  ],
+  'a soft cap below 0': [
+    'attention',
+    `S[p,m] = sum(e) Q[p,e] * K[m,e]
+     T[p,m] = -3 * tanh(S[p,m] / 5)${weighted}`,
+  ],
+}
+
 const causal: Record<string, string> = {
   'as defined': attentionDefinition,
   'with a late division': rewritten(attentionDefinition, 'defer-division'),
@@ -288,6 +403,41 @@ describeDevices('compile', (device) => {
       const result = plan(...inputs.map(([, given]) => given), scalars)
       close((await result.O!.read()) as Float32Array, O!.data, text)
     }
+  })
+
+  it.each(Object.entries(empties))('computes %s', async (_, [operator, text]) => {
+    const parsed = cascade(text)
+    const [p, m, e, f] = [6, text.includes('iterate') ? 6 : 9, 8, 8]
+    const shapes: Record<string, number[]> = { Q: [p, e], K: [m, e], C: [m, e], V: [m, f] }
+    const given = Object.fromEntries(
+      parsed.ir.inputs.map((name) => {
+        const shape = shapes[name] ?? [2]
+        return [name, { data: rng.normals(shape.reduce((a, b) => a * b, 1)), shape }]
+      }),
+    )
+    const { O } = parsed.evaluate(given)
+    let operators = 0
+    for (const fused of ['required', 'preferred'] as const) {
+      let plan: ReturnType<Cascade['compile']>
+      try {
+        plan = parsed.compile({ fused })
+      } catch (error) {
+        expect((error as HeddleError).code).toMatch(/^CAS02[012]$/)
+        expect((error as HeddleError).span).toBeDefined()
+        continue
+      }
+      const { operator: own, packed } = plan.explain()
+      expect(own).toBe(operator)
+      const tensors = parsed.ir.inputs.map((name) => {
+        const { data, shape } = given[name]!
+        const four = packed.includes(name) ? [1, shape[0]!, 1, shape[1]!] : shape
+        return tensor(data, four, { device })
+      })
+      const result = plan(...tensors)
+      close((await result.O!.read()) as Float32Array, O!.data, `${fused} ${text}`)
+      operators++
+    }
+    expect(operators).toBe(operator === 'einsum' ? 1 : 2)
   })
 
   it('finds merge under other names', async () => {

@@ -26,6 +26,8 @@ interface Case {
   slots?: Record<string, unknown>
   /** As many rows as keys. */
   square?: boolean
+  /** `off` is not the distance alone that attention has anyway, and is given. */
+  told?: boolean
 }
 
 const scores = 'S[h,p,m] = sum(e) Q[h,p,e] * K[h,m,e] / sqrt(E)'
@@ -680,6 +682,167 @@ const cases: Record<string, Case> = {
     inputs: heads,
     refused: ['CAS021', 'it is no weighted sum'],
   },
+  'keys and values in blocks with weights (NSA, compressed)': {
+    text: `
+      KC[h,u,e] = sum(r) K[h, u*4 + r, e] * w[r]
+      VC[h,u,f] = sum(r) V[h, u*4 + r, f] * w[r]
+      S[h,p,u]  = sum(e) Q[h,p,e] * KC[h,u,e] / sqrt(E)   where u*4 + 7 <= p + off
+      A[h,p,u]  = exp(S[h,p,u])
+      D[h,p]    = sum(u) A[h,p,u]
+      O[h,p,f]  = sum(u) A[h,p,u] * VC[h,u,f] / D[h,p]`,
+    inputs: { K: 'H 170 E', w: 'R', V: 'H 170 F', Q: 'H P E' },
+    operator: 'attention',
+    slots: { before: 'KC, VC' },
+    ranks: ['U'],
+    told: true,
+  },
+  'two branches under gates (NSA)': {
+    text: `
+      S[h,p,m] = sum(e) Q[h,p,e] * K[h,m,e]     where m <= p + off && p + off - m < 4
+      A[h,p,m] = exp(S[h,p,m])
+      D[h,p]   = sum(m) A[h,p,m]
+      X[h,p,f] = sum(m) A[h,p,m] * V[h,m,f] / D[h,p]
+      R[h,p,u] = sum(e) Q[h,p,e] * KC[h,u,e]    where u * 4 + 3 <= p + off
+      W[h,p,u] = exp(R[h,p,u])
+      N[h,p]   = sum(u) W[h,p,u]
+      Y[h,p,f] = sum(u) W[h,p,u] * VC[h,u,f] / N[h,p]
+      O[h,p,f] = sigmoid(g[h,p]) * X[h,p,f] + sigmoid(k[h,p]) * Y[h,p,f]`,
+    inputs: { ...heads, KC: 'H U E', VC: 'H U F', g: 'H P', k: 'H P' },
+    operator: 'attention',
+    told: true,
+  },
+  'a table of buckets that a list names (T5)': {
+    text: `
+      ${scores}
+      T[h,p,m] = S[h,p,m] + R[bucket[p,m], h]   where m <= p + off${softmax}`,
+    inputs: { ...heads, R: '9 H', bucket: 'P M < 9' },
+    operator: 'attention',
+    slots: { causal: 'off + p' },
+  },
+  'distances on a plane (Swin)': {
+    text: `
+      ${scores}
+      T[h,p,m] = S[h,p,m] + R[h, y[p] - y[m] + 3, x[p] - x[m] + 3]${softmax}`,
+    inputs: { ...heads, R: 'H 7 7', y: 'P < 4', x: 'P < 4' },
+    operator: 'attention',
+    square: true,
+  },
+  'keys and values that are products (TPA)': {
+    text: `
+      K[h,m,e] = sum(r) AK[m,r,h] * BK[m,r,e] / R
+      V[h,m,f] = sum(r) AV[m,r,h] * BV[m,r,f] / R
+      T[h,p,m] = sum(e) Q[h,p,e] * K[h,m,e] / sqrt(E)   where m <= p + off${softmax}`,
+    inputs: { AK: 'M R H', BK: 'M R E', Q: 'H P E', AV: 'M R H', BV: 'M R F' },
+    operator: 'attention',
+    slots: { before: 'K, V' },
+  },
+  'a hidden layer that is attention (GAU)': {
+    text: `
+      X[p,e]   = Z[p,e] * g[e] + b[e]
+      Y[m,e]   = Z[m,e] * k[e] + c[e]
+      S[p,m]   = sum(e) X[p,e] * Y[m,e] / M   where m <= p
+      A[p,m]   = pow(relu(S[p,m]), 2)
+      O[p,f]   = sum(m) U[p,f] * A[p,m] * V[m,f]`,
+    inputs: { Z: 'P E', g: 'E', b: 'E', k: 'E', c: 'E', U: 'P F', V: 'M F' },
+    operator: 'attention',
+    slots: { weights: 'relu', power: '2', causal: 'p' },
+    square: true,
+  },
+  'rows that see what is before them alone': {
+    text: `
+      T[h,p,m] = sum(e) Q[h,p,e] * K[h,m,e] / sqrt(E)   where m < p${softmax}`,
+    inputs: heads,
+    operator: 'attention',
+    slots: { causal: '-1 + p' },
+    square: true,
+  },
+  'rows from the first key on (top left)': {
+    text: `
+      T[h,p,m] = sum(e) Q[h,p,e] * K[h,m,e] / sqrt(E)   where m <= p && m > p - 4${softmax}`,
+    inputs: heads,
+    operator: 'attention',
+    slots: { causal: 'p' },
+  },
+  'values that heads share, and keys that they do not': {
+    text: `
+      T[h,p,m] = sum(e) Q[h,p,e] * K[h,m,e]   where m <= p + off
+      A[h,p,m] = exp(T[h,p,m])
+      D[h,p]   = sum(m) A[h,p,m]
+      O[h,p,f] = sum(m) A[h,p,m] * V[m,f] / D[h,p]`,
+    inputs: { ...heads, V: 'M F' },
+    operator: 'attention',
+  },
+  'keys that a batch shares': {
+    text: `
+      T[b,h,p,m] = sum(e) Q[b,h,p,e] * K[h,m,e]   where m <= p + off
+      A[b,h,p,m] = exp(T[b,h,p,m])
+      D[b,h,p]   = sum(m) A[b,h,p,m]
+      O[b,h,p,f] = sum(m) A[b,h,p,m] * V[b,h,m,f] / D[b,h,p]`,
+    inputs: { Q: 'B H P E', K: 'H M E', V: 'B H M F' },
+    operator: 'attention',
+  },
+  'a Taylor series beside a window (Based)': {
+    text: `
+      ${scores}   where m <= p + off
+      A[h,p,m] = 1 + S[h,p,m] + S[h,p,m] * S[h,p,m] / 2
+      D[h,p]   = sum(m) A[h,p,m]
+      X[h,p,f] = sum(m) A[h,p,m] * V[h,m,f] / D[h,p]
+      T[h,p,m] = sum(e) Z[h,p,e] * Y[h,m,e]   where m <= p + off && m > p + off - 4
+      W[h,p,m] = exp(T[h,p,m])
+      C[h,p]   = sum(m) W[h,p,m]
+      R[h,p,f] = sum(m) W[h,p,m] * V[h,m,f] / C[h,p]
+      O[h,p,f] = X[h,p,f] + R[h,p,f]`,
+    inputs: { ...heads, Z: 'H P E', Y: 'H M E' },
+    operator: 'attention',
+    told: true,
+  },
+  'keys mixed with those before them (RWKV)': {
+    text: `
+      X[h,m,e] = mu[e] * K[h,m,e] + (1 - mu[e]) * K[h,m - 1,e]
+      T[h,p,m] = sum(e) Q[h,p,e] * X[h,m,e]   where m <= p + off${softmax}`,
+    inputs: { mu: 'E', ...heads },
+    operator: 'attention',
+  },
+  'what is left of a stick (stick-breaking)': {
+    text: `
+      ${scores}
+      B[h,p,m] = sigmoid(S[h,p,m])
+      C[h,p,m] = prod(j) 1 - B[h,p,j]   where j > m && j < p
+      O[h,p,f] = sum(m) B[h,p,m] * C[h,p,m] * V[h,m,f]   where m < p`,
+    inputs: heads,
+    refused: ['CAS021', ''],
+    square: true,
+  },
+  'weights that may be 0 (softpick)': {
+    text: `
+      ${scores}   where m <= p + off
+      G[h,p]   = max(m) S[h,p,m]
+      X[h,p,m] = exp(S[h,p,m] - G[h,p]) - exp(-G[h,p])
+      D[h,p]   = sum(m) abs(X[h,p,m])
+      O[h,p,f] = sum(m) relu(X[h,p,m]) * V[h,m,f] / (D[h,p] + 0.001)`,
+    inputs: heads,
+    refused: ['CAS021', ''],
+  },
+  'what others have seen is taken off (Selective Attention)': {
+    text: `
+      ${scores}
+      R[i,m]   = relu(S[0,i,m])   where m < i && m > 0
+      F0[p,m]  = sum(i) R[i,m]    where i <= p
+      T[h,p,m] = S[h,p,m] - F0[p,m]   where m <= p${softmax}`,
+    inputs: heads,
+    operator: 'attention',
+    square: true,
+  },
+  'a decay that grows': {
+    text: `
+      init S[t=0,h,e,f] = 0
+      iterate t {
+        S[t+1,h,e,f] = 1.1 * S[t,h,e,f] + K[h,t,e] * V[h,t,f]
+        O[h,t,f]     = sum(e) Q[h,t,e] * S[t+1,h,e,f]
+      }`,
+    inputs: { K: 'H T E', V: 'H T F', Q: 'H T E' },
+    refused: ['CAS022', 'its weights grow with the distance'],
+  },
   'no products (AFT)': {
     text: `
       X[p,m,f] = exp(K[m,f] + w[p,m])   where m <= p + off
@@ -804,7 +967,7 @@ describeDevices('published mechanisms', (device) => {
       const off = parsed.ir.scalars.includes('off') ? { off: sizes.M! - sizes.P! } : {}
       const ranks = Object.fromEntries((one.ranks ?? []).map((rank) => [rank, sizes[rank]!]))
       const expected = parsed.evaluate(given, { ...scalars, ...off }, { sizes: ranks })
-      const numbers = { ...scalars, ...ranks, ...(refused ? off : {}) }
+      const numbers = { ...scalars, ...ranks, ...(refused || one.told ? off : {}) }
       const results = plan(...tensors, numbers)
       expect(Object.keys(results).sort()).toEqual(Object.keys(expected).sort())
       const { data, shape } = expected.O!
