@@ -134,7 +134,10 @@ export class Side {
       this.#bound.set(name, own[i]!)
     })
     const right = this.#form(body)
-    const limit = this.#where(where)
+    let limit = this.#where(where)
+    // a predicate of the left alone would leave the result empty
+    const names = where.some(({ free }) => over.some((name) => free.has(name)))
+    if (where.length > 0 && !names) limit += ` && ${own[0]} == ${own[0]}`
     const free = [...this.#used].filter((name) => !own.includes(name))
     for (const name of over) this.#bound.delete(name)
     this.#used = new Set([...outer, ...free])
