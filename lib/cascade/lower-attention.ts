@@ -31,6 +31,7 @@ import {
   batched,
   type Call,
   cast,
+  checkSums,
   type F32,
   has,
   hasAxes,
@@ -472,6 +473,7 @@ function weightedSum(
   const biasPlaces = biasPlacesOf(bias, [batch, head, row, m])
   const besides = (where: readonly Condition[]) =>
     new Side(ir.variables, layoutOf(layouts), names, bias, biasAxes, where, false)
+  checkSums(bias)
   const beside =
     hidden.length > 0 || (biasPlaces === undefined && !isNumber(bias, [m, ...ir.variables]))
       ? besides(hidden)

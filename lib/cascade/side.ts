@@ -1,7 +1,7 @@
 import { refuse } from '../errors.js'
 import type { Tensor } from '../tensor.js'
 import { type CascadeIR, rankOf } from './ir.js'
-import { type Atom, type Condition, type Form, rankIn, type Term } from './normal.js'
+import { type Atom, type Condition, type Factor, type Form, rankIn, type Term } from './normal.js'
 import { parse } from './parse.js'
 import { untoldRanks } from './sizes.js'
 import { runSteps } from './steps.js'
@@ -72,15 +72,12 @@ export class Side {
   #term({ coefficient, factors }: Term): string {
     let text = `(${coefficient})`
     // divided last: 0 / 0 is 0, and 1 / 0 times 0 is none
-    const ordered = [true, false].flatMap((last) =>
-      factors.filter(({ power }) => (power === -1) !== last),
-    )
-    for (const { atom, power } of ordered) {
-      const one = this.#atom(atom)
-      if (power === 1) text += ` * ${one}`
-      else if (power === -1) text += ` / ${one}`
-      else text += ` * pow(${one}, ${power})`
-    }
+    const divides = ({ power }: Factor) => power < 0 && Number.isInteger(power)
+    const [below, above] = [true, false].map((one) => factors.filter((x) => divides(x) === one))
+    for (const { atom, power } of above!)
+      text += ` * ${power === 1 ? this.#atom(atom) : `pow(${this.#atom(atom)}, ${power})`}`
+    for (const { atom, power } of below!)
+      text += ` / ${power === -1 ? this.#atom(atom) : `pow(${this.#atom(atom)}, ${-power})`}`
     return text
   }
 

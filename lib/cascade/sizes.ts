@@ -48,7 +48,8 @@ export class Sizes {
         const variable = plainVariable(index)
         if (variable !== undefined && ir.variables.includes(variable))
           this.#learn(rankOf(variable), shape[i]!, name, span)
-        else this.#underSplit(index, shape[i]!, name, span)
+        else
+          for (const whole of splitBy(ir, index)) this.#learn(rankOf(whole), shape[i]!, name, span)
       })
     }
     for (const { expr, where } of all) {
@@ -87,22 +88,6 @@ export class Sizes {
       )
     }
     if (!known) this.#sizes.set(rank, { size, source })
-  }
-
-  // K[e, m1*M0 + m0] tells the size of M, of which m1 and m0 are the parts
-  #underSplit(index: Index, size: number, name: string, span: Span): void {
-    if (index.kind !== 'expr') return
-    const parts = new Set<string>()
-    let lookedUp = false
-    visitExprs(index.expr, (one) => {
-      if (one.kind === 'name') parts.add(one.name)
-      if (one.kind === 'access') lookedUp = true
-    })
-    if (lookedUp) return
-    for (const split of this.ir.splits) {
-      if (parts.has(split.outer) && parts.has(split.inner))
-        this.#learn(rankOf(split.variable), size, name, span)
-    }
   }
 
   get(rank: string): number | undefined {
@@ -161,6 +146,20 @@ export class Sizes {
   }
 }
 
+// K[e, m1*M0 + m0] tells the size of M, of which m1 and m0 are the parts
+function splitBy(ir: CascadeIR, index: Index): string[] {
+  if (index.kind !== 'expr') return []
+  const parts = new Set<string>()
+  let lookedUp = false
+  visitExprs(index.expr, (one) => {
+    if (one.kind === 'name') parts.add(one.name)
+    if (one.kind === 'access') lookedUp = true
+  })
+  return ir.splits.flatMap(({ outer, inner, variable }) =>
+    !lookedUp && parts.has(outer) && parts.has(inner) ? [variable] : [],
+  )
+}
+
 /**
  * @internal Sizes of ranks that only read what the text makes along another one, as u does in `S[t,u] = Q[t] * K[u]` of a K
  * that is made along t.
@@ -177,7 +176,8 @@ export function tie(
     readsOf(one).flatMap(({ name, indices }) =>
       indices.flatMap((index, axis) => {
         const own = made.get(name)?.[axis]
-        const [a, b] = [plainVariable(index), own && plainVariable(own)]
+        const a = plainVariable(index) ?? splitBy(ir, index)[0]
+        const b = own && plainVariable(own)
         const apart = a !== undefined && b !== undefined && a !== b && !started.has(name)
         return apart ? [[rankOf(a), rankOf(b)] as const] : []
       }),

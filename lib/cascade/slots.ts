@@ -4,6 +4,7 @@ import type { Tensor } from '../tensor.js'
 import { type CascadeIR, rankOf, type Statement, statementsOf } from './ir.js'
 import {
   type Atom,
+  argument,
   atomForm,
   type Condition,
   type Factor,
@@ -132,16 +133,31 @@ export function operandOf(
   return { main, form: apart }
 }
 
-/** @internal Whether a form reduces over a rank. */
-export function sweeps({ terms }: Form, rank: string): boolean {
+// Whether a form has a reduction that is such
+function reduces({ terms }: Form, such: (one: Reduce) => boolean): boolean {
   const inside = (atom: Atom): boolean => {
-    if (atom.kind === 'reduce')
-      return atom.over.some((v) => rankIn(v) === rank) || sweeps(atom.body, rank)
-    if (atom.kind === 'call') return atom.args.some((arg) => sweeps(arg, rank))
-    if (atom.kind === 'sum') return sweeps(atom.form, rank)
-    return atom.kind === 'if' && (sweeps(atom.yes, rank) || sweeps(atom.no, rank))
+    if (atom.kind === 'reduce') return such(atom) || reduces(atom.body, such)
+    if (atom.kind === 'call') return atom.args.some((arg) => reduces(arg, such))
+    if (atom.kind === 'sum') return reduces(atom.form, such)
+    return atom.kind === 'if' && (reduces(atom.yes, such) || reduces(atom.no, such))
   }
   return terms.some(({ factors }) => factors.some(({ atom }) => inside(atom)))
+}
+
+/** @internal Whether a form reduces over a rank. */
+export const sweeps = (form: Form, rank: string): boolean =>
+  reduces(form, ({ over }) => over.some((v) => rankIn(v) === rank))
+
+/** @internal Refuses sums of exponentials of scores: no maximum is taken off beside an operator, which the text may do. */
+export function checkSums(form: Form): void {
+  const grows = ({ op, body }: Reduce) =>
+    op === 'sum' &&
+    body.terms.some(({ factors }) =>
+      factors.some(({ atom }) => argument(atom) && reduces(argument(atom)!, () => true)),
+    )
+  if (!reduces(form, grows)) return
+  const text = 'it sums exponentials of scores beside the operator, which may overflow'
+  throw refuse('ERR_UNSUPPORTED', 'cascade', undefined, text)
 }
 
 // The variable of an axis: an index that is one, or the only one of `heads` by which it is looked up, as in K[map[h],m,e]
@@ -188,6 +204,7 @@ export function sideOf(
   names: ReadonlyMap<string, string> = new Map(),
   where?: readonly Condition[],
 ): Side {
+  checkSums(form)
   const layout: Layout = (tensor, indices) => layouts.get(tensor)?.(indices) ?? indices
   return new Side(ir.variables, layout, names, form, left, where)
 }

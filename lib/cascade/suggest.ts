@@ -20,6 +20,7 @@ import {
 } from './ir.js'
 import { parse } from './parse.js'
 import { print, printExpr, printPredicate } from './print.js'
+import { untoldRanks } from './sizes.js'
 import { plainVariable, readsOf, validate } from './validate.js'
 
 /** A rewrite of a cascade that computes the same, in no more passes. */
@@ -48,11 +49,15 @@ export function suggest(
   analyze: (ir: CascadeIR) => Analysis,
 ): Suggestion[] {
   const suggestions: Suggestion[] = []
+  const untold = new Set(untoldRanks(ir))
   for (const { rule, draft, effect, rank } of candidates(ir, before, tile, sizes)) {
     const rewritten = print(withoutUnread(ir, draft))
     let after: Analysis
     try {
-      after = analyze(validate(parse(rewritten)))
+      const other = validate(parse(rewritten))
+      // one that asks for a size that the text tells is no help
+      if (untoldRanks(other).some((one) => !untold.has(one))) continue
+      after = analyze(other)
     } catch (error) {
       // a rewrite may need a size that its text does not fit, such as one declared for a rank that is gone
       if (error instanceof HeddleError) continue
@@ -226,6 +231,10 @@ function predicateNames(predicate: Predicate | undefined): Set<string> {
   return found
 }
 
+// Read at an index that may lie beyond the axis
+const isComputed = ({ indices }: Access): boolean =>
+  indices.some((index) => index.kind === 'expr' && index.expr.kind === 'binary')
+
 // Tensors that may have empty coordinates: what reads one is empty there, so it must not move past a sum
 function emptyable(ir: CascadeIR): Set<string> {
   const found = new Set<string>()
@@ -236,14 +245,7 @@ function emptyable(ir: CascadeIR): Set<string> {
       const summed = reduce?.over ?? []
       const wholly = where !== undefined && !summed.some((v) => bounds.has(v))
       const reads = readsOf(one)
-      const beyond = reads.some(
-        ({ name: tensor, indices }) =>
-          found.has(tensor) ||
-          indices.some(
-            ({ kind, ...index }) =>
-              kind === 'expr' && 'expr' in index && index.expr.kind === 'binary',
-          ),
-      )
+      const beyond = reads.some((read) => found.has(read.name) || isComputed(read))
       if (wholly || (summed.length === 0 && beyond)) found.add(out.name)
     }
   }
@@ -340,7 +342,7 @@ function hoist(
         const names = variablesIn(factor, ir.variables)
         let solid = true
         visitExprs(factor, (part) => {
-          if (part.kind === 'access' && empty.has(part.name)) solid = false
+          if (part.kind === 'access' && (empty.has(part.name) || isComputed(part))) solid = false
         })
         return readsTensor(factor) && solid && within.every((v) => !names.has(v))
       }

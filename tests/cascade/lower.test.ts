@@ -149,7 +149,7 @@ const empties: Record<string, readonly [operator: string, text: string]> = {
      O[p,f] = sum(m) A[p,m] * V[m,f] / D[p]   where f > 0 && m != 2`,
   ],
   'a second branch whose divisor is empty in some rows': [
-    'attention',
+    'einsum',
     `T[p,m] = sum(e) Q[p,e] * K[m,e]
      A[p,m] = exp(T[p,m])
      D[p]   = sum(m) A[p,m]
@@ -159,6 +159,18 @@ const empties: Record<string, readonly [operator: string, text: string]> = {
      N[p]   = sum(m) B[p,m]   where p < 3
      Y[p,f] = sum(m) B[p,m] * V[m,f] / N[p]
      O[p,f] = X[p,f] + Y[p,f]`,
+  ],
+  'a second branch whose divisor is 0 in some rows': [
+    'attention',
+    `T[p,m] = sum(e) Q[p,e] * K[m,e]
+     A[p,m] = exp(T[p,m])
+     D[p]   = sum(m) A[p,m]
+     X[p,f] = sum(m) A[p,m] * V[m,f] / D[p]
+     S[p,m] = sum(e) Q[p,e] * C[m,e]
+     B[p,m] = relu(S[p,m])   where p < 3
+     N[p]   = sum(m) B[p,m]
+     Z[p,f] = sum(m) B[p,m] * V[m,f] / N[p]
+     O[p,f] = X[p,f] + Z[p,f] * Z[p,f]`,
   ],
   'a sink of the first head': [
     'einsum',

@@ -287,6 +287,39 @@ describe('suggestions', () => {
     const after = cascade(rewritten).evaluate({ ...inputs, O: O! }).dQ!
     expect(maxError(after.data, before.data)).toBeLessThan(1e-12)
   })
+
+  it('know where a text may read beyond an axis, and sizes of ranks that read what it makes', () => {
+    const shapes = { Q: [5, 3], K: [9, 3], V: [9, 2] }
+    const inputs = Object.fromEntries(
+      Object.entries(shapes).map(([name, shape]) => [
+        name,
+        { data: rng.normals(shape[0]! * shape[1]!), shape },
+      ]),
+    )
+    const later = `
+      N[p]   = sum(e) Q[p,e] * Q[p,e]
+      A[p,m] = sum(e) Q[p,e] * K[m,e] / N[p + 1]
+      O[p,f] = sum(m) exp(A[p,m]) * V[m,f]`
+    const stick = `
+      S[p,m] = sum(e) Q[p,e] * K[m,e]
+      L[p,j] = softplus(S[p,j])
+      C[p,m] = sum(j) L[p,j]   where j > m && j <= p
+      O[p,f] = sum(m) exp(S[p,m] - C[p,m]) * V[m,f]   where m <= p`
+    for (const [text, wanted] of [
+      [later, []],
+      [stick, ['partition']],
+    ] as const) {
+      const { O } = cascade(text).evaluate(inputs)
+      const { suggestions } = cascade(text).analyze({ machine })
+      const rules = suggestions.map(({ rule }) => rule)
+      expect(rules).toEqual(expect.arrayContaining([...wanted]))
+      if (wanted.length === 0) expect(rules).not.toContain('defer-division')
+      for (const { rule, rewritten } of suggestions) {
+        const other = cascade(rewritten).evaluate(inputs)
+        expect(maxError(other.O!.data, O!.data), rule).toBeLessThan(1e-9 * largest(O!.data))
+      }
+    }
+  })
 })
 
 const machine = {
