@@ -89,7 +89,7 @@ export interface SvgOptions {
  * it. Lists live on the device; making and joining masks waits for nothing.
  */
 export interface Mask {
-  /** Sequences of the batch: `b`, or as many as are packed. */
+  /** Sequences of the batch: `b`, 1 that holds for all, or as many as are packed. */
   readonly sequences: number
   /** 1 (shared by all), hk (by the queries of a kv head) or hq. */
   readonly heads: number

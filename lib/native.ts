@@ -174,7 +174,9 @@ export function run(name: string, named: Record<string, unknown>): (Tensor | und
     shared[2 * tensors + 1] = value.handle
     tensors++
   }
-  if (explaining) throw new Explained(native.explain(entry.index, tensors, ...values))
+  // copies of operands come before what is asked about
+  if (explaining && name !== 'copy')
+    throw new Explained(native.explain(entry.index, tensors, ...values))
   const count = native.run(entry.index, tensors, ...values)
   const outputs = new Array<Tensor | undefined>(count)
   for (let i = 0, at = 0; i < count; i++) {

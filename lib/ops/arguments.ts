@@ -76,6 +76,7 @@ export function maskArguments(
   q: Tensor,
   k: Tensor,
   { causal, blockTable }: { causal?: boolean | undefined; blockTable?: Tensor | undefined },
+  made: Tensor[],
 ): Record<string, unknown> {
   checkMask(op, mask)
   const pages = blockTable instanceof Tensor ? (blockTable.shape[1] ?? 1) : 1
@@ -97,18 +98,34 @@ export function maskArguments(
       `causal must be as the mask has it, ${mask.causal}, got ${show(causal)}`,
     )
   }
+  const own = mask.cuSeqlensQ ? 1 : mask.sequences
+  const [b = 0] = q.shape
+  const held = [mask.blocks, mask.columns, mask.diagonals, mask.bounds]
+  const apart = own !== b && held.some((one) => one !== undefined)
+  if (apart && own !== 1) {
+    const text = `mask must be of 1 sequence or of b = ${b}, got one of ${own}`
+    throw refuse('ERR_SHAPE', op, 'mask', text)
+  }
+  // one sequence's holds for all
+  const all = (one: Tensor | undefined): Tensor | undefined => {
+    if (!apart || one === undefined || mask.cuSeqlensQ) return one
+    const wide = one.expand([b, ...one.shape.slice(1)])
+    const copy = wide.contiguous()
+    made.push(wide, copy)
+    return copy
+  }
   return {
     masked: true,
     causal: mask.causal,
-    maskBlocks: mask.blocks,
-    maskIndex: mask.lists?.index,
-    maskCount: mask.lists?.count,
+    maskBlocks: all(mask.blocks),
+    maskIndex: all(mask.lists?.index),
+    maskCount: all(mask.lists?.count),
     recentK: mask.lists?.recent?.k,
     recentV: mask.lists?.recent?.v,
     recentFrom: mask.lists?.recent?.from,
-    maskColumns: mask.columns,
-    maskDiagonals: mask.diagonals,
-    maskBounds: mask.bounds,
+    maskColumns: all(mask.columns),
+    maskDiagonals: all(mask.diagonals),
+    maskBounds: all(mask.bounds),
     maskBlockQ: mask.block[0],
     maskBlockK: mask.block[1],
     maskWindow: mask.window,

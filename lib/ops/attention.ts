@@ -36,7 +36,10 @@ export interface AttentionOptions {
   softCap?: number | undefined
   /** One per query head, f32: `slope * (key position - row position)` is added to the score (ALiBi). */
   slopes?: Tensor<'float32'> | readonly number[] | undefined
-  /** One logit per query head, f32, that takes part in the normaliser and has no value (0 is the off-by-one softmax). */
+  /**
+   * One logit per query head, f32, whose exponential is added to the sum that weights are divided by, and which has no
+   * value (0 is the off-by-one softmax).
+   */
   sink?: Tensor<'float32'> | readonly number[] | undefined
   /** Where each packed sequence of q begins, then the total; q is [1, total, hq, d]. Goes with `cuSeqlensK`. */
   cuSeqlensQ?: Tensor<'int32'> | readonly number[] | undefined
@@ -169,7 +172,7 @@ function prepare(
   const { device, shape } = q
   const { mask } = call
   if (call.weights !== undefined) call.normalise ??= divides(call.weights)
-  if (mask !== undefined) Object.assign(call, maskArguments(op, mask, q, k, call))
+  if (mask !== undefined) Object.assign(call, maskArguments(op, mask, q, k, call, made))
   const place = (name: string, placed: Tensor | undefined) => {
     if (placed) call[name] = placed
   }

@@ -4,6 +4,7 @@ import {
   attention,
   attentionBackward,
   type Device,
+  explain,
   type FloatDType,
   Mask,
   merge,
@@ -402,6 +403,53 @@ describeDevices('attention over a mask', (device) => {
       const dirty = await bytes(attention(q.tensor, k.tensor, v.tensor, { mask }).out)
       expect(Buffer.compare(clean, dirty)).toBe(0)
     })
+  })
+
+  it('holds for every sequence of a batch if it is of one', async () => {
+    const rng = random(96)
+    const [b, sq, sk] = [3, 20, 33]
+    const draw = async (s: number) => (await sample(rng, [b, s, 2, 16], 'float32', device)).tensor
+    const [q, k, v, dout] = [await draw(sq), await draw(sk), await draw(sk), await draw(sq)]
+    const about = { sq, sk, block: 8, device }
+    const masks = [
+      Mask.fromTokens({ columns: [0, 3], diagonals: [0, 5] }, about),
+      Mask.fromDocuments([0, 20, sk], about),
+      Mask.fromBlocks(
+        tensor(
+          Uint8Array.from({ length: 15 }, () => rng.below(2)),
+          [1, 1, 3, 5],
+          { device },
+        ),
+        about,
+      ),
+    ]
+    for (const mask of masks) {
+      const { out, lse } = attention(q, k, v, { mask })
+      const { dk } = attentionBackward(q, k, v, out, lse, dout, { mask })
+      const of = (x: Tensor, i = 0) => x.slice(0, i, i + 1) as Tensor<'float32'>
+      for (let i = 0; i < b; i++) {
+        const own = attention(of(q, i), of(k, i), of(v, i), { mask })
+        expect(await of(out, i).read()).toEqual(await own.out.read())
+        const back = attentionBackward(
+          of(q, i),
+          of(k, i),
+          of(v, i),
+          own.out,
+          own.lse,
+          of(dout, i),
+          { mask },
+        )
+        expect(maxError(await of(dk, i).read(), await back.dk.read())).toBeLessThan(1e-5)
+      }
+      // what is explained is attention, not the copy of what is shared
+      const own = explain(attention, of(q), of(k), of(v), { mask }).variant
+      expect(explain(attention, q, k, v, { mask }).variant).toBe(own)
+    }
+    const table = tensor(new Uint8Array(2 * 15), [2, 1, 3, 5], { device })
+    const two = Mask.fromBlocks(table, about)
+    expect((await failure(() => attention(q, k, v, { mask: two }))).message).toBe(
+      'attention: mask must be of 1 sequence or of b = 3, got one of 2',
+    )
   })
 
   it('keeps packed sequences apart', async () => {
