@@ -1,8 +1,8 @@
 import { checkInteger, checkNumber, checkOptions, mustBe, offsetNumbers } from '../check.js'
 import type { FloatDType } from '../dtype.js'
-import { type Mask, makeMask } from '../mask.js'
+import { checkMask, type Mask, makeMask } from '../mask.js'
 import { run } from '../native.js'
-import { type AttentionResult, attention } from '../ops/attention.js'
+import { type AttentionOptions, type AttentionResult, attention } from '../ops/attention.js'
 import { scope } from '../scope.js'
 import { checkTensor, empty, type Tensor } from '../tensor.js'
 import { everything, lengthsOf, type PackedOptions, perSequence, under } from './packed.js'
@@ -209,10 +209,16 @@ export async function achievedMass<D extends FloatDType>(
   mask: Mask,
   options: { scale?: number | undefined } = {},
 ): Promise<number[]> {
-  checkOptions('achievedMass', options, new Set(['scale']))
+  const op = 'achievedMass'
+  checkTensor(op, 'q', q)
+  checkTensor(op, 'k', k)
+  checkMask(op, mask)
+  checkOptions(op, options, new Set(['scale']))
   const { cuSeqlensQ, cuSeqlensK, causal } = mask
-  const sparse = attention(q, k, k, { ...options, mask })
-  const dense = attention(q, k, k, { ...options, causal, cuSeqlensQ, cuSeqlensK })
+  const attend = (more: AttentionOptions) =>
+    under(op, () => attention(q, k, k, { ...options, ...more }))
+  const sparse = attend({ mask })
+  const dense = attend({ causal, cuSeqlensQ, cuSeqlensK })
   const [own, all] = await Promise.all([sparse.lse.read(), dense.lse.read()])
   for (const { out, lse } of [sparse, dense]) for (const tensor of [out, lse]) tensor.dispose()
   const [b = 0, sq = 0, heads = 0] = q.shape

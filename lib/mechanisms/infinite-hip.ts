@@ -1,8 +1,9 @@
-import { checkInteger } from '../check.js'
+import { checkInteger, checkOptions } from '../check.js'
 import type { FloatDType } from '../dtype.js'
 import type { Mask } from '../mask.js'
-import { type HipOptions, type HipRope, hip, hipStages } from '../ops/hip.js'
+import { type HipOptions, type HipRope, hip, hipStages, knownHip } from '../ops/hip.js'
 import type { Tensor } from '../tensor.js'
+import { under } from './packed.js'
 
 /** Settings of {@link infiniteHip}, by what they trade. */
 export const infiniteHipPresets = {
@@ -49,7 +50,8 @@ export function infiniteHip<D extends FloatDType>(
   k: Tensor<D>,
   options: HipOptions = {},
 ): Mask {
-  return hip(q, k, { stages: hipStages, ...options })
+  checkOptions('infiniteHip', options, knownHip)
+  return under('infiniteHip', () => hip(q, k, { stages: hipStages, ...options }))
 }
 
 /**

@@ -1,6 +1,6 @@
 import { checkInteger, checkOptions, elements, mustBe } from '../check.js'
 import type { FloatDType } from '../dtype.js'
-import { refuse } from '../errors.js'
+import { named, refuse } from '../errors.js'
 import { firstBits, type Mask, makeMask } from '../mask.js'
 import { keepBits } from '../ops/keep.js'
 import { probe } from '../ops/probe.js'
@@ -51,7 +51,7 @@ export function minference<D extends FloatDType>(
   checkTensor(op, 'k', k)
   checkOptions(op, options, known)
   const { patterns: given = [usual], ...packed } = options
-  checkRanks(op, q, k)
+  checkRanks(op, { q, k })
   const heads = q.shape[2]!
   const kvHeads = k.shape[2] ?? 0
   if (heads % kvHeads !== 0)
@@ -153,7 +153,8 @@ export async function findPatterns<D extends FloatDType>(
     throw mustBe('findPatterns', 'candidates', 'a list of patterns', candidates)
   const masses: number[][] = []
   for (const pattern of candidates) {
-    using mask = minference(q, k, { patterns: [pattern] })
+    const select = () => minference(q, k, { patterns: [pattern] })
+    using mask = named('findPatterns', select, 'minference')
     masses.push(await achievedMass(q, k, mask))
   }
   return masses[0]!.map((_, head) => {

@@ -21,16 +21,16 @@ export function everything(
   return Mask.fromWindow({ sinkTokens: sk }, { sq, sk, block })
 }
 
-/** @internal */
-export function checkRanks(op: string, q: Tensor, k: Tensor): void {
-  for (const [name, { rank, shape }] of Object.entries({ q, k }))
+/** @internal Refuses tensors that are not [b, s, h, d]. */
+export function checkRanks(op: string, tensors: Readonly<Record<string, Tensor>>): void {
+  for (const [name, { rank, shape }] of Object.entries(tensors))
     if (rank !== 4)
       throw refuse('ERR_SHAPE', op, name, `${name} must be [b, s, h, d], got [${shape.join(', ')}]`)
 }
 
 /** @internal Lengths of the call, which a selector refuses where queries outnumber keys. */
 export function lengthsOf(op: string, q: Tensor, k: Tensor): { sq: number; sk: number } {
-  checkRanks(op, q, k)
+  checkRanks(op, { q, k })
   const [sq = 0, sk = 0] = [q.shape[1], k.shape[1]]
   checkLengths(op, sq, sk)
   return { sq, sk }
@@ -57,7 +57,7 @@ export function packedMask(
   block: readonly [number, number],
   { cuSeqlensQ, cuSeqlensK }: PackedOptions,
 ): Mask {
-  checkRanks(op, q, k)
+  checkRanks(op, { q, k })
   const [[b = 0, sq = 0], [, sk = 0]] = [q.shape, k.shape]
   if (b !== 1) throw refuse('ERR_SHAPE', op, 'cuSeqlensQ', `b must be 1 with cuSeqlensQ, got ${b}`)
   const mask = under(op, () => Mask.fromWindow({}, { sq, sk, block, cuSeqlensQ, cuSeqlensK }))

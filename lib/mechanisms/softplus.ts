@@ -13,7 +13,7 @@ import { add } from '../ops/elementwise.js'
 import { merge } from '../ops/merge.js'
 import { scope } from '../scope.js'
 import { checkTensor, full, type Tensor, zeros } from '../tensor.js'
-import { under } from './packed.js'
+import { checkRanks, under } from './packed.js'
 
 /**
  * What {@link softplusAttention} computes for one head, with `off = sk - sq` and an offset of 1: row p sees
@@ -190,7 +190,8 @@ const levelOf = <D extends FloatDType>(
 // The options of attention that both passes have, and those of the second one
 function recipe(op: string, tensors: Record<string, Tensor>, options: SoftplusOptions) {
   for (const [name, x] of Object.entries(tensors)) checkTensor(op, name, x)
-  const q = tensors.q!
+  const { q, k, v } = tensors as { q: Tensor; k: Tensor; v: Tensor }
+  checkRanks(op, { q, k, v })
   checkOptions(op, options, known)
   const { reweight = true, power = 15, offset = 1, qkNorm = true, eps = 0, ...rest } = options
   const { logD = Math.log(q.shape[3]!), scale = 1, causal = true, ...keys } = rest

@@ -1,6 +1,6 @@
 import { checkInteger, checkOptions, elements, mustBe } from '../check.js'
 import type { FloatDType } from '../dtype.js'
-import { refuse } from '../errors.js'
+import { named, refuse } from '../errors.js'
 import { blockRows, type GatheredLists, type Mask, makeMask } from '../mask.js'
 import { lengthsOf, type PackedOptions, packedMask } from '../mechanisms/packed.js'
 import { run } from '../native.js'
@@ -433,7 +433,8 @@ export function hipLists<D extends FloatDType>(
   const settings = hipSettings(op, options)
   const made: Tensor[] = []
   try {
-    return listsOf(checkKeys(op, q, k, options, settings, made), settings)
+    const keys = checkKeys(op, q, k, options, settings, made)
+    return named(op, () => listsOf(keys, settings), 'hip')
   } finally {
     for (const tensor of made) tensor.dispose()
   }

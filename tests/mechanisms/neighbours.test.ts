@@ -3,12 +3,15 @@ import {
   attention,
   findPatterns,
   flexPrefill,
+  hipLists,
+  infiniteHip,
   type Mask,
   type MInferencePattern,
   minference,
   mul,
   type PackedOptions,
   sampled,
+  softplusAttention,
   streaming,
   type Tensor,
   tensor,
@@ -111,6 +114,27 @@ describeDevices('mechanisms', (device) => {
       [
         () => minference(q.select(0, 0), k.select(0, 0)),
         'minference: q must be [b, s, h, d], got [300, 4, 16]',
+      ],
+      [
+        () => achievedMass(q, k, undefined as never),
+        'achievedMass: mask must be a mask, got undefined',
+      ],
+      [
+        () => achievedMass(q, k, streaming(q.slice(1, 1), k)),
+        'achievedMass: mask must be of sq = 300 and sk = 300, got one of 299 and 300',
+      ],
+      [
+        () => findPatterns(q, k, [{ kind: 'block-sparse' } as never]),
+        'findPatterns: patterns[0].topBlocks must be an integer at least 0, got undefined',
+      ],
+      [() => infiniteHip(q, k, { topK: 7 }), 'infiniteHip: topK must be a multiple of'],
+      [
+        () => hipLists(q, k.cast('bfloat16') as never, { topK: 16 }),
+        'hipLists: k must be float32, got bfloat16',
+      ],
+      [
+        () => softplusAttention(q, k, k.reshape([300, 2, 16])),
+        'softplusAttention: v must be [b, s, h, d], got [300, 2, 16]',
       ],
     ] as const
     for (const [call, message] of cases) expect((await failure(call)).message).toContain(message)
