@@ -127,6 +127,12 @@ class Analyzer {
   run(advise: boolean): Analysis {
     const passes: Record<string, RankPasses> = {}
     for (const family of this.#graph.families) passes[family.name] = rankPasses(this.#graph, family)
+    // Windows, as of K[u*4 + r], have a rank of their own, over which more may be done than over what they are cut from
+    for (const { name, levels } of this.ir.families) {
+      if (passes[name]) continue
+      const own = rankPasses(this.#graph, { name, levels })
+      if (own.headline > 1) passes[name] = own
+    }
     const work = this.#graph.nodes.map((node) => ({ node, work: this.#work(node) }))
     const flops = work
       .filter(

@@ -301,6 +301,21 @@ describe('passes of published algorithms', () => {
     expect(passes.AB).toMatchObject({ headline: 2, perLevel: { a: 2, b: 2 } })
   })
 
+  it('lists windows as a rank of their own where they are swept again', () => {
+    const text = `
+      C[u,e] = sum(r) K[u*4 + r, e] * w[r]
+      A[p,u] = sum(e) Q[p,e] * C[u,e]   where u*4 + 7 <= p
+      N[p,u] = exp(A[p,u])
+      D[p]   = sum(u) N[p,u]
+      O[p,f] = sum(u) N[p,u] * V[u,f] / D[p]`
+    const { passes, suggestions } = cascade(text).analyze()
+    expect(passes.UR!.headline).toBe(1)
+    expect(passes.U!.perTensor).toMatchObject({ C: 2, A: 2, N: 2, V: 1 })
+    expect(suggestions[0]!.effect).toContain('U: 2 -> 1 passes')
+    const deferred = cascade(suggestions[0]!.rewritten).analyze()
+    expect(deferred.passes.U).toBeUndefined()
+  })
+
   it('a sum over a prefix is told, and is no barrier', () => {
     const { passes, warnings } = cascade(
       'S[i] = sum(k) A[k] where k <= i\nZ[k] = A[k] * S[k]',
