@@ -33,7 +33,7 @@ struct PooledArgs90 {
 
 template <int kD> struct PooledSmem {
   sm90::Tile<kPooledColumns, kD> means[kPooledStages];
-  uint32_t bins[kShareBins];
+  uint32_t bins[kShareBins + 1];  // the last of what nobody sees
   sm90::Barrier full[kPooledStages], empty[kPooledStages];
 };
 
@@ -74,6 +74,8 @@ __global__ void __launch_bounds__(kPooledThreads90, 1)
     smem.bins[i] = 0;
   __syncthreads();
   await_previous();
+  // What does not need this one, only those before it, begins where it has no CTAs
+  let_next_begin();
 
   if (warpgroup == 0) {
     lower_registers<40>();
@@ -81,7 +83,7 @@ __global__ void __launch_bounds__(kPooledThreads90, 1)
       const int group = static_cast<int>(op.q.shape[2] / op.k.shape[2]);
       Turn<kPooledStages> turn(0);
       // Rows come as tile -1
-      for (int n = -1; n < 2 * tiles; ++n)
+      for (int n = -1; n < (tiles > 1 ? 2 * tiles : 1); ++n)
         for (int plane = 0; plane < kMeanPlanes; ++plane) {
           smem.empty[turn.stage].wait(turn.parity ^ 1);
           smem.full[turn.stage].arrive_expect(smem.means[0].kBytes);
@@ -119,53 +121,65 @@ __global__ void __launch_bounds__(kPooledThreads90, 1)
     release(turn.stage);
     turn.advance();
   }
-  // Calls body(x, below, c) for the scores of two columns
-  const auto walk = [&](const auto& begin, const auto& body) {
+  // Warpgroups multiply one after the other, so that one has exponentials meanwhile
+  const auto take_turn = [&] {
+    if (groups == 2) named_barrier_sync(2 + own, 256);
+  };
+  const auto pass_turn = [&] {
+    if (groups == 2) named_barrier_arrive(3 - own, 256);
+  };
+  if (own == 1) pass_turn();
+  // Scores of the columns from `column` on
+  const auto multiply = [&](int column) {
+#pragma unroll
+    for (int plane = 0; plane < kMeanPlanes; ++plane, turn.advance())
+      smem.full[turn.stage].wait(turn.parity);
+    take_turn();
+    wgmma_fence(acc);
+#pragma unroll
+    for (int plane = 0; plane < kMeanPlanes; ++plane)
+#pragma unroll
+      for (int other = 0; other < kMeanPlanes - plane; ++other)
+#pragma unroll
+        for (int d = 0; d < kD; d += 16)
+          wgmma<DType::kBF16, Major::kK>(acc, frag_q[other][d / 16],
+                                         smem.means[turn.before(kMeanPlanes - plane)].k_major(0, d),
+                                         plane + other + d > 0);
+    wgmma_commit();
+    wgmma_wait<0>(acc);
+    pass_turn();
+#pragma unroll
+    for (int plane = 0; plane < kMeanPlanes; ++plane) release(turn.before(kMeanPlanes - plane));
+#pragma unroll
+    for (int i = 0; i < 64; ++i) {
+      const int c = column + i / 4 * 8 + i % 2;
+      acc[i] = c < seen[i / 2 % 2] ? acc[i] * args.scale_log2 : -INFINITY;
+    }
+  };
+  // Calls body(column) where the scores from there on are known. Those of a single tile stay.
+  const auto walk = [&](bool multiplies, const auto& body) {
 #pragma unroll 1
     for (int column = lane % 4 * 2; column < tiles * kPooledColumns; column += kPooledColumns) {
-#pragma unroll
-      for (int plane = 0; plane < kMeanPlanes; ++plane, turn.advance())
-        smem.full[turn.stage].wait(turn.parity);
-      wgmma_fence(acc);
-#pragma unroll
-      for (int plane = 0; plane < kMeanPlanes; ++plane)
-#pragma unroll
-        for (int other = 0; other < kMeanPlanes - plane; ++other)
-#pragma unroll
-          for (int d = 0; d < kD; d += 16)
-            wgmma<DType::kBF16, Major::kK>(
-                acc, frag_q[other][d / 16],
-                smem.means[turn.before(kMeanPlanes - plane)].k_major(0, d), plane + other + d > 0);
-      wgmma_commit();
-      wgmma_wait<0>(acc);
-#pragma unroll
-      for (int plane = 0; plane < kMeanPlanes; ++plane) release(turn.before(kMeanPlanes - plane));
-#pragma unroll
-      for (int i = 0; i < 64; ++i) {
-        const int c = column + i / 4 * 8 + i % 2;
-        acc[i] = c < seen[i / 2 % 2] ? acc[i] * args.scale_log2 : -INFINITY;
-      }
-      begin();
-#pragma unroll
-      for (int i = 0; i < 64; i += 2) body(acc[i], acc[i + 1], i / 2 % 2, column + i / 4 * 8);
+      if (multiplies) multiply(column);
+      body(column);
     }
   };
 
   float top[2] = {-3e38f, -3e38f}, sum[2] = {};
-  walk(
-      [&] {
-        float next[2] = {top[0], top[1]};
+  walk(true, [&](int) {
+    float next[2] = {top[0], top[1]};
 #pragma unroll
-        for (int i = 0; i < 64; ++i) next[i / 2 % 2] = fmaxf(next[i / 2 % 2], acc[i]);
+    for (int i = 0; i < 64; ++i) next[i / 2 % 2] = fmaxf(next[i / 2 % 2], acc[i]);
 #pragma unroll
-        for (int below = 0; below < 2; ++below) {
-          sum[below] *= sm90::exp2_approx(top[below] - next[below]);
-          top[below] = next[below];
-        }
-      },
-      [&](float x, float y, int below, int) {
-        sum[below] += sm90::exp2_approx(x - top[below]) + sm90::exp2_approx(y - top[below]);
-      });
+    for (int below = 0; below < 2; ++below) {
+      sum[below] *= sm90::exp2_approx(top[below] - next[below]);
+      top[below] = next[below];
+    }
+#pragma unroll
+    for (int i = 0; i < 64; i += 2)
+      sum[i / 2 % 2] += sm90::exp2_approx(acc[i] - top[i / 2 % 2]) +
+                        sm90::exp2_approx(acc[i + 1] - top[i / 2 % 2]);
+  });
   // Four lanes have a row
 #pragma unroll
   for (int below = 0; below < 2; ++below) {
@@ -176,17 +190,22 @@ __global__ void __launch_bounds__(kPooledThreads90, 1)
     top[below] = most + log2f(total);
   }
   float* score = static_cast<float*>(op.score.data) + (int64_t{head} * rows + row) * columns;
-  const auto put = [&](float share, int below, int c) {
-    if (c >= seen[below]) return;
-    score[int64_t{8} * below * columns + c] = share;
-    atomicAdd(&smem.bins[share_bin(share)], 1);
-  };
-  walk([] {},
-       [&](float x, float y, int below, int c) {
-         put(sm90::exp2_approx(x - top[below]), below, c);
-         put(sm90::exp2_approx(y - top[below]), below, c + 1);
-       });
+  // No branches: what is behind one would wait for what is before it
+  walk(tiles > 1, [&](int column) {
+    float* const to[2] = {score + column, score + int64_t{8} * columns + column};
+#pragma unroll
+    for (int i = 0; i < 64; ++i) acc[i] = sm90::exp2_approx(acc[i] - top[i / 2 % 2]);
+#pragma unroll
+    for (int i = 0; i < 64; ++i) {
+      const int below = i / 2 % 2, c = i / 4 * 8 + i % 2;
+      const bool sees = c < seen[below] - column;
+      if (sees) to[below][c] = acc[i];
+      atomicAdd(&smem.bins[sees ? share_bin(acc[i]) : kShareBins], 1);
+    }
+  });
+  if (own == 0) take_turn();
   named_barrier_sync(1, 128 * groups);
+#pragma unroll 8
   for (int i = static_cast<int>(threadIdx.x) - 128; args.bins && i < kShareBins; i += 128 * groups)
     if (smem.bins[i] != 0) atomicAdd(&args.bins[int64_t{head} * kShareBins + i], smem.bins[i]);
 }
