@@ -17,15 +17,26 @@ struct LineStrips {
   HEDDLE_HD float* of(int64_t head, int64_t strip) const {
     return distances + (head * count + strip) * (length + 128);
   }
-  // At the distance from which query 0 would see key `from`, which may be negative
-  HEDDLE_HD float sum(int64_t head, int64_t from) const {
+  // The mass at the distance from which query 0 would see key `from`, which may be negative: in one
+  // strip, or in that and the next
+  struct Parts {
+    const float* first;
+    bool two;
+    int64_t apart;
+
+    HEDDLE_HD float second() const { return first[two ? apart : 0]; }
+    HEDDLE_HD float sum(float first, float second) const { return first + (two ? second : 0); }
+  };
+  HEDDLE_HD Parts parts(int64_t head, int64_t from) const {
     // Keys have fewer than 2^32 numbers, which makes dividing them cheap. A strip has no fewer than
     // 128, so that two have all of a distance.
     const uint32_t begin = from > 0 ? static_cast<uint32_t>(from) : 0;
     const int64_t s = begin / static_cast<uint32_t>(length), end = (s + 1) * length;
-    const float* own = of(head, s) + end - from;
-    const float more = s + 1 < count && end < from + 128 ? own[2 * length + 128] : 0;
-    return *own + more;
+    return {of(head, s) + end - from, s + 1 < count && end < from + 128, 2 * length + 128};
+  }
+  HEDDLE_HD float sum(int64_t head, int64_t from) const {
+    const Parts own = parts(head, from);
+    return own.sum(*own.first, own.second());
   }
 };
 
@@ -71,6 +82,7 @@ struct LinesCall {
   LinesPlan plan;
   float2* stats;            // [b hq, parts, 128] largest score and sum, in powers of 2
   LineStrips strips;        // eight of a part
+  int* counters;            // [items, 2] at zero before and behind
   MeanArgs mean_q, mean_k;  // whose blocks are averaged, if any
 };
 
