@@ -17,6 +17,8 @@
 // A head whose statistics are not finite lists everything.
 namespace heddle {
 
+constexpr int64_t kFlexSlack = 256;  // numbers behind the map that may be read, whatever they are
+
 // What is decided on, of all heads; Probe says what the first three hold
 struct FlexTask {
   FlexPrefill op;
@@ -40,7 +42,7 @@ struct FlexTask {
         nk(op.columns()),
         whole(sq % op.block == 0) {
     lines = allocate(heads * 2 * sk);
-    map = allocate(heads * rows * nk);
+    map = allocate(heads * rows * nk + kFlexSlack);
     work = allocate(heads * 3 * (nk + 1));
     estimate = whole ? map + (rows - 1) * nk : allocate(heads * nk);
   }
@@ -100,6 +102,8 @@ struct FlexMemory {
   float parts[256];
   float divergence;
   bool finite;
+  static constexpr int kWords = 512;
+  int32_t words[kWords];  // which columns and bands are listed, if these are no more
 };
 
 // Tokens whose masses add up to that of a block: `line` 0 is of keys, 1 of distances. A distance of
@@ -190,7 +194,9 @@ HEDDLE_HD void flexprefill_head(const Team& own, const Group& all, const FlexTas
   const float* map = task.map + head * rows * nk;
   float* vertical = task.work + head * 3 * (nk + 1);
   float* slash = vertical + nk + 1;
-  auto* column_bits = reinterpret_cast<int32_t*>(slash + nk + 1);
+  int32_t* column_bits = 2 * line_words <= FlexMemory::kWords
+                             ? memory.words
+                             : reinterpret_cast<int32_t*>(slash + nk + 1);
   int32_t* band_bits = column_bits + line_words;
   int32_t* bits = static_cast<int32_t*>(op.blocks.data) + head * rows * words;
   const int64_t ahead = sk - task.sq;
@@ -200,28 +206,40 @@ HEDDLE_HD void flexprefill_head(const Team& own, const Group& all, const FlexTas
     return x < least ? least : x > most ? most : x;
   };
 
-  own.each(256, [&](int64_t i) {
-    if (i == 0) memory.finite = true;
+  constexpr int64_t kParts = sizeof memory.parts / sizeof memory.parts[0], kAhead = 4;
+  own.each(1, [&](int64_t) { memory.finite = true; });
+  // All that waits for memory at once
+  own.each(kParts > nk ? kParts : nk, [&](int64_t i) {
+    // What is not finite in a mean of q makes the first score of its row so, in one of k the
+    // estimate
+    const float first = map[(i < rows ? i : 0) * nk];
+    bool finite = first - first == 0;
+    if (i < nk) {
+      const float sum = estimate[i] + vertical[i] + slash[i];
+      finite = finite && sum - sum == 0;
+    }
+    if (!finite) memory.finite = false;
+    if (i >= kParts) return;
     float sum = 0;
-    for (int64_t c = i; c < nk; c += 256) {
-      const float a = estimate[c], v = vertical[c], m = (a + v) / 2;
-      // 0 log 0 is 0 but in the released code, where it is NaN and the head not query-aware
-      if (op.coverage ? a > 0 : true) sum += a * logf(a / m);
-      if (op.coverage ? v > 0 : true) sum += v * logf(v / m);
+    for (int64_t c = i; c < nk; c += kAhead * kParts) {
+      float estimates[kAhead], masses[kAhead];
+      for (int64_t j = 0; j < kAhead; ++j) {
+        const int64_t at = c + j * kParts < nk ? c + j * kParts : nk - 1;
+        estimates[j] = estimate[at];
+        masses[j] = vertical[at];
+      }
+      for (int64_t j = 0; j < kAhead && c + j * kParts < nk; ++j) {
+        const float a = estimates[j], v = masses[j], m = (a + v) / 2;
+        // 0 log 0 is 0 but in the released code, where it is NaN and the head not query-aware
+        if (op.coverage ? a > 0 : true) sum += a * logf(a / m);
+        if (op.coverage ? v > 0 : true) sum += v * logf(v / m);
+      }
     }
     memory.parts[i] = sum;
   });
-  own.each(nk, [&](int64_t c) {
-    const float sum = estimate[c] + vertical[c] + slash[c];
-    if (!(sum - sum == 0)) memory.finite = false;
-  });
-  // What is not finite in a mean of q makes the first score of its row so, in one of k the estimate
-  own.each(rows, [&](int64_t row) {
-    if (!(map[row * nk] - map[row * nk] == 0)) memory.finite = false;
-  });
   own.each(1, [&](int64_t) {
     float sum = 0;
-    for (const float part : memory.parts) sum += part;
+    for (int64_t i = 0; i < kParts && i < nk; ++i) sum += memory.parts[i];
     memory.divergence = sqrtf(sum > 0 ? sum / 2 : sum != sum ? sum : 0);
     static_cast<float*>(op.divergence.data)[head] = memory.divergence;
   });
@@ -260,7 +278,8 @@ HEDDLE_HD void flexprefill_head(const Team& own, const Group& all, const FlexTas
   uint64_t least_of[2];
   for (int line = 0; line < 2; ++line)
     least_of[line] = best(line ? slash : vertical, line ? distances : columns);
-  all.words(
+  // Whoever works on a head finds all of them: that takes less time than waiting for others
+  own.words(
       2 * line_words,
       [&](int64_t i, int64_t bit) {
         const bool band = i >= line_words;

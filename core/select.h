@@ -61,6 +61,17 @@ struct Digit {
   }
   HEDDLE_HD bool has(uint64_t rank) const { return rank != 0 && (rank & known) == prefix; }
   HEDDLE_HD int of(uint64_t rank) const { return static_cast<int>(rank >> shift & 255); }
+  // Of the ranks that have it
+  HEDDLE_HD void add(int digit) {
+    prefix |= static_cast<uint64_t>(digit) << shift;
+    known |= uint64_t{255} << shift;
+  }
+  // The digit below
+  HEDDLE_HD Digit next() const {
+    Digit digit = *this;
+    digit.shift = shift < 8 ? 0 : shift - 8;
+    return digit;
+  }
 };
 
 // Invisible scores (-inf) have rank 0; NaN comes last among the visible, and -0 equals 0
@@ -138,15 +149,14 @@ HEDDLE_HD Cut select(const Team& team, int64_t n, Wanted wanted, const Rank& ran
   unsigned long long above = 0;
   if (wanted.amount == 0) return {~uint64_t{0}, 0, ~uint64_t{0}};
   if (n <= team.few_of(wanted)) return team.few(bins, n, wanted, rank, mass);
-  for (;; digit.shift = digit.shift < 8 ? 0 : digit.shift - 8) {
+  for (;; digit = digit.next()) {
     team.count(bins, n, digit, wanted.by_mass, rank, mass);
     // Every thread learns the same, and all are through before the bins are cleared
     const int found = team.crossing(bins, wanted, above);
     const unsigned long long held = found < 0 ? 0 : bins.count[found];
     team.wait();
     if (found < 0) return {1, above};
-    digit.prefix |= static_cast<uint64_t>(found) << digit.shift;
-    digit.known |= uint64_t{255} << digit.shift;
+    digit.add(found);
     // The whole bin is wanted, or all of its ranks give one answer: other digits do not matter
     if (digit.shift == 0 || (above + 1) / wanted.grain == (above + held) / wanted.grain ||
         (!wanted.by_mass && held == wanted.amount))

@@ -146,8 +146,10 @@ struct CtaTeam {
       uint64_t ranks[kAhead];
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
+        // a rank that waits for a condition would be waited for before the next
         const int64_t at = first + i * step;
-        ranks[i] = at < n ? rank(at) : 0;
+        const uint64_t own = rank(min(at, n - 1));
+        ranks[i] = at < n ? own : 0;
       }
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
@@ -253,6 +255,10 @@ struct CtaGroup : CtaTeam {
   __device__ void count(Histogram& bins, int64_t n, const Digit& digit, bool by_mass,
                         const Rank& rank, const Mass& mass) const {
     tally(bins, n, member, members, digit, by_mass, rank, mass);
+    share(bins);
+  }
+  // `bins`, each of a CTA, become those of all
+  __device__ void share(Histogram& bins) const {
     if (members == 1) return;
     Histogram &sum = memory.bins[counts_ % 3], &next = memory.bins[(counts_ + 1) % 3];
     ++counts_;

@@ -7,7 +7,7 @@
 // before is a warp's sum of each block, and of the strips of each distance if walks leave these
 namespace heddle {
 
-constexpr int kMostMembers = 16;
+constexpr int kMostMembers = 16, kChoiceThreads = 1024;
 
 // What the CTAs of a head share. A member's part of the list has its own size, and beside it is the
 // mass of what it found above the list.
@@ -29,7 +29,8 @@ struct FlexArgs {
 struct FlexShared {
   FlexMemory head;
   unsigned long long mass;
-  uint32_t sizes[kMostMembers], size;
+  uint64_t few[CtaTeam::kFew];  // of the list, `found` of them
+  uint32_t sizes[kMostMembers], size, found;
   int top, low;  // bins of the list
 };
 
@@ -47,16 +48,33 @@ __device__ inline void flexprefill_sum(const FlexArgs& args, int64_t warp) {
   float own = 0;
   const int64_t head = line / 2, sk = args.task.sk, sq = min(args.task.op.block, args.task.sq);
   const bool in_strips = line % 2 == 1 && args.strips.count > 0;
-#pragma unroll 4
-  for (int64_t t = lane; t < sum.count; t += 32) {
-    float mass;
-    if (in_strips) {
-      mass = args.strips.sum(head, sk - sq - sum.first - t) / static_cast<float>(sq);
-      if (!args.task.op.coverage) sum.from[t] = mass;
-    } else {
-      mass = sum.from[t];
+  constexpr int kAhead = 4;
+#pragma unroll 1
+  for (int64_t t0 = lane; t0 < sum.count; t0 += kAhead * 32) {
+    // What waits for a condition would be waited for before the next
+    float mass[kAhead], more[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const int64_t t = min(t0 + i * 32, sum.count - 1);
+      if (in_strips) {
+        const LineStrips::Parts parts = args.strips.parts(head, sk - sq - sum.first - t);
+        mass[i] = *parts.first;
+        more[i] = parts.second();
+      } else {
+        mass[i] = sum.from[t];
+      }
     }
-    own += mass * sum.weight(t);
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const int64_t t = t0 + i * 32;
+      if (t >= sum.count) break;
+      if (in_strips) {
+        const LineStrips::Parts parts = args.strips.parts(head, sk - sq - sum.first - t);
+        mass[i] = parts.sum(mass[i], more[i]) / static_cast<float>(sq);
+        if (!args.task.op.coverage) sum.from[t] = mass[i];
+      }
+      own += mass[i] * sum.weight(t);
+    }
   }
   for (int step = 16; step > 0; step /= 2) own += __shfl_xor_sync(~0u, own, step);
   if (lane == 0) *sum.to = own;
@@ -95,7 +113,9 @@ __device__ inline void flexprefill_bins(const uint32_t* bins, unsigned long long
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    for (int other = 0; other < warp; ++other) before[i] += totals[2 * other + i];
+    unsigned long long others = lane < warp ? totals[2 * lane + i] : 0;
+    for (int step = 16; step > 0; step /= 2) others += __shfl_xor_sync(~0u, others, step);
+    before[i] += others;
     if (before[i] >= wanted || before[i] + sums[i] < wanted) continue;
     int bin = first;
     for (; before[i] + mass(bin, bin + i) < wanted; --bin) before[i] += mass(bin, bin + i);
@@ -126,38 +146,36 @@ __device__ bool flexprefill_pairs(const FlexArgs& args, const CtaGroup& all, Fle
       static_cast<uint32_t*>(task.op.blocks.data) + head * task.rows * task.op.blocks.shape[3];
   const auto words = static_cast<uint32_t>(task.op.blocks.shape[3]),
              columns = static_cast<uint32_t>(task.nk);
-  const auto count = static_cast<uint32_t>(task.rows) * words;
+  const float sure_from = top + 1 < kShareBins ? bin_share(top + 1) : INFINITY,
+              listed_from = bin_share(low);
   unsigned long long above = 0;
-  // A warp has up to 32 words, a lane writes one of them; the shares of several are on their way at
-  // once
-  constexpr int kAhead = 8;
-  const uint32_t warps = blockDim.x / 32 * static_cast<uint32_t>(all.members),
-                 each = min(32u, (count + warps - 1) / warps);
-  for (uint32_t first = (blockDim.x / 32 * all.member + threadIdx.x / 32) * each; first < count;
-       first += warps * each) {
-    const uint32_t own = first + lane, own_row = own / words, own_word = own - own_row * words;
-    const bool writes = lane < static_cast<int>(each) && own < count;
-    const int seen = writes ? static_cast<int>(visible.seen(own_row) - own_word * 32) : 0;
-    const uint32_t from = own_row * columns + own_word * 32;
-    uint32_t pairs = 0;
-    const uint32_t some = __ballot_sync(~0u, seen > 0);
+  // A warp has up to 32 words of a row, a lane writes one of them. Neighbouring rows are of
+  // different members, as those near the cut are.
+  const uint32_t parts = (words + 31) / 32, count = static_cast<uint32_t>(task.rows) * parts;
+  for (uint32_t own = threadIdx.x / 32 * all.members + all.member; own < count;
+       own += blockDim.x / 32 * static_cast<uint32_t>(all.members)) {
+    const uint32_t row = own / parts, first = (own - row * parts) * 32;
+    const int seen = static_cast<int>(visible.seen(row) - first * 32);
+    uint32_t at = row * columns + first * 32 + lane, pairs = 0;
+    const float* from = map + at;
+    // The shares of several words are on their way at once. What nobody sees is loaded as well:
+    // whatever waits for a condition is waited for before the next.
+    constexpr int kAhead = kFlexSlack / 32;
 #pragma unroll 1
-    for (int other = 0; other < static_cast<int>(each); other += kAhead) {
-      if ((some >> other & ((1u << kAhead) - 1)) == 0) continue;
+    for (int done = 0; done < min(seen, 1024);
+         done += kFlexSlack, at += kFlexSlack, from += kFlexSlack) {
       float shares[kAhead];
-      uint32_t at[kAhead], here[kAhead], found = 0, to = 0;
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) shares[i] = from[i * 32];
+      uint32_t here[kAhead], found = 0, to = 0;
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
-        at[i] = __shfl_sync(~0u, from, other + i) + lane;
-        shares[i] = lane < __shfl_sync(~0u, seen, other + i) ? map[at[i]] : NAN;
-      }
-#pragma unroll
-      for (int i = 0; i < kAhead; ++i) {
-        const int bin = shares[i] >= 0 ? share_bin(shares[i]) : -1;
-        const uint32_t sure = __ballot_sync(~0u, bin > top);
-        if (bin > top) above += mass_of_share(shares[i]);
-        if (lane == other + i) pairs = sure;
-        here[i] = __ballot_sync(~0u, bin >= low && bin <= top);
+        const bool sees = done + i * 32 + lane < seen, sure = sees && shares[i] >= sure_from;
+        above += static_cast<unsigned long long>((sure ? shares[i] : 0.f) *
+                                                 static_cast<float>(kMassSteps));
+        const uint32_t all_sure = __ballot_sync(~0u, sure);
+        if (lane == done / 32 + i) pairs = all_sure;
+        here[i] = __ballot_sync(~0u, sees && shares[i] >= listed_from) & ~all_sure;
         found += static_cast<uint32_t>(__popc(here[i]));
       }
       if (found == 0) continue;
@@ -166,11 +184,12 @@ __device__ bool flexprefill_pairs(const FlexArgs& args, const CtaGroup& all, Fle
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
         const uint32_t place = to + static_cast<uint32_t>(__popc(here[i] & ((1u << lane) - 1)));
-        if (here[i] >> lane & 1 && place < args.room) list[place] = rank_of_share(shares[i], at[i]);
+        if (here[i] >> lane & 1 && place < args.room)
+          list[place] = rank_of_share(shares[i], at + i * 32);
         to += static_cast<uint32_t>(__popc(here[i]));
       }
     }
-    if (writes) write(own_row, own_word, pairs);
+    if (first + lane < words) write(row, first + lane, pairs);
   }
   for (int other = 16; other > 0; other /= 2) above += __shfl_xor_sync(~0u, above, other);
   if (lane == 0) atomicAdd(&memory.mass, above);
@@ -179,7 +198,20 @@ __device__ bool flexprefill_pairs(const FlexArgs& args, const CtaGroup& all, Fle
     group.masses[all.member] = memory.mass;
     group.sizes[all.member] = memory.size;
   }
-  all.meet();
+  // Everybody counts what is listed by the first digit, but a few. Ranks count from the least, so
+  // that this digit tells as many of them apart as it can.
+  Histogram& bins = memory.head.bins;
+  const uint64_t less = rank_of_share(bin_share(low), -1) - 1;
+  Digit digit(1, rank_of_share(bin_share(top + 1), 0) - less);
+  const auto mass = [&](int64_t, uint64_t own) { return mass_of_share(share_of(own + less)); };
+  if (all.members > 1 || memory.size > CtaTeam::kFew) {
+    all.CtaTeam::count(
+        bins, min(int64_t{memory.size}, args.room), digit, true,
+        [&](int64_t i) { return list[i] - less; }, mass);
+    all.share(bins);
+  } else {
+    __syncthreads();
+  }
   int64_t listed = 0;
   bool fits = true;
   for (int i = 0; i < all.members; ++i) {
@@ -188,19 +220,34 @@ __device__ bool flexprefill_pairs(const FlexArgs& args, const CtaGroup& all, Fle
     fits &= group.sizes[i] <= args.room;
     if (threadIdx.x == 0) memory.sizes[i] = group.sizes[i];
   }
+  if (threadIdx.x == 0) memory.found = 0;
   if (!fits) return false;
   __syncthreads();
   const auto rank = [&](int64_t i) {
     int member = 0;
     for (; i >= memory.sizes[member]; ++member) i -= memory.sizes[member];
-    return lists[member * args.room + i];
+    return lists[member * args.room + i] - less;
   };
-  const auto mass = [](int64_t, uint64_t own) { return mass_of_share(share_of(own)); };
-  const Digit digit(rank_of_share(bin_share(low), -1), rank_of_share(bin_share(top + 1), 0));
-  const uint64_t floor =
-      flexprefill_floor(task.op, select(all, listed, wanted, rank, mass, memory.head.bins, digit));
+  const auto cut_of = [&]() -> Cut {
+    if (listed <= CtaTeam::kFew) return all.few(bins, listed, wanted, rank, mass);
+    unsigned long long before = 0;
+    const int found = all.crossing(bins, wanted, before);
+    if (found < 0) return {1, before};
+    const auto held = static_cast<int64_t>(bins.count[found]);
+    __syncthreads();
+    digit.add(found);
+    // Of a bin that few have each CTA looks at all ranks
+    if (held > CtaTeam::kFew) return select(all, listed, wanted, rank, mass, bins, digit.next());
+    all.each_rank(listed, 0, 1, rank, [&](int64_t, uint64_t own) {
+      if (digit.has(own)) memory.few[atomicAdd(&memory.found, 1)] = own;
+    });
+    __syncthreads();
+    return all.few(
+        bins, held, wanted, [&](int64_t i) { return memory.few[i]; }, mass);
+  };
+  const uint64_t floor = flexprefill_floor(task.op, cut_of());
   for (uint32_t i = threadIdx.x; i < memory.size; i += blockDim.x) {
-    if (list[i] <= floor) continue;
+    if (list[i] - less <= floor) continue;
     const auto at = ~static_cast<uint32_t>(list[i] >> 2), row = at / columns, c = at % columns;
     atomicOr(&bits[row * words + c / 32], 1u << c % 32);
   }
@@ -216,6 +263,8 @@ __device__ inline void flexprefill_choose(const FlexArgs& args, int cta, FlexSha
                        return flexprefill_pairs(args, all, group, head, memory, visible, wanted,
                                                 write);
                      });
+    // Others may still look at what the next head writes
+    if (head + args.group_count < args.task.heads) all.meet();
     // Nobody looks at them any more; who counts next finds nothing
     for (int64_t i = int64_t{blockDim.x} * all.member + threadIdx.x; i < kShareBins;
          i += int64_t{blockDim.x} * all.members)

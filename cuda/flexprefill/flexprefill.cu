@@ -4,12 +4,12 @@
 #include "common/launch.h"
 #include "core/slot.h"
 #include "flexprefill/choice.cuh"
+#include "flexprefill/choice_sm90.h"
 #include "probe/lines.h"
 
 namespace heddle {
 namespace {
 
-constexpr int kChoiceThreads = 1024;
 // Entries that a CTA should have before others help it: meeting takes a microsecond
 constexpr int64_t kShare = 8192;
 
@@ -66,11 +66,15 @@ void run(const FlexPrefill& op, CudaContext& context) {
                       strips};
   const int64_t warps = heads * 2 * nk;
   HEDDLE_CHECK(warps < INT32_MAX, kUnsupported, "map", "map has too many heads for one call");
+  // Only the choice clears what a map counts: nothing in between may fail
+  if (in_planes) {
+    multiply(map, means, task.bins);
+    return launch_choice_sm90(args, context.stream);
+  }
   constexpr int kWarps = kThreads / 32;
   flexprefill_sums_kernel<<<static_cast<unsigned>((warps + kWarps - 1) / kWarps), kThreads, 0,
                             context.stream>>>(args);
   context.launched("flexprefill_sums_kernel");
-  // Only the choice clears what this counts: nothing in between may fail
   multiply(map, means, task.bins);
   Launch choice{static_cast<int>(groups * members), kChoiceThreads, 0, context.stream};
   choice.together = members > 1;

@@ -1435,8 +1435,20 @@ const kernels: Kernel[] = [
       {
         what: 'what is surely listed is not written',
         file: 'flexprefill/choice.cuh',
-        from: 'if (lane == other + i) pairs = sure;',
+        from: 'if (lane == done / 32 + i) pairs = all_sure;',
         to: '',
+      },
+      {
+        what: 'nobody knows what others have listed',
+        file: 'flexprefill/choice.cuh',
+        from: 'all.share(bins);',
+        to: 'all.meet();',
+      },
+      {
+        what: 'a rank of the last bin is forgotten',
+        file: 'flexprefill/choice.cuh',
+        from: 'bins, held, wanted, [&]',
+        to: 'bins, held - 1, wanted, [&]',
       },
       {
         what: 'a list is looked at from a digit that its ranks do not share',
@@ -2400,20 +2412,38 @@ const kernels: Kernel[] = [
       {
         what: 'a normaliser misses parts',
         file: lines,
-        from: 'merge_stats(plan.parts,',
-        to: 'merge_stats(1,',
+        from: 'plan.parts, [&](int i)',
+        to: '1, [&](int i)',
       },
       {
         what: 'rows of the next block are added up',
         file: lines,
-        from: 'i + a * kRows < rows ?',
-        to: 'true ?',
+        from: 'row + i * kRows < rest',
+        to: 'true',
       },
       {
         what: 'half of the rows are added up',
         file: lines,
-        from: 'i < rows; i += kAhead * kRows',
-        to: 'i < rows; i += 2 * kAhead * kRows',
+        from: 'rest -= kTurn * kRows',
+        to: 'rest -= 2 * kTurn * kRows',
+      },
+      {
+        what: 'rows are added up before they arrived',
+        file: lines,
+        from: 'sm90::wait_requests<kSlots / kTurn - 1>();',
+        to: '',
+      },
+      {
+        what: 'the first walk tells nobody what it found',
+        file: lines,
+        from: 'if (threadIdx.x == 128) signal(counters);',
+        to: '',
+      },
+      {
+        what: 'counters stay as they are',
+        file: lines,
+        from: '== 4 * plan.ctas - 1',
+        to: '== -1',
       },
       {
         what: 'the first walk averages nothing',
@@ -2455,8 +2485,14 @@ const kernels: Kernel[] = [
       {
         what: 'columns are used before they arrived',
         file: pooled90,
-        from: 'smem.full[turn.stage].wait(turn.parity);\n      wgmma_fence(acc);',
-        to: 'wgmma_fence(acc);',
+        from: 'smem.full[turn.stage].wait(turn.parity);\n    take_turn();',
+        to: 'take_turn();',
+      },
+      {
+        what: 'the scores of the last tile are taken for those of all',
+        file: pooled90,
+        from: 'walk(tiles > 1,',
+        to: 'walk(false,',
       },
       {
         what: 'the smallest of the planes count for nothing',

@@ -16,6 +16,7 @@ struct Case {
   FlexPrefill settings;    // numbers only
   float odd = 0;           // stands somewhere in the statistics of a head
   int64_t room = 1 << 20;  // of a list
+  bool even = false;       // rows of a map, so that many shares are the same
 };
 
 FlexPrefill settings(int64_t block, double gamma, double tau, bool coverage, int64_t least = 1,
@@ -46,6 +47,7 @@ const Case kCases[] = {
     {600, 600, 2, 256, 2, 2, settings(128, 0.9, 0.2, true, 2)},
     {300, 400, 1, 64, 2, 1, settings(32, 1, 0.1, false)},
     {4400, 4400, 2, 288, 2, 1, settings(16, 0.9, 0.3, false, 7)},
+    {4400, 4400, 1, 288, 2, 1, settings(16, 0.95, 1, true, 2), 0, 1 << 20, true},
     {500, 500, 2, 64, 2, 2, settings(16, 0.9, 1, false), kNone},
     {500, 500, 2, 64, 2, 1, settings(16, 0.9, 0, true), std::numeric_limits<float>::infinity()},
 };
@@ -61,11 +63,15 @@ Tensor tensor(void* data, std::initializer_list<int64_t> shape) {
 }
 
 // Masses in steps of 2^-17 that add up to 1, so that sums, also of shares of 1 / block, don't
-// depend on their order: even, with some large ones, or with some of nothing
+// depend on their order: even, with some large ones, with some of nothing, or all the same
 void spread(float* to, int64_t n, int kind, emulator::Random& random) {
   const auto count = static_cast<uint32_t>(n), all = 1u << 17, least = kind == 2 ? 0u : 1u;
   std::vector<uint32_t> steps(count, least);
   for (uint32_t left = all - count * least; left > 0;) {
+    if (kind == 3) {
+      steps.assign(count, all / count);
+      break;
+    }
     const uint32_t share = kind == 0 ? all / count / 4 : left / 3;
     const uint32_t own = std::min(left, 1 + random.below(share + 1));
     steps[random.below(count)] += own;
@@ -92,7 +98,7 @@ double check(const Case& c, emulator::Random& random) {
     for (int64_t row = 0; row < rows; ++row) {
       const int64_t end = std::min((row + 1) * block, c.sq);
       spread(map + (head * rows + row) * nk, (c.sk - c.sq + end - 1) / block + 1,
-             static_cast<int>(head % 2), random);
+             c.even ? 3 : static_cast<int>(head % 2), random);
     }
   }
   if (c.odd != 0) (std::isnan(c.odd) ? map[rows / 2 * nk] : lines[c.sk / 2]) = c.odd;
