@@ -18,7 +18,15 @@ import { Normal, name, startOver, TooLarge } from './normal.js'
 import { parse } from './parse.js'
 import { print } from './print.js'
 import { multiply, productOf } from './product.js'
-import { type F32, type Lowered, Mismatch, numberOf, type Scalars, spanOf } from './slots.js'
+import {
+  type F32,
+  type Lowered,
+  Mismatch,
+  numberOf,
+  type Scalars,
+  sizesOf,
+  spanOf,
+} from './slots.js'
 import { runSteps } from './steps.js'
 import { plainVariable, validate } from './validate.js'
 
@@ -348,7 +356,10 @@ function refusal(ir: CascadeIR, refused: readonly Refused[]) {
 }
 
 function planOf(ir: CascadeIR, lowered: Lowered, refused: readonly Refused[]): Plan {
-  const scalarNames: ReadonlySet<string> = new Set([...ir.scalars, ...(lowered.ranks ?? [])])
+  const wanted: ReadonlySet<string> = new Set([...ir.scalars, ...(lowered.ranks ?? [])])
+  const sizes = ir.families.flatMap(({ name, levels }) => [name, ...levels.map(rankOf)])
+  const scalarNames: ReadonlySet<string> = new Set([...wanted, ...sizes])
+  const told = sizesOf(ir, lowered.layouts ?? new Map())
   const declared = [...ir.ranks].filter((one): one is [string, number] => one[1] !== undefined)
   const count = ir.inputs.length
   const plan = (...inputs: readonly (Tensor | Scalars)[]) => {
@@ -369,6 +380,18 @@ function planOf(ir: CascadeIR, lowered: Lowered, refused: readonly Refused[]): P
     for (const scalar of Object.keys(scalars))
       if (typeof scalars[scalar] !== 'number')
         throw mustBe('cascade', scalar, 'a number', scalars[scalar])
+    // Sizes that the tensors tell as well
+    const more = Object.keys(scalars).filter((one) => !wanted.has(one))
+    if (more.length > 0) {
+      const own = told({ tensors, scalars })
+      for (const rank of more)
+        if (own[rank] !== undefined && own[rank] !== scalars[rank]) {
+          const text = `rank ${rank} is ${scalars[rank]} from the call but ${own[rank]} from its tensors`
+          throw broken('CAS003', text, statementsOf(ir.steps)[0]!.out.span, rank)
+        }
+      const rest = Object.entries(scalars).filter(([name]) => wanted.has(name))
+      scalars = Object.fromEntries(rest)
+    }
     if (declared.length > 0) scalars = { ...Object.fromEntries(declared), ...scalars }
     return lowered.run({ tensors, scalars })
   }

@@ -725,6 +725,11 @@ describe('compile', () => {
       'cascade: attention ends its last row at the last key, 1 from its index here, but off is 0',
     )
     expect(top.code).toBe('CAS022')
+    // sizes that tensors have may be given, and have to agree
+    expect(plan(q, k, k, { M: 3, E: 8 }).O!.shape).toEqual([1, 2, 1, 8])
+    const other = await failure(() => plan(q, k, k, { M: 4 }))
+    expect(other.message).toBe('cascade: rank M is 4 from the call but 3 from its tensors')
+    expect(other.code).toBe('CAS003')
     expect((await failure(() => plan(q, k))).message).toBe(
       'cascade: inputs must be 3 tensors (Q, K, V) and the scalars, got an array of 2',
     )
