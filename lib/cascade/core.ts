@@ -9,6 +9,7 @@ import { arranged } from './product.js'
 import { untoldRanks } from './sizes.js'
 import {
   cast,
+  checked,
   type F32,
   has,
   type Layouts,
@@ -46,6 +47,15 @@ const summandsOf = (expr: Expr): Expr[] =>
     ? [...summandsOf(expr.a), ...summandsOf(expr.b)]
     : [expr]
 
+// Factors of what is added up, in a product of sums too
+function productsIn(expr: Expr): Expr[][] {
+  return summandsOf(expr).flatMap((part) => {
+    const { factors } = productOf(part)
+    const sums = factors.filter((one) => summandsOf(one).length > 1)
+    return sums.length > 0 ? sums.flatMap(productsIn) : [[...factors]]
+  })
+}
+
 // Operands of products that are sums, rows that are turned or projected, and single numbers that are
 function operandsIn(ir: CascadeIR): Map<string, boolean> {
   const all = ir.steps.filter((step): step is Statement => !('body' in step))
@@ -67,8 +77,8 @@ function operandsIn(ir: CascadeIR): Map<string, boolean> {
   for (const step of ir.steps) {
     for (const { expr, reduce } of 'body' in step ? step.body : [step]) {
       if (reduce?.op !== 'sum' && !('body' in step)) continue
-      for (const part of summandsOf(expr)) {
-        const operands = productOf(part).factors.filter((one) => one.kind === 'access')
+      for (const factors of productsIn(expr)) {
+        const operands = factors.filter((one) => one.kind === 'access')
         const names = operands.map((one) => variablesIn(one, ir.variables))
         operands.forEach(({ name }, i) => {
           const own = [...names[i]!].sort().join()
@@ -92,7 +102,7 @@ export function keptOf(
   try {
     const normal = new Normal(ir, kept)
     if (!isClosed(normal, ir)) return undefined
-    const found = lower(normal, ir)
+    const found = checked(lower(normal, ir), normal, ir)
     const made = [...kept.keys()].filter(
       (name) =>
         !normal.taken.has(name) &&
@@ -190,7 +200,8 @@ export function coreOf(
       }
       const normal = new Normal(inner)
       const core =
-        keptOf(inner, lower) ?? (isClosed(normal, inner) ? lower(normal, inner) : undefined)
+        keptOf(inner, lower) ??
+        (isClosed(normal, inner) ? checked(lower(normal, inner), normal, inner) : undefined)
       if (core?.axes) return followed(ir, core, tensor, result)
     } catch (error) {
       if (error instanceof TooLarge) return undefined
@@ -217,8 +228,8 @@ function bends({ terms }: Form, tensor: string, summed = false): boolean {
 
 function followed(ir: CascadeIR, core: Lowered, tensor: string, result: string): Lowered {
   const outer = without(ir, [result], [tensor])
-  const { forms, beyond } = new Normal(outer)
-  const found = beyond === undefined ? forms.get(result) : undefined
+  const { forms, beyond, reaches } = new Normal(outer)
+  const found = beyond === undefined && reaches.length === 0 ? forms.get(result) : undefined
   if (!found) throw new Mismatch(result, 'it is the state of an iteration', 0)
   const { form, left, where } = found
   const own = statementsOf(ir.steps).find(({ out }) => out.name === tensor)!.out.indices

@@ -19,6 +19,7 @@ import { parse } from './parse.js'
 import { print } from './print.js'
 import { multiply, productOf } from './product.js'
 import {
+  checked,
   type F32,
   type Lowered,
   Mismatch,
@@ -306,7 +307,7 @@ function directOne(ir: CascadeIR, refused: Refused[]): Lowered | HeddleError {
   for (const [operator, lower] of Object.entries(families)) {
     if (normal.pages.size > 0 && operator !== 'attention') continue
     try {
-      return lower(normal, ir)
+      return checked(lower(normal, ir), normal, ir)
     } catch (error) {
       // What would be computed beside an operator may be no text, or too long a one
       const why =

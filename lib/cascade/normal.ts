@@ -350,6 +350,15 @@ function isPlain({ terms }: Form): boolean {
 // An index that no axis ends before
 const isWithin = (index: Form): boolean => isPlain(index) || index.key === '0'
 
+// An index that is largest where its variables are; sizes and numbers have capitals
+const rises = ({ terms }: Form): boolean =>
+  terms.every(
+    ({ coefficient, factors }) =>
+      factors.every(({ atom, power }) => atom.kind === 'name' && power > 0) &&
+      (coefficient >= 0 ||
+        (factors.length > 0 && factors.every(({ atom }) => /^[A-Z]/.test(atom.key)))),
+  )
+
 function apply(fn: FunctionName, args: readonly Form[]): Form {
   const [x, y] = args as [Form, Form]
   switch (fn) {
@@ -496,6 +505,8 @@ export class Normal {
   readonly taken = new Set<string>()
   /** A tensor whose points may be empty for what a part of them reads beyond an axis: no form says that. */
   beyond: string | undefined
+  /** Reads of inputs that a call has to have room for, as of Q[p,2*r + 1]: where they may not end beyond an axis. */
+  readonly reaches: { tensor: string; axis: number; index: Form }[] = []
   private current = ''
   private readonly states = new Map<string, State>()
   private fresh = 0
@@ -523,7 +534,7 @@ export class Normal {
     const at = statement.out.indices.findIndex(({ kind }) => kind === 'pin')
     const left = statement.out.indices.map((index) => plainVariable(index) ?? '')
     const { form, where } = this.right(statement)
-    const whole = where.length === 0 && this.outside(form).length === 0
+    const whole = where.length === 0 && this.hasRoom(this.outside(form))
     this.states.set(statement.out.name, { at, left, initial: form, whole, closed: undefined })
   }
 
@@ -537,7 +548,7 @@ export class Normal {
     const left = indices.map((index, i) => (i === state.at ? variable : plainVariable(index)!))
     const { form, where } = this.right(statement)
     // A step that reads an empty coordinate leaves all after it empty
-    if (state.whole && where.length === 0 && this.outside(form).length === 0)
+    if (state.whole && where.length === 0 && this.hasRoom(this.outside(form)))
       state.closed =
         this.solve(tensor, left, variable, state.initial, form) ??
         this.solveLogarithm(tensor, left, variable, state.initial, form)
@@ -545,17 +556,30 @@ export class Normal {
   }
 
   // Reads that may fall beyond an axis, but in reductions, which skip what is not there
-  private outside({ terms }: Form): Atom[] {
-    const inside = (atom: Atom): Atom[] => {
-      if (atom.kind === 'call') return atom.args.flatMap((one) => this.outside(one))
-      if (atom.kind === 'sum') return this.outside(atom.form)
-      if (atom.kind === 'if') return [atom.yes, atom.no].flatMap((one) => this.outside(one))
+  private outside({ terms }: Form, chosen = false): Read[] {
+    const inside = (atom: Atom): Read[] => {
+      if (atom.kind === 'call') return atom.args.flatMap((one) => this.outside(one, chosen))
+      if (atom.kind === 'sum') return this.outside(atom.form, chosen)
+      if (atom.kind === 'if') return [atom.yes, atom.no].flatMap((one) => this.outside(one, true))
       if (atom.kind !== 'access' || this.states.has(atom.name)) return []
       const made = this.forms.get(atom.name)
       const within = atom.indices.every(isWithin)
-      return within && (!made || this.outside(made.form).length === 0) ? [] : [atom]
+      return within && (!made || this.outside(made.form).length === 0) ? [] : [{ atom, chosen }]
     }
     return terms.flatMap(({ factors }) => factors.flatMap(({ atom }) => inside(atom)))
+  }
+
+  // Whether a call can tell that none of these falls beyond an axis, as a read at r + R cannot where r ends
+  private hasRoom(reads: readonly Read[]): boolean {
+    return reads.every(({ atom: { name: tensor, indices }, chosen }) => {
+      const made = this.forms.get(tensor)
+      if (made) return indices.every(isWithin) && this.hasRoom(this.outside(made.form))
+      const computed = indices.flatMap((index, axis) =>
+        isWithin(index) ? [] : [{ tensor, axis, index }],
+      )
+      this.reaches.push(...computed)
+      return !chosen && computed.every(({ index }) => rises(index))
+    })
   }
 
   // R[i+1] = log(A[i] + exp(R[i]) g(i) / g(i+1))
@@ -656,9 +680,9 @@ export class Normal {
       const hides = !over.some((v) => names.has(v))
       const inner = distinct(hides ? reads : where)
       const outside = this.outside(form)
-      const apart = ({ free }: Atom) => !over.some((v) => free.has(v))
-      if (outside.length > 0 && (form.terms.length > 1 || outside.some(apart)))
-        this.beyond = statement.out.name
+      const apart = ({ atom }: Read) => !over.some((v) => atom.free.has(v))
+      const needed = form.terms.length > 1 || outside.some(apart)
+      if (needed && !this.hasRoom(outside)) this.beyond = statement.out.name
       where = hides ? distinct(own) : []
       const logsum = op === 'logsumexp'
       if (op === 'sum' || logsum) {
@@ -906,6 +930,12 @@ function arrangedBody(body: readonly Statement[]): Statement[] {
     done.push(...left.splice(Math.max(ready, 0), 1))
   }
   return done
+}
+
+// A read, and whether only one branch of a choice makes it
+interface Read {
+  atom: Atom & { kind: 'access' }
+  chosen: boolean
 }
 
 interface State {

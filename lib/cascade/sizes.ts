@@ -3,6 +3,7 @@ import { broken } from './error.js'
 import {
   type Access,
   type CascadeIR,
+  type Expr,
   type Index,
   rankOf,
   type Span,
@@ -147,16 +148,26 @@ export class Sizes {
 }
 
 // K[e, m1*M0 + m0] tells the size of M, of which m1 and m0 are the parts
-function splitBy(ir: CascadeIR, index: Index): string[] {
-  if (index.kind !== 'expr') return []
-  const parts = new Set<string>()
-  let lookedUp = false
-  visitExprs(index.expr, (one) => {
-    if (one.kind === 'name') parts.add(one.name)
-    if (one.kind === 'access') lookedUp = true
-  })
-  return ir.splits.flatMap(({ outer, inner, variable }) =>
-    !lookedUp && parts.has(outer) && parts.has(inner) ? [variable] : [],
+function splitBy({ splits }: CascadeIR, index: Index): string[] {
+  if (index.kind !== 'expr' || index.expr.kind !== 'binary' || index.expr.op !== '+') return []
+  const { a, b } = index.expr
+  const isPart = (x: Expr, part: string): boolean =>
+    (x.kind === 'name' && x.name === part) ||
+    (x.kind === 'binary' && x.op !== '/' && (isPart(x.a, part) || isPart(x.b, part)))
+  return splits.flatMap(({ outer, inner, variable }) =>
+    [
+      [a, b],
+      [b, a],
+    ].some(
+      ([high, low]) =>
+        low!.kind === 'name' &&
+        low!.name === inner &&
+        high!.kind === 'binary' &&
+        high!.op === '*' &&
+        isPart(high!, outer),
+    )
+      ? [variable]
+      : [],
   )
 }
 

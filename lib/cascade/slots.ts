@@ -1,6 +1,7 @@
 import type { FloatDType } from '../dtype.js'
 import { refuse } from '../errors.js'
 import type { Tensor } from '../tensor.js'
+import { broken } from './error.js'
 import { type CascadeIR, rankOf, type Statement, statementsOf } from './ir.js'
 import {
   type Atom,
@@ -104,6 +105,13 @@ function mainIn(form: Form, axes: readonly string[]): Access | undefined {
     : mains.reduce((a, b) => (b.indices.length > a.indices.length ? b : a))
 }
 
+// Whether an index goes further than its variable does, as r + R and 2 * r do
+const reachesBeyond = ({ terms }: Form, variable: string): boolean => {
+  const rank = /^[#%]/.test(variable) ? rankIn(variable) : rankOf(variable)
+  const of = (key: string) => terms.find((term) => term.key === key)?.coefficient ?? 0
+  return of(variable) > 1 || (of(variable) === 1 && of(rank) >= 1)
+}
+
 /**
  * @internal What is computed row by row from the tensor that has these axes. A kept tensor is taken apart, unless none of
  * those that it is computed from has them: then it is made before.
@@ -127,7 +135,14 @@ export function operandOf(
     ),
   )
   const main = mainIn(apart, axes)
-  if (!main || [...kept.keys()].some((one) => apart.free.has(`${one}[]`)))
+  // a tensor that this is no whole row of is read along other axes
+  const e = axes.at(-1)!
+  const partly = accessesIn(apart).some(
+    ({ name, indices }) =>
+      indices.length > (main?.indices.length ?? 0) ||
+      (name === main?.name && indices.some((index) => reachesBeyond(index, e))),
+  )
+  if (!main || partly || [...kept.keys()].some((one) => apart.free.has(`${one}[]`)))
     return { main: found, form }
   taken.add(found.name)
   return { main, form: apart }
@@ -341,5 +356,38 @@ export function sizesOf(ir: CascadeIR, layouts: Layouts): (call: Call) => Known 
       })
     for (const [rank, other] of same) known[rank] = known[other]!
     return known
+  }
+}
+
+/** @internal An operator that checks what its text may read beyond an axis, before it runs. */
+export function checked(lowered: Lowered, { reaches }: Normal, ir: CascadeIR): Lowered {
+  if (reaches.length === 0) return lowered
+  const layouts: Layouts = lowered.layouts ?? new Map()
+  const told = sizesOf(ir, layouts)
+  const most = Math.max(...reaches.map(({ axis }) => axis)) + 1
+  const own = Array.from({ length: most }, (_, axis) => `axis ${axis}`)
+  return {
+    ...lowered,
+    run(call) {
+      const known = { ...told(call), ...call.scalars }
+      for (const { tensor, axis, index } of reaches) {
+        const places = layouts.get(tensor)?.(own) ?? own
+        const size = call.tensors[tensor]!.shape[places.indexOf(`axis ${axis}`)]!
+        const at = (last: boolean) => {
+          const value = (one: string) => {
+            if (/^[A-Z]/.test(one) || ir.scalars.includes(one)) return known[one]!
+            return last ? known[/^[#%]/.test(one) ? rankIn(one) : rankOf(one)]! - 1 : 0
+          }
+          return numberOf(
+            index,
+            Object.fromEntries([...index.free].map((one) => [one, value(one)])),
+          )
+        }
+        if (at(false) >= 0 && at(true) < size) continue
+        const text = `${tensor} is read from ${at(false)} to ${at(true)} along an axis of ${size}, where nothing is empty`
+        throw broken('CAS022', text, spanOf(ir, ir.outputs[0]!), tensor)
+      }
+      return lowered.run(call)
+    },
   }
 }

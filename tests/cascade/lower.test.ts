@@ -725,6 +725,21 @@ describe('compile', () => {
       'cascade: attention ends its last row at the last key, 1 from its index here, but off is 0',
     )
     expect(top.code).toBe('CAS022')
+    // pairs of an odd number of channels, of which the last has no other
+    const pairs = cascade(`
+      X[p,r] = Q[p,2*r] * c[r] - Q[p,2*r + 1] * s[r]
+      T[p,m] = sum(r) (X[p,r] * A[m,r] + Y[p,r] * B[m,r])
+      W[p,m] = exp(T[p,m])
+      D[p]   = sum(m) W[p,m]
+      O[p,f] = sum(m) W[p,m] * V[m,f] / D[p]`).compile()
+    const c = tensor(new Float32Array(4), [4])
+    const [y, a] = [q.slice(3, 0, 4), k.slice(3, 0, 4)]
+    const lone = tensor(new Float32Array(14), [2, 7])
+    const odd = await failure(() => pairs(lone, c, c, a, y, a, k))
+    expect(odd.message).toBe(
+      'cascade: Q is read from 1 to 7 along an axis of 7, where nothing is empty',
+    )
+    expect(odd.code).toBe('CAS022')
     // sizes that tensors have may be given, and have to agree
     expect(plan(q, k, k, { M: 3, E: 8 }).O!.shape).toEqual([1, 2, 1, 8])
     const other = await failure(() => plan(q, k, k, { M: 4 }))

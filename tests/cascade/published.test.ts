@@ -843,6 +843,20 @@ const cases: Record<string, Case> = {
     inputs: { K: 'H T E', V: 'H T F', Q: 'H T E' },
     refused: ['CAS022', 'its weights grow with the distance'],
   },
+  'rotated pairs that stand beside each other (RoPE)': {
+    text: `
+      X[h,p,r] = Q[h,p,2*r] * cs[p + M - P,r] - Q[h,p,2*r + 1] * sn[p + M - P,r]
+      Y[h,p,r] = Q[h,p,2*r] * sn[p + M - P,r] + Q[h,p,2*r + 1] * cs[p + M - P,r]
+      A[h,m,r] = K[h,m,2*r] * cs[m,r] - K[h,m,2*r + 1] * sn[m,r]
+      B[h,m,r] = K[h,m,2*r] * sn[m,r] + K[h,m,2*r + 1] * cs[m,r]
+      S[h,p,m] = sum(r) (X[h,p,r] * A[h,m,r] + Y[h,p,r] * B[h,m,r]) / 4   where m <= p + off
+      W[h,p,m] = exp(S[h,p,m])
+      D[h,p]   = sum(m) W[h,p,m]
+      O[h,p,f] = sum(m) W[h,p,m] * V[h,m,f] / D[h,p]`,
+    inputs: { Q: 'H P 16', cs: 'M R', sn: 'M R', K: 'H M 16', V: 'H M F' },
+    operator: 'attention',
+    slots: { before: 'X, A, Y, B' },
+  },
   'no products (AFT)': {
     text: `
       X[p,m,f] = exp(K[m,f] + w[p,m])   where m <= p + off
