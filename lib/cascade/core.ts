@@ -3,7 +3,15 @@ import { HeddleError } from '../errors.js'
 import { scope } from '../scope.js'
 import type { Tensor } from '../tensor.js'
 import { productOf, variablesIn } from './cost.js'
-import { type CascadeIR, type Expr, rankOf, type Statement, statementsOf } from './ir.js'
+import {
+  type CascadeIR,
+  type Expr,
+  rankOf,
+  type Statement,
+  statementsOf,
+  visitAccesses,
+  visitExprs,
+} from './ir.js'
 import { type Form, Normal, TooLarge } from './normal.js'
 import { arranged } from './product.js'
 import { untoldRanks } from './sizes.js'
@@ -56,8 +64,9 @@ function productsIn(expr: Expr): Expr[][] {
   })
 }
 
-// Operands of products that are sums, rows that are turned or projected, and single numbers that are
-function operandsIn(ir: CascadeIR): Map<string, boolean> {
+// Operands of products that are sums, rows that are turned or projected, and single numbers that are; with `bent` also
+// functions of such sums, as features of projected rows are
+function operandsIn(ir: CascadeIR, bent: boolean): Map<string, boolean> {
   const all = ir.steps.filter((step): step is Statement => !('body' in step))
   const isSum = ({ reduce, where, init, expr, out }: Statement) => {
     const plain = out.indices.every((index) => plainVariable(index) !== undefined)
@@ -70,6 +79,15 @@ function operandsIn(ir: CascadeIR): Map<string, boolean> {
     return added && plain && !where && !init && (!reduce || reduce.op === 'sum')
   }
   const sums = new Set(all.filter(isSum).map(({ out }) => out.name))
+  const isFeature = ({ reduce, where, init, expr, out }: Statement) => {
+    let bends = false
+    visitExprs(expr, (one) => {
+      if (one.kind === 'call') visitAccesses(one, ({ name }) => (bends ||= sums.has(name)))
+    })
+    const plain = out.indices.every((index) => plainVariable(index) !== undefined)
+    return bends && plain && !reduce && !where && !init
+  }
+  if (bent) for (const { out } of all.filter(isFeature)) sums.add(out.name)
   const found = new Map<string, boolean>()
   const reads = statementsOf(ir.steps).flatMap(readsOf)
   for (const { name, indices } of reads)
@@ -96,8 +114,9 @@ function operandsIn(ir: CascadeIR): Map<string, boolean> {
 export function keptOf(
   ir: CascadeIR,
   lower: (normal: Normal, ir: CascadeIR) => Lowered,
+  bent = false,
 ): Lowered | undefined {
-  const kept = operandsIn(ir)
+  const kept = operandsIn(ir, bent)
   if (kept.size === 0) return undefined
   try {
     const normal = new Normal(ir, kept)

@@ -265,6 +265,12 @@ function fusedOne(ir: CascadeIR, refused: Refused[]): Lowered {
   }
   const direct = directOne(ir, refused)
   if (!(direct instanceof HeddleError)) return direct
+  startOver()
+  const features = keptOf(ir, lightningOf, true)
+  if (features) {
+    refused.length = 0 // they were of features that are taken apart
+    return features
+  }
   // an operator may compute all but the end of it
   startOver()
   for (const lower of [attentionOf, lightningOf]) {

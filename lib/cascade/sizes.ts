@@ -26,6 +26,7 @@ export class Sizes {
     readonly ir: CascadeIR,
     shapes: ReadonlyMap<string, readonly number[]>,
     given: Readonly<Record<string, number>> = {},
+    readonly remedy = 'give it in sizes',
   ) {
     const all = statementsOf(ir.steps)
     const first = all[0]!.out.span
@@ -98,7 +99,7 @@ export class Sizes {
   of(rank: string, span: Span): number {
     const size = this.get(rank)
     if (size === undefined)
-      throw broken('CAS003', `rank ${rank} has no size; give it in sizes`, span, rank)
+      throw broken('CAS003', `rank ${rank} has no size; ${this.remedy}`, span, rank)
     return size
   }
 

@@ -66,7 +66,7 @@ export function runSteps(
 ): Record<string, Tensor> {
   const shapes = new Map(ir.inputs.map((name) => [name, tensors[name]!.shape]))
   const ranks = Object.entries(scalars).filter(([name]) => !ir.scalars.includes(name))
-  const sizes = new Sizes(ir, shapes, Object.fromEntries(ranks))
+  const sizes = new Sizes(ir, shapes, Object.fromEntries(ranks), 'give it beside the scalars')
   const all = statementsOf(ir.steps)
   for (const { where } of all) {
     if (where) visitPredicate(where, (one) => one.kind === 'access' && checkMask(one, tensors))

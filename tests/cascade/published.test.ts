@@ -857,6 +857,27 @@ const cases: Record<string, Case> = {
     operator: 'attention',
     slots: { before: 'X, A, Y, B' },
   },
+  'random features, causal (Performer)': {
+    text: `
+      NK[h,t]   = sum(e) K[h,t,e] * K[h,t,e] / 2
+      NQ[h,t]   = sum(e) Q[h,t,e] * Q[h,t,e] / 2
+      XK[h,t,r] = sum(e) K[h,t,e] * W[r,e]
+      XQ[h,t,r] = sum(e) Q[h,t,e] * W[r,e]
+      FK[h,t,r] = exp(XK[h,t,r] / 8 - NK[h,t] / 64) * rsqrt(R)
+      FQ[h,t,r] = exp(XQ[h,t,r] / 8 - NQ[h,t] / 64) * rsqrt(R)
+      init S[t=0,h,r,f] = 0
+      init Z[t=0,h,r]   = 0
+      iterate t {
+        S[t+1,h,r,f] = S[t,h,r,f] + FK[h,t,r] * V[h,t,f]
+        Z[t+1,h,r]   = Z[t,h,r] + FK[h,t,r]
+        N[h,t,f]     = sum(r) FQ[h,t,r] * S[t+1,h,r,f]
+        D[h,t]       = sum(r) FQ[h,t,r] * Z[t+1,h,r]
+        O[h,t,f]     = N[h,t,f] / D[h,t]
+      }`,
+    inputs: { K: 'H T E', Q: 'H T E', W: 'R E', V: 'H T F' },
+    operator: 'lightning',
+    slots: { before: 'FK, FQ', normalise: 'true' },
+  },
   'no products (AFT)': {
     text: `
       X[p,m,f] = exp(K[m,f] + w[p,m])   where m <= p + off
