@@ -1,7 +1,7 @@
 import { refuse } from '../errors.js'
 import { type AttentionOptions, attention } from '../ops/attention.js'
 import { scope } from '../scope.js'
-import { empty, type Tensor } from '../tensor.js'
+import { empty, type Tensor, tensor } from '../tensor.js'
 import { broken } from './error.js'
 import { type CascadeIR, rankOf, type Split } from './ir.js'
 import {
@@ -580,10 +580,17 @@ function weightedSum(
       const query = each((one) => whole(one.ofQ, one.q))
       const key = each((one) => whole(one.ofK, one.k))
       const value = whole(ofV, v)
+      const given = [query, key, value] as const
       const [keys, values] = table === undefined ? alike(tq.shape[0]!, key, value) : [key, value]
-      const result = attention(query, keys, values, options)
-      if (keys !== key) keys.dispose()
-      if (values !== value) values.dispose()
+      const taken = [query, keys, values].map(table === undefined ? inEights : (x) => x)
+      const result = attention(...(taken as [F32, F32, F32]), options)
+      for (const one of new Set([keys, values, ...taken])) if (!given.includes(one)) one.dispose()
+      if (dv % 8 !== 0) {
+        const whole = result.out
+        const cut = whole.slice(3, 0, dv)
+        result.out = cut.contiguous()
+        for (const one of [whole, cut]) one.dispose()
+      }
       return { out: result.out, lse: result.lse, known }
     },
   }
@@ -666,4 +673,15 @@ function alike(b: number, key: F32, value: F32): readonly [F32, F32] {
       : x
   }
   return [wide(key), wide(value)]
+}
+
+// With columns of zeros behind, to as many as attention takes
+function inEights(x: F32): F32 {
+  const [b, s, h, d] = x.shape as [number, number, number, number]
+  if (d % 8 === 0) return x
+  const wide = empty([b, s, h, Math.ceil(d / 8) * 8], { dtype: x.dtype, device: x.device })
+  wide.slice(3, 0, d).copyFrom(x)
+  const rest = wide.slice(3, d)
+  rest.copyFrom(tensor([0], [1], { device: x.device }).expand(rest.shape))
+  return wide
 }
