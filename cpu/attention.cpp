@@ -164,6 +164,14 @@ template <class T> void run_typed(const Attention& op, CpuContext& context) {
 void run(const Attention& op, CpuContext& context) {
   HEDDLE_CHECK(!op.recent_k, kUnsupported, "recentK", "only a GPU gathers keys");
   if (op.lse.size() == 0) return;
+  if (op.finds_level()) {
+    const Scratch<float> level(static_cast<size_t>(op.lse.size()));
+    Attention rest = op;
+    rest.level = op.lse;
+    rest.level.data = level.data();
+    run(rest.sums(), context);
+    return run(rest, context);
+  }
   if (op.q.dtype == DType::kE4M3) return run_typed<E4M3>(op, context);
   dispatch_float(op.q.dtype, [&]<class T>(T) { run_typed<T>(op, context); });
 }

@@ -26,7 +26,7 @@ struct Attention : MaskArguments {
   Tensor slopes;         // [hq] f32: score += slope * (t - p)
   Tensor sink;           // [hq] f32: a logit per head that only the normaliser sees
   Tensor bias;           // [b, hq, sq, sk]: added to the score; strides of 0 broadcast it
-  Tensor level;          // [b, hq, sq] f32: lse of the same call with weights of softplus
+  Tensor level;          // [b, hq, sq] f32: lse of `sums`, of reweighted; found where left out
   // Rows of k and v from key recent_from on, which stand apart from those that a mask lists: a
   // window of one sequence, for kernels that gather
   Tensor recent_k, recent_v;
@@ -89,6 +89,18 @@ struct Attention : MaskArguments {
   // Whether weights are exponentials of something, relative to its largest in the row
   bool shifted() const { return normalise && weights != kSigmoid && weights != kRelu; }
 
+  bool finds_level() const { return weights == kReweighted && !level; }
+  // The same call with weights of softplus and without values, whose lse is `level`
+  Attention sums() const {
+    Attention sums = *this;
+    sums.weights = kSoftplus;
+    sums.power = 1;
+    sums.v.shape[3] = sums.out.shape[3] = 0;
+    sums.lse = level;
+    sums.level = {};
+    return sums;
+  }
+
   void validate() {
     const int64_t hq = q.shape[2], hk = k.shape[2], d = q.shape[3], dv = v.shape[3];
     HEDDLE_CHECK(hk > 0 ? hq % hk == 0 : hq == 0, kShape, "k", "hq must be a multiple of hk, got ",
@@ -134,12 +146,13 @@ struct Attention : MaskArguments {
                  "power goes with weights of relu and reweighted");
     HEDDLE_CHECK(weights != kRelu || (power <= 8 && power == std::floor(power)), kArgument, "power",
                  "power must be a whole number up to 8 with weights of relu, got ", power);
-    HEDDLE_CHECK((weights == kReweighted) == bool(level), kArgument, "level",
-                 "level goes with weights of reweighted, which need it");
+    HEDDLE_CHECK(weights == kReweighted || !level, kArgument, "level",
+                 "level goes with weights of reweighted");
     HEDDLE_CHECK(bool(recent_k) == bool(recent_v) && (!recent_k || (mask_index && q.shape[0] == 1)),
                  kArgument, "recentK", "recentK and recentV go with lists of one sequence");
-    HEDDLE_CHECK(!masked || (!length_scale && !level), kArgument, "mask",
-                 "mask cannot be combined with ", level ? "level" : "lengthScale");
+    HEDDLE_CHECK(!masked || (!length_scale && weights != kReweighted), kArgument, "mask",
+                 "mask cannot be combined with ",
+                 length_scale != 0 ? "lengthScale" : "weights of reweighted");
     HEDDLE_CHECK(std::isfinite(length_scale) && std::isfinite(offset), kArgument,
                  std::isfinite(offset) ? "lengthScale" : "offset",
                  std::isfinite(offset) ? "lengthScale" : "offset", " must be finite");
@@ -213,6 +226,8 @@ struct AttentionBackward : Attention {
 
   void validate() {
     Attention::validate();
+    HEDDLE_CHECK(!finds_level(), kArgument, "level",
+                 "level must be given with weights of reweighted");
     HEDDLE_CHECK(v.shape[3] > 0, kShape, "v", "v must have columns");
     HEDDLE_CHECK(!dlse || normalise, kArgument, "dlse", "dlse goes with weights that are divided");
     HEDDLE_CHECK(!biased || bias, kArgument, "biased", "biased goes with bias");

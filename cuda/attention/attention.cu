@@ -349,6 +349,26 @@ void run_forward(const Attention& op, CudaContext& context) {
   if (strange) run_portable(op, context, strange);
 }
 
+// Re-weighting over rows of length 1: the sums of its level, then the rest
+void run_passes(const Attention& op, CudaContext& context) {
+  check_lengths(op, context);
+  SplitCall call = hopper_call(op, context);
+  call.tickets = context.counters(2);
+  const auto rows = [&](int64_t s, int64_t h) {
+    return context.scratch<uint16_t>(static_cast<size_t>(call.b * s * h * call.d));
+  };
+  uint16_t *q = rows(call.sq, call.hq), *k = rows(call.sk, call.hk);
+  const int* strange = unit_rows(call, q, k, context);
+  const auto count = static_cast<size_t>(op.lse.size());
+  float* level = static_cast<float*>(op.level.data);
+  const Passes passes(call, q, k, level, context.scratch<float>(count));
+  forward_sm90(passes.sums, context.stream);
+  forward_sm90(passes.rest, context.stream);
+  context.launched("forward_sm90_kernel");
+  run_portable(op.sums(), context, strange);
+  run_portable(op, context, strange);
+}
+
 GatherCall gather_call(const Attention& op, const CudaContext& context) {
   return {hopper_call(op, context), lists_of(op)};
 }
@@ -386,8 +406,18 @@ constexpr Variant<Attention> kVariants[] = {
 };
 
 void run(const Attention& op, CudaContext& context) {
-  if (op.lse.size() > 0) return run_variants(kVariants, op, context);
-  check_lengths(op, context);
+  if (op.lse.size() == 0) {
+    check_lengths(op, context);
+    return;
+  }
+  if (!op.finds_level()) return run_variants(kVariants, op, context);
+  Attention rest = op;
+  rest.level = op.lse;
+  rest.level.data = context.scratch<float>(static_cast<size_t>(op.lse.size()));
+  if (!declines_forward(op, context) && takes_units(hopper_call(op, context)))
+    return run_passes(rest, context);
+  run_variants(kVariants, rest.sums(), context);
+  run_variants(kVariants, rest, context);
 }
 
 HEDDLE_REGISTER(Attention);

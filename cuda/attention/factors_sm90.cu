@@ -7,31 +7,53 @@
 #include "common/elements.cuh"
 
 namespace heddle {
+namespace {
+
+void launch_factors(const ForwardCall& call, FactorArgs args, CudaContext& context) {
+  args.rows = call.b * args.s * args.h;
+  args.d = static_cast<int>(call.d);
+  args.lanes = static_cast<int>(std::bit_ceil(static_cast<uint64_t>(call.d / 8)));
+  auto* kernel = call.dtype == DType::kF16 ? attention_factor_kernel<DType::kF16>
+                                           : attention_factor_kernel<DType::kBF16>;
+  const int64_t blocks = std::clamp<int64_t>((args.rows * args.lanes + kThreads - 1) / kThreads, 1,
+                                             context.processors * 8);
+  kernel<<<static_cast<unsigned>(blocks), kThreads, 0, context.stream>>>(args);
+  context.launched("attention_factor_kernel");
+}
+
+int* clear_word(CudaContext& context) {
+  int* word = context.scratch<int>(1);
+  HEDDLE_CUDA(cudaMemsetAsync(word, 0, sizeof(int), context.stream));
+  return word;
+}
+
+}  // namespace
 
 const int* row_factors(ForwardCall& call, CudaContext& context) {
   // copied 16 bytes at a time
   const auto whole_row = [](int64_t s) { return (s + 3) / 4 * 4 + 128; };
-  int* strange = context.scratch<int>(1);
-  HEDDLE_CUDA(cudaMemsetAsync(strange, 0, sizeof(int), context.stream));
-  const auto factors = [&](const void* x, const Strides& strides, int64_t s, int64_t h) {
-    const int lanes = static_cast<int>(std::bit_ceil(static_cast<uint64_t>(call.d / 8)));
-    const int64_t row = whole_row(s), pairs = call.b * h;
-    float* out = context.scratch<float>(static_cast<size_t>(pairs * row));
-    auto* kernel = call.dtype == DType::kF16 ? attention_factor_kernel<DType::kF16>
-                                             : attention_factor_kernel<DType::kBF16>;
-    // of one head's rows
-    const int64_t blocks = std::clamp<int64_t>(context.processors * 16 / pairs, 1,
-                                               (s * lanes + kThreads - 1) / kThreads);
-    kernel<<<static_cast<unsigned>(pairs * blocks), kThreads, 0, context.stream>>>(
-        {static_cast<const uint16_t*>(x), strides, s, static_cast<int>(h), static_cast<int>(pairs),
-         static_cast<int>(call.d), lanes, out, row, strange});
-    context.launched("attention_factor_kernel");
-    return out;
+  int* strange = clear_word(context);
+  const auto factors = [&](FactorArgs args) {
+    args.factor_row = whole_row(args.s);
+    args.factors = context.scratch<float>(static_cast<size_t>(call.b * args.h * args.factor_row));
+    args.strange = strange;
+    launch_factors(call, args, context);
+    return args.factors;
   };
-  call.slots.q_factors = factors(call.q, call.q_strides, call.sq, call.hq);
-  call.slots.k_factors = factors(call.k, call.k_strides, call.sk, call.hk);
+  call.slots.q_factors = factors(q_rows(call));
+  call.slots.k_factors = factors(k_rows(call));
   call.slots.q_row = whole_row(call.sq);
   call.slots.k_row = whole_row(call.sk);
+  return strange;
+}
+
+const int* unit_rows(const ForwardCall& call, uint16_t* q, uint16_t* k, CudaContext& context) {
+  int* strange = clear_word(context);
+  for (FactorArgs args : {q_rows(call), k_rows(call)}) {
+    args.units = args.x == call.q ? q : k;
+    args.strange = strange;
+    launch_factors(call, args, context);
+  }
   return strange;
 }
 

@@ -9,4 +9,7 @@ namespace heddle {
 // leave its range.
 const int* row_factors(ForwardCall& call, CudaContext& context);
 
+// The same, and q and k are written as the units of both passes are
+const int* unit_rows(const ForwardCall& call, uint16_t* q, uint16_t* k, CudaContext& context);
+
 }  // namespace heddle

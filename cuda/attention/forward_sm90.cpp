@@ -50,9 +50,8 @@ bool maps_scores(const ForwardCall& call) {
 template <DType kType> void pick(const ForwardCall& call, cudaStream_t stream) {
   const int64_t size = std::max(call.d, call.dv);
   if (call.dv == 0)
-    return call.slots.weights == Attention::kSoftplus && takes_cosines(call)
-               ? launch_sums_sm90<kType, true>(call, stream)
-               : launch_sums_sm90<kType, false>(call, stream);
+    return call.slots.units ? launch_sums_sm90<DType::kF16, true>(call, stream)
+                            : launch_sums_sm90<kType, false>(call, stream);
   if (call.masked) return pick_listed<kType>(call, stream);
   if (call.slots.used() || (size > 96 && size <= kSlotColumns))
     return pick_form<kType>(call, stream);

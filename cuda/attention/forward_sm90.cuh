@@ -134,9 +134,6 @@ template <class Shape> struct FormSmem<Form::kBiased, Shape> {
   sm90::Tile<64, Shape::kKeys> bias[Shape::kWarpgroups];
   sm90::Barrier bias_full[Shape::kWarpgroups], bias_empty[Shape::kWarpgroups];
 };
-template <class Shape> struct FormSmem<Form::kReweighted, Shape> {
-  alignas(16) float factors[Shape::kStages][Shape::kKeys];  // of the keys in k
-};
 
 template <Form kForm> struct FormMaps {};
 template <> struct FormMaps<Form::kBiased> {
@@ -553,17 +550,7 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
         const int kv_head = work.head / args.group;
         auto load = [&](auto& tiles, Barrier* full, const TensorMap& map, int j) {
           const uint32_t stage = Turn<kStages>(loaded + j).stage;
-          // factors come with their keys
-          const bool factors = kForm == Form::kReweighted && full == smem.k_full;
-          full[stage].arrive_expect(tiles[0].kBytes + (factors ? kKeys * 4 : 0));
-          if constexpr (kForm == Form::kReweighted) {
-            if (factors)
-              copy_to_smem(smem.factors[stage],
-                           args.slots.k_factors +
-                               (work.batch * (args.hq / args.group) + kv_head) * args.slots.k_row +
-                               (work.key_end - 1 - j) * kKeys,
-                           kKeys * 4, full[stage]);
-          }
+          full[stage].arrive_expect(tiles[0].kBytes);
           tiles[stage].load(map, full[stage], work.k_begin + (work.key_end - 1 - j) * kKeys,
                             kv_head, work.batch, Keep::kLong);
         };
@@ -613,10 +600,10 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
   RowBounds bounds;
   constexpr bool kSlots = Shape::kSlots, kRows = Shape::kRows;
   constexpr bool kMapped = kForm == Form::kMapped;
+  constexpr DType kScoreType = kForm == Form::kReweighted ? DType::kF16 : kType;  // of q and k
   ScoreMap map{args.scale, args.soft_cap, 0};
   SlotMap slots(args.slots, args.scale, args.soft_cap);
   uint32_t ahead[kSlots ? kKeys / 8 : 1][2];  // what is read while scores are multiplied
-  float2 columns[kForm == Form::kReweighted ? kKeys / 8 : 1];
   // mapped scores are in log2 units already
   const float to_log2 = kMapped || kForm == Form::kSigmoid || kForm == Form::kReweighted ? 1.f
                         : kForm == Form::kBiased                                         ? kLog2e
@@ -626,7 +613,7 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
   uint32_t biased = 0;  // tiles of biases
   bool calm = false;    // maxima of the tile before were no news
   float slope = 0;      // in units of products
-  Peaks peaks;
+  Shares shares{};
 
   // Where a warpgroup sees no key of a half of a tile, behind its last row in the first or before
   // its window in the last, it leaves out what those take, but for their values. In copies of their
@@ -650,7 +637,7 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
       if constexpr (kListed)
         wgmma<kType, Major::kK>(acc_s, frag_q[d / 16], its_k, d > 0);
       else
-        wgmma<kType, Major::kK>(acc_s, advance(q, smem.q[0].k_step(d)), its_k, d > 0);
+        wgmma<kScoreType, Major::kK>(acc_s, advance(q, smem.q[0].k_step(d)), its_k, d > 0);
     }
     wgmma_commit();
   };
@@ -756,7 +743,7 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
       return false;
     } else if constexpr (kForm == Form::kReweighted) {
       mask();
-      return slots.reweigh<kLag>(acc_s, rows, peaks);
+      return slots.reweigh(acc_s, rows, shares);
     } else {
       if constexpr (kSlots) {
         slots.map(acc_s, ahead, bounds, column, work.sk);
@@ -765,22 +752,6 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
       }
       if (masked) mask_scores(acc_s, bounds, key, args.window, lane);
       return kSlots ? slots.weigh(acc_s, rows) : rows.update(acc_s, to_log2);
-    }
-  };
-  // Factors of keys lie beside them, and are read before products are issued: a read behind those
-  // waits for them and may be late, as its stage is given back meanwhile
-  auto fetch_columns = [&](uint32_t stage) {
-    if constexpr (kForm == Form::kReweighted) {
-      const float* factors = smem.factors[stage] + lane % 4 * 2;
-#pragma unroll
-      for (int g = 0; g < kKeys / 8; ++g)
-        columns[g] = *reinterpret_cast<const float2*>(factors + 8 * g);
-    }
-  };
-  auto scale_columns = [&] {
-    if constexpr (kForm == Form::kReweighted) {
-      multiply_columns(acc_s, [&](int column) { return columns[column / 8]; });
-      __syncwarp();
     }
   };
   // What row `row` of a sequence sees under the mask
@@ -837,7 +808,7 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
     SlotRow its{};
     if (kRows || kForm == Form::kBiased) its = slot_row(args, work, row, slots);
     float values[kDv / 32] = {};
-    attend_seen<kType>(
+    attend_seen<kType, kScoreType>(
         values, base(args.q, args.q_strides, work.head, work.q_begin + row),
         rows_of(args.k, args.k_strides), rows_of(args.v, args.v_strides), args.d, args.dv,
         args.window ? max(at - args.window + 1, 0) : 0,
@@ -890,7 +861,9 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
     if (!kListed) bounds = bounds_of(args, work, row);
     if constexpr (kRows) {
       open_rows<kForm>(args, work, row, slots, rows);
-      if constexpr (kForm == Form::kReweighted) peaks.clear();
+      // weights of f16 have as many digits as what two terms of softplus lack
+      if constexpr (kForm == Form::kReweighted)
+        slots.open_shares<kType == DType::kBF16>(rows, shares);
     } else {
       rows.clear();
       map.slope_log2 = (kMapped || kForm == Form::kSloped) && args.slopes
@@ -910,14 +883,12 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
       const Turn<kStages> k = stage_of(j), v = stage_of(j - 1);
       fetch(key_of(j), work.sk);
       smem.k_full[k.stage].wait(k.parity);
-      fetch_columns(k.stage);
       await_turn();
       issue_scores(k.stage, q.stage);
       smem.v_full[v.stage].wait(v.parity);
       issue_values(v.stage);
       if (kFirstValues == kKeys) pass_turn();
       wgmma_wait<1>(acc_s);
-      scale_columns();
       release(smem.k_empty[k.stage]);
       issue_rest(v.stage);
       if (kFirstValues < kKeys) pass_turn();
@@ -971,10 +942,8 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
       const Turn<kStages> k = stage_of(j);
       fetch(key_of(j), work.sk);
       smem.k_full[k.stage].wait(k.parity);
-      fetch_columns(k.stage);
       issue_scores(k.stage, q.stage);
       wgmma_wait<0>(acc_s);
-      scale_columns();
       release(smem.k_empty[k.stage]);
       const bool moved = soften();
       pack_weights<kType>(frag_p, acc_s);

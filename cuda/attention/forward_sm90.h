@@ -1,4 +1,5 @@
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 
@@ -33,6 +34,10 @@ struct Slots {
   // behind the last that are read and not used
   const float *q_factors = nullptr, *k_factors = nullptr;
   int64_t q_row = 0, k_row = 0;
+  // Rows of q and k are f16 and of length 1, those of q by all that scores are multiplied by in
+  // log2 units: see Passes
+  bool units = false;
+  float* peaks = nullptr;  // [b, hq, sq]: of such rows the highest score, if it is above 0
 
   // Whether it is more than softmax of products, capped or sloped
   bool used() const {
@@ -128,7 +133,7 @@ enum class Form {
   kSloped,      // softmax with slopes
   kBiased,      // softmax with a bias for every pair, of the dtype of q and aligned to 16 bytes
   kSigmoid,     // sigmoids as they are, with a constant for each row
-  kReweighted,  // re-weighted softplus of cosines
+  kReweighted,  // re-weighted softplus of rows of length 1, with level and peaks
 };
 
 // Whether products may be compared before they are scaled
@@ -136,25 +141,75 @@ inline bool scales_products(const ForwardCall& call) {
   return std::isnormal(call.scale) && call.scale > 0 && call.scale < 1e30f;
 }
 
-// Whether scores are cosines by a factor, which bounds them, and nothing else
+// Whether re-weighting, whose level is yet to be found, may take both passes over such rows: scores
+// are cosines by a factor, which bounds them, and nothing else
 inline constexpr float kMostCosine = 69;  // exp of it and of less is a normal number
-inline bool takes_cosines(const ForwardCall& call) {
+inline bool takes_units(const ForwardCall& call) {
   const Slots& slots = call.slots;
   const float length =
       slots.length_scale != 0 ? slots.length_scale * std::log(static_cast<float>(call.sk)) : 1;
-  return slots.cosine && slots.bias_form == BiasForm::kNone && call.soft_cap == 0 && !call.slopes &&
-         !call.cu_seqlens_q && call.scale > 0 && length >= 0 &&
-         call.scale * length <= kMostCosine && slots.k_row % 4 == 0;
+  return slots.weights == Attention::kReweighted && (slots.power == 15 || slots.power == 3) &&
+         slots.cosine && slots.bias_form == BiasForm::kNone && call.soft_cap == 0 && !call.slopes &&
+         !call.cu_seqlens_q && call.scale > 0 && length >= 0 && call.scale * length <= kMostCosine;
 }
+
+// How many keys a row of q sees, or 1 where it sees none
+struct SeenKeys {
+  int sq, sk, window;  // 0 is all
+  bool causal;         // or windowed
+  const int32_t* cache_seqlens;
+  int64_t cache_stride;
+  explicit SeenKeys(const ForwardCall& call)
+      : sq(static_cast<int>(call.sq)),
+        sk(static_cast<int>(call.sk)),
+        window(static_cast<int>(std::min<int64_t>(call.window, INT32_MAX))),
+        causal(call.causal || call.window),
+        cache_seqlens(call.cache_seqlens),
+        cache_stride(call.cache_stride) {}
+  HEDDLE_HD int count(int batch, int row) const {
+    int keys = sk;
+    if (cache_seqlens) {
+      const int used = cache_seqlens[batch * cache_stride];
+      keys = used < 0 ? 0 : used < sk ? used : sk;
+    }
+    if (causal) keys += row + 1 - sq;
+    if (window && keys > window) keys = window;
+    return keys > 1 ? keys : 1;
+  }
+};
+
+// The two passes of such a call over q [b, sq, hq, d] and k [b, sk, hk, d] as `units` has them:
+// sums, which find level and peaks, and the rest
+struct Passes {
+  ForwardCall sums, rest;
+  Passes(const ForwardCall& call, uint16_t* q, uint16_t* k, float* level, float* peaks)
+      : rest(call) {
+    const auto whole = [&](int64_t s, int64_t h) {
+      return Strides{s * h * call.d, h * call.d, call.d};
+    };
+    rest.q = q;
+    rest.k = k;
+    rest.q_strides = whole(call.sq, call.hq);
+    rest.k_strides = whole(call.sk, call.hk);
+    rest.slots.units = true;
+    rest.slots.q_factors = rest.slots.k_factors = nullptr;
+    rest.slots.peaks = peaks;
+    sums = rest;
+    rest.slots.level = level;
+    const int64_t strides[] = {call.hq * call.sq, call.sq, 1};
+    std::copy_n(strides, 3, rest.slots.level_strides);
+    sums.slots.weights = Attention::kSoftplus;
+    sums.lse = level;
+    sums.dv = 0;
+  }
+};
 
 // The most special one that takes a call without a mask
 inline Form form_of(const ForwardCall& call) {
   const Slots& slots = call.slots;
   if (!slots.used() && call.soft_cap == 0 && scales_products(call))
     return !call.slopes ? Form::kPlain : call.scale > 1e-6f ? Form::kSloped : Form::kMapped;
-  if (slots.weights == Attention::kReweighted && (slots.power == 15 || slots.power == 3) &&
-      takes_cosines(call))
-    return Form::kReweighted;
+  if (slots.units) return Form::kReweighted;
   if (slots.cosine || slots.length_scale != 0 || call.slopes || call.soft_cap != 0 ||
       !scales_products(call))
     return Form::kMapped;
@@ -191,8 +246,8 @@ template <class Body> void dispatch_form(const ForwardCall& call, const Body& bo
 // `kApart`, those of either warpgroup what the other does not.
 template <DType kType, int kD, int kDv, Form kForm, bool kListed = false, bool kApart = false>
 void launch_forward_sm90(const ForwardCall& call, cudaStream_t stream);
-// Of v without columns, up to kSlotColumns columns of q; `kCosines` are those of softplus
-template <DType kType, bool kCosines>
+// Of v without columns, up to kSlotColumns columns of q; with `kUnits` rows are such, and kF16
+template <DType kType, bool kUnits>
 void launch_sums_sm90(const ForwardCall& call, cudaStream_t stream);
 template <int kD> void launch_float8_sm90(const ForwardCall& call, cudaStream_t stream);
 

@@ -28,25 +28,16 @@ struct SlotRow {
   float scale;     // of products
   float constant;  // of scores
   float gain_log2, offset;
+  float highest;  // of its scores, if it is above 0
   const uint8_t* bias;
 };
 
-// Re-weighted rows: what their weights were last made relative to
-struct Peaks {
-  float most[2];  // product up to which weights stay relative to the same, or see `straight`
+// What weights of re-weighted rows are made of, relative to their largest. Beside high scores
+// softplus is the score and two terms, and beside higher ones the score alone.
+enum class SoftplusBy { kAny, kLogarithm, kTwoTerms, kScore };
+struct Shares {
   float gain[2], offset[2];
-  // Scores that weigh something are so high that softplus is almost the score, and weights are
-  // relative to the highest that there could be
-  bool high;
-  // Beside the highest of each row of the warp softplus may be taken for the score. Until then
-  // `most` is the weight that a row has to have had for that, or -inf where this lane found one.
-  bool straight;
-
-  __device__ __forceinline__ void clear() {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) most[r] = -INFINITY, gain[r] = offset[r] = 0;
-    high = straight = false;
-  }
+  SoftplusBy by;
 };
 
 struct SlotMap {
@@ -75,11 +66,15 @@ struct SlotMap {
   __device__ __forceinline__ SlotRow row_of(int batch, int head, int hq, int64_t token, int64_t i,
                                             int seen) const {
     const int64_t line = static_cast<int64_t>(batch) * hq + head;
-    SlotRow row{scale, 0, 0, 0, nullptr};
-    if (slots.length_scale != 0)
-      row.scale *= slots.length_scale * logf(static_cast<float>(max(seen, 1)));
-    if (slots.q_factors) row.scale *= slots.q_factors[line * slots.q_row + token];
-    if (soft_cap <= 0) row.scale *= unit;
+    SlotRow row{scale, 0, 0, 0, 0, nullptr};
+    if (slots.units) {
+      row.scale = 1;
+    } else {
+      if (slots.length_scale != 0)
+        row.scale *= slots.length_scale * logf(static_cast<float>(max(seen, 1)));
+      if (slots.q_factors) row.scale *= slots.q_factors[line * slots.q_row + token];
+      if (soft_cap <= 0) row.scale *= unit;
+    }
     if (slots.bias_form != BiasForm::kNone) {
       row.bias = static_cast<const uint8_t*>(slots.bias) +
                  (batch * slots.bias_strides[0] + head * slots.bias_strides[1] +
@@ -88,11 +83,12 @@ struct SlotMap {
       if (slots.bias_form == BiasForm::kRow) row.constant = unit * bias_at(row.bias, 0);
     }
     if (slots.level && seen > 0) {
-      const float level =
-          slots.level[batch * slots.level_strides[0] + head * slots.level_strides[1] +
-                      token * slots.level_strides[2]];
+      const int64_t at = batch * slots.level_strides[0] + head * slots.level_strides[1] +
+                         token * slots.level_strides[2];
+      const float level = slots.level[at];
       row.gain_log2 = level == -INFINITY ? level : log2f(static_cast<float>(seen)) - level * kLog2e;
       row.offset = seen > Attention::kYoungRows ? slots.offset : 0;
+      if (slots.units) row.highest = slots.peaks[at];
     }
     return row;
   }
@@ -361,200 +357,131 @@ struct SlotMap {
     return u < 0.0625f ? series * kLog2e : log2_approx(1 + u);
   }
 
-  // The sums of softplus of cosines' products, in units of ln 2
-  static constexpr float kLeastSum = 0.0625f;
+  // Adds softplus of scores of unit rows, in units of ln 2, as logarithms of products of 1 +
+  // exp(s). `highest` are bits of numbers from 0 on.
   template <int kScores>
-  __device__ __forceinline__ void sum_cosines(const float (&acc)[kScores], RowSoftmax& rows) const {
-    float sums[2], small = INFINITY;
+  __device__ __forceinline__ static void sum_units(const float (&acc)[kScores], RowSoftmax& rows,
+                                                   int (&highest)[2]) {
+    constexpr int kChains = kScores / 16;
+    constexpr float kLeast = 0.0625f;
+    float products[2][kChains], sums[2];
+    bool fits = true;
+#pragma unroll
+    for (int i = 0; i < kScores; ++i) {
+      float& product = products[i / 2 % 2][i / 4 % kChains];
+      const float u = exp2_approx(acc[i]);
+      product = i / 4 < kChains && i % 2 == 0 ? 1 + u : fmaf(product, u, product);
+    }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float above, product;
-      softplus_parts(acc, r, row[r].scale, above, product);
-      sums[r] = rows.row_sum[r] + fmaf(above, row[r].scale, log2_approx(product));
-      small = fminf(small, sums[r]);
+      highest[r] = highest_bits(acc, r, highest[r]);
+      sums[r] = rows.row_sum[r];
+#pragma unroll
+      for (float product : products[r]) sums[r] += log2_approx(product);
+      fits &= sums[r] >= kLeast && sums[r] < INFINITY;
     }
-    // a sum that is still small has too few digits in the logarithm of a product
-    if (__any_sync(~0u, small < kLeastSum)) {
+    if (!__all_sync(~0u, fits)) {
+      // some product is too large, or a sum too small for its digits
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        float above = 0, beyond = 0;  // the product less 1
+        float sum = 0, beyond = 0;  // the product of 1 + exp(-|s|) less 1
 #pragma unroll
         for (int i = 2 * r; i < kScores; i += 4)
 #pragma unroll
           for (int x = 0; x < 2; ++x) {
-            const float u = exp2_approx(-fabsf(acc[i + x] * row[r].scale));
-            above += relu(acc[i + x]);
+            const float u = exp2_approx(-fabsf(acc[i + x]));
+            sum += relu(acc[i + x]);
             beyond += fmaf(beyond, u, u);
           }
-        sums[r] = rows.row_sum[r] + fmaf(above, row[r].scale, log2_beyond_one(beyond));
+        sums[r] = rows.row_sum[r] + sum + log2_beyond_one(beyond);
       }
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) rows.row_sum[r] = sums[r];
   }
 
-  // By 1 + exp(s) of kPart cosines' products, whose logarithm is softplus
-  template <int kPart, int kScores, int kChains>
-  __device__ __forceinline__ void multiply_weights(const float (&acc)[kScores], int from,
-                                                   float (&products)[2][kChains]) const {
-#pragma unroll
-    for (int i = from; i < from + kPart; ++i) {
-      const int r = i / 2 % 2;
-      float& product = products[r][i / 4 % kChains];
-      product = fmaf(product, exp2_approx(acc[i] * row[r].scale), product);
-    }
-  }
-
-  // Adds their logarithms, not if one is too large, or a sum too small for its digits
-  template <int kChains>
-  __device__ __forceinline__ bool add_products(const float (&products)[2][kChains],
-                                               RowSoftmax& rows) const {
-    float sums[2];
-    bool fits = true;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      float sum = 0;
-#pragma unroll
-      for (float product : products[r]) sum += log2_approx(product);
-      sums[r] = rows.row_sum[r] + sum;
-      fits &= sums[r] >= kLeastSum && sums[r] < INFINITY;
-    }
-    if (!__all_sync(~0u, fits)) return false;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) rows.row_sum[r] = sums[r];
-    return true;
-  }
-
-  // Makes weights relative to the largest so far, or to the largest that there could be; not if
-  // that is too little beside the offset, or the mean too far from 1
-  template <int kLag, bool kSeeksHigh, int kScores>
-  __device__ __forceinline__ bool move_peaks(const float (&acc)[kScores], RowSoftmax& rows,
-                                             Peaks& peaks, bool& moved) const {
-    const bool seeks = kSeeksHigh && slots.power == 15;
-    bool beyond = seeks;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) beyond |= own_highest(acc, r, acc[2 * r]) > peaks.most[r];
-    if (!__any_sync(~0u, beyond)) return true;
+  // How a warp's unit rows weigh
+  template <bool kTakesHigh>
+  __device__ __forceinline__ void open_shares(RowSoftmax& rows, Shares& shares) const {
     constexpr float kLeastGain = 0x1p-20f, kMostGain = 2, kMostOffset = 16;
-    const float root = reciprocal_approx(slots.power);
-    bool fits = true, high = seeks;
-    float next[2], limit[2], limit_log2[2];
+    bool fits = true, high = kTakesHigh && slots.power == 15, higher = high;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float gain = exp2_approx(row[r].gain_log2 + kSoftplusBase);
-      const float highest = rows.highest(acc, r) * row[r].scale;
+      const float highest = row[r].highest, gain = exp2_approx(row[r].gain_log2 + kSoftplusBase);
       const float share = gain * softplus_log2(highest), above = share - row[r].offset;
-      const float before = rows.row_max[r];
-      const float top = above <= Attention::kReweightedSnap * share
-                            ? -INFINITY
-                            : slots.power * log2_approx(above);
-      // what two terms lack beside the largest, and what that is beside the limit
+      fits &= highest > 0 && gain >= kLeastGain && gain <= kMostGain;
+      const bool none = above <= Attention::kReweightedSnap * share;
+      const float inverse = none ? 0 : reciprocal_approx(above);
+      shares.gain[r] = gain * inverse;
+      shares.offset[r] = -row[r].offset * inverse;
+      fits &= shares.offset[r] >= -kMostOffset;
+      rows.row_max[r] = none ? -INFINITY : slots.power * log2_approx(above);
+      // what two terms lack beside the largest
       const float u = exp2_approx(-highest);
-      limit[r] = fmaf(gain, kMostCosine * kLog2e + 1, -row[r].offset);
-      limit_log2[r] = slots.power * log2_approx(limit[r]);
-      high &= gain * u * u * u * 0x1p17f <= above && above * 32 >= limit[r] &&
-              (before == -INFINITY || limit_log2[r] - before <= 120);
-      next[r] = top - before <= (seeks ? 0 : kLag) ? before : fmaxf(before, top);
-      const float inverse = next[r] == -INFINITY ? 0 : exp2_approx(-next[r] * root);
-      fits &= highest <= kMostSoftplus && gain >= kLeastGain && gain <= kMostGain &&
-              -row[r].offset * inverse >= -kMostOffset;
-      peaks.gain[r] = gain * inverse;
-      peaks.offset[r] = -row[r].offset * inverse;
-      const float most =
-          (row[r].offset + exp2_approx((next[r] + kLag) * root)) * reciprocal_approx(gain);
-      peaks.most[r] = log2_approx(exp2_approx(fminf(most, kMostSoftplus)) - 1) *
-                      reciprocal_approx(row[r].scale);
+      high &= none || gain * u * u * u * 0x1p17f <= above;
+      // weights of such scores, which are beyond the offset by about that, lack 2^-11
+      constexpr float kAbout = 12, kLack = 15 * kLog2e * 0x1p11f;
+      const float beyond = fmaxf(kAbout - row[r].offset * reciprocal_approx(gain), 1);
+      higher &= none || highest >= log2_approx(kLack * reciprocal_approx(beyond));
     }
-    if (__any_sync(~0u, !fits)) {
-      peaks.clear();
-      return false;
-    }
-    peaks.high = __all_sync(~0u, high);
-    if (peaks.high) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const float inverse = reciprocal_approx(limit[r]);
-        next[r] = limit_log2[r];
-        const float gain = exp2_approx(row[r].gain_log2 + kSoftplusBase);
-        peaks.gain[r] = gain * inverse;
-        peaks.offset[r] = -row[r].offset * inverse;
-        // weights of such scores, which are beyond the offset by about that, lack 2^-11
-        constexpr float kAbout = 12, kLack = 15 * kLog2e * 0x1p11f;
-        const float beyond = fmaxf(kAbout - row[r].offset * reciprocal_approx(gain), 1);
-        const float straight = log2_approx(kLack * reciprocal_approx(beyond));
-        const float share = fmaf(straight, peaks.gain[r], peaks.offset[r]);
-        peaks.most[r] = share * share * share;
-      }
-    }
-#pragma unroll
-    for (int r = 0; r < 2; ++r) moved |= rows.move(r, next[r]);
-    moved = __any_sync(~0u, moved);
-    return true;
+    fits = __all_sync(~0u, fits);
+    high = __all_sync(~0u, high);
+    higher = __all_sync(~0u, higher);
+    shares.by = !fits     ? SoftplusBy::kAny
+                : !high   ? SoftplusBy::kLogarithm
+                : !higher ? SoftplusBy::kTwoTerms
+                          : SoftplusBy::kScore;
+    if (!fits) rows.clear();
   }
 
-  // Powers of 15 and 3 of cosines' products
-  template <int kLag, int kScores>
+  // Powers of 15 and 3 of scores of unit rows
+  template <int kScores>
   __device__ __forceinline__ bool reweigh(float (&acc)[kScores], RowSoftmax& rows,
-                                          Peaks& peaks) const {
-    // weights of bf16 have all digits however far they are below what they are relative to
-    constexpr bool kSeeksHigh = kLag >= 60;
-    bool moved = false;
-    rows.shrink[0] = rows.shrink[1] = 1;
-    if (!peaks.high && !move_peaks<kLag, kSeeksHigh>(acc, rows, peaks, moved)) {
+                                          const Shares& shares) const {
+    if (shares.by == SoftplusBy::kAny) {
 #pragma unroll
-      for (int i = 0; i < kScores; ++i)
-        acc[i] = exponent(acc[i] * row[i / 2 % 2].scale, row[i / 2 % 2]);
+      for (int i = 0; i < kScores; ++i) acc[i] = exponent(acc[i], row[i / 2 % 2]);
       return rows.update(acc, 1.f);
     }
-    float slope[2], first[2];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      slope[r] = peaks.gain[r] * row[r].scale;
-      first[r] = peaks.gain[r] * kLog2e;
-    }
-    if (kSeeksHigh && peaks.straight) {
+    rows.shrink[0] = rows.shrink[1] = 1;
+    const auto cube = [](float x) { return x * x * x; };
+    const auto fifth = [](float x) {
+      const float square = x * x;
+      return x * (square * square);
+    };
+    if (shares.by == SoftplusBy::kScore) {
+      // a fourth by the unit of exponentials, which has nothing else to do
 #pragma unroll
       for (int i = 0; i < kScores; ++i) {
-        const float x = saturate(fmaf(acc[i], slope[i / 2 % 2], peaks.offset[i / 2 % 2]));
-        acc[i] = x * x * x;
+        const int r = i / 2 % 2;
+        const float x = saturate(fmaf(acc[i], shares.gain[r], shares.offset[r]));
+        acc[i] = i % 4 == 3 ? exp2_approx(15 * log2_approx(x)) : fifth(cube(x));
       }
-    } else if (kSeeksHigh && peaks.high) {
+      rows.add(acc);
+      return false;
+    }
+    if (shares.by == SoftplusBy::kTwoTerms) {
       // s + log2(1 + u) for u = 2^-s, of which two terms are taken
 #pragma unroll
       for (int i = 0; i < kScores; ++i) {
         const int r = i / 2 % 2;
-        const float u = exp2_approx(-(acc[i] * row[r].scale));
-        const float x = saturate(
-            fmaf(fmaf(u, -0.5f * first[r], first[r]), u, fmaf(acc[i], slope[r], peaks.offset[r])));
-        acc[i] = x * x * x;
+        const float u = exp2_approx(-acc[i]), first = shares.gain[r] * kLog2e;
+        acc[i] = cube(saturate(fmaf(fmaf(u, -0.5f * first, first), u,
+                                    fmaf(acc[i], shares.gain[r], shares.offset[r]))));
       }
-      uint32_t found = 0x11111111;  // a bit for the first of four lanes that share rows
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        if (!none_above(acc, r, peaks.most[r])) peaks.most[r] = -INFINITY;
-        uint32_t lanes = __ballot_sync(~0u, peaks.most[r] == -INFINITY);
-        lanes |= lanes >> 1;
-        found &= lanes | lanes >> 2;
-      }
-      peaks.straight = found == 0x11111111;
     } else {
 #pragma unroll
       for (int i = 0; i < kScores; ++i) {
         const int r = i / 2 % 2;
-        const float x =
-            relu(fmaf(softplus_log2(acc[i] * row[r].scale), peaks.gain[r], peaks.offset[r]));
-        acc[i] = x * x * x;
+        acc[i] = cube(saturate(fmaf(softplus_log2(acc[i]), shares.gain[r], shares.offset[r])));
       }
     }
     if (slots.power == 15) {
 #pragma unroll
-      for (int i = 0; i < kScores; ++i) {
-        const float square = acc[i] * acc[i];
-        acc[i] *= square * square;
-      }
+      for (int i = 0; i < kScores; ++i) acc[i] = fifth(acc[i]);
     }
     rows.add(acc);
-    return moved;
+    return false;
   }
 
   // x^power for x = share - offset relative to the largest. Not if that is little beside the

@@ -62,20 +62,6 @@ __device__ __forceinline__ void each_bias(const Tile& tile, int row, int lane, c
   }
 }
 
-// By a factor for each column: `pair_of` has those of a column and the next, counted from this
-// lane's first column on
-template <int kScores, class Pairs>
-__device__ __forceinline__ void multiply_columns(float (&acc)[kScores], const Pairs& pair_of) {
-#pragma unroll
-  for (int i = 0; i < kScores; i += 4) {
-    const float2 pair = pair_of(2 * i);
-    acc[i] *= pair.x;
-    acc[i + 1] *= pair.y;
-    acc[i + 2] *= pair.x;
-    acc[i + 3] *= pair.y;
-  }
-}
-
 // Where a thread's two rows stand among the keys, and where the keys end that they see
 struct RowBounds {
   int position[2], until[2];
@@ -154,15 +140,20 @@ __device__ __forceinline__ float own_highest(const float (&acc)[kScores], int r,
   return highest;
 }
 
-// Whether no number that this lane has of row r is above `most`, or that is not known. Those from 0
-// on have the order of their bits, of which three are compared at once.
+// The largest bits of what this lane has of row r, and of `highest`. Numbers from 0 on have the
+// order of their bits, of which three are compared at once.
 template <int kScores>
-__device__ __forceinline__ bool none_above(const float (&acc)[kScores], int r, float most) {
-  int highest = 0;
+__device__ __forceinline__ int highest_bits(const float (&acc)[kScores], int r, int highest) {
 #pragma unroll
   for (int i = 2 * r; i < kScores; i += 4)
     highest = __vimax3_s32(highest, __float_as_int(acc[i]), __float_as_int(acc[i + 1]));
-  return most >= 0 && highest <= __float_as_int(most);
+  return highest;
+}
+
+// Whether no number that this lane has of row r is above `most`, or that is not known
+template <int kScores>
+__device__ __forceinline__ bool none_above(const float (&acc)[kScores], int r, float most) {
+  return most >= 0 && highest_bits(acc, r, 0) <= __float_as_int(most);
 }
 
 // Weights as the operand of the product with values
@@ -344,7 +335,8 @@ struct RowEnd {
 // sees: those from `begin` to below `end` of which `sees` is true. Slow, and only for rows that
 // came out as no number: a weight of zero doesn't silence a masked value that is none. `key_at` and
 // `value_at` give the rows of k and v.
-template <DType kType, int kColumns, class Element, class Rows, class Sees, class Score>
+template <DType kType, DType kScoreType = kType, int kColumns, class Element, class Rows,
+          class Sees, class Score>
 __device__ __forceinline__ void attend_seen(float (&values)[kColumns], const Element* q,
                                             const Rows& key_at, const Rows& value_at, int d, int dv,
                                             int begin, int end, const Sees& sees,
@@ -354,7 +346,8 @@ __device__ __forceinline__ void attend_seen(float (&values)[kColumns], const Ele
     if (key + lane < end && sees(key + lane)) {
       const Element* k = key_at(key + lane);
       float product = 0;
-      for (int e = 0; e < d; ++e) product = fmaf(unpack<kType>(q[e]), unpack<kType>(k[e]), product);
+      for (int e = 0; e < d; ++e)
+        product = fmaf(unpack<kScoreType>(q[e]), unpack<kScoreType>(k[e]), product);
       weight = exp2_approx(score_log2(product, key + lane) - lse_log2);
     }
     for (int i = 0; i < min(32, end - key); ++i) {

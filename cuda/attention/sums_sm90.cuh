@@ -5,22 +5,22 @@
 //
 //   lse[p] = ln(sum(w(S[p,t])))   with S and its weights w as in forward_sm90.cuh
 //
-// A tile is 64 rows of q for each of two computing warpgroups; warpgroup 0 loads. Of cosines, each
-// issues the products of the next key tile one by one between the sums of this one: issued at once
-// they would hold the warp until the last of them begins. Other scores take so much longer to map
-// that the products of one warpgroup hide behind those of the other.
+// A tile is 64 rows of q for each computing warpgroup; warpgroup 0 loads. Products of one warpgroup
+// hide behind what the others make of theirs: two of scores that take long to map, or four of
+// unit rows, which also tell the highest score of each row.
 namespace heddle {
 namespace {
 
-struct SumsTile {
-  static constexpr int kD = kSlotColumns, kWarpgroups = 2, kQueries = 64 * kWarpgroups;
-  static constexpr int kKeys = 128, kBuffers = 2, kStages = 4;
+template <bool kUnits> struct SumsTile {
+  static constexpr int kD = kSlotColumns, kWarpgroups = kUnits ? 4 : 2;
+  static constexpr int kQueries = 64 * kWarpgroups, kKeys = 128;
+  static constexpr int kBuffers = 2, kStages = kUnits ? 2 : 4;
   static constexpr int kThreads = 128 * (kWarpgroups + 1);
-  static constexpr int kLoadRegisters = 24, kComputeRegisters = 240;
+  // sums to the registers per lane that a CTA begins with, which are 504 and 480
+  static constexpr int kLoadRegisters = 24, kComputeRegisters = kUnits ? 112 : 240;
 };
 
-struct SumsSmem {
-  using Shape = SumsTile;
+template <class Shape> struct SumsSmem {
   sm90::Tile<Shape::kQueries, Shape::kD> q[Shape::kBuffers];
   sm90::Tile<Shape::kKeys, Shape::kD> k[Shape::kStages];
   ForwardWork work[Shape::kBuffers];
@@ -28,16 +28,16 @@ struct SumsSmem {
   sm90::Barrier k_full[Shape::kStages], k_empty[Shape::kStages];
 };
 
-// `kCosines` are those of softplus, and nothing else is added to them
-template <DType kType, bool kCosines>
-__global__ void __launch_bounds__(SumsTile::kThreads, 1)
+// `kUnits` are those of softplus alone, and come with peaks
+template <DType kType, bool kUnits>
+__global__ void __launch_bounds__(SumsTile<kUnits>::kThreads, 1)
     sums_sm90_kernel(const __grid_constant__ sm90::TensorMap gmem_q,
                      const __grid_constant__ sm90::TensorMap gmem_k, const ForwardArgs args) {
   using namespace sm90;
-  using Shape = SumsTile;
+  using Shape = SumsTile<kUnits>;
   constexpr int kQueries = Shape::kQueries, kKeys = Shape::kKeys, kD = Shape::kD;
   constexpr int kBuffers = Shape::kBuffers, kStages = Shape::kStages;
-  auto& smem = shared_memory<SumsSmem>();
+  auto& smem = shared_memory<SumsSmem<Shape>>();
   // the same in all lanes, which the compiler cannot know of threadIdx
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
 
@@ -107,91 +107,60 @@ __global__ void __launch_bounds__(SumsTile::kThreads, 1)
     smem.q_full[q.stage].wait(q.parity);
     const ForwardWork& work = smem.work[q.stage];
     if (work.row < 0) break;
-    const int row = work.row + own * 64 + warp * 16 + lane / 4, diagonal = work.sk - work.sq;
+    const int first_row = work.row + own * 64, diagonal = work.sk - work.sq;
+    const int row = first_row + warp * 16 + lane / 4;
     const RowBounds bounds = bounds_of(args, work, row);
-    open_rows<kCosines ? Form::kReweighted : Form::kMapped>(args, work, row, slots, rows);
-    if (kCosines) rows.row_max[0] = rows.row_max[1] = slots.kSoftplusBase;
-    // key tiles that the first row sees whole, and where the last row's window begins
-    const int whole_end = (args.causal ? max(work.row + diagonal + 1, 0) : work.sk) / kKeys;
+    open_rows<kUnits ? Form::kReweighted : Form::kMapped>(args, work, row, slots, rows);
+    if (kUnits) rows.row_max[0] = rows.row_max[1] = slots.kSoftplusBase;
+    // key tiles that this warpgroup's first row sees whole, where the last row's window begins, and
+    // where those are that no row sees
+    const int whole_end = (args.causal ? max(first_row + diagonal + 1, 0) : work.sk) / kKeys;
     const int whole_begin =
-        args.window ? max(work.row + kQueries + diagonal - args.window + kKeys - 1, 0) / kKeys : 0;
+        args.window ? max(first_row + 64 + diagonal - args.window + kKeys - 1, 0) / kKeys : 0;
+    const int own_end =
+        args.causal ? (max(first_row + 64 + diagonal, 0) + kKeys - 1) / kKeys : work.key_end;
     const int key_end = __shfl_sync(~0u, work.key_end, 0);
     const int key_tiles = __shfl_sync(~0u, work.key_tiles, 0);
+    const int skipped = min(max(key_end - __shfl_sync(~0u, own_end, 0), 0), key_tiles);
+    int highest[2] = {0, 0};  // as the integers that their bits are
     const auto tile_of = [&](int j) { return key_end - 1 - j; };
     const auto column_of = [&](int j) { return tile_of(j) * kKeys + lane % 4 * 2; };
-    const auto begin = [&](int j) {
+#pragma unroll 1
+    for (int j = 0; j < skipped; ++j) {
       const Turn<kStages> k(used + j);
       smem.k_full[k.stage].wait(k.parity);
-      wgmma_fence(acc);
-      return k.stage;
-    };
-    const auto multiply = [&](uint32_t stage, int d) {
-      wgmma<kType, Major::kK>(acc, smem.q[q.stage].k_major(own * 64, d),
-                              smem.k[stage].k_major(0, d), d > 0);
-      if (d == kD - 16) wgmma_commit();
-    };
-    const auto issue = [&](int j) {
-      const uint32_t stage = begin(j);
-#pragma unroll
-      for (int d = 0; d < kD; d += 16) multiply(stage, d);
-    };
-    const auto give_back = [&](int j) { release(smem.k_empty[Turn<kStages>(used + j).stage]); };
-    const auto mask = [&](float(&scores)[kKeys / 2], int j) {
-      const int tile = tile_of(j);
-      if (tile >= whole_end || tile < whole_begin)
-        mask_scores(scores, bounds, tile * kKeys, args.window, lane);
-    };
-    issue(0);
-    if constexpr (kCosines) {
-      float2 factors[kKeys / 8];
-      const auto fetch = [&](int j) {
-#pragma unroll
-        for (int g = 0; g < kKeys / 8; ++g)
-          factors[g] = *reinterpret_cast<const float2*>(slots.columns + column_of(j) + 8 * g);
-      };
-      fetch(0);
+      release(smem.k_empty[k.stage]);
+    }
 #pragma unroll 1
-      for (int j = 0; j < key_tiles; ++j) {
-        float cosines[kKeys / 2];
-        wgmma_wait<0>(acc);
-        give_back(j);
-#pragma unroll
-        for (int i = 0; i < kKeys / 2; ++i) cosines[i] = acc[i];
-        multiply_columns(cosines, [&](int column) { return factors[column / 8]; });
-        mask(cosines, j);
-        bool summed = false;
-        if (j + 1 < key_tiles) {
-          fetch(j + 1);
-          const uint32_t next = begin(j + 1);
-          float products[2][4] = {{1, 1, 1, 1}, {1, 1, 1, 1}};
-#pragma unroll
-          for (int d = 0; d < kD; d += 16) {
-            multiply(next, d);
-            constexpr int kPart = kKeys / 2 * 16 / kD;
-            slots.multiply_weights<kPart>(cosines, d / 16 * kPart, products);
-          }
-          summed = slots.add_products(products, rows);
-        }
-        if (!summed) slots.sum_cosines(cosines, rows);
-      }
-    } else {
-#pragma unroll 1
-      for (int j = 0; j < key_tiles; ++j) {
-        // what is read of a tile while it is multiplied
-        uint32_t ahead[kKeys / 8][2];
+    for (int j = skipped; j < key_tiles; ++j) {
+      const Turn<kStages> k(used + j);
+      // what is read of a tile while it is multiplied
+      uint32_t ahead[kUnits ? 1 : kKeys / 8][2];
+      if constexpr (!kUnits) {
         if (slots.reads()) {
 #pragma unroll
           for (int g = 0; g < kKeys / 8; ++g)
 #pragma unroll
             for (int x = 0; x < 2; ++x) ahead[g][x] = slots.word(column_of(j) + 8 * g, x, work.sk);
         }
-        wgmma_wait<0>(acc);
-        give_back(j);
-        slots.map(acc, ahead, bounds, column_of(j), work.sk);
-        mask(acc, j);
-        slots.sum(acc, rows);
-        if (j + 1 < key_tiles) issue(j + 1);
       }
+      smem.k_full[k.stage].wait(k.parity);
+      wgmma_fence(acc);
+#pragma unroll
+      for (int d = 0; d < kD; d += 16)
+        wgmma<kType, Major::kK>(acc, smem.q[q.stage].k_major(own * 64, d),
+                                smem.k[k.stage].k_major(0, d), d > 0);
+      wgmma_commit();
+      wgmma_wait<0>(acc);
+      release(smem.k_empty[k.stage]);
+      if constexpr (!kUnits) slots.map(acc, ahead, bounds, column_of(j), work.sk);
+      const int tile = tile_of(j);
+      if (tile >= whole_end || tile < whole_begin)
+        mask_scores(acc, bounds, tile * kKeys, args.window, lane);
+      if constexpr (kUnits)
+        slots.sum_units(acc, rows, highest);
+      else
+        slots.sum(acc, rows);
     }
     used += key_tiles;
 #pragma unroll
@@ -199,9 +168,13 @@ __global__ void __launch_bounds__(SumsTile::kThreads, 1)
       const float sum = rows.total(r);
       const RowEnd end(rows.row_max[r], args.slots.hides(rows.row_max[r]) ? 0 * sum : sum,
                        args.sink ? args.sink + work.head * args.sink_stride : nullptr);
-      const int64_t line = (static_cast<int64_t>(work.batch) * args.hq + work.head) * args.sq;
-      if (lane % 4 == 0 && row + 8 * r < work.sq)
-        args.lse[line + work.q_begin + row + 8 * r] = end.lse_log2 * kLn2;
+      const int64_t line = static_cast<int64_t>(work.batch) * args.hq + work.head;
+      int top = max(highest[r], __shfl_xor_sync(~0u, highest[r], 1));
+      top = max(top, __shfl_xor_sync(~0u, top, 2));
+      if (lane % 4 == 0 && row + 8 * r < work.sq) {
+        args.lse[line * args.sq + work.q_begin + row + 8 * r] = end.lse_log2 * kLn2;
+        if (kUnits) args.slots.peaks[line * args.sq + row + 8 * r] = std::bit_cast<float>(top);
+      }
     }
     release(smem.q_empty[q.stage]);
   }
@@ -209,17 +182,17 @@ __global__ void __launch_bounds__(SumsTile::kThreads, 1)
 
 }  // namespace
 
-template <DType kType, bool kCosines>
+template <DType kType, bool kUnits>
 void launch_sums_sm90(const ForwardCall& call, cudaStream_t stream) {
-  using Shape = SumsTile;
+  using Shape = SumsTile<kUnits>;
   const ForwardArgs args = forward_args(call, Shape::kQueries);
   const auto map = [&](const void* data, int64_t s, int64_t h, const Strides& strides, int rows) {
     return make_tensor_map(kType, data,
                            {call.d, s, h, call.b, strides.row, strides.head, strides.batch}, rows);
   };
-  launch<sums_sm90_kernel<kType, kCosines>>(
+  launch<sums_sm90_kernel<kType, kUnits>>(
       {std::min(args.tiles, call.processors), Shape::kThreads,
-       sm90::shared_memory_bytes<SumsSmem>(), stream},
+       sm90::shared_memory_bytes<SumsSmem<Shape>>(), stream},
       map(call.q, call.sq, call.hq, call.q_strides, Shape::kQueries),
       map(call.k, call.sk, call.hk, call.k_strides, Shape::kKeys), args);
 }

@@ -105,12 +105,11 @@ export function softplusAttention<D extends FloatDType>(
   const { call, reweighted, mean } = recipe(op, { q, k, v }, options)
   const run = () => {
     if (!reweighted) return attention(q, k, v, { ...call, weights: 'softplus' })
-    const level = levelOf(q, k, v, call)
-    const sharp = attention(q, k, v, { ...call, ...reweighted, level })
+    const sharp = attention(q, k, v, { ...call, ...reweighted })
     if (!mean) return sharp
     const plain = attention(q, k, v, { ...call, weights: 'softplus' })
     // weighs nothing beside any row that has a sum, and everything where there is none
-    const lse = full(level.shape, -1e30, { device: q.device })
+    const lse = full(sharp.lse.shape, -1e30, { device: q.device })
     return { out: merge([sharp, { out: plain.out, lse }]).out, lse: sharp.lse }
   }
   return scope(() => under(op, run))

@@ -67,8 +67,7 @@ export interface AttentionOptions {
   /**
    * What a score s weighs: `exp(s)` (`'softmax'`, as if left out), `1 / (1 + exp(-s))` (`'sigmoid'`), `max(s, 0)^power`
    * (`'relu'`) or `log(1 + exp(s))` (`'softplus'`). {@link sigmoidDefinition} is the text of such a call. `'reweighted'` is
-   * the second pass of {@link softplusAttention}: `max(n log(1 + exp(s)) / exp(level) - offset, 0)^power` in a row that sees
-   * n keys.
+   * {@link softplusAttention}: `max(n log(1 + exp(s)) / exp(level) - offset, 0)^power` in a row that sees n keys.
    */
   weights?: 'softmax' | 'sigmoid' | 'relu' | 'softplus' | 'reweighted' | undefined
   /** Power of `'relu'`, a whole number up to 8, or of `'reweighted'`, up to 64; 1 if left out. */
@@ -79,7 +78,10 @@ export interface AttentionOptions {
   cosine?: boolean | undefined
   /** Scores are multiplied by this and by the natural log of how many keys the row sees. Off if left out or 0. */
   lengthScale?: number | undefined
-  /** [b, hq, sq], f32: the `lse` of the same call with weights of `'softplus'`, for those of `'reweighted'`. */
+  /**
+   * [b, hq, sq], f32, of `'reweighted'`: the `lse` of the same call with weights of `'softplus'`, which is what is taken if it
+   * is left out.
+   */
   level?: Tensor<'float32'> | undefined
   /** Of `'reweighted'`, 1 if left out; 0 whatever is given in rows that see three keys or fewer. */
   offset?: number | undefined

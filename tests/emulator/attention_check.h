@@ -469,10 +469,13 @@ double check(const Case& c, int64_t d, int64_t dv, emulator::Random& random, con
     double sum = c.sink ? std::exp(sink[size_t(h)] - top) : 0;
     for (double& weight : weights)
       sum += weight = top == -INFINITY && !std::isnan(weight) ? 0 : std::exp(weight - top);
-    // what is left of a share has fewer digits than the share, and its power fewer still
-    const double blur = s.weights == Attention::kReweighted
-                            ? 4e-6 * s.power * (1 + s.offset / std::exp(top / double{s.power}))
-                            : 0;
+    // what is left of a share has fewer digits than the share, and its power fewer still; rows of
+    // length 1 are rounded to f16, both of q and k
+    const double share_blur = takes_units(call) ? 0x1p-11 : 4e-6;
+    const double blur =
+        s.weights == Attention::kReweighted
+            ? share_blur * s.power * (1 + s.offset / std::exp(top / double{s.power}))
+            : 0;
     judge(lse[row.line], sum == 0 ? -INFINITY : top + std::log(sum), 1e-4 + blur);
     const double factor = sum == 0 ? 0 : s.normalise ? 1 / sum : std::exp(top);
     for (int64_t e = 0; e < dv; ++e) {

@@ -449,8 +449,8 @@ const kernels: Kernel[] = [
       {
         what: 'biases are those of the tile before',
         file: forward,
-        from: 'fetch(key_of(j), work.sk);\n      smem.k_full[k.stage].wait(k.parity);\n      fetch_columns(k.stage);\n      await_turn();',
-        to: 'smem.k_full[k.stage].wait(k.parity);\n      fetch_columns(k.stage);\n      await_turn();',
+        from: 'fetch(key_of(j), work.sk);\n      smem.k_full[k.stage].wait(k.parity);\n      await_turn();',
+        to: 'smem.k_full[k.stage].wait(k.parity);\n      await_turn();',
       },
       {
         what: 'biases that hide all keys leave them equal',
@@ -599,13 +599,13 @@ const kernels: Kernel[] = [
       {
         what: 'softplus of high scores lacks a term',
         file: slots,
-        from: 'fmaf(u, -0.5f * first[r], first[r])',
-        to: 'first[r]',
+        from: 'fmaf(u, -0.5f * first, first)',
+        to: 'first',
       },
       {
         what: 'two terms make softplus of any score',
         file: slots,
-        from: 'gain * u * u * u * 0x1p17f <= above && above * 32 >= limit[r]',
+        from: 'gain * u * u * u * 0x1p17f <= above',
         to: 'above > 0',
       },
       {
@@ -615,9 +615,27 @@ const kernels: Kernel[] = [
         to: '15 * kLog2e * 0x1p7f',
       },
       {
-        what: 'rows take other rows for their highest',
+        what: 'lanes of a row have highest scores of their own',
+        file: sums,
+        from: 'top = max(top, __shfl_xor_sync(~0u, top, 2));',
+        to: '',
+      },
+      {
+        what: 'products of weights may be too large',
         file: slots,
-        from: 'found &= lanes | lanes >> 2;',
+        from: ' && sums[r] < INFINITY',
+        to: '',
+      },
+      {
+        what: 'rows see all keys that are stored',
+        file: 'attention/forward_sm90.h',
+        from: 'if (cache_seqlens) {',
+        to: 'if (false) {',
+      },
+      {
+        what: 'rows see all keys before them',
+        file: 'attention/forward_sm90.h',
+        from: 'if (window && keys > window) keys = window;',
         to: '',
       },
       {
@@ -642,8 +660,8 @@ const kernels: Kernel[] = [
       {
         what: 'keys are used before they arrived',
         file: sums,
-        from: 'smem.k_full[k.stage].wait(k.parity);',
-        to: '',
+        from: 'smem.k_full[k.stage].wait(k.parity);\n      wgmma_fence(acc);',
+        to: 'wgmma_fence(acc);',
       },
       {
         what: 'a tile is loaded before the last one was used',
@@ -654,14 +672,14 @@ const kernels: Kernel[] = [
       {
         what: 'a tile is given back while products read it',
         file: sums,
-        from: 'release(smem.k_empty[Turn<kStages>(used + j).stage]);',
-        to: 'release(smem.k_empty[Turn<kStages>(used + j + 1).stage]);',
+        from: 'wgmma_wait<0>(acc);\n      release(smem.k_empty[k.stage]);',
+        to: 'release(smem.k_empty[k.stage]);\n      wgmma_wait<0>(acc);',
       },
       {
         what: 'scores are added up while they are multiplied',
         file: sums,
-        from: 'float cosines[kKeys / 2];\n        wgmma_wait<0>(acc);',
-        to: 'float cosines[kKeys / 2];',
+        from: 'wgmma_wait<0>(acc);',
+        to: '',
       },
       {
         what: 'q is loaded over the one before the last',
@@ -676,16 +694,10 @@ const kernels: Kernel[] = [
         to: '',
       },
       {
-        what: 'products of weights may be too large',
-        file: slots,
-        from: ' && sums[r] < INFINITY',
-        to: '',
-      },
-      {
         what: 'sums of a later sequence are written over the first',
         file: sums,
-        from: 'line + work.q_begin +',
-        to: 'line +',
+        from: 'line * args.sq + work.q_begin +',
+        to: 'line * args.sq +',
       },
       {
         what: 'scores above zero weigh what those below do',

@@ -366,23 +366,31 @@ const Case kCases[] = {
      .hk = 1,
      .cached = {300, 20, 131},
      .slots = {.weights = kSoftplus, .length_scale = 0.4f}},
-    // the first pass of re-weighting, whose sums have products of the next tile between them
+    // several tiles of the first pass
     {.b = 1,
-     .sq = 150,
+     .sq = 300,
      .sk = 500,
      .hq = 2,
      .hk = 1,
      .causal = true,
      .processors = 1,
-     .slots = {.weights = kSoftplus, .length_scale = 4, .cosine = true}},
+     .slots = {.weights = kReweighted, .power = 15, .length_scale = 40, .cosine = true}},
     {.b = 2,
      .sq = 70,
      .sk = 275,
      .hq = 2,
      .hk = 2,
      .window = 100,
-     .slots = {.weights = kSoftplus, .length_scale = 4, .cosine = true}},
-    // which are too large to be multiplied
+     .slots = {.weights = kReweighted, .power = 3, .length_scale = 20, .cosine = true}},
+    {.b = 3,
+     .sq = 20,
+     .sk = 300,
+     .hq = 2,
+     .hk = 1,
+     .causal = true,
+     .cached = {300, 20, 131},
+     .slots = {.weights = kReweighted, .power = 15, .length_scale = 40, .cosine = true}},
+    // whose weights are too large to be multiplied
     {.b = 1,
      .sq = 70,
      .sk = 400,
@@ -390,38 +398,59 @@ const Case kCases[] = {
      .hk = 1,
      .causal = true,
      .narrower = 120,
+     .slots = {.weights = kReweighted, .power = 15, .length_scale = 30, .cosine = true}},
+    {.b = 1,
+     .sq = 70,
+     .sk = 200,
+     .hq = 2,
+     .hk = 1,
+     .causal = true,
      .slots = {.weights = kSoftplus, .length_scale = 30, .cosine = true}},
 };
 
+void write_rows(const ForwardCall& call, FactorArgs args) {
+  int strange = 0;
+  args.rows = call.b * args.s * args.h;
+  args.d = static_cast<int>(call.d);
+  args.lanes = static_cast<int>(std::bit_ceil(static_cast<uint64_t>(call.d / 8)));
+  args.strange = &strange;
+  emulator::launch(3, 128, 0, [&] { attention_factor_kernel<kType>(args); });
+  if (strange) emulator::fault("an ordinary row is said to be strange");
+}
+
 // What row_factors does on a GPU
-void write_factors(const SplitCall& call) {
-  const auto write = [&](const void* x, const Strides& strides, int64_t s, int64_t h,
-                         const float* factors, int64_t row) {
-    int strange = 0;
-    const int lanes = static_cast<int>(std::bit_ceil(static_cast<uint64_t>(call.d / 8)));
-    const int pairs = static_cast<int>(call.b * h);
-    const FactorArgs args{static_cast<const uint16_t*>(x),
-                          strides,
-                          s,
-                          static_cast<int>(h),
-                          pairs,
-                          static_cast<int>(call.d),
-                          lanes,
-                          const_cast<float*>(factors),
-                          row,
-                          &strange};
-    emulator::launch(2 * pairs, 128, 0, [&] { attention_factor_kernel<kType>(args); });
-    if (strange) emulator::fault("an ordinary row is said to be strange");
+void write_factors(const ForwardCall& call) {
+  for (FactorArgs args : {q_rows(call), k_rows(call)}) {
+    const bool q = args.x == call.q;
+    args.factor_row = q ? call.slots.q_row : call.slots.k_row;
+    args.factors = const_cast<float*>(q ? call.slots.q_factors : call.slots.k_factors);
+    write_rows(call, args);
+  }
+}
+
+// Both passes of re-weighting, as run_passes has them
+void launch_passes(const ForwardCall& call) {
+  std::vector<uint16_t> rows[2];
+  for (FactorArgs args : {q_rows(call), k_rows(call)}) {
+    auto& units = rows[args.x == call.q ? 0 : 1];
+    units.assign(static_cast<size_t>(call.b * args.s * args.h * call.d + 8), 0x7fff);
+    args.units = units.data() + (-reinterpret_cast<uintptr_t>(units.data()) / 2 & 7);
+    write_rows(call, args);
+  }
+  const auto begin = [](std::vector<uint16_t>& units) {
+    return units.data() + (-reinterpret_cast<uintptr_t>(units.data()) / 2 & 7);
   };
-  write(call.q, call.q_strides, call.sq, call.hq, call.slots.q_factors, call.slots.q_row);
-  write(call.k, call.k_strides, call.sk, call.hk, call.slots.k_factors, call.slots.k_row);
+  std::vector<float> level(static_cast<size_t>(call.b * call.hq * call.sq), NAN), peaks(level);
+  const Passes passes(call, begin(rows[0]), begin(rows[1]), level.data(), peaks.data());
+  launch_sums_sm90<DType::kF16, true>(passes.sums, nullptr);
+  launch_forward_sm90<kType, kD, kSlotColumns, Form::kReweighted>(passes.rest, nullptr);
 }
 
 template <int kColumns> void launch(const ForwardCall& call) {
   if constexpr (kColumns == 0) {
-    const bool cosines = call.slots.weights == Attention::kSoftplus && takes_cosines(call);
-    cosines ? launch_sums_sm90<kType, true>(call, nullptr)
-            : launch_sums_sm90<kType, false>(call, nullptr);
+    launch_sums_sm90<kType, false>(call, nullptr);
+  } else if (takes_units(call)) {
+    launch_passes(call);
   } else {
     // scores of no slots are another program's
     dispatch_form(call, [&]<Form kForm>() {

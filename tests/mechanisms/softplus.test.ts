@@ -113,6 +113,23 @@ describeDevices('softplus attention', (device) => {
     300_000,
   )
 
+  it('finds the level of a call that gives none', async () => {
+    const at = (seed: number, s: number, h: number) =>
+      randn([2, s, h, 64], { seed, dtype: 'bfloat16', device })
+    const [q, k, v] = [at(1, 150, 4), at(2, 170, 2), at(3, 170, 2)]
+    const scores = { cosine: true, scale: 1, lengthScale: Math.log(64) } as const
+    for (const keys of [{ causal: true }, { window: 60 }, {}])
+      for (const power of [15, 3, 2.5]) {
+        const call = { ...scores, ...keys, power, weights: 'reweighted' } as const
+        const level = attention(q, k, v.slice(3, 0, 0), { ...scores, ...keys, weights: 'softplus' })
+        const given = attention(q, k, v, { ...call, level: level.lse })
+        const found = attention(q, k, v, call)
+        const expected = await read(given.out)
+        expect(relativeRms(await read(found.out), expected)).toBeLessThan(2 * tolerance.bfloat16)
+        expect(maxError(await read(found.lse), await read(given.lse))).toBeLessThan(0.1)
+      }
+  })
+
   it('sees directions alone, whatever their lengths', async () => {
     const rng = random(19)
     const [s, d] = [90, 16]
@@ -378,7 +395,6 @@ describeDevices('softplus attention', (device) => {
     expect(() => softplusAttention(wide, wide, wide, { eps: 0.1 })).toThrow(
       'softplusAttention: q must have at most 65536 heads, got 1099511627776',
     )
-    expect(() => attention(q, q, q, { weights: 'reweighted' })).toThrow(/level goes with/)
     expect(() => attention(q, q, q, { level })).toThrow(/level goes with/)
     expect(() => attention(q, q, q, { weights: 'relu', power: 2.5 })).toThrow(/whole number/)
   })

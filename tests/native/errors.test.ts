@@ -2,6 +2,7 @@ import {
   add,
   alibiSlopes,
   attention,
+  attentionBackward,
   cascade,
   cuda,
   elapsed,
@@ -222,7 +223,13 @@ const wrong: Wrong[] = [
     'a level of weights that need none',
     () => attention(q, kv, kv, { level: zeros([1, 4, 4]) }),
     'ERR_ARGUMENT',
-    'attention: level goes with weights of reweighted, which need it',
+    'attention: level goes with weights of reweighted',
+  ],
+  [
+    'no level for gradients',
+    () => attentionBackward(q, kv, kv, q, zeros([1, 4, 4]), q, { weights: 'reweighted' }),
+    'ERR_ARGUMENT',
+    'attention.backward: level must be given with weights of reweighted',
   ],
   [
     'a bias of another shape',

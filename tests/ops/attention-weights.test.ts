@@ -412,6 +412,7 @@ describeDevices('attention with other weights', (device) => {
       { weights: 'relu', power: 3, cosine: true },
       { weights: 'softplus', lengthScale: 2, softCap: 5 },
       { weights: 'reweighted', level, power: 15 },
+      { weights: 'reweighted', power: 15, cosine: true },
       { bias, causal: true, slopes: [1, 2, 3, 4] },
       { bias: zeros([70], { device }) },
     ]
