@@ -126,8 +126,11 @@ export function lightningOf(normal: Normal, ir: CascadeIR): Lowered {
   if (!slope || !only || rests.length > 0 || has(slope, [m, ...over]))
     throw fail('its weights are no decay by distance')
   const scales = only.factors.filter(({ atom }) => isNumber(atom, ir.variables))
-  const scale = formOf([termOf(only.coefficient, scales)])
-  const post = single(only.factors.filter((one) => !scales.includes(one)))
+  const common = formOf([termOf(only.coefficient, scales)])
+  // what weights are divided by would have it too
+  const scale = divisor ? number(1) : common
+  const beside = single(only.factors.filter((one) => !scales.includes(one)))
+  const post = divisor ? times(common, beside) : beside
   if (sweeps(post, rankIn(m))) throw fail(`it is multiplied by ${post.key}, which takes all keys`)
   fit++
   if (left.some((x) => has(slope, [x]) && !heads.includes(x)))

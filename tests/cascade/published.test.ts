@@ -872,11 +872,11 @@ const cases: Record<string, Case> = {
         Z[t+1,h,r]   = Z[t,h,r] + FK[h,t,r]
         N[h,t,f]     = sum(r) FQ[h,t,r] * S[t+1,h,r,f]
         D[h,t]       = sum(r) FQ[h,t,r] * Z[t+1,h,r]
-        O[h,t,f]     = N[h,t,f] / D[h,t]
+        O[h,t,f]     = 2 * N[h,t,f] / D[h,t]
       }`,
     inputs: { K: 'H T E', Q: 'H T E', W: 'R E', V: 'H T F' },
     operator: 'lightning',
-    slots: { before: 'FK, FQ', normalise: 'true' },
+    slots: { before: 'FK, FQ', normalise: 'true', scale: '1', result: '2' },
   },
   'no products (AFT)': {
     text: `
