@@ -344,7 +344,6 @@ __device__ __forceinline__ void open_rows(const ForwardArgs& args, const Forward
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     slots.row[r] = slot_row(args, work, row + 8 * r, slots);
-    if (kForm == Form::kReweighted) slots.row[r].scale = fmaxf(slots.row[r].scale, 1e-30f);
     // added to -inf, which masked products are by then, it would be no number
     if (kForm == Form::kSigmoid && slots.row[r].constant == INFINITY)
       slots.row[r].constant = 0x1.fffffep127f;

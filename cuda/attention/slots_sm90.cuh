@@ -328,17 +328,15 @@ struct SlotMap {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float above, product;
-      softplus_parts(acc, r, 1, above, product);
+      softplus_parts(acc, r, above, product);
       rows.row_sum[r] = fmaf(rows.row_sum[r], rows.shrink[r], above + log2_approx(product));
     }
   }
 
-  // Of scores by a factor: the sum of those above 0, which lacks the factor, and the product of
-  // 1 + exp(-|s|)
+  // The sum of scores above 0, and the product of 1 + exp(-|s|)
   template <int kScores>
   __device__ __forceinline__ static void softplus_parts(const float (&acc)[kScores], int r,
-                                                        float factor, float& above,
-                                                        float& product) {
+                                                        float& above, float& product) {
     above = 0;
     product = 1;
 #pragma unroll
@@ -346,7 +344,7 @@ struct SlotMap {
 #pragma unroll
       for (int x = 0; x < 2; ++x) {
         above += relu(acc[i + x]);
-        product = fmaf(product, exp2_approx(-fabsf(acc[i + x] * factor)), product);
+        product = fmaf(product, exp2_approx(-fabsf(acc[i + x])), product);
       }
   }
 

@@ -134,8 +134,8 @@ const kernels: Kernel[] = [
       {
         what: 'keys are used before they arrived',
         file: forward,
-        from: 'smem.k_full[k.stage].wait(k.parity);\n      fetch_columns(k.stage);\n      await_turn();',
-        to: 'fetch_columns(k.stage);\n      await_turn();',
+        from: 'smem.k_full[k.stage].wait(k.parity);\n      await_turn();',
+        to: 'await_turn();',
       },
       {
         what: 'a stage is never given back',
@@ -612,7 +612,7 @@ const kernels: Kernel[] = [
         what: 'softplus of scores that are not so high is the score',
         file: slots,
         from: '15 * kLog2e * 0x1p11f',
-        to: '15 * kLog2e * 0x1p7f',
+        to: '15 * kLog2e',
       },
       {
         what: 'lanes of a row have highest scores of their own',
