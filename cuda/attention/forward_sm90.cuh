@@ -76,12 +76,13 @@ struct ForwardWork {
 };
 
 // Two units of a list. A warpgroup has a byte of `seen`: any and listed of the first, then of the
-// second, whether some row doesn't see some key, and whether a tile of q begins, which may be none.
+// second, whether some row doesn't see some key, whether a tile of q begins, which may be none, and
+// whether only the mask tells which keys a row sees.
 struct alignas(16) UnitPair {
   int unit[2];  // ascending, or -1
   uint8_t seen[kListedWarpgroups];
   int buffer;  // where the tile of q is described
-  static constexpr uint32_t kAny = 5, kListed = 10, kMasked = 16, kOpens = 32;
+  static constexpr uint32_t kAny = 5, kListed = 10, kMasked = 16, kOpens = 32, kCut = 64;
 };
 
 __device__ __forceinline__ int highest_bit(uint32_t bits) {
@@ -450,6 +451,8 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
             const int whole_end = args.causal ? min(behind + w * 64, work.sk) : work.sk;
             const bool whole = (pair.seen[w] & UnitPair::kListed) == UnitPair::kListed;
             if (!whole || end > whole_end) pair.seen[w] |= UnitPair::kMasked;
+            if (pair.seen[w] & ~(pair.seen[w] >> 1) & UnitPair::kAny)
+              pair.seen[w] |= UnitPair::kCut;
             if (opens) pair.seen[w] |= UnitPair::kOpens;
           }
           smem.pair_empty[turn.stage].wait(turn.parity ^ 1);
@@ -650,23 +653,12 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
       wgmma<kType, Major::kK>(scores, frag_q[d / 16], advance(k, smem.k[0].k_step(d)), d > 0);
     wgmma_commit();
   };
-  // With lists scores are waited for while half of this product is behind them, and keys are given
-  // back before the other half. Not where warpgroups are apart, which pass by many tiles.
-  constexpr int kFirstValues = kListed && !kApart && kD == 128 ? kKeys / 2 : kKeys;
   auto issue_values = [&](uint32_t stage) {
     wgmma_fence(acc_o);
 #pragma unroll
-    for (int k = 0; k < kFirstValues; k += 16)
+    for (int k = 0; k < kKeys; k += 16)
       wgmma<kType, Major::kMN>(acc_o, frag_p[k / 16], smem.v[stage].mn_major(k), true);
     wgmma_commit();
-  };
-  auto issue_rest = [&](uint32_t stage) {
-    if constexpr (kFirstValues < kKeys) {
-#pragma unroll
-      for (int k = kFirstValues; k < kKeys; k += 16)
-        wgmma<kType, Major::kMN>(acc_o, frag_p[k / 16], smem.v[stage].mn_major(k), true);
-      wgmma_commit();
-    }
   };
   auto release = [&](Barrier& empty) {
     if (lane == 0) empty.arrive();
@@ -759,21 +751,31 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
                        work.sq,    work.sk,       args.causal,  args.cu_seqlens_q != nullptr};
     return all.row(args.lists.mask, min(row, work.sq - 1));
   };
-  // Which keys of a pair of units this thread's two rows see, as mask_scores takes them
-  auto look = [&](const ForwardWork& work, const UnitPair& pair, uint32_t seen,
-                  uint64_t(&words)[2][2]) {
+  // Which keys of a pair of units this thread's two rows see, as mask_scores takes them: of those
+  // that the mask cuts. A loop keeps the code short that most jump over.
+  auto look_at_mask = [&](const ForwardWork& work, const UnitPair& pair, uint32_t seen,
+                          uint64_t(&words)[2][2]) {
+#pragma unroll 1
+    for (int x = 0; x < 4; ++x) {
+      const int r = x / 2, i = x % 2;
+      if ((seen >> 2 * i & 3) != 1) continue;
+      const int row = work.row + own_row + lane / 4 + 8 * r;
+      const uint64_t word = args.lists.mask.seen(mask_row(work, row), pair.unit[i] * kUnitKeys);
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
+      for (int y = 0; y < 4; ++y)
+        if (x == y) words[y / 2][y % 2] = word >> lane % 4 * 2;
+    }
+  };
+  // and of those that end with the rows
+  auto look_at_ends = [&](const UnitPair& pair, uint32_t seen, uint64_t(&words)[2][2]) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const uint32_t its = seen >> 2 * i & 3;
-        const int row = work.row + own_row + lane / 4 + 8 * r, key = pair.unit[i] * kUnitKeys;
-        words[r][i] = (its == 0   ? 0
-                       : its & 2u ? bit_range(0, bounds.until[r] - key)
-                                  : args.lists.mask.seen(mask_row(work, row), key)) >>
-                      lane % 4 * 2;
+        const int beyond = its == 0 ? 0 : bounds.until[r] - pair.unit[i] * kUnitKeys;
+        if (its != 1) words[r][i] = bit_range(0, beyond) >> lane % 4 * 2;
       }
-    }
   };
   // accumulators of 16 keys, packed in order, are an operand A
   // named barrier 1 + w stands for the turn of computing warpgroup w; from d = 192 on the products
@@ -886,11 +888,9 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
       issue_scores(k.stage, q.stage);
       smem.v_full[v.stage].wait(v.parity);
       issue_values(v.stage);
-      if (kFirstValues == kKeys) pass_turn();
+      pass_turn();
       wgmma_wait<1>(acc_s);
       release(smem.k_empty[k.stage]);
-      issue_rest(v.stage);
-      if (kFirstValues < kKeys) pass_turn();
       const bool moved = soften();
       wgmma_wait<0>(acc_o);
       release(smem.v_empty[v.stage]);
@@ -937,11 +937,13 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
       pack_half(scores, true);
       if (moved) shrink_values();
     };
-    auto first = [&](int j, const auto& soften) {
+    // `meanwhile` runs beside the product
+    auto first = [&](int j, const auto& soften, const auto& meanwhile) {
       const Turn<kStages> k = stage_of(j);
       fetch(key_of(j), work.sk);
       smem.k_full[k.stage].wait(k.parity);
       issue_scores(k.stage, q.stage);
+      meanwhile();
       wgmma_wait<0>(acc_s);
       release(smem.k_empty[k.stage]);
       const bool moved = soften();
@@ -952,7 +954,6 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
       const Turn<kStages> v = stage_of(j);
       smem.v_full[v.stage].wait(v.parity);
       issue_values(v.stage);
-      issue_rest(v.stage);
     };
     auto await_last = [&](int j) {
       wgmma_wait<0>(acc_o);
@@ -966,8 +967,8 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
       if (left < kKeys) clear_beyond(v.stage, left);
     };
 
-    bool pending = !kListed;  // weights of tile j - 1
     if constexpr (kListed) {
+      bool pending = false;  // weights of tile j - 1
 #pragma unroll 1
       for (int j = 0; j < key_tiles; ++j) {
         // what this warpgroup sees whole takes the same steps as dense, without a branch in them
@@ -983,14 +984,17 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
         const Turn<kStages> stage = stage_of(j);
         const uint32_t its = next;
         uint64_t words[2][2];
+        const UnitPair& pair = smem.pairs[Turn<smem.kPairs>(used + j).stage];
         // before there are scores, whose registers it takes
-        if (its & UnitPair::kMasked) {
-          const UnitPair& pair = smem.pairs[Turn<smem.kPairs>(used + j).stage];
-          bounds = bounds_of(args, work, row);
-          look(work, pair, its, words);
-          // a sequence may end in either
+        if (its & UnitPair::kCut) look_at_mask(work, pair, its, words);
+        // a sequence may end in either
+        if (its & UnitPair::kMasked)
           clear_tail(j, (pair.unit[1] < 0 ? pair.unit[0] : pair.unit[1] - 1) * kUnitKeys);
-        }
+        const auto look = [&] {
+          if (!(its & UnitPair::kMasked)) return;
+          bounds = bounds_of(args, work, row);
+          look_at_ends(pair, its, words);
+        };
         const auto look_ahead = [&] {
           // the next tile of q may need the buffer of the one before
           if (j == 0 && visit > 0) release_q(visit - 1);
@@ -1002,6 +1006,7 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
           return rows.update(acc_s, to_log2);
         };
         if (pending && (its & UnitPair::kAny)) {
+          look();
           step(j, soften);
         } else {
           if (pending) {
@@ -1011,7 +1016,7 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
           if (j > 0) await_turn();
           if (j > 0) pass_turn();
           if (its & UnitPair::kAny) {
-            if (first(j, soften)) shrink_values();
+            if (first(j, soften, look)) shrink_values();
           } else {
             smem.k_full[stage.stage].wait(stage.parity);
             look_ahead();
@@ -1025,6 +1030,11 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
         }
         pending = its & UnitPair::kAny;
       }
+      // in one branch: ptxas serialises matrix instructions that are on their way at its end
+      if (pending) {
+        issue_last(key_tiles - 1);
+        await_last(key_tiles - 1);
+      }
     } else {
       const auto soften = [&](int j, bool masked) {
         return [&, j, masked] { return softmax(work, q.stage, key_of(j), masked); };
@@ -1033,7 +1043,7 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
       if (kHalves && args.causal && own_end <= key_of(0) + kHalfKeys)
         first_half();
       else
-        first(0, soften(0, true));
+        first(0, soften(0, true), [] {});
       if (kBuffers > 1 && visit > 0) release_q(visit - 1);
       clear_tail(0, key_of(0));
       // key tiles that the first row sees whole, and where the last row's window begins
@@ -1061,8 +1071,8 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
         if constexpr (kHalves)
           if (j < key_tiles) step_half(j);
       }
+      issue_last(key_tiles - 1);
     }
-    if (pending) issue_last(key_tiles - 1);
 
     // sums are complete, while their last values are multiplied
     float lse_log2[2], factor[2];
@@ -1076,7 +1086,7 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
                       : end.factor;
       lse_log2[r] = end.lse_log2;
     }
-    if (pending) await_last(key_tiles - 1);
+    if constexpr (!kListed) await_last(key_tiles - 1);
     used += key_tiles;
 
     bool poisoned[2];

@@ -230,7 +230,7 @@ const kernels: Kernel[] = [
       {
         what: 'masked values that are no numbers leak into rows',
         file: forward,
-        from: '(kListed || args.causal) && total != total',
+        from: '(kListed || args.causal) && total[0] != total[0]',
         to: 'false && total != total',
       },
       {
@@ -755,8 +755,8 @@ const kernels: Kernel[] = [
       {
         what: 'half of the values are left out',
         file: forward,
-        from: 'issue_rest(v.stage);\n      if (kFirstValues',
-        to: 'if (kFirstValues',
+        from: 'for (int k = 0; k < kKeys; k += 16)',
+        to: 'for (int k = 0; k < kKeys / 2; k += 16)',
       },
       {
         what: 'what is left over of classes is left out',
@@ -833,14 +833,14 @@ const kernels: Kernel[] = [
       {
         what: 'weights of a tile before one that is passed by are lost',
         file: forward,
-        from: 'if (pending) last(j - 1);',
+        from: 'issue_last(j - 1);\n            await_last(j - 1);',
         to: '',
       },
       {
         what: 'sums of before do not shrink behind such a tile',
         file: forward,
-        from: 'if (first(j, soften)) shrink_values();',
-        to: 'first(j, soften);',
+        from: 'if (first(j, soften, look)) shrink_values();',
+        to: 'first(j, soften, look);',
       },
       {
         what: 'a turn is not passed on',
@@ -851,7 +851,7 @@ const kernels: Kernel[] = [
       {
         what: 'a masked value that is no number leaks',
         file: forward,
-        from: '(kListed || args.causal) && total != total',
+        from: '(kListed || args.causal) && total[0] != total[0]',
         to: 'false && total != total',
       },
       {
