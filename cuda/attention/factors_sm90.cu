@@ -49,11 +49,13 @@ const int* row_factors(ForwardCall& call, CudaContext& context) {
 
 const int* unit_rows(const ForwardCall& call, uint16_t* q, uint16_t* k, CudaContext& context) {
   int* strange = clear_word(context);
-  for (FactorArgs args : {q_rows(call), k_rows(call)}) {
-    args.units = args.x == call.q ? q : k;
+  const auto units = [&](FactorArgs args, uint16_t* to) {
+    args.units = to;
     args.strange = strange;
     launch_factors(call, args, context);
-  }
+  };
+  units(q_rows(call), q);
+  units(k_rows(call), k);
   return strange;
 }
 

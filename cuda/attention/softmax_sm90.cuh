@@ -327,6 +327,7 @@ struct RowEnd {
       top_log2 = top;
     }
     lse_log2 = sum == 0 ? -INFINITY : top_log2 + log2f(sum);
+    // no sum is near the ends of f32: its weights are relative to what is near the largest
     factor = empty ? 0 : share * reciprocal_approx(sum);
   }
 };

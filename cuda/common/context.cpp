@@ -156,14 +156,16 @@ int* IdleContext::fault(const char*) { fail(Code::kUnsupported, "", "nothing run
 void KernelGraphs::launch(const cudaKernelNodeParams& node, cudaStream_t stream) {
   auto its = std::find_if(made_.begin(), made_.end(),
                           [&](const Made& made) { return made.kernel == node.func; });
-  if (its != made_.end()) {
+  if (its == made_.end()) its = made_.insert(its, Made{node.func, nullptr, nullptr, nullptr});
+  if (its->exec) {
     HEDDLE_CUDA(cudaGraphExecKernelNodeSetParams(its->exec, its->node, &node));
   } else {
-    Made made{node.func, nullptr, nullptr, nullptr};
-    HEDDLE_CUDA(cudaGraphCreate(&made.graph, 0));
-    // kept from here on, so that it goes whatever comes
-    its = made_.insert(made_.end(), made);
-    HEDDLE_CUDA(cudaGraphAddKernelNode(&its->node, its->graph, nullptr, 0, &node));
+    // what a call before had no memory for is made by the next
+    if (!its->graph) HEDDLE_CUDA(cudaGraphCreate(&its->graph, 0));
+    if (!its->node)
+      HEDDLE_CUDA(cudaGraphAddKernelNode(&its->node, its->graph, nullptr, 0, &node));
+    else
+      HEDDLE_CUDA(cudaGraphKernelNodeSetParams(its->node, &node));
     HEDDLE_CUDA(cudaGraphInstantiate(&its->exec, its->graph, 0));
   }
   HEDDLE_CUDA(cudaGraphLaunch(its->exec, stream));
@@ -172,7 +174,7 @@ void KernelGraphs::launch(const cudaKernelNodeParams& node, cudaStream_t stream)
 void KernelGraphs::clear() {
   for (const Made& made : made_) {
     if (made.exec) cudaGraphExecDestroy(made.exec);
-    cudaGraphDestroy(made.graph);
+    if (made.graph) cudaGraphDestroy(made.graph);
   }
   made_.clear();
 }

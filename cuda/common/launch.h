@@ -9,7 +9,7 @@
 namespace heddle {
 
 // Kernels of a stream as graphs of one node each. To tell such a graph what its kernel is called
-// with and to launch it takes the host two thirds of what a launch does.
+// with and to launch it takes the host about half of what a launch does.
 class KernelGraphs {
  public:
   void launch(const cudaKernelNodeParams& node, cudaStream_t stream);

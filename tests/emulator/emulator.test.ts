@@ -134,8 +134,8 @@ const kernels: Kernel[] = [
       {
         what: 'keys are used before they arrived',
         file: forward,
-        from: 'smem.k_full[k.stage].wait(k.parity);\n      await_turn();',
-        to: 'await_turn();',
+        from: 'smem.k_full[k.stage].wait(k.parity);\n      await_turn();\n      issue_scores',
+        to: 'await_turn();\n      issue_scores',
       },
       {
         what: 'a stage is never given back',
@@ -176,8 +176,8 @@ const kernels: Kernel[] = [
       {
         what: 'a turn is never passed on',
         file: forward,
-        from: 'pass_turn();\n      wgmma_wait',
-        to: 'wgmma_wait',
+        from: 'pass_turn();\n      wgmma_wait<1>(acc_s)',
+        to: 'wgmma_wait<1>(acc_s)',
       },
       {
         what: 'scores are read before their product is done',

@@ -431,8 +431,10 @@ void write_factors(const ForwardCall& call) {
 // Both passes of re-weighting, as run_passes has them
 void launch_passes(const ForwardCall& call) {
   std::vector<uint16_t> rows[2];
-  for (FactorArgs args : {q_rows(call), k_rows(call)}) {
-    auto& units = rows[args.x == call.q ? 0 : 1];
+  FactorArgs both[2] = {q_rows(call), k_rows(call)};
+  for (int i = 0; i < 2; ++i) {
+    FactorArgs& args = both[i];
+    auto& units = rows[i];
     units.assign(static_cast<size_t>(call.b * args.s * args.h * call.d + 8), 0x7fff);
     args.units = units.data() + (-reinterpret_cast<uintptr_t>(units.data()) / 2 & 7);
     write_rows(call, args);

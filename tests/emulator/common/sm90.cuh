@@ -182,7 +182,11 @@ inline void wait_for_signals(const int* counter, int count, const int*) {
 inline void signal(int* counter) { ++*counter; }
 inline void fence_gmem() {}
 template <class T> T load_fresh(const T* gmem) { return *gmem; }
-inline float reciprocal_approx(float x) { return 1 / x; }
+// flushes what is no normal number
+inline float reciprocal_approx(float x) {
+  const float y = 1 / (std::fabs(x) < 0x1p-126f ? std::copysign(0.f, x) : x);
+  return std::fabs(y) < 0x1p-126f ? std::copysign(0.f, y) : y;
+}
 inline float exp2_approx(float x) { return std::exp2(x); }
 // no better between 1/2 and 2
 inline float log2_approx(float x) { return std::nearbyint(std::log2(x) * 0x1p22f) * 0x1p-22f; }
