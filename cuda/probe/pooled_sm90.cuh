@@ -64,6 +64,8 @@ __global__ void __launch_bounds__(kPooledThreads90, 1)
   const int groups = first + 64 < rows ? 2 : 1;
 
   if (threadIdx.x == 0) {
+    prefetch(gmem_q);
+    prefetch(gmem_k);
     for (int stage = 0; stage < kPooledStages; ++stage) {
       smem.full[stage].init(1);
       smem.empty[stage].init(4 * groups);
