@@ -62,7 +62,7 @@ struct CtaTeam {
   template <class Rank, class Mass>
   __device__ Cut few(Histogram& bins, int64_t n, const Wanted& wanted, const Rank& rank,
                      const Mass& mass) const {
-    if (!wanted.by_mass && n > 64 && n <= blockDim.x) {
+    if (!wanted.by_mass && n > 16 && n <= blockDim.x) {
       const uint64_t own = threadIdx.x < n ? rank(threadIdx.x) : 0;
       const auto all = static_cast<unsigned long long>(__syncthreads_count(own != 0));
       if (all < wanted.amount) return {1, all};
