@@ -102,8 +102,6 @@ struct FlexMemory {
   float parts[256];
   float divergence;
   bool finite;
-  static constexpr int kWords = 512;
-  int32_t words[kWords];  // which columns and bands are listed, if these are no more
 };
 
 // Tokens whose masses add up to that of a block: `line` 0 is of keys, 1 of distances. A distance of
@@ -194,9 +192,7 @@ HEDDLE_HD void flexprefill_head(const Team& own, const Group& all, const FlexTas
   const float* map = task.map + head * rows * nk;
   float* vertical = task.work + head * 3 * (nk + 1);
   float* slash = vertical + nk + 1;
-  int32_t* column_bits = 2 * line_words <= FlexMemory::kWords
-                             ? memory.words
-                             : reinterpret_cast<int32_t*>(slash + nk + 1);
+  auto* column_bits = reinterpret_cast<int32_t*>(slash + nk + 1);
   int32_t* band_bits = column_bits + line_words;
   int32_t* bits = static_cast<int32_t*>(op.blocks.data) + head * rows * words;
   const int64_t ahead = sk - task.sq;
@@ -278,7 +274,7 @@ HEDDLE_HD void flexprefill_head(const Team& own, const Group& all, const FlexTas
   uint64_t least_of[2];
   for (int line = 0; line < 2; ++line)
     least_of[line] = best(line ? slash : vertical, line ? distances : columns);
-  // Whoever works on a head finds all of them: that takes less time than waiting for others
+  // Whoever works on a head writes all of them: that takes less time than waiting for others
   own.words(
       2 * line_words,
       [&](int64_t i, int64_t bit) {

@@ -25,6 +25,12 @@ __global__ void __launch_bounds__(kChoiceThreads)
 
 }  // namespace
 
+void prepare_choice_sm90() {
+  static uint64_t sums = 0, choice = 0;
+  allow_shared_memory(reinterpret_cast<const void*>(flexprefill_sums_sm90_kernel), 0, sums);
+  allow_shared_memory(reinterpret_cast<const void*>(flexprefill_sm90_kernel), 0, choice);
+}
+
 void launch_choice_sm90(const FlexArgs& args, cudaStream_t stream) {
   const int64_t warps = args.task.heads * 2 * args.task.nk, each = kSumThreads / 32;
   Launch sums{static_cast<int>((warps + each - 1) / each), kSumThreads, 0, stream};

@@ -68,6 +68,7 @@ void run(const FlexPrefill& op, CudaContext& context) {
   HEDDLE_CHECK(warps < INT32_MAX, kUnsupported, "map", "map has too many heads for one call");
   // Only the choice clears what a map counts: nothing in between may fail
   if (in_planes) {
+    prepare_choice_sm90();
     multiply(map, means, task.bins);
     return launch_choice_sm90(args, context.stream);
   }

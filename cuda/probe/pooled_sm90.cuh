@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kPooledThreads90, 1)
       const int group = static_cast<int>(op.q.shape[2] / op.k.shape[2]);
       Turn<kPooledStages> turn(0);
       // Rows come as tile -1
-      for (int n = -1; n < (tiles > 1 ? 2 * tiles : 1); ++n)
+      for (int n = -1; n < (tiles > 1 ? 2 * tiles : tiles); ++n)
         for (int plane = 0; plane < kMeanPlanes; ++plane) {
           smem.empty[turn.stage].wait(turn.parity ^ 1);
           smem.full[turn.stage].arrive_expect(smem.means[0].kBytes);
