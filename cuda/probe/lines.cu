@@ -397,7 +397,6 @@ LineStrips run_lines_sm90(const Probe& op, const Means* means, CudaContext& cont
       context.scratch<float2>(heads * static_cast<size_t>(plan.parts) * kLineQueries),
       {context.scratch<float>(heads * static_cast<size_t>(strips * (plan.strip + kLineQueries))),
        plan.strip, strips},
-      context.counters(static_cast<size_t>(plan.items) * 2),
       means ? means->q : MeanArgs{},
       means ? means->k : MeanArgs{}};
   const bool wide = op.q.shape[3] == 128;

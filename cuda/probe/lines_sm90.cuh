@@ -1,6 +1,5 @@
 #pragma once
 #include <cmath>
-#include <cstddef>
 #include <cstdint>
 #include <type_traits>
 
@@ -29,8 +28,7 @@
 // are then added up from shared memory. No sum depends on timing.
 //
 // The first CTAs have no part in that: they average the blocks of q and k, for which they need the
-// memory that walks leave alone. The first walk is the shorter one and takes 3 of 7, but no part of
-// a turn of all warps, for which the second would wait.
+// memory that walks leave alone. The first walk is the shorter one and takes 3 of 7.
 namespace heddle {
 namespace {
 
@@ -43,8 +41,6 @@ struct LinesArgs {
   LinesPlan plan;
   float2* stats;
   LineStrips strips;
-  // of each item how many CTAs have left what the first walk finds, and how many warpgroups know
-  int* counters;
   MeanArgs mean_q, mean_k;
   float scale_log2;
 };
@@ -58,27 +54,13 @@ template <int kD, bool kSums> struct LinesSmem {
   sm90::Barrier q_full, k_full[kStages], k_empty[kStages];
 };
 
-// Of several parts of a row, some of which are on their way at the same time
+// Of several parts of a row
 template <class At> __device__ __forceinline__ float2 merge_stats(int count, const At& at) {
-  constexpr int kAhead = 8;
   float top = -3e38f, sum = 0;
-  float2 own[kAhead];
-  const auto load = [&](int first) {
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) own[i] = at(min(first + i, count - 1));
-  };
-#pragma unroll 1
-  for (int first = 0; first < count; first += kAhead) {
-    load(first);
-#pragma unroll
-    for (const float2& part : own) top = fmaxf(top, part.x);
-  }
-#pragma unroll 1
-  for (int first = 0; first < count; first += kAhead) {
-    if (count > kAhead) load(first);
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i)
-      if (first + i < count) sum += own[i].y * sm90::exp2_approx(own[i].x - top);
+  for (int i = 0; i < count; ++i) top = fmaxf(top, at(i).x);
+  for (int i = 0; i < count; ++i) {
+    const float2 own = at(i);
+    sum += own.y * sm90::exp2_approx(own.x - top);
   }
   return {top, sum};
 }
@@ -163,75 +145,46 @@ struct LineSums {
 };
 
 // Means of the blocks from `first` to `end`, those of k behind those of q, every `step`-th, by one
-// warp. A lane has 16 bytes of rows that are kRows apart. They come through slots of its own in
-// `smem`, so that some are on their way all the time, also from one block to the next.
+// warp. A lane has 16 bytes of rows that are kRows apart.
 template <DType kType, int kD>
-__device__ __noinline__ void average_blocks(const MeanArgs& q, const MeanArgs& k, int first,
-                                            int end, int step, uint8_t* smem) {
-  constexpr int kLanes = kD / 8, kRows = 32 / kLanes, kSlots = kD / 8, kTurn = 4;
+__device__ __forceinline__ void average_blocks(const MeanArgs& q, const MeanArgs& k, int first,
+                                               int end, int step) {
+  constexpr int kLanes = kD / 8, kRows = 32 / kLanes, kAhead = 16;
   const int lane = static_cast<int>(threadIdx.x) % 32, row = lane / kLanes,
             column = lane % kLanes * 8;
   const int of_q = static_cast<int>(q.count());
-  const auto block = [&](int own) {
-    return (own < of_q ? q : k).at(static_cast<uint32_t>(own < of_q ? own : own - of_q));
-  };
-  const auto slot = [&](int i) { return smem + (i * kLineThreads + threadIdx.x) * 16; };
-  int next = first, rest = 0;
-  int64_t apart = 0;
-  const uint16_t* from = nullptr;
-  const auto open = [&] {
-    if (next >= end) return;
-    const Tensor& x = (next < of_q ? q : k).x;
-    const MeanArgs::Block found = block(next);
-    from = static_cast<const uint16_t*>(x.data) + found.b * x.strides[0] +
-           found.head * x.strides[2] + (found.first + row) * x.strides[1] + column;
-    apart = kRows * x.strides[1];
-    rest = static_cast<int>(found.rows);
-  };
-  const auto request = [&](int first_slot) {
-#pragma unroll
-    for (int i = 0; i < kTurn; ++i)
-      sm90::request_16_bytes(sm90::address_of(slot(first_slot + i)), from + i * apart,
-                             row + i * kRows < rest);
-    sm90::commit_requests();
-    from += kTurn * apart;
-    rest -= kTurn * kRows;
-    if (rest > 0) return;
-    next += step;
-    open();
-  };
-  open();
-  int missing = rest;
-#pragma unroll
-  for (int i = 0; i < kSlots; i += kTurn) request(i);
-  float sum[8] = {};
-  for (int own = first, turn = 0; own < end; turn = (turn + kTurn) % kSlots) {
-    sm90::wait_requests<kSlots / kTurn - 1>();
-#pragma unroll
-    for (int i = 0; i < kTurn; ++i) {
-      const uint4 words = *reinterpret_cast<const uint4*>(slot(turn + i));
-      const uint32_t all[4] = {words.x, words.y, words.z, words.w};
-#pragma unroll
-      for (int e = 0; e < 8; ++e)
-        sum[e] += sm90::unpack<kType>(static_cast<uint16_t>(all[e / 2] >> 16 * (e % 2)));
-    }
-    request(turn);
-    missing -= kTurn * kRows;
-    if (missing > 0) continue;
+#pragma unroll 1
+  for (int own = first; own < end; own += step) {
     const MeanArgs& args = own < of_q ? q : k;
-    const MeanArgs::Block found = block(own);
+    const MeanArgs::Block found = args.at(static_cast<uint32_t>(own < of_q ? own : own - of_q));
+    const int64_t(&strides)[kMaxRank] = args.x.strides;
+    const auto* from = static_cast<const uint16_t*>(args.x.data) + found.b * strides[0] +
+                       found.head * strides[2] + (found.first + row) * strides[1] + column;
+    const int64_t apart = kRows * strides[1];
+    const int rows = static_cast<int>(found.rows);
+    float sum[8] = {};
+#pragma unroll 1
+    for (int i = row; i < rows; i += kAhead * kRows, from += kAhead * apart) {
+      uint4 words[kAhead];  // on their way at once
+#pragma unroll
+      for (int a = 0; a < kAhead; ++a)
+        words[a] = i + a * kRows < rows ? *reinterpret_cast<const uint4*>(from + a * apart)
+                                        : uint4{0, 0, 0, 0};
+#pragma unroll
+      for (int a = 0; a < kAhead; ++a) {
+        const uint32_t all[4] = {words[a].x, words[a].y, words[a].z, words[a].w};
+#pragma unroll
+        for (int e = 0; e < 8; ++e)
+          sum[e] += sm90::unpack<kType>(static_cast<uint16_t>(all[e / 2] >> 16 * (e % 2)));
+      }
+    }
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       for (int other = kLanes; other < 32; other *= 2)
         sum[i] += __shfl_xor_sync(~0u, sum[i], other);
-      if (row == 0)
-        store_mean(args, found.to + column + i, sum[i] / static_cast<float>(found.rows));
-      sum[i] = 0;
+      if (row == 0) store_mean(args, found.to + column + i, sum[i] / static_cast<float>(rows));
     }
-    own += step;
-    if (own < end) missing = static_cast<int>(block(own).rows);
   }
-  sm90::wait_requests<0>();
 }
 
 template <DType kType, int kD, bool kSums>
@@ -265,13 +218,12 @@ __global__ void __launch_bounds__(kLineThreads, 1)
 
   if (walker < 0) {
     constexpr int kWarps = kLineThreads / 32;
-    static_assert(offsetof(Smem, lse) >= kLineThreads * kD * 2);
     const int count = static_cast<int>(args.mean_q.count() + args.mean_k.count()),
-              warps = plan.averaging * kWarps, split = count / warps * 3 / 7 * warps;
+              split = static_cast<int>(count * int64_t{3} / 7);
     average_blocks<kType, kD>(args.mean_q, args.mean_k,
                               (kSums ? split : 0) + static_cast<int>(blockIdx.x) * kWarps +
                                   static_cast<int>(threadIdx.x) / 32,
-                              kSums ? count : split, warps, reinterpret_cast<uint8_t*>(&smem));
+                              kSums ? count : split, plan.averaging * kWarps);
     return;
   }
 
@@ -303,8 +255,6 @@ __global__ void __launch_bounds__(kLineThreads, 1)
               (set * kRuns + i) * (kSums ? 1 : 8) * plan.strip + n / sets * kRun, kv_head, batch,
               Keep::kNormal, i * kRun);
       }
-      // What follows waits for this walk alone
-      if (kSums) await_previous();
     }
     return;
   }
@@ -316,7 +266,6 @@ __global__ void __launch_bounds__(kLineThreads, 1)
   const int own_set = kSums ? (plan.shared ? own % 2 : own) : (plan.shared ? 0 : own / 2);
   const int set = cta * sets + own_set;
   float2* stats = args.stats + head * plan.parts * kLineQueries;
-  int* counters = args.counters + 2 * item;
 
   Turn<kStages> turn(0);
   const auto await_keys = [&] { smem.k_full[turn.stage].wait(turn.parity); };
@@ -366,15 +315,9 @@ __global__ void __launch_bounds__(kLineThreads, 1)
 
   if constexpr (kSums) {
     float(&lse)[kLineQueries] = smem.lse[own];
-    // All CTAs of the first walk have begun when this one does. Nobody waits for other heads, nor
-    // for a kernel to end.
-    if (thread == 0) {
-      wait_for_signals(counters, plan.ctas, nullptr);
-      if (fetch_add_ordered(counters + 1, 1) == 4 * plan.ctas - 1) counters[0] = counters[1] = 0;
-    }
-    named_barrier_sync(1 + own, 128);
-    const float2 all = merge_stats(
-        plan.parts, [&](int i) { return load_fresh(&stats[i * kLineQueries + thread]); });
+    await_previous();
+    const float2 all =
+        merge_stats(plan.parts, [&](int i) { return stats[i * kLineQueries + thread]; });
     lse[thread] = all.x + log2f(all.y);
     named_barrier_sync(1 + own, 128);
 
@@ -437,8 +380,6 @@ __global__ void __launch_bounds__(kLineThreads, 1)
       for (int step = 1; step < 4; step *= 2) sum += __shfl_xor_sync(~0u, sum, step);
       if (column == 0) stats[set * kLineQueries + query + i * 8] = {top, sum};
     }
-    named_barrier_sync(5, 512);
-    if (threadIdx.x == 128) signal(counters);
   }
 }
 
@@ -457,7 +398,7 @@ void launch_lines(const LinesCall& call, cudaStream_t stream) {
       {plan.averaging + plan.items * plan.ctas, kLineThreads, sm90::shared_memory_bytes<Smem>(),
        stream, true},
       map(op.q, kLineQueries), map(op.k, kSums ? kLineKeys : Smem::kRows),
-      LinesArgs{op, plan, call.stats, call.strips, call.counters, call.mean_q, call.mean_k,
+      LinesArgs{op, plan, call.stats, call.strips, call.mean_q, call.mean_k,
                 static_cast<float>(op.scale * 1.4426950408889634)});
 }
 

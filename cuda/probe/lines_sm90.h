@@ -82,7 +82,6 @@ struct LinesCall {
   LinesPlan plan;
   float2* stats;            // [b hq, parts, 128] largest score and sum, in powers of 2
   LineStrips strips;        // eight of a part
-  int* counters;            // [items, 2] at zero before and behind
   MeanArgs mean_q, mean_k;  // whose blocks are averaged, if any
 };
 
