@@ -46,6 +46,11 @@ inline FactorArgs k_rows(const ForwardCall& call) {
   return args;
 }
 
+// Of numbers that mostly have 32 bits, as 64 take several times as long
+__device__ __forceinline__ int64_t divide(int64_t a, int64_t b) {
+  return a >> 32 ? a / b : static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
+}
+
 template <DType kType> __global__ void attention_factor_kernel(FactorArgs p) {
   constexpr float kLeast = 0x1p-30f, kMost = 0x1p30f;
   constexpr int kPiece = 8;
@@ -54,9 +59,9 @@ template <DType kType> __global__ void attention_factor_kernel(FactorArgs p) {
   // in the order in which they mostly lie, the lanes of a row behind the last one too
   for (int64_t first = int64_t{blockIdx.x} * together; first < p.rows;
        first += int64_t{gridDim.x} * together) {
-    const int64_t row = first + thread / p.lanes, line = row / p.h;
+    const int64_t row = first + thread / p.lanes, line = divide(row, p.h);
     const int head = static_cast<int>(row - line * p.h);
-    const int batch = static_cast<int>(line / p.s);
+    const int batch = static_cast<int>(divide(line, p.s));
     const int64_t token = line - batch * p.s;
     const bool reads = row < p.rows && at < p.d;
     float numbers[kPiece] = {}, largest = 0, square = 0;
