@@ -68,6 +68,8 @@ interface Fault {
   file: string
   from: string
   to: string
+  /** The variant that it is put into, if not that of the others. */
+  variant?: string
 }
 
 interface Kernel {
@@ -244,6 +246,27 @@ const kernels: Kernel[] = [
         file: forward,
         from: 'args.tickets[0] = args.tickets[1] = 0;',
         to: '{}',
+      },
+      {
+        what: 'a half of the first tile is left out of which the last row sees a key',
+        file: forward,
+        from: 'own_end <= key_of(0) + kHalfKeys',
+        to: 'own_end <= key_of(0) + kHalfKeys + 1',
+        variant: 'kBF16 d128 dv128',
+      },
+      {
+        what: 'a half of the last tile is left out of which the first row sees a key',
+        file: forward,
+        from: '>= key_of(key_tiles - 1) + kHalfKeys',
+        to: '>= key_of(key_tiles - 1) + kHalfKeys - 1',
+        variant: 'kBF16 d128 dv128',
+      },
+      {
+        what: 'halves change places',
+        file: forward,
+        from: 'i / kParts == upper',
+        to: 'i / kParts != upper',
+        variant: 'kBF16 d128 dv128',
       },
       {
         what: 'the descriptor of q and k steps too far',
@@ -2618,7 +2641,7 @@ describe.concurrent.each(kernels)('$name', ({ name, variants, broken, faults }) 
       const file = await program(
         name,
         `${name}-fault-${faults.indexOf(fault)}/program`,
-        [...variants[broken]!, '-w', '-Wno-error'],
+        [...variants[fault.variant ?? broken]!, '-w', '-Wno-error'],
         [front],
         fault.file === list,
       )

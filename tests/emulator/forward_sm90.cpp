@@ -20,6 +20,8 @@ const Case kCases[] = {
     {.b = 1, .sq = 130, .sk = 61, .hq = 1, .hk = 1, .causal = true, .sink = true, .processors = 2},
     {.b = 1, .sq = 129, .sk = 353, .hq = 2, .hk = 2, .mapped = true, .narrower = 24},
     {.b = 1, .sq = 385, .sk = 390, .hq = 1, .hk = 1, .causal = true},
+    {.b = 1, .sq = 200, .sk = 265, .hq = 1, .hk = 1, .causal = true},
+    {.b = 1, .sq = 200, .sk = 400, .hq = 1, .hk = 1, .window = 138},
     {.b = 1, .sq = 200, .sk = 600, .hq = 1, .hk = 1, .window = 150, .sink = true},
     {.b = 1, .sq = 18, .sk = 21, .hq = 1, .hk = 1, .causal = true, .poisoned = 13},
     {.b = 1,
