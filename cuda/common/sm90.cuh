@@ -225,6 +225,10 @@ template <int kRegisters> __device__ __forceinline__ void pin(float (&acc)[kRegi
 #pragma unroll
   for (int i = 0; i < kRegisters; ++i) asm volatile("" : "+f"(acc[i])::"memory");
 }
+template <int kRegisters> __device__ __forceinline__ void pin(uint32_t (&pairs)[kRegisters]) {
+#pragma unroll
+  for (int i = 0; i < kRegisters; ++i) asm volatile("" : "+r"(pairs[i])::"memory");
+}
 
 // Before the first matrix instruction that uses registers which were touched since the last wait
 template <int kRegisters> __device__ __forceinline__ void wgmma_fence(float (&acc)[kRegisters]) {

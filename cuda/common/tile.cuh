@@ -33,9 +33,10 @@ template <int kRows, int kColumns> struct alignas(1024) Tile {
   // Bytes from there to where column `k` would be
   static constexpr uint32_t k_step(int k) { return k / 64 * kPanelBytes + k % 64 * 2; }
 
-  // Columns are N, rows are reduced: the operand that starts at row `k`
-  __device__ __forceinline__ uint64_t mn_major(int k) const {
-    return matrix_descriptor(address_of(bytes), kPanelBytes, 1024) + (k * 128 >> 4);
+  // Columns are N, rows are reduced: the operand that starts at row `k` and the panel of `column`
+  __device__ __forceinline__ uint64_t mn_major(int k, int column = 0) const {
+    return matrix_descriptor(address_of(bytes), kPanelBytes, 1024) +
+           ((column / 64 * kPanelBytes + k * 128) >> 4);
   }
 
   // Address of the 8 elements of `row` that start at `column`

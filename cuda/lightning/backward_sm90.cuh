@@ -11,16 +11,19 @@
 //
 // P is 0 where j > i, and R is that behind the chunk until it is updated.
 //
-// A CTA owns one head of the output and a segment of a sequence. Warpgroup 0 loads q, dout, k and v
-// of a chunk at a time into a ring. Warpgroup 1 makes dV and warpgroup 2 dK. Each also holds 64
-// rows of R in f32 registers, or the first all of 64. They leave its image in 16 bits in shared
-// memory, which serves both: K R reads it along its rows, V R^T along its columns. A gradient is
-// staged where the K or V that it belongs to was, so those are given back a chunk later than q and
-// dout.
+// A CTA owns one head of the output and a segment of a sequence. A warp of warpgroup 0 loads q,
+// dout, k and v of a chunk at a time into a ring. Warpgroup 1 makes dV and warpgroup 2 dK, with P
+// of the next chunk behind the last product of this one. Warpgroup 3 holds R in f32 registers and
+// leaves its image in 16 bits in shared memory, which serves both: K R reads it along its rows,
+// V R^T along its columns. A gradient is staged where the K or V that it belongs to was, which the
+// warp that copies it gives back.
 namespace heddle {
 namespace {
 
-constexpr int kSweepThreads = 384, kSweepers = 256;
+constexpr int kSweepThreads = 512, kSweepers = 384;
+// named barriers: the image holds R behind this chunk; it has been read; rows behind the end are
+// cleared, one for each warpgroup that waits; a gradient is staged, one for each
+constexpr int kImageFull = 1, kImageEmpty = 2, kCleared = 3, kStaged = 6;
 
 template <int kSize> struct SweepSmem {
   static constexpr int kStages = kSize == 64 ? 6 : 3;
@@ -32,105 +35,84 @@ template <int kSize> struct SweepSmem {
   float lowered;             // 1 / lift_of
   float keep[2];  // what R decays by in the first chunk that is visited, and in all others
   sm90::Barrier full[kStages], empty_q[kStages], empty_k[kStages];
+  sm90::Barrier written[2][kStages];  // dV and dK, where K and V were
 };
 
 struct SweepArgs : ScanArgs {
   void *dk, *dv;
 };
 
-// What a warpgroup does: `own` meets `other` in P and R, whose product meets `weighted`
-template <DType kType, int kSize, bool kPrecise, bool kKeys>
-__device__ __forceinline__ void sweep(SweepSmem<kSize>& smem, const sm90::TensorMap& gmem_to,
-                                      const SweepArgs& args, const ScanPlace& place, int head,
-                                      float slope) {
+// What a warpgroup of a gradient does: `own` meets `other` in P and R, whose product meets
+// `weighted`
+template <DType kType, int kSize, bool kKeys>
+__device__ __forceinline__ void sweep(SweepSmem<kSize>& smem, const SweepArgs& args,
+                                      const ScanPlace& place, int head, float slope) {
   using namespace sm90;
   using Rows = typename SweepSmem<kSize>::Rows;
   constexpr int kStages = SweepSmem<kSize>::kStages;
-  // named barriers: the image holds R behind this chunk; it has been read; a gradient is written;
-  // rows behind the end are cleared
-  // two each: a barrier that both warpgroups waited at, each in its own code, looks like divergence
-  constexpr int kImageFull = 1, kImageEmpty = 3, kCleared = 5, kWritten = 7 + kKeys;
-  const auto meet = [](int barrier) {
-    named_barrier_arrive(barrier + !kKeys, kSweepers);
-    named_barrier_sync(barrier + kKeys, kSweepers);
-  };
-  constexpr bool kCarries = !kKeys || kSize == 128;
-  constexpr int kRow0 = kKeys ? 64 : 0;  // of R
   const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
   const int row = warp * 16 + lane / 4;  // and row + 8, of accumulators
-  const int chunks = (place.length + kChunk - 1) / kChunk;
+  const int chunks = (place.length + kChunk - 1) / kChunk, tail = place.length % kChunk;
   const float slope_log2 = slope * 1.44269504f;
   const int size = kKeys ? args.d : args.e;  // of a row of the gradient
+  // behind the end of a packed sequence the next one begins
+  const bool clears = args.cu_seqlens && tail != 0;
+  if (chunks == 0) return;
 
-  CarriedState<kType, 1, kSize, kPrecise> carry;
-  const auto each = [&](const auto& body) {
-    carry.each(kRow0 + warp * 16, lane, [&](float& number, int i, int f) {
-      if (i < args.d && f < args.e) body(number, i, f);
-    });
+  float acc_p[kChunk / 2], acc_o[kSize / 2];
+  uint32_t frag_p[4][4];
+  const auto own_of = [&](uint32_t stage) -> Rows& {
+    return kKeys ? smem.v[stage] : smem.k[stage];
   };
-  // from shared memory each time: there is no register left to keep it
-  const auto lowered = [&] { return kLifts<kType, kPrecise> ? smem.lowered : 1; };
-  if constexpr (kCarries) {
-    carry.each(0, lane, [](float& number, int, int) { number = 0; });
-    // heads that share a state have its gradient once
-    if (args.initial_state && head % args.share_state == 0) {
-      const float* from = args.initial_state + place.sequence * args.initial_strides[0] +
-                          head / args.share_state * args.initial_strides[1];
-      const float lift = lift_of<kType, kPrecise>(slope_log2);
-      each([&](float& number, int i, int f) {
-        number = lift * from[i * args.initial_strides[2] + f * args.initial_strides[3]];
-      });
-    }
-    const int last = max((place.sequence_length - 1) / args.segment, 0);
-    if (place.segment < last) await_previous();  // which made the summaries
-    for (int segment = last; segment > place.segment; --segment) {
-      const int tokens = min(args.segment, place.sequence_length - segment * args.segment);
-      const int64_t slot = place.slot + (segment - place.segment) * place.distance;
-      carry.add_summary(args.summaries + (slot * args.heads + head) * (kSize * kSize) +
-                            kRow0 * kSize + thread * 4,
-                        static_cast<float>(exp(-static_cast<double>(slope) * tokens)));
-    }
-  }
-  const auto write_image = [&] {
-    if constexpr (kCarries) {
-      store_rows<kType>(smem.image, kRow0, carry.acc[0], warp, lane, lowered());
-      fence_async_smem();
-    }
+  const auto other_of = [&](uint32_t stage) -> Rows& {
+    return kKeys ? smem.dout[stage] : smem.q[stage];
   };
-  write_image();
-
-#pragma unroll 1
-  for (int visit = 0; visit < chunks; ++visit) {
+  const auto is_late = [&](int visit) {
     const Turn<kStages> turn(visit);
-    const int chunk = chunks - 1 - visit, token = place.begin + chunk * kChunk;
-    const int tokens = min(kChunk, place.length - chunk * kChunk);
-    const Rows &q = smem.q[turn.stage], &dout = smem.dout[turn.stage];
-    Rows& own = kKeys ? smem.v[turn.stage] : smem.k[turn.stage];
-    const Rows &other = kKeys ? dout : q, &weighted = kKeys ? q : dout;
-    // behind the end of a packed sequence the next one begins
-    const bool clears = args.cu_seqlens && tokens < kChunk;
-    float acc_p[kChunk / 2], acc_o[kSize / 2];
-    uint32_t frag_p[4][4];
-
+    return __any_sync(~0u, !smem.full[turn.stage].has_ended(turn.parity)) != 0;
+  };
+  const auto release = [&](uint32_t stage) {
+    if (lane == 0) smem.empty_q[stage].arrive();
+  };
+  const auto issue_scores = [&](int visit) {
+    const Turn<kStages> turn(visit);
     smem.full[turn.stage].wait(turn.parity);
-    if (clears) {
-      clear_rows(own, tokens, thread, 128);
-      clear_rows(other, tokens, thread, 128);
+    const Rows &own = own_of(turn.stage), &other = other_of(turn.stage);
+    if (clears && visit == 0) {
+      clear_rows(other, tail, thread, 128);
       fence_async_smem();
-      meet(kCleared);
-    }
-    if constexpr (kCarries) {
-      carry.load_keys(keys_address(q, kRow0 + warp * 16, lane));
-      carry.decay_keys([&](int step, int i) { return smem.reach[8 * step + 4 * i + lane % 4]; });
-      carry.scale(smem.keep[visit > 0]);
+      named_barrier_arrive(kCleared + !kKeys, 256);
+      named_barrier_arrive(kCleared + 2, kSweepers);
+      named_barrier_sync(kCleared + kKeys, 256);
     }
     wgmma_fence(acc_p);
 #pragma unroll
     for (int i = 0; i < kSize; i += 16)
       wgmma<kType, Major::kK>(acc_p, own.k_major(0, i), other.k_major(0, i), i > 0);
     wgmma_commit();
-    if constexpr (kCarries) carry.issue_update(dout);
-    meet(kImageFull);
+  };
+  const auto pack_scores = [&] {
+    // columns are later than rows where the entry is not 0
+    const float* decay = smem.decay + 63 - row + lane % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < kChunk / 4; ++i) {
+      const int distance = (i / 2 - i % 2) * 8;
+      frag_p[i / 4][i % 4] =
+          pack<kType>(acc_p[2 * i] * decay[distance], acc_p[2 * i + 1] * decay[distance + 1]);
+    }
+  };
+  const auto step = [&](int visit, bool more) {
+    const Turn<kStages> turn(visit);
+    const int chunk = chunks - 1 - visit, token = place.begin + chunk * kChunk;
+    const int tokens = min(kChunk, place.length - chunk * kChunk);
+    Rows& own = own_of(turn.stage);
+    const Rows& weighted = kKeys ? smem.q[turn.stage] : smem.dout[turn.stage];
+    // rows behind the end are not stored
+    const auto carried = [&](int r) {
+      return exp2_approx(-slope_log2 * static_cast<float>(max(tokens - 1 - r, 0)));
+    };
+    const float factors[2] = {carried(row), carried(row + 8)};
+    named_barrier_sync(kImageFull, kSweepers);
     wgmma_fence(acc_o);
 #pragma unroll
     for (int i = 0; i < kSize; i += 16)
@@ -139,26 +121,8 @@ __device__ __forceinline__ void sweep(SweepSmem<kSize>& smem, const sm90::Tensor
       else
         wgmma<kType, Major::kMN>(acc_o, own.k_major(0, i), smem.image.mn_major(i), i > 0);
     wgmma_commit();
-    wgmma_wait<kCarries ? 2 : 1>(acc_p);
-#pragma unroll
-    for (int i = 0; i < kChunk / 4; ++i) {
-      // columns are later than rows where the entry is not 0
-      const float* decay = smem.decay + 63 - row - i % 2 * 8 + i / 2 * 8 + lane % 4 * 2;
-      frag_p[i / 4][i % 4] = pack<kType>(acc_p[2 * i] * decay[0], acc_p[2 * i + 1] * decay[1]);
-    }
-    // the gradient of the chunk before has left its tile
-    if (thread == 0 && visit > 0) {
-      wait_copies_read<0>();
-      smem.empty_k[Turn<kStages>(visit - 1).stage].arrive();
-    }
-    __syncwarp();
-    if constexpr (kCarries) wgmma_wait<0>(carry.acc[0]);
     wgmma_wait<0>(acc_o);
-    // rows behind the end are not stored
-    const auto carried = [&](int r) {
-      return exp2_approx(-slope_log2 * static_cast<float>(max(tokens - 1 - r, 0)));
-    };
-    const float factors[2] = {carried(row), carried(row + 8)};
+    if (more) named_barrier_arrive(kImageEmpty, kSweepers);
 #pragma unroll
     for (int i = 0; i < kSize / 2; ++i) acc_o[i] *= factors[i / 2 % 2];
     wgmma_fence(acc_o);
@@ -166,11 +130,19 @@ __device__ __forceinline__ void sweep(SweepSmem<kSize>& smem, const sm90::Tensor
     for (int i = 0; i < kChunk; i += 16)
       wgmma<kType, Major::kMN>(acc_o, frag_p[i / 16], weighted.mn_major(i), true);
     wgmma_commit();
-    // and everybody has read `own`, which acc_o goes to
-    meet(kImageEmpty);
-    write_image();
-    wgmma_wait<0>(acc_o);
-    if (lane == 0) smem.empty_q[turn.stage].arrive();
+    // a chunk that is done makes room before the next one has come
+    const bool late = more && is_late(visit + 1);
+    if (late) {
+      wgmma_wait<0>(acc_o);
+      release(turn.stage);
+    }
+    if (more) {
+      issue_scores(visit + 1);
+      wgmma_wait<1>(acc_o);
+    } else {
+      wgmma_wait<0>(acc_o);
+    }
+    if (!late) release(turn.stage);
 
     void* const to = kKeys ? args.dk : args.dv;
     const auto at = [&](int r) {
@@ -185,32 +157,158 @@ __device__ __forceinline__ void sweep(SweepSmem<kSize>& smem, const sm90::Tensor
           *reinterpret_cast<float2*>(static_cast<float*>(to) + at(r) + column) =
               float2{acc_o[i], acc_o[i + 1]};
       }
-      continue;
-    }
-    store_rows<kType>(own, 0, acc_o, warp, lane);
-    fence_async_smem();
-    named_barrier_sync(kWritten, 128);
-    if (clears) {
-      for (int i = thread; i < tokens * kSize / 8; i += 128) {
-        const int r = i / (kSize / 8), column = i % (kSize / 8) * 8;
-        if (column < size)
-          copy_16_bytes(static_cast<uint16_t*>(to) + at(r) + column, own.address(r, column));
+    } else {
+      store_rows<kType>(own, 0, acc_o, warp, lane);
+      fence_async_smem();
+      if (clears && visit == 0) {
+        named_barrier_sync(kStaged + kKeys, 128);
+        for (int i = thread; i < tokens * kSize / 8; i += 128) {
+          const int r = i / (kSize / 8), column = i % (kSize / 8) * 8;
+          if (column < size)
+            copy_16_bytes(static_cast<uint16_t*>(to) + at(r) + column, own.address(r, column));
+        }
       }
-    } else if (thread == 0) {
-      for (int column = 0; column < kSize; column += 64)
-        copy_to_gmem(gmem_to, own.panel(column), column, token, head, place.batch);
-      commit_copies();
+    }
+    __syncwarp();
+    if (lane == 0) smem.written[kKeys][turn.stage].arrive();
+    if (more) {
+      wgmma_wait<0>(acc_p);
+      pack_scores();
+    }
+  };
+  issue_scores(0);
+  wgmma_wait<0>(acc_p);
+  pack_scores();
+  int visit = 0;
+#pragma unroll 1
+  for (; visit + 1 < chunks; ++visit) step(visit, true);
+  // apart, so that no product is issued under a condition
+  step(visit, false);
+}
+
+// A warp that copies one gradient and gives its tile back
+template <int kSize, bool kKeys>
+__device__ __forceinline__ void store_gradient(SweepSmem<kSize>& smem,
+                                               const sm90::TensorMap& gmem_to,
+                                               const SweepArgs& args, const ScanPlace& place,
+                                               int head) {
+  using namespace sm90;
+  const int chunks = (place.length + kChunk - 1) / kChunk;
+  const bool clears = args.cu_seqlens && place.length % kChunk != 0, elected = elect_one();
+  for (int visit = 0; visit < chunks; ++visit) {
+    const Turn<SweepSmem<kSize>::kStages> turn(visit);
+    const uint32_t stage = turn.stage;
+    smem.written[kKeys][stage].wait(turn.parity);
+    if (elected) {
+      if (args.share_k == 1 && !(clears && visit == 0)) {
+        auto& own = kKeys ? smem.v[stage] : smem.k[stage];
+        for (int column = 0; column < kSize; column += 64)
+          copy_to_gmem(gmem_to, own.panel(column), column,
+                       place.begin + (chunks - 1 - visit) * kChunk, head, place.batch);
+        commit_copies();
+        // shared memory must outlive the copies that read it
+        wait_copies_read<0>();
+      }
+      smem.empty_k[stage].arrive();
     }
     __syncwarp();
   }
-  if constexpr (kCarries)
-    if (args.state && place.segment == 0) {
-      float* state =
-          args.state + (static_cast<int64_t>(place.sequence) * args.heads + head) * args.d * args.e;
-      each([&](float number, int i, int f) { state[i * args.e + f] = number * lowered(); });
+}
+
+// What the warpgroup that holds R does
+template <DType kType, int kSize, bool kPrecise>
+__device__ __forceinline__ void carry_back(SweepSmem<kSize>& smem, const SweepArgs& args,
+                                           const ScanPlace& place, int head, float slope) {
+  using namespace sm90;
+  constexpr int kStages = SweepSmem<kSize>::kStages, kTiles = kSize / 64;
+  const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
+  const int chunks = (place.length + kChunk - 1) / kChunk;
+  const bool clears = args.cu_seqlens && place.length % kChunk != 0;
+  const bool wanted = args.state && place.segment == 0;
+
+  CarriedState<kType, kSize, kPrecise> carry[kTiles];
+  const auto each = [&](const auto& body) {
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      carry[tile].each(tile * 64 + warp * 16, lane, [&](float& number, int i, int f) {
+        if (i < args.d && f < args.e) body(number, i, f);
+      });
+      // one after the other: there are no registers for the addresses of all
+      pin(carry[tile].acc);
     }
-  // shared memory must outlive the copies that read it
-  if (thread == 0) wait_copies_read<0>();
+  };
+  // from shared memory each time: there is no register left to keep it
+  const auto lowered = [&] { return kLifts<kType, kPrecise> ? smem.lowered : 1; };
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile) {
+    carry[tile].each(0, lane, [](float& number, int, int) { number = 0; });
+    pin(carry[tile].acc);  // not before there are registers for them
+  }
+  // heads that share a state have its gradient once
+  if (args.initial_state && head % args.share_state == 0) {
+    const float* from = args.initial_state + place.sequence * args.initial_strides[0] +
+                        head / args.share_state * args.initial_strides[1];
+    const float lift = lift_of<kType, kPrecise>(slope * 1.44269504f);
+    each([&](float& number, int i, int f) {
+      number = lift * from[i * args.initial_strides[2] + f * args.initial_strides[3]];
+    });
+  }
+  const int last = max((place.sequence_length - 1) / args.segment, 0);
+  if (place.segment < last) await_previous();  // which made the summaries
+  for (int segment = last; segment > place.segment; --segment) {
+    const int tokens = min(args.segment, place.sequence_length - segment * args.segment);
+    const int64_t slot = place.slot + (segment - place.segment) * place.distance;
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      carry[tile].add_summary(args.summaries + (slot * args.heads + head) * (kSize * kSize) +
+                                  tile * 64 * kSize + thread * 4,
+                              static_cast<float>(exp(-static_cast<double>(slope) * tokens)));
+      pin(carry[tile].acc);
+    }
+  }
+  const auto write_image = [&] {
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile)
+      store_rows<kType>(smem.image, tile * 64, carry[tile].acc, warp, lane, lowered());
+    fence_async_smem();
+    named_barrier_arrive(kImageFull, kSweepers);
+  };
+  if (chunks > 0) write_image();
+
+#pragma unroll 1
+  for (int visit = 0; visit < chunks; ++visit) {
+    const bool more = visit + 1 < chunks;
+    const Turn<kStages> turn(visit);
+    smem.full[turn.stage].wait(turn.parity);
+    if (clears && visit == 0) named_barrier_sync(kCleared + 2, kSweepers);
+    if (!more && !wanted) break;  // nobody needs R before it
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      carry[tile].load(rows_address(smem.q[turn.stage], tile * 64 + warp * 16, lane));
+      carry[tile].decay([&](int step, int i) { return smem.reach[8 * step + 4 * i + lane % 4]; });
+      carry[tile].scale(smem.keep[visit > 0]);
+      // there are registers for split queries of one tile
+      if (kPrecise) {
+        carry[tile].issue_update(smem.dout[turn.stage]);
+        wgmma_wait<0>(carry[tile].acc);
+      }
+    }
+#pragma unroll
+    for (int tile = 0; tile < kTiles && !kPrecise; ++tile)
+      carry[tile].issue_update(smem.dout[turn.stage]);
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) wgmma_wait<0>(carry[tile].acc);
+    if (lane == 0) smem.empty_q[turn.stage].arrive();
+    if (more) {
+      named_barrier_sync(kImageEmpty, kSweepers);
+      write_image();
+    }
+  }
+  if (wanted) {
+    float* state =
+        args.state + (static_cast<int64_t>(place.sequence) * args.heads + head) * args.d * args.e;
+    each([&](float number, int i, int f) { state[i * args.e + f] = number * lowered(); });
+  }
   await_previous();  // what runs behind this kernel waits for it alone
 }
 
@@ -238,6 +336,7 @@ __global__ void __launch_bounds__(kSweepThreads, 1)
       smem.full[stage].init(1);
       smem.empty_q[stage].init(kSweepers / 32);
       smem.empty_k[stage].init(2);
+      for (int i = 0; i < 2; ++i) smem.written[i][stage].init(4);
     }
     fence_barrier_init();
     const int tail = place.length % kChunk;
@@ -283,13 +382,20 @@ __global__ void __launch_bounds__(kSweepThreads, 1)
         load(smem.v[turn.stage], gmem_v, head / args.share_v);
       }
     }
+    if (threadIdx.x / 32 == 1) store_gradient<kSize, false>(smem, gmem_dv, args, place, head);
+    if (threadIdx.x / 32 == 2) store_gradient<kSize, true>(smem, gmem_dk, args, place, head);
     return;
   }
-  raise_registers<240>();
+  if (warpgroup == 3) {
+    raise_registers<200>();
+    carry_back<kType, kSize, kPrecise>(smem, args, place, head, slope);
+    return;
+  }
+  raise_registers<144>();
   if (warpgroup == 1) {
-    sweep<kType, kSize, kPrecise, false>(smem, gmem_dv, args, place, head, slope);
+    sweep<kType, kSize, false>(smem, args, place, head, slope);
   } else {
-    sweep<kType, kSize, kPrecise, true>(smem, gmem_dk, args, place, head, slope);
+    sweep<kType, kSize, true>(smem, args, place, head, slope);
   }
 }
 

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include "common/sm90.cuh"
 #include "common/tensor_map.h"
@@ -14,11 +15,11 @@
 //   O = P V + scale lambda^(i + 1) Q S                   S before the chunk
 //   S = lambda^m S + (lambda^(m - 1 - j) K[j,:])^T V
 //
-// A CTA owns one head of the output, kE columns of v and a segment of a sequence. Warpgroup 0 loads
-// q, k and v of a chunk at a time into a ring. Warpgroup 1 makes P and O; P of the next chunk is
-// multiplied behind P V of this one. Where registers allow it a second one takes turns with it.
-// The others hold S in f32 registers, each some of its rows, and leave its image in 16 bits in
-// shared memory for Q S. Segments but the first begin with the
+// A CTA owns one head of the output, kE columns of v and a segment of a sequence. A warp of
+// warpgroup 0 loads q, k and v of a chunk at a time into a ring, another one copies O. Warpgroup 1
+// makes P and O; P of the next chunk is multiplied behind P V of this one. Where registers allow it
+// a second one takes turns with it. The others hold S or S^T in f32 registers, each a part, and
+// leave its image in 16 bits in shared memory for Q S. Segments but the first begin with the
 // summaries of those before, which a kernel that reads k and v alone has made. Sizes that are
 // smaller than the tile's are filled with zeros by the copies.
 namespace heddle {
@@ -29,16 +30,17 @@ constexpr int kChunk = 64;
 template <int kD, int kE> struct ScanShape {
   // one warpgroup has registers for 64 by 192 numbers of S
   static constexpr int kStateGroups = kD * kE > 192 * 64 ? 2 : 1;
-  static constexpr int kTiles = kD / 64 / kStateGroups;  // of 64 rows of S per warpgroup
+  // of S or S^T that each has, and 64 rows
+  static constexpr int kColumns = kD * kE / 64 / kStateGroups;
   static constexpr int kOutGroups = kD == 128 && kE == 64 ? 2 : 1;
   static constexpr int kConsumers = 128 * (1 + kStateGroups);  // of one chunk
   static constexpr int kThreads = 128 * (1 + kOutGroups + kStateGroups);
   // the 512 registers per lane that a CTA has
-  static constexpr int kOutRegisters = kOutGroups == 2     ? 152
+  static constexpr int kOutRegisters = kOutGroups == 2     ? 160
                                        : kStateGroups == 1 ? 240
                                        : kE == 128         ? 184
                                                            : 144;
-  static constexpr int kStateRegisters = kOutGroups == 2     ? 184
+  static constexpr int kStateRegisters = kOutGroups == 2     ? 168
                                          : kStateGroups == 1 ? 240
                                          : kE == 128         ? 152
                                                              : 168;
@@ -46,17 +48,21 @@ template <int kD, int kE> struct ScanShape {
   static constexpr int kStages = kD == 256 ? 2 : kD + kE <= 192 ? 4 : 3;
 };
 
+// Whether S is carried transposed: with 64 columns of v half as many values as keys decay, and a
+// product has as many columns as S has rows
+template <int kD, int kE> constexpr bool kTurned = kD > kE;
+
 template <int kD, int kE> struct ScanSmem {
   using Shape = ScanShape<kD, kE>;
   sm90::Tile<kChunk, kD> q[Shape::kStages], k[Shape::kStages];
   sm90::Tile<kChunk, kE> v[Shape::kStages];
-  sm90::Tile<kD, kE> image;
+  std::conditional_t<kTurned<kD, kE>, sm90::Tile<kE, kD>, sm90::Tile<kD, kE>> image;
   sm90::Tile<kChunk, kE> out[2];
   sm90::Barrier full[Shape::kStages], empty[Shape::kStages];
 };
 
 template <int kD, int kE> struct SummarySmem {
-  static constexpr int kGroups = kD == 64 ? 1 : kD == 192 ? 3 : 2;
+  static constexpr int kGroups = (kTurned<kD, kE> ? kE : kD) / 64;
   static constexpr int kStages = kD == 256 ? 5 : kD + kE <= 192 ? 8 : 6;
   sm90::Tile<kChunk, kD> k[kStages];
   sm90::Tile<kChunk, kE> v[kStages];
@@ -146,26 +152,25 @@ __device__ __forceinline__ int in_sight(float slope_log2, int chunks) {
   return reach < static_cast<float>(chunks) ? static_cast<int>(reach) + 1 : chunks;
 }
 
-// Some rows of S, 64 at a time, and the keys of a chunk as operands
-template <DType kType, int kTiles, int kE, bool kPrecise> struct CarriedState {
+// 64 rows of A^T B, which is carried from chunk to chunk, and A of a chunk as an operand. Of S, A
+// are keys and B values, of S^T the other way round.
+template <DType kType, int kColumns, bool kPrecise> struct CarriedState {
   // element i is in row i / 2 % 2 * 8 + lane / 4 of the warp's 16 and in column
   // 8 * (i / 4) + 2 * (lane % 4) + i % 2
-  float acc[kTiles][kE / 2];
+  float acc[kColumns / 2];
   // element i of step is of tokens 16 * step + 2 * (lane % 4) + i / 2 * 8 + {0, 1}
-  uint32_t frag_k[kTiles][4][4];
-  uint32_t rest_k[kPrecise ? kTiles : 1][4][4];  // what rounding takes away from frag_k
+  uint32_t frag_a[4][4];
+  uint32_t rest_a[kPrecise ? 4 : 1][4];  // what rounding takes away from frag_a
 
-  // `k` starts at this warp's columns
-  __device__ __forceinline__ void load_keys(uint32_t k) {
+  // From where rows_address says
+  __device__ __forceinline__ void load(uint32_t a) {
 #pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile)
-#pragma unroll
-      for (int step = 0; step < 4; ++step)
-        sm90::ldmatrix_x4_transposed(k + tile * kChunk * 128 + step * 16 * 128, frag_k[tile][step]);
+    for (int step = 0; step < 4; ++step)
+      sm90::ldmatrix_x4_transposed(a + step * 16 * 128, frag_a[step]);
   }
 
   // factors(step, i) are those of tokens 16 * step + 2 * (lane % 4) + 8 * i + {0, 1}
-  template <class Factors> __device__ __forceinline__ void decay_keys(const Factors& factors) {
+  template <class Factors> __device__ __forceinline__ void decay(const Factors& factors) {
     using namespace sm90;
 #pragma unroll
     for (int step = 0; step < 4; ++step)
@@ -173,86 +178,62 @@ template <DType kType, int kTiles, int kE, bool kPrecise> struct CarriedState {
       for (int half = 0; half < 2; ++half) {
         const float2 factor = factors(step, half);
 #pragma unroll
-        for (int tile = 0; tile < kTiles; ++tile)
-#pragma unroll
-          for (int i = 2 * half; i < 2 * half + 2; ++i) {
-            uint32_t& pair = frag_k[tile][step][i];
-            const float low = low_of(pair) * factor.x, high = high_of(pair) * factor.y;
-            pair = pack<kType>(low, high);
-            if (kPrecise)
-              rest_k[kPrecise ? tile : 0][step][i] =
-                  pack<kType>(low - low_of(pair), high - high_of(pair));
-          }
+        for (int i = 2 * half; i < 2 * half + 2; ++i) {
+          uint32_t& pair = frag_a[step][i];
+          const float low = low_of(pair) * factor.x, high = high_of(pair) * factor.y;
+          pair = pack<kType>(low, high);
+          if (kPrecise)
+            rest_a[kPrecise ? step : 0][i] = pack<kType>(low - low_of(pair), high - high_of(pair));
+        }
       }
   }
 
-  // S += K^T V, as a group of products
-  __device__ __forceinline__ void issue_update(const sm90::Tile<kChunk, kE>& v) {
+  // Adds A^T B as a group of products, with B from column `column` on
+  template <int kWidth>
+  __device__ __forceinline__ void issue_update(const sm90::Tile<kChunk, kWidth>& b,
+                                               int column = 0) {
     using namespace sm90;
+    wgmma_fence(acc);
 #pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) wgmma_fence(acc[tile]);
-#pragma unroll
-    for (int step = 0; step < 4; ++step)
-#pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) {
-        wgmma<kType, Major::kMN>(acc[tile], frag_k[tile][step], v.mn_major(16 * step), true);
-        if (kPrecise)
-          wgmma<kType, Major::kMN>(acc[tile], rest_k[kPrecise ? tile : 0][step],
-                                   v.mn_major(16 * step), true);
-      }
+    for (int step = 0; step < 4; ++step) {
+      wgmma<kType, Major::kMN>(acc, frag_a[step], b.mn_major(16 * step, column), true);
+      if (kPrecise)
+        wgmma<kType, Major::kMN>(acc, rest_a[kPrecise ? step : 0], b.mn_major(16 * step, column),
+                                 true);
+    }
     wgmma_commit();
-  }
-
-  __device__ __forceinline__ void update(const sm90::Tile<kChunk, kE>& v) {
-    issue_update(v);
-#pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) sm90::wgmma_wait<0>(acc[tile]);
   }
 
   __device__ __forceinline__ void scale(float factor) {
 #pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile)
-#pragma unroll
-      for (int i = 0; i < kE / 2; ++i) acc[tile][i] *= factor;
-        // not between products that are issued next, which would have to end first
-#pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) sm90::pin(acc[tile]);
+    for (int i = 0; i < kColumns / 2; ++i) acc[i] *= factor;
+    // not between products that are issued next, which would have to end first
+    sm90::pin(acc);
   }
 
-  // body(number, its row and column); `row0` is that of this warp's first tile
+  // body(number, its row and column); `row0` is this warp's first
   template <class Body> __device__ __forceinline__ void each(int row0, int lane, const Body& body) {
 #pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile)
-#pragma unroll
-      for (int i = 0; i < kE / 2; ++i)
-        body(acc[tile][i], row0 + tile * 64 + lane / 4 + i / 2 % 2 * 8,
-             i / 4 * 8 + lane % 4 * 2 + i % 2);
+    for (int i = 0; i < kColumns / 2; ++i)
+      body(acc[i], row0 + lane / 4 + i / 2 % 2 * 8, i / 4 * 8 + lane % 4 * 2 + i % 2);
   }
 
   // Summaries lie as threads have them, in pieces of four numbers; `summary` is at this thread's
   __device__ __forceinline__ void store_summary(float* summary) const {
 #pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile)
-#pragma unroll
-      for (int j = 0; j < kE / 2; j += 4) {
-        const float* from = &acc[tile][j];
-        *reinterpret_cast<float4*>(summary + (tile * (kE / 8) + j / 4) * 512) =
-            float4{from[0], from[1], from[2], from[3]};
-      }
+    for (int i = 0; i < kColumns / 2; i += 4)
+      *reinterpret_cast<float4*>(summary + i * 128) =
+          float4{acc[i], acc[i + 1], acc[i + 2], acc[i + 3]};
   }
   __device__ __forceinline__ void add_summary(const float* summary, float keep) {
 #pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile)
-#pragma unroll
-      for (int j = 0; j < kE / 2; j += 4) {
-        const float4 x =
-            *reinterpret_cast<const float4*>(summary + (tile * (kE / 8) + j / 4) * 512);
-        float* to = &acc[tile][j];
-        to[0] = fmaf(to[0], keep, x.x);
-        to[1] = fmaf(to[1], keep, x.y);
-        to[2] = fmaf(to[2], keep, x.z);
-        to[3] = fmaf(to[3], keep, x.w);
-      }
+    for (int i = 0; i < kColumns / 2; i += 4) {
+      const float4 x = *reinterpret_cast<const float4*>(summary + i * 128);
+      acc[i] = fmaf(acc[i], keep, x.x);
+      acc[i + 1] = fmaf(acc[i + 1], keep, x.y);
+      acc[i + 2] = fmaf(acc[i + 2], keep, x.z);
+      acc[i + 3] = fmaf(acc[i + 3], keep, x.w);
+    }
   }
 
  private:
@@ -264,12 +245,12 @@ template <DType kType, int kTiles, int kE, bool kPrecise> struct CarriedState {
   }
 };
 
-// lambda^distance(token) of the tokens of a chunk, for CarriedState::decay_keys
-struct KeyDecay {
+// lambda^distance(token) of the tokens of a chunk, for CarriedState::decay
+struct TokenDecay {
   float2 of[4][2];
 
   template <class Distance>
-  __device__ __forceinline__ KeyDecay(float slope_log2, int lane, const Distance& distance) {
+  __device__ __forceinline__ TokenDecay(float slope_log2, int lane, const Distance& distance) {
     const auto at = [&](int token) {
       return exp2f(-slope_log2 * static_cast<float>(distance(token)));
     };
@@ -282,25 +263,47 @@ struct KeyDecay {
       }
   }
 };
-// Keys decay towards the end of a chunk of `tokens`; those beyond it are zero
-__device__ __forceinline__ KeyDecay decay_to_end(float slope_log2, int tokens, int lane) {
-  return KeyDecay(slope_log2, lane, [&](int token) { return max(tokens - 1 - token, 0); });
+// Towards the end of a chunk of `tokens`; those beyond it are zero
+__device__ __forceinline__ TokenDecay decay_to_end(float slope_log2, int tokens, int lane) {
+  return TokenDecay(slope_log2, lane, [&](int token) { return max(tokens - 1 - token, 0); });
 }
 
-// 64 rows of a warpgroup's accumulator, times `factor`, as 16-bit elements of a tile from `row0` on
-template <DType kType, int kRows, int kColumns>
+// 64 rows of a warpgroup's accumulator, times `factor`, as 16-bit elements of a tile from `row0`
+// and `column0` on
+template <DType kType, int kRows, int kColumns, int kNumbers>
 __device__ __forceinline__ void store_rows(const sm90::Tile<kRows, kColumns>& to, int row0,
-                                           const float (&acc)[kColumns / 2], int warp, int lane,
-                                           float factor = 1) {
+                                           const float (&acc)[kNumbers], int warp, int lane,
+                                           float factor = 1, int column0 = 0) {
   using namespace sm90;
 #pragma unroll
-  for (int i = 0; i < kColumns / 2; i += 8) {
+  for (int i = 0; i < kNumbers; i += 8) {
     const auto pair = [&](int j) {
       return pack<kType>(acc[i + j] * factor, acc[i + j + 1] * factor);
     };
-    stmatrix_x4(to.address(row0 + warp * 16 + lane % 16, i * 2 + lane / 16 * 8), pair(0), pair(2),
-                pair(4), pair(6));
+    stmatrix_x4(to.address(row0 + warp * 16 + lane % 16, column0 + i * 2 + lane / 16 * 8), pair(0),
+                pair(2), pair(4), pair(6));
   }
+}
+// The same of pairs that are rounded already, from the tile's first element on
+template <int kRows, int kColumns>
+__device__ __forceinline__ void store_pairs(const sm90::Tile<kRows, kColumns>& to,
+                                            const uint32_t (&pairs)[kColumns / 4], int warp,
+                                            int lane) {
+#pragma unroll
+  for (int i = 0; i < kColumns / 4; i += 4)
+    sm90::stmatrix_x4(to.address(warp * 16 + lane % 16, i * 4 + lane / 16 * 8), pairs[i],
+                      pairs[i + 1], pairs[i + 2], pairs[i + 3]);
+}
+
+// The other way: 64 rows of a tile as operands of products that reduce its columns
+template <int kColumns>
+__device__ __forceinline__ void load_rows(const sm90::Tile<kChunk, kColumns>& from, int warp,
+                                          int lane, uint32_t (&frag)[kColumns / 16][4]) {
+  // an even piece of a row is as far from the first as its number says, with its bits in turn
+  const uint32_t first = from.address(warp * 16 + lane % 16, lane / 16 * 8);
+#pragma unroll
+  for (int i = 0; i < kColumns; i += 16)
+    sm90::ldmatrix_x4((first ^ i % 64 * 2) + i / 64 * from.kPanelBytes, frag[i / 16]);
 }
 
 // Of an initial state every token is at least one step away. For its gradient R is held times a
@@ -321,11 +324,12 @@ __device__ __forceinline__ void clear_rows(const sm90::Tile<kRows, kColumns>& ti
     sm90::store_zero(tile.address(first + i / kPieces, i % kPieces * 8));
 }
 
-// Address of this lane's row for load_keys: matrices are 8 tokens by 8 of the warp's 16 columns
-template <int kD>
-__device__ __forceinline__ uint32_t keys_address(const sm90::Tile<kChunk, kD>& k, int column,
+// Address of this lane's row for CarriedState::load: matrices are 8 tokens by 8 of the warp's 16
+// columns, which are rows of A^T
+template <int kWidth>
+__device__ __forceinline__ uint32_t rows_address(const sm90::Tile<kChunk, kWidth>& a, int column,
                                                  int lane) {
-  return k.address(lane % 8 + lane / 16 * 8, column + lane / 8 % 2 * 8);
+  return a.address(lane % 8 + lane / 16 * 8, column + lane / 8 % 2 * 8);
 }
 
 template <DType kType, int kD, int kE, bool kPrecise>
@@ -336,11 +340,15 @@ __global__ void __launch_bounds__((ScanShape<kD, kE>::kThreads), 1)
                           const __grid_constant__ sm90::TensorMap gmem_out, const ScanArgs args) {
   using namespace sm90;
   using Shape = ScanShape<kD, kE>;
-  constexpr int kStages = Shape::kStages, kTiles = Shape::kTiles, kConsumers = Shape::kConsumers;
+  constexpr int kStages = Shape::kStages, kColumns = Shape::kColumns,
+                kConsumers = Shape::kConsumers;
+  // with two warpgroups that take turns queries are in registers for both of their products, and a
+  // warp copies what they made, which takes one thread a while; one warpgroup alone loses by it
+  constexpr bool kQueries = Shape::kOutGroups == 2, kCopier = kQueries;
   constexpr int kOutGroups = Shape::kOutGroups, kStateThread = 128 * (1 + kOutGroups);
   // named barriers: the image holds S before the next chunk, one for each that reads it; it has
-  // been read; out is written; rows behind the end are cleared
-  constexpr int kImageFull = 1, kImageEmpty = 3, kOut = 4, kCleared = 6, kStates = 7;
+  // been read; a buffer of out is written, or copied; rows behind the end are cleared
+  constexpr int kImageFull = 1, kImageEmpty = 3, kOut = 4, kCleared = 6, kStates = 7, kCopied = 8;
   auto& smem = shared_memory<ScanSmem<kD, kE>>();
   // the same in all lanes, which the compiler cannot know of threadIdx
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
@@ -374,6 +382,13 @@ __global__ void __launch_bounds__((ScanShape<kD, kE>::kThreads), 1)
   __syncthreads();
   begin(args);
 
+  const auto copy_out = [&](int chunk) {
+    for (int column = 0; column < kE; column += 64)
+      copy_to_gmem(gmem_out, smem.out[chunk % 2].panel(column), slice * kE + column,
+                   place.begin + chunk * kChunk, head, place.batch,
+                   args.first || args.slices == 1 ? Keep::kShortly : Keep::kNormal);
+    commit_copies();
+  };
   if (warpgroup == 0) {
     lower_registers<24>();
     if (threadIdx.x < 32 && elect_one()) {
@@ -392,6 +407,18 @@ __global__ void __launch_bounds__((ScanShape<kD, kE>::kThreads), 1)
                        head / args.share_v, place.batch, Keep::kNormal);
         smem.q[turn.stage].load(gmem_q, full, row, head / args.share_q, place.batch, keep);
       }
+    } else if (kCopier && threadIdx.x / 32 == 1) {
+      const bool elected = elect_one();
+      for (int chunk = 0; chunk < chunks - clears; ++chunk) {
+        named_barrier_sync(kOut + chunk % 2, 160);
+        if (elected) {
+          copy_out(chunk);
+          // shared memory must outlive the copies that read it
+          wait_copies_read<0>();
+        }
+        __syncwarp();
+        if (chunk + 2 < chunks) named_barrier_arrive(kCopied + chunk % 2, 160);
+      }
     }
     return;
   }
@@ -409,14 +436,20 @@ __global__ void __launch_bounds__((ScanShape<kD, kE>::kThreads), 1)
     const int group = kOutGroups == 1 ? 0 : warpgroup - 1;  // has every chunk or every other one
     if (group >= chunks) return;
     float acc_p[kChunk / 2], acc_o[kE / 2];
-    float decay[kChunk / 2];  // of acc_p, scale included: the same in every chunk
-    float carried[2];         // what S decays by until a row, scale included
+    // of acc_p, scale included: the same in every chunk. It is also the same 8 rows and columns
+    // further, which saves registers and takes time where they are not needed.
+    float decay[kQueries ? kChunk / 4 + 2 : kChunk / 2];
+    const auto decay_of = [&](int i) -> float& {
+      return decay[kQueries ? (i / 4 - i / 2 % 2 + 1) * 2 + i % 2 : i];
+    };
+    float carried[2];  // what S decays by until a row, scale included
     uint32_t frag_p[4][4];
+    uint32_t frag_q[kQueries ? kD / 16 : 1][4];
     const int row = warp * 16 + lane / 4;
 #pragma unroll
     for (int i = 0; i < kChunk / 2; ++i) {
       const int distance = row + i / 2 % 2 * 8 - (i / 4 * 8 + lane % 4 * 2 + i % 2);
-      decay[i] =
+      decay_of(i) =
           distance < 0 ? 0 : args.scale * exp2_approx(-slope_log2 * static_cast<float>(distance));
     }
 #pragma unroll
@@ -427,15 +460,22 @@ __global__ void __launch_bounds__((ScanShape<kD, kE>::kThreads), 1)
       const Turn<kStages> turn(chunk);
       return __any_sync(~0u, !smem.full[turn.stage].has_ended(turn.parity)) != 0;
     };
+    const auto queries = [&](uint32_t stage, int d) -> decltype(auto) {
+      if constexpr (kQueries)
+        return (frag_q[d / 16]);
+      else
+        return smem.q[stage].k_major(0, d);
+    };
     auto issue_scores = [&](int chunk) {
       const Turn<kStages> turn(chunk);
       smem.full[turn.stage].wait(turn.parity);
       if (clears && chunk + 1 == chunks) named_barrier_sync(kCleared, kConsumers);
+      if constexpr (kQueries) load_rows(smem.q[turn.stage], warp, lane, frag_q);
       wgmma_fence(acc_p);
 #pragma unroll
       for (int d = 0; d < kD; d += 16)
-        wgmma<kType, Major::kK>(acc_p, smem.q[turn.stage].k_major(0, d),
-                                smem.k[turn.stage].k_major(0, d), d > 0);
+        wgmma<kType, Major::kK>(acc_p, queries(turn.stage, d), smem.k[turn.stage].k_major(0, d),
+                                d > 0);
       wgmma_commit();
     };
     // mask, decay and scale are one factor
@@ -443,20 +483,22 @@ __global__ void __launch_bounds__((ScanShape<kD, kE>::kThreads), 1)
 #pragma unroll
       for (int i = 0; i < kChunk / 4; ++i)
         frag_p[i / 4][i % 4] =
-            pack<kType>(acc_p[2 * i] * decay[2 * i], acc_p[2 * i + 1] * decay[2 * i + 1]);
+            pack<kType>(acc_p[2 * i] * decay_of(2 * i), acc_p[2 * i + 1] * decay_of(2 * i + 1));
     };
     auto step = [&](int chunk, bool more) {
       const Turn<kStages> turn(chunk);
       const bool last = kOutGroups == 1 ? !more : chunk + 1 == chunks;
       // the buffer of out that is written next was read two chunks ago
-      if (thread == 0) wait_copies_read<2 / kOutGroups - 1>();
-      __syncwarp();
+      if (!kCopier && thread == 0) wait_copies_read<1>();
+      if (!kCopier) __syncwarp();
       named_barrier_sync(kImageFull + group, kConsumers);
       wgmma_fence(acc_o);
 #pragma unroll
       for (int d = 0; d < kD; d += 16)
-        wgmma<kType, Major::kMN>(acc_o, smem.q[turn.stage].k_major(0, d), smem.image.mn_major(d),
-                                 d > 0);
+        if constexpr (kTurned<kD, kE>)
+          wgmma<kType, Major::kK>(acc_o, queries(turn.stage, d), smem.image.k_major(0, d), d > 0);
+        else
+          wgmma<kType, Major::kMN>(acc_o, queries(turn.stage, d), smem.image.mn_major(d), d > 0);
       wgmma_commit();
       wgmma_wait<0>(acc_o);
       if (!last) named_barrier_arrive(kImageEmpty, kConsumers);
@@ -481,11 +523,16 @@ __global__ void __launch_bounds__((ScanShape<kD, kE>::kThreads), 1)
       }
       if (!late) release(turn.stage);
       auto& staged = smem.out[chunk % 2];
+      if (kCopier && chunk >= 2) named_barrier_sync(kCopied + chunk % 2, 160);
       store_rows<kType>(staged, 0, acc_o, warp, lane);
       fence_async_smem();
-      named_barrier_sync(kOut + group, 128);
-      const int token = place.begin + chunk * kChunk;
-      if (clears && last) {
+      const bool by_threads = clears && last;
+      if (kCopier && !by_threads)
+        named_barrier_arrive(kOut + chunk % 2, 160);
+      else
+        named_barrier_sync(kOut + (kCopier ? chunk % 2 : 0), 128);
+      if (by_threads) {
+        const int token = place.begin + chunk * kChunk;
         for (int i = thread; i < tail * kE / 8; i += 128) {
           const int r = i / (kE / 8), column = i % (kE / 8) * 8;
           if (slice * kE + column < args.e)
@@ -494,14 +541,10 @@ __global__ void __launch_bounds__((ScanShape<kD, kE>::kThreads), 1)
                               slice * kE + column,
                           staged.address(r, column));
         }
-      } else if (thread == 0) {
-        for (int column = 0; column < kE; column += 64)
-          copy_to_gmem(gmem_out, staged.panel(column), slice * kE + column, token, head,
-                       place.batch,
-                       args.first || args.slices == 1 ? Keep::kShortly : Keep::kNormal);
-        commit_copies();
+      } else if (!kCopier && thread == 0) {
+        copy_out(chunk);
       }
-      __syncwarp();
+      if (!kCopier) __syncwarp();
       if (more) {
         wgmma_wait<0>(acc_p);
         pack_scores();
@@ -517,18 +560,23 @@ __global__ void __launch_bounds__((ScanShape<kD, kE>::kThreads), 1)
     // apart, so that no product is issued under a condition
     step(chunk, false);
     // shared memory must outlive the copies that read it
-    if (thread == 0) wait_copies_read<0>();
+    if (!kCopier && thread == 0) wait_copies_read<0>();
     return;
   }
 
   raise_registers<Shape::kStateRegisters>();
-  CarriedState<kType, kTiles, kE, kPrecise> carry;
-  const int tile0 = (warpgroup - 1 - kOutGroups) * kTiles;  // of 64 rows of S
+  CarriedState<kType, kColumns, kPrecise> carry;
+  // what this warpgroup has of S or S^T
+  constexpr bool kTurn = kTurned<kD, kE>;
+  const int row0 = kTurn ? 0 : (warpgroup - 1 - kOutGroups) * 64;
+  const int column0 = kTurn ? (warpgroup - 1 - kOutGroups) * kColumns : 0;
   const int64_t state_head = head / args.share_state;
   // body(number, row and column of S)
   auto each = [&](const auto& body) {
-    carry.each(tile0 * 64 + warp * 16, lane,
-               [&](float& number, int row, int column) { body(number, row, slice * kE + column); });
+    carry.each(row0 + warp * 16, lane, [&](float& number, int row, int column) {
+      kTurn ? body(number, column0 + column, slice * kE + row)
+            : body(number, row, slice * kE + column);
+    });
   };
   each([&](float& number, int, int) { number = 0; });
   const int whole = args.segment / kChunk;  // chunks of a segment
@@ -555,22 +603,32 @@ __global__ void __launch_bounds__((ScanShape<kD, kE>::kThreads), 1)
     const float keep = static_cast<float>(exp(-static_cast<double>(slope) * args.segment));
     for (; before > 0; --before) {
       const float* summary =
-          args.summaries + summary_of(before) * (kD * kE) + tile0 * (kE / 8) * 512 + thread * 4;
+          args.summaries + summary_of(before) * (kD * kE) + row0 * kE + column0 * 64 + thread * 4;
 #pragma unroll 1
       for (int i = 0; i < parts; ++i, summary += kD * kE)
         carry.add_summary(summary, i == 0 ? keep : 1);
     }
   }
   auto write_image = [&](int chunk) {
+    if constexpr (kCopier) {
+      // rounded while the image is still read
+      uint32_t pairs[kColumns / 4];
 #pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile)
-      store_rows<kType>(smem.image, (tile0 + tile) * 64, carry.acc[tile], warp, lane);
+      for (int i = 0; i < kColumns / 4; ++i)
+        pairs[i] = pack<kType>(carry.acc[2 * i], carry.acc[2 * i + 1]);
+      pin(pairs);
+      if (chunk > 0) named_barrier_sync(kImageEmpty, kConsumers);
+      store_pairs(smem.image, pairs, warp, lane);
+    } else {
+      if (chunk > 0) named_barrier_sync(kImageEmpty, kConsumers);
+      store_rows<kType>(smem.image, row0, carry.acc, warp, lane, 1, column0);
+    }
     // writers fence before the matrix instructions of another warpgroup read
     fence_async_smem();
     named_barrier_arrive(kImageFull + chunk % kOutGroups, kConsumers);
   };
   if (chunks > 0) write_image(0);
-  KeyDecay decay = decay_to_end(slope_log2, kChunk, lane);
+  TokenDecay decay = decay_to_end(slope_log2, kChunk, lane);
   float keep = static_cast<float>(exp(-static_cast<double>(slope) * kChunk));
 #pragma unroll 1
   for (int chunk = 0; chunk < chunks; ++chunk) {
@@ -590,15 +648,18 @@ __global__ void __launch_bounds__((ScanShape<kD, kE>::kThreads), 1)
       decay = decay_to_end(slope_log2, tail, lane);
       keep = static_cast<float>(exp(-static_cast<double>(slope) * tail));
     }
-    carry.load_keys(keys_address(smem.k[turn.stage], tile0 * 64 + warp * 16, lane));
+    const auto& k = smem.k[turn.stage];
+    const auto& v = smem.v[turn.stage];
+    carry.load(kTurn ? rows_address(v, warp * 16, lane) : rows_address(k, row0 + warp * 16, lane));
     carry.scale(keep);
-    carry.decay_keys([&](int step, int i) { return decay.of[step][i]; });
-    carry.update(smem.v[turn.stage]);
+    carry.decay([&](int step, int i) { return decay.of[step][i]; });
+    if constexpr (kTurn)
+      carry.issue_update(k, column0);
+    else
+      carry.issue_update(v);
+    wgmma_wait<0>(carry.acc);
     release(turn.stage);
-    if (!last) {
-      named_barrier_sync(kImageEmpty, kConsumers);
-      write_image(chunk + 1);
-    }
+    if (!last) write_image(chunk + 1);
   }
   if (wanted)
     each([&](float number, int row, int column) {
@@ -622,7 +683,7 @@ __global__ void __launch_bounds__((128 + 128 * SummarySmem<kD, kE>::kGroups), 1)
                                   const ScanArgs args) {
   using namespace sm90;
   using Smem = SummarySmem<kD, kE>;
-  constexpr int kStages = Smem::kStages, kGroups = Smem::kGroups, kTiles = kD / 64 / kGroups;
+  constexpr int kStages = Smem::kStages, kGroups = Smem::kGroups;
   auto& smem = shared_memory<Smem>();
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
 
@@ -689,14 +750,14 @@ __global__ void __launch_bounds__((128 + 128 * SummarySmem<kD, kE>::kGroups), 1)
   }
 
   const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
-  const int tile0 = (warpgroup - 1) * kTiles;
-  CarriedState<kType, kTiles, kE, kPrecise> carry;
-#pragma unroll
-  for (int tile = 0; tile < kTiles; ++tile)
-#pragma unroll
-    for (int i = 0; i < kE / 2; ++i) carry.acc[tile][i] = 0;
-  const KeyDecay decay = kReverse ? KeyDecay(slope_log2, lane, [](int token) { return token + 1; })
-                                  : decay_to_end(slope_log2, kChunk, lane);
+  const int group = warpgroup - 1;  // has 64 rows of X or X^T
+  constexpr bool kTurn = kTurned<kD, kE>;
+  constexpr int kColumns = kTurn ? kD : kE;
+  CarriedState<kType, kColumns, kPrecise> carry;
+  carry.each(0, lane, [](float& number, int, int) { number = 0; });
+  const TokenDecay decay = kReverse
+                               ? TokenDecay(slope_log2, lane, [](int token) { return token + 1; })
+                               : decay_to_end(slope_log2, kChunk, lane);
 #pragma unroll 1
   for (int chunk = 0; chunk < chunks; ++chunk) {
     const Turn<kStages> turn(chunk);
@@ -709,16 +770,21 @@ __global__ void __launch_bounds__((128 + 128 * SummarySmem<kD, kE>::kGroups), 1)
       fence_async_smem();
       named_barrier_sync(1, 128 * kGroups);
     }
-    carry.load_keys(keys_address(k, tile0 * 64 + warp * 16, lane));
+    carry.load(kTurn ? rows_address(v, group * 64 + warp * 16, lane)
+                     : rows_address(k, group * 64 + warp * 16, lane));
     const float factor = (kReverse ? args.scale * lift_of<kType, kPrecise>(slope_log2) : 1) *
                          exp2f(-slope_log2 * static_cast<float>(kChunk * distance(chunk)));
-    carry.decay_keys([&](int step, int i) {
+    carry.decay([&](int step, int i) {
       return float2{decay.of[step][i].x * factor, decay.of[step][i].y * factor};
     });
-    carry.update(v);
+    if constexpr (kTurn)
+      carry.issue_update(k);
+    else
+      carry.issue_update(v);
+    wgmma_wait<0>(carry.acc);
     if (lane == 0) smem.empty[turn.stage].arrive();
   }
-  carry.store_summary(args.summaries + summary * (kD * kE) + tile0 * (kE / 8) * 512 + thread * 4);
+  carry.store_summary(args.summaries + summary * (kD * kE) + group * 64 * kColumns + thread * 4);
   if (!kReverse) {
     named_barrier_sync(1, 128 * kGroups);
     if (threadIdx.x == 128) signal(args.made + summary);

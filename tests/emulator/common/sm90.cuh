@@ -87,7 +87,7 @@ void wgmma_transposed(float (&acc)[kRegisters], uint64_t a, uint64_t b, bool acc
   cta->product(acc, nullptr,
                {kType, Major::kMN, Major::kMN, 2 * kRegisters, accumulate, a, b, false});
 }
-template <int kRegisters> void pin(float (&)[kRegisters]) {}
+template <class T, int kRegisters> void pin(T (&)[kRegisters]) {}
 template <int kRegisters> void wgmma_fence(float (&)[kRegisters]) { cta->products_fence(); }
 inline void wgmma_fence() { cta->products_fence(); }
 inline void wgmma_commit() { cta->products_commit(); }
