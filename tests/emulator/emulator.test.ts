@@ -277,8 +277,8 @@ const kernels: Kernel[] = [
       {
         what: 'the descriptor of v steps too little',
         file: tile,
-        from: '(k * 128 >> 4)',
-        to: '(k * 64 >> 4)',
+        from: 'k * 128) >> 4',
+        to: 'k * 64) >> 4',
       },
       {
         what: 'out is swizzled differently from how it is copied',
