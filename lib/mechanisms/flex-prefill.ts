@@ -5,7 +5,14 @@ import { run } from '../native.js'
 import { type AttentionOptions, type AttentionResult, attention } from '../ops/attention.js'
 import { scope } from '../scope.js'
 import { checkTensor, empty, type Tensor } from '../tensor.js'
-import { everything, lengthsOf, type PackedOptions, perSequence, under } from './packed.js'
+import {
+  checkRanks,
+  everything,
+  lengthsOf,
+  type PackedOptions,
+  perSequence,
+  under,
+} from './packed.js'
 
 /** Options of {@link flexPrefill}. */
 export interface FlexPrefillOptions extends PackedOptions {
@@ -212,6 +219,7 @@ export async function achievedMass<D extends FloatDType>(
   const op = 'achievedMass'
   checkTensor(op, 'q', q)
   checkTensor(op, 'k', k)
+  checkRanks(op, { q, k })
   checkMask(op, mask)
   checkOptions(op, options, new Set(['scale']))
   const { cuSeqlensQ, cuSeqlensK, causal } = mask

@@ -52,23 +52,28 @@ export function minference<D extends FloatDType>(
   checkOptions(op, options, known)
   const { patterns: given = [usual], ...packed } = options
   checkRanks(op, { q, k })
+  // Probes compare these too, but not every pattern asks one
+  for (const [at, name] of [
+    [0, 'b'],
+    [3, 'd'],
+  ] as const)
+    if (k.shape[at] !== q.shape[at]) {
+      const why = `${name} is ${k.shape[at]}, but q has ${name} = ${q.shape[at]}`
+      const text = `k must be [b, sk, hk, d], got [${k.shape.join(', ')}] (${why})`
+      throw refuse('ERR_SHAPE', op, 'k', text)
+    }
+  if (k.dtype !== q.dtype)
+    throw refuse('ERR_DTYPE', op, 'k', `k must be ${q.dtype}, got ${k.dtype}`)
+  if (k.device !== q.device) {
+    const text = `k is on ${k.device}, but q is on ${q.device}; move it with k.to('${q.device}')`
+    throw refuse('ERR_DEVICE', op, 'k', text)
+  }
   const heads = q.shape[2]!
   const kvHeads = k.shape[2] ?? 0
   if (heads % kvHeads !== 0)
     throw refuse('ERR_SHAPE', op, 'k', `hq must be a multiple of hk, got ${heads} and ${kvHeads}`)
   if (!Array.isArray(given)) throw mustBe(op, 'patterns', 'a list of patterns', given)
-  const patterns = elements(op, 'patterns', given, (pattern, i): MInferencePattern => {
-    if (pattern === null || typeof pattern !== 'object')
-      throw mustBe(op, `patterns[${i}]`, 'an object with a kind', pattern)
-    const copy = { ...(pattern as MInferencePattern) }
-    const { kind, ...own } = copy
-    if (!Object.hasOwn(sizes, kind))
-      throw mustBe(op, 'kind', 'a-shape, vertical-slash or block-sparse', kind)
-    checkOptions(op, own, new Set(sizes[kind]))
-    for (const name of sizes[kind])
-      checkInteger(op, `patterns[${i}].${name}`, (own as Record<string, unknown>)[name], 0)
-    return copy
-  })
+  const patterns = checkPatterns(op, 'patterns', given)
   if (patterns.length !== 1 && patterns.length !== heads)
     throw mustBe(op, 'patterns', `a list of 1 or hq = ${heads}`, patterns)
   const select = (own: Tensor<D>, keys: Tensor<D>): Mask => {
@@ -124,6 +129,22 @@ export function minference<D extends FloatDType>(
   return scope(() => perSequence(op, q, k, [64, 64], packed, select))
 }
 
+function checkPatterns(op: string, argument: string, given: readonly unknown[]) {
+  return elements(op, argument, given, (pattern, i): MInferencePattern => {
+    const place = `${argument}[${i}]`
+    if (pattern === null || typeof pattern !== 'object')
+      throw mustBe(op, place, 'an object with a kind', pattern)
+    const copy = { ...(pattern as MInferencePattern) }
+    const { kind, ...own } = copy
+    if (!Object.hasOwn(sizes, kind))
+      throw mustBe(op, `${place}.kind`, 'a-shape, vertical-slash or block-sparse', kind)
+    checkOptions(op, own, new Set(sizes[kind]))
+    for (const name of sizes[kind])
+      checkInteger(op, `${place}.${name}`, (own as Record<string, unknown>)[name], 0)
+    return copy
+  })
+}
+
 const same = (a: MInferencePattern, b: MInferencePattern): boolean =>
   JSON.stringify(a) === JSON.stringify(b)
 
@@ -152,13 +173,14 @@ export async function findPatterns<D extends FloatDType>(
   if (!Array.isArray(candidates) || candidates.length === 0)
     throw mustBe('findPatterns', 'candidates', 'a list of patterns', candidates)
   const masses: number[][] = []
-  for (const pattern of candidates) {
+  const patterns = checkPatterns('findPatterns', 'candidates', candidates)
+  for (const pattern of patterns) {
     const select = () => minference(q, k, { patterns: [pattern] })
     using mask = named('findPatterns', select, 'minference')
     masses.push(await achievedMass(q, k, mask))
   }
   return masses[0]!.map((_, head) => {
     const best = masses.reduce((top, mass, i) => (mass[head]! > masses[top]![head]! ? i : top), 0)
-    return candidates[best]!
+    return patterns[best]!
   })
 }

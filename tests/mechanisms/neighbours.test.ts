@@ -60,7 +60,7 @@ describeDevices('mechanisms', (device) => {
         { kind: 'block-sparse', topBlock: 2 },
         'unknown option "topBlock"; did you mean "topBlocks"',
       ],
-      [{ kind: 'diagonal' }, 'kind must be a-shape, vertical-slash or block-sparse'],
+      [{ kind: 'diagonal' }, 'patterns[0].kind must be a-shape, vertical-slash or block-sparse'],
     ] as const
     for (const [pattern, message] of cases) {
       const patterns = [pattern] as unknown as [{ kind: 'block-sparse'; topBlocks: number }]
@@ -75,6 +75,7 @@ describeDevices('mechanisms', (device) => {
     const [q, k] = [4, 2].map((heads) =>
       tensor(new Float32Array(300 * heads * 16), [1, 300, heads, 16], { device }),
     ) as [Tensor<'float32'>, Tensor<'float32'>]
+    const shape = { kind: 'a-shape', sinkTokens: 4, window: 8 } as const
     const cases = [
       [() => sampled(q, k, { stride: 0 }), 'sampled: stride must be at least 1, got 0'],
       [
@@ -124,8 +125,24 @@ describeDevices('mechanisms', (device) => {
         'achievedMass: mask must be of sq = 300 and sk = 300, got one of 299 and 300',
       ],
       [
-        () => findPatterns(q, k, [{ kind: 'block-sparse' } as never]),
-        'findPatterns: patterns[0].topBlocks must be an integer at least 0, got undefined',
+        () => findPatterns(q, k, [shape, { kind: 'block-sparse' } as never]),
+        'findPatterns: candidates[1].topBlocks must be an integer at least 0, got undefined',
+      ],
+      [
+        () => minference(q, k.slice(3, 0, 8), { patterns: [shape] }),
+        'minference: k must be [b, sk, hk, d], got [1, 300, 2, 8] (d is 8, but q has d = 16)',
+      ],
+      [
+        () => minference(q.expand([2, ...q.shape.slice(1)]), k, { patterns: [shape] }),
+        'minference: k must be [b, sk, hk, d], got [1, 300, 2, 16] (b is 1, but q has b = 2)',
+      ],
+      [
+        () => minference(q, k.cast('bfloat16') as never, { patterns: [shape] }),
+        'minference: k must be float32, got bfloat16',
+      ],
+      [
+        () => achievedMass(q.select(0, 0), k, streaming(q, k)),
+        'achievedMass: q must be [b, s, h, d], got [300, 4, 16]',
       ],
       [() => infiniteHip(q, k, { topK: 7 }), 'infiniteHip: topK must be a multiple of'],
       [
