@@ -121,9 +121,12 @@ export interface Mask {
   density(): Promise<number>
   /** [sequences, heads, sq, sk] as bytes of 0 and 1, packed sequences at the start of their rows. For small masks. */
   toDense(): Promise<Uint8Array>
-  /** What at least one of two masks sees. They agree in shape, block and causality. */
+  /** What at least one of two masks sees. They agree in shape, block and causality, and in their cache if both have one. */
   union(other: Mask): Mask
-  /** What both of two masks see: lists of blocks with such lists, windows with windows, documents with anything. */
+  /**
+   * What both of two masks see: lists of blocks with such lists, windows with windows; documents, and what sees everything,
+   * with anything but other documents.
+   */
   intersect(other: Mask): Mask
   /** One head as a picture, dark where much is seen. */
   svg(options?: SvgOptions): Promise<string>
@@ -514,7 +517,7 @@ export const Mask = {
       ...parts,
       sequences,
       heads: heads.length,
-      cacheSeqlens: modes.find((mode) => mode.cacheSeqlens)?.cacheSeqlens?.clone(),
+      cacheSeqlens: joinCaches(modes, sequences, (i) => `heads[${i}]`),
       blocks: lines('blocks', [packed, heads.length, rows, words(columns)], (mode) =>
         everything(mode) ? columns : 0,
       ),
@@ -683,6 +686,11 @@ export function makeMask(parts: MaskParts): Mask {
   return new Made(parts)
 }
 
+function spread(tensor: Tensor<'int32'>, shape: readonly number[]): Tensor<'int32'> {
+  using wide = tensor.expand(shape)
+  return wide.clone()
+}
+
 function join(
   a: Tensor<'int32'> | undefined,
   b: Tensor<'int32'> | undefined,
@@ -692,16 +700,32 @@ function join(
   const first = a ?? b
   if (!first || !shape) return undefined
   if (intersect && !(a && b)) return undefined
-  const joined = first.expand(shape).clone()
-  if (a && b)
-    named('mask', () => run('mask.combine', { bits: joined, other: b.expand(shape), intersect }))
+  const joined = spread(first, shape)
+  if (a && b) {
+    using other = b.expand(shape)
+    named('mask', () => run('mask.combine', { bits: joined, other, intersect }))
+  }
   return joined
+}
+
+// One cache, that of a mask of 1 sequence for all; numbers are on the device, where nobody compares them
+function joinCaches(
+  masks: readonly MaskParts[],
+  sequences: number,
+  name: (mask: number) => string,
+): Tensor<'int32'> | undefined {
+  const cache = masks.find((mask) => mask.cacheSeqlens)?.cacheSeqlens
+  if (!cache) return undefined
+  masks.forEach(({ cacheSeqlens: other = cache }, i) => {
+    if (other.shape[0] !== cache.shape[0])
+      throw mustBe('mask', name(i), `a mask of a cache of ${cache.shape} sequences`, other.shape[0])
+  })
+  return spread(cache, [sequences])
 }
 
 // Only sets of one kind meet in an intersection: (blocks or window) and (blocks or window) is not of that form
 function kinds(parts: MaskParts): string[] {
-  const { blocks, columns, diagonals, window, sinkTokens, sk, bounds } = parts
-  if (bounds && sinkTokens >= sk) return []
+  const { blocks, columns, diagonals, window, sinkTokens } = parts
   return Object.entries({
     blocks,
     columns,
@@ -726,31 +750,31 @@ function combine(a: MaskParts, other: Mask, intersect: boolean): Mask {
     throw disagree('block', a.block, b.block)
   for (const key of ['heads', 'sequences'] as const)
     if (a[key] !== b[key] && a[key] !== 1 && b[key] !== 1) throw disagree(key, a[key], b[key])
+  const bounds = a.bounds ?? b.bounds
+  if (!intersect && bounds) throw disagree('no bounds of rows', 'in a union', 'some')
+  if (a.bounds && b.bounds) throw disagree('no bounds of rows', 'beside such bounds', 'some')
+  // What sees all that its bounds allow takes its lists from the other
+  const source = !intersect
+    ? undefined
+    : a.sinkTokens >= a.sk
+      ? b
+      : b.sinkTokens >= b.sk
+        ? a
+        : undefined
   const [mine, theirs] = [kinds(a), kinds(b)]
-  const documents = mine.length === 0 || theirs.length === 0
-  if (a.bounds && b.bounds && !documents)
-    throw disagree('no bounds of rows beside lists', 'of its own', 'some')
-  if (!intersect && (a.bounds || b.bounds))
-    throw disagree('no bounds of rows', 'in a union', 'some')
-  if (intersect && !documents && (mine.length > 1 || theirs.length > 1 || mine[0] !== theirs[0])) {
+  const none = mine.length === 0 || theirs.length === 0
+  if (intersect && !source && !none && (mine.length > 1 || `${mine}` !== `${theirs}`))
     throw disagree('one kind of lists,', mine.join(' and '), theirs.join(' and '))
-  }
-  const sequences = Math.max(a.sequences, b.sequences)
+  const sequences = a.sequences === 1 ? b.sequences : a.sequences
   const heads = Math.max(a.heads, b.heads)
   const shape = (tensor: Tensor | undefined) =>
     tensor && [tensor.rank === 4 && a.cuSeqlensQ ? 1 : sequences, heads, ...tensor.shape.slice(2)]
-  // What only one of them restricts is taken from the other
-  const source = documents ? (mine.length === 0 ? b : a) : undefined
   const lists = (key: 'blocks' | 'columns' | 'diagonals') =>
-    source && intersect
+    source
       ? join(source[key], undefined, shape(source[key]), false)
       : join(a[key], b[key], shape(a[key] ?? b[key]), intersect)
   const number = (key: 'window' | 'sinkTokens') =>
-    source && intersect
-      ? source[key]
-      : intersect
-        ? Math.min(a[key], b[key])
-        : Math.max(a[key], b[key])
+    source ? source[key] : intersect ? Math.min(a[key], b[key]) : Math.max(a[key], b[key])
   return makeMask({
     ...a,
     sequences,
@@ -759,9 +783,9 @@ function combine(a: MaskParts, other: Mask, intersect: boolean): Mask {
     blocks: lists('blocks'),
     columns: lists('columns'),
     diagonals: lists('diagonals'),
-    bounds: (a.bounds ?? b.bounds)?.clone(),
+    bounds: bounds && spread(bounds, [a.cuSeqlensQ ? 1 : sequences, ...bounds.shape.slice(1)]),
     lists: undefined,
-    cacheSeqlens: (a.cacheSeqlens ?? b.cacheSeqlens)?.clone(),
+    cacheSeqlens: joinCaches([a, b], sequences, () => 'other'),
     window: number('window'),
     sinkTokens: number('sinkTokens'),
   })

@@ -6,6 +6,7 @@ import {
   type Device,
   explain,
   type FloatDType,
+  hip,
   Mask,
   merge,
   type Tensor,
@@ -678,6 +679,89 @@ describeDevices('attention over a mask', (device) => {
       },
     ).out.read()
     expect(maxError(whole.subarray(101 * 32), last)).toBeLessThan(1e-5)
+  })
+
+  it('joins what is of one sequence with what is of several', async () => {
+    const rng = random(97)
+    const options = { sq: 20, sk: 24, block: 4, device }
+    const table = tensor(
+      Uint8Array.from({ length: 2 * 30 }, () => rng.below(2)),
+      [2, 1, 5, 6],
+      { device },
+    )
+    const documents = Mask.fromDocuments([0, 10, 24], options)
+    const lists = Mask.fromBlocks(table, options)
+    const alone = await Promise.all(
+      range(2).map((i) =>
+        Mask.fromBlocks(table.slice(0, i, i + 1).contiguous(), options)
+          .intersect(documents)
+          .toDense(),
+      ),
+    )
+    const expected = alone.flatMap((dense) => [...dense])
+    const q = (await sample(rng, [2, 20, 2, 16], 'float32', device)).tensor
+    const k = (await sample(rng, [2, 24, 2, 16], 'float32', device)).tensor
+    for (const mask of [documents.intersect(lists), lists.intersect(documents)]) {
+      expect([...(await mask.toDense())]).toEqual(expected)
+      expect(await mask.count()).toBe(expected.filter(Boolean).length)
+      const own = attention(q.slice(0, 1), k.slice(0, 1), k.slice(0, 1), {
+        mask: Mask.fromBlocks(table.slice(0, 1).contiguous(), options).intersect(documents),
+      })
+      const { out } = attention(q, k, k, { mask })
+      expect(await out.slice(0, 1).read()).toEqual(await own.out.read())
+    }
+  })
+
+  it('joins masks of one cache', async () => {
+    const [sq, sk] = [3, 128]
+    const options = { sq, sk, block: [4, 2], device } as const
+    const searched = (cacheSeqlens: number[]) => {
+      const b = cacheSeqlens.length
+      const zeros = (s: number) =>
+        tensor(new Float32Array(b * s * 32), [b, s, 2, 16], { device }) as Tensor<'float32'>
+      const own = { topK: 16, block: [4, 2], window: 8, sinkTokens: 4, cacheSeqlens } as const
+      return hip(zeros(sq), zeros(sk), own)
+    }
+    const one = searched([100])
+    const all = Mask.fromBlocks(
+      tensor(new Uint8Array(2 * 64).fill(1), [2, 1, 1, 64], { device }),
+      options,
+    )
+    // 98 + 99 + 100 keys of two heads of two sequences
+    for (const mask of [one.union(all), all.union(one), all.intersect(all).union(one)])
+      expect(await mask.count()).toBe(4 * 297)
+    const heads = Mask.fromHeads([one, all], options)
+    expect(await heads.count()).toBe(2 * 297 + (await one.count()))
+    const two = searched([100, 40])
+    for (const [x, y] of [
+      [one, two],
+      [two, one],
+    ] as const)
+      expect((await failure(() => x.union(y))).message).toMatch(
+        /^mask: other must be a mask of a cache of [12] sequences, got [12]$/,
+      )
+    expect((await failure(() => Mask.fromHeads([two, one], options))).message).toBe(
+      'mask: heads[1] must be a mask of a cache of 2 sequences, got 1',
+    )
+  })
+
+  it('intersects with what sees nothing, or everything', async () => {
+    const options = { sq: 20, block: 4, device }
+    const nothing = Mask.fromWindow({}, options)
+    const everything = Mask.fromWindow({ sinkTokens: 20 }, options)
+    const documents = Mask.fromDocuments([0, 10, 20], options)
+    const lists = Mask.fromTokens({ columns: [0, 12], diagonals: [1] }, options)
+    for (const mask of [lists, documents, everything, documents.intersect(lists)]) {
+      expect(await mask.intersect(nothing).count()).toBe(0)
+      expect(await nothing.intersect(mask).count()).toBe(0)
+      expect(await mask.intersect(everything).toDense()).toEqual(await mask.toDense())
+      expect(await everything.intersect(mask).toDense()).toEqual(await mask.toDense())
+    }
+    // bounds of rows are one list
+    const other = Mask.fromDocuments([0, 5, 20], options)
+    expect((await failure(() => documents.intersect(other))).message).toBe(
+      'mask: other must have no bounds of rows beside such bounds, got some',
+    )
   })
 
   it('lets every head see as its own mask says', async () => {
