@@ -533,19 +533,30 @@ export const Mask = {
   /**
    * Every row sees its own document only; sq is at most sk.
    *
-   * @param starts Where each document begins, ascending from 0, then the total of tokens.
+   * @param starts Where each document begins, ascending from 0, then the total of tokens, over all packed sequences.
    */
   fromDocuments(starts: readonly number[], options: MaskOptions): Mask {
     const parts = checkParts(options)
     const { sq, sk } = parts
     if (!Array.isArray(starts) || starts[0] !== 0 || starts.at(-1) !== sk)
       throw mustBe('mask', 'starts', `a list from 0 to sk = ${sk}`, starts)
-    checkInteger('mask', 'sq', sq, 0, sk)
+    const begins: number[] = []
+    for (let i = 0; i < starts.length; i++)
+      begins.push(checkInteger('mask', `starts[${i}]`, starts[i], begins.at(-1) ?? 0, sk))
+    const { cuSeqlensQ: ofQ = [0, sq], cuSeqlensK: ofK = [0, sk] } = parts
     const bounds = new Int32Array(2 * sq)
-    for (let document = 0; document + 1 < starts.length; document++) {
-      const from = checkInteger('mask', `starts[${document}]`, starts[document], 0, sk)
-      const to = checkInteger('mask', `starts[${document + 1}]`, starts[document + 1], from, sk)
-      for (let p = Math.max(from, sk - sq); p < to; p++) bounds.set([from, to], 2 * (p - (sk - sq)))
+    for (let sequence = 0, document = 0; sequence < parts.sequences; sequence++) {
+      const [first, last] = [ofQ[sequence]!, ofQ[sequence + 1]!]
+      const [from, to] = [ofK[sequence]!, ofK[sequence + 1]!]
+      checkInteger('mask', 'sq', last - first, 0, to - from)
+      for (let i = first; i < last; i++) {
+        while (begins[document + 1]! <= to - last + i) document++
+        const own = begins.slice(document, document + 2)
+        bounds.set(
+          own.map((at) => Math.min(Math.max(at, from), to) - from),
+          2 * i,
+        )
+      }
     }
     const made = tensor(bounds, [1, sq, 2], { dtype: 'int32', device: parts.device })
     return makeMask({ ...parts, sinkTokens: sk, bounds: made })

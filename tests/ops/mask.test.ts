@@ -764,6 +764,34 @@ describeDevices('attention over a mask', (device) => {
     )
   })
 
+  it('keeps documents of packed sequences apart', async () => {
+    const packed = { cuSeqlensQ: [0, 4, 4, 10], cuSeqlensK: [0, 9, 12, 20] }
+    const begins = [0, 7, 15, 20]
+    const mask = Mask.fromDocuments(begins, { sq: 10, sk: 20, causal: false, ...packed, device })
+    const seen = await mask.toDense()
+    const document = (t: number) => begins.findLastIndex((begin) => begin <= t)
+    for (const [i, from] of packed.cuSeqlensK.slice(0, 3).entries()) {
+      const [sq, to] = [
+        packed.cuSeqlensQ[i + 1]! - packed.cuSeqlensQ[i]!,
+        packed.cuSeqlensK[i + 1]!,
+      ]
+      for (let row = 0; row < sq; row++)
+        for (let t = from; t < to; t++)
+          expect(seen[(i * 10 + row) * 20 + t - from], `${[i, row, t]}`).toBe(
+            Number(document(t) === document(to - sq + row)),
+          )
+    }
+    const q = tensor(new Float32Array(10 * 16), [1, 10, 1, 16], { device })
+    const k = tensor(new Float32Array(20 * 16), [1, 20, 1, 16], { device })
+    const { lse } = attention(q, k, k, { mask })
+    const keys = (await lse.read()).reduce((sum, x) => sum + Math.round(Math.exp(x)), 0)
+    expect(keys).toBe(await mask.count())
+    const long = { sq: 10, sk: 20, cuSeqlensQ: [0, 6, 10], cuSeqlensK: [0, 5, 20], device }
+    expect((await failure(() => Mask.fromDocuments([0, 20], long))).message).toBe(
+      'mask: sq must be an integer from 0 to 5, got 6',
+    )
+  })
+
   it('lets every head see as its own mask says', async () => {
     const rng = random(78)
     for (const [sq, sk, causal, dtype] of [
