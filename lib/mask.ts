@@ -51,7 +51,7 @@ export interface TokenLists {
 
 /** Token lists that differ from head to head. */
 export interface PaddedTokens {
-  /** [b, heads], i32; with packed sequences one row per sequence. */
+  /** [b, heads], i32; with packed sequences one row per sequence. One row of either holds for all. */
   count: Tensor<'int32'>
   /** [b, heads, width], i32. */
   index: Tensor<'int32'>
@@ -284,6 +284,8 @@ function fromTable(
   ...lists: Lists[]
 ): Mask {
   const parts = checkParts(options)
+  if (parts.cuSeqlensQ && b !== 1)
+    throw refuse('ERR_SHAPE', 'mask', 'cuSeqlensQ', `b must be 1 with cuSeqlensQ, got ${b}`)
   const { rows, columns } = blockTable(parts)
   const blocks = pack([b, heads, rows, columns], device, ...lists)
   return makeMask({ ...parts, sequences: parts.cuSeqlensQ ? parts.sequences : b, heads, blocks })
@@ -317,10 +319,7 @@ function tokenBits(
     made.push(...Object.values(shaped))
     const bits = pack([b, heads, 1, Math.max(parts.sk, 1)], index.device, shaped)
     made.push(bits)
-    const shape = [b, heads, bits.shape[3]!]
-    return Array.isArray(lists) && parts.sequences > 1
-      ? bits.reshape([1, 1, shape[2]!]).expand([parts.sequences, 1, shape[2]!]).contiguous()
-      : bits.reshape(shape)
+    return bits.reshape([b, heads, bits.shape[3]!])
   } finally {
     for (const one of made) one.dispose()
   }
@@ -436,13 +435,26 @@ export const Mask = {
     const { device } = index.find((one) => one instanceof Tensor) ?? parts
     const columns = tokenBits('columns', given[0], parts, device)
     const diagonals = tokenBits('diagonals', given[1], parts, device)
-    const [b = 1, heads = 1] = (columns ?? diagonals)?.shape ?? []
+    const widest = (at: number) =>
+      [columns, diagonals].map((bits) => bits?.shape[at] ?? 1).find((size) => size !== 1) ?? 1
+    const sequences = parts.cuSeqlensQ ? parts.sequences : widest(0)
+    const heads = widest(1)
+    // one row holds for all
+    const wide = (name: string, bits: Tensor<'int32'> | undefined) => {
+      const [b, own] = bits?.shape ?? []
+      if (!bits || (b === sequences && own === heads)) return bits
+      using narrow = bits
+      if ((b === 1 || b === sequences) && (own === 1 || own === heads))
+        return spread(narrow, [sequences, heads, narrow.shape[2]!])
+      const text = `${name} must be of 1 or ${sequences} sequences and 1 or ${heads} heads, got ${b} and ${own}`
+      throw refuse('ERR_SHAPE', 'mask', name, text)
+    }
     return makeMask({
       ...parts,
-      sequences: parts.cuSeqlensQ ? parts.sequences : b,
+      sequences,
       heads,
-      columns,
-      diagonals,
+      columns: wide('columns', columns),
+      diagonals: wide('diagonals', diagonals),
     })
   },
 

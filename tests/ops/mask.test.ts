@@ -792,6 +792,45 @@ describeDevices('attention over a mask', (device) => {
     )
   })
 
+  it('takes tokens of every head beside tokens of all', async () => {
+    const options = { sq: 9, sk: 12, device }
+    const lists = (b: number, heads: number) => ({
+      count: tensor(new Int32Array(b * heads).fill(1), [b, heads], { device }),
+      index: tensor(
+        Int32Array.from({ length: b * heads }, (_, i) => i),
+        [b, heads, 1],
+        { device },
+      ),
+    })
+    const mask = Mask.fromTokens({ columns: [7], diagonals: lists(2, 3) }, options)
+    expect([mask.sequences, mask.heads]).toEqual([2, 3])
+    const dense = await mask.toDense()
+    for (let at = 0; at < dense.length; at++) {
+      const [line, p, t] = [Math.floor(at / 108), 3 + (Math.floor(at / 12) % 9), at % 12]
+      expect(dense[at], `${[line, p, t]}`).toBe(Number(t <= p && (t === 7 || p - t === line)))
+    }
+    const wrong = async (columns: [number, number], diagonals: [number, number], more = {}) =>
+      (
+        await failure(() =>
+          Mask.fromTokens(
+            { columns: lists(...columns), diagonals: lists(...diagonals) },
+            { ...options, ...more },
+          ),
+        )
+      ).message
+    expect(await wrong([2, 3], [1, 4])).toBe(
+      'mask: diagonals must be of 1 or 2 sequences and 1 or 3 heads, got 1 and 4',
+    )
+    expect(await wrong([2, 1], [1, 1], { cuSeqlensQ: [0, 9], cuSeqlensK: [0, 12] })).toBe(
+      'mask: columns must be of 1 or 1 sequences and 1 or 1 heads, got 2 and 1',
+    )
+    const packed = { sq: 9, sk: 12, cuSeqlensQ: [0, 4, 9], cuSeqlensK: [0, 4, 12], device }
+    const table = tensor(new Uint8Array(4), [2, 1, 2, 1], { device })
+    expect((await failure(() => Mask.fromBlocks(table, packed))).message).toBe(
+      'mask: b must be 1 with cuSeqlensQ, got 2',
+    )
+  })
+
   it('lets every head see as its own mask says', async () => {
     const rng = random(78)
     for (const [sq, sk, causal, dtype] of [
