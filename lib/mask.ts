@@ -304,14 +304,22 @@ function tokenBits(
   try {
     let { count, index } = (lists ?? {}) as PaddedTokens
     if (Array.isArray(lists)) {
-      const values = lists.length === 0 ? [0] : lists
+      const values = elements('mask', name, lists, (value, i) =>
+        checkInteger('mask', `${name}[${i}]`, value, 0, parts.sk - 1),
+      )
+      count = tensor([values.length], [1, 1], { dtype: 'int32', device })
+      if (values.length === 0) values.push(0)
       index = tensor(values, [1, 1, values.length], { dtype: 'int32', device })
-      count = tensor([lists.length], [1, 1], { dtype: 'int32', device })
       made.push(count, index)
     }
     checkTensor('mask', `${name}.count`, count)
     checkTensor('mask', `${name}.index`, index)
     const [b = 0, heads = 0, width = 0] = index.shape
+    if (index.rank !== 3 || `${count.shape}` !== `${[b, heads]}`) {
+      const got = [count, index].map(({ shape }) => `[${shape.join(', ')}]`).join(' and ')
+      const text = `${name} must be a count [b, heads] and an index [b, heads, width], got ${got}`
+      throw refuse('ERR_SHAPE', 'mask', name, text)
+    }
     const shaped = {
       count: count.reshape([b, heads, 1]),
       index: index.reshape([b, heads, 1, width]),
@@ -489,7 +497,7 @@ export const Mask = {
     })
     const listed = modes.flatMap(({ blocks, columns, diagonals }) => [blocks, columns, diagonals])
     const device = listed.find((one) => one !== undefined)?.device ?? parts.device
-    const sequences = Math.max(...modes.map((mode) => mode.sequences))
+    const sequences = modes.find((mode) => mode.sequences !== 1)?.sequences ?? 1
     const other = modes.findIndex((mode) => mode.sequences !== 1 && mode.sequences !== sequences)
     if (other >= 0)
       throw mustBe(
@@ -693,11 +701,11 @@ class Made implements Mask {
 
 // What a mask says of a head of another, with which it agrees
 function partsOfHead(name: string, mask: Mask, parts: MaskParts, heads: number): MaskParts {
-  for (const key of ['sq', 'sk', 'causal', 'cuSeqlensQ', 'cuSeqlensK'] as const)
-    if (`${mask[key]}` !== `${parts[key]}`)
-      throw mustBe('mask', name, `a mask with ${key} ${parts[key]}`, mask[key])
-  if (mask.blocks && `${mask.block}` !== `${parts.block}`)
-    throw mustBe('mask', name, `a mask with block ${parts.block}`, mask.block)
+  for (const key of ['sq', 'sk', 'causal', 'cuSeqlensQ', 'cuSeqlensK', 'block'] as const) {
+    if (`${mask[key]}` === `${parts[key]}` || (key === 'block' && !mask.blocks)) continue
+    const text = `${name} must be a mask with ${key} ${parts[key]}, got ${mask[key]}`
+    throw refuse('ERR_ARGUMENT', 'mask', name, text)
+  }
   if (mask.heads !== 1 && mask.heads !== heads)
     throw mustBe('mask', name, `a mask of 1 or ${heads} heads`, mask.heads)
   if (mask.bounds) throw mustBe('mask', name, 'a mask without bounds of rows', 'some')
@@ -761,7 +769,7 @@ function kinds(parts: MaskParts): string[] {
 }
 
 function combine(a: MaskParts, other: Mask, intersect: boolean): Mask {
-  checkMask('mask', other)
+  if (!(other instanceof Made)) throw mustBe('mask', 'other', 'a mask', other)
   const b: MaskParts = other
   const disagree = (what: string, x: unknown, y: unknown) =>
     refuse('ERR_ARGUMENT', 'mask', 'other', `other must have ${what} ${x}, got ${y}`)
@@ -789,7 +797,7 @@ function combine(a: MaskParts, other: Mask, intersect: boolean): Mask {
   if (intersect && !source && !none && (mine.length > 1 || `${mine}` !== `${theirs}`))
     throw disagree('one kind of lists,', mine.join(' and '), theirs.join(' and '))
   const sequences = a.sequences === 1 ? b.sequences : a.sequences
-  const heads = Math.max(a.heads, b.heads)
+  const heads = a.heads === 1 ? b.heads : a.heads
   const shape = (tensor: Tensor | undefined) =>
     tensor && [tensor.rank === 4 && a.cuSeqlensQ ? 1 : sequences, heads, ...tensor.shape.slice(2)]
   const lists = (key: 'blocks' | 'columns' | 'diagonals') =>
@@ -833,7 +841,8 @@ export async function readMask(parts: MaskParts): Promise<HostMask> {
       let all = 0
       for (const { sq, sk } of rows.lengths)
         for (let p = sk - sq; p < sk; p++) all += parts.causal ? Math.max(p + 1, 0) : sk
-      return all === 0 ? 0 : count() / (all * parts.heads)
+      all *= parts.heads
+      return all === 0 ? 0 : count() / all
     },
     svg: (options) => draw(rows, parts, options),
   }
@@ -932,8 +941,11 @@ function visible(rows: HostRows): number {
   return total
 }
 
+const knownSvg: ReadonlySet<string> = new Set<keyof SvgOptions>(['head', 'sequence', 'size'])
+
 // Cells of at most 96 to a side, each as dark as a few of its rows see of its keys
 function draw(rows: HostRows, parts: MaskParts, options: SvgOptions): string {
+  checkOptions('mask', options, knownSvg)
   const head = checkInteger('mask', 'head', options.head ?? 0, 0, Math.max(parts.heads - 1, 0))
   const sequence = checkInteger(
     'mask',
@@ -943,7 +955,7 @@ function draw(rows: HostRows, parts: MaskParts, options: SvgOptions): string {
     Math.max(parts.sequences - 1, 0),
   )
   const size = checkInteger('mask', 'size', options.size ?? 192, 1, 4096)
-  const { sq, sk } = rows.lengths[sequence]!
+  const { sq, sk } = rows.lengths[sequence] ?? { sq: 0, sk: 0 }
   const [high, wide] = [Math.min(96, Math.max(sq, 1)), Math.min(96, Math.max(sk, 1))]
   const rects: string[] = []
   for (let y = 0; y < high; y++) {

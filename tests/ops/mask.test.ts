@@ -895,7 +895,7 @@ describeDevices('attention over a mask', (device) => {
     const batch = (n: number) =>
       Mask.fromBlocks(tensor(new Uint8Array(n), [n, 1, 1, 1], { device }), options)
     expect(await message([batch(2), batch(3), 'dense'])).toBe(
-      'mask: heads[0] must be a mask of 1 or 3 sequences, got 2',
+      'mask: heads[1] must be a mask of 1 or 2 sequences, got 3',
     )
     expect(await message([Mask.fromWindow({ window: 1 }, { sq: 65 })])).toBe(
       'mask: heads[0] must be a mask with sq 64, got 65',
@@ -930,6 +930,53 @@ describeDevices('attention over a mask', (device) => {
     expect((await failure(() => attention(q, q, q, { mask, window: 3 }))).message).toBe(
       'attention: window cannot be combined with mask',
     )
+  })
+
+  it('refuses in the words of the caller', async () => {
+    const options = { sq: 8, block: 4, device }
+    const window = Mask.fromWindow({ window: 2 }, options)
+    const int32 = (shape: number[]) =>
+      tensor(new Int32Array(shape.reduce((all, size) => all * size, 1)), shape, { device })
+    const wide = Mask.fromBlocks(tensor(new Uint8Array(1), [1, 1, 1, 1], { device }), { sq: 8 })
+    const cases = [
+      [
+        () => Mask.fromTokens({ columns: [1, 1.5] }, options),
+        'columns[1] must be an integer from 0 to 7, got 1.5',
+      ],
+      [
+        () => Mask.fromTokens({ diagonals: [8] }, options),
+        'diagonals[0] must be an integer from 0 to 7, got 8',
+      ],
+      [
+        () => Mask.fromTokens({ columns: { count: int32([2]), index: int32([2]) } }, options),
+        'columns must be a count [b, heads] and an index [b, heads, width], got [2] and [2]',
+      ],
+      [() => window.union(null as never), 'other must be a mask, got null'],
+      [
+        () => Mask.fromHeads([wide], options),
+        'heads[0] must be a mask with block 4,4, got 128,128',
+      ],
+      [() => window.svg({ heads: 1 } as never), 'unknown option "heads"; did you mean "head"?'],
+      [() => window.svg(null as never), 'options must be an object, got null'],
+    ] as const
+    for (const [call, text] of cases) expect((await failure(call)).message).toBe(`mask: ${text}`)
+  })
+
+  it('may be of no sequences or heads', async () => {
+    const options = { sq: 8, block: 4, device }
+    const window = Mask.fromWindow({ window: 2 }, options)
+    for (const [b, heads] of [
+      [0, 1],
+      [1, 0],
+    ] as const) {
+      const none = Mask.fromBlocks(tensor(new Uint8Array(0), [b, heads, 2, 2], { device }), options)
+      for (const mask of [none.union(window), window.union(none), none.intersect(none)]) {
+        expect([mask.sequences, mask.heads, await mask.count()]).toEqual([b, heads, 0])
+        expect(await mask.svg()).toMatch(/<svg/)
+        expect(await mask.density()).toBe(0)
+      }
+      if (heads) expect((await Mask.fromHeads([none, 'dense'], options).toDense()).length).toBe(0)
+    }
   })
 
   it('draws and names itself', async () => {
