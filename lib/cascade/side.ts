@@ -72,7 +72,7 @@ export class Side {
   #term({ coefficient, factors }: Term): string {
     let text = `(${coefficient})`
     // divided last: 0 / 0 is 0, and 1 / 0 times 0 is none
-    const divides = ({ power }: Factor) => power < 0 && Number.isInteger(power)
+    const divides = ({ power }: Factor) => power < 0
     const [below, above] = [true, false].map((one) => factors.filter((x) => divides(x) === one))
     for (const { atom, power } of above!)
       text += ` * ${power === 1 ? this.#atom(atom) : `pow(${this.#atom(atom)}, ${power})`}`

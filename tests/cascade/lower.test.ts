@@ -183,6 +183,12 @@ const empties: Record<string, readonly [operator: string, text: string]> = {
     `S[p,m] = sum(e) Q[p,e] * K[m,e]
      T[p,m] = -3 * tanh(S[p,m] / 5)${weighted}`,
   ],
+  'keys of length 1, of which one is 0': [
+    'attention',
+    `N[m]   = sum(e) C[m,e] * C[m,e]
+     X[m,e] = C[m,e] / sqrt(N[m])
+     T[p,m] = sum(e) Q[p,e] * X[m,e]${weighted}`,
+  ],
 }
 
 const causal: Record<string, string> = {
@@ -439,6 +445,7 @@ describeDevices('compile', (device) => {
         return [name, { data: rng.normals(shape.reduce((a, b) => a * b, 1)), shape }]
       }),
     )
+    given.C?.data.fill(0, 0, e)
     const { O } = parsed.evaluate(given)
     let operators = 0
     for (const fused of ['required', 'preferred'] as const) {
