@@ -350,9 +350,18 @@ function isPlain({ terms }: Form): boolean {
 // An index that no axis ends before
 const isWithin = (index: Form): boolean => isPlain(index) || index.key === '0'
 
+// v + 1, which reads beyond an axis of v alone
+const isShift = ({ terms: [a, b, ...more] }: Form): boolean =>
+  more.length === 0 &&
+  [a, b].some((one) => one?.factors.length === 0) &&
+  [a, b].some(
+    (one) => one?.factors.length === 1 && one.coefficient === 1 && /^[#%a-z]/.test(one.key),
+  )
+
 // An index that is largest where its variables are; sizes and numbers have capitals
-const rises = ({ terms }: Form): boolean =>
-  terms.every(
+const rises = (index: Form): boolean =>
+  !isShift(index) &&
+  index.terms.every(
     ({ coefficient, factors }) =>
       factors.every(({ atom, power }) => atom.kind === 'name' && power > 0) &&
       (coefficient >= 0 ||
@@ -899,7 +908,13 @@ export class Normal {
           return [condition({ kind: op, form })]
         }
         if (op === '<=' || op === '>=') return [condition({ kind: '<=', form: difference })]
-        const counts = ![...difference.free].some((name) => name.endsWith('[]'))
+        // 1 more of what counts; m < M / 2 does not
+        const counts =
+          ![...difference.free].some((name) => name.endsWith('[]')) &&
+          difference.terms.every(
+            ({ coefficient, factors }) =>
+              Number.isInteger(coefficient) && factors.every(({ power }) => power > 0),
+          )
         return counts
           ? [condition({ kind: '<=', form: plus(difference, number(1)) })]
           : [condition({ kind: '<', form: difference })]

@@ -189,6 +189,15 @@ const empties: Record<string, readonly [operator: string, text: string]> = {
      X[m,e] = C[m,e] / sqrt(N[m])
      T[p,m] = sum(e) Q[p,e] * X[m,e]${weighted}`,
   ],
+  'a bias of the row behind, which the last has not': [
+    'einsum',
+    `S[p,m] = sum(e) Q[p,e] * K[m,e]
+     T[p,m] = S[p,m] + Q[p + 1,0] * K[m,0]${weighted}`,
+  ],
+  'a mask that ends between two keys': [
+    'attention',
+    `T[p,m] = sum(e) Q[p,e] * K[m,e]   where m < M / 2${weighted}`,
+  ],
 }
 
 const causal: Record<string, string> = {
