@@ -473,7 +473,7 @@ function weightedSum(
   const biasPlaces = biasPlacesOf(bias, [batch, head, row, m])
   const besides = (where: readonly Condition[]) =>
     new Side(ir.variables, layoutOf(layouts), names, bias, biasAxes, where, false)
-  checkSums(bias)
+  checkSums(bias, ir)
   const beside =
     hidden.length > 0 || (biasPlaces === undefined && !isNumber(bias, [m, ...ir.variables]))
       ? besides(hidden)

@@ -163,15 +163,27 @@ function reduces({ terms }: Form, such: (one: Reduce) => boolean): boolean {
 export const sweeps = (form: Form, rank: string): boolean =>
   reduces(form, ({ over }) => over.some((v) => rankIn(v) === rank))
 
-/** @internal Refuses sums of exponentials of scores: no maximum is taken off beside an operator, which the text may do. */
-export function checkSums(form: Form): void {
-  const grows = ({ op, body }: Reduce) =>
-    op === 'sum' &&
-    body.terms.some(({ factors }) =>
-      factors.some(({ atom }) => argument(atom) && reduces(argument(atom)!, () => true)),
+/**
+ * @internal Refuses sums of exponentials of scores, or of anything along a rank that the text takes a maximum over: none is
+ * taken off beside an operator, which the text may do.
+ */
+export function checkSums(form: Form, ir: CascadeIR): void {
+  const largest = statementsOf(ir.steps).flatMap(({ reduce }) =>
+    reduce?.op === 'max' ? reduce.over.map(rankOf) : [],
+  )
+  const grows = ({ op, over, body }: Reduce) => {
+    const along = over.some((v) => largest.includes(rankIn(v)))
+    return (
+      op === 'sum' &&
+      body.terms.some(({ factors }) =>
+        factors.some(
+          ({ atom }) => argument(atom) && (along || reduces(argument(atom)!, () => true)),
+        ),
+      )
     )
+  }
   if (!reduces(form, grows)) return
-  const text = 'it sums exponentials of scores beside the operator, which may overflow'
+  const text = 'it sums exponentials beside the operator, which may overflow'
   throw refuse('ERR_UNSUPPORTED', 'cascade', undefined, text)
 }
 
@@ -219,7 +231,7 @@ export function sideOf(
   names: ReadonlyMap<string, string> = new Map(),
   where?: readonly Condition[],
 ): Side {
-  checkSums(form)
+  checkSums(form, ir)
   const layout: Layout = (tensor, indices) => layouts.get(tensor)?.(indices) ?? indices
   return new Side(ir.variables, layout, names, form, left, where)
 }

@@ -189,6 +189,14 @@ const empties: Record<string, readonly [operator: string, text: string]> = {
      X[m,e] = C[m,e] / sqrt(N[m])
      T[p,m] = sum(e) Q[p,e] * X[m,e]${weighted}`,
   ],
+  'shares of channels, with their maximum taken off': [
+    'einsum',
+    `G[m]   = max(e) K[m,e]
+     W[m,e] = exp(K[m,e] - G[m])
+     N[m]   = sum(e) W[m,e]
+     X[m,e] = W[m,e] / N[m]
+     T[p,m] = sum(e) Q[p,e] * X[m,e]${weighted}`,
+  ],
   'a bias of the row behind, which the last has not': [
     'einsum',
     `S[p,m] = sum(e) Q[p,e] * K[m,e]
