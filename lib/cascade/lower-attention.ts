@@ -1,4 +1,3 @@
-import { refuse } from '../errors.js'
 import { type AttentionOptions, attention } from '../ops/attention.js'
 import { scope } from '../scope.js'
 import { empty, type Tensor, tensor } from '../tensor.js'
@@ -45,8 +44,11 @@ import {
   Mismatch,
   numberOf,
   type Operand,
+  onlyOne,
   operandOf,
   type Reduce,
+  repeated,
+  sharedOf,
   shown,
   sideOf,
   single,
@@ -311,7 +313,12 @@ function weightedSum(
         own!.factors.filter((one) => one !== sum),
       ),
     ])
-    if (!sum || !isNormaliser(sum.atom) || more.length > 0 || own!.coefficient <= 0)
+    if (
+      !sum ||
+      !isNormaliser(sum.atom) ||
+      more.length > 0 ||
+      !(own!.coefficient > 0 && other!.coefficient > 0)
+    )
       throw fail('its divisor is no sum of its weights and one more')
     post = times(post, power(before, -1))
     shift = logarithm(before)
@@ -427,8 +434,21 @@ function weightedSum(
   const rowPart = (form: Form) => {
     if (form.terms.length === 0 && !slope) return
     const rest = slope && times(plus(form, times(slope, name(row))), power(slope, -1))
-    if (rest && isNumber(rest, [m, ...ir.variables])) {
-      distances.push(times(number(-1), rest))
+    // sums and differences of sizes and scalars: what a number or a factor shifts is no distance
+    const even = rest?.terms.every(
+      ({ coefficient, factors }) =>
+        Math.abs(coefficient) === 1 &&
+        factors.length === 1 &&
+        factors[0]!.atom.kind === 'name' &&
+        factors[0]!.power === 1,
+    )
+    const distance = rest && times(number(-1), rest)
+    if (
+      distance &&
+      isNumber(distance, [m, ...ir.variables]) &&
+      (even || distance.key === off?.key)
+    ) {
+      distances.push(distance)
       return
     }
     bias = plus(bias, form, slope ? times(slope, name(m)) : number(0))
@@ -487,11 +507,8 @@ function weightedSum(
   const sides = [beside, ofSlope, ofSink, ofV, ...parts.flatMap(({ ofQ, ofK }) => [ofQ, ofK])]
   const lengths = distances.map((form) => ({ form, only: bareName(form) }))
   const plainScale = bareName(scale)
-  const ranks = [rankOf(column), rankOf(row), rankIn(m), rankIn(dot.e), 'M_']
-  const shared = operands.flatMap(([{ main }, own]) => {
-    const by = own.includes(row) ? [] : heads.filter((x) => !has(main, [x]))
-    return by.map((x) => ({ tensor: main.name, by: x, axis: x === batch ? 0 : 2 }) as const)
-  })
+  const ranks = [rankOf(column), rankOf(row), rankIn(m), rankIn(dot.e), 'M_', ...heads.map(rankOf)]
+  const shared = sharedOf(operands, heads, row)
   const alone = post.key === '1' && sides.every((one) => one === undefined)
   // Keys and values that lie in pages
   const table = pages.get(k.main.name)
@@ -519,7 +536,7 @@ function weightedSum(
       const { tensors } = call
       if (!grouped || !alone) for (const one of shared) onlyOne(call, one)
       const tq = batched(call, q.main.name) as F32
-      const [, sq, hq, d] = tq.shape as [number, number, number, number]
+      const [b, sq, hq, d] = tq.shape as [number, number, number, number]
       const tk = batched(call, k.main.name)
       const options: AttentionOptions = { causal: off !== undefined }
       let computed = beside
@@ -528,8 +545,9 @@ function weightedSum(
       const ends = sk - sq
       // literals with names of the text would be ten times as slow
       const known: Known = {}
-      const sizes = [dv, sq, sk, d, sk]
-      for (let i = 0; i < sizes.length; i++) known[ranks[i]!] = sizes[i]!
+      const hk = heads.length > 2 ? tk.shape[2]! : hq
+      const sizes = [dv, sq, sk, d, sk, ...(heads.length > 1 ? [b] : []), hk, hq / hk]
+      for (let i = 0; i < ranks.length; i++) known[ranks[i]!] = sizes[i]!
       for (const one of Object.keys(call.scalars)) known[one] = call.scalars[one]!
       // A name that the call leaves out stands for what the operator takes
       for (const { form, only } of lengths) {
@@ -548,6 +566,21 @@ function weightedSum(
             out.tensor,
           )
       }
+      const window = back && options.causal ? ends + 1 - numberOf(back, known) : undefined
+      if (window === undefined || (Number.isInteger(window) && window >= 1)) options.window = window
+      else {
+        // rows that see nothing have a mask
+        if (table !== undefined || !Number.isInteger(window))
+          throw broken(
+            'CAS022',
+            `attention looks back over 1 key or more, as a whole number, but ${back!.key} makes it ${window}`,
+            spanOf(ir, out.tensor),
+            out.tensor,
+          )
+        ending ??= besides(numerator.where)
+        computed = ending
+        options.causal = false
+      }
       const vector = (form: Form, own: Side | undefined): F32 | number[] => {
         if (own) return own.run(tensors, known)
         const tensor = tensorIn(form)
@@ -557,40 +590,52 @@ function weightedSum(
       options.scale = plainScale === undefined ? numberOf(scale, known) : known[plainScale]
       if (weights !== 'softmax')
         Object.assign(options, { weights, power: exponent, normalise: divisor !== undefined })
-      if (computed)
-        options.bias = computed
-          .run(tensors, known, Number.NEGATIVE_INFINITY)
-          .reshape(
-            biasAxes.map((axis, i) =>
-              computed.left.includes(axis) ? [tq.shape[0]!, hq, sq, sk][i]! : 1,
-            ),
-          )
-      else if (biasPlaces) options.bias = placed(call.tensors[tensorIn(bias)!]!, biasPlaces) as F32
-      else if (bias.terms.length > 0) options.bias = numberOf(bias, known)
+      const ofBias = computed
+      if (biasPlaces && !ofBias)
+        options.bias = placed(call.tensors[tensorIn(bias)!]!, biasPlaces) as F32
+      else if (bias.terms.length > 0 && !ofBias) options.bias = numberOf(bias, known)
       if (cap) options.softCap = Math.abs(numberOf(cap, known))
       if (slope) options.slopes = vector(slope, ofSlope)
       if (sink) options.sink = vector(sink, ofSink)
-      if (back && options.causal) options.window = ends + 1 - numberOf(back, known)
       const whole = (own: Side | undefined, { main }: Operand) => {
         const given = batched(call, main.name)
         return own ? cast(own.run(tensors, known), tq.dtype) : (given as F32)
       }
-      const each = (of: (one: (typeof parts)[number]) => F32) =>
-        parts.length === 1 ? of(parts[0]!) : joined(parts.map(of))
-      const query = each((one) => whole(one.ofQ, one.q))
-      const key = each((one) => whole(one.ofK, one.k))
+      const queries = parts.map(({ ofQ, q }) => whole(ofQ, q))
+      const keys = parts.map(({ ofK, k }) => whole(ofK, k))
       const value = whole(ofV, v)
-      const given = [query, key, value] as const
-      const [keys, values] = table === undefined ? alike(tq.shape[0]!, key, value) : [key, value]
-      const taken = [query, keys, values].map(table === undefined ? inEights : (x) => x)
-      const result = attention(...(taken as [F32, F32, F32]), options)
-      for (const one of new Set([keys, values, ...taken])) if (!given.includes(one)) one.dispose()
-      if (dv % 8 !== 0) {
-        const whole = result.out
-        const cut = whole.slice(3, 0, dv)
-        result.out = cut.contiguous()
-        for (const one of [whole, cut]) one.dispose()
+      parts.forEach(({ e }, i) => {
+        const [own, other] = [queries[i]!.shape[3]!, keys[i]!.shape[3]!]
+        if (own === other) return
+        const text = `rank ${rankIn(e)} is ${own} from queries but ${other} from keys`
+        throw broken('CAS003', text, spanOf(ir, out.tensor), rankIn(e))
+      })
+      const most = Math.max(...[...keys, value].map(({ shape }) => shape[2]!))
+      const alike = (x: F32, { main }: Operand) =>
+        table === undefined ? repeated(x, main.name, shared, b, most) : x
+      // views and copies that the call makes
+      const made = () => {
+        if (ofBias)
+          options.bias = ofBias
+            .run(tensors, known, Number.NEGATIVE_INFINITY)
+            .reshape(
+              biasAxes.map((axis, i) => (ofBias.left.includes(axis) ? [b, hq, sq, sk][i]! : 1)),
+            )
+        const ks = keys.map((x, i) => alike(x, parts[i]!.k))
+        const taken = [joined(queries), joined(ks), alike(value, v)].map(inEights)
+        const result = attention(...(taken as [F32, F32, F32]), options)
+        if (dv % 8 !== 0) result.out = result.out.slice(3, 0, dv).contiguous()
+        return result
       }
+      const plain =
+        !ofBias &&
+        parts.length === 1 &&
+        d % 8 === 0 &&
+        dv % 8 === 0 &&
+        (shared.length === 0 || table !== undefined)
+      const result = plain ? attention(queries[0]!, keys[0]!, value, options) : scope(made)
+      if (table !== undefined && options.blockTable !== tensors[table])
+        options.blockTable!.dispose()
       return { out: result.out, lse: result.lse, known }
     },
   }
@@ -619,18 +664,16 @@ const layoutOf =
   (tensor, indices) =>
     layouts.get(tensor)?.(indices) ?? indices
 
-// Side by side along the last axis, heads that are shared repeated
+// Side by side along the last axis
 function joined(parts: readonly F32[]): F32 {
-  const [first] = parts as [F32]
-  const [b, s] = first.shape as [number, number]
-  const heads = Math.max(...parts.map(({ shape }) => shape[2]!))
+  const [first, ...more] = parts as [F32, ...F32[]]
+  if (more.length === 0) return first
   const sizes = parts.map(({ shape }) => shape[3]!)
   const d = sizes.reduce((sum, size) => sum + size, 0)
-  const whole = empty([b, s, heads, d], { dtype: first.dtype, device: first.device })
+  const whole = empty([...first.shape.slice(0, 3), d], { dtype: first.dtype, device: first.device })
   let at = 0
   parts.forEach((part, i) => {
-    const to = whole.slice(-1, at, at + sizes[i]!)
-    to.copyFrom(part.expand(to.shape))
+    whole.slice(-1, at, at + sizes[i]!).copyFrom(part)
     at += sizes[i]!
   })
   return whole
@@ -654,31 +697,10 @@ function placed(tensor: Tensor, places: readonly number[]): Tensor {
   return tensor.reshape(shape)
 }
 
-// What the text reads without a variable of heads or of the batch has one
-function onlyOne(call: Call, { tensor, by, axis }: { tensor: string; by: string; axis: 0 | 2 }) {
-  const given = batched(call, tensor).shape[axis]!
-  if (given === 1) return
-  const what = axis === 0 ? 'sequence' : 'head'
-  const text = `${tensor} must have one ${what}, got ${given} (the text reads it without ${by})`
-  throw refuse('ERR_SHAPE', 'cascade', tensor, text)
-}
-
-// Keys and values, each of one head or sequence where the other has more
-function alike(b: number, key: F32, value: F32): readonly [F32, F32] {
-  const heads = Math.max(key.shape[2]!, value.shape[2]!)
-  const wide = (x: F32) => {
-    const [own, s, h, d] = x.shape as [number, number, number, number]
-    return (own === 1 && b > 1) || (h === 1 && heads > 1)
-      ? x.expand([b, s, heads, d]).contiguous()
-      : x
-  }
-  return [wide(key), wide(value)]
-}
-
-// With columns of zeros behind, to as many as attention takes
+// With columns of zeros behind, to as many as attention takes; what is repeated is laid out
 function inEights(x: F32): F32 {
   const [b, s, h, d] = x.shape as [number, number, number, number]
-  if (d % 8 === 0) return x
+  if (d % 8 === 0) return x.strides.includes(0) ? x.contiguous() : x
   const wide = empty([b, s, h, Math.ceil(d / 8) * 8], { dtype: x.dtype, device: x.device })
   wide.slice(3, 0, d).copyFrom(x)
   const rest = wide.slice(3, d)

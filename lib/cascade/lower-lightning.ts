@@ -35,8 +35,12 @@ import {
   layoutsOf,
   Mismatch,
   numberOf,
+  type Operand,
+  onlyOne,
   operandOf,
   type Reduce,
+  repeated,
+  sharedOf,
   shown,
   sideOf,
   single,
@@ -169,6 +173,7 @@ export function lightningOf(normal: Normal, ir: CascadeIR): Lowered {
     [v, [m, column]],
   ] as const
   const layouts = layoutsOf(operands, heads, [row, m])
+  const shared = sharedOf(operands, heads, row)
   const names = new Map([
     [m, 'm_'],
     [e, 'e_'],
@@ -210,8 +215,8 @@ export function lightningOf(normal: Normal, ir: CascadeIR): Lowered {
   if (post.key !== '1') slots.result = post.key
   const told = sizesOf(ir, layouts)
   const decaying = (value: number) => {
-    if (value >= 0) return value
-    const text = `lightning takes slopes from 0 on, but ${slope.key} is ${value}`
+    if (value >= 0 && value < Number.POSITIVE_INFINITY) return value
+    const text = `lightning takes finite slopes from 0 on, but ${slope.key} is ${value}`
     throw broken('CAS022', text, spanOf(ir, tensor), tensor)
   }
   return {
@@ -222,6 +227,7 @@ export function lightningOf(normal: Normal, ir: CascadeIR): Lowered {
     layouts,
     run: (call) =>
       scope(() => {
+        for (const one of shared) onlyOne(call, one)
         const [first] = [batched(call, q.main.name)] as [F32]
         const known = call.scalars
         const sizes = {
@@ -236,8 +242,14 @@ export function lightningOf(normal: Normal, ir: CascadeIR): Lowered {
           const given = batched(call, operands[i]![0].main.name) as F32
           return side ? cast(side.run(call.tensors, all), first.dtype) : given
         }) as [F32, F32, F32]
+        const most = Math.max(tk.shape[2]!, tv.shape[2]!)
+        const alike = (x: F32, { main }: Operand) => {
+          const wide = repeated(x, main.name, shared, first.shape[0]!, most)
+          return wide === x ? x : wide.contiguous()
+        }
+        const [keys, values] = [alike(tk, k), alike(tv, v)]
         const own = tensorIn(slope)
-        const { out } = lightning(tq, tk, divisor ? withOnes(tv) : tv, {
+        const { out } = lightning(tq, keys, divisor ? withOnes(values) : values, {
           slopes: ofSlope
             ? ofSlope.run(call.tensors, all)
             : own !== undefined

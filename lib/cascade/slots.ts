@@ -258,6 +258,54 @@ export function layoutsOf(
   )
 }
 
+/** @internal A tensor that the text reads without a variable of heads or of the batch: an axis of [b, s, h, d]. */
+export interface Shared {
+  tensor: string
+  by: string
+  axis: 0 | 2
+}
+
+/** @internal */
+export const sharedOf = (
+  operands: readonly (readonly [Operand, readonly string[]])[],
+  heads: readonly string[],
+  row: string,
+): Shared[] =>
+  operands.flatMap(([{ main }, own]) =>
+    (own.includes(row) ? [] : heads.filter((x) => !has(main, [x]))).map((by) => ({
+      tensor: main.name,
+      by,
+      axis: heads.length > 1 && by === heads[0] ? 0 : 2,
+    })),
+  )
+
+/** @internal Refuses more sequences or heads than the text reads. */
+export function onlyOne(call: Call, { tensor, by, axis }: Shared): void {
+  const given = batched(call, tensor).shape[axis]!
+  if (given === 1) return
+  const what = axis === 0 ? 'sequence' : 'head'
+  const text = `${tensor} must have one ${what}, got ${given} (the text reads it without ${by})`
+  throw refuse('ERR_SHAPE', 'cascade', tensor, text)
+}
+
+/** @internal With as many sequences and heads as others have, if the text reads it without a variable of them. */
+export function repeated(
+  x: F32,
+  tensor: string,
+  shared: readonly Shared[],
+  sequences: number,
+  heads: number,
+): F32 {
+  const shape = x.shape.map((size, i) =>
+    shared.some((one) => one.tensor === tensor && one.axis === i)
+      ? i === 0
+        ? sequences
+        : heads
+      : size,
+  )
+  return shape.every((size, i) => size === x.shape[i]) ? x : x.expand(shape)
+}
+
 /** @internal */
 export type F32 = Tensor<'float32'>
 

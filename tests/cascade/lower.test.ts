@@ -8,6 +8,7 @@ import {
   type HeddleError,
   lightningDefinition,
   linear,
+  memory,
   mergeDefinition,
   norm,
   type Tensor,
@@ -202,9 +203,27 @@ const empties: Record<string, readonly [operator: string, text: string]> = {
     `S[p,m] = sum(e) Q[p,e] * K[m,e]
      T[p,m] = S[p,m] + Q[p + 1,0] * K[m,0]${weighted}`,
   ],
+  'a window without keys': [
+    'attention',
+    `T[p,m] = sum(e) Q[p,e] * K[m,e]   where m <= p + M - P && m > p + M - P${weighted}`,
+  ],
   'a mask that ends between two keys': [
     'attention',
     `T[p,m] = sum(e) Q[p,e] * K[m,e]   where m < M / 2${weighted}`,
+  ],
+  'slopes, a number and a sink': [
+    'attention',
+    `S[p,m] = sum(e) Q[p,e] * K[m,e]   where m <= p + M - P
+     T[p,m] = S[p,m] - 0.2 * (p + M - P - m) - 2
+     A[p,m] = exp(T[p,m])
+     D[p]   = sum(m) A[p,m]
+     O[p,f] = sum(m) A[p,m] * V[m,f] / (D[p] + 0.7)`,
+  ],
+  'a sink below 0': [
+    'einsum',
+    `T[p,m] = sum(e) Q[p,e] * K[m,e]
+     D[p]   = sum(m) exp(T[p,m])
+     O[p,f] = sum(m) exp(T[p,m]) * V[m,f] / (D[p] - exp(-9))`,
   ],
 }
 
@@ -250,6 +269,11 @@ const cases: readonly Case[] = [
     what: 'scale of a size',
     text: softmax('S[h,p,m] / sqrt(E)', 'where m <= p + off'),
     slots: { scale: 'E^-0.5', causal: 'off + p' },
+  },
+  {
+    what: 'scale of the number of heads',
+    text: softmax('S[h,p,m] / H', 'where m <= p + off'),
+    slots: { scale: 'H^-1' },
   },
   {
     what: 'soft cap',
@@ -486,6 +510,40 @@ describeDevices('compile', (device) => {
       operators++
     }
     expect(operators).toBe(operator === 'einsum' ? 1 : 2)
+  })
+
+  it('repeats what heads share, and disposes of it', async () => {
+    const [t, h, d] = [5, 3, 6]
+    const q = await sample(rng, [1, t, h, d], 'float32', device)
+    const k = await sample(rng, [1, t, h, d], 'float32', device)
+    const v = await sample(rng, [1, t, 1, d], 'float32', device)
+    const heads = ({ values }: { values: Float32Array }, n: number) => ({
+      data: values.map(
+        (_, i) => values[((Math.floor(i / d) % t) * n + Math.floor(i / t / d)) * d + (i % d)]!,
+      ),
+      shape: n === 1 ? [t, d] : [n, t, d],
+    })
+    const inputs = { Q: heads(q, h), K: heads(k, h), V: heads(v, 1) }
+    const score = 'S[h,t,u] = sum(e) Q[h,t,e] * K[h,u,e]   where u <= t'
+    for (const text of [
+      `${score}
+       O[h,t,f] = sum(u) S[h,t,u] * exp(-0.3 * (t - u)) * V[u,f]`,
+      `${score}
+       A[h,t,u] = exp(S[h,t,u])
+       D[h,t]   = sum(u) A[h,t,u]
+       O[h,t,f] = sum(u) A[h,t,u] * V[u,f] / D[h,t]`,
+    ]) {
+      const parsed = cascade(text)
+      const [plan, expected] = [parsed.compile(), parsed.evaluate(inputs).O!.data]
+      const before = memory().tensors
+      const { O } = plan(q.tensor, k.tensor, v.tensor)
+      const out = (await O!.read()) as Float32Array
+      close(heads({ values: out }, h).data, expected, text)
+      O!.dispose()
+      expect(memory().tensors, text).toBeLessThanOrEqual(before)
+      const two = await failure(() => plan(q.tensor, k.tensor, k.tensor))
+      expect(two.message).toBe('cascade: V must have one head, got 3 (the text reads it without h)')
+    }
   })
 
   it('finds merge under other names', async () => {
@@ -749,6 +807,26 @@ describe('compile', () => {
       'cascade: attention ends its last row at the last key, 1 from its index here, but off is 0',
     )
     expect(top.code).toBe('CAS022')
+    // widths that differ before zeros are put behind, and heads that the text does not share
+    const narrow = await failure(() => plan(q.slice(3, 0, 6), k.slice(3, 0, 7), k))
+    expect(narrow.message).toBe('cascade: rank E is 6 from queries but 7 from keys')
+    expect(narrow.code).toBe('CAS003')
+    const heads = cascade(`
+      S[h,p,m] = sum(e) Q[h,p,e] * K[h,m,e]
+      A[h,p,m] = exp(S[h,p,m])
+      D[h,p]   = sum(m) A[h,p,m]
+      O[h,p,f] = sum(m) A[h,p,m] * V[h,m,f] / D[h,p]`).compile()
+    const [two, three] = [q.expand([1, 2, 2, 8]), k.expand([1, 3, 2, 8])]
+    expect((await failure(() => heads(two, k, three))).code).toBe('ERR_SHAPE')
+    expect((await failure(() => heads(q.expand([2, 2, 1, 8]), k, k))).code).toBe('ERR_SHAPE')
+    const forgets = cascade(`
+      S[t,u] = sum(e) Q[t,e] * K[u,e]   where u <= t
+      O[t,f] = sum(u) S[t,u] * pow(a, t - u) * V[u,f]`).compile()
+    for (const a of [0, -0.5]) {
+      const error = await failure(() => forgets(q, q, q, { a }))
+      expect(error.message).toContain('lightning takes finite slopes from 0 on')
+      expect(error.code).toBe('CAS022')
+    }
     // pairs of an odd number of channels, of which the last has no other
     const pairs = cascade(`
       X[p,r] = Q[p,2*r] * c[r] - Q[p,2*r + 1] * s[r]
