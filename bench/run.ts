@@ -138,13 +138,16 @@ async function measure(
   const ours: number[] = []
   const theirs = peers.map((): number[] => [])
   const few = (most: number) => Math.max(3, Math.min(most, Math.round(5000 / once))) // what takes long
+  const turns = [
+    { samples: ours, round: () => timeRound(made.run, device, times) },
+    ...peers.map((peer, i) => ({ samples: theirs[i]!, round: () => peer.round(times) })),
+  ]
   for (let round = 0; round <= few(rounds); round++) {
-    const own = await timeRound(made.run, device, times)
-    for (const [i, peer] of peers.entries()) {
-      const other = await peer.round(times)
-      if (round > 0) theirs[i]!.push(other)
+    for (const turn of turns) {
+      const sample = await turn.round()
+      if (round > 0) turn.samples.push(sample) // the first one warms up
     }
-    if (round > 0) ours.push(own) // the first one warms up
+    turns.reverse() // what comes behind something hotter has a lower clock
   }
   const { ms, spread } = summarise(ours)
   const coldMs = summarise(await timeCold(made.run, device, few(2 * rounds))).ms
