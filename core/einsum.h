@@ -84,7 +84,7 @@ HEDDLE_HD inline double apply(int64_t code, double x) {
     case kSigmoid:
       return 1 / (1 + exp(-x));
     case kRelu:
-      return x < 0 ? 0 : x;
+      return x <= 0 ? 0 : x;  // of -0 as well, as in JavaScript
     case kSoftplus:
       return (x < 0 ? 0 : x) + log1p(exp(-fabs(x)));
     case kAbs:
