@@ -53,7 +53,7 @@ __device__ __forceinline__ void sweep(SweepSmem<kSize>& smem, const SweepArgs& a
   const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
   const int row = warp * 16 + lane / 4;  // and row + 8, of accumulators
   const int chunks = (place.length + kChunk - 1) / kChunk, tail = place.length % kChunk;
-  const float slope_log2 = slope * 1.44269504f;
+  const float slope_log2 = in_log2(slope);
   const int size = kKeys ? args.d : args.e;  // of a row of the gradient
   // behind the end of a packed sequence the next one begins
   const bool clears = args.cu_seqlens && tail != 0;
@@ -248,7 +248,7 @@ __device__ __forceinline__ void carry_back(SweepSmem<kSize>& smem, const SweepAr
   if (args.initial_state && head % args.share_state == 0) {
     const float* from = args.initial_state + place.sequence * args.initial_strides[0] +
                         head / args.share_state * args.initial_strides[1];
-    const float lift = lift_of<kType, kPrecise>(slope * 1.44269504f);
+    const float lift = lift_of<kType, kPrecise>(in_log2(slope));
     each([&](float& number, int i, int f) {
       number = lift * from[i * args.initial_strides[2] + f * args.initial_strides[3]];
     });
@@ -331,7 +331,7 @@ __global__ void __launch_bounds__(kSweepThreads, 1)
 
   const float slope = args.slopes[head / args.share_state * args.slopes_stride];
   if (threadIdx.x == 0) {
-    if (!(slope >= 0 && slope < INFINITY)) *args.fault = 1;
+    if (bad_slope(slope)) *args.fault = 1;
     for (int stage = 0; stage < kStages; ++stage) {
       smem.full[stage].init(1);
       smem.empty_q[stage].init(kSweepers / 32);
@@ -342,16 +342,16 @@ __global__ void __launch_bounds__(kSweepThreads, 1)
     const int tail = place.length % kChunk;
     smem.keep[0] =
         static_cast<float>(exp(-static_cast<double>(slope) * (tail != 0 ? tail : kChunk)));
-    smem.lowered = 1 / lift_of<kType, kPrecise>(slope * 1.44269504f);
+    smem.lowered = 1 / lift_of<kType, kPrecise>(in_log2(slope));
     smem.keep[1] = static_cast<float>(exp(-static_cast<double>(slope) * kChunk));
   }
   const auto power = [&](int tokens) {
-    return args.scale * exp2_approx(-slope * 1.44269504f * static_cast<float>(tokens));
+    return args.scale * exp2_approx(-in_log2(slope) * static_cast<float>(tokens));
   };
   if (threadIdx.x < 2 * kChunk) {
     const int i = threadIdx.x;
     smem.decay[i] = i < kChunk - 1 ? 0 : power(i - (kChunk - 1));
-    const float lift = lift_of<kType, kPrecise>(slope * 1.44269504f);
+    const float lift = lift_of<kType, kPrecise>(in_log2(slope));
     if (i < kChunk / 2) smem.reach[i] = float2{lift * power(2 * i + 1), lift * power(2 * i + 2)};
   }
   __syncthreads();

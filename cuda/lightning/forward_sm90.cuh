@@ -7,6 +7,7 @@
 #include "common/sm90.cuh"
 #include "common/tensor_map.h"
 #include "common/tile.cuh"
+#include "lightning/bad_slope.cuh"
 #include "lightning/forward_sm90.h"
 
 // Lightning attention in f16 or bf16, by chunks of m = 64 tokens, fewer at the end:
@@ -16,12 +17,12 @@
 //   S = lambda^m S + (lambda^(m - 1 - j) K[j,:])^T V
 //
 // A CTA owns one head of the output, kE columns of v and a segment of a sequence. A warp of
-// warpgroup 0 loads q, k and v of a chunk at a time into a ring, another one copies O. Warpgroup 1
-// makes P and O; P of the next chunk is multiplied behind P V of this one. Where registers allow it
-// a second one takes turns with it. The others hold S or S^T in f32 registers, each a part, and
-// leave its image in 16 bits in shared memory for Q S. Segments but the first begin with the
-// summaries of those before, which a kernel that reads k and v alone has made. Sizes that are
-// smaller than the tile's are filled with zeros by the copies.
+// warpgroup 0 loads q, k and v of a chunk at a time into a ring, and another one copies O where two
+// warpgroups make it. Warpgroup 1 makes P and O; P of the next chunk is multiplied behind P V of
+// this one. Where registers allow it a second one takes turns with it. The others hold S or S^T in
+// f32 registers, each a part, and leave its image in 16 bits in shared memory for Q S. Segments but
+// the first begin with the summaries of those before, which a kernel that reads k and v alone has
+// made. Sizes that are smaller than the tile's are filled with zeros by the copies.
 namespace heddle {
 namespace {
 
@@ -48,7 +49,7 @@ template <int kD, int kE> struct ScanShape {
   static constexpr int kStages = kD == 256 ? 2 : kD + kE <= 192 ? 4 : 3;
 };
 
-// Whether S is carried transposed: with 64 columns of v half as many values as keys decay, and a
+// Whether S is carried transposed: with more rows than columns fewer values than keys decay, and a
 // product has as many columns as S has rows
 template <int kD, int kE> constexpr bool kTurned = kD > kE;
 
@@ -425,8 +426,8 @@ __global__ void __launch_bounds__((ScanShape<kD, kE>::kThreads), 1)
 
   const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
   const float slope = args.slopes[head / args.share_state * args.slopes_stride];
-  if (!(slope >= 0 && slope < INFINITY) && thread == 0) *args.fault = 1;
-  const float slope_log2 = slope * 1.44269504f;
+  if (bad_slope(slope) && thread == 0) *args.fault = 1;
+  const float slope_log2 = in_log2(slope);
   auto release = [&](uint32_t stage) {
     if (lane == 0) smem.empty[stage].arrive();
   };
@@ -721,7 +722,7 @@ __global__ void __launch_bounds__((128 + 128 * SummarySmem<kD, kE>::kGroups), 1)
   __syncthreads();
   begin(args);
 
-  const float slope_log2 = args.slopes[head / args.share_state * args.slopes_stride] * 1.44269504f;
+  const float slope_log2 = in_log2(args.slopes[head / args.share_state * args.slopes_stride]);
   const int tokens = kReverse ? place.length : args.segment;
   const int all = (tokens + kChunk - 1) / kChunk;
   // the chunk that ends before its 64th token, if any

@@ -1736,6 +1736,18 @@ const kernels: Kernel[] = [
         to: 'named_barrier_arrive(kOut + chunk % 2, 160);',
       },
       {
+        what: 'a buffer of out is overwritten while the copying warp has it',
+        file: scan,
+        from: 'if (kCopier && chunk >= 2) named_barrier_sync(kCopied + chunk % 2, 160);',
+        to: '',
+      },
+      {
+        what: 'out is copied before it is seen there',
+        file: scan,
+        from: 'store_rows<kType>(staged, 0, acc_o, warp, lane);\n      fence_async_smem();',
+        to: 'store_rows<kType>(staged, 0, acc_o, warp, lane);',
+      },
+      {
         what: 'a buffer of out is overwritten while it is copied',
         file: scan,
         from: 'copy_out(chunk);\n          // shared memory must outlive the copies that read it\n          wait_copies_read<0>();',

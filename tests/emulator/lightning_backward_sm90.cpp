@@ -185,6 +185,8 @@ const Case kCases[] = {
 const Case kCases[] = {
     {.b = 1, .s = 300, .segment = 128, .d = 128, .e = 72},
     {.b = 1, .s = 140, .states = true, .segment = 64, .packed = {90, 50}},
+    {.b = 1, .s = 512},
+    {.b = 1, .s = 330, .states = true, .packed = {0, 320, 10}},
 };
 #endif
 

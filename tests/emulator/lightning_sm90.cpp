@@ -193,6 +193,16 @@ const Case kCases[] = {
      .state = true,
      .segment = 64,
      .narrower = 8},
+    {.b = 1, .s = 450, .hq = 1, .hk = 1, .hv = 1, .hs = 1},
+    {.b = 1,
+     .s = 335,
+     .hq = 1,
+     .hk = 1,
+     .hv = 1,
+     .hs = 1,
+     .initial = true,
+     .state = true,
+     .packed = {0, 1, 329, 5}},
 };
 #endif
 
