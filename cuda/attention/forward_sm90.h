@@ -148,8 +148,9 @@ inline bool takes_units(const ForwardCall& call) {
   const Slots& slots = call.slots;
   const float length =
       slots.length_scale != 0 ? slots.length_scale * std::log(static_cast<float>(call.sk)) : 1;
-  return slots.weights == Attention::kReweighted && (slots.power == 15 || slots.power == 3) &&
-         slots.cosine && slots.bias_form == BiasForm::kNone && call.soft_cap == 0 && !call.slopes &&
+  return call.dv > 0 && slots.weights == Attention::kReweighted &&
+         (slots.power == 15 || slots.power == 3) && slots.cosine &&
+         slots.bias_form == BiasForm::kNone && call.soft_cap == 0 && !call.slopes &&
          !call.cu_seqlens_q && call.scale > 0 && length >= 0 && call.scale * length <= kMostCosine;
 }
 

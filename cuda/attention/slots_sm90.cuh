@@ -373,9 +373,11 @@ struct SlotMap {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       highest[r] = highest_bits(acc, r, highest[r]);
-      sums[r] = rows.row_sum[r];
+      // once a tile to what is large: equal tiles round alike
+      float own = 0;
 #pragma unroll
-      for (float product : products[r]) sums[r] += log2_approx(product);
+      for (float product : products[r]) own += log2_approx(product);
+      sums[r] = rows.row_sum[r] + own;
       fits &= sums[r] >= kLeast && sums[r] < INFINITY;
     }
     if (!__all_sync(~0u, fits)) {

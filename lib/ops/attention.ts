@@ -80,7 +80,8 @@ export interface AttentionOptions {
   lengthScale?: number | undefined
   /**
    * [b, hq, sq], f32, of `'reweighted'`: the `lse` of the same call with weights of `'softplus'`, which is what is taken if it
-   * is left out.
+   * is left out, but for gradients, which need it. One that is found may be of rows rounded to f16, as
+   * {@link SoftplusOptions.precision} says.
    */
   level?: Tensor<'float32'> | undefined
   /** Of `'reweighted'`, 1 if left out; 0 whatever is given in rows that see three keys or fewer. */

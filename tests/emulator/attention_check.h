@@ -426,6 +426,7 @@ double check(const Case& c, int64_t d, int64_t dv, emulator::Random& random, con
   const auto find_level = [&](int64_t b, int64_t h, const Row& row) {
     double sum = 0;
     for (const double score : scores_of(b, h, row)) sum += softplus(score);
+    if (call.sink) sum += std::exp(static_cast<double>(call.sink[h]));
     levels[row.line] = static_cast<float>(std::log(sum));
   };
   if (slots.level) each_row(find_level);

@@ -124,10 +124,29 @@ describeDevices('softplus attention', (device) => {
         const level = attention(q, k, v.slice(3, 0, 0), { ...scores, ...keys, weights: 'softplus' })
         const given = attention(q, k, v, { ...call, level: level.lse })
         const found = attention(q, k, v, call)
+        const alone = attention(q, k, v.slice(3, 0, 0), call)
+        expect(maxError(await read(alone.lse), await read(given.lse))).toBeLessThan(0.1)
         const expected = await read(given.out)
         expect(relativeRms(await read(found.out), expected)).toBeLessThan(2 * tolerance.bfloat16)
         expect(maxError(await read(found.lse), await read(given.lse))).toBeLessThan(0.1)
       }
+  })
+
+  it('has the digits of float32 lengths with high precision, of keys that are nearly alike too', async () => {
+    const rng = random(31)
+    const shape = [1, 300, 2, 128] as const
+    const common = rng.normals(128)
+    const near = () => {
+      const values = rng.normals(300 * 2 * 128, 0.05).map((x, i) => common[i % 128]! * (1 + x))
+      return tensor(values, shape, { device }).cast('bfloat16')
+    }
+    const [q, k, v] = [near(), near(), randn(shape, { seed: 5, device }).cast('bfloat16')]
+    const exact = softplusAttention(q.cast('float32'), k.cast('float32'), v.cast('float32'))
+    const { out } = softplusAttention(q, k, v, { precision: 'high' })
+    expect(relativeRms(await read(out), await read(exact.out))).toBeLessThan(tolerance.bfloat16)
+    expect(() => softplusAttention(q, k, v, { precision: 'most' as 'high' })).toThrow(
+      /precision must be "default" or "high", got "most"/,
+    )
   })
 
   it('sees directions alone, whatever their lengths', async () => {
