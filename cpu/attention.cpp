@@ -166,9 +166,7 @@ void run(const Attention& op, CpuContext& context) {
   if (op.lse.size() == 0) return;
   if (op.finds_level()) {
     const Scratch<float> level(static_cast<size_t>(op.lse.size()));
-    Attention rest = op;
-    rest.level = op.lse;
-    rest.level.data = level.data();
+    const Attention rest = op.with_level(level.data());
     run(rest.sums(), context);
     return run(rest, context);
   }

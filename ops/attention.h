@@ -90,6 +90,13 @@ struct Attention : MaskArguments {
   bool shifted() const { return normalise && weights != kSigmoid && weights != kRelu; }
 
   bool finds_level() const { return weights == kReweighted && !level; }
+  // The same call with its level in so much memory, contiguous
+  Attention with_level(float* memory) const {
+    Attention found = *this;
+    found.level = lse;
+    found.level.data = memory;
+    return found;
+  }
   // The same call with weights of softplus and without values, whose lse is `level`
   Attention sums() const {
     Attention sums = *this;

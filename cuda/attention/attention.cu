@@ -411,9 +411,7 @@ void run(const Attention& op, CudaContext& context) {
     return;
   }
   if (!op.finds_level()) return run_variants(kVariants, op, context);
-  Attention rest = op;
-  rest.level = op.lse;
-  rest.level.data = context.scratch<float>(static_cast<size_t>(op.lse.size()));
+  const Attention rest = op.with_level(context.scratch<float>(static_cast<size_t>(op.lse.size())));
   if (!declines_forward(op, context) && takes_units(hopper_call(op, context)))
     return run_passes(rest, context);
   run_variants(kVariants, rest.sums(), context);

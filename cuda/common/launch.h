@@ -38,18 +38,19 @@ struct Launch {
 };
 
 template <class... Params, class... Args>
-void launch_graph(void (*kernel)(Params...), const Launch& launch, const Args&... args) {
+void launch_graph(KernelGraphs& graphs, void (*kernel)(Params...), const cudaLaunchConfig_t& config,
+                  const Args&... args) {
   std::tuple<Params...> values(args...);
   std::apply(
       [&](auto&... value) {
         void* params[] = {&value...};
         cudaKernelNodeParams node{};
         node.func = reinterpret_cast<void*>(kernel);
-        node.gridDim = dim3(static_cast<unsigned>(launch.ctas), static_cast<unsigned>(launch.rows));
-        node.blockDim = dim3(static_cast<unsigned>(launch.threads));
-        node.sharedMemBytes = static_cast<unsigned>(launch.smem_bytes);
+        node.gridDim = config.gridDim;
+        node.blockDim = config.blockDim;
+        node.sharedMemBytes = static_cast<unsigned>(config.dynamicSmemBytes);
         node.kernelParams = params;
-        launch.graphs->launch(node, launch.stream);
+        graphs.launch(node, config.stream);
       },
       values);
 }
@@ -80,12 +81,12 @@ void launch_grid(void (*kernel)(Params...), dim3 grid, int threads, size_t smem_
 template <auto kKernel, class... Args> void launch(const Launch& launch, const Args&... args) {
   static uint64_t ready = 0;
   allow_shared_memory(reinterpret_cast<const void*>(kKernel), launch.smem_bytes, ready);
-  if (launch.graphs) return launch_graph(kKernel, launch, args...);
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(launch.ctas), static_cast<unsigned>(launch.rows));
   config.blockDim = dim3(static_cast<unsigned>(launch.threads));
   config.dynamicSmemBytes = launch.smem_bytes;
   config.stream = launch.stream;
+  if (launch.graphs) return launch_graph(*launch.graphs, kKernel, config, args...);
   cudaLaunchAttribute attributes[3]{};
   config.attrs = attributes;
   if (launch.overlaps) {

@@ -21,7 +21,7 @@ constexpr int kD = HEDDLE_D, kE = HEDDLE_E;
 constexpr DType kType = DType::HEDDLE_DTYPE;
 
 struct Case {
-  int64_t b, s, hq, hk, hv, hs;
+  int64_t b, s, hq = 1, hk = 1, hv = 1, hs = 1;
   bool initial = false, state = false;
   int segment = 0, parts = 1;
   float slope = -1;                  // of all heads, drawn where it is negative
@@ -134,16 +134,7 @@ double check(const Case& c, emulator::Random& random) {
 
 #if HEDDLE_D <= 128 && HEDDLE_E == 64
 const Case kCases[] = {
-    {.b = 2,
-     .s = 200,
-     .hq = 1,
-     .hk = 1,
-     .hv = 1,
-     .hs = 1,
-     .initial = true,
-     .state = true,
-     .segment = 128,
-     .parts = 2},
+    {.b = 2, .s = 200, .initial = true, .state = true, .segment = 128, .parts = 2},
     // segments that see a part of the one before, or not all segments
     {.b = 1,
      .s = 350,
@@ -155,54 +146,19 @@ const Case kCases[] = {
      .segment = 128,
      .parts = 2,
      .slope = 0.6f},
-    {.b = 1,
-     .s = 300,
-     .hq = 1,
-     .hk = 1,
-     .hv = 1,
-     .hs = 1,
-     .initial = true,
-     .state = true,
-     .segment = 64,
-     .slope = 0.3f},
-    {.b = 1, .s = 1, .hq = 1, .hk = 1, .hv = 1, .hs = 1, .state = true},
-    {.b = 1, .s = 1000, .hq = 1, .hk = 1, .hv = 1, .hs = 1, .state = true},
-    {.b = 1, .s = 128, .hq = 2, .hk = 1, .hv = 1, .hs = 1, .initial = true, .state = true},
-    {.b = 1, .s = 70, .hq = 1, .hk = 1, .hv = 2, .hs = 2, .narrower = 24, .slices = 2},
-    {.b = 1,
-     .s = 168,
-     .hq = 1,
-     .hk = 1,
-     .hv = 1,
-     .hs = 1,
-     .initial = true,
-     .state = true,
-     .segment = 64,
-     .packed = {0, 1, 130, 32, 5}},
+    {.b = 1, .s = 300, .initial = true, .state = true, .segment = 64, .slope = 0.3f},
+    {.b = 1, .s = 1, .state = true},
+    {.b = 1, .s = 1000, .state = true},
+    {.b = 1, .s = 128, .hq = 2, .initial = true, .state = true},
+    {.b = 1, .s = 70, .hv = 2, .hs = 2, .narrower = 24, .slices = 2},
+    {.b = 1, .s = 168, .initial = true, .state = true, .segment = 64, .packed = {0, 1, 130, 32, 5}},
 };
 #else
 // wider kernels differ in sizes alone
 const Case kCases[] = {
-    {.b = 1,
-     .s = 140,
-     .hq = 1,
-     .hk = 1,
-     .hv = 1,
-     .hs = 1,
-     .initial = true,
-     .state = true,
-     .segment = 64,
-     .narrower = 8},
-    {.b = 1, .s = 450, .hq = 1, .hk = 1, .hv = 1, .hs = 1},
-    {.b = 1,
-     .s = 335,
-     .hq = 1,
-     .hk = 1,
-     .hv = 1,
-     .hs = 1,
-     .initial = true,
-     .state = true,
-     .packed = {0, 1, 329, 5}},
+    {.b = 1, .s = 140, .initial = true, .state = true, .segment = 64, .narrower = 8},
+    {.b = 1, .s = 450},
+    {.b = 1, .s = 335, .initial = true, .state = true, .packed = {0, 1, 329, 5}},
 };
 #endif
 
