@@ -13,15 +13,20 @@ import {
   zeros,
 } from 'heddle'
 import { describe, expect, it } from 'vitest'
-import { maxError, relativeRms } from '../support/compare.js'
+import { expectRms, maxError, relativeRms } from '../support/compare.js'
 import { describeDevices, floats } from '../support/devices.js'
 import { failure } from '../support/failure.js'
 import { type Random, random, sample, starts } from '../support/random.js'
 import {
   type LightningCase,
+  lazily,
   lightningCase,
   lightningReference,
+  type Read,
   reader,
+  squared,
+  squaredCase,
+  squaredReads,
 } from '../support/reference.js'
 
 const bounds = { float32: 1e-5, float16: 1e-3, bfloat16: 5e-3 } as const
@@ -50,19 +55,38 @@ async function draw(
   return { q: q.tensor, k: k.tensor, v: v.tensor, reads }
 }
 
+interface Expected {
+  sums: Float64Array
+  squares: () => Float64Array
+}
+
+function reference(
+  c: LightningCase,
+  reads: readonly [q: Read, k: Read, v: Read],
+  initial: Float32Array | undefined,
+  segments: readonly (readonly [b: number, from: number, to: number, state: number])[],
+): Record<'out' | 'state', Expected> {
+  const sums = lightningReference(c, ...reads, initial, segments)
+  const own = squaredReads(reads)
+  const squares = lazily(() =>
+    lightningReference(squaredCase(c), ...own, squared(initial), segments),
+  )
+  return {
+    out: { sums: sums.out, squares: () => squares().out },
+    state: { sums: sums.state, squares: () => squares().state },
+  }
+}
+
 type Slopes = Tensor<'float32'> | readonly number[]
 
 describeDevices('lightning', (device) => {
   describe.each(floats)('%s', (dtype) => {
     const close = (
       actual: ArrayLike<number>,
-      expected: ArrayLike<number>,
+      { sums, squares }: Expected,
       bound: number,
       what: string,
-    ) => {
-      expect(actual.length, what).toBe(expected.length)
-      expect(relativeRms(actual, expected), what).toBeLessThanOrEqual(bound)
-    }
+    ) => expectRms(actual, sums, bound, what, squares)
 
     it('agrees with the float64 recurrence', async () => {
       const rng = random(20)
@@ -72,7 +96,7 @@ describeDevices('lightning', (device) => {
         const initial = rng.chance(0.5) ? rng.normals(c.b * c.hs * c.d * c.e) : undefined
         const initialState = initial && tensor(initial, [c.b, c.hs, c.d, c.e], { device })
         const segments = Array.from({ length: c.b }, (_, b) => [b, 0, c.s, b] as const)
-        const reference = lightningReference(c, ...reads, initial, segments)
+        const exact = reference(c, reads, initial, segments)
         const chunkSize = rng.pick([16, 32, 64, 128, 256])
         const { out, state } = lightning(q, k, v, {
           slopes: c.slopes,
@@ -82,8 +106,8 @@ describeDevices('lightning', (device) => {
           chunkSize,
         })
         const what = `chunk ${chunkSize} ${JSON.stringify(c)}`
-        close(await out.read({ as: 'float32' }), reference.out, bounds[dtype], `out ${what}`)
-        close(await state.read(), reference.state, bounds.float32, `state ${what}`)
+        close(await out.read({ as: 'float32' }), exact.out, bounds[dtype], `out ${what}`)
+        close(await state.read(), exact.state, bounds.float32, `state ${what}`)
       }
     })
 
@@ -95,15 +119,15 @@ describeDevices('lightning', (device) => {
         const c = drawCase(rng)
         const { q, k, v, reads } = await draw(rng, c, dtype, device)
         const segments = Array.from({ length: c.b }, (_, b) => [b, 0, c.s, b] as const)
-        const reference = lightningReference(c, ...reads, undefined, segments)
+        const exact = reference(c, reads, undefined, segments)
         const { out, state } = lightning(q, k, v, {
           slopes: c.slopes,
           scale: c.scale,
           outputFinalState: true,
           precision: 'high',
         })
-        close(await out.read({ as: 'float32' }), reference.out, once[dtype], JSON.stringify(c))
-        close(await state.read(), reference.state, 5e-6, `state ${JSON.stringify(c)}`)
+        close(await out.read({ as: 'float32' }), exact.out, once[dtype], JSON.stringify(c))
+        close(await state.read(), exact.state, 5e-6, `state ${JSON.stringify(c)}`)
       }
     })
 
@@ -120,7 +144,7 @@ describeDevices('lightning', (device) => {
         const segments = sizes.map(
           (size, i) => [0, cuSeqlens[i]!, cuSeqlens[i]! + size, i] as const,
         )
-        const reference = lightningReference(c, ...reads, initial, segments)
+        const exact = reference(c, reads, initial, segments)
         const { out, state } = lightning(q, k, v, {
           slopes: c.slopes,
           scale: c.scale,
@@ -131,8 +155,8 @@ describeDevices('lightning', (device) => {
             : tensor(cuSeqlens, undefined, { dtype: 'int32', device }),
         })
         const what = `${sizes} ${JSON.stringify(c)}`
-        close(await out.read({ as: 'float32' }), reference.out, bounds[dtype], `out ${what}`)
-        close(await state.read(), reference.state, bounds.float32, `state ${what}`)
+        close(await out.read({ as: 'float32' }), exact.out, bounds[dtype], `out ${what}`)
+        close(await state.read(), exact.state, bounds.float32, `state ${what}`)
       }
     })
 
@@ -141,7 +165,7 @@ describeDevices('lightning', (device) => {
       for (let n = 0; n < 10; n++) {
         const c = { ...drawCase(rng), b: 2, s: 150 }
         const { q, k, v, reads } = await draw(rng, c, dtype, device)
-        const reference = lightningReference(c, ...reads, undefined, [
+        const exact = reference(c, reads, undefined, [
           [0, 0, 150, 0],
           [1, 0, 150, 1],
         ])
@@ -157,11 +181,12 @@ describeDevices('lightning', (device) => {
             typeof k,
             typeof v,
           ]
-          const expected = (b: number) =>
-            reference.out.subarray(
-              (b * c.s + at) * Math.max(c.hq, c.hv) * c.e,
-              (b * c.s + at + size) * Math.max(c.hq, c.hv) * c.e,
-            )
+          const expected = (b: number): Expected => {
+            const row = Math.max(c.hq, c.hv) * c.e
+            const rows = (x: Float64Array) =>
+              x.subarray((b * c.s + at) * row, (b * c.s + at + size) * row)
+            return { sums: rows(exact.out.sums), squares: () => rows(exact.out.squares()) }
+          }
           let out: Tensor
           if (size <= 16) {
             const pool = zeros([3, c.hs, ...(layout === 'dk-ev' ? [c.d, c.e] : [c.e, c.d])], {
@@ -209,7 +234,7 @@ describeDevices('lightning', (device) => {
           }
           at += size
         }
-        close(await state.read(), reference.state, bounds.float32, `state ${JSON.stringify(c)}`)
+        close(await state.read(), exact.state, bounds.float32, `state ${JSON.stringify(c)}`)
       }
     })
 
@@ -229,7 +254,7 @@ describeDevices('lightning', (device) => {
           (length, i) => [0, cuSeqlens?.[i] ?? 0, (cuSeqlens?.[i] ?? 0) + length, i] as const,
         )
         const initial = rng.normals(segments.length * c.d * c.e)
-        const reference = lightningReference(c, ...reads, initial, segments)
+        const exact = reference(c, reads, initial, segments)
         for (const schedule of ['auto', 'fused', 'two-pass'] as const) {
           const outputFinalState = schedule !== 'auto' || rng.chance(0.5)
           const { out, state } = lightning(q, k, v, {
@@ -240,8 +265,8 @@ describeDevices('lightning', (device) => {
             initialState: tensor(initial, [segments.length, 1, c.d, c.e], { device }),
           })
           const what = `${JSON.stringify(c)} ${sizes} ${schedule}`
-          close(await out.read({ as: 'float32' }), reference.out, bounds[dtype], `out ${what}`)
-          if (state) close(await state.read(), reference.state, bounds.float32, `state ${what}`)
+          close(await out.read({ as: 'float32' }), exact.out, bounds[dtype], `out ${what}`)
+          if (state) close(await state.read(), exact.state, bounds.float32, `state ${what}`)
         }
       }
     })
@@ -290,7 +315,7 @@ describeDevices('lightning', (device) => {
         const { q, k, v, reads } = await draw(rng, c, dtype, device)
         const initial = rng.normals(c.b * c.hs * d * e)
         const segments = Array.from({ length: c.b }, (_, b) => [b, 0, c.s, b] as const)
-        const reference = lightningReference(c, ...reads, initial, segments)
+        const exact = reference(c, reads, initial, segments)
         const order = segments.map(([b]) => (7 * b) % c.b)
         const slots = tensor(order, undefined, { dtype: 'int32', device })
         for (const stateLayout of ['dk-ev', 'ev-dk'] as const) {
@@ -306,10 +331,10 @@ describeDevices('lightning', (device) => {
             stateLayout,
           })
           const what = `${d} ${e} ${c.s} ${stateLayout}`
-          close(await out.read({ as: 'float32' }), reference.out, bounds[dtype], `out ${what}`)
+          close(await out.read({ as: 'float32' }), exact.out, bounds[dtype], `out ${what}`)
           for (const [b, slot] of order.entries())
             given.select(0, b).copyFrom(states.select(0, slot))
-          close(await turned(given).read(), reference.state, bounds.float32, `state ${what}`)
+          close(await turned(given).read(), exact.state, bounds.float32, `state ${what}`)
         }
       }
     })

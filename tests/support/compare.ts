@@ -6,14 +6,31 @@ import type { AttentionCase, GradientReference, Gradients } from './reference.js
 type Numbers = ArrayLike<number>
 
 /** √(Σ(x - y)² / Σ y²) */
-export function relativeRms(actual: Numbers, expected: Numbers): number {
+export function relativeRms(actual: Numbers, expected: Numbers, least = 0): number {
   let difference = 0
   let norm = 0
   for (let i = 0; i < expected.length; i++) {
     difference += (actual[i]! - expected[i]!) ** 2
     norm += expected[i]! ** 2
   }
-  return Math.sqrt(difference / Math.max(norm, Number.MIN_VALUE))
+  return Math.sqrt(difference / Math.max(norm, least, Number.MIN_VALUE))
+}
+
+/**
+ * Expects a small relativeRms. A few sums may all come out next to nothing and err by their terms all the same, so
+ * `squares`, the sums of the squared terms, take the place of y² where there is more of them.
+ */
+export function expectRms(
+  actual: Numbers,
+  expected: Numbers,
+  bound: number,
+  what: string,
+  squares: () => Float64Array,
+): void {
+  expect(actual.length, what).toBe(expected.length)
+  if (relativeRms(actual, expected) <= bound) return
+  const usual = squares().reduce((sum, x) => sum + x, 0)
+  expect(relativeRms(actual, expected, usual), what).toBeLessThanOrEqual(bound)
 }
 
 /** All bytes after another, for comparisons that vitest would take minutes for. */

@@ -27,7 +27,7 @@ export interface AttentionCase {
   sees?: (b: number, head: number, i: number, t: number) => boolean
 }
 
-type Read = (b: number, row: number, head: number, i: number) => number
+export type Read = (b: number, row: number, head: number, i: number) => number
 
 /** Reads [b, s, h, d] values. */
 export function reader(values: ArrayLike<number>, s: number, h: number, d: number): Read {
@@ -319,6 +319,35 @@ export function lightningCase(
     e: rng.pick(sizes.e),
     scale: rng.pick([1, 0.125, -0.7]),
     slopes: Array.from({ length: hs }, () => Math.fround(rng.pick([0, 0.004, 0.1, 0.9, 8, 200]))),
+  }
+}
+
+/**
+ * A case whose results are, of squared inputs, the sums of the squared terms that results of `c` are the sums of: every
+ * term is a product of inputs, a scale and a decay.
+ */
+export const squaredCase = (c: LightningCase): LightningCase => ({
+  ...c,
+  scale: c.scale ** 2,
+  slopes: c.slopes.map((slope) => 2 * slope),
+})
+
+export const squaredReads = <R extends readonly Read[]>(reads: R): R =>
+  reads.map(
+    (read): Read =>
+      (...at) =>
+        read(...at) ** 2,
+  ) as readonly Read[] as R
+
+export const squared = (numbers: ArrayLike<number> | undefined): Float64Array | undefined =>
+  numbers && Float64Array.from(numbers, (x) => x ** 2)
+
+/** Computes what most callers never ask for. */
+export function lazily<T>(compute: () => T): () => T {
+  let result: T | undefined
+  return () => {
+    result ??= compute()
+    return result
   }
 }
 
