@@ -2,6 +2,7 @@ import { execFileSync } from 'node:child_process'
 import { mkdirSync, writeFileSync } from 'node:fs'
 import { availableParallelism, cpus } from 'node:os'
 import { join } from 'node:path'
+import { setTimeout } from 'node:timers/promises'
 import { attention, cuda, type Device, graph, randn, silu, synchronize, type Tensor } from 'heddle'
 import { type Case, operators, suites } from './cases.js'
 import { repeatsFor, summarise, timeCold, timeRound } from './measure.js'
@@ -35,6 +36,8 @@ export interface BenchOptions {
   problems: readonly string[]
   device: Device
   rounds: number
+  /** Milliseconds to wait before each turn of a few milliseconds, so that clocks are not those of a hot chip. */
+  pause: number
   /** The folder for the results file. */
   out?: string | undefined
   /** Takes a line of text for people. */
@@ -116,7 +119,7 @@ async function measureRoof(device: Device): Promise<Roof> {
 async function measure(
   text: string,
   roof: Roof,
-  { device, rounds }: BenchOptions,
+  { device, rounds, pause }: BenchOptions,
   threads: number,
 ): Promise<Row> {
   const problem = parseProblem(text)
@@ -127,7 +130,8 @@ async function measure(
   const error = await made.check()
   const share = await made.share?.()
   const flops = made.flops * (share ?? 1)
-  const { times, once } = await repeatsFor(made.run, device, roundMilliseconds(device))
+  const budget = pause > 0 ? Math.min(5, roundMilliseconds(device)) : roundMilliseconds(device)
+  const { times, once } = await repeatsFor(made.run, device, budget)
   const peers = alone
     ? []
     : device === 'cpu'
@@ -144,6 +148,7 @@ async function measure(
   ]
   for (let round = 0; round <= few(rounds); round++) {
     for (const turn of turns) {
+      if (pause > 0) await setTimeout(pause)
       const sample = await turn.round()
       if (round > 0) turn.samples.push(sample) // the first one warms up
     }
@@ -182,7 +187,7 @@ function commitHere(): string {
 
 /** Measures problems and returns what a results file holds. */
 export async function bench(options: BenchOptions): Promise<object> {
-  const { device, log, problems, out } = options
+  const { device, log, problems, pause, out } = options
   const suite = suites[device === 'cpu' ? 'cpu' : 'cuda']
   const chosen =
     problems.length === 0
@@ -225,6 +230,7 @@ export async function bench(options: BenchOptions): Promise<object> {
       node: process.version,
       date: new Date().toISOString().slice(0, 10),
       commit: commitHere(),
+      ...(pause > 0 && { pauseMilliseconds: pause }),
       copyTBps: roof.copy / 1e12,
       productTflops: roof.product / 1e12,
       enqueueMicroseconds,

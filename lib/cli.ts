@@ -28,10 +28,11 @@ const usage = `heddle: attention kernels for Node.js
   heddle eval … --attention MECHANISM      the same over what it selects, next to dense
   heddle report --model DIR --set FILE:NAME --out PAGE [--limit N] [--device D] [--dtype T]
                                            every mechanism on one page of HTML
-  heddle bench [PROBLEM…] [--device D] [--rounds N] [--out DIR] [--json]
+  heddle bench [PROBLEM…] [--device D] [--rounds N] [--pause MS] [--out DIR] [--json]
                                            time, share of the roof and peers; a problem is a string such as
                                            'attention:b1 sq8192 sk8192 hq16 hk16 d128 bf16 causal' or the
-                                           name of an operator
+                                           name of an operator; with a pause before every turn the clocks are
+                                           those of a chip that has time to cool
   heddle --version | --help
 
 MECHANISM is flex-prefill [--mode reference|coverage] [--gamma G] [--tau T] [--min-budget N]
@@ -50,6 +51,7 @@ interface Bench {
     problems: readonly string[]
     device: Device
     rounds: number
+    pause: number
     out: string | undefined
     log(line: string): void
   }): Promise<object>
@@ -74,6 +76,7 @@ const options = {
   attention: { type: 'string' },
   out: { type: 'string' },
   rounds: { type: 'string' },
+  pause: { type: 'string' },
   ...(Object.fromEntries(mechanismOptions.map((name) => [name, { type: 'string' }])) as Record<
     (typeof mechanismOptions)[number],
     { type: 'string' }
@@ -126,7 +129,7 @@ const taken: Readonly<Record<string, readonly string[]>> = {
   generate: [...model, 'prompt', 'max-tokens', 'temperature', 'seed'],
   eval: [...model, 'set', 'limit', 'json', 'attention', ...mechanismOptions],
   analyze: ['size', 'scalar', 'dtype', 'machine', 'svg', 'json'],
-  bench: ['device', 'rounds', 'out', 'json'],
+  bench: ['device', 'rounds', 'pause', 'out', 'json'],
   report: [...model, 'set', 'limit', 'out'],
 }
 
@@ -255,6 +258,7 @@ const commands: Record<string, (values: Values, words: readonly string[]) => Pro
       problems,
       device: chooseDevice(op, text(values, op, 'device')),
       rounds: integer(values, op, 'rounds', 1) ?? 9,
+      pause: integer(values, op, 'pause', 0) ?? 0,
       out: text(values, op, 'out'),
       log: values.json ? () => {} : print,
     })

@@ -54,11 +54,12 @@ describe('heddle', () => {
 
   it('bench measures a problem from its string and checks the result', () => {
     const problem = 'attention:b2 sq1 sk1100 hq4 hk2 d64 f32 page16 ragged3'
-    const args = ['bench', problem, '--device', 'cpu', '--rounds', '2']
+    const args = ['bench', problem, '--device', 'cpu', '--rounds', '2', '--pause', '3']
     const { status, stdout, stderr } = heddle(...args, '--json')
     expect(stderr).toBe('')
     expect(status).toBe(0)
-    const { rows, copyTBps, productTflops } = JSON.parse(stdout)
+    const { rows, copyTBps, productTflops, pauseMilliseconds } = JSON.parse(stdout)
+    expect(pauseMilliseconds).toBe(3)
     expect(rows).toHaveLength(1)
     expect(rows[0].case).toBe(problem)
     for (const value of [copyTBps, productTflops, rows[0].ms, rows[0].coldMs, rows[0].gbps])
