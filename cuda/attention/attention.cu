@@ -354,14 +354,14 @@ void run_passes(const Attention& op, CudaContext& context) {
   check_lengths(op, context);
   SplitCall call = hopper_call(op, context);
   call.tickets = context.counters(2);
-  const auto rows = [&](int64_t s, int64_t h) {
-    return context.scratch<uint16_t>(static_cast<size_t>(call.b * s * h * call.d));
-  };
-  uint16_t *q = rows(call.sq, call.hq), *k = rows(call.sk, call.hk);
-  const int* strange = unit_rows(call, q, k, context);
-  const auto count = static_cast<size_t>(op.lse.size());
-  float* level = static_cast<float*>(op.level.data);
-  const Passes passes(call, q, k, level, context.scratch<float>(count));
+  const auto lines = static_cast<size_t>(op.lse.size()), d = static_cast<size_t>(call.d);
+  const auto heads = static_cast<size_t>(call.b * call.hk);
+  const CosineRows rows{context.scratch<uint16_t>(lines * d),
+                        context.scratch<uint16_t>(heads * static_cast<size_t>(call.sk) * d),
+                        context.scratch<float>(lines), context.scratch<float>(heads * d)};
+  const int* strange = cosine_rows(call, rows, context);
+  const Passes passes(call, rows, static_cast<float*>(op.level.data),
+                      context.scratch<float>(lines));
   forward_sm90(passes.sums, context.stream);
   forward_sm90(passes.rest, context.stream);
   context.launched("forward_sm90_kernel");

@@ -1,7 +1,6 @@
 #include "attention/factors_sm90.cuh"
 
 #include <algorithm>
-#include <bit>
 
 #include "attention/factors_sm90.h"
 #include "common/elements.cuh"
@@ -10,9 +9,6 @@ namespace heddle {
 namespace {
 
 void launch_factors(const ForwardCall& call, FactorArgs args, CudaContext& context) {
-  args.rows = call.b * args.s * args.h;
-  args.d = static_cast<int>(call.d);
-  args.lanes = static_cast<int>(std::bit_ceil(static_cast<uint64_t>(call.d / 8)));
   auto* kernel = call.dtype == DType::kF16 ? attention_factor_kernel<DType::kF16>
                                            : attention_factor_kernel<DType::kBF16>;
   const int64_t blocks = std::clamp<int64_t>((args.rows * args.lanes + kThreads - 1) / kThreads, 1,
@@ -47,15 +43,18 @@ const int* row_factors(ForwardCall& call, CudaContext& context) {
   return strange;
 }
 
-const int* unit_rows(const ForwardCall& call, uint16_t* q, uint16_t* k, CudaContext& context) {
+const int* cosine_rows(const ForwardCall& call, const CosineRows& rows, CudaContext& context) {
   int* strange = clear_word(context);
-  const auto units = [&](FactorArgs args, uint16_t* to) {
-    args.units = to;
+  const FactorArgs keys = k_units(call, rows);
+  auto* kernel = call.dtype == DType::kF16 ? attention_center_kernel<DType::kF16>
+                                           : attention_center_kernel<DType::kBF16>;
+  const auto heads = static_cast<unsigned>(call.b * call.hk);
+  kernel<<<heads, kCenterThreads, 0, context.stream>>>(keys);
+  context.launched("attention_center_kernel");
+  for (FactorArgs args : {q_units(call, rows), keys}) {
     args.strange = strange;
     launch_factors(call, args, context);
-  };
-  units(q_rows(call), q);
-  units(k_rows(call), k);
+  }
   return strange;
 }
 

@@ -9,7 +9,7 @@ namespace heddle {
 // leave its range.
 const int* row_factors(ForwardCall& call, CudaContext& context);
 
-// The same, and q and k are written as the units of both passes are
-const int* unit_rows(const ForwardCall& call, uint16_t* q, uint16_t* k, CudaContext& context);
+// The same, and what Passes takes is written
+const int* cosine_rows(const ForwardCall& call, const CosineRows& rows, CudaContext& context);
 
 }  // namespace heddle

@@ -34,10 +34,12 @@ struct Slots {
   // behind the last that are read and not used
   const float *q_factors = nullptr, *k_factors = nullptr;
   int64_t q_row = 0, k_row = 0;
-  // Rows of q and k are f16 and of length 1, those of q by all that scores are multiplied by in
-  // log2 units: see Passes
+  // Rows of q and k are f16: of length 1, those of k less what keys have in common and those of q
+  // by all that scores are multiplied by in log2 units. See Passes, and what goes with them, [b,
+  // hq, sq]:
   bool units = false;
-  float* peaks = nullptr;  // [b, hq, sq]: of such rows the highest score, if it is above 0
+  const float* shifts = nullptr;  // by how much scores are more than products
+  float* peaks = nullptr;         // the highest score of a row, if it is above 0
 
   // Whether it is more than softmax of products, capped or sloped
   bool used() const {
@@ -167,33 +169,42 @@ struct SeenKeys {
         causal(call.causal || call.window),
         cache_seqlens(call.cache_seqlens),
         cache_stride(call.cache_stride) {}
+  // How many a sequence has
+  HEDDLE_HD int of(int batch) const {
+    if (!cache_seqlens) return sk;
+    const int used = cache_seqlens[batch * cache_stride];
+    return used < 0 ? 0 : used < sk ? used : sk;
+  }
   HEDDLE_HD int count(int batch, int row) const {
-    int keys = sk;
-    if (cache_seqlens) {
-      const int used = cache_seqlens[batch * cache_stride];
-      keys = used < 0 ? 0 : used < sk ? used : sk;
-    }
+    int keys = of(batch);
     if (causal) keys += row + 1 - sq;
     if (window && keys > window) keys = window;
     return keys > 1 ? keys : 1;
   }
 };
 
-// The two passes of such a call over q [b, sq, hq, d] and k [b, sk, hk, d] as `units` has them:
-// sums, which find level and peaks, and the rest
+// Rows of both passes of such a call, as Slots has them
+struct CosineRows {
+  uint16_t *q, *k;  // [b, sq, hq, d], [b, sk, hk, d]
+  float* shifts;    // [b, hq, sq]
+  float* centers;   // [b, hk, d]: what keys have in common
+};
+
+// The two passes of such a call: sums, which find level and peaks, and the rest
 struct Passes {
   ForwardCall sums, rest;
-  Passes(const ForwardCall& call, uint16_t* q, uint16_t* k, float* level, float* peaks)
-      : rest(call) {
+  Passes(const ForwardCall& call, const CosineRows& rows, float* level, float* peaks) : rest(call) {
     const auto whole = [&](int64_t s, int64_t h) {
       return Strides{s * h * call.d, h * call.d, call.d};
     };
-    rest.q = q;
-    rest.k = k;
+    rest.q = rows.q;
+    rest.k = rows.k;
     rest.q_strides = whole(call.sq, call.hq);
     rest.k_strides = whole(call.sk, call.hk);
     rest.slots.units = true;
     rest.slots.q_factors = rest.slots.k_factors = nullptr;
+    rest.slots.shifts = rows.shifts;
+    rest.slots.q_row = call.sq;
     rest.slots.peaks = peaks;
     sums = rest;
     rest.slots.level = level;

@@ -26,14 +26,15 @@ namespace heddle::sm90 {
 // What a row brings to its scores and weights
 struct SlotRow {
   float scale;     // of products
-  float constant;  // of scores
+  float constant;  // of scores, added to them
   float gain_log2, offset;
   float highest;  // of its scores, if it is above 0
   const uint8_t* bias;
 };
 
 // What weights of re-weighted rows are made of, relative to their largest. Beside high scores
-// softplus is the score and two terms, and beside higher ones the score alone.
+// softplus is the score and two terms, and beside higher ones the score alone; the constant of the
+// score is in `offset` then.
 enum class SoftplusBy { kAny, kLogarithm, kTwoTerms, kScore };
 struct Shares {
   float gain[2], offset[2];
@@ -69,6 +70,7 @@ struct SlotMap {
     SlotRow row{scale, 0, 0, 0, 0, nullptr};
     if (slots.units) {
       row.scale = 1;
+      row.constant = slots.shifts[line * slots.q_row + token];
     } else {
       if (slots.length_scale != 0)
         row.scale *= slots.length_scale * logf(static_cast<float>(max(seen, 1)));
@@ -319,18 +321,27 @@ struct SlotMap {
   // Adds what scores weigh to the sums of rows, and nothing else: of softplus, one logarithm of the
   // product of all 1 + exp(-|s|), which are 2 at most
   template <int kScores>
-  __device__ __forceinline__ void sum(float (&acc)[kScores], RowSoftmax& rows) const {
+  __device__ __forceinline__ void sum(float (&acc)[kScores], RowSoftmax& rows,
+                                      float (&beyond)[2]) const {
     bool moved;
-    if (slots.weights != Attention::kSoftplus || !move_softplus(acc, rows, moved)) {
-      weigh(acc, rows);
-      return;
-    }
+    const bool adds = slots.weights == Attention::kSoftplus && move_softplus(acc, rows, moved);
+    if (!adds) weigh(acc, rows);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
+      beyond[r] *= rows.shrink[r];
+      if (!adds) continue;
       float above, product;
       softplus_parts(acc, r, above, product);
-      rows.row_sum[r] = fmaf(rows.row_sum[r], rows.shrink[r], above + log2_approx(product));
+      rows.row_sum[r] *= rows.shrink[r];
+      add_tile(above + log2_approx(product), rows.row_sum[r], beyond[r]);
     }
+  }
+
+  // Adds to a sum. Equal tiles round alike, so what that adds is taken from the next one.
+  __device__ __forceinline__ static void add_tile(float tile, float& sum, float& beyond) {
+    const float more = tile - beyond, next = sum + more;
+    beyond = next - sum - more;
+    sum = next;
   }
 
   // The sum of scores above 0, and the product of 1 + exp(-|s|)
@@ -355,17 +366,19 @@ struct SlotMap {
     return u < 0.0625f ? series * kLog2e : log2_approx(1 + u);
   }
 
-  // Adds softplus of scores of unit rows, in units of ln 2, as logarithms of products of 1 +
-  // exp(s). `highest` are bits of numbers from 0 on.
+  // Adds softplus of scores of unit rows, which are `shift` more than products, in units of ln 2,
+  // as logarithms of products of 1 + exp(s). `highest` are bits of numbers from 0 on.
   template <int kScores>
-  __device__ __forceinline__ static void sum_units(const float (&acc)[kScores], RowSoftmax& rows,
+  __device__ __forceinline__ static void sum_units(float (&acc)[kScores], const float (&shift)[2],
+                                                   RowSoftmax& rows, float (&beyond)[2],
                                                    int (&highest)[2]) {
     constexpr int kChains = kScores / 16;
     constexpr float kLeast = 0.0625f;
-    float products[2][kChains], sums[2];
+    float products[2][kChains], own[2];
     bool fits = true;
 #pragma unroll
     for (int i = 0; i < kScores; ++i) {
+      acc[i] += shift[i / 2 % 2];
       float& product = products[i / 2 % 2][i / 4 % kChains];
       const float u = exp2_approx(acc[i]);
       product = i / 4 < kChains && i % 2 == 0 ? 1 + u : fmaf(product, u, product);
@@ -373,31 +386,29 @@ struct SlotMap {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       highest[r] = highest_bits(acc, r, highest[r]);
-      // once a tile to what is large: equal tiles round alike
-      float own = 0;
+      own[r] = 0;
 #pragma unroll
-      for (float product : products[r]) own += log2_approx(product);
-      sums[r] = rows.row_sum[r] + own;
-      fits &= sums[r] >= kLeast && sums[r] < INFINITY;
+      for (float product : products[r]) own[r] += log2_approx(product);
+      fits &= rows.row_sum[r] + own[r] >= kLeast && own[r] < INFINITY;
     }
     if (!__all_sync(~0u, fits)) {
       // some product is too large, or a sum too small for its digits
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        float sum = 0, beyond = 0;  // the product of 1 + exp(-|s|) less 1
+        float sum = 0, product = 0;  // of 1 + exp(-|s|), less 1
 #pragma unroll
         for (int i = 2 * r; i < kScores; i += 4)
 #pragma unroll
           for (int x = 0; x < 2; ++x) {
             const float u = exp2_approx(-fabsf(acc[i + x]));
             sum += relu(acc[i + x]);
-            beyond += fmaf(beyond, u, u);
+            product += fmaf(product, u, u);
           }
-        sums[r] = rows.row_sum[r] + sum + log2_beyond_one(beyond);
+        own[r] = sum + log2_beyond_one(product);
       }
     }
 #pragma unroll
-    for (int r = 0; r < 2; ++r) rows.row_sum[r] = sums[r];
+    for (int r = 0; r < 2; ++r) add_tile(own[r], rows.row_sum[r], beyond[r]);
   }
 
   // How a warp's unit rows weigh
@@ -431,6 +442,11 @@ struct SlotMap {
                 : !high   ? SoftplusBy::kLogarithm
                 : !higher ? SoftplusBy::kTwoTerms
                           : SoftplusBy::kScore;
+    if (shares.by == SoftplusBy::kTwoTerms || shares.by == SoftplusBy::kScore) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r)
+        shares.offset[r] = fmaf(row[r].constant, shares.gain[r], shares.offset[r]);
+    }
     if (!fits) rows.clear();
   }
 
@@ -440,7 +456,8 @@ struct SlotMap {
                                           const Shares& shares) const {
     if (shares.by == SoftplusBy::kAny) {
 #pragma unroll
-      for (int i = 0; i < kScores; ++i) acc[i] = exponent(acc[i], row[i / 2 % 2]);
+      for (int i = 0; i < kScores; ++i)
+        acc[i] = exponent(acc[i] + row[i / 2 % 2].constant, row[i / 2 % 2]);
       return rows.update(acc, 1.f);
     }
     rows.shrink[0] = rows.shrink[1] = 1;
@@ -465,7 +482,7 @@ struct SlotMap {
 #pragma unroll
       for (int i = 0; i < kScores; ++i) {
         const int r = i / 2 % 2;
-        const float u = exp2_approx(-acc[i]), first = shares.gain[r] * kLog2e;
+        const float u = exp2_approx(-acc[i] - row[r].constant), first = shares.gain[r] * kLog2e;
         acc[i] = cube(saturate(fmaf(fmaf(u, -0.5f * first, first), u,
                                     fmaf(acc[i], shares.gain[r], shares.offset[r]))));
       }
@@ -473,7 +490,8 @@ struct SlotMap {
 #pragma unroll
       for (int i = 0; i < kScores; ++i) {
         const int r = i / 2 % 2;
-        acc[i] = cube(saturate(fmaf(softplus_log2(acc[i]), shares.gain[r], shares.offset[r])));
+        acc[i] = cube(saturate(
+            fmaf(softplus_log2(acc[i] + row[r].constant), shares.gain[r], shares.offset[r])));
       }
     }
     if (slots.power == 15) {

@@ -110,8 +110,17 @@ __global__ void __launch_bounds__(SumsTile<kUnits>::kThreads, 1)
     const int first_row = work.row + own * 64, diagonal = work.sk - work.sq;
     const int row = first_row + warp * 16 + lane / 4;
     const RowBounds bounds = bounds_of(args, work, row);
-    open_rows<kUnits ? Form::kReweighted : Form::kMapped>(args, work, row, slots, rows);
-    if (kUnits) rows.row_max[0] = rows.row_max[1] = slots.kSoftplusBase;
+    const int64_t line = (static_cast<int64_t>(work.batch) * args.hq + work.head) * args.sq;
+    float shift[2];
+    if constexpr (kUnits) {
+      rows.clear();
+      rows.row_max[0] = rows.row_max[1] = slots.kSoftplusBase;
+#pragma unroll
+      for (int r = 0; r < 2; ++r)
+        shift[r] = args.slots.shifts[line + min(row + 8 * r, work.sq - 1)];
+    } else {
+      open_rows<Form::kMapped>(args, work, row, slots, rows);
+    }
     // key tiles that this warpgroup's first row sees whole, where the last row's window begins, and
     // where those are that no row sees
     const int whole_end = (args.causal ? max(first_row + diagonal + 1, 0) : work.sk) / kKeys;
@@ -122,7 +131,8 @@ __global__ void __launch_bounds__(SumsTile<kUnits>::kThreads, 1)
     const int key_end = __shfl_sync(~0u, work.key_end, 0);
     const int key_tiles = __shfl_sync(~0u, work.key_tiles, 0);
     const int skipped = min(max(key_end - __shfl_sync(~0u, own_end, 0), 0), key_tiles);
-    int highest[2] = {0, 0};  // as the integers that their bits are
+    float beyond[2] = {0, 0};  // what rounding has added to sums
+    int highest[2] = {0, 0};   // as the integers that their bits are
     const auto tile_of = [&](int j) { return key_end - 1 - j; };
     const auto column_of = [&](int j) { return tile_of(j) * kKeys + lane % 4 * 2; };
 #pragma unroll 1
@@ -158,9 +168,9 @@ __global__ void __launch_bounds__(SumsTile<kUnits>::kThreads, 1)
       if (tile >= whole_end || tile < whole_begin)
         mask_scores(acc, bounds, tile * kKeys, args.window, lane);
       if constexpr (kUnits)
-        slots.sum_units(acc, rows, highest);
+        slots.sum_units(acc, shift, rows, beyond, highest);
       else
-        slots.sum(acc, rows);
+        slots.sum(acc, rows, beyond);
     }
     used += key_tiles;
 #pragma unroll
@@ -168,12 +178,11 @@ __global__ void __launch_bounds__(SumsTile<kUnits>::kThreads, 1)
       const float sum = rows.total(r);
       const RowEnd end(rows.row_max[r], args.slots.hides(rows.row_max[r]) ? 0 * sum : sum,
                        args.sink ? args.sink + work.head * args.sink_stride : nullptr);
-      const int64_t line = static_cast<int64_t>(work.batch) * args.hq + work.head;
       int top = max(highest[r], __shfl_xor_sync(~0u, highest[r], 1));
       top = max(top, __shfl_xor_sync(~0u, top, 2));
       if (lane % 4 == 0 && row + 8 * r < work.sq) {
-        args.lse[line * args.sq + work.q_begin + row + 8 * r] = end.lse_log2 * kLn2;
-        if (kUnits) args.slots.peaks[line * args.sq + row + 8 * r] = std::bit_cast<float>(top);
+        args.lse[line + work.q_begin + row + 8 * r] = end.lse_log2 * kLn2;
+        if (kUnits) args.slots.peaks[line + row + 8 * r] = std::bit_cast<float>(top);
       }
     }
     release(smem.q_empty[q.stage]);

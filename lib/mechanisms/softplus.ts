@@ -61,9 +61,10 @@ export interface SoftplusOptions
   degenerate?: 'zero' | 'mean' | undefined
   /**
    * With `'high'` the mean of a row is found with f32 lengths of q and k. By default rows of f16 and bf16 may be rounded to f16
-   * at length 1 on a GPU, which takes two thirds of the time: results of independent keys err by 2e-3 of their size, those of
-   * keys that differ by less than a third of what they have in common by more than 3e-3, a tenth 6e-3. Gradients need `lse` to
-   * be as exact.
+   * at length 1 on a GPU, keys less what the first sixteen have in common, which takes two thirds of the time: results err by
+   * 2e-3 of their size, also of keys that are nearly alike. Keys that are close to each other, but not to the first ones, lose
+   * digits: those that differ by a third of what they have in common give 3e-3, by a tenth 6e-3. Gradients need `lse` to be as
+   * exact.
    */
   precision?: 'default' | 'high' | undefined
 }

@@ -57,6 +57,7 @@ struct Case {
   bool scaled = false;           // heads of float8 have scales, some of which are below or at zero
   float scale = 0;               // or one over the root of d
   float cap = 3, slope = 0.01f;  // of what is mapped
+  float noise = 0;               // keys are one of their head and this much of their own, or
   CaseSlots slots = {};
 };
 
@@ -225,7 +226,15 @@ double check(const Case& c, int64_t d, int64_t dv, emulator::Random& random, con
                 static_cast<Array::Element>(emulator::encode(kType, scale * normal(random)));
   };
   draw(q, c.sq, c.hq, d, 2);
-  draw(k, c.sk, c.hk, d, 1);
+  draw(k, c.sk, c.hk, d, c.noise > 0 ? c.noise : 1);
+  for (int64_t j = 0; c.noise > 0 && j < c.hk; ++j)
+    for (int64_t e = 0; e < d; ++e) {
+      const float common = normal(random);
+      for (int64_t b = 0; b < c.b; ++b)
+        for (int64_t i = 0; i < c.sk; ++i)
+          key_value(k, b, i, j, e) =
+              static_cast<Array::Element>(emulator::encode(kType, common + k.value(b, i, j, e)));
+    }
   draw(v, c.sk, c.hk, dv, 1);
   for (int64_t h = 0; c.poisoned >= 0 && h < c.hk; ++h) {
     for (int64_t e = 0; e < d; ++e) key_value(k, 0, c.poisoned, h, e) = Array::kNaN;
@@ -457,6 +466,7 @@ double check(const Case& c, int64_t d, int64_t dv, emulator::Random& random, con
     // otherwise NaN counts as wrong
     worst = error <= worst ? worst : std::isnan(error) ? INFINITY : error;
   };
+  double errors = 0, squares = 0;
   each_row([&](int64_t b, int64_t h, const Row& row) {
     const std::vector<double> scores = scores_of(b, h, row);
     const float level = levels[row.line];
@@ -489,12 +499,16 @@ double check(const Case& c, int64_t d, int64_t dv, emulator::Random& random, con
         size += std::fabs(term);
         all += std::fabs(at);
       }
+      const double got = out.value(b, row.token, h, e);
+      errors += (got - value) * (got - value);
+      squares += value * value;
       // weights and result are each rounded once
-      judge(out.value(b, row.token, h, e), value,
+      judge(got, value,
             2 * (unit_of(kType) * size + unit_of(kOut) * std::fabs(value)) + blur * size +
                 step / sum * all + 1e-6);
     }
   });
+  if (c.noise > 0 && squares > 0) judge(std::sqrt(errors / squares), 0, 3e-3);
   // nothing beside the rows that exist was written
   for (int64_t b = 0; b < c.b; ++b)
     for (int64_t i = 0; i <= c.sq; ++i)

@@ -646,14 +646,44 @@ const kernels: Kernel[] = [
       {
         what: 'products of weights may be too large',
         file: slots,
-        from: ' && sums[r] < INFINITY',
+        from: ' && own[r] < INFINITY',
+        to: '',
+      },
+      {
+        what: 'keys lose digits to what they have in common',
+        file: 'attention/factors_sm90.cuh',
+        from: 'sum / static_cast<float>(count)',
+        to: '0',
+      },
+      {
+        what: 'a key that is no number is common to all',
+        file: 'attention/factors_sm90.cuh',
+        from: 'piece.square < INFINITY ?',
+        to: 'true ?',
+      },
+      {
+        what: 'scores of others lack what keys have in common',
+        file: slots,
+        from: 'softplus_log2(acc[i] + row[r].constant)',
+        to: 'softplus_log2(acc[i])',
+      },
+      {
+        what: 'high scores lack what keys have in common',
+        file: slots,
+        from: ' || shares.by == SoftplusBy::kScore) {',
+        to: ') {',
+      },
+      {
+        what: 'scores that are added up lack what keys have in common',
+        file: slots,
+        from: 'acc[i] += shift[i / 2 % 2];',
         to: '',
       },
       {
         what: 'rows see all keys that are stored',
         file: 'attention/forward_sm90.h',
-        from: 'if (cache_seqlens) {',
-        to: 'if (false) {',
+        from: 'if (!cache_seqlens) return sk;',
+        to: 'return sk;',
       },
       {
         what: 'rows see all keys before them',
@@ -719,8 +749,8 @@ const kernels: Kernel[] = [
       {
         what: 'sums of a later sequence are written over the first',
         file: sums,
-        from: 'line * args.sq + work.q_begin +',
-        to: 'line * args.sq +',
+        from: 'line + work.q_begin +',
+        to: 'line +',
       },
       {
         what: 'scores above zero weigh what those below do',
@@ -731,8 +761,8 @@ const kernels: Kernel[] = [
       {
         what: 'sums stay relative to what they were before',
         file: slots,
-        from: 'rows.shrink[r], above + log2_approx(product)',
-        to: '1, above + log2_approx(product)',
+        from: 'rows.row_sum[r] *= rows.shrink[r];\n      add_tile',
+        to: 'add_tile',
       },
     ],
   },

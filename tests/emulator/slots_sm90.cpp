@@ -390,6 +390,24 @@ const Case kCases[] = {
      .causal = true,
      .cached = {300, 20, 131},
      .slots = {.weights = kReweighted, .power = 15, .length_scale = 40, .cosine = true}},
+    // of which one is no number
+    {.b = 1,
+     .sq = 300,
+     .sk = 300,
+     .hq = 2,
+     .hk = 1,
+     .causal = true,
+     .poisoned = 3,
+     .slots = {.weights = kReweighted, .power = 15, .length_scale = 40, .cosine = true}},
+    // keys that differ by a fiftieth
+    {.b = 2,
+     .sq = 100,
+     .sk = 500,
+     .hq = 4,
+     .hk = 2,
+     .causal = true,
+     .noise = 0.02f,
+     .slots = {.weights = kReweighted, .power = 15, .length_scale = 4.85f, .cosine = true}},
     // whose weights are too large to be multiplied
     {.b = 1,
      .sq = 70,
@@ -408,11 +426,8 @@ const Case kCases[] = {
      .slots = {.weights = kSoftplus, .length_scale = 30, .cosine = true}},
 };
 
-void write_rows(const ForwardCall& call, FactorArgs args) {
+void write_rows(FactorArgs args) {
   int strange = 0;
-  args.rows = call.b * args.s * args.h;
-  args.d = static_cast<int>(call.d);
-  args.lanes = static_cast<int>(std::bit_ceil(static_cast<uint64_t>(call.d / 8)));
   args.strange = &strange;
   emulator::launch(3, 128, 0, [&] { attention_factor_kernel<kType>(args); });
   if (strange) emulator::fault("an ordinary row is said to be strange");
@@ -424,26 +439,27 @@ void write_factors(const ForwardCall& call) {
     const bool q = args.x == call.q;
     args.factor_row = q ? call.slots.q_row : call.slots.k_row;
     args.factors = const_cast<float*>(q ? call.slots.q_factors : call.slots.k_factors);
-    write_rows(call, args);
+    write_rows(args);
   }
 }
 
 // Both passes of re-weighting, as run_passes has them
 void launch_passes(const ForwardCall& call) {
-  std::vector<uint16_t> rows[2];
-  FactorArgs both[2] = {q_rows(call), k_rows(call)};
-  for (int i = 0; i < 2; ++i) {
-    FactorArgs& args = both[i];
-    auto& units = rows[i];
-    units.assign(static_cast<size_t>(call.b * args.s * args.h * call.d + 8), 0x7fff);
-    args.units = units.data() + (-reinterpret_cast<uintptr_t>(units.data()) / 2 & 7);
-    write_rows(call, args);
-  }
+  const auto lines = static_cast<size_t>(call.b * call.hq * call.sq);
+  const auto heads = static_cast<size_t>(call.b * call.hk), d = static_cast<size_t>(call.d);
+  std::vector<uint16_t> q(lines * d + 8, 0x7fff);
+  std::vector<uint16_t> k(heads * static_cast<size_t>(call.sk) * d + 8, 0x7fff);
   const auto begin = [](std::vector<uint16_t>& units) {
     return units.data() + (-reinterpret_cast<uintptr_t>(units.data()) / 2 & 7);
   };
-  std::vector<float> level(static_cast<size_t>(call.b * call.hq * call.sq), NAN), peaks(level);
-  const Passes passes(call, begin(rows[0]), begin(rows[1]), level.data(), peaks.data());
+  std::vector<float> centers(heads * d, NAN), level(lines, NAN), peaks(level), shifts(level);
+  const CosineRows rows{begin(q), begin(k), shifts.data(), centers.data()};
+  const FactorArgs keys = k_units(call, rows);
+  emulator::launch(static_cast<int>(heads), kCenterThreads, 0,
+                   [&] { attention_center_kernel<kType>(keys); });
+  write_rows(q_units(call, rows));
+  write_rows(keys);
+  const Passes passes(call, rows, level.data(), peaks.data());
   launch_sums_sm90<DType::kF16, true>(passes.sums, nullptr);
   launch_forward_sm90<kType, kD, kSlotColumns, Form::kReweighted>(passes.rest, nullptr);
 }

@@ -132,7 +132,7 @@ describeDevices('softplus attention', (device) => {
       }
   })
 
-  it('has the digits of float32 lengths with high precision, of keys that are nearly alike too', async () => {
+  it('keeps the digits of keys that are nearly alike, with any precision', async () => {
     const rng = random(31)
     const shape = [1, 300, 2, 128] as const
     const common = rng.normals(128)
@@ -142,11 +142,29 @@ describeDevices('softplus attention', (device) => {
     }
     const [q, k, v] = [near(), near(), randn(shape, { seed: 5, device }).cast('bfloat16')]
     const exact = softplusAttention(q.cast('float32'), k.cast('float32'), v.cast('float32'))
-    const { out } = softplusAttention(q, k, v, { precision: 'high' })
-    expect(relativeRms(await read(out), await read(exact.out))).toBeLessThan(tolerance.bfloat16)
+    for (const precision of ['default', 'high'] as const) {
+      const { out } = softplusAttention(q, k, v, { precision })
+      const error = relativeRms(await read(out), await read(exact.out))
+      expect(error, precision).toBeLessThan(tolerance.bfloat16)
+    }
     expect(() => softplusAttention(q, k, v, { precision: 'most' as 'high' })).toThrow(
       /precision must be "default" or "high", got "most"/,
     )
+  })
+
+  it('has no weight for any of 131,072 keys that are equal', async () => {
+    const one = randn([1, 1, 1, 8], { seed: 41, dtype: 'bfloat16', device })
+    const q = randn([1, 64, 2, 8], { seed: 42, dtype: 'bfloat16', device })
+    const k = one.expand([1, 131072, 1, 8])
+    for (const precision of ['default', 'high'] as const) {
+      const { out, lse } = softplusAttention(q, k, k, { causal: false, precision })
+      expect(
+        (await read(out)).every((x) => x === 0),
+        precision,
+      ).toBe(true)
+      const none = (x: number) => x === Number.NEGATIVE_INFINITY
+      expect((await lse.read()).every(none), precision).toBe(true)
+    }
   })
 
   it('sees directions alone, whatever their lengths', async () => {
