@@ -94,7 +94,8 @@ const texts: Record<string, { text: string; inputs: Record<string, string>; scal
       merge: { LA: 'P', LB: 'P', A: 'P F', B: 'P F' },
       norm: { X: 'N D', W: 'D' },
       keep: { S: 'R C' },
-      softplus: { Q: 'P E', K: 'M E', V: 'M F' },
+      // of one element all cosines may be equal, and nothing but rounding is left of such shares
+      softplus: { Q: 'P 5', K: 'M 5', V: 'M F' },
     }).map(([name, inputs]) => [
       name,
       {
