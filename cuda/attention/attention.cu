@@ -11,10 +11,10 @@
 
 namespace heddle {
 
-extern template void forward_portable<BF16>(const ForwardArgs&, dim3, size_t, CudaContext&);
-extern template void forward_portable<E4M3>(const ForwardArgs&, dim3, size_t, CudaContext&);
-extern template void forward_portable<F16>(const ForwardArgs&, dim3, size_t, CudaContext&);
-extern template void forward_portable<float>(const ForwardArgs&, dim3, size_t, CudaContext&);
+extern template void forward_portable<BF16>(const ForwardArgs&, int64_t, CudaContext&);
+extern template void forward_portable<E4M3>(const ForwardArgs&, int64_t, CudaContext&);
+extern template void forward_portable<F16>(const ForwardArgs&, int64_t, CudaContext&);
+extern template void forward_portable<float>(const ForwardArgs&, int64_t, CudaContext&);
 
 namespace {
 
@@ -301,8 +301,7 @@ void run_portable(const Attention& op, CudaContext& context, const int* only_if)
   const Tensor& q = op.q;
   ForwardArgs args = portable_args(op);
   args.only_if = only_if;
-  const int64_t tiles = op.cu_seqlens_q ? args.sq / kRowTile + args.sequences + 1
-                                        : args.b * ((args.sq + kRowTile - 1) / kRowTile);
+  const int64_t tiles = args.tiles = row_tiles(args);
   HEDDLE_CHECK(tiles < INT32_MAX && args.hq <= 65535, kUnsupported, "q",
                "q has too many rows or heads for one call");
   // Few rows over many keys leave most of the chip idle, so their keys are split
@@ -316,13 +315,10 @@ void run_portable(const Attention& op, CudaContext& context, const int* only_if)
     args.part_max = context.scratch<float>(rows);
     args.part_sum = context.scratch<float>(rows);
   }
-  const size_t smem_bytes =
-      sizeof(float) *
-      static_cast<size_t>(kRowTile * (args.d + 1) + kKeyTile * (std::max(args.d, args.dv) + 1) +
-                          kRowTile * (kKeyTile + 1));
-  const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(args.hq),
-                  static_cast<unsigned>(args.splits));
-  const auto forward = [&]<class T>(T) { forward_portable<T>(args, grid, smem_bytes, context); };
+  // what mostly does nothing should take no time for it
+  const int64_t few = std::max<int64_t>(4 * context.processors / (args.hq * args.splits), 1);
+  const int64_t columns = only_if ? std::min(tiles, few) : tiles;
+  const auto forward = [&]<class T>(T) { forward_portable<T>(args, columns, context); };
   q.dtype == DType::kE4M3 ? forward(E4M3{}) : dispatch_float(q.dtype, forward);
 }
 

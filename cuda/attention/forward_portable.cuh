@@ -203,9 +203,7 @@ __device__ inline void make_unit(float* rows, int count, int width, int d,
 }
 
 template <class T>
-__global__ void __launch_bounds__(kAttentionThreads) attention_portable_kernel(ForwardArgs p) {
-  if (p.only_if && *p.only_if == 0) return;
-  extern __shared__ float smem[];
+__device__ __forceinline__ void attention_tile(const ForwardArgs& p, float* smem, int64_t tile) {
   const int q_width = p.d + 1, kv_width = max(p.d, p.dv) + 1;
   float* smem_q = smem;                           // [32, d + 1]
   float* smem_kv = smem_q + kRowTile * q_width;   // [32, max(d, dv) + 1]
@@ -213,7 +211,7 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_portable_kernel(F
 
   const int64_t head = blockIdx.y, kv_head = head / (p.hq / p.hk);
   const int split = blockIdx.z;
-  const Place place = find_place(p, blockIdx.x);
+  const Place place = find_place(p, tile);
   if (!place.any) return;
   const int thread = threadIdx.x, row = thread / kRowThreads, part = thread % kRowThreads;
   const int64_t query = place.row0 + row;
@@ -367,6 +365,15 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_portable_kernel(F
   if (part == 0) p.lse[statistic] = total == 0 ? -INFINITY : total_max + logf(total);
 }
 
+template <class T>
+__global__ void __launch_bounds__(kAttentionThreads) attention_portable_kernel(ForwardArgs p) {
+  if (p.only_if && *p.only_if == 0) return;
+  extern __shared__ float smem[];
+  // all have read q of a tile when its last values are loaded
+  for (int64_t tile = blockIdx.x; tile < p.tiles; tile += gridDim.x)
+    attention_tile<T>(p, smem, tile);
+}
+
 // One warp per row joins its splits, in their order
 template <class T> __global__ void attention_join_kernel(ForwardArgs p) {
   if (p.only_if && *p.only_if == 0) return;
@@ -401,8 +408,20 @@ template <class T> __global__ void attention_join_kernel(ForwardArgs p) {
   }
 }
 
+inline int64_t row_tiles(const ForwardArgs& args) {
+  return args.cu_seqlens_q ? args.sq / kRowTile + args.sequences + 1
+                           : args.b * ((args.sq + kRowTile - 1) / kRowTile);
+}
+
+// `columns` CTAs share the tiles of a head and a split
 template <class T>
-void forward_portable(const ForwardArgs& args, dim3 grid, size_t smem_bytes, CudaContext& context) {
+void forward_portable(const ForwardArgs& args, int64_t columns, CudaContext& context) {
+  const dim3 grid(static_cast<unsigned>(columns), static_cast<unsigned>(args.hq),
+                  static_cast<unsigned>(args.splits));
+  const size_t smem_bytes =
+      sizeof(float) *
+      static_cast<size_t>(kRowTile * (args.d + 1) + kKeyTile * (std::max(args.d, args.dv) + 1) +
+                          kRowTile * (kKeyTile + 1));
   launch_grid(attention_portable_kernel<T>, grid, kAttentionThreads, smem_bytes, context.stream,
               args);
   context.launched("attention_portable_kernel");

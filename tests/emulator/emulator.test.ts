@@ -1022,6 +1022,12 @@ const kernels: Kernel[] = [
     broken: 'kBF16',
     faults: [
       {
+        what: 'a CTA leaves out every second tile',
+        file: plain,
+        from: 'tile += gridDim.x',
+        to: 'tile += 2 * gridDim.x',
+      },
+      {
         what: 'a tile is used before it is there',
         file: plain,
         from: ': 0;\n      }\n      __syncthreads();',
