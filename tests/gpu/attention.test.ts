@@ -36,6 +36,34 @@ describeGpu('attention on large shapes', () => {
   })
 })
 
+// What a kernel is launched by is kept, and takes the arguments of the next call
+describeGpu('attention of many shapes by turns', () => {
+  it('gives what each gives alone', async () => {
+    const rng = random(47)
+    const calls = [
+      { b: 1, s: 900, h: 2, d: 128, options: { causal: true } },
+      { b: 2, s: 300, h: 3, d: 128, options: {} },
+      { b: 1, s: 1300, h: 4, d: 128, options: { window: 200 } },
+      { b: 1, s: 700, h: 2, d: 64, options: { causal: true, softCap: 20 } },
+      { b: 3, s: 520, h: 1, d: 64, options: { causal: true } },
+      { b: 1, s: 640, h: 2, d: 256, options: { causal: true } },
+    ].map(({ b, s, h, d, options }, i) => {
+      const [q, k, v] = [1, 2, 3].map((seed) =>
+        randn([b, s, h, d], { dtype: 'bfloat16', device, seed: 3 * i + seed }),
+      )
+      return () => attention(q!, k!, v!, options)
+    })
+    const bytes = async ({ out, lse }: ReturnType<(typeof calls)[0]>) =>
+      bytesOf(await Promise.all([out.read(), lse.read()]))
+    const alone: Buffer[] = []
+    for (const call of calls) alone.push(await bytes(call()))
+    const turns = Array.from({ length: 300 }, () => rng.below(calls.length))
+    const results = turns.map((i) => calls[i]!())
+    for (const [n, i] of turns.entries())
+      expect(alone[i]!.equals(await bytes(results[n]!)), `call ${n} of shape ${i}`).toBe(true)
+  })
+})
+
 describeGpu('attention.backward in its order', () => {
   it.each([
     [64, 'causality'],
