@@ -147,7 +147,7 @@ template <DType kType> __global__ void attention_factor_kernel(FactorArgs p) {
     float factor = piece.factor();
     if (p.units) {
       factor *= p.scale;
-      if (p.length_scale != 0)
+      if (reads && p.length_scale != 0)
         factor *=
             p.length_scale * logf(static_cast<float>(p.seen.count(batch, static_cast<int>(token))));
       float numbers[kPiece] = {}, shift = 0;
@@ -167,7 +167,8 @@ template <DType kType> __global__ void attention_factor_kernel(FactorArgs p) {
                                                                units[3]};
       }
       for (int lane = p.lanes / 2; lane > 0; lane /= 2) shift += __shfl_xor_sync(~0u, shift, lane);
-      if (reads && at == 0 && p.shifts) p.shifts[own * p.s + token] = shift;
+      // of a row that is no number products are none; what is masked of it stays so
+      if (reads && at == 0 && p.shifts) p.shifts[own * p.s + token] = shift == shift ? shift : 0;
     } else if (reads && at == 0) {
       p.factors[own * p.factor_row + token] = factor;
     }

@@ -369,9 +369,10 @@ template <class T>
 __global__ void __launch_bounds__(kAttentionThreads) attention_portable_kernel(ForwardArgs p) {
   if (p.only_if && *p.only_if == 0) return;
   extern __shared__ float smem[];
-  // all have read q of a tile when its last values are loaded
-  for (int64_t tile = blockIdx.x; tile < p.tiles; tile += gridDim.x)
+  for (int64_t tile = blockIdx.x; tile < p.tiles; tile += gridDim.x) {
     attention_tile<T>(p, smem, tile);
+    __syncthreads();
+  }
 }
 
 // One warp per row joins its splits, in their order

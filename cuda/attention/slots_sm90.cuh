@@ -325,15 +325,22 @@ struct SlotMap {
                                       float (&beyond)[2]) const {
     bool moved;
     const bool adds = slots.weights == Attention::kSoftplus && move_softplus(acc, rows, moved);
-    if (!adds) weigh(acc, rows);
+    const float before[2] = {rows.row_sum[0], rows.row_sum[1]};
+    if (!adds) {
+      rows.row_sum[0] = rows.row_sum[1] = 0;
+      weigh(acc, rows);
+    }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
+      float tile = rows.row_sum[r];
+      if (adds) {
+        float above, product;
+        softplus_parts(acc, r, above, product);
+        tile = above + log2_approx(product);
+      }
+      rows.row_sum[r] = before[r] * rows.shrink[r];
       beyond[r] *= rows.shrink[r];
-      if (!adds) continue;
-      float above, product;
-      softplus_parts(acc, r, above, product);
-      rows.row_sum[r] *= rows.shrink[r];
-      add_tile(above + log2_approx(product), rows.row_sum[r], beyond[r]);
+      add_tile(tile, rows.row_sum[r], beyond[r]);
     }
   }
 
@@ -373,7 +380,7 @@ struct SlotMap {
                                                    RowSoftmax& rows, float (&beyond)[2],
                                                    int (&highest)[2]) {
     constexpr int kChains = kScores / 16;
-    constexpr float kLeast = 0.0625f;
+    constexpr float kLeast = 1, kLarge = 512;
     float products[2][kChains], own[2];
     bool fits = true;
 #pragma unroll
@@ -389,10 +396,10 @@ struct SlotMap {
       own[r] = 0;
 #pragma unroll
       for (float product : products[r]) own[r] += log2_approx(product);
-      fits &= rows.row_sum[r] + own[r] >= kLeast && own[r] < INFINITY;
+      fits &= (own[r] >= kLeast || rows.row_sum[r] >= kLarge) && own[r] < INFINITY;
     }
     if (!__all_sync(~0u, fits)) {
-      // some product is too large, or a sum too small for its digits
+      // some product is too large, or small numbers u lose digits in 1 + u
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         float sum = 0, product = 0;  // of 1 + exp(-|s|), less 1

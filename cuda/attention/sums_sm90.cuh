@@ -16,7 +16,7 @@ template <bool kUnits> struct SumsTile {
   static constexpr int kQueries = 64 * kWarpgroups, kKeys = 128;
   static constexpr int kBuffers = 2, kStages = kUnits ? 2 : 4;
   static constexpr int kThreads = 128 * (kWarpgroups + 1);
-  // sums to the registers per lane that a CTA begins with, which are 504 and 472
+  // sums to at most the registers per lane that a CTA begins with, which are 504 and 480
   static constexpr int kLoadRegisters = 24, kComputeRegisters = kUnits ? 112 : 240;
 };
 

@@ -52,6 +52,7 @@ struct Case {
   int processors = 1;
   int64_t poisoned = -1;         // this key and its value are not numbers
   int64_t infinite = -1;         // the value of this key begins with infinity
+  int64_t lost = -1;             // this query is no number
   int64_t page_size = 0;         // k and v lie in pages of this size
   CaseMask mask = {};            // with block_q
   bool scaled = false;           // heads of float8 have scales, some of which are below or at zero
@@ -236,6 +237,12 @@ double check(const Case& c, int64_t d, int64_t dv, emulator::Random& random, con
               static_cast<Array::Element>(emulator::encode(kType, common + k.value(b, i, j, e)));
     }
   draw(v, c.sk, c.hk, dv, 1);
+  // keys that are not in use have lengths that those in use must not have
+  for (int64_t b = 0; c.slots.cosine && b < static_cast<int64_t>(c.cached.size()); ++b)
+    for (int64_t i = c.cached[size_t(b)]; i < c.sk; ++i)
+      for (int64_t j = 0; j < c.hk; ++j)
+        key_value(k, b, i, j, 0) = static_cast<Array::Element>(emulator::encode(kType, 0x1p100f));
+  for (int64_t h = 0; c.lost >= 0 && h < c.hq; ++h) q.at(0, c.lost, h, 0) = Array::kNaN;
   for (int64_t h = 0; c.poisoned >= 0 && h < c.hk; ++h) {
     for (int64_t e = 0; e < d; ++e) key_value(k, 0, c.poisoned, h, e) = Array::kNaN;
     for (int64_t e = 0; e < dv; ++e) key_value(v, 0, c.poisoned, h, e) = Array::kNaN;

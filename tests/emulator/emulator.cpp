@@ -164,11 +164,13 @@ void Cta::run(const std::function<void()>& kernel) {
   }
   const auto count = static_cast<uint32_t>(threads_.size());
   uint32_t left = count, hold = 0;
-  int stalled = -1;  // a warpgroup that gets no turn for a while
+  uint32_t stalled = 0, end = 0;  // threads of a warp or a warpgroup that get no turn for a while
   for (bool idle = false; left > 0;) {
     if (hold == 0) {
       hold = 1 + random_.below(400);
-      stalled = static_cast<int>(random_.below(static_cast<uint32_t>(warpgroups_.size()) + 1)) - 1;
+      const uint32_t size = random_.below(2) ? 32 : 128;
+      stalled = size * random_.below((count + size - 1) / size + 1);  // or none
+      end = stalled + size;
     }
     --hold;
     bool ran = false;
@@ -176,7 +178,7 @@ void Cta::run(const std::function<void()>& kernel) {
     const uint32_t first = random_.below(count), step = random_.below(2) ? 1 : count - 1;
     for (uint32_t i = 0, at = first; i < count; ++i, at = (at + step) % count) {
       Thread& thread = *threads_[at];
-      if (thread.done || (!idle && static_cast<int>(at / 128) == stalled)) continue;
+      if (thread.done || (!idle && at >= stalled && at < end)) continue;
       if (thread.blocked && !thread.blocked()) continue;
       thread.blocked = nullptr;
       current_ = static_cast<int>(at);

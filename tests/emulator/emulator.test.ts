@@ -656,6 +656,24 @@ const kernels: Kernel[] = [
         to: '0',
       },
       {
+        what: 'small weights lose digits in sums with 1',
+        file: slots,
+        from: '(own[r] >= kLeast || rows.row_sum[r] >= kLarge)',
+        to: 'rows.row_sum[r] + own[r] >= 0.0625f',
+      },
+      {
+        what: 'a row that is no number is one without keys',
+        file: 'attention/factors_sm90.cuh',
+        from: 'shift == shift ? shift : 0',
+        to: 'shift',
+      },
+      {
+        what: 'numbers behind the end of a cache count',
+        file: 'attention/factors_sm90.cuh',
+        from: 'token < p.seen.of(batch)',
+        to: 'true',
+      },
+      {
         what: 'a key that is no number is common to all',
         file: 'attention/factors_sm90.cuh',
         from: 'piece.square < INFINITY ?',
@@ -761,8 +779,8 @@ const kernels: Kernel[] = [
       {
         what: 'sums stay relative to what they were before',
         file: slots,
-        from: 'rows.row_sum[r] *= rows.shrink[r];\n      add_tile',
-        to: 'add_tile',
+        from: 'before[r] * rows.shrink[r]',
+        to: 'before[r]',
       },
     ],
   },
@@ -1021,6 +1039,12 @@ const kernels: Kernel[] = [
     variants: { kBF16: [], kE4M3: ['-DHEDDLE_DTYPE=kE4M3'] },
     broken: 'kBF16',
     faults: [
+      {
+        what: 'q is loaded over that of a tile without keys',
+        file: plain,
+        from: 'attention_tile<T>(p, smem, tile);\n    __syncthreads();',
+        to: 'attention_tile<T>(p, smem, tile);',
+      },
       {
         what: 'a CTA leaves out every second tile',
         file: plain,

@@ -139,6 +139,8 @@ const Case kCases[] = {
      .hq = 2,
      .hk = 1,
      .slots = {.bias = BiasForm::kSingles, .shared = true, .hidden = 40}},
+    // most tiles see no key
+    {.b = 1, .sq = 200, .sk = 20, .hq = 1, .hk = 1, .causal = true, .slots = {.cosine = true}},
     // a weight of 0 is not none
     {.b = 1,
      .sq = 20,
