@@ -160,17 +160,50 @@ interface Weighted {
   run(call: Call): { out: F32; lse: F32; known: Known }
 }
 
+// A sum over keys and what it is divided by, and what is multiplied with both
+interface Summed {
+  factors: readonly Factor[]
+  sum: Factor
+  outside: Form
+}
+
+// The sums that a result is made of, each once; the one that has most of its axes is over the keys
+function sumsOf({ form, left }: { form: Form; left: readonly string[] }): Summed[] | undefined {
+  const found = new Map<string, Summed>()
+  for (const { factors, coefficient } of form.terms) {
+    const axes = ({ atom }: Factor) => left.filter((x) => has(atom, [x])).length
+    const [first, ...more] = factors.filter(isSum)
+    if (!first) return undefined
+    const sum = more.reduce((a, b) => (axes(b) > axes(a) ? b : a), first)
+    const rank = rankIn((sum.atom as Reduce).over[0]!)
+    const isOwn = (one: Factor) =>
+      one === sum || (one.power === -1 && sweeps(atomForm(one.atom), rank))
+    const own = factors.filter(isOwn)
+    const { key } = termOf(1, own)
+    const rest = formOf([
+      termOf(
+        coefficient,
+        factors.filter((one) => !isOwn(one)),
+      ),
+    ])
+    const before = found.get(key)
+    found.set(key, { factors: own, sum, outside: before ? plus(before.outside, rest) : rest })
+  }
+  return [...found.values()]
+}
+
 /** @internal */
 export function attentionOf(normal: Normal, ir: CascadeIR): Lowered {
   const outputs = ir.outputs.map((tensor) => ({ tensor, ...normal.forms.get(tensor)! }))
   const [first] = ir.outputs as [string]
-  const out = outputs.find(
-    ({ form: { terms } }) =>
-      terms.length > 0 && terms.length < 3 && terms.every(({ factors }) => factors.some(isSum)),
-  )
-  if (!out) throw new Mismatch(first, 'it is no weighted sum', 0)
+  const found = outputs.flatMap((out) => {
+    const sums = sumsOf(out)
+    return sums && sums.length > 0 && sums.length < 4 ? [{ out, sums }] : []
+  })
+  if (!found[0]) throw new Mismatch(first, 'it is no weighted sum', 0)
+  const { out, sums } = found[0]
   const others = outputs.filter((one) => one !== out)
-  const parts = out.form.terms.map((term) => weightedSum(normal, ir, out, term, others))
+  const parts = sums.map((one) => weightedSum(normal, ir, out, one, others))
   const [part] = parts as [Weighted]
   const spread = parts.some(({ axes }) => axes.join() !== part.axes.join())
   if (spread) throw new Mismatch(out.tensor, 'its parts have no common axes', 2)
@@ -229,7 +262,7 @@ function weightedSum(
   normal: Normal,
   ir: CascadeIR,
   out: { tensor: string; left: readonly string[] },
-  { factors, coefficient }: Term,
+  { factors, sum, outside }: Summed,
   others: readonly { tensor: string; form: Form }[],
 ): Weighted {
   const { pages } = normal
@@ -237,9 +270,8 @@ function weightedSum(
   let einsum = out.tensor
   const fail = (reason: string, code: 'CAS020' | 'CAS022' = 'CAS020') =>
     new Mismatch(einsum, reason, fit, code)
-  const sums = factors.filter(isSum)
-  const numerator = sums[0]!.atom as Reduce
-  if (sums.length > 1 || numerator.over.length !== 1 || numerator.body.terms.length !== 1)
+  const numerator = sum.atom as Reduce
+  if (numerator.over.length !== 1 || numerator.body.terms.length !== 1)
     throw fail('it is no sum of weights times values over one variable')
   const [m] = numerator.over as [string]
   const inner = numerator.body.terms[0]!.factors
@@ -284,15 +316,9 @@ function weightedSum(
   fit += 2
 
   // exp(shift) sum(…) in both, and a sink beside the sum below
-  const outside = formOf([
-    termOf(
-      coefficient,
-      factors.filter((one) => one !== sums[0] && !divisors.includes(one)),
-    ),
-  ])
   const isNormaliser = (atom: Atom) => summed(atom)[0]?.key === weight.key
   const apart = divisors.filter(
-    ({ atom }) => atom.kind !== 'sum' && !isNormaliser(atom) && !sweeps(atomForm(atom), rankIn(m)),
+    ({ atom }) => !isNormaliser(atom) && !sweeps(atomForm(atom), rankIn(m)),
   )
   const [divisor, ...second] = divisors.filter((one) => !apart.includes(one))
   if (second.length > 0) throw fail('it is divided twice')

@@ -16,6 +16,7 @@ import {
   power,
   rankIn,
   reduction,
+  replace,
   type Term,
   termOf,
   times,
@@ -70,6 +71,7 @@ export function lightningOf(normal: Normal, ir: CascadeIR): Lowered {
     throw fail('its rows do not end at their own index')
   if (limit!.key !== `${m} + -1 ${row} <= 0`) throw fail(`where ${limit!.key} is not causal`)
   const e = over.find((x) => x !== m)!
+  fit++
 
   // Factors by the operand that has their variables; what keys alone have is their decay
   const parts = { q: number(1), k: number(1), v: number(1), decay: number(1) }
@@ -77,6 +79,13 @@ export function lightningOf(normal: Normal, ir: CascadeIR): Lowered {
     const tensors = [...one.free].some((x) => x.endsWith('[]') && one.free.has(m))
     const part = has(one, [e]) ? (has(one, [m]) ? 'k' : 'q') : tensors ? 'v' : 'decay'
     parts[part] = times(parts[part], one)
+  }
+  // a decay of tokens is no feature: its two parts are far from 1 where their product is not
+  const opposed = (one: Form) => {
+    const away = times(number(-1), replace(one, new Map([[m, name(row)]]))).key
+    return main.factors.some(({ atom }) =>
+      argument(atom)?.terms.some((term) => formOf([term]).key === away),
+    )
   }
   for (const { atom, power: exponent } of product!.factors) {
     const inner = argument(atom)
@@ -87,6 +96,7 @@ export function lightningOf(normal: Normal, ir: CascadeIR): Lowered {
       for (const term of inner.terms) {
         const own = exponential(formOf([term]))
         if (isDecay(term)) parts.decay = times(parts.decay, own)
+        else if (opposed(formOf([term]))) throw fail(`it decays by token, as ${own.key}`)
         else sort(own)
       }
   }

@@ -187,6 +187,15 @@ function product(a: Term, b: Term): Form {
     }
   }
   const coefficient = a.coefficient * b.coefficient
+  // if(t, x, 0) / if(t, x, 0) is 0 where t does not hold
+  const hidden = [...powers.values()].filter((one) => one.power === 0 && isCut(one))
+  if (hidden.length > 0) {
+    for (const { atom } of hidden) powers.delete(atom.key)
+    const rest = formOf([termOf(a.coefficient * b.coefficient, [...powers.values()])])
+    const value = exponents.length > 0 ? times(rest, exponential(plus(...exponents))) : rest
+    const tests = hidden.flatMap(({ atom }) => (atom.kind === 'if' ? [atom.test] : []))
+    return tests.reduce((all, test) => times(all, choose(test, number(1), number(0))), value)
+  }
   // A sum to the power of one is a sum again
   const sums = [...powers.values()].filter(({ atom, power }) => atom.kind === 'sum' && power === 1)
   if (exponents.length < 2 && sums.length === 0) {
@@ -275,9 +284,33 @@ export function power(form: Form, exponent: number): Form {
   return formOf([termOf(1, [{ atom: wrapped(form).terms[0]!.factors[0]!.atom, power: exponent }])])
 }
 
+const isSize = ({ atom }: Factor) => atom.kind === 'name' && /^[A-Z]/.test(atom.name)
+
+// A choice that indices alone decide
+const byIndex = ({ atom }: Factor) =>
+  atom.kind === 'if' && ![...atom.test.free].some((one) => one.endsWith('[]')) ? atom : undefined
+
+const isCut = (one: Factor): boolean => byIndex(one)?.no.key === '0'
+
+// if(t, b, -inf), which sizes and positive numbers may multiply
+function hidingIn({ coefficient, factors }: Term) {
+  const [mask, ...more] = factors.filter((one) => !isSize(one))
+  const found = mask?.power === 1 && more.length === 0 && coefficient > 0 && byIndex(mask)
+  return found && found.no.key === '-1 inf' ? found : undefined
+}
+
 /** @internal */
 export function exponential(form: Form): Form {
   if (form.terms.length === 0) return number(1)
+  // exp(a + if(t, b, -inf)) = if(t, exp(a + b), 0)
+  for (const term of form.terms) {
+    const mask = hidingIn(term)
+    if (!mask) continue
+    const rest = formOf(form.terms.filter((one) => one !== term))
+    const others = term.factors.filter(({ atom }) => atom !== mask)
+    const own = times(formOf([termOf(term.coefficient, others)]), mask.yes)
+    return choose(mask.test, exponential(plus(rest, own)), number(0))
+  }
   // exp(n log x) = x^n
   const logs = form.terms.filter(
     ({ factors: [factor, ...more] }) =>
@@ -321,7 +354,7 @@ export function logarithm(form: Form): Form {
 function exponentOf({ coefficient, factors }: Term): Form | undefined {
   const exps = factors.filter(({ atom }) => argument(atom))
   const rest = factors.filter((one) => !exps.includes(one))
-  const positive = rest.every(({ atom }) => atom.kind === 'name' && /^[A-Z]/.test(atom.name))
+  const positive = rest.every(isSize)
   if (exps.length !== 1 || coefficient <= 0 || !positive) return undefined
   return plus(argument(exps[0]!.atom)!, logarithm(formOf([termOf(coefficient, rest)])))
 }
@@ -347,9 +380,6 @@ function isPlain({ terms }: Form): boolean {
   return single && factor?.power === 1 && ['name', 'access'].includes(factor.atom.kind)
 }
 
-// An index that no axis ends before
-const isWithin = (index: Form): boolean => isPlain(index) || index.key === '0'
-
 // v + 1, which reads beyond an axis of v alone
 const isShift = ({ terms: [a, b, ...more] }: Form): boolean =>
   more.length === 0 &&
@@ -368,6 +398,18 @@ const rises = (index: Form): boolean =>
         (factors.length > 0 && factors.every(({ atom }) => /^[A-Z]/.test(atom.key)))),
   )
 
+// log(D) of a sum
+const isLogSum = ({ factors: [factor, ...more] }: Term): boolean => {
+  const inner = factor?.atom.kind === 'call' && factor.atom.fn === 'log' && factor.atom.args[0]
+  return (
+    more.length === 0 &&
+    !!inner &&
+    inner.terms.some(({ factors }) =>
+      factors.some(({ atom }) => atom.kind === 'reduce' && atom.op === 'sum'),
+    )
+  )
+}
+
 function apply(fn: FunctionName, args: readonly Form[]): Form {
   const [x, y] = args as [Form, Form]
   switch (fn) {
@@ -378,7 +420,10 @@ function apply(fn: FunctionName, args: readonly Form[]): Form {
     case 'log':
       return logarithm(x)
     case 'log1p':
-      return logarithm(plus(number(1), x))
+      // log(1 - x) stays one, as the slope of a decay by 1 - x
+      return x.terms.length === 1 && x.terms[0]!.coefficient < 0 && numberIn(x) === undefined
+        ? atomForm(call(fn, args))
+        : logarithm(plus(number(1), x))
     case 'sqrt':
       return power(x, 0.5)
     case 'rsqrt':
@@ -397,6 +442,12 @@ function apply(fn: FunctionName, args: readonly Form[]): Form {
     }
     case 'min':
       return atomForm(call(fn, [...args].sort(byKey)))
+    case 'sigmoid': {
+      // sigmoid(log D - s) = D / (D + exp(s))
+      if (!x.terms.some(isLogSum)) return atomForm(call(fn, args))
+      const value = exponential(x)
+      return times(value, power(plus(number(1), value), -1))
+    }
     default:
       return atomForm(call(fn, args))
   }
@@ -460,6 +511,11 @@ function replaceCondition(one: Condition, by: ReadonlyMap<string, Form>): Condit
 }
 
 function choose(test: Condition, yes: Form, no: Form): Form {
+  // if(x > 0, x, 0) and if(x < 0, 0, x)
+  if ('form' in test && test.kind !== '==' && test.kind !== '!=') {
+    if (no.key === '0' && plus(test.form, yes).key === '0') return apply('relu', [yes])
+    if (yes.key === '0' && test.form.key === no.key) return apply('relu', [no])
+  }
   const key = `if(${test.key}, ${yes.key}, ${no.key})`
   return atomForm({ kind: 'if', test, yes, no, key, ...unite([test, yes, no]) })
 }
@@ -516,6 +572,14 @@ export class Normal {
   beyond: string | undefined
   /** Reads of inputs that a call has to have room for, as of Q[p,2*r + 1]: where they may not end beyond an axis. */
   readonly reaches: { tensor: string; axis: number; index: Form }[] = []
+  // An index that no axis ends before, those of a split rank together too
+  private readonly isWithin = (index: Form): boolean =>
+    isPlain(index) ||
+    index.key === '0' ||
+    this.ir.splits.some(({ outer, inner }) => {
+      const whole = plus(times(name(outer), name(rankOf(inner))), name(inner))
+      return index.key === whole.key
+    })
   private current = ''
   private readonly states = new Map<string, State>()
   private fresh = 0
@@ -530,6 +594,10 @@ export class Normal {
         for (const one of arrangedBody(step.body)) this.iterated(one, step.variable)
       else if (statementStarts(step)) this.start(step)
       else this.define(step)
+    }
+    for (const tensor of ir.outputs) {
+      const marks = [...(this.forms.get(tensor)?.form.free ?? [])]
+      this.beyond ??= marks.find((one) => one.endsWith('?[]'))?.slice(0, -3)
     }
   }
 
@@ -572,7 +640,7 @@ export class Normal {
       if (atom.kind === 'if') return [atom.yes, atom.no].flatMap((one) => this.outside(one, true))
       if (atom.kind !== 'access' || this.states.has(atom.name)) return []
       const made = this.forms.get(atom.name)
-      const within = atom.indices.every(isWithin)
+      const within = atom.indices.every(this.isWithin)
       return within && (!made || this.outside(made.form).length === 0) ? [] : [{ atom, chosen }]
     }
     return terms.flatMap(({ factors }) => factors.flatMap(({ atom }) => inside(atom)))
@@ -582,9 +650,9 @@ export class Normal {
   private hasRoom(reads: readonly Read[]): boolean {
     return reads.every(({ atom: { name: tensor, indices }, chosen }) => {
       const made = this.forms.get(tensor)
-      if (made) return indices.every(isWithin) && this.hasRoom(this.outside(made.form))
+      if (made) return indices.every(this.isWithin) && this.hasRoom(this.outside(made.form))
       const computed = indices.flatMap((index, axis) =>
-        isWithin(index) ? [] : [{ tensor, axis, index }],
+        this.isWithin(index) ? [] : [{ tensor, axis, index }],
       )
       this.reaches.push(...computed)
       return !chosen && computed.every(({ index }) => rises(index))
@@ -627,13 +695,19 @@ export class Normal {
     const next = new Map([[variable, plus(name(variable), number(1))]])
     let g = number(1)
     let constant = true
+    let decays = true
     if (factor.key !== '1') {
       const [term, ...more] = factor.terms
-      const decays = (numberIn(factor) ?? 0) > 0 || (isPlain(factor) && !factor.free.has(variable))
+      // a number of any kind; the call refuses one that is not above 0
+      decays = !!term && !factor.free.has(variable) && (more.length > 0 || term.coefficient > 0)
       if (!decays && (!term || more.length > 0 || term.coefficient !== 1)) return undefined
       const others = decays ? [] : term!.factors.filter(({ atom }) => !argument(atom))
       const shifted = decays ? undefined : term!.factors.find(({ atom }) => argument(atom))
-      const exponent = decays ? logarithm(factor) : shifted ? argument(shifted.atom)! : number(0)
+      const exponent = decays
+        ? apply('log1p', [minus(factor, number(1))])
+        : shifted
+          ? argument(shifted.atom)!
+          : number(0)
       constant = others.length === 0 && !exponent.free.has(variable)
       // What a step has and takes away again in the next; a constant is a step of a line
       const opposed = (part: Term) => {
@@ -655,8 +729,7 @@ export class Normal {
       g = times(g, formOf([termOf(1, met)]))
     }
     const after = replace(g, next)
-    if (numberIn(factor) === undefined && times(times(factor, after), power(g, -1)).key !== '1')
-      return undefined
+    if (!decays && times(times(factor, after), power(g, -1)).key !== '1') return undefined
     const added = times(rest, after)
     // A running maximum has no value before the first step
     if (initial.terms.length > 0 && !constant) return undefined
@@ -691,9 +764,14 @@ export class Normal {
       const outside = this.outside(form)
       const apart = ({ atom }: Read) => !over.some((v) => atom.free.has(v))
       const needed = form.terms.length > 1 || outside.some(apart)
-      if (needed && !this.hasRoom(outside)) this.beyond = statement.out.name
-      where = hides ? distinct(own) : []
       const logsum = op === 'logsumexp'
+      const lacks = needed && !this.hasRoom(outside)
+      where = hides ? distinct(own) : []
+      // A maximum that is taken off again may be what it is
+      const left = statement.out.indices.map((index) => plainVariable(index))
+      if (lacks && op === 'max' && left.every((one) => one !== undefined))
+        return { form: access(`${this.current}?`, left.map(name)), where }
+      if (lacks) this.beyond = statement.out.name
       if (op === 'sum' || logsum) {
         if (logsum) form = exponential(form)
         let left = inner
@@ -721,6 +799,22 @@ export class Normal {
     const depends = ({ free }: { free: ReadonlySet<string> }) => free.has(variable)
     return plus(
       ...form.terms.map((term) => {
+        // if(t, x, 0) of what is summed is x where t holds
+        const cut = term.factors.find(
+          (one) =>
+            one.power === 1 && isCut(one) && one.atom.kind === 'if' && depends(one.atom.test),
+        )
+        if (cut?.atom.kind === 'if') {
+          const rest = formOf([
+            termOf(
+              term.coefficient,
+              term.factors.filter((one) => one !== cut),
+            ),
+          ])
+          const { test, yes } = cut.atom
+          const more = test.kind === 'and' ? test.parts : [test]
+          return this.sum(variable, times(rest, yes), distinct([...where, ...more]))
+        }
         let outside = number(term.coefficient)
         let inside = number(1)
         let over = [variable]
@@ -813,8 +907,15 @@ export class Normal {
           expr.args.map((arg) => this.expr(arg, limits)),
         )
       case 'if': {
+        const [yes, no] = [this.expr(expr.yes, limits), this.expr(expr.no, limits)]
+        // what is hidden stands behind, where indices decide
+        const swaps =
+          [yes.key, no.key].indexOf('-1 inf') === 0 || (yes.key === '0' && no.key !== '-1 inf')
         const [test] = this.predicate(expr.test, limits, true)
-        return choose(test!, this.expr(expr.yes, limits), this.expr(expr.no, limits))
+        if (!swaps || [...test!.free].some((one) => one.endsWith('[]')))
+          return choose(test!, yes, no)
+        const [other] = this.predicate(expr.test, limits, true, true)
+        return choose(other!, no, yes)
       }
       case 'binary': {
         const [a, b] = [this.expr(expr.a, limits), this.expr(expr.b, limits)]
@@ -881,7 +982,7 @@ export class Normal {
     const by = new Map(known.left.map((v, i) => [v, indices[i]!]))
     limits.push(...known.where.map((one) => replaceCondition(one, by)))
     if (this.kept.has(tensor)) return access(tensor, indices)
-    if (!indices.every(isWithin)) this.beyond = this.current
+    if (!indices.every(this.isWithin)) this.beyond = this.current
     return replace(known.form, by)
   }
 

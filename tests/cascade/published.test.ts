@@ -680,7 +680,7 @@ const cases: Record<string, Case> = {
       D[h,p]   = sum(m) W[h,p,m]
       O[h,p,f] = sum(m) W[h,p,m] * V[h,m,f] / D[h,p]`,
     inputs: heads,
-    refused: ['CAS021', 'it is no weighted sum'],
+    refused: ['CAS021', 'it is no sum of weights times values'],
   },
   'keys and values in blocks with weights (NSA, compressed)': {
     text: `
@@ -905,6 +905,165 @@ const cases: Record<string, Case> = {
       O[g,p,f] = sum(m) A[g,p,m] * V[g,m,f] / D[g,p]`,
     inputs: { Q: 'H P E', K: 'H M E', L: 'G H', V: 'G M F' },
     refused: ['CAS021', 'has no product of a query and a key'],
+  },
+  'a mask that is added to scores': {
+    text: `
+      ${scores}
+      B[p,m]   = if(m > p + off, -inf, 0)
+      X[h,p,m] = S[h,p,m] + B[p,m] + if(m <= p + off - 5, -inf, 0)
+      G[h,p]   = max(m) X[h,p,m]
+      T[h,p,m] = X[h,p,m] - G[h,p]${softmax}`,
+    inputs: heads,
+    operator: 'attention',
+    slots: { causal: 'off + p', window: '-4 + off + p' },
+  },
+  'scores that are chosen or hidden, under slopes': {
+    text: `
+      ${scores}
+      T[h,p,m] = if(p + off >= m, S[h,p,m] + slope[h] * (m - p), -inf)${softmax}`,
+    inputs: { ...heads, slope: 'H' },
+    operator: 'attention',
+    slots: { causal: 'off + p', slopes: 'slope[h]' },
+  },
+  'weights that are multiplied by a mask': {
+    text: `
+      ${scores}
+      A[h,p,m] = exp(S[h,p,m]) * if(m <= p + off, 1, 0)
+      D[h,p]   = sum(m) A[h,p,m]
+      O[h,p,f] = sum(m) A[h,p,m] * V[h,m,f] / D[h,p]`,
+    inputs: heads,
+    operator: 'attention',
+    slots: { causal: 'off + p' },
+  },
+  'rows that are multiplied by a mask, which leaves 0 / 0': {
+    text: `
+      ${scores}
+      A[h,p,m] = exp(S[h,p,m]) * if(p > 1, 1, 0)
+      D[h,p]   = sum(m) A[h,p,m]
+      O[h,p,f] = sum(m) A[h,p,m] * V[h,m,f] / D[h,p]`,
+    inputs: heads,
+    operator: 'attention',
+  },
+  'a mask that is added to scores in blocks (FlashAttention 2)': {
+    text: `
+      split m -> (j, i : 4) tail mask
+      init X[j=0,h,p] = -inf;  init D[j=0,h,p] = 0;  init A[j=0,h,p,f] = 0
+      iterate j {
+        S[j,i,h,p]   = sum(e) Q[h,p,e] * K[h,j*I + i,e] * 0.3 + if(j*I + i > p + off, -inf, 0)
+        G[j,h,p]     = max(i) S[j,i,h,p]
+        X[j+1,h,p]   = max(X[j,h,p], G[j,h,p])
+        W[j,i,h,p]   = exp(S[j,i,h,p] - X[j+1,h,p])
+        Y[j,h,p]     = sum(i) W[j,i,h,p]
+        Z[j,h,p,f]   = sum(i) W[j,i,h,p] * V[h,j*I + i,f]
+        C[j,h,p]     = exp(X[j,h,p] - X[j+1,h,p])
+        D[j+1,h,p]   = D[j,h,p] * C[j,h,p] + Y[j,h,p]
+        A[j+1,h,p,f] = A[j,h,p,f] * C[j,h,p] + Z[j,h,p,f]
+      }
+      O[h,p,f] = A[J,h,p,f] / D[J,h,p]`,
+    inputs: heads,
+    operator: 'attention',
+    slots: { causal: 'off + p' },
+  },
+  'a table of distances under a maximum': {
+    text: `
+      ${scores}
+      X[h,p,m] = S[h,p,m] + R[h, p - m + M - 1]
+      G[h,p]   = max(m) X[h,p,m]
+      T[h,p,m] = X[h,p,m] - G[h,p]${softmax}`,
+    inputs: { ...heads, R: 'H 99' },
+    operator: 'attention',
+  },
+  'a sink by the logarithm of the divisor (gpt-oss)': {
+    text: `
+      ${scores}   where m <= p + off
+      L[h,p]   = logsumexp(m) S[h,p,m]
+      X[h,p,f] = sum(m) exp(S[h,p,m] - L[h,p]) * V[h,m,f]
+      O[h,p,f] = X[h,p,f] * sigmoid(L[h,p] - sink[h])`,
+    inputs: { ...heads, sink: 'H' },
+    operator: 'attention',
+    told: true,
+  },
+  'squares of relu by the number of keys (Primer)': {
+    text: `
+      ${scores}   where m <= p + off
+      R[h,p,m] = if(S[h,p,m] > 0, S[h,p,m], 0)
+      O[h,p,f] = sum(m) R[h,p,m] * R[h,p,m] / (p + off + 1) * V[h,m,f]`,
+    inputs: heads,
+    operator: 'attention',
+    slots: { weights: 'relu', power: '2', causal: 'off + p' },
+    told: true,
+  },
+  'two maps with a share of exponentials (Differential Transformer)': {
+    text: `
+      L1       = sum(r) a[r] * b[r]
+      L2       = sum(r) c[r] * d[r]
+      S1[h,p,m] = sum(e) Q[h,p,e] * K[h,m,e] / sqrt(E)    where m <= p + off
+      S2[h,p,m] = sum(e) X[h,p,e] * Y[h,m,e] / sqrt(E)    where m <= p + off
+      A1[h,p,m] = exp(S1[h,p,m])
+      A2[h,p,m] = exp(S2[h,p,m])
+      D1[h,p]   = sum(m) A1[h,p,m]
+      D2[h,p]   = sum(m) A2[h,p,m]
+      W[h,p,m]  = A1[h,p,m] / D1[h,p] - (exp(L1) - exp(L2) + l0) * A2[h,p,m] / D2[h,p]
+      Z[h,p,f]  = sum(m) W[h,p,m] * V[h,m,f]
+      O[h,p,f]  = (1 - l0) * Z[h,p,f]`,
+    inputs: { a: 'R', b: 'R', c: 'R', d: 'R', ...heads, X: 'H P E', Y: 'H M E' },
+    scalars: { l0: 0.2 },
+    operator: 'attention',
+  },
+  'three branches under gates (NSA)': {
+    text: `
+      S1[h,p,u] = sum(e) Q[h,p,e] * K1[h,u,e]   where u * 4 + 3 <= p + off
+      S2[h,p,m] = sum(e) Q[h,p,e] * K2[h,m,e]   where m <= p + off && chosen[p,m] == 1
+      S3[h,p,m] = sum(e) Q[h,p,e] * K3[h,m,e]   where m <= p + off && m > p + off - 4
+      D1[h,p]   = sum(u) exp(S1[h,p,u])
+      D2[h,p]   = sum(m) exp(S2[h,p,m])
+      D3[h,p]   = sum(m) exp(S3[h,p,m])
+      O1[h,p,f] = sum(u) exp(S1[h,p,u]) * V1[h,u,f] / D1[h,p]
+      O2[h,p,f] = sum(m) exp(S2[h,p,m]) * V2[h,m,f] / D2[h,p]
+      O3[h,p,f] = sum(m) exp(S3[h,p,m]) * V3[h,m,f] / D3[h,p]
+      O[h,p,f]  = sigmoid(g[h,p]) * O1[h,p,f] + sigmoid(k[h,p]) * O2[h,p,f] + sigmoid(w[h,p]) * O3[h,p,f]`,
+    inputs: {
+      Q: 'H P E',
+      ...Object.fromEntries(
+        ['U', 'M', 'M'].flatMap((s, i) => [
+          [`K${i + 1}`, `H ${s} E`],
+          [`V${i + 1}`, `H ${s} F`],
+        ]),
+      ),
+      chosen: 'P M < 2',
+      g: 'H P',
+      k: 'H P',
+      w: 'H P',
+    },
+    operator: 'attention',
+    slots: { k2: 'K3', window2: '-3 + off + p' },
+    told: true,
+  },
+  ...Object.fromEntries(
+    ['1 - pow(2, -5 - h)', '1 - 0.5 * gamma[h]', 'sigmoid(gamma[h])', '0.5 * gamma[h]'].map(
+      (decay): [string, Case] => [
+        `a decay of each head by ${decay} (RetNet)`,
+        {
+          text: `
+            init S[t=0,h,e,f] = 0
+            iterate t {
+              S[t+1,h,e,f] = (${decay}) * S[t,h,e,f] + K[h,t,e] * V[h,t,f]
+              O[h,t,f]     = sum(e) Q[h,t,e] * S[t+1,h,e,f]
+            }`,
+          inputs: { gamma: 'H', K: 'H T E', V: 'H T F', Q: 'H T E' },
+          operator: 'lightning',
+        },
+      ],
+    ),
+  ),
+  'decays of tokens as a product of matrices (Mamba 2)': {
+    text: `
+      init A[t=0,h] = 0
+      iterate t { A[t+1,h] = A[t,h] - softplus(g[h,t]) }
+      S[h,t,u] = sum(e) Q[h,t,e] * K[h,u,e] * exp(9 * (A[t+1,h] - A[u+1,h]))   where u <= t
+      O[h,t,f] = sum(u) S[h,t,u] * V[h,u,f]`,
+    inputs: { g: 'H T', Q: 'H T E', K: 'H T E', V: 'H T F' },
+    refused: ['CAS021', 'lightning, does not take O: it decays by token'],
   },
   'weights that are squared again (the power of a softmax)': {
     text: `
