@@ -166,8 +166,11 @@ export function lightningOf(normal: Normal, ir: CascadeIR): Lowered {
     ])
     const wanted = times(times(outside, decay!), exponential(times(number(-1), slope)))
     const before = times(wanted, power(decay!, -1))
+    // with the axes of the operator, heads before channels of keys before those of values
+    const names = initial?.indices.map(({ key }) => (rankIn(key) === rankIn(e) ? e : key))
     if (
       !initial ||
+      names!.join() !== [...heads, e, column].join() ||
       divisor ||
       !isWhole(q) ||
       start!.length !== 2 ||
@@ -266,7 +269,7 @@ export function lightningOf(normal: Normal, ir: CascadeIR): Lowered {
               ? (call.tensors[own] as F32)
               : new Array<number>(tq.shape[2]!).fill(decaying(numberOf(slope, all))),
           scale: numberOf(scale, all),
-          initialState: initial && (call.tensors[initial.name] as F32),
+          initialState: initial && startOf(call.tensors[initial.name] as F32),
         })
         if (!finish) return { [tensor]: out }
         const dv = tv.shape[3]!
@@ -274,6 +277,12 @@ export function lightningOf(normal: Normal, ir: CascadeIR): Lowered {
         return { [tensor]: cast(finish.run({ ...call.tensors, ...raw }, all), out.dtype) }
       }),
   }
+}
+
+// A state with the axes of the text, as one of a batch and heads of one
+const startOf = (state: F32) => {
+  const ones = new Array<number>(Math.max(4 - state.rank, 0)).fill(1)
+  return ones.length > 0 ? state.reshape([...ones, ...state.shape]) : state
 }
 
 // v with one more column, of ones

@@ -284,6 +284,17 @@ export function power(form: Form, exponent: number): Form {
   return formOf([termOf(1, [{ atom: wrapped(form).terms[0]!.factors[0]!.atom, power: exponent }])])
 }
 
+// D of n log(D)
+function logIn({ factors: [factor, ...more] }: Term): Form | undefined {
+  const atom = factor?.power === 1 && more.length === 0 ? factor.atom : undefined
+  return atom?.kind === 'call' && atom.fn === 'log' ? atom.args[0] : undefined
+}
+
+const sumsUp = ({ terms }: Form): boolean =>
+  terms.some(({ factors }) =>
+    factors.some(({ atom }) => atom.kind === 'reduce' && atom.op === 'sum'),
+  )
+
 const isSize = ({ atom }: Factor) => atom.kind === 'name' && /^[A-Z]/.test(atom.name)
 
 // A choice that indices alone decide
@@ -311,14 +322,14 @@ export function exponential(form: Form): Form {
     const own = times(formOf([termOf(term.coefficient, others)]), mask.yes)
     return choose(mask.test, exponential(plus(rest, own)), number(0))
   }
-  // exp(n log x) = x^n
-  const logs = form.terms.filter(
-    ({ factors: [factor, ...more] }) =>
-      factor?.atom.kind === 'call' &&
-      factor.atom.fn === 'log' &&
-      factor.power === 1 &&
-      !more.length,
-  )
+  // exp(n log x) = x^n of sums over a rank and of numbers; the logarithm of a tensor is a summand of a score
+  const logs = form.terms.filter((term) => {
+    const inner = logIn(term)
+    const [only, ...more] = inner?.terms ?? []
+    const isNumber =
+      more.length === 0 && ![...(inner?.free ?? [])].some((one) => one.endsWith('[]'))
+    return only && (isNumber || sumsUp(inner!))
+  })
   if (logs.length === 0) return atomForm(call('exp', [form]))
   const rest = form.terms.filter((term) => !logs.includes(term))
   return logs.reduce(
@@ -398,18 +409,6 @@ const rises = (index: Form): boolean =>
         (factors.length > 0 && factors.every(({ atom }) => /^[A-Z]/.test(atom.key)))),
   )
 
-// log(D) of a sum
-const isLogSum = ({ factors: [factor, ...more] }: Term): boolean => {
-  const inner = factor?.atom.kind === 'call' && factor.atom.fn === 'log' && factor.atom.args[0]
-  return (
-    more.length === 0 &&
-    !!inner &&
-    inner.terms.some(({ factors }) =>
-      factors.some(({ atom }) => atom.kind === 'reduce' && atom.op === 'sum'),
-    )
-  )
-}
-
 function apply(fn: FunctionName, args: readonly Form[]): Form {
   const [x, y] = args as [Form, Form]
   switch (fn) {
@@ -420,10 +419,7 @@ function apply(fn: FunctionName, args: readonly Form[]): Form {
     case 'log':
       return logarithm(x)
     case 'log1p':
-      // log(1 - x) stays one, as the slope of a decay by 1 - x
-      return x.terms.length === 1 && x.terms[0]!.coefficient < 0 && numberIn(x) === undefined
-        ? atomForm(call(fn, args))
-        : logarithm(plus(number(1), x))
+      return logarithm(plus(number(1), x))
     case 'sqrt':
       return power(x, 0.5)
     case 'rsqrt':
@@ -444,7 +440,8 @@ function apply(fn: FunctionName, args: readonly Form[]): Form {
       return atomForm(call(fn, [...args].sort(byKey)))
     case 'sigmoid': {
       // sigmoid(log D - s) = D / (D + exp(s))
-      if (!x.terms.some(isLogSum)) return atomForm(call(fn, args))
+      if (!x.terms.some((term) => logIn(term) && sumsUp(logIn(term)!)))
+        return atomForm(call(fn, args))
       const value = exponential(x)
       return times(value, power(plus(number(1), value), -1))
     }
@@ -703,11 +700,7 @@ export class Normal {
       if (!decays && (!term || more.length > 0 || term.coefficient !== 1)) return undefined
       const others = decays ? [] : term!.factors.filter(({ atom }) => !argument(atom))
       const shifted = decays ? undefined : term!.factors.find(({ atom }) => argument(atom))
-      const exponent = decays
-        ? apply('log1p', [minus(factor, number(1))])
-        : shifted
-          ? argument(shifted.atom)!
-          : number(0)
+      const exponent = decays ? logarithm(factor) : shifted ? argument(shifted.atom)! : number(0)
       constant = others.length === 0 && !exponent.free.has(variable)
       // What a step has and takes away again in the next; a constant is a step of a line
       const opposed = (part: Term) => {

@@ -1056,6 +1056,38 @@ const cases: Record<string, Case> = {
       ],
     ),
   ),
+  ...Object.fromEntries(
+    Object.entries({ 'h,e,f': 'lightning', 'h,f,e': undefined } as const).map(
+      ([axes, operator]): [string, Case] => [
+        `a state to begin with that lies as ${axes}`,
+        {
+          text: `
+            init S[t=0,h,e,f] = Z[${axes}]
+            iterate t {
+              S[t+1,h,e,f] = gamma[h] * S[t,h,e,f] + K[h,t,e] * V[h,t,f]
+              O[h,t,f]     = sum(e) Q[h,t,e] * S[t+1,h,e,f]
+            }`,
+          inputs: {
+            Z: axes.toUpperCase().replaceAll(',', ' '),
+            gamma: 'H',
+            K: 'H T E',
+            V: 'H T F',
+            Q: 'H T E',
+          },
+          ...(operator
+            ? { operator }
+            : { refused: ['CAS020', 'lightning, does not take O: it adds'] }),
+        },
+      ],
+    ),
+  ),
+  'logarithms of numbers and of distances beside a score (Token Merging)': {
+    text: `
+      ${scores}
+      T[h,p,m] = S[h,p,m] + log(gamma[m]) + log(1 + abs(p - m))${softmax}`,
+    inputs: { ...heads, gamma: 'M' },
+    operator: 'attention',
+  },
   'decays of tokens as a product of matrices (Mamba 2)': {
     text: `
       init A[t=0,h] = 0
