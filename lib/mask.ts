@@ -1,5 +1,5 @@
 import { inspect } from 'node:util'
-import { checkInteger, checkOptions, elements, mustBe, offsetNumbers } from './check.js'
+import { checkInteger, checkOptions, elements, mustBe, numbers, offsetNumbers } from './check.js'
 import type { DeviceLike } from './device.js'
 import { named, refuse } from './errors.js'
 import { run } from './native.js'
@@ -554,34 +554,67 @@ export const Mask = {
    * Every row sees its own document only; sq is at most sk.
    *
    * @param starts Where each document begins, ascending from 0, then the total of tokens, over all packed sequences.
+   * @param options `cacheSeqlens` says how many of the sk keys each sequence has, where rows stand at the end of a cache; the
+   * sequences have the same documents then, as far as their keys go.
    */
-  fromDocuments(starts: readonly number[], options: MaskOptions): Mask {
-    const parts = checkParts(options)
-    const { sq, sk } = parts
+  fromDocuments(
+    starts: readonly number[],
+    options: MaskOptions & { cacheSeqlens?: readonly number[] | undefined },
+  ): Mask {
+    const { cacheSeqlens: cached, ...rest } = options ?? {}
+    const parts = checkParts(rest)
+    const { sq, sk, device } = parts
     if (!Array.isArray(starts) || starts[0] !== 0 || starts.at(-1) !== sk)
       throw mustBe('mask', 'starts', `a list from 0 to sk = ${sk}`, starts)
     const begins: number[] = []
     for (let i = 0; i < starts.length; i++)
       begins.push(checkInteger('mask', `starts[${i}]`, starts[i], begins.at(-1) ?? 0, sk))
     const { cuSeqlensQ: ofQ = [0, sq], cuSeqlensK: ofK = [0, sk] } = parts
-    const bounds = new Int32Array(2 * sq)
-    for (let sequence = 0, document = 0; sequence < parts.sequences; sequence++) {
-      const [first, last] = [ofQ[sequence]!, ofQ[sequence + 1]!]
-      const [from, to] = [ofK[sequence]!, ofK[sequence + 1]!]
-      checkInteger('mask', 'sq', last - first, 0, to - from)
-      for (let i = first; i < last; i++) {
-        while (begins[document + 1]! <= to - last + i) document++
+    if (cached && parts.cuSeqlensQ)
+      throw refuse(
+        'ERR_ARGUMENT',
+        'mask',
+        'cacheSeqlens',
+        'cacheSeqlens cannot be combined with cuSeqlensQ',
+      )
+    const lengths =
+      cached &&
+      numbers('mask', 'cacheSeqlens', cached, (value, i) =>
+        checkInteger('mask', `cacheSeqlens[${i}]`, value, sq, sk),
+      )
+    const bounds = new Int32Array(2 * sq * (lengths?.length ?? 1))
+    // Rows whose first bounds stand `at` and which end with the keys from..to
+    const place = (at: number, rows: number, from: number, to: number) => {
+      checkInteger('mask', 'sq', rows, 0, to - from)
+      for (let i = 0, document = 0; i < rows; i++) {
+        while (begins[document + 1]! <= to - rows + i) document++
         const own = begins.slice(document, document + 2)
         bounds.set(
-          own.map((at) => Math.min(Math.max(at, from), to) - from),
-          2 * i,
+          own.map((begin) => Math.min(Math.max(begin, from), to) - from),
+          2 * (at + i),
         )
       }
     }
-    const made = tensor(bounds, [1, sq, 2], { dtype: 'int32', device: parts.device })
-    return makeMask({ ...parts, sinkTokens: sk, bounds: made })
+    if (lengths) lengths.forEach((length, i) => place(i * sq, sq, 0, length))
+    else
+      for (let i = 0; i < parts.sequences; i++)
+        place(ofQ[i]!, ofQ[i + 1]! - ofQ[i]!, ofK[i]!, ofK[i + 1]!)
+    const placed = { dtype: 'int32', device } as const
+    return makeMask({
+      ...parts,
+      ...(lengths && {
+        sequences: lengths.length,
+        cacheSeqlens: tensor(lengths, [lengths.length], placed),
+      }),
+      sinkTokens: sk,
+      bounds: tensor(bounds, [lengths?.length ?? 1, sq, 2], placed),
+    })
   },
 }
+
+/** @internal Why bounds of rows that end with sk keys are of no use to shorter caches. */
+export const withoutCache = (what: string): string =>
+  `${what} must be made with cacheSeqlens, as its rows stand at the end of their caches`
 
 /** @internal Refuses what is no mask. */
 export function checkMask(op: string, value: unknown): asserts value is Mask {
@@ -782,6 +815,8 @@ function combine(a: MaskParts, other: Mask, intersect: boolean): Mask {
   for (const key of ['heads', 'sequences'] as const)
     if (a[key] !== b[key] && a[key] !== 1 && b[key] !== 1) throw disagree(key, a[key], b[key])
   const bounds = a.bounds ?? b.bounds
+  if (bounds && !(a.bounds ? a : b).cacheSeqlens && (a.cacheSeqlens ?? b.cacheSeqlens))
+    throw refuse('ERR_ARGUMENT', 'mask', 'other', withoutCache('a mask of documents'))
   if (!intersect && bounds) throw disagree('no bounds of rows', 'in a union', 'some')
   if (a.bounds && b.bounds) throw disagree('no bounds of rows', 'beside such bounds', 'some')
   // What sees all that its bounds allow takes its lists from the other

@@ -222,11 +222,11 @@ export async function achievedMass<D extends FloatDType>(
   checkRanks(op, { q, k })
   checkMask(op, mask)
   checkOptions(op, options, new Set(['scale']))
-  const { cuSeqlensQ, cuSeqlensK, causal } = mask
+  const { cuSeqlensQ, cuSeqlensK, cacheSeqlens, causal } = mask
   const attend = (more: AttentionOptions) =>
     under(op, () => attention(q, k, k, { ...options, ...more }))
   const sparse = attend({ mask })
-  const dense = attend({ causal, cuSeqlensQ, cuSeqlensK })
+  const dense = attend({ causal, cuSeqlensQ, cuSeqlensK, cacheSeqlens })
   const [own, all] = await Promise.all([sparse.lse.read(), dense.lse.read()])
   for (const { out, lse } of [sparse, dense]) for (const tensor of [out, lse]) tensor.dispose()
   const [b = 0, sq = 0, heads = 0] = q.shape

@@ -1,7 +1,7 @@
 import { checkInteger, mustBe, numbers, offsetNumbers, show } from '../check.js'
 import type { Device } from '../device.js'
 import { refuse } from '../errors.js'
-import { checkMask, type Mask } from '../mask.js'
+import { checkMask, type Mask, withoutCache } from '../mask.js'
 import { Tensor, tensor } from '../tensor.js'
 
 // Small arguments may be given as plain arrays. They become tensors beside the others and are put on `made`, which the
@@ -69,13 +69,19 @@ export function offsets(
   return place(offsetNumbers(op, argument, value, total, either), 'int32', device, made)
 }
 
+interface MaskedCall {
+  causal?: boolean | undefined
+  blockTable?: Tensor | undefined
+  cacheSeqlens?: Tensor | readonly number[] | undefined
+}
+
 /** @internal A mask as operators take it, whose q and k it must be about. */
 export function maskArguments(
   op: string,
   mask: Mask,
   q: Tensor,
   k: Tensor,
-  { causal, blockTable }: { causal?: boolean | undefined; blockTable?: Tensor | undefined },
+  { causal, blockTable, cacheSeqlens }: MaskedCall,
   made: Tensor[],
 ): Record<string, unknown> {
   checkMask(op, mask)
@@ -98,6 +104,8 @@ export function maskArguments(
       `causal must be as the mask has it, ${mask.causal}, got ${show(causal)}`,
     )
   }
+  if (mask.bounds && !mask.cacheSeqlens && cacheSeqlens !== undefined)
+    throw refuse('ERR_ARGUMENT', op, 'mask', withoutCache('mask'))
   const own = mask.cuSeqlensQ ? 1 : mask.sequences
   const [b = 0] = q.shape
   const held = [mask.blocks, mask.columns, mask.diagonals, mask.bounds]
@@ -117,6 +125,7 @@ export function maskArguments(
   return {
     masked: true,
     causal: mask.causal,
+    cacheSeqlens: cacheSeqlens ?? all(mask.cacheSeqlens),
     maskBlocks: all(mask.blocks),
     maskIndex: all(mask.lists?.index),
     maskCount: all(mask.lists?.count),

@@ -53,8 +53,8 @@ export interface AttentionOptions {
   /** [b], i32: how many keys each sequence of the batch has; what lies behind them is not read. */
   cacheSeqlens?: Tensor<'int32'> | readonly number[] | undefined
   /**
-   * Which keys each query sees. Whether it is causal and its packed sequences come with it; a window is part of it
-   * (`mask.union`), not beside it.
+   * Which keys each query sees. Whether it is causal, its packed sequences and the lengths of its cache come with it; a window
+   * is part of it (`mask.union`), not beside it.
    */
   mask?: Mask | undefined
   /**

@@ -1,5 +1,6 @@
 import { inspect } from 'node:util'
 import {
+  achievedMass,
   add,
   attention,
   attentionBackward,
@@ -790,6 +791,113 @@ describeDevices('attention over a mask', (device) => {
     expect((await failure(() => Mask.fromDocuments([0, 20], long))).message).toBe(
       'mask: sq must be an integer from 0 to 5, got 6',
     )
+  })
+
+  it('keeps documents apart at the ends of caches', async () => {
+    const rng = random(314)
+    const [sq, sk, hk, page] = [3, 64, 2, 16]
+    const begins = [0, 20, 20, 39, 50, 64]
+    const document = (t: number) => begins.findLastIndex((begin) => begin <= t)
+    const cacheSeqlens = [41, 64, 3, 21]
+    const b = cacheSeqlens.length
+    const q = (await sample(rng, [b, sq, 4, 16], 'float32', device)).tensor
+    const k = (await sample(rng, [b, sk, hk, 16], 'float32', device, { strided: false })).tensor
+    for (const causal of [true, false]) {
+      const about = { sq, sk, causal, device }
+      const mask = Mask.fromDocuments(begins, { ...about, cacheSeqlens })
+      const dense = await mask.toDense()
+      let [seen, causalPairs] = [0, 0]
+      for (const [i, length] of cacheSeqlens.entries())
+        for (let row = 0; row < sq; row++)
+          for (let t = 0; t < sk; t++) {
+            const p = length - sq + row
+            const inside = t < length && (!causal || t <= p)
+            const own = inside && document(t) === document(p)
+            expect(dense[(i * sq + row) * sk + t], `${[causal, i, row, t]}`).toBe(Number(own))
+            seen += Number(own)
+            causalPairs += Number(inside)
+          }
+      expect(await mask.count()).toBe(seen)
+      expect(await mask.density()).toBeCloseTo(seen / causalPairs, 12)
+      // its lengths come with it, and are the same where the call has them too
+      const { out, lse } = attention(q, k, k, { mask })
+      const given = attention(q, k, k, { mask, cacheSeqlens })
+      expect(await given.out.read()).toEqual(await out.read())
+      const blockTable = tensor(range(b * 4), [b, 4], { dtype: 'int32', device })
+      const pages = k.reshape([b * 4, page, hk, 16])
+      const paged = attention(q, pages, pages, { mask, blockTable })
+      expect(maxError(await paged.out.read(), await out.read())).toBeLessThan(1e-6)
+      const { dk } = attentionBackward(q, k, k, out, lse, out, { mask })
+      for (const [i, length] of cacheSeqlens.entries()) {
+        const [own, keys] = [q.slice(0, i, i + 1), k.slice(0, i, i + 1).slice(1, 0, length)]
+        const starts = [...begins.filter((begin) => begin < length), length]
+        const alone = Mask.fromDocuments(starts, { ...about, sk: length })
+        const result = attention(own, keys, keys, { mask: alone })
+        const rows = out.slice(0, i, i + 1)
+        expect(maxError(await rows.read(), await result.out.read())).toBeLessThan(1e-6)
+        const behind = await dk
+          .slice(0, i, i + 1)
+          .slice(1, length)
+          .read()
+        expect(behind.every((x) => x === 0)).toBe(true)
+      }
+    }
+    // bounds that end with all sk keys are of no shorter cache
+    const whole = Mask.fromDocuments(begins, { sq, sk, device })
+    const options = { topK: 8, block: [4, 2], window: 8, sinkTokens: 4, cacheSeqlens } as const
+    const listed = hip(q, k, options)
+    const remedy = 'must be made with cacheSeqlens, as its rows stand at the end of their caches'
+    expect((await failure(() => attention(q, k, k, { mask: whole, cacheSeqlens }))).message).toBe(
+      `attention: mask ${remedy}`,
+    )
+    for (const [x, y] of [
+      [whole, listed],
+      [listed, whole],
+    ] as const)
+      expect((await failure(() => x.intersect(y))).message).toBe(
+        `mask: a mask of documents ${remedy}`,
+      )
+    const both = listed.intersect(Mask.fromDocuments(begins, { sq, sk, device, cacheSeqlens }))
+    const [of, all] = await Promise.all([both.toDense(), listed.toDense()])
+    of.forEach((bit, at) => {
+      const [t, row] = [at % sk, Math.floor(at / sk) % sq]
+      const p = cacheSeqlens[Math.floor(at / (sk * sq * listed.heads))]! - sq + row
+      if (bit !== Number(all[at] && document(t) === document(p))) expect(bit, `${at}`).toBe(-1)
+    })
+    for (const [wrong, message] of [
+      [{ cacheSeqlens: [2] }, 'mask: cacheSeqlens[0] must be an integer from 3 to 64, got 2'],
+      [{ cacheSeqlens: 9 }, 'mask: cacheSeqlens must be an array of numbers, got 9'],
+      [
+        { cacheSeqlens: [64], cuSeqlensQ: [0, 3], cuSeqlensK: [0, 64] },
+        'mask: cacheSeqlens cannot be combined with cuSeqlensQ',
+      ],
+    ] as const)
+      expect(
+        (await failure(() => Mask.fromDocuments(begins, { sq, sk, ...(wrong as object) }))).message,
+      ).toBe(message)
+  })
+
+  it('brings the lengths of its cache to a call', async () => {
+    const rng = random(315)
+    const q = (await sample(rng, [2, 3, 2, 16], 'float32', device)).tensor
+    const k = (await sample(rng, [2, 64, 2, 16], 'float32', device)).tensor
+    const cacheSeqlens = [41, 20]
+    const options = { topK: 8, block: [4, 2], window: 8, sinkTokens: 4, cacheSeqlens } as const
+    const mask = hip(q, k, options)
+    const given = attention(q, k, k, { mask, cacheSeqlens })
+    expect(await attention(q, k, k, { mask }).out.read()).toEqual(await given.out.read())
+    const dense = attention(q, k, k, { causal: true, cacheSeqlens })
+    const [own, all] = await Promise.all([given.lse.read(), dense.lse.read()])
+    const masses = await achievedMass(q, k, mask)
+    for (const [head, mass] of masses.entries()) {
+      let sum = 0
+      for (const b of [0, 1])
+        for (let i = 0; i < 3; i++) {
+          const at = (b * 2 + head) * 3 + i
+          sum += Math.exp(own[at]! - all[at]!) / 6
+        }
+      expect(mass).toBeCloseTo(sum, 5)
+    }
   })
 
   it('takes tokens of every head beside tokens of all', async () => {
