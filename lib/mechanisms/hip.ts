@@ -328,7 +328,8 @@ function checkRefresh(
 
 /**
  * Decoding of one sequence in one layer over the lists of {@link hip}, which stand for some tokens before they are made
- * again. The first call makes all of them. Dispose of it with its sequence.
+ * again. The first call makes all of them. Dispose of it with its sequence. Keys stand one after the other, at positions from
+ * 0 on: {@link hip} and {@link attention}, called for each token, take pages.
  *
  * @throws HeddleError `ERR_ARGUMENT` at the call.
  * @example
@@ -349,13 +350,18 @@ export function hipDecoder(options: HipDecoderOptions = {}): HipDecoder {
     'softCap',
     'offload',
   ])
-  for (const name of ['cuSeqlensQ', 'cuSeqlensK', 'blockTable', 'cacheSeqlens'] as const)
+  for (const [name, remedy] of [
+    ['cuSeqlensQ', 'make a decoder for each sequence'],
+    ['cuSeqlensK', 'make a decoder for each sequence'],
+    ['blockTable', 'call hip and attention for each token, which take pages'],
+    ['cacheSeqlens', 'give attend the keys that are there, k.slice(1, 0, length)'],
+  ] as const)
     if (searched[name] !== undefined)
       throw refuse(
         'ERR_ARGUMENT',
         op,
         name,
-        `${name} is not taken here: a decoder is one sequence's`,
+        `${name} is not taken here: a decoder is one sequence's; ${remedy}`,
       )
   const { stages, rope } = searched
   const settingsFor = (block: number) => {

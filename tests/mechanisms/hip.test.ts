@@ -863,7 +863,15 @@ describeDevices('hip mechanisms', (device) => {
       ],
       [
         () => hipDecoder({ cacheSeqlens: [1] } as never),
-        "hipDecoder: cacheSeqlens is not taken here: a decoder is one sequence's",
+        "hipDecoder: cacheSeqlens is not taken here: a decoder is one sequence's; give attend the keys that are there, k.slice(1, 0, length)",
+      ],
+      [
+        () => hipDecoder({ blockTable: z } as never),
+        "hipDecoder: blockTable is not taken here: a decoder is one sequence's; call hip and attention for each token, which take pages",
+      ],
+      [
+        () => hipDecoder({ cuSeqlensK: [0, 2] } as never),
+        "hipDecoder: cuSeqlensK is not taken here: a decoder is one sequence's; make a decoder for each sequence",
       ],
       [
         () => hipDecoder({ offload: { attended: 16 } }),
