@@ -124,7 +124,8 @@ function checked(op: string, options: FlexPrefillOptions) {
   if (typeof gqaInterleave !== 'boolean')
     throw mustBe(op, 'gqaInterleave', 'a boolean', gqaInterleave)
   const least = Math.max(Math.ceil(minBudget / block), 1)
-  const most = maxBudget === undefined ? 0 : Math.max(Math.ceil(maxBudget / block), 1)
+  const blocks = Math.max(Math.ceil((maxBudget ?? Infinity) / block), 1)
+  const most = Number.isSafeInteger(blocks) ? blocks : 0
   const coverage = mode === 'coverage'
   return { gamma, tau, least, most, block, coverage, scale: coverage ? scale : undefined }
 }

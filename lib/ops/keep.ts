@@ -1,5 +1,5 @@
 import { checkInteger, checkOptions, mustBe } from '../check.js'
-import { refuse } from '../errors.js'
+import { named, refuse } from '../errors.js'
 import { Mask, makeMask } from '../mask.js'
 import { run } from '../native.js'
 import { checkTensor, type Tensor, zeros } from '../tensor.js'
@@ -22,7 +22,7 @@ export interface KeepOptions {
   over?: 'row' | 'map' | undefined
   /** At least so many blocks, per row on average. */
   minBlocks?: number | undefined
-  /** At most so many blocks, per row on average. */
+  /** At most so many blocks, per row on average, 1 at least; no limit if left out. */
   maxBlocks?: number | undefined
   /** The first blocks of keys, taken first and inside the budget; a coverage has all of them, which count. */
   forceFirst?: number | undefined
@@ -68,7 +68,11 @@ export function keep(score: Tensor<'float32'>, options: KeepOptions): Mask {
   const sq = checkInteger('keep', 'sq', options.sq, 0)
   const sk = checkInteger('keep', 'sk', options.sk ?? sq, sq)
   const [blockQ, blockK] = blockPair('keep', block)
-  const empty = Mask.fromWindow({}, { sq, sk, block: [blockQ, blockK] })
+  const empty = named(
+    'keep',
+    () => Mask.fromWindow({}, { sq, sk, block: [blockQ, blockK] }),
+    'mask',
+  )
   const [b = 0, heads = 0, rows = 0, columns = 0] = score.shape
   const [wantedRows, wantedColumns] = [Math.ceil(sq / blockQ), Math.ceil(sk / blockK)]
   if (score.rank !== 4 || rows !== wantedRows || columns !== wantedColumns) {
@@ -79,14 +83,28 @@ export function keep(score: Tensor<'float32'>, options: KeepOptions): Mask {
       `score must be [b, heads, ${wantedRows}, ${wantedColumns}], got [${score.shape.join(', ')}]`,
     )
   }
+  // A row has no more of them; sums over rows stay exact
+  const number = (name: 'topBlocks' | 'minBlocks' | 'maxBlocks', least: number) =>
+    options[name] === undefined
+      ? undefined
+      : Math.min(checkInteger('keep', name, options[name], least), columns)
+  const top = number('topBlocks', 0)
+  const [least, most] = [number('minBlocks', 0), number('maxBlocks', 1)]
+  if (most !== undefined && least !== undefined && most < least)
+    throw mustBe(
+      'keep',
+      'maxBlocks',
+      `at least minBlocks = ${options.minBlocks}`,
+      options.maxBlocks,
+    )
   const blocks = keepBits(score, {
     rule: rules[0]![0],
-    top: over === 'map' && typeof topBlocks === 'number' ? topBlocks * rows : topBlocks,
+    top: over === 'map' && top !== undefined ? top * rows : top,
     coverage,
     threshold,
     overMap: over === 'map',
-    least: options.minBlocks,
-    most: options.maxBlocks,
+    least,
+    most,
     forceFirst: options.forceFirst,
     forceDiagonal: options.forceDiagonal,
     blockQ,

@@ -1,4 +1,4 @@
-import { checkOptions, mustBe } from '../check.js'
+import { checkInteger, checkOptions, mustBe } from '../check.js'
 import type { FloatDType } from '../dtype.js'
 import { run } from '../native.js'
 import { checkTensor, empty, type Tensor } from '../tensor.js'
@@ -17,7 +17,7 @@ export interface ProbeOptions {
   kind?: 'pooled' | 'strided' | 'rows' | 'antidiagonal' | undefined
   /** Queries and keys per block, 128 if left out; one number stands for both. */
   block?: number | readonly [number, number] | undefined
-  /** Every how manieth query is looked at, and key where the kind samples keys; 1 if left out, at most 64. */
+  /** Every how manieth query is looked at, and key where the kind samples keys; 1 if left out and if pooled, at most 64. */
   stride?: number | undefined
   /**
    * What `'rows'` sums over: `'block'` if left out, `'key'`, `'distance'` from query to key, or `'line'`, which is both in one
@@ -44,7 +44,7 @@ export function blockPair(op: string, block: unknown): readonly [number, number]
   const pair = typeof block === 'number' ? [block, block] : block
   if (!Array.isArray(pair) || pair.length !== 2)
     throw mustBe(op, 'block', 'a size or a pair of sizes', block)
-  return [pair[0], pair[1]]
+  return [checkInteger(op, 'block', pair[0], 1), checkInteger(op, 'block', pair[1], 1)]
 }
 
 /**
@@ -71,11 +71,13 @@ export function probe<D extends FloatDType>(
   checkOptions('probe', options, known)
   const { block = 128, ...rest } = options
   const [blockQ, blockK] = blockPair('probe', block)
+  const { kind = 'pooled', stride = 1 } = rest
+  if (kind === 'pooled' && stride !== 1)
+    throw mustBe('probe', 'stride', '1 with kind pooled, which looks at all', stride)
   const [b = 0, sq = 0, hq = 0] = q.shape
   const sk = k.shape[1] ?? 0
-  const sized = (size: number) => (Number.isInteger(size) && size > 0 ? size : 1)
-  const columns = (rest.per ?? 'block') === 'block' ? Math.ceil(sk / sized(blockK)) : sk
-  const rows = Math.ceil(sq / sized(blockQ)) * (rest.per === 'line' ? 2 : 1)
+  const columns = (rest.per ?? 'block') === 'block' ? Math.ceil(sk / blockK) : sk
+  const rows = Math.ceil(sq / blockQ) * (rest.per === 'line' ? 2 : 1)
   const score = empty([b, hq, rows, columns], { device: q.device })
   try {
     run('probe', { q, k, score, blockQ, blockK, ...rest })

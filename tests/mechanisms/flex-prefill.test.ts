@@ -537,6 +537,16 @@ describeDevices('flexPrefill', (device) => {
     }
   })
 
+  it('takes a budget without end for none', async () => {
+    const [q, k] = planted(random(101), 640, 2, false).map((x) =>
+      tensor(x, [1, 640, 2, 32], { device }),
+    )
+    const options = { gamma: 0.8, minBudget: 0, block: 64 } as const
+    const free = await flexPrefill(q!, k!, options).blocks!.read()
+    for (const maxBudget of [640, 2 ** 60, Number.POSITIVE_INFINITY])
+      expect(await flexPrefill(q!, k!, { ...options, maxBudget }).blocks!.read()).toEqual(free)
+  })
+
   it('refuses what it cannot select', async () => {
     const rng = random(94)
     const q = await sample(rng, [1, 300, 1, 16], 'float32', device)

@@ -33,7 +33,7 @@ describeDevices('keep', (device) => {
       const amount =
         rule === 'topBlocks' ? rng.pick([0, 1, 3, 100]) : rng.pick([0, 0.25, 0.6, 0.9, 1])
       const [forceFirst, forceDiagonal] = [rng.pick([0, 1]), rng.pick([0, 1, 2])]
-      const [minBlocks, maxBlocks] = [rng.pick([0, 2]), rng.pick([0, 4])]
+      const [minBlocks, maxBlocks] = [rng.pick([0, 2]), rng.pick([undefined, 2, 4, 2 ** 53 - 1])]
       const budget = rule === 'threshold' ? {} : { minBlocks, maxBlocks }
       const options = { sq, sk, block, over, [rule]: amount, forceFirst, forceDiagonal, ...budget }
       const score = tensor(values, [1, 2, rows, columns], { device })
@@ -111,5 +111,33 @@ describeDevices('keep', (device) => {
     expect((await failure(() => keep(score, { sq: 300, topBlocks: 1 }))).message).toBe(
       'keep: score must be [b, heads, 3, 3], got [1, 1, 2, 2]',
     )
+    for (const [options, message] of [
+      [{ topBlocks: 1.5 }, 'topBlocks must be an integer at least 0, got 1.5'],
+      [{ topBlocks: 1, minBlocks: -1 }, 'minBlocks must be an integer at least 0, got -1'],
+      [{ topBlocks: 1, maxBlocks: 0 }, 'maxBlocks must be an integer at least 1, got 0'],
+      [
+        { topBlocks: 1, minBlocks: 9, maxBlocks: 1 },
+        'maxBlocks must be at least minBlocks = 9, got 1',
+      ],
+      [
+        { topBlocks: 1, block: 3 },
+        'block must be a power of two or a multiple of 16 for queries, got 3',
+      ],
+    ] as const)
+      expect((await failure(() => keep(score, { sq: 256, ...options }))).message).toBe(
+        `keep: ${message}`,
+      )
+    // numbers beyond what there is are all of it
+    const most = Number.MAX_SAFE_INTEGER
+    for (const options of [
+      { topBlocks: most, over: 'map' },
+      { topBlocks: 0, minBlocks: most },
+    ])
+      expect(await listed(keep(score, { sq: 256, ...options } as never), 2)).toEqual([
+        [
+          [0, 1],
+          [0, 1],
+        ],
+      ])
   })
 })

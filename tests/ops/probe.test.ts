@@ -19,7 +19,7 @@ describeDevices('probe', (device) => {
         const [b, sq, d] = [rng.pick([1, 2]), rng.pick([1, 33, 64, 130]), rng.pick([16, 40, 64])]
         const sk = sq + rng.pick([0, 0, 16, 70])
         const block = [rng.pick([16, 32, 64]), rng.pick([16, 32, 64])] as const
-        const stride = rng.pick([1, 2, 8])
+        const stride = kind === 'pooled' ? 1 : rng.pick([1, 2, 8])
         const per = kind === 'rows' ? rng.pick(['block', 'key', 'distance'] as const) : 'block'
         const scale = 0.3
         const q = await sample(rng, [b, sq, hq, d], dtype, device)
@@ -182,5 +182,11 @@ describeDevices('probe', (device) => {
     expect((await failure(() => probe(k.tensor, q.tensor, { per: 'key' }))).message).toBe(
       'probe: per goes with kind rows',
     )
+    for (const [options, message] of [
+      [{ stride: 4 }, 'probe: stride must be 1 with kind pooled, which looks at all, got 4'],
+      [{ block: [64, 0] }, 'probe: block must be an integer at least 1, got 0'],
+      [{ block: 2.5 }, 'probe: block must be an integer at least 1, got 2.5'],
+    ] as const)
+      expect((await failure(() => probe(k.tensor, q.tensor, options))).message).toBe(message)
   })
 })
