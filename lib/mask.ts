@@ -4,7 +4,7 @@ import type { DeviceLike } from './device.js'
 import { named, refuse } from './errors.js'
 import { run } from './native.js'
 import type { HipLists } from './ops/hip.js'
-import { holdsTensors } from './scope.js'
+import { holdsTensors, scope } from './scope.js'
 import { checkTensor, Tensor, tensor, zeros } from './tensor.js'
 
 /** What a mask is about, beside its lists. */
@@ -513,24 +513,25 @@ export const Mask = {
       kind: 'blocks' | 'columns' | 'diagonals',
       shape: readonly number[],
       own: (mode: MaskParts) => number,
-    ) => {
-      if (!modes.some((mode) => mode[kind] || own(mode) > 0)) return undefined
-      const made = zeros(shape, { dtype: 'int32', device })
-      modes.forEach((mode, head) => {
-        const place = made.slice(1, head, head + 1)
-        const given = mode[kind]
-        if (given) {
-          const at = given.shape[1] === 1 ? 0 : head
-          place.copyFrom(given.slice(1, at, at + 1).expand(place.shape))
-        }
-        const count = own(mode)
-        if (count === 0) return
-        const first = firstBits(count, shape.at(-1)!)
-        const other = tensor(first, undefined, { device }).expand(place.shape)
-        named('mask', () => run('mask.combine', { bits: place, other, intersect: false }))
+    ) =>
+      scope(() => {
+        if (!modes.some((mode) => mode[kind] || own(mode) > 0)) return undefined
+        const made = zeros(shape, { dtype: 'int32', device })
+        modes.forEach((mode, head) => {
+          const place = made.slice(1, head, head + 1)
+          const given = mode[kind]
+          if (given) {
+            const at = given.shape[1] === 1 ? 0 : head
+            place.copyFrom(given.slice(1, at, at + 1).expand(place.shape))
+          }
+          const count = own(mode)
+          if (count === 0) return
+          const first = firstBits(count, shape.at(-1)!)
+          const other = tensor(first, undefined, { device }).expand(place.shape)
+          named('mask', () => run('mask.combine', { bits: place, other, intersect: false }))
+        })
+        return made
       })
-      return made
-    }
     const packed = parts.cuSeqlensQ ? 1 : sequences
     const everything = (mode: MaskParts) => mode.sinkTokens >= parts.sk
     return makeMask({

@@ -9,7 +9,9 @@ import {
   type FloatDType,
   hip,
   Mask,
+  memory,
   merge,
+  synchronize,
   type Tensor,
   tensor,
 } from 'heddle'
@@ -1008,6 +1010,21 @@ describeDevices('attention over a mask', (device) => {
     expect(await message([Mask.fromWindow({ window: 1 }, { sq: 65 })])).toBe(
       'mask: heads[0] must be a mask with sq 64, got 65',
     )
+  })
+
+  it('gives back what heads were made of', async () => {
+    const options = { sq: 256, block: 64, device }
+    const held = async () => {
+      await synchronize(device)
+      return memory(device).bytes
+    }
+    const table = tensor(new Uint8Array(16).fill(1), [1, 1, 4, 4], { device })
+    const listed = Mask.fromBlocks(table, options)
+    const before = await held()
+    const modes = ['dense', { window: 4, sinkTokens: 9 }, listed] as const
+    Mask.fromHeads(modes, options).dispose()
+    expect(await held()).toBe(before)
+    listed.dispose()
   })
 
   it('refuses lists that do not fit, at the call or at the read', async () => {
