@@ -562,8 +562,8 @@ export const Mask = {
     starts: readonly number[],
     options: MaskOptions & { cacheSeqlens?: readonly number[] | undefined },
   ): Mask {
-    const { cacheSeqlens: cached, ...rest } = options ?? {}
-    const parts = checkParts(rest)
+    const { cacheSeqlens: cached, ...rest } = options ?? ({} as typeof options)
+    const parts = checkParts(options && rest)
     const { sq, sk, device } = parts
     if (!Array.isArray(starts) || starts[0] !== 0 || starts.at(-1) !== sk)
       throw mustBe('mask', 'starts', `a list from 0 to sk = ${sk}`, starts)

@@ -145,7 +145,7 @@ function select<D extends FloatDType>(
     const [b = 0, sq = 0, heads = 0] = queries.shape
     const sk = keys.shape[1]!
     const parts = everything(sq, sk, block)
-    if (gamma >= 1 || sk <= short || (sq === 1 && denseBelow !== undefined)) return parts
+    if (gamma >= 1 || sk <= short || sq <= (denseBelow === undefined ? 0 : 1)) return parts
     const [rows, columns] = [sq, sk].map((size) => Math.ceil(size / block)) as [number, number]
     const shape = [b, heads, rows, Math.ceil(columns / 32)]
     const blocks = empty(shape, { dtype: 'int32', device: q.device })
@@ -188,7 +188,7 @@ export function flexPrefillAttention<D extends FloatDType>(
   const longest = Math.max(...ends.map((to, i) => to - (ends[i - 1] ?? 0)))
   return grouped(q, k, chosen.gqaInterleave, (queries, back) => {
     const attend = () => {
-      if (longest <= denseBelow || sq === 1 || settings.gamma >= 1)
+      if (longest <= denseBelow || sq <= 1 || settings.gamma >= 1)
         return attention(queries, k, v, { scale, causal: true, cuSeqlensQ, cuSeqlensK })
       using mask = select(op, queries, k, settings, chosen, denseBelow)
       return attention(queries, k, v, { scale, mask })

@@ -126,6 +126,8 @@ export function hipAttention<D extends FloatDType>(
   const [shared] = split(op, options, ownOptions)
   const { layer = 0, layers = {}, scale, softCap } = options
   checkInteger(op, 'layer', layer, 0)
+  if (layers === null || typeof layers !== 'object')
+    throw mustBe(op, 'layers', 'an object with what some layers do', layers)
   const mode = layers[layer]
   if (mode !== undefined && mode !== 'dense' && (mode === null || typeof mode !== 'object'))
     throw mustBe(op, `layers[${layer}]`, '"dense" or options', mode)

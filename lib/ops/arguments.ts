@@ -73,6 +73,8 @@ interface MaskedCall {
   causal?: boolean | undefined
   blockTable?: Tensor | undefined
   cacheSeqlens?: Tensor | readonly number[] | undefined
+  cuSeqlensQ?: Tensor | readonly number[] | undefined
+  cuSeqlensK?: Tensor | readonly number[] | undefined
 }
 
 /** @internal A mask as operators take it, whose q and k it must be about. */
@@ -81,7 +83,7 @@ export function maskArguments(
   mask: Mask,
   q: Tensor,
   k: Tensor,
-  { causal, blockTable, cacheSeqlens }: MaskedCall,
+  { causal, blockTable, cacheSeqlens, ...packed }: MaskedCall,
   made: Tensor[],
 ): Record<string, unknown> {
   checkMask(op, mask)
@@ -103,6 +105,24 @@ export function maskArguments(
       'causal',
       `causal must be as the mask has it, ${mask.causal}, got ${show(causal)}`,
     )
+  }
+  for (const name of ['cuSeqlensQ', 'cuSeqlensK'] as const) {
+    const [given, own] = [packed[name], mask[name]]
+    if (given === undefined) continue
+    if (!own) {
+      const text = `mask must be made with ${name}, which then comes with it`
+      throw refuse('ERR_ARGUMENT', op, 'mask', text)
+    }
+    // What a tensor holds is on its device
+    if (given instanceof Tensor) continue
+    const values = numbers(op, name, given, (value) => value as number, either)
+    const at = own.findIndex((offset, i) => offset !== values[i])
+    if (at >= 0 || values.length !== own.length) {
+      const text = `${name} must be as the mask has it, ${own.length} offsets`
+      const where =
+        at < 0 ? `${values.length}` : `${show(values[at])} instead of ${own[at]} at index ${at}`
+      throw refuse('ERR_ARGUMENT', op, name, `${text}, got ${where}; leave it out`)
+    }
   }
   if (mask.bounds && !mask.cacheSeqlens && cacheSeqlens !== undefined)
     throw refuse('ERR_ARGUMENT', op, 'mask', withoutCache('mask'))

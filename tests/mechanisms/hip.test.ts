@@ -898,6 +898,10 @@ describeDevices('hip mechanisms', (device) => {
         'hip: rope must be an object, got an array of 0',
       ],
       [
+        () => hipAttention(z, z, z, { layers: null as never }),
+        'hipAttention: layers must be an object with what some layers do, got null',
+      ],
+      [
         () => hipAttention(z, z, z, { scale: Number.NaN }),
         'hipAttention: scale must be a finite number, got NaN',
       ],

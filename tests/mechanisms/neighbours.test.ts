@@ -3,6 +3,7 @@ import {
   attention,
   findPatterns,
   flexPrefill,
+  flexPrefillAttention,
   hipLists,
   infiniteHip,
   type Mask,
@@ -219,13 +220,17 @@ describeDevices('mechanisms', (device) => {
 
   it('choose nothing for no queries', async () => {
     const make = (s: number) => tensor(new Float32Array(s * 32), [1, s, 2, 16], { device })
-    for (const select of [streaming, xattention, sampled, minference] as const)
+    const flex: typeof sampled = (q, k, packed) =>
+      flexPrefill(q, k, { ...(packed as PackedOptions), minBudget: 0, block: 16 })
+    for (const select of [streaming, xattention, sampled, minference, flex] as const)
       for (const sk of [0, 300])
         for (const packed of [{}, { cuSeqlensQ: [0, 0, 0], cuSeqlensK: [0, sk, sk] }]) {
           const [q, k] = [make(0), make(sk)]
           const mask = select(q, k, packed)
           expect(await mask.count()).toBe(0)
           expect(attention(q, k, k, { mask }).out.shape).toEqual([1, 0, 2, 16])
+          const always = { ...packed, denseBelow: 0 }
+          expect(flexPrefillAttention(q, k, k, always).out.shape).toEqual([1, 0, 2, 16])
         }
   })
 

@@ -1012,6 +1012,42 @@ describeDevices('attention over a mask', (device) => {
     )
   })
 
+  it('is of the packed sequences that it was made with', async () => {
+    const q = tensor(new Float32Array(64 * 16), [1, 64, 1, 16], { device })
+    const [cuSeqlensQ, cuSeqlensK] = [
+      [0, 10, 64],
+      [0, 10, 64],
+    ]
+    const packed = { cuSeqlensQ, cuSeqlensK }
+    const table = tensor(new Uint8Array(6 * 4).fill(1), [1, 1, 6, 4], { device })
+    const mask = Mask.fromBlocks(table, { sq: 64, block: 16, ...packed, device })
+    const out = async (options: object) =>
+      (await attention(q, q, q, { mask, ...options }).lse.read()) as Float32Array
+    const own = await out({})
+    expect(await out(packed)).toEqual(own)
+    const offsets = tensor(cuSeqlensQ, [3], { dtype: 'int32', device })
+    expect(await out({ cuSeqlensQ: offsets, cuSeqlensK: offsets })).toEqual(own)
+    // whose blocks would stand elsewhere, and whose documents elsewhere still
+    const documents = Mask.fromDocuments([0, 30, 64], { sq: 64, device })
+    for (const [options, message] of [
+      [
+        { cuSeqlensQ: [0, 20, 64], cuSeqlensK: [0, 20, 64] },
+        'cuSeqlensQ must be as the mask has it, 3 offsets, got 20 instead of 10 at index 1; leave it out',
+      ],
+      [
+        { cuSeqlensK: [0, 10, 64, 64] },
+        'cuSeqlensK must be as the mask has it, 3 offsets, got 4; leave it out',
+      ],
+      [
+        { ...packed, mask: documents },
+        'mask must be made with cuSeqlensQ, which then comes with it',
+      ],
+    ] as const)
+      expect((await failure(() => attention(q, q, q, { mask, ...options }))).message).toBe(
+        `attention: ${message}`,
+      )
+  })
+
   it('gives back what heads were made of', async () => {
     const options = { sq: 256, block: 64, device }
     const held = async () => {
