@@ -24,7 +24,12 @@ export type {
   FlexPrefillOptions,
 } from './mechanisms/flex-prefill.js'
 export { achievedMass, flexPrefill, flexPrefillAttention } from './mechanisms/flex-prefill.js'
-export type { HipAttentionOptions, HipDecoder, HipDecoderOptions } from './mechanisms/hip.js'
+export type {
+  HipAttentionOptions,
+  HipDecoder,
+  HipDecoderOptions,
+  HipDecoderPages,
+} from './mechanisms/hip.js'
 export { hipAttention, hipDecoder, hipPresets, hipRefresh } from './mechanisms/hip.js'
 export type { HipCacheCounts, HipOffload } from './mechanisms/hip-offload.js'
 export { infiniteHip, infiniteHipPresets, infiniteHipRope } from './mechanisms/infinite-hip.js'

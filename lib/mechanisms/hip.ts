@@ -21,7 +21,7 @@ import {
 } from '../ops/hip.js'
 import { merge } from '../ops/merge.js'
 import { scope, untrack } from '../scope.js'
-import { checkTensor, empty, type Tensor, zeros } from '../tensor.js'
+import { checkTensor, empty, full, type Tensor, zeros } from '../tensor.js'
 import { type HipCacheCounts, type HipListed, type HipOffload, hipCaches } from './hip-offload.js'
 import { attendListed, substitutes, turn } from './hip-rope.js'
 import { ofMechanisms, under } from './packed.js'
@@ -232,6 +232,16 @@ export interface HipDecoderOptions
   offload?: boolean | HipOffload | undefined
 }
 
+/** Where keys and values of a {@link HipDecoder} stand that are pages `[pages, pageSize, hk, d]`. */
+export interface HipDecoderPages {
+  /** [b, maxPages], i32, as {@link attention} takes it; pages may move, what they hold may not change. */
+  blockTable: Tensor<'int32'>
+  /** How many keys every sequence has, up to and with those of the call. */
+  length: number
+}
+
+const knownPages: ReadonlySet<string> = new Set<keyof HipDecoderPages>(['blockTable', 'length'])
+
 /** What {@link hipDecoder} makes: the lists of one layer for one sequence. A call that throws leaves it as it was. */
 export interface HipDecoder {
   /** Tokens decoded so far. */
@@ -242,10 +252,16 @@ export interface HipDecoder {
    * @param q [b, n, hq, d], n tokens in a row, up to 128: one, or a guess at several.
    * @param k [b, sk, hk, d], all keys up to and with theirs: those of the call before, and further ones.
    * @param v [b, sk, hk, dv].
+   * @param pages Where k and v are pages, with the same results; neither with `offload` nor with `rope`.
    * @throws HeddleError `ERR_SHAPE`, `ERR_DTYPE`, `ERR_ARGUMENT` or `ERR_UNSUPPORTED` at the call, `ERR_SHAPE` also where there
    * are fewer keys than in the call before, or other heads: call `reset` then.
    */
-  attend<D extends FloatDType>(q: Tensor<D>, k: Tensor<D>, v: Tensor<D>): AttentionResult<D>
+  attend<D extends FloatDType>(
+    q: Tensor<D>,
+    k: Tensor<D>,
+    v: Tensor<D>,
+    pages?: HipDecoderPages,
+  ): AttentionResult<D>
   /**
    * Has the next call make all lists and caches again, as after a guess whose keys were taken back, or a result that could
    * not be read: what is wrong with keys that a list was made of is wrong with the list.
@@ -265,12 +281,13 @@ const noCounts: HipCacheCounts = { scanned: nothing, attended: nothing }
 // What a search of a decoder finds
 interface Found {
   readonly lists: readonly HipLists[]
-  /** The last list as bits, and with sink tokens as pages, which have so many keys. */
+  /** The last list as bits, and with sink tokens as pages, which have so many keys, if keys stood one after the other. */
   readonly blocks: Tensor<'int32'>
   readonly table: Tensor<'int32'>
   readonly length: Tensor<'int32'>
-  /** Among how many keys. */
+  /** Among how many keys, and whether these were pages. */
   readonly sk: number
+  readonly paged: boolean
 }
 
 const tensorsOf = (found: Found | undefined): Tensor[] =>
@@ -293,6 +310,7 @@ function makeFound(keys: HipKeys, settings: HipSettings, words: number): Found {
       table: room(...count.shape, pages),
       length: room(...count.shape),
       sk: 0,
+      paged: false,
     }
     tensorsOf(made).forEach(untrack)
     return made
@@ -330,8 +348,7 @@ function checkRefresh(
 
 /**
  * Decoding of one sequence in one layer over the lists of {@link hip}, which stand for some tokens before they are made
- * again. The first call makes all of them. Dispose of it with its sequence. Keys stand one after the other, at positions from
- * 0 on: {@link hip} and {@link attention}, called for each token, take pages.
+ * again. The first call makes all of them. Dispose of it with its sequence. Keys stand at positions from 0 on.
  *
  * @throws HeddleError `ERR_ARGUMENT` at the call.
  * @example
@@ -355,8 +372,8 @@ export function hipDecoder(options: HipDecoderOptions = {}): HipDecoder {
   for (const [name, remedy] of [
     ['cuSeqlensQ', 'make a decoder for each sequence'],
     ['cuSeqlensK', 'make a decoder for each sequence'],
-    ['blockTable', 'call hip and attention for each token, which take pages'],
-    ['cacheSeqlens', 'give attend the keys that are there, k.slice(1, 0, length)'],
+    ['blockTable', 'give it to attend'],
+    ['cacheSeqlens', 'give attend the keys that are there, k.slice(1, 0, length), or pages'],
   ] as const)
     if (searched[name] !== undefined)
       throw refuse(
@@ -419,7 +436,13 @@ export function hipDecoder(options: HipDecoderOptions = {}): HipDecoder {
     caches?.dispose()
   }
   // What stages before `first` have found stays
-  const search = (keys: HipKeys, settings: HipSettings, first: number, words: number): Found => {
+  const search = (
+    keys: HipKeys,
+    settings: HipSettings,
+    first: number,
+    words: number,
+    sk: number,
+  ): Found => {
     const { q, k } = keys
     const isFit =
       spare?.length.device === q.device &&
@@ -433,16 +456,18 @@ export function hipDecoder(options: HipDecoderOptions = {}): HipDecoder {
     }
     const { blocks, table, length, lists: room } = spare!
     const lists = room.map((own, i) => (i < first ? found!.lists[i]! : own))
-    const last = { blocks, table, length }
+    const paged = keys.blockTable !== undefined
+    const last = paged ? { blocks } : { blocks, table, length }
     if (!caches) searchHip(keys, settings, lists, { first, last })
     else scope(() => searchHip(keys, settings, lists, { first, last, near: caches.search(k) }))
-    return { lists, blocks, table, length, sk: k.shape[1]! }
+    return { lists, blocks, table, length, sk, paged }
   }
-  // Keys have come since, and with them words of bits
+  // Room for keys has come since, and with it words of bits, or some without keys have gone
   const lengthened = (old: Found, words: number): Found => {
     const { shape, device } = old.blocks
     const blocks = zeros(shape.with(3, words), { dtype: 'int32', device })
-    blocks.slice(3, 0, shape[3]!).copyFrom(old.blocks)
+    const both = Math.min(words, shape[3]!)
+    blocks.slice(3, 0, both).copyFrom(old.blocks.slice(3, 0, both))
     return { ...old, blocks }
   }
 
@@ -515,12 +540,15 @@ export function hipDecoder(options: HipDecoderOptions = {}): HipDecoder {
     { block, sinkTokens }: HipSettings,
     window: number,
     { lists, blocks }: Found,
+    place?: Pick<HipKeys, 'blockTable' | 'cacheSeqlens'>,
   ) => {
     const { index, count } = lists.at(-1)!
     const [out, lse] = run('attention', {
       q,
       k,
       v,
+      blockTable: place?.blockTable,
+      cacheSeqlens: place?.cacheSeqlens,
       scale,
       softCap,
       masked: true,
@@ -540,10 +568,11 @@ export function hipDecoder(options: HipDecoderOptions = {}): HipDecoder {
     get tokens() {
       return tokens
     },
-    attend(q, k, v) {
+    attend(q, k, v, pages) {
       checkTensor(op, 'q', q)
       checkTensor(op, 'k', k)
       checkTensor(op, 'v', v)
+      checkOptions(op, pages, knownPages)
       const [b = 0, n = 0] = q.shape
       checkInteger(op, 'q.shape[1]', n, 1, 128)
       if (elsewhere && b !== 1)
@@ -554,7 +583,16 @@ export function hipDecoder(options: HipDecoderOptions = {}): HipDecoder {
           'rope with keys attended elsewhere than they stand takes one sequence; make a decoder for each',
         )
       const settings = settingsOf(n)
-      const [, sk = 0, hk = 0, d = 0] = k.shape
+      const { blockTable } = pages ?? {}
+      if (pages) {
+        checkTensor(op, 'blockTable', blockTable)
+        const other = rope ? 'rope' : caches ? 'offload' : undefined
+        if (other)
+          throw refuse('ERR_ARGUMENT', op, other, `${other} cannot be combined with blockTable`)
+      }
+      const room = keysOf({ q, k, blockTable })
+      const sk = pages ? checkInteger(op, 'length', pages.length, n, room) : room
+      const [, , hk = 0, d = 0] = k.shape
       const sizes = [b, q.shape[2]!, hk, d, sk]
       if (found && sizes.some((size, i) => (i < 4 ? size !== before[i] : size < before[i]!))) {
         const [ofB, heads, ofHk, ofD, keys] = before
@@ -570,14 +608,19 @@ export function hipDecoder(options: HipDecoderOptions = {}): HipDecoder {
           'offload takes contiguous keys and values of one sequence',
         )
       const size = settings.block[1]
-      const words = Math.ceil(sk / size / 32)
-      const isShared =
+      const words = Math.ceil(room / size / 32)
+      const isAlike =
         b === 1 && settings.headMode === 'all' && settings.window >= size && sk >= size
+      const place = pages && {
+        blockTable,
+        cacheSeqlens: full([b], sk, { dtype: 'int32', device: q.device }),
+      }
       const attendFound = (found: Found) => {
+        const isShared = isAlike && !pages && !found.paged
         // no list has sink tokens that stood in the window
         const isFrozen = freezeWindowStart || found.sk < settings.window + settings.sinkTokens
         const window = settings.window + (isFrozen ? sk - found.sk : 0)
-        const attend = () => attendLists(q, k, v, settings, window, found)
+        const attend = () => attendLists(q, k, v, settings, window, found, place)
         if (isShared && n === 1 && !rope)
           isGathered ??= explainCall(attend)?.variant?.endsWith('_gather') ?? false
         if (isShared && (elsewhere || (n === 1 && !rope && !isGathered)))
@@ -592,7 +635,7 @@ export function hipDecoder(options: HipDecoderOptions = {}): HipDecoder {
       const attendNext = () => {
         const first = restart(n)
         if (first < refresh.length) {
-          const next = search({ q, k }, settings, first, words)
+          const next = search({ q, k, ...place }, settings, first, words, sk)
           const result = attendFound(next)
           const unused = spare!.lists
           spare = found && {
@@ -622,6 +665,8 @@ export function hipDecoder(options: HipDecoderOptions = {}): HipDecoder {
         // they may hold keys of what was refused
         caches?.dispose()
         throw renamed(op, error, ofMechanisms)
+      } finally {
+        place?.cacheSeqlens.dispose()
       }
     },
     cacheCounts: async () => caches?.counts() ?? noCounts,

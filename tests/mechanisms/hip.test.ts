@@ -349,6 +349,64 @@ describeDevices('hip mechanisms', (device) => {
     expect(decoder.tokens).toBe(40)
   })
 
+  it('decode pages as they decode keys', async () => {
+    const rng = random(331)
+    const [b, hk, d, page, most] = [2, 2, 16, 8, 12]
+    const draw = async (heads: number) =>
+      (await sample(rng, [b, page * most, heads, d], 'float32', device, { strided: false })).tensor
+    const [q, k, v] = [await draw(4), await draw(hk), await draw(hk)]
+    const table = range(b * most)
+      .map((at) => [rng.next(), at] as const)
+      .sort(([x], [y]) => x - y)
+      .map(([, at]) => at)
+    const nan = () =>
+      tensor(new Float32Array(b * most * page * hk * d).fill(Number.NaN), undefined, { device })
+    const stages = [
+      { chunk: 16, stride: 2 },
+      { chunk: 4, stride: 1, topK: 32 },
+    ]
+    const base = { topK: 16, window: 8, sinkTokens: 4 }
+    for (const options of [
+      { ...base, refresh: 3 },
+      { ...base, refresh: 4, headMode: 'kv_group', freezeWindowStart: false },
+      { ...base, block: [64, 4], headMode: 'all' },
+      { ...base, stages, refresh: [6, 3] },
+    ] as HipDecoderOptions[])
+      for (const sequences of [1, b]) {
+        const [keys, values] = [nan(), nan()].map((x) => x.reshape([b * most, page, hk, d]))
+        using flat = hipDecoder(options)
+        using paged = hipDecoder(options)
+        let written = 0
+        for (const [step, length] of [40, 41, 42, 45, 46, 47, 49, 50, 64, 65, 66, 70].entries()) {
+          for (; written < length; written++)
+            for (let i = 0; i < sequences; i++)
+              for (const [pool, from] of [
+                [keys!, k],
+                [values!, v],
+              ] as const) {
+                const at = table[i * most + Math.floor(written / page)]!
+                const row = from.slice(0, i, i + 1).slice(1, written, written + 1)
+                const place = pool.slice(0, at, at + 1)
+                place.slice(1, written % page, (written % page) + 1).copyFrom(row)
+              }
+          const n = [1, 1, 1, 3][step % 4]!
+          const of = (x: typeof q, from: number) => x.slice(0, 0, sequences).slice(1, from, length)
+          const [x, y, z] = [of(q, length - n), of(k, 0), of(v, 0)]
+          const expected = flat.attend(x, y, z)
+          // there may be more pages than keys, also where there were fewer before
+          const width = Math.ceil(length / page) + (step % 3)
+          const rows = range(sequences).flatMap((i) => table.slice(i * most, i * most + width))
+          const blockTable = tensor(rows, [sequences, width], { dtype: 'int32', device })
+          const isFlat = step === 7
+          const { out, lse } = isFlat
+            ? paged.attend(x, y, z)
+            : paged.attend(x, keys!, values!, { blockTable, length })
+          expect(maxError(await out.read(), await expected.out.read())).toBeLessThan(1e-5)
+          expect(maxError(await lse.read(), await expected.lse.read())).toBeLessThan(1e-5)
+        }
+      }
+  })
+
   it('decode in 16 bits as in 32', async () => {
     const rng = random(325)
     // products of small whole numbers are exact, so that lists agree
@@ -848,6 +906,7 @@ describeDevices('hip mechanisms', (device) => {
   it('refuse what they cannot do', async () => {
     const z = tensor(new Float32Array(32), [1, 2, 2, 8], { device })
     const tables = { cos: z.reshape([8, 4]), sin: z.reshape([8, 4]) }
+    const pages = { blockTable: tensor([0, 0], [1, 2], { dtype: 'int32', device }), length: 3 }
     const cases = [
       [
         () => hipDecoder({ refresh: 0 }),
@@ -863,11 +922,11 @@ describeDevices('hip mechanisms', (device) => {
       ],
       [
         () => hipDecoder({ cacheSeqlens: [1] } as never),
-        "hipDecoder: cacheSeqlens is not taken here: a decoder is one sequence's; give attend the keys that are there, k.slice(1, 0, length)",
+        "hipDecoder: cacheSeqlens is not taken here: a decoder is one sequence's; give attend the keys that are there, k.slice(1, 0, length), or pages",
       ],
       [
         () => hipDecoder({ blockTable: z } as never),
-        "hipDecoder: blockTable is not taken here: a decoder is one sequence's; call hip and attention for each token, which take pages",
+        "hipDecoder: blockTable is not taken here: a decoder is one sequence's; give it to attend",
       ],
       [
         () => hipDecoder({ cuSeqlensK: [0, 2] } as never),
@@ -931,6 +990,26 @@ describeDevices('hip mechanisms', (device) => {
           return hipDecoder({ stages: hipStages, rope: tables }).attend(two, two, two)
         },
         'hipDecoder: rope with keys attended elsewhere than they stand takes one sequence; make a decoder for each',
+      ],
+      [
+        () => hipDecoder({ stages: hipStages, rope: tables }).attend(z, z, z, pages),
+        'hipDecoder: rope cannot be combined with blockTable',
+      ],
+      [
+        () => hipDecoder({ offload: true }).attend(z, z, z, pages),
+        'hipDecoder: offload cannot be combined with blockTable',
+      ],
+      [
+        () => hipDecoder().attend(z, z, z, { ...pages, length: 5 }),
+        'hipDecoder: length must be an integer from 2 to 4, got 5',
+      ],
+      [
+        () => hipDecoder().attend(z, z, z, { length: 2 } as never),
+        'hipDecoder: blockTable must be a tensor, got undefined',
+      ],
+      [
+        () => hipDecoder().attend(z, z, z, { ...pages, cacheSeqlens: [2] } as never),
+        'hipDecoder: unknown option "cacheSeqlens"',
       ],
       [
         () => hipDecoder({ topK: 7 }),
