@@ -118,6 +118,9 @@ export class Tensor<D extends DType = DType> {
   readonly strides: readonly number[]
   readonly device: Device
   #guard: Guard | undefined
+  // What views of one memory have in common, once there are some, and where in it they begin
+  #memory: object | undefined
+  #offset = 0
 
   private constructor(handle: number, dtype: D, { shape, strides }: Layout, device: Device) {
     this.#guard = guardOf(handle)
@@ -208,7 +211,22 @@ export class Tensor<D extends DType = DType> {
     // nothing lies anywhere, also where the offset would be outside
     const start = shape.includes(0) ? 0 : offset
     const handle = named(op, () => addon().view(this.handle, start, shape, strides))
-    return new Tensor(handle, this.dtype, Tensor.layout(shape, strides), this.device)
+    const view = new Tensor(handle, this.dtype, Tensor.layout(shape, strides), this.device)
+    this.#memory ??= {}
+    view.#memory = this.#memory
+    view.#offset = this.#offset + start
+    return view
+  }
+
+  // Whether an element of the other may lie where another one of this does
+  #meets(other: Tensor): boolean {
+    if (this.#memory === undefined || this.#memory !== other.#memory) return false
+    const last = ({ shape, strides }: Tensor) =>
+      shape.reduce((sum, size, i) => sum + (size - 1) * strides[i]!, 0)
+    const apart =
+      this.#offset > other.#offset + last(other) || other.#offset > this.#offset + last(this)
+    const same = this.#offset === other.#offset && `${this.strides}` === `${other.strides}`
+    return !apart && !same
   }
 
   #dimension(op: string, argument: string, value: unknown): number {
@@ -362,7 +380,17 @@ export class Tensor<D extends DType = DType> {
 
   /** A copy of its own, in row-major order. */
   clone(): Tensor<D> {
-    return Tensor.make('clone', this.shape, this.dtype, this.device).copyFrom(this)
+    return this.#copy('clone', this.dtype)
+  }
+
+  #copy<E extends DType>(op: string, dtype: E): Tensor<E> {
+    const made = Tensor.make(op, this.shape, dtype, this.device)
+    try {
+      return made.copyFrom(this)
+    } catch (error) {
+      made.dispose()
+      throw error
+    }
   }
 
   /**
@@ -371,7 +399,7 @@ export class Tensor<D extends DType = DType> {
    */
   cast<E extends DType>(dtype: E): Tensor<E> {
     if (!isDType(dtype)) throw mustBe('cast', 'dtype', `one of ${dtypes.join(', ')}`, dtype)
-    return Tensor.make('cast', this.shape, dtype, this.device).copyFrom(this)
+    return this.#copy('cast', dtype)
   }
 
   /**
@@ -393,21 +421,39 @@ export class Tensor<D extends DType = DType> {
   }
 
   /**
-   * Overwrites the elements with those of a tensor of the same shape on the same device, converting the dtype. Where that is
-   * all of its memory, a tensor whose reads were rejected can be read again.
+   * Overwrites the elements with those of a tensor of the same shape on the same device, converting the dtype. That may be
+   * another view of the same memory, whose elements are those from before. Where that is all of its memory, a tensor whose
+   * reads were rejected can be read again.
+   *
+   * @throws HeddleError `ERR_SHAPE`, `ERR_DEVICE` or `ERR_ARGUMENT`, that where elements of this tensor share memory, as after
+   * {@link Tensor.expand}.
    */
   copyFrom(source: Tensor): this {
     checkTensor('copyFrom', 'source', source)
+    this.#overwrite('copyFrom', source)
+    return this
+  }
+
+  #overwrite(op: string, source: Tensor): void {
     if (source.rank !== this.rank || source.shape.some((size, i) => size !== this.shape[i])) {
       throw refuse(
         'ERR_SHAPE',
-        'copyFrom',
+        op,
         'source',
         `source must be [${this.shape.join(', ')}], got [${source.shape.join(', ')}]`,
       )
     }
-    named('copyFrom', () => run('copy', { x: source, to: this }), 'copy')
-    return this
+    if (!this.shape.includes(0) && this.shape.some((n, i) => n > 1 && this.strides[i] === 0))
+      throw refuse(
+        'ERR_ARGUMENT',
+        op,
+        undefined,
+        `elements must not share memory (the strides are [${this.strides.join(', ')}]); call contiguous() first`,
+      )
+    const copy = (x: Tensor) => named(op, () => run('copy', { x, to: this }), 'copy')
+    if (!this.#meets(source)) return void copy(source)
+    using before = source.clone()
+    copy(before)
   }
 
   /**
@@ -419,10 +465,11 @@ export class Tensor<D extends DType = DType> {
     const given = hostValues('write', data, this.dtype)
     const source = Tensor.make('write', this.shape, given.dtype, this.device, given.bytes)
     try {
-      return this.copyFrom(source)
+      this.#overwrite('write', source)
     } finally {
       source.dispose()
     }
+    return this
   }
 
   /** @internal Overwrites part of a contiguous tensor with raw bytes. */
@@ -464,20 +511,27 @@ export class Tensor<D extends DType = DType> {
     const { source, temporary, signal } = this.#prepared(options)
     try {
       signal?.throwIfAborted()
-      const bytes = await unlessAborted(addon().read(source.handle), signal)
+      const bytes = await unlessAborted(
+        named('read', () => addon().read(source.handle)),
+        signal,
+      )
       return new hostArrays[source.dtype](bytes)
     } finally {
       if (temporary) source.dispose()
     }
   }
 
-  /** Like {@link Tensor.read}, but blocks the thread: for workers that have nothing else to do. */
+  /**
+   * Like {@link Tensor.read}, but blocks the thread: for workers that have nothing else to do. A signal counts if it was
+   * aborted before.
+   */
   readSync(options: ReadOptions & { as: 'float32' }): Float32Array<ArrayBuffer>
   readSync(options?: ReadOptions): HostArray<D>
   readSync(options?: ReadOptions): unknown {
-    const { source, temporary } = this.#prepared(options)
+    const { source, temporary, signal } = this.#prepared(options)
     try {
-      return new hostArrays[source.dtype](addon().readSync(source.handle))
+      signal?.throwIfAborted()
+      return new hostArrays[source.dtype](named('read', () => addon().readSync(source.handle)))
     } finally {
       if (temporary) source.dispose()
     }

@@ -109,6 +109,15 @@ describe('lifetime', () => {
     expect(await settled()).toEqual(before)
   })
 
+  it('of what was to hold a copy ends where there is none', async () => {
+    const x = zeros([4])
+    x.dispose()
+    const now = await settled()
+    for (const copy of [() => x.clone(), () => x.cast('int32'), () => x.read({ as: 'float32' })])
+      expect((await failure(copy)).code).toBe('ERR_DISPOSED')
+    expect(await settled()).toEqual(now)
+  })
+
   it('of values that were read goes on after their tensor', async () => {
     const x = full([4096], 3)
     const [values, again] = await Promise.all([x.read(), x.read()])
@@ -188,6 +197,11 @@ describe('an AbortSignal', () => {
     await expect(reading).rejects.toBe(reason)
     await expect(out.read({ signal: AbortSignal.abort(reason) })).rejects.toBe(reason)
     expect((await out.read({ signal: AbortSignal.timeout(50_000) })).length).toBe(out.size)
+  })
+
+  it('that was aborted before keeps a blocking read from waiting', () => {
+    const reason = new Error('no longer wanted')
+    expect(() => full([2], 4).readSync({ signal: AbortSignal.abort(reason) })).toThrow(reason)
   })
 
   it('that comes late changes nothing', async () => {

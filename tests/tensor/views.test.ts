@@ -333,6 +333,39 @@ describeDevices('views', (device) => {
     }
   })
 
+  it('copies between views of the same memory as between others', async () => {
+    const rng = random(92)
+    for (let n = 0; n < 300; n++) {
+      const [from, to] = [rng.pick(['slice', 'turn']), rng.pick(['slice', 'turn'])]
+      const [rows, inner] = [rng.pick([2, 9, 70]), rng.pick([1, 2, 9, 70])]
+      const base = tensor(rng.normals(rows * rows * inner), [rows, rows, inner], { device })
+      const part = (x: Tensor) => x.slice(0, rng.below(2)).slice(1, rng.below(2))
+      const views = [from, to].map((kind) =>
+        part(kind === 'turn' ? base.transpose(0, 1) : base),
+      ) as [Tensor, Tensor]
+      const [a, b] = [0, 1].map((i) => Math.min(...views.map((x) => x.shape[i]!))) as [
+        number,
+        number,
+      ]
+      const [source, target] = views.map((x) => x.slice(0, 0, a).slice(1, 0, b)) as [Tensor, Tensor]
+      const expected = await source.read()
+      target.copyFrom(source)
+      expect(await target.read(), `${from} ${to} ${base.shape}`).toEqual(expected)
+      for (const one of [base, ...views, source, target]) one.dispose()
+    }
+  })
+
+  it('is not written where elements share memory', async () => {
+    const x = tensor([1, 2, 3], [1, 3], { device }).expand([2, 3])
+    expect((await failure(() => x.write([1, 2, 3, 4, 5, 6]))).message).toBe(
+      'write: elements must not share memory (the strides are [0, 1]); call contiguous() first',
+    )
+    expect((await failure(() => x.copyFrom(x))).op).toBe('copyFrom')
+    expect([...(await x.read())]).toEqual([1, 2, 3, 1, 2, 3])
+    x.slice(0, 0, 1).write([4, 5, 6])
+    expect([...(await x.read())]).toEqual([4, 5, 6, 4, 5, 6])
+  })
+
   it('is contiguous or a copy', async () => {
     const x = tensor([1, 2, 3, 4, 5, 6], [2, 3], { device })
     const same = x.contiguous()
