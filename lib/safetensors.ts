@@ -1,3 +1,4 @@
+import { randomUUID } from 'node:crypto'
 import { type FileHandle, open, rename, rm } from 'node:fs/promises'
 import { checkInteger, checkOptions, mustBe, show } from './check.js'
 import type { DeviceLike } from './device.js'
@@ -352,7 +353,7 @@ export async function writeSafetensors(
   const start = Buffer.alloc(8 + padded, ' ')
   start.writeBigUInt64LE(BigInt(padded))
   text.copy(start, 8)
-  const partial = `${path}.partial-${process.pid}`
+  const partial = `${path}.partial-${randomUUID()}`
   try {
     const file = await open(partial, 'w')
     try {

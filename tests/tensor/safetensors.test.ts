@@ -304,6 +304,16 @@ describeDevices('safetensors', (device) => {
     await expect(writeSafetensors(nowhere, { x })).rejects.toThrow('ENOENT')
   })
 
+  it('is whole whoever writes it at the same time', async () => {
+    const path = fresh()
+    const sizes = [1, 1000, 3, 50_000, 7]
+    const written = sizes.map((n) => writeSafetensors(path, { x: zeros([n], { device }) }))
+    await Promise.all(written)
+    await using file = await openSafetensors(path)
+    expect(sizes).toContain((await file.load('x')).size)
+    expect(readdirSync(folder).filter((name) => name.includes('partial'))).toEqual([])
+  })
+
   it('leaves the old file and no part of a new one when a tensor fails', async () => {
     const path = fresh()
     await writeSafetensors(path, { x: tensor([1], [1], { device }) })
