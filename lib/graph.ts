@@ -1,5 +1,5 @@
 import { checkSynchronous, mustBe } from './check.js'
-import { named } from './errors.js'
+import { named, refuse } from './errors.js'
 import { addon } from './native.js'
 import { scope } from './scope.js'
 
@@ -51,13 +51,16 @@ export function graph<T>(body: () => T): Graph<T> {
     throw error
   }
   const handle = named('graph', () => native.endGraph(true))
+  let disposed = false
   const made: Graph<T> = {
     result,
     replay() {
+      if (disposed) throw refuse('ERR_DISPOSED', 'graph', undefined, 'this graph was disposed')
       named('graph', () => native.replayGraph(handle))
       return result
     },
     dispose() {
+      disposed = true
       abandoned.unregister(made)
       native.releaseGraph(handle)
     },
