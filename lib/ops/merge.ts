@@ -1,5 +1,6 @@
 import { elements, mustBe } from '../check.js'
 import type { FloatDType } from '../dtype.js'
+import { HeddleError, refuse } from '../errors.js'
 import { run } from '../native.js'
 import { checkTensor } from '../tensor.js'
 import type { AttentionResult } from './attention.js'
@@ -41,7 +42,7 @@ export function merge<D extends FloatDType>(
   }) as [AttentionResult<D>, ...AttentionResult<D>[]]
   if (others.length === 0) return { out: first.out.clone(), lse: first.lse.clone() }
   let total = first
-  for (const part of others) {
+  for (const [i, part] of others.entries()) {
     const before = total
     try {
       const [out, lse] = run('merge', {
@@ -51,6 +52,8 @@ export function merge<D extends FloatDType>(
         lseB: part.lse,
       })
       total = { out, lse } as AttentionResult<D>
+    } catch (error) {
+      throw spelled(error, i + 1)
     } finally {
       if (before !== first) {
         before.out.dispose()
@@ -59,4 +62,15 @@ export function merge<D extends FloatDType>(
     }
   }
   return total
+}
+
+// As the caller knows the arguments; what was merged before is like the first part
+function spelled(error: unknown, part: number): unknown {
+  if (!(error instanceof HeddleError) || error.argument === undefined) return error
+  const spell = (text: string) =>
+    text.replace(
+      /\b(out|lse)([AB])\b/g,
+      (_, name, side) => `parts[${side === 'A' ? 0 : part}].${name}`,
+    )
+  return refuse(error.code, 'merge', spell(error.argument), spell(error.message.slice(7)))
 }

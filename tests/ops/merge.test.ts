@@ -1,7 +1,8 @@
-import { type AttentionResult, attention, merge, tensor } from 'heddle'
+import { type AttentionResult, attention, type FloatDType, merge, tensor, zeros } from 'heddle'
 import { describe, expect, it } from 'vitest'
 import { largest, maxError } from '../support/compare.js'
 import { describeDevices, epsilon, floats } from '../support/devices.js'
+import { failure } from '../support/failure.js'
 import { random, sample } from '../support/random.js'
 
 describeDevices('merge', (device) => {
@@ -49,5 +50,17 @@ describeDevices('merge', (device) => {
       expect([...(await empty.out.read({ as: 'float32' }))]).toEqual([0, 0])
       expect([...(await empty.lse.read())]).toEqual([Number.NEGATIVE_INFINITY])
     })
+  })
+
+  it('names parts as its caller does', async () => {
+    const part = (s: number, dtype: FloatDType = 'float32') => ({
+      out: zeros([1, s, 1, 8], { dtype, device }),
+      lse: zeros([1, 1, s], { device }),
+    })
+    expect((await failure(() => merge([part(2), part(2), part(3)]))).message).toBe(
+      'merge: parts[2].out must be [b, s, h, d], got [1, 3, 1, 8] (s is 3, but parts[0].out has s = 2)',
+    )
+    const narrow = await failure(() => merge([part(2), part(2, 'bfloat16')]))
+    expect(narrow).toMatchObject({ code: 'ERR_DTYPE', op: 'merge', argument: 'parts[1].out' })
   })
 })
