@@ -205,6 +205,9 @@ function recipe(op: string, tensors: Record<string, Tensor>, options: SoftplusOp
   const { reweight = true, power = 15, offset = 1, qkNorm = true, eps = 0, ...rest } = options
   const { logD = Math.log(q.shape[3]!), scale = 1, causal = true, ...keys } = rest
   checkNumber(op, 'scale', scale, 'a positive number', (x) => x > 0 && x < Infinity)
+  checkNumber(op, 'logD', logD, 'a finite number', Number.isFinite)
+  for (const [name, flag] of Object.entries({ reweight, qkNorm }))
+    if (typeof flag !== 'boolean') throw mustBe(op, name, 'a boolean', flag)
   checkNumber(op, 'eps', eps, 'a number from 0 on', (x) => x >= 0 && x < Infinity)
   const { degenerate = 'zero', precision = 'default', ...shared } = keys
   if (precision !== 'default' && precision !== 'high')

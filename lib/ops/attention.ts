@@ -121,7 +121,8 @@ const known: ReadonlySet<string> = new Set<keyof Float8Options>([
 
 /**
  * Exact softmax attention in one fused pass: `softmax(q kᵀ · scale + …) v`, with {@link attentionDefinition} as its
- * definition. A row that sees no key gives `out = 0` and `lse = -inf`, which {@link merge} treats as nothing.
+ * definition. A row that sees no key gives `out = 0` and `lse = -inf`, or the logit of its sink, which {@link merge} treats as
+ * nothing but that.
  *
  * Of float8 the numbers are what q, k and v store times the scales of their heads, and `out` is bfloat16 or what `dtype`
  * says. `cast` gives NaN beyond 448, so a scale is best the largest magnitude of its head divided by that.
@@ -175,6 +176,8 @@ function prepare(
   const { device, shape } = q
   const { mask } = call
   if (call.weights !== undefined) call.normalise ??= divides(call.weights)
+  if (call.offset !== undefined && call.weights !== 'reweighted')
+    throw refuse('ERR_ARGUMENT', op, 'offset', 'offset goes with weights of reweighted')
   if (mask !== undefined) Object.assign(call, maskArguments(op, mask, q, k, call, made))
   const place = (name: string, placed: Tensor | undefined) => {
     if (placed) call[name] = placed

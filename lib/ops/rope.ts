@@ -46,5 +46,7 @@ export function rope<D extends FloatDType>(x: Tensor<D>, options: RopeOptions = 
   checkOptions('rope', options, known)
   if (options.theta !== undefined && options.cos !== undefined)
     throw refuse('ERR_ARGUMENT', 'rope', 'theta', 'theta cannot be combined with cos')
+  if (options.offset !== undefined && options.positions !== undefined)
+    throw refuse('ERR_ARGUMENT', 'rope', 'offset', 'offset cannot be combined with positions')
   return run('rope', { x, ...options })[0] as Tensor<D>
 }

@@ -431,6 +431,16 @@ describeDevices('softplus attention', (device) => {
     expect(() => softplusAttention(q, q, q, { scale: 0 })).toThrow(
       /scale must be a positive number/,
     )
+    expect(() => softplusAttention(q, q, q, { logD: Number.NaN })).toThrow(
+      'softplusAttention: logD must be a finite number, got NaN',
+    )
+    for (const flag of ['qkNorm', 'reweight'])
+      expect(() => softplusAttention(q, q, q, { [flag]: 1 })).toThrow(
+        `softplusAttention: ${flag} must be a boolean, got 1`,
+      )
+    expect(() => attention(q, q, q, { offset: 0 })).toThrow(
+      'attention: offset goes with weights of reweighted',
+    )
     const wide = full([1, 0, 2 ** 40, 8], 1, { device })
     expect(() => softplusAttention(wide, wide, wide, { eps: 0.1 })).toThrow(
       'softplusAttention: q must have at most 65536 heads, got 1099511627776',

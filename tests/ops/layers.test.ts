@@ -169,6 +169,9 @@ describeDevices('layers', (device) => {
       expect((await failure(() => rope(x, { cos, sin: cos, positions }).read())).message).toMatch(
         /^rope: positions must be/,
       )
+      expect((await failure(() => rope(x, { positions, offset: 2 }))).message).toBe(
+        'rope: offset cannot be combined with positions',
+      )
     })
 
     it('glu, silu, sigmoid, add and mul round once', async () => {
