@@ -615,7 +615,7 @@ export const Mask = {
 
 /** @internal Why bounds of rows that end with sk keys are of no use to shorter caches. */
 export const withoutCache = (what: string): string =>
-  `${what} must be made with cacheSeqlens, as its rows stand at the end of their caches`
+  `${what} must be made with cacheSeqlens, where its rows stand at the ends of caches, got one without`
 
 /** @internal Refuses what is no mask. */
 export function checkMask(op: string, value: unknown): asserts value is Mask {
@@ -817,7 +817,7 @@ function combine(a: MaskParts, other: Mask, intersect: boolean): Mask {
     if (a[key] !== b[key] && a[key] !== 1 && b[key] !== 1) throw disagree(key, a[key], b[key])
   const bounds = a.bounds ?? b.bounds
   if (bounds && !(a.bounds ? a : b).cacheSeqlens && (a.cacheSeqlens ?? b.cacheSeqlens))
-    throw refuse('ERR_ARGUMENT', 'mask', 'other', withoutCache('a mask of documents'))
+    throw refuse('ERR_ARGUMENT', 'mask', 'other', withoutCache(a.bounds ? 'this' : 'other'))
   if (!intersect && bounds) throw disagree('no bounds of rows', 'in a union', 'some')
   if (a.bounds && b.bounds) throw disagree('no bounds of rows', 'beside such bounds', 'some')
   // What sees all that its bounds allow takes its lists from the other

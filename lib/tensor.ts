@@ -448,7 +448,7 @@ export class Tensor<D extends DType = DType> {
         'ERR_ARGUMENT',
         op,
         undefined,
-        `elements must not share memory (the strides are [${this.strides.join(', ')}]); call contiguous() first`,
+        `elements must not share memory, got strides [${this.strides.join(', ')}]; call contiguous() first`,
       )
     const copy = (x: Tensor) => named(op, () => run('copy', { x, to: this }), 'copy')
     if (!this.#meets(source)) return void copy(source)

@@ -110,7 +110,7 @@ export function maskArguments(
     const [given, own] = [packed[name], mask[name]]
     if (given === undefined) continue
     if (!own) {
-      const text = `mask must be made with ${name}, which then comes with it`
+      const text = `mask must be made with ${name}, which then comes with it, got one without`
       throw refuse('ERR_ARGUMENT', op, 'mask', text)
     }
     // What a tensor holds is on its device

@@ -30,7 +30,7 @@ const sentences: readonly RegExp[] = [
   /^cannot allocate \d+ (pinned )?bytes (on (cpu|cuda:\d+), where \d+ (pinned )?bytes are in use; dispose tensors|of host memory)/,
   /^ran out of host memory$/,
   /^device cuda:\d+ cannot be used: \S.*; \S/,
-  /^this tensor was disposed$/,
+  /^this (tensor|graph) was disposed$/,
 ]
 
 /** What is wrong with an error of the library: its class, its code, or the grammar of its message. */
