@@ -817,7 +817,12 @@ function combine(a: MaskParts, other: Mask, intersect: boolean): Mask {
     if (a[key] !== b[key] && a[key] !== 1 && b[key] !== 1) throw disagree(key, a[key], b[key])
   const bounds = a.bounds ?? b.bounds
   if (bounds && !(a.bounds ? a : b).cacheSeqlens && (a.cacheSeqlens ?? b.cacheSeqlens))
-    throw refuse('ERR_ARGUMENT', 'mask', 'other', withoutCache(a.bounds ? 'this' : 'other'))
+    throw refuse(
+      'ERR_ARGUMENT',
+      'mask',
+      a.bounds ? undefined : 'other',
+      withoutCache(a.bounds ? 'this' : 'other'),
+    )
   if (!intersect && bounds) throw disagree('no bounds of rows', 'in a union', 'some')
   if (a.bounds && b.bounds) throw disagree('no bounds of rows', 'beside such bounds', 'some')
   // What sees all that its bounds allow takes its lists from the other
