@@ -301,7 +301,7 @@ void run_portable(const Attention& op, CudaContext& context, const int* only_if)
   const Tensor& q = op.q;
   ForwardArgs args = portable_args(op);
   args.only_if = only_if;
-  const int64_t tiles = args.tiles = row_tiles(args);
+  const int64_t tiles = tile_count(args);
   HEDDLE_CHECK(tiles < INT32_MAX && args.hq <= 65535, kUnsupported, "q",
                "q has too many rows or heads for one call");
   // Few rows over many keys leave most of the chip idle, so their keys are split

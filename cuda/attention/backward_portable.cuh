@@ -430,10 +430,7 @@ inline void backward_redo(const BackwardArgs& args, const GradientTiles& tiles, 
 inline void backward_portable(const BackwardArgs& args, CudaContext& context) {
   const ForwardArgs& call = args.call;
   const int64_t rows = call.b * call.hq * call.sq;
-  const auto tiles = [&](int64_t size) {
-    return static_cast<unsigned>(call.cu_seqlens_q ? size / kRowTile + call.sequences + 1
-                                                   : call.b * ((size + kRowTile - 1) / kRowTile));
-  };
+  const auto tiles = [&](bool keys) { return static_cast<unsigned>(tile_count(call, keys)); };
   const bool extra = call.masked || call.cosine || call.level || args.bias_sums;
   const auto launch_gradient = [&](auto* kernel, unsigned count, int64_t heads) {
     if (count == 0) return;
@@ -447,11 +444,11 @@ inline void backward_portable(const BackwardArgs& args, CudaContext& context) {
     context.launched("attention_delta_kernel");
     launch_gradient(
         extra ? attention_gradient_kernel<false, true> : attention_gradient_kernel<false, false>,
-        tiles(call.sq), call.hq);
+        tiles(false), call.hq);
   }
   launch_gradient(
       extra ? attention_gradient_kernel<true, true> : attention_gradient_kernel<true, false>,
-      tiles(call.sk), call.hk);
+      tiles(true), call.hk);
   sum_bias(args, context);
   sum_heads(args, context);
 }

@@ -28,7 +28,6 @@ struct ForwardArgs {
   void* out;                              // [b, sq, hq, dv]
   float* lse;                             // [b, hq, sq]
   float *part_out, *part_max, *part_sum;  // of each split, unnormalised; null without splits
-  int64_t tiles;                          // of rows
   int64_t b, sq, sk, hq, hk, sequences, pages, page_size, window;
   int d, dv, splits;
   const void* bias;  // null for none; of bias_dtype, with strides of 0 where it is broadcast

@@ -65,6 +65,13 @@ __device__ inline Place find_place(const ForwardArgs& p, int64_t tile, bool keys
   return {0, 0, 0, 0, 0, 0, 0, false};
 }
 
+// As many tiles as find_place may find, and some more of packed sequences
+HEDDLE_HD inline int64_t tile_count(const ForwardArgs& p, bool keys = false) {
+  const int64_t size = keys ? p.sk : p.sq;
+  return p.cu_seqlens_q ? size / kRowTile + p.sequences + 1
+                        : p.b * ((size + kRowTile - 1) / kRowTile);
+}
+
 // Where key `t` of a sequence stands, or null if its page does not exist
 template <class T>
 __device__ inline const T* key_at(const ForwardArgs& p, const Heads& x, const Place& place,
@@ -369,7 +376,7 @@ template <class T>
 __global__ void __launch_bounds__(kAttentionThreads) attention_portable_kernel(ForwardArgs p) {
   if (p.only_if && *p.only_if == 0) return;
   extern __shared__ float smem[];
-  for (int64_t tile = blockIdx.x; tile < p.tiles; tile += gridDim.x) {
+  for (int64_t tile = blockIdx.x; tile < tile_count(p); tile += gridDim.x) {
     attention_tile<T>(p, smem, tile);
     __syncthreads();
   }
@@ -407,11 +414,6 @@ template <class T> __global__ void attention_join_kernel(ForwardArgs p) {
     }
     if (lane == 0) p.lse[row] = total == 0 ? -INFINITY : top + logf(total);
   }
-}
-
-inline int64_t row_tiles(const ForwardArgs& args) {
-  return args.cu_seqlens_q ? args.sq / kRowTile + args.sequences + 1
-                           : args.b * ((args.sq + kRowTile - 1) / kRowTile);
 }
 
 // `columns` CTAs share the tiles of a head and a split

@@ -190,10 +190,10 @@ void run(const SplitCall& call) {
     args.part_max = part_max.data();
     args.part_sum = part_sum.data();
   }
-  args.tiles = row_tiles(args);
+  const int64_t tiles = tile_count(args);
   CudaContext context;
   // some CTAs take several tiles
-  forward_portable<T>(args, call.causal ? (args.tiles + 1) / 2 : args.tiles, context);
+  forward_portable<T>(args, call.causal ? (tiles + 1) / 2 : tiles, context);
   for (int64_t i = 0; i < call.b * call.sq * call.hq; ++i)
     std::copy_n(out.data() + i * call.dv, call.dv,
                 static_cast<uint16_t*>(call.out) + i / call.hq / call.sq * call.out_strides.batch +
