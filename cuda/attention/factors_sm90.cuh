@@ -11,6 +11,8 @@
 namespace heddle {
 namespace {
 
+constexpr int kPiece = 8;  // numbers of 16 bits
+
 struct FactorArgs {
   const uint16_t* x;  // [b, s, h, d]
   Strides strides;
@@ -41,7 +43,7 @@ inline FactorArgs q_rows(const ForwardCall& call) {
           SeenKeys(call),
           call.b * call.sq * call.hq,
           static_cast<int>(call.d),
-          static_cast<int>(std::bit_ceil(static_cast<uint64_t>(call.d / 8)))};
+          static_cast<int>(std::bit_ceil(static_cast<uint64_t>(call.d / kPiece)))};
 }
 inline FactorArgs k_rows(const ForwardCall& call) {
   FactorArgs args = q_rows(call);
@@ -74,8 +76,6 @@ inline FactorArgs k_units(const ForwardCall& call, const CosineRows& rows) {
 __device__ __forceinline__ int64_t divide(int64_t a, int64_t b) {
   return a >> 32 ? a / b : static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
 }
-
-constexpr int kPiece = 8;
 
 // A thread's piece of a row, and of all pieces together the largest and the sum of the squares
 struct RowPiece {
@@ -156,8 +156,10 @@ template <DType kType> __global__ void attention_factor_kernel(FactorArgs p) {
 #pragma unroll
         for (int e = 0; e < kPiece; ++e) {
           numbers[e] = piece.numbers[e] * factor;
-          shift = fmaf(numbers[e], center[e], shift);
-          if (p.keys) numbers[e] -= center[e];
+          if (p.keys)
+            numbers[e] -= center[e];
+          else
+            shift = fmaf(numbers[e], center[e], shift);
         }
         uint32_t units[kPiece / 2];
 #pragma unroll
@@ -166,9 +168,12 @@ template <DType kType> __global__ void attention_factor_kernel(FactorArgs p) {
         *reinterpret_cast<uint4*>(p.units + row * p.d + at) = {units[0], units[1], units[2],
                                                                units[3]};
       }
-      for (int lane = p.lanes / 2; lane > 0; lane /= 2) shift += __shfl_xor_sync(~0u, shift, lane);
-      // of a row that is no number products are none; what is masked of it stays so
-      if (reads && at == 0 && p.shifts) p.shifts[own * p.s + token] = shift == shift ? shift : 0;
+      if (!p.keys) {
+        for (int lane = p.lanes / 2; lane > 0; lane /= 2)
+          shift += __shfl_xor_sync(~0u, shift, lane);
+        // of a row that is no number products are none; what is masked of it stays so
+        if (reads && at == 0) p.shifts[own * p.s + token] = shift == shift ? shift : 0;
+      }
     } else if (reads && at == 0) {
       p.factors[own * p.factor_row + token] = factor;
     }
