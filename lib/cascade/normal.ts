@@ -188,13 +188,12 @@ function product(a: Term, b: Term): Form {
   }
   const coefficient = a.coefficient * b.coefficient
   // if(t, x, 0) / if(t, x, 0) is 0 where t does not hold
-  const hidden = [...powers.values()].filter((one) => one.power === 0 && isCut(one))
+  const hidden = [...powers.values()].flatMap((one) => (one.power === 0 && cutIn(one)) || [])
   if (hidden.length > 0) {
-    for (const { atom } of hidden) powers.delete(atom.key)
-    const rest = formOf([termOf(a.coefficient * b.coefficient, [...powers.values()])])
+    for (const { key } of hidden) powers.delete(key)
+    const rest = formOf([termOf(coefficient, [...powers.values()])])
     const value = exponents.length > 0 ? times(rest, exponential(plus(...exponents))) : rest
-    const tests = hidden.flatMap(({ atom }) => (atom.kind === 'if' ? [atom.test] : []))
-    return tests.reduce((all, test) => times(all, choose(test, number(1), number(0))), value)
+    return hidden.reduce((all, { test }) => times(all, choose(test, number(1), number(0))), value)
   }
   // A sum to the power of one is a sum again
   const sums = [...powers.values()].filter(({ atom, power }) => atom.kind === 'sum' && power === 1)
@@ -297,11 +296,18 @@ const sumsUp = ({ terms }: Form): boolean =>
 
 const isSize = ({ atom }: Factor) => atom.kind === 'name' && /^[A-Z]/.test(atom.name)
 
+const readsTensors = ({ free }: { free: ReadonlySet<string> }): boolean =>
+  [...free].some((one) => one.endsWith('[]'))
+
 // A choice that indices alone decide
 const byIndex = ({ atom }: Factor) =>
-  atom.kind === 'if' && ![...atom.test.free].some((one) => one.endsWith('[]')) ? atom : undefined
+  atom.kind === 'if' && !readsTensors(atom.test) ? atom : undefined
 
-const isCut = (one: Factor): boolean => byIndex(one)?.no.key === '0'
+// if(t, x, 0)
+function cutIn(one: Factor) {
+  const found = byIndex(one)
+  return found?.no.key === '0' ? found : undefined
+}
 
 // if(t, b, -inf), which sizes and positive numbers may multiply
 function hidingIn({ coefficient, factors }: Term) {
@@ -325,18 +331,13 @@ export function exponential(form: Form): Form {
   // exp(n log x) = x^n of sums over a rank and of numbers; the logarithm of a tensor is a summand of a score
   const logs = form.terms.filter((term) => {
     const inner = logIn(term)
-    const [only, ...more] = inner?.terms ?? []
-    const isNumber =
-      more.length === 0 && ![...(inner?.free ?? [])].some((one) => one.endsWith('[]'))
-    return only && (isNumber || sumsUp(inner!))
+    if (!inner || inner.terms.length === 0) return false
+    return (inner.terms.length === 1 && !readsTensors(inner)) || sumsUp(inner)
   })
   if (logs.length === 0) return atomForm(call('exp', [form]))
   const rest = form.terms.filter((term) => !logs.includes(term))
   return logs.reduce(
-    (value, { coefficient, factors }) => {
-      const { atom } = factors[0]!
-      return times(value, power(atom.kind === 'call' ? atom.args[0]! : form, coefficient))
-    },
+    (value, term) => times(value, power(logIn(term)!, term.coefficient)),
     exponential(formOf(rest)),
   )
 }
@@ -793,18 +794,12 @@ export class Normal {
     return plus(
       ...form.terms.map((term) => {
         // if(t, x, 0) of what is summed is x where t holds
-        const cut = term.factors.find(
-          (one) =>
-            one.power === 1 && isCut(one) && one.atom.kind === 'if' && depends(one.atom.test),
-        )
-        if (cut?.atom.kind === 'if') {
-          const rest = formOf([
-            termOf(
-              term.coefficient,
-              term.factors.filter((one) => one !== cut),
-            ),
-          ])
-          const { test, yes } = cut.atom
+        const cuts = term.factors.flatMap((one) => (one.power === 1 && cutIn(one)) || [])
+        const cut = cuts.find(({ test }) => depends(test))
+        if (cut) {
+          const others = term.factors.filter(({ atom }) => atom !== cut)
+          const rest = formOf([termOf(term.coefficient, others)])
+          const { test, yes } = cut
           const more = test.kind === 'and' ? test.parts : [test]
           return this.sum(variable, times(rest, yes), distinct([...where, ...more]))
         }
@@ -905,8 +900,7 @@ export class Normal {
         const swaps =
           [yes.key, no.key].indexOf('-1 inf') === 0 || (yes.key === '0' && no.key !== '-1 inf')
         const [test] = this.predicate(expr.test, limits, true)
-        if (!swaps || [...test!.free].some((one) => one.endsWith('[]')))
-          return choose(test!, yes, no)
+        if (!swaps || readsTensors(test!)) return choose(test!, yes, no)
         const [other] = this.predicate(expr.test, limits, true, true)
         return choose(other!, no, yes)
       }
@@ -1004,7 +998,7 @@ export class Normal {
         if (op === '<=' || op === '>=') return [condition({ kind: '<=', form: difference })]
         // 1 more of what counts; m < M / 2 does not
         const counts =
-          ![...difference.free].some((name) => name.endsWith('[]')) &&
+          !readsTensors(difference) &&
           difference.terms.every(
             ({ coefficient, factors }) =>
               Number.isInteger(coefficient) && factors.every(({ power }) => power > 0),
