@@ -130,7 +130,7 @@ async function measure(
   const error = await made.check()
   const share = await made.share?.()
   const flops = made.flops * (share ?? 1)
-  const budget = pause > 0 ? Math.min(5, roundMilliseconds(device)) : roundMilliseconds(device)
+  const budget = pause > 0 ? 5 : roundMilliseconds(device)
   const { times, once } = await repeatsFor(made.run, device, budget)
   const peers = alone
     ? []
