@@ -59,7 +59,8 @@ double Environment::add(StorageRef storage, const Tensor& view, bool owns) {
     free_.pop_back();
   }
   TensorEntry& entry = entries_[slot];
-  entry.accounted = owns ? static_cast<int64_t>(storage->nbytes) : 0;
+  const double weight = storage->pinned ? 1 : storage->backend->weight;
+  entry.accounted = owns ? static_cast<int64_t>(static_cast<double>(storage->nbytes) * weight) : 0;
   entry.storage = std::move(storage);
   entry.view = view;
   account(entry.accounted);

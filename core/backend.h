@@ -112,7 +112,7 @@ struct MemoryCount {
 // are called on the thread of that environment and return at once; call-backs come on any thread.
 class Backend : public std::enable_shared_from_this<Backend> {
  public:
-  explicit Backend(Device device) : device(device) {}
+  explicit Backend(Device device, double weight = 1) : device(device), weight(weight) {}
   virtual ~Backend() = default;
 
   // Pinned memory is the host's, and the device reads and writes it through the same pointers
@@ -133,6 +133,8 @@ class Backend : public std::enable_shared_from_this<Backend> {
   virtual void stop() = 0;
 
   const Device device;
+  // What the garbage collector, which knows the host's memory alone, hears of a byte of this one
+  const double weight;
   MemoryCount memory;
 
  protected:

@@ -60,7 +60,7 @@ class PinnedPool : public std::enable_shared_from_this<PinnedPool> {
 class CudaBackend final : public Backend {
  public:
   CudaBackend(int index, DeviceInfo info)
-      : Backend({Device::kCuda, index}), info_(std::move(info)) {
+      : Backend({Device::kCuda, index}, weight_of(info.memory)), info_(std::move(info)) {
     HEDDLE_CUDA(cudaSetDevice(index));
     HEDDLE_CUDA(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
     cudaMemPool_t pool;
@@ -151,7 +151,7 @@ class CudaBackend final : public Backend {
     if (nbytes)
       HEDDLE_CUDA(cudaMemcpyAsync(static_cast<char*>(to->data) + offset, from.get(), nbytes,
                                   cudaMemcpyDefault, stream_));
-    uploads_.push_back({record(), std::move(to), std::move(from), std::move(gate)});
+    uploads_.push_back({record(), std::move(from), std::move(gate)});
   }
 
   void download(StorageRef from, size_t offset, size_t nbytes, HostBuffer to,
@@ -235,9 +235,16 @@ class CudaBackend final : public Backend {
   }
 
  private:
+  // A device is a gigabyte to the garbage collector, which begins to mark at 64 MB: a sixteenth of
+  // it. Told of every byte it collected in every call with results of gigabytes, for milliseconds.
+  static double weight_of(size_t memory) {
+    constexpr double kGigabyte = size_t{1} << 30;
+    return std::min(1.0, kGigabyte / static_cast<double>(std::max<size_t>(memory, 1)));
+  }
+
+  // Memory that is copied to is let go of in the order of the stream
   struct Upload {
     cudaEvent_t event;
-    StorageRef to;
     HostBuffer from;
     std::shared_ptr<Gate> gate;
   };
@@ -357,8 +364,7 @@ class CudaBackend final : public Backend {
     for (HostBuffer& buffer : retired) {
       cudaEvent_t event = nullptr;
       // A device that fails here was lost, and uses nothing any more: copies from it say so
-      if (try_record(event) == cudaSuccess)
-        uploads_.push_back({event, nullptr, std::move(buffer), nullptr});
+      if (try_record(event) == cudaSuccess) uploads_.push_back({event, std::move(buffer), nullptr});
     }
     while (!uploads_.empty() && cudaEventQuery(uploads_.front().event) == cudaSuccess) {
       {

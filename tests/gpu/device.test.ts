@@ -29,6 +29,40 @@ describeGpu('cuda', () => {
     expect(cuda.reason).toBeUndefined()
   })
 
+  it('lets garbage be collected when tensors pile up, and not for results that are disposed of', async () => {
+    const { stdout, stderr } = await runScript(`
+      const { constants, PerformanceObserver } = require('node:perf_hooks')
+      const { cuda, empty, memory } = heddle
+      const device = 'cuda:0'
+      const turn = () => new Promise(setImmediate)
+      let collections = 0
+      new PerformanceObserver((list) => {
+        for (const { detail } of list.getEntries())
+          if (detail.kind !== constants.NODE_PERFORMANCE_GC_MINOR) collections++
+      }).observe({ entryTypes: ['gc'] })
+      const run = async () => {
+        for (let i = 0; i < 50; i++) {
+          const made = [1, 2, 3].map(() => empty([2 ** 28], { device }))
+          for (const one of made) one.dispose()
+          await turn()
+        }
+        console.log(collections)
+        let most = 0
+        for (let i = 0; i < 1000; i++) {
+          for (let j = 0; j < 20; j++) empty([2 ** 24], { device })
+          most = Math.max(most, memory(device).bytes)
+          await turn()
+        }
+        console.log(most)
+      }
+      run()`)
+    expect(stderr).toBe('')
+    const [collections, most] = stdout.split('\n').map(Number)
+    expect(collections).toBe(0)
+    // 1,342 GB in all
+    expect(most).toBeLessThan(cuda.devices[0]!.memory / 3)
+  }, 60_000)
+
   it('takes a call of nothing as the first of a process', async () => {
     const { stdout, stderr } = await runScript(`
       const x = heddle.zeros([1, 0, 2, 8], { device: 'cuda' })
