@@ -8,19 +8,18 @@
 namespace heddle {
 namespace {
 
-void launch_factors(const ForwardCall& call, FactorArgs args, CudaContext& context) {
+void launch_factors(const ForwardCall& call, const FactorArgs& q, const FactorArgs& k,
+                    CudaContext& context) {
   auto* kernel = call.dtype == DType::kF16 ? attention_factor_kernel<DType::kF16>
                                            : attention_factor_kernel<DType::kBF16>;
-  const int64_t blocks = std::clamp<int64_t>((args.rows * args.lanes + kThreads - 1) / kThreads, 1,
-                                             context.processors * 8);
-  kernel<<<static_cast<unsigned>(blocks), kThreads, 0, context.stream>>>(args);
+  const auto blocks = [&](const FactorArgs& args) {
+    return static_cast<int>(std::clamp<int64_t>((args.rows * args.lanes + kThreads - 1) / kThreads,
+                                                1, context.processors * 4));
+  };
+  const int of_q = blocks(q);
+  kernel<<<static_cast<unsigned>(of_q + blocks(k)), kFactorThreads, 0, context.stream>>>(q, k,
+                                                                                         of_q);
   context.launched("attention_factor_kernel");
-}
-
-int* clear_word(CudaContext& context) {
-  int* word = context.scratch<int>(1);
-  HEDDLE_CUDA(cudaMemsetAsync(word, 0, sizeof(int), context.stream));
-  return word;
 }
 
 }  // namespace
@@ -28,34 +27,32 @@ int* clear_word(CudaContext& context) {
 const int* row_factors(ForwardCall& call, CudaContext& context) {
   // copied 16 bytes at a time
   const auto whole_row = [](int64_t s) { return (s + 3) / 4 * 4 + 128; };
-  int* strange = clear_word(context);
+  int* strange = context.scratch<int>(1);
+  HEDDLE_CUDA(cudaMemsetAsync(strange, 0, sizeof(int), context.stream));
   const auto factors = [&](FactorArgs args) {
     args.factor_row = whole_row(args.s);
     args.factors = context.scratch<float>(static_cast<size_t>(call.b * args.h * args.factor_row));
     args.strange = strange;
-    launch_factors(call, args, context);
-    return args.factors;
+    return args;
   };
-  call.slots.q_factors = factors(q_rows(call));
-  call.slots.k_factors = factors(k_rows(call));
-  call.slots.q_row = whole_row(call.sq);
-  call.slots.k_row = whole_row(call.sk);
+  const FactorArgs q = factors(q_rows(call)), k = factors(k_rows(call));
+  launch_factors(call, q, k, context);
+  call.slots.q_factors = q.factors;
+  call.slots.k_factors = k.factors;
+  call.slots.q_row = q.factor_row;
+  call.slots.k_row = k.factor_row;
   return strange;
 }
 
 const int* cosine_rows(const ForwardCall& call, const CosineRows& rows, CudaContext& context) {
-  int* strange = clear_word(context);
-  const FactorArgs keys = k_units(call, rows);
+  FactorArgs q = q_units(call, rows), k = k_units(call, rows);
+  q.strange = k.strange = context.scratch<int>(1);
   auto* kernel = call.dtype == DType::kF16 ? attention_center_kernel<DType::kF16>
                                            : attention_center_kernel<DType::kBF16>;
-  const auto heads = static_cast<unsigned>(call.b * call.hk);
-  kernel<<<heads, kCenterThreads, 0, context.stream>>>(keys);
+  kernel<<<static_cast<unsigned>(call.b * call.hk), kCenterThreads, 0, context.stream>>>(k);
   context.launched("attention_center_kernel");
-  for (FactorArgs args : {q_units(call, rows), keys}) {
-    args.strange = strange;
-    launch_factors(call, args, context);
-  }
-  return strange;
+  launch_factors(call, q, k, context);
+  return k.strange;
 }
 
 }  // namespace heddle

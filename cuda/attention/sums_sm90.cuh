@@ -7,7 +7,7 @@
 //
 // A tile is 64 rows of q for each computing warpgroup; warpgroup 0 loads. Products of one warpgroup
 // hide behind what the others make of theirs: two of scores that take long to map, or four of
-// unit rows, which also tell the highest score of each row.
+// unit rows, which multiply one after the other and also tell the highest score of each row.
 namespace heddle {
 namespace {
 
@@ -102,6 +102,14 @@ __global__ void __launch_bounds__(SumsTile<kUnits>::kThreads, 1)
     if (lane == 0) empty.arrive();
   };
 
+  // products at the same time would end at the same time
+  const auto await_turn = [&] {
+    if (kUnits) named_barrier_sync(1 + own, 256);
+  };
+  const auto pass_turn = [&] {
+    if (kUnits) named_barrier_arrive(1 + (own + 1) % Shape::kWarpgroups, 256);
+  };
+  if (own == Shape::kWarpgroups - 1) pass_turn();
   for (uint32_t visit = 0, used = 0;; ++visit) {
     const Turn<kBuffers> q(visit);
     smem.q_full[q.stage].wait(q.parity);
@@ -140,6 +148,8 @@ __global__ void __launch_bounds__(SumsTile<kUnits>::kThreads, 1)
       const Turn<kStages> k(used + j);
       smem.k_full[k.stage].wait(k.parity);
       release(smem.k_empty[k.stage]);
+      await_turn();
+      pass_turn();
     }
 #pragma unroll 1
     for (int j = skipped; j < key_tiles; ++j) {
@@ -155,6 +165,7 @@ __global__ void __launch_bounds__(SumsTile<kUnits>::kThreads, 1)
         }
       }
       smem.k_full[k.stage].wait(k.parity);
+      await_turn();
       wgmma_fence(acc);
 #pragma unroll
       for (int d = 0; d < kD; d += 16)
@@ -162,6 +173,7 @@ __global__ void __launch_bounds__(SumsTile<kUnits>::kThreads, 1)
                                 smem.k[k.stage].k_major(0, d), d > 0);
       wgmma_commit();
       wgmma_wait<0>(acc);
+      pass_turn();
       release(smem.k_empty[k.stage]);
       if constexpr (!kUnits) slots.map(acc, ahead, bounds, column_of(j), work.sk);
       const int tile = tile_of(j);
@@ -187,6 +199,7 @@ __global__ void __launch_bounds__(SumsTile<kUnits>::kThreads, 1)
     }
     release(smem.q_empty[q.stage]);
   }
+  if (own == 0) await_turn();  // nobody leaves with a turn passed to nobody
 }
 
 }  // namespace

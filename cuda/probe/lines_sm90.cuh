@@ -282,18 +282,18 @@ __global__ void __launch_bounds__(kLineThreads, 1)
     }
   };
   float acc[64];
-  // Calls body(n) for the scores of each turn. In the first walk warpgroups multiply one after the
-  // other: products at the same time end at the same time, and then all have exponentials. In the
-  // second products wait for shared memory.
+  constexpr int kFirstTurn = 1;  // a barrier for each warpgroup
+  // Calls body(n) for the scores of each turn. Warpgroups multiply one after the other: products at
+  // the same time end at the same time, and then all have exponentials.
   const auto walk = [&](const auto& body) {
-    if (!kSums && own == 3) named_barrier_arrive(1, 256);
+    if (own == 3) named_barrier_arrive(kFirstTurn, 256);
     smem.q_full.wait(0);
     pass(own_set);
 #pragma unroll 1
     for (int n = 0; n < turns; ++n) {
       if (n > 0) pass(sets - 1);
       await_keys();
-      if (!kSums) named_barrier_sync(1 + own, 256);
+      named_barrier_sync(kFirstTurn + own, 256);
       wgmma_fence(acc);
 #pragma unroll
       for (int d = 0; d < kD; d += 16) {
@@ -305,12 +305,12 @@ __global__ void __launch_bounds__(kLineThreads, 1)
       }
       wgmma_commit();
       wgmma_wait<0>(acc);
-      if (!kSums) named_barrier_arrive(1 + (own + 1) % 4, 256);
+      named_barrier_arrive(kFirstTurn + (own + 1) % 4, 256);
       release();
       body(n);
     }
     pass(sets - 1 - own_set);
-    if (!kSums && own == 0) named_barrier_sync(1, 256);
+    if (own == 0) named_barrier_sync(kFirstTurn, 256);
   };
 
   if constexpr (kSums) {
@@ -319,7 +319,7 @@ __global__ void __launch_bounds__(kLineThreads, 1)
     const float2 all =
         merge_stats(plan.parts, [&](int i) { return stats[i * kLineQueries + thread]; });
     lse[thread] = all.x + log2f(all.y);
-    named_barrier_sync(1 + own, 128);
+    named_barrier_sync(kFirstTurn + 4 + own, 128);
 
     const int64_t strip = set * int64_t{4} + warp;
     const int first = static_cast<int>(strip) * plan.strip;

@@ -670,14 +670,26 @@ const kernels: Kernel[] = [
       {
         what: 'numbers behind the end of a cache count',
         file: 'attention/factors_sm90.cuh',
-        from: 'token < p.seen.of(batch)',
+        from: 'at.token < p.seen.of(at.batch)',
         to: 'true',
       },
       {
         what: 'a key that is no number is common to all',
         file: 'attention/factors_sm90.cuh',
-        from: 'piece.square < INFINITY ?',
+        from: 'own.square < INFINITY ?',
         to: 'true ?',
+      },
+      {
+        what: 'rows of the next sequence stand behind those of this one',
+        file: 'attention/factors_sm90.cuh',
+        from: 'batch += by.batch + next_batch;',
+        to: 'batch += by.batch;',
+      },
+      {
+        what: 'keys of all heads have the same in common',
+        file: 'attention/factors_sm90.cuh',
+        from: 'kept != of_center',
+        to: 'of_center < 0',
       },
       {
         what: 'scores of others lack what keys have in common',
@@ -731,8 +743,8 @@ const kernels: Kernel[] = [
       {
         what: 'keys are used before they arrived',
         file: sums,
-        from: 'smem.k_full[k.stage].wait(k.parity);\n      wgmma_fence(acc);',
-        to: 'wgmma_fence(acc);',
+        from: 'smem.k_full[k.stage].wait(k.parity);\n      await_turn();',
+        to: 'await_turn();',
       },
       {
         what: 'a tile is loaded before the last one was used',
@@ -743,8 +755,8 @@ const kernels: Kernel[] = [
       {
         what: 'a tile is given back while products read it',
         file: sums,
-        from: 'wgmma_wait<0>(acc);\n      release(smem.k_empty[k.stage]);',
-        to: 'release(smem.k_empty[k.stage]);\n      wgmma_wait<0>(acc);',
+        from: 'wgmma_wait<0>(acc);\n      pass_turn();\n      release(smem.k_empty[k.stage]);',
+        to: 'release(smem.k_empty[k.stage]);\n      wgmma_wait<0>(acc);\n      pass_turn();',
       },
       {
         what: 'scores are added up while they are multiplied',

@@ -444,21 +444,20 @@ const Case kCases[] = {
      .slots = {.weights = kSoftplus, .length_scale = 30, .cosine = true}},
 };
 
-void write_rows(FactorArgs args) {
-  int strange = 0;
-  args.strange = &strange;
-  emulator::launch(3, 128, 0, [&] { attention_factor_kernel<kType>(args); });
+void write_rows(FactorArgs q, FactorArgs k, int strange = 0) {
+  q.strange = k.strange = &strange;
+  emulator::launch(5, 128, 0, [&] { attention_factor_kernel<kType>(q, k, 3); });
   if (strange) emulator::fault("an ordinary row is said to be strange");
 }
 
 // What row_factors does on a GPU
-void write_factors(const ForwardCall& call) {
-  for (FactorArgs args : {q_rows(call), k_rows(call)}) {
-    const bool q = args.x == call.q;
-    args.factor_row = q ? call.slots.q_row : call.slots.k_row;
-    args.factors = const_cast<float*>(q ? call.slots.q_factors : call.slots.k_factors);
-    write_rows(args);
-  }
+void write_lengths(const ForwardCall& call) {
+  FactorArgs q = q_rows(call), k = k_rows(call);
+  q.factor_row = call.slots.q_row;
+  k.factor_row = call.slots.k_row;
+  q.factors = const_cast<float*>(call.slots.q_factors);
+  k.factors = const_cast<float*>(call.slots.k_factors);
+  write_rows(q, k);
 }
 
 // Both passes of re-weighting, as run_passes has them
@@ -472,11 +471,12 @@ void launch_passes(const ForwardCall& call) {
   };
   std::vector<float> centers(heads * d, NAN), level(lines, NAN), peaks(level), shifts(level);
   const CosineRows rows{begin(q), begin(k), shifts.data(), centers.data()};
-  const FactorArgs keys = k_units(call, rows);
+  int strange = 1;
+  FactorArgs keys = k_units(call, rows);
+  keys.strange = &strange;
   emulator::launch(static_cast<int>(heads), kCenterThreads, 0,
                    [&] { attention_center_kernel<kType>(keys); });
-  write_rows(q_units(call, rows));
-  write_rows(keys);
+  write_rows(q_units(call, rows), keys, strange);
   const Passes passes(call, rows, level.data(), peaks.data());
   launch_sums_sm90<DType::kF16, true>(passes.sums, nullptr);
   launch_forward_sm90<kType, kD, kSlotColumns, Form::kReweighted>(passes.rest, nullptr);
@@ -502,7 +502,7 @@ template <int kColumns> void launch(const ForwardCall& call) {
 int main(int argc, char** argv) {
   using namespace heddle;
   return check_all<kType>(kCases, kD, kDv, argc, argv, [](const Case&, SplitCall& call) {
-    if (call.slots.cosine) write_factors(call);
+    if (call.slots.cosine) write_lengths(call);
     launch<kDv>(call);
   });
 }
