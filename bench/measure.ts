@@ -10,8 +10,12 @@ export interface Timing {
 /** The median of some numbers, and how far apart they lie. */
 export function summarise(rounds: readonly number[]): Timing {
   const sorted = [...rounds].sort((a, b) => a - b)
-  const at = (share: number) =>
-    sorted[Math.min(Math.floor(share * sorted.length), sorted.length - 1)]!
+  // between two where a share falls between them
+  const at = (share: number) => {
+    const place = share * (sorted.length - 1)
+    const below = sorted[Math.floor(place)]!
+    return below + (sorted[Math.ceil(place)]! - below) * (place % 1)
+  }
   const ms = at(0.5)
   return { ms, spread: (at(0.75) - at(0.25)) / 2 / ms }
 }

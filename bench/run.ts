@@ -142,17 +142,18 @@ async function measure(
   const ours: number[] = []
   const theirs = peers.map((): number[] => [])
   const few = (most: number) => Math.max(3, Math.min(most, Math.round(5000 / once))) // what takes long
-  const turns = [
-    { samples: ours, round: () => timeRound(made.run, device, times) },
-    ...peers.map((peer, i) => ({ samples: theirs[i]!, round: () => peer.round(times) })),
-  ]
+  const first = { samples: ours, round: (n: number) => timeRound(made.run, device, n) }
+  const others = peers.map(({ round }, i) => ({ samples: theirs[i]!, round }))
+  // half as long before, unless it rests: clocks are to be its own, not those of what came before
+  const before = pause > 0 || device === 'cpu' ? 0 : Math.floor(times / 2)
   for (let round = 0; round <= few(rounds); round++) {
-    for (const turn of turns) {
+    for (const turn of [first, ...others]) {
       if (pause > 0) await setTimeout(pause)
-      const sample = await turn.round()
+      if (before > 0) await turn.round(before)
+      const sample = await turn.round(times)
       if (round > 0) turn.samples.push(sample) // the first one warms up
     }
-    turns.reverse() // what comes behind something hotter has a lower clock
+    others.reverse() // each comes behind each of the others as often
   }
   const { ms, spread } = summarise(ours)
   const coldMs = summarise(await timeCold(made.run, device, few(2 * rounds))).ms

@@ -241,7 +241,8 @@ double check(const Case& c, int64_t d, int64_t dv, emulator::Random& random, con
   for (int64_t b = 0; c.slots.cosine && b < static_cast<int64_t>(c.cached.size()); ++b)
     for (int64_t i = c.cached[size_t(b)]; i < c.sk; ++i)
       for (int64_t j = 0; j < c.hk; ++j)
-        key_value(k, b, i, j, 0) = static_cast<Array::Element>(emulator::encode(kType, 0x1p100f));
+        for (int64_t e = 0; e < d; ++e)
+          key_value(k, b, i, j, e) = static_cast<Array::Element>(emulator::encode(kType, 0x1p100f));
   for (int64_t h = 0; c.lost >= 0 && h < c.hq; ++h) q.at(0, c.lost, h, 0) = Array::kNaN;
   for (int64_t h = 0; c.poisoned >= 0 && h < c.hk; ++h) {
     for (int64_t e = 0; e < d; ++e) key_value(k, 0, c.poisoned, h, e) = Array::kNaN;
