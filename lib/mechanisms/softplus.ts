@@ -63,7 +63,8 @@ export interface SoftplusOptions
    * With `'high'` the mean of a row is found with f32 lengths of q and k. By default rows of f16 and bf16 may be rounded to f16
    * at length 1 on a GPU, keys less what the first sixteen have in common, which takes two thirds of the time: results err by
    * 2e-3 of their size, also of keys that are nearly alike. Keys that are close to each other, but not to the first ones, lose
-   * digits: those that differ by a tenth of what they have in common give 1e-2 where the first ones are opposite to them.
+   * digits: those that differ by a tenth of what they have in common give 1e-2 where the first ones are opposite to them, and
+   * so do keys and queries that all are nearly alike.
    * Gradients need `lse` to be as exact.
    */
   precision?: 'default' | 'high' | undefined
