@@ -3,7 +3,6 @@
 #include <algorithm>
 
 #include "attention/factors_sm90.h"
-#include "common/elements.cuh"
 
 namespace heddle {
 namespace {
@@ -13,8 +12,8 @@ void launch_factors(const ForwardCall& call, const FactorArgs& q, const FactorAr
   auto* kernel = call.dtype == DType::kF16 ? attention_factor_kernel<DType::kF16>
                                            : attention_factor_kernel<DType::kBF16>;
   const auto blocks = [&](const FactorArgs& args) {
-    return static_cast<int>(std::clamp<int64_t>((args.rows * args.lanes + kThreads - 1) / kThreads,
-                                                1, context.processors * 4));
+    const int64_t all = (args.rows * args.lanes + kFactorThreads - 1) / kFactorThreads;
+    return static_cast<int>(std::clamp<int64_t>(all, 1, context.processors * 4));
   };
   const int of_q = blocks(q);
   kernel<<<static_cast<unsigned>(of_q + blocks(k)), kFactorThreads, 0, context.stream>>>(q, k,

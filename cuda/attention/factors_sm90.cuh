@@ -154,10 +154,7 @@ template <DType kType> __global__ void attention_center_kernel(FactorArgs p) {
   const int thread = static_cast<int>(threadIdx.x), row = thread / p.lanes;
   const int count = min(p.seen.of(batch) / kCentered, kCentered);
   if (blockIdx.x == 0 && thread == 0) *p.strange = 0;
-  RowPlace place(0, p);
-  place.batch = batch;
-  place.token = row;
-  place.head = head;
+  const RowPlace place((int64_t{batch} * p.s + row) * p.h + head, p);
   RowPieces own;
   own.load(p, place, row < count);
   own.measure<kType>(p.lanes);
