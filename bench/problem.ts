@@ -34,9 +34,13 @@ export function parseProblem(text: string): Problem {
   const words = new Set<string>()
   const asked = new Set<string>()
   let dtype: FloatDType = 'float32'
+  const given = new Set<string>()
   for (const word of match[2]!.trim().split(/\s+/)) {
     const size = /^([a-zA-Z]+)(\d+(?:\.\d+)?)$/.exec(word)
     const known = dtypes[word]
+    const name = known ? 'a dtype' : (size?.[1] ?? word)
+    if (given.has(name)) throw refuse(`"${text}" has ${name} twice`)
+    given.add(name)
     if (known) dtype = known
     else if (size) sizes.set(size[1]!, Number(size[2]))
     else words.add(word)
@@ -46,6 +50,8 @@ export function parseProblem(text: string): Problem {
     asked.add(name)
     const value = sizes.get(name) ?? fallback
     if (value === undefined) throw refuse(`"${text}" lacks the size ${name}`)
+    if (fallback === undefined && !(Number.isInteger(value) && value > 0))
+      throw refuse(`"${text}" must have a whole ${name} from 1 on, got ${value}`)
     return value
   }
   const unasked = () => [

@@ -315,10 +315,14 @@ async function main(args: string[]): Promise<number> {
   try {
     parsed = parseArgs({ args, options, allowPositionals: true })
   } catch (error) {
-    const [why = ''] = (error as Error).message.split(/\. |\n/)
+    const [why = ''] = (error as Error).message.split(/\. |\.?\n/)
     const [, stray] = /^Unknown option '--([^']+)'$/.exec(why) ?? []
-    const near = stray && closest(stray, Object.keys(options))
-    const hint = near ? `; did you mean --${near}?` : ''
+    const [command = ''] = args
+    const known = Object.hasOwn(taken, command) ? taken[command]! : Object.keys(options)
+    const near = stray && closest(stray, known)
+    const [, bare] = /^Option '(--[^']+)' argument is ambiguous$/.exec(why) ?? []
+    const dash = bare ? `; a value that starts with a dash is given as ${bare}=-1` : ''
+    const hint = near ? `; did you mean --${near}?` : dash
     throw refuse('ERR_ARGUMENT', 'heddle', stray, `${why}${hint}`)
   }
   const { values, positionals } = parsed

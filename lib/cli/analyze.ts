@@ -7,6 +7,7 @@ import { checkInteger, mustBe, show } from '../check.js'
 import type { DType } from '../dtype.js'
 import { HeddleError, refuse } from '../errors.js'
 import { drawing } from './drawing.js'
+import { chooseNumber } from './model.js'
 import { style, table } from './terminal.js'
 
 const op = 'analyze'
@@ -27,14 +28,14 @@ export interface AnalyzeFileOptions {
 function pairs(
   argument: string,
   text: string | undefined,
-  check: (name: string, value: number) => number,
+  check: (name: string, value: number) => number = (_, value) => value,
 ): Record<string, number> {
   const values: Record<string, number> = {}
   for (const pair of text?.split(',') ?? []) {
     const [, name, value] = /^\s*(\w+)\s*=\s*(\S+)\s*$/.exec(pair) ?? []
     if (name === undefined || value === undefined)
       throw mustBe(op, argument, 'a list such as M=8192,P=4096', text)
-    values[name] = check(name, Number(value))
+    values[name] = check(name, chooseNumber(op, `${argument} ${name}`, value))
   }
   return values
 }
@@ -60,10 +61,7 @@ export async function analyzeFile(
   const sizes = pairs('size', options.sizes, (name, value) =>
     checkInteger(op, `size ${name}`, value, 0),
   )
-  const scalars = pairs('scalar', options.scalars, (name, value) => {
-    if (Number.isNaN(value)) throw mustBe(op, `scalar ${name}`, 'a number', value)
-    return value
-  })
+  const scalars = pairs('scalar', options.scalars)
   let text: string
   try {
     text = await readFile(file, 'utf8')

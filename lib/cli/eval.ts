@@ -38,7 +38,11 @@ export interface Evaluation {
   perSequence: { bitsPerByte: number; recall: Recall; seconds: number }[]
 }
 
-async function readAnswers(file: SafetensorsFile, name: string): Promise<Map<number, number[]>> {
+async function readAnswers(
+  file: SafetensorsFile,
+  name: string,
+  [sequences, length]: readonly [number, number],
+): Promise<Map<number, number[]>> {
   const answers = new Map<number, number[]>()
   if (!file.entries.has(name)) return answers
   const pairs = await file.load(name)
@@ -49,6 +53,10 @@ async function readAnswers(file: SafetensorsFile, name: string): Promise<Map<num
   pairs.dispose()
   for (let i = 0; i < values.length; i += 2) {
     const [sequence, position] = [values[i]!, values[i + 1]!]
+    if (!(sequence >= 0 && sequence < sequences && position >= 0 && position < length)) {
+      const text = `${name} must be of ${sequences} sequences of ${length} bytes, got [${sequence}, ${position}]`
+      throw refuse('ERR_ARGUMENT', 'eval', 'set', text)
+    }
     answers.set(sequence, [...(answers.get(sequence) ?? []), position])
   }
   return answers
@@ -84,12 +92,14 @@ export async function evaluate(options: EvalOptions): Promise<Evaluation> {
         `${path} has no set ${show(name)}; it has ${sets.join(', ') || 'none'}`,
       )
     }
-    if (ids.dtype !== 'uint8' || ids.shape.length !== 2) {
-      throw refuse('ERR_SHAPE', 'eval', 'set', `${name}.ids must be uint8 [sequences, length]`)
+    const [sequences = 0, length = 0] = ids.shape
+    if (ids.dtype !== 'uint8' || ids.shape.length !== 2 || sequences < 1 || length < 2) {
+      const rule = 'uint8 [sequences, length], of a sequence at least and of two bytes'
+      const text = `${name}.ids must be ${rule}, got ${ids.dtype} [${ids.shape.join(', ')}]`
+      throw refuse('ERR_SHAPE', 'eval', 'set', text)
     }
-    const answers = await readAnswers(file, `${name}.answers`)
+    const answers = await readAnswers(file, `${name}.answers`, [sequences, length])
     const { decoder, model } = await loadModel('eval', options.model, { device, dtype })
-    const [sequences, length] = ids.shape as [number, number]
     const count = Math.min(options.limit ?? sequences, sequences)
     const bar = progress(count * length, 'tokens')
     const perSequence: Evaluation['perSequence'] = []

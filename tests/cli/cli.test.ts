@@ -2,6 +2,7 @@ import { spawnSync } from 'node:child_process'
 import { mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
+import { tensor, writeSafetensors, zeros } from 'heddle'
 import { afterAll, describe, expect, it } from 'vitest'
 
 const root = join(__dirname, '../..')
@@ -67,6 +68,8 @@ describe('heddle', () => {
     expect(rows[0].error).toBeLessThan(1e-5)
     for (const [text, message] of [
       ['attention:b1', 'bench: "attention:b1" lacks the size sq'],
+      ['norm:m2 m3 d8', 'bench: "norm:m2 m3 d8" has m twice'],
+      ['norm:m0 d8', 'bench: "norm:m0 d8" must have a whole m from 1 on, got 0'],
       ['norm:m2 d8 f64', 'bench: "norm:m2 d8 f64" has "f64", but norm takes m, d, graph'],
       ['nothing:b1', 'bench: the operator of a problem must be one of attention,'],
       ['nothing', 'bench: a problem must be operator:sizes or one of attention,'],
@@ -100,6 +103,32 @@ describe('heddle', () => {
     expect(recall.total).toBeGreaterThan(0)
     expect(seconds * tokensPerSecond).toBeCloseTo(4096, 3)
     expect(perSequence).toHaveLength(1)
+  })
+
+  it('eval refuses sets that leave nothing to predict, and answers that are elsewhere', async () => {
+    const folder = mkdtempSync(join(tmpdir(), 'heddle-sets-'))
+    try {
+      const path = join(folder, 'sets.safetensors')
+      const ids = (shape: number[]) => zeros(shape, { dtype: 'uint8' })
+      await writeSafetensors(path, {
+        'none.ids': ids([0, 8]),
+        'short.ids': ids([2, 1]),
+        'asked.ids': ids([1, 8]),
+        'asked.answers': tensor([0, 2, 1, 2], [2, 2], { dtype: 'int32' }),
+      })
+      const shape = 'must be uint8 [sequences, length], of a sequence at least and of two bytes'
+      for (const [name, text] of [
+        ['none', `none.ids ${shape}, got uint8 [0, 8]`],
+        ['short', `short.ids ${shape}, got uint8 [2, 1]`],
+        ['asked', 'asked.answers must be of 1 sequences of 8 bytes, got [1, 2]'],
+      ]) {
+        const { status, stderr } = heddle('eval', '--model', model, '--set', `${path}:${name}`)
+        expect(stderr).toBe(`eval: ${text}\n`)
+        expect(status).toBeGreaterThan(0)
+      }
+    } finally {
+      rmSync(folder, { recursive: true })
+    }
   })
 
   it('generate writes the prompt and what follows', () => {
@@ -180,11 +209,17 @@ describe('heddle', () => {
     ],
     [['doctor', 'now'], /doctor: unexpected argument "now"/],
     [['bench', '--round', '3'], /^heddle: Unknown option '--round'; did you mean --rounds\?$/m],
+    [['generate', '--modle', 'x'], /Unknown option '--modle'; did you mean --model\?$/m],
+    [
+      ['generate', '--temperature', '-0.5'],
+      /heddle: .*; a value that starts with a dash is given as --temperature=-1$/m,
+    ],
     [['--nonsense'], /^heddle: Unknown option '--nonsense'$/m],
     [['analyze'], /analyze: the file is missing/],
     [['analyze', '/nowhere/x.cascade'], /analyze: cannot read "\/nowhere\/x.cascade" \(ENOENT/],
     [['analyze', __filename, 'more'], /analyze: unexpected argument "more"/],
     [['analyze', __filename, '--size', 'M'], /analyze: size must be a list such as M=8192/],
+    [['analyze', __filename, '--size', 'M=x'], /analyze: size M must be a number, got "x"/],
     [['analyze', __filename, '--size', 'M=-1'], /analyze: size M must be an integer at least 0/],
   ])('%j is refused', (args, message) => {
     const { status, stdout, stderr } = heddle(...args)
