@@ -2,8 +2,9 @@ import { randomUUID } from 'node:crypto'
 import { type FileHandle, open, rename, rm } from 'node:fs/promises'
 import { checkInteger, checkOptions, mustBe, show } from './check.js'
 import type { DeviceLike } from './device.js'
-import { bytesPerElement, type DType, dtypes, isDType } from './dtype.js'
+import { bytesPerElement, type DType, dtypes, type HostArray, isDType } from './dtype.js'
 import { HeddleError, refuse } from './errors.js'
+import { scope } from './scope.js'
 import { checkTensor, Tensor } from './tensor.js'
 
 const names: Readonly<Record<string, DType>> = {
@@ -314,6 +315,18 @@ export async function openSafetensors(path: string): Promise<SafetensorsFile> {
   }
 }
 
+// A tensor of one moment, also one that is too large to be read at once
+function readParts(tensor: Tensor): Promise<HostArray[]> {
+  return scope(() => {
+    const flat = tensor.contiguous().reshape([-1])
+    const step = chunkBytes / bytesPerElement[tensor.dtype]
+    const parts = Array.from({ length: Math.ceil(flat.size / step) || 1 }, (_, i) =>
+      flat.slice(0, i * step, (i + 1) * step).read(),
+    )
+    return Promise.all(parts)
+  })
+}
+
 /**
  * Writes tensors to a safetensors file, in the order given. The file appears under its name once it is whole.
  *
@@ -359,7 +372,8 @@ export async function writeSafetensors(
     try {
       await file.writeFile(start)
       for (const tensor of Object.values(tensors))
-        await file.writeFile(new Uint8Array((await tensor.read()).buffer))
+        for (const part of await readParts(tensor))
+          await file.writeFile(new Uint8Array(part.buffer))
     } finally {
       await file.close()
     }

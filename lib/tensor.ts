@@ -1,3 +1,4 @@
+import { constants } from 'node:buffer'
 import { inspect } from 'node:util'
 import { checkInteger, checkOptions, elements, mustBe, show } from './check.js'
 import { type Device, type DeviceLike, parseDevice } from './device.js'
@@ -375,7 +376,7 @@ export class Tensor<D extends DType = DType> {
   contiguous(): Tensor<D> {
     return this.isContiguous
       ? this.#view('contiguous', 0, [...this.shape], [...this.strides])
-      : this.clone()
+      : this.#copy('contiguous', this.dtype)
   }
 
   /** A copy of its own, in row-major order. */
@@ -491,11 +492,19 @@ export class Tensor<D extends DType = DType> {
     const signal: unknown = options?.signal
     if (signal !== undefined && !(signal instanceof AbortSignal))
       throw mustBe('read', 'signal', 'an AbortSignal', signal)
-    if (as === 'float32' && (this.dtype as DType) !== 'float32')
-      return { source: this.cast('float32'), temporary: true, signal }
-    return this.isContiguous
+    const dtype = as ?? this.dtype
+    // Node.js crashes on memory that is more than one of its buffers may be
+    const bytes = this.size * bytesPerElement[dtype]
+    if (bytes > constants.MAX_LENGTH)
+      throw refuse(
+        'ERR_UNSUPPORTED',
+        'read',
+        undefined,
+        `the tensor must have at most ${constants.MAX_LENGTH} bytes to be read at once, got ${bytes}; read slices of it`,
+      )
+    return dtype === this.dtype && this.isContiguous
       ? { source: this, temporary: false, signal }
-      : { source: this.clone(), temporary: true, signal }
+      : { source: this.#copy('read', dtype), temporary: true, signal }
   }
 
   /**
