@@ -1,4 +1,5 @@
 import { type HeddleError, refuse } from './errors.js'
+import { Tensor } from './tensor.js'
 
 // The engine's own word for a typed array, whatever the array says of itself
 const arrayName: (this: unknown) => string | undefined = Object.getOwnPropertyDescriptor(
@@ -15,7 +16,8 @@ export function show(value: unknown): string {
   if (typeof value === 'symbol') return 'a symbol'
   if (value === null || typeof value !== 'object') return String(value)
   if (ArrayBuffer.isView(value)) return `a ${arrayName.call(value) ?? 'DataView'}`
-  return Array.isArray(value) ? `an array of ${value.length}` : 'an object'
+  if (Array.isArray(value)) return `an array of ${value.length}`
+  return value instanceof Tensor ? 'a tensor' : 'an object'
 }
 
 /** @internal */
@@ -56,7 +58,12 @@ export function checkOptions(
   what = 'option',
 ): void {
   if (options === undefined) return
-  if (options === null || typeof options !== 'object' || Array.isArray(options)) {
+  if (
+    options === null ||
+    typeof options !== 'object' ||
+    Array.isArray(options) ||
+    options instanceof Tensor
+  ) {
     throw mustBe(op, `${what}s`, 'an object', options)
   }
   for (const key of Object.keys(options)) {
@@ -96,8 +103,8 @@ export function checkInteger(
   most: number = Number.MAX_SAFE_INTEGER,
 ): number {
   if (typeof value !== 'number' || !Number.isInteger(value) || value < least || value > most) {
-    const bounds =
-      most < Number.MAX_SAFE_INTEGER ? ` from ${least} to ${most}` : ` at least ${least}`
+    const bounded = most < Number.MAX_SAFE_INTEGER || (typeof value === 'number' && value > most)
+    const bounds = bounded ? ` from ${least} to ${most}` : ` at least ${least}`
     throw mustBe(op, argument, `an integer${least > Number.MIN_SAFE_INTEGER ? bounds : ''}`, value)
   }
   return value

@@ -1,7 +1,7 @@
 import { inspect } from 'node:util'
 import { checkInteger, checkOptions, elements, mustBe, numbers, offsetNumbers } from './check.js'
 import type { DeviceLike } from './device.js'
-import { named, refuse } from './errors.js'
+import { HeddleError, named, refuse } from './errors.js'
 import { run } from './native.js'
 import type { HipLists } from './ops/hip.js'
 import { holdsTensors, scope } from './scope.js'
@@ -272,8 +272,18 @@ function pack(
     return blocks
   } catch (error) {
     blocks.dispose()
-    throw error
+    throw spelled(error)
   }
+}
+
+// As the caller knows the arguments
+function spelled(error: unknown): unknown {
+  if (!(error instanceof HeddleError)) return error
+  const { code, op, argument, message } = error
+  const name = argument === 'dense' ? 'table' : argument === 'flat' ? 'pairs' : undefined
+  return name === undefined
+    ? error
+    : refuse(code, op, name, message.replace(`${op}: ${argument}`, name))
 }
 
 function fromTable(

@@ -1,6 +1,6 @@
 import { checkInteger, checkOptions, elements, mustBe } from '../check.js'
 import type { FloatDType } from '../dtype.js'
-import { named, refuse } from '../errors.js'
+import { named } from '../errors.js'
 import { firstBits, type Mask, makeMask } from '../mask.js'
 import { keepBits } from '../ops/keep.js'
 import { probe } from '../ops/probe.js'
@@ -52,26 +52,7 @@ export function minference<D extends FloatDType>(
   checkOptions(op, options, known)
   const { patterns: given = [usual], ...packed } = options
   checkRanks(op, { q, k })
-  // Probes compare these too, but not every pattern asks one
-  for (const [at, name] of [
-    [0, 'b'],
-    [3, 'd'],
-  ] as const)
-    if (k.shape[at] !== q.shape[at]) {
-      const why = `${name} is ${k.shape[at]}, but q has ${name} = ${q.shape[at]}`
-      const text = `k must be [b, sk, hk, d], got [${k.shape.join(', ')}] (${why})`
-      throw refuse('ERR_SHAPE', op, 'k', text)
-    }
-  if (k.dtype !== q.dtype)
-    throw refuse('ERR_DTYPE', op, 'k', `k must be ${q.dtype}, got ${k.dtype}`)
-  if (k.device !== q.device) {
-    const text = `k is on ${k.device}, but q is on ${q.device}; move it with k.to('${q.device}')`
-    throw refuse('ERR_DEVICE', op, 'k', text)
-  }
   const heads = q.shape[2]!
-  const kvHeads = k.shape[2] ?? 0
-  if (heads % kvHeads !== 0)
-    throw refuse('ERR_SHAPE', op, 'k', `hq must be a multiple of hk, got ${heads} and ${kvHeads}`)
   if (!Array.isArray(given)) throw mustBe(op, 'patterns', 'a list of patterns', given)
   const patterns = checkPatterns(op, 'patterns', given)
   if (patterns.length !== 1 && patterns.length !== heads)

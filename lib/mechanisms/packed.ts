@@ -28,9 +28,32 @@ export function checkRanks(op: string, tensors: Readonly<Record<string, Tensor>>
       throw refuse('ERR_SHAPE', op, name, `${name} must be [b, s, h, d], got [${shape.join(', ')}]`)
 }
 
+// What operators compare too, but not every selection runs one
+function checkPair(op: string, q: Tensor, k: Tensor): void {
+  for (const [at, name] of [
+    [0, 'b'],
+    [3, 'd'],
+  ] as const)
+    if (k.shape[at] !== q.shape[at]) {
+      const why = `${name} is ${k.shape[at]}, but q has ${name} = ${q.shape[at]}`
+      const text = `k must be [b, sk, hk, d], got [${k.shape.join(', ')}] (${why})`
+      throw refuse('ERR_SHAPE', op, 'k', text)
+    }
+  if (k.dtype !== q.dtype)
+    throw refuse('ERR_DTYPE', op, 'k', `k must be ${q.dtype}, got ${k.dtype} (q is ${q.dtype})`)
+  if (k.device !== q.device) {
+    const text = `k is on ${k.device}, but q is on ${q.device}; move it with k.to('${q.device}')`
+    throw refuse('ERR_DEVICE', op, 'k', text)
+  }
+  const [hq, hk] = [q.shape[2]!, k.shape[2]!]
+  if (hk > 0 ? hq % hk !== 0 : hq > 0)
+    throw refuse('ERR_SHAPE', op, 'k', `hq must be a multiple of hk, got ${hq} and ${hk}`)
+}
+
 /** @internal Lengths of the call, which a selector refuses where queries outnumber keys. */
 export function lengthsOf(op: string, q: Tensor, k: Tensor): { sq: number; sk: number } {
   checkRanks(op, { q, k })
+  checkPair(op, q, k)
   const [sq = 0, sk = 0] = [q.shape[1], k.shape[1]]
   checkLengths(op, sq, sk)
   return { sq, sk }
@@ -60,6 +83,7 @@ export function packedMask(
   checkRanks(op, { q, k })
   const [[b = 0, sq = 0], [, sk = 0]] = [q.shape, k.shape]
   if (b !== 1) throw refuse('ERR_SHAPE', op, 'cuSeqlensQ', `b must be 1 with cuSeqlensQ, got ${b}`)
+  checkPair(op, q, k)
   const mask = under(op, () => Mask.fromWindow({}, { sq, sk, block, cuSeqlensQ, cuSeqlensK }))
   for (let i = 0; i < mask.sequences; i++) {
     const [queries, keys] = [mask.cuSeqlensQ!, mask.cuSeqlensK!].map((x) => x[i + 1]! - x[i]!)

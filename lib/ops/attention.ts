@@ -1,4 +1,4 @@
-import { checkOptions } from '../check.js'
+import { checkOptions, mustBe } from '../check.js'
 import type { FloatDType } from '../dtype.js'
 import { refuse } from '../errors.js'
 import type { Mask } from '../mask.js'
@@ -201,8 +201,9 @@ function biasOf(
   made: Tensor[],
 ): Tensor | undefined {
   if (bias === undefined) return undefined
-  const given = typeof bias === 'number' ? vector(op, 'bias', [bias], q.device, made) : bias
-  checkTensor(op, 'bias', given)
+  if (!(bias instanceof Tensor) && !Number.isFinite(bias))
+    throw mustBe(op, 'bias', 'a tensor or a finite number', bias)
+  const given = bias instanceof Tensor ? bias : vector(op, 'bias', [bias], q.device, made)!
   const map = [q.shape[0]!, q.shape[2]!, q.shape[1]!, k.shape[1]!]
   const missing = map.length - given.rank
   if (missing < 0 || given.shape.some((n, i) => n !== 1 && n !== map[i + missing]))

@@ -167,7 +167,7 @@ export function hipSettings(op: string, options: HipOptions): HipSettings {
   const multiple = (argument: string, value: unknown, of: number, what: string): number => {
     if (Number.isInteger(value) && (value as number) > 0 && (value as number) % of === 0)
       return value as number
-    throw rule(argument, `a multiple of ${what}, ${of}`, value)
+    throw rule(argument, `a positive multiple of ${what}, ${of}`, value)
   }
   const strideOf = (argument: string, value: unknown, block: number): number => {
     if (Number.isInteger(value) && (value as number) >= 1 && block % (value as number) === 0)
@@ -188,7 +188,7 @@ export function hipSettings(op: string, options: HipOptions): HipSettings {
     calls: HipSettings['calls'],
   ): HipSettings => {
     if (!Number.isInteger(sinkTokens) || sinkTokens < 0 || sinkTokens % block[1] !== 0)
-      throw rule('sinkTokens', `a multiple of the block of keys, ${block[1]}`, sinkTokens)
+      throw rule('sinkTokens', `0 or a multiple of the block of keys, ${block[1]}`, sinkTokens)
     const shared = { window, sinkTokens }
     return {
       ...{ topK, block, window, sinkTokens, headMode },

@@ -1,5 +1,6 @@
 import { checkInteger, checkOptions, mustBe } from '../check.js'
 import type { FloatDType } from '../dtype.js'
+import { HeddleError } from '../errors.js'
 import { run } from '../native.js'
 import { checkTensor, type Tensor } from '../tensor.js'
 import { checkHeads, checkPlace, offsets, vector } from './arguments.js'
@@ -94,6 +95,14 @@ function layoutOf(op: string, layout: unknown, made: Tensor[]) {
   }
 }
 
+// As the caller has the state that an operator refused
+function turnedBack(error: unknown): unknown {
+  if (!(error instanceof HeddleError) || !/state$/i.test(error.argument ?? '')) return error
+  const { code, op, argument, message } = error
+  const text = message.replace(/\[(\w+), (\w+), (\w+), (\w+)\]/g, '[$1, $2, $4, $3]')
+  return new HeddleError(code, text, { op, argument })
+}
+
 /**
  * Lightning attention: causal linear attention with one constant decay per head, in time linear in the sequence. Its
  * definition is {@link lightningDefinition}. Running a sequence in pieces, each from the state of the last, gives the
@@ -145,6 +154,8 @@ export function lightning<D extends FloatDType>(
       cuSeqlens: offsets('lightning', 'cuSeqlens', cuSeqlens, q.shape[1], q.device, made),
     })
     return { out, state: states.give(state as Tensor<'float32'>) } as LightningResult<D>
+  } catch (error) {
+    throw stateLayout === 'ev-dk' ? turnedBack(error) : error
   } finally {
     for (const tensor of made) tensor.dispose()
   }
@@ -224,6 +235,8 @@ export function lightningBackward<D extends FloatDType>(
     })
     const given = states.give(dinitialState as Tensor<'float32'>)
     return { dq, dk, dv, dinitialState: given, dslopes } as LightningGradients<D>
+  } catch (error) {
+    throw stateLayout === 'ev-dk' ? turnedBack(error) : error
   } finally {
     for (const tensor of made) tensor.dispose()
   }

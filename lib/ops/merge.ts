@@ -2,7 +2,7 @@ import { elements, mustBe } from '../check.js'
 import type { FloatDType } from '../dtype.js'
 import { HeddleError, refuse } from '../errors.js'
 import { run } from '../native.js'
-import { checkTensor } from '../tensor.js'
+import { checkTensor, full } from '../tensor.js'
 import type { AttentionResult } from './attention.js'
 
 /** What {@link merge} computes from two parts A and B of one head. */
@@ -40,7 +40,11 @@ export function merge<D extends FloatDType>(
     checkTensor('merge', `parts[${i}].lse`, lse)
     return { out, lse }
   }) as [AttentionResult<D>, ...AttentionResult<D>[]]
-  if (others.length === 0) return { out: first.out.clone(), lse: first.lse.clone() }
+  // one part is joined with nothing
+  if (others.length === 0) {
+    using lse = full(first.lse.shape, Number.NEGATIVE_INFINITY, { device: first.lse.device })
+    return merge([first, { out: first.out, lse }])
+  }
   let total = first
   for (const [i, part] of others.entries()) {
     const before = total

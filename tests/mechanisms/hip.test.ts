@@ -1013,7 +1013,7 @@ describeDevices('hip mechanisms', (device) => {
       ],
       [
         () => hipDecoder({ topK: 7 }),
-        'hipDecoder: topK must be a multiple of the block of keys, 2, got 7',
+        'hipDecoder: topK must be a positive multiple of the block of keys, 2, got 7',
       ],
     ] as const
     for (const [call, message] of cases) expect((await failure(call)).message).toBe(message)

@@ -99,7 +99,7 @@ describeDevices('mechanisms', (device) => {
       ],
       [
         () => sampled(q, k, { cuSeqlensQ: q as never, cuSeqlensK: [0, 300] }),
-        'sampled: cuSeqlensQ must be an array of numbers, got an object',
+        'sampled: cuSeqlensQ must be an array of numbers, got a tensor',
       ],
       [
         () => streaming(q, k, { window: 1.5 }),
@@ -145,7 +145,7 @@ describeDevices('mechanisms', (device) => {
         () => achievedMass(q.select(0, 0), k, streaming(q, k)),
         'achievedMass: q must be [b, s, h, d], got [300, 4, 16]',
       ],
-      [() => infiniteHip(q, k, { topK: 7 }), 'infiniteHip: topK must be a multiple of'],
+      [() => infiniteHip(q, k, { topK: 7 }), 'infiniteHip: topK must be a positive multiple of'],
       [
         () => hipLists(q, k.cast('bfloat16') as never, { topK: 16 }),
         'hipLists: k must be float32, got bfloat16',

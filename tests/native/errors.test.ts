@@ -1,3 +1,4 @@
+import { constants } from 'node:buffer'
 import {
   add,
   alibiSlopes,
@@ -8,6 +9,7 @@ import {
   elapsed,
   embed,
   empty,
+  flexPrefill,
   flexPrefillAttention,
   full,
   glu,
@@ -592,6 +594,110 @@ const wrong: Wrong[] = [
     () => matrix.read(any({ as: 'float64' })),
     'ERR_ARGUMENT',
     'read: as must be "float32", got "float64"',
+  ],
+  [
+    'a read of more than an array can hold',
+    () =>
+      zeros([1])
+        .expand([2 ** 52])
+        .read(),
+    'ERR_UNSUPPORTED',
+    `read: the tensor must have at most ${constants.MAX_LENGTH} bytes to be read at once, got ${2 ** 54}; read slices of it`,
+  ],
+  [
+    'such a read that blocks',
+    () =>
+      zeros([1], { dtype: 'float16' })
+        .expand([2 ** 52])
+        .readSync({ as: 'float32' }),
+    'ERR_UNSUPPORTED',
+    `read: the tensor must have at most ${constants.MAX_LENGTH} bytes to be read at once, got ${2 ** 54}; read slices of it`,
+  ],
+  [
+    'more than there is memory for',
+    () =>
+      zeros([1])
+        .expand([2 ** 52])
+        .contiguous(),
+    'ERR_MEMORY',
+    () =>
+      `contiguous: cannot allocate ${2 ** 54} bytes on cpu, where ${memory().bytes} bytes are in use; dispose tensors that are no longer needed`,
+  ],
+  [
+    'a size that is no safe integer',
+    () => zeros([2 ** 53]),
+    'ERR_ARGUMENT',
+    'zeros: shape[0] must be an integer from 0 to 9007199254740991, got 9007199254740992',
+  ],
+  [
+    'a bias in the place of the options',
+    () => linear(matrix, matrix, any(zeros([2]))),
+    'ERR_ARGUMENT',
+    'linear: options must be an object, got a tensor',
+  ],
+  [
+    'a tensor for a mask',
+    () => attention(q, q, q, { mask: any(zeros([4, 4])) }),
+    'ERR_ARGUMENT',
+    'attention: mask must be a mask, got a tensor',
+  ],
+  [
+    'a bias that is no number',
+    () => attention(q, q, q, { bias: Number.NaN }),
+    'ERR_ARGUMENT',
+    'attention: bias must be a tensor or a finite number, got NaN',
+  ],
+  [
+    'a table of numbers',
+    () => Mask.fromBlocks(any(zeros([1, 1, 1, 1])), { sq: 128 }),
+    'ERR_DTYPE',
+    'mask: table must be uint8 or bool, got float32',
+  ],
+  [
+    'pairs of numbers',
+    () => Mask.fromPairs(any(zeros([1, 1, 1])), { sq: 128 }),
+    'ERR_DTYPE',
+    'mask: pairs must be int32, got float32',
+  ],
+  [
+    'a part whose halves differ',
+    () => merge([{ out: q, lse: zeros([1, 3, 4]) }]),
+    'ERR_SHAPE',
+    'merge: parts[0].lse must be [b, h, s], got [1, 3, 4] (h is 3, but parts[0].out has h = 4)',
+  ],
+  [
+    'keys of another prompt',
+    () => flexPrefill(q, zeros([1, 4, 2, 8])),
+    'ERR_SHAPE',
+    'flexPrefill: k must be [b, sk, hk, d], got [1, 4, 2, 8] (d is 8, but q has d = 16)',
+  ],
+  [
+    'heads that do not go together, in a prompt that is dense',
+    () => flexPrefill(q, heads(4, 3)),
+    'ERR_SHAPE',
+    'flexPrefill: hq must be a multiple of hk, got 4 and 3',
+  ],
+  [
+    'a state in the other layout',
+    () =>
+      lightning(q, q, zeros([1, 4, 4, 24]), {
+        slopes: [1, 1, 1, 1],
+        stateLayout: 'ev-dk',
+        initialState: zeros([1, 4, 16, 24]),
+      }),
+    'ERR_SHAPE',
+    'lightning: initialState must be [b, hs, e, d], got [1, 4, 16, 24] (d is 24, but q has d = 16)',
+  ],
+  [
+    'the gradient of a state in the other layout',
+    () =>
+      lightningBackward(q, q, zeros([1, 4, 4, 24]), zeros([1, 4, 4, 24]), {
+        slopes: [1, 1, 1, 1],
+        stateLayout: 'ev-dk',
+        dstate: zeros([1, 4, 16, 24]),
+      }),
+    'ERR_SHAPE',
+    'lightning.backward: dstate must be [b, hs, e, d], got [1, 4, 16, 24] (d is 24, but q has d = 16)',
   ],
   [
     'a signal that is none',

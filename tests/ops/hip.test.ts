@@ -958,13 +958,13 @@ describeDevices('hip', (device) => {
       { chunk: 8, stride: 1, topK: 64 },
     ]
     const cases: readonly (readonly [HipOptions, string])[] = [
-      [{ topK: 3 }, 'hip: topK must be a multiple of the block of keys, 2, got 3'],
-      [{ topK: 0 }, 'hip: topK must be a multiple of the block of keys, 2, got 0'],
+      [{ topK: 3 }, 'hip: topK must be a positive multiple of the block of keys, 2, got 3'],
+      [{ topK: 0 }, 'hip: topK must be a positive multiple of the block of keys, 2, got 0'],
       [{ block: [48, 2] }, 'hip: block[0] must be a power of two up to 128, got 48'],
       [{ block: [64, 128] }, 'hip: block[1] must be a power of two up to 64, got 128'],
       [{ stride: [3, 1] }, 'hip: stride[0] must be a divisor of the block of 64, got 3'],
       [{ window: 0 }, 'hip: window must be an integer at least 1, got 0'],
-      [{ sinkTokens: 3 }, 'hip: sinkTokens must be a multiple of the block of keys, 2, got 3'],
+      [{ sinkTokens: 3 }, 'hip: sinkTokens must be 0 or a multiple of the block of keys, 2, got 3'],
       [{ headMode: 'kv' as never }, 'hip: headMode must be "head", "kv_group" or "all", got "kv"'],
       [
         { representative: 'last' as never },
@@ -978,7 +978,7 @@ describeDevices('hip', (device) => {
       ],
       [
         { stages: [stages[0]!, { ...stages[1]!, topK: 40 }] },
-        'hip: stages[1].topK must be a multiple of the chunk before, 32, got 40',
+        'hip: stages[1].topK must be a positive multiple of the chunk before, 32, got 40',
       ],
       [
         { stages: [stages[0]!, { ...stages[1]!, chunk: 64 }] },
