@@ -1,5 +1,5 @@
 import { execFileSync } from 'node:child_process'
-import { mkdirSync, writeFileSync } from 'node:fs'
+import { accessSync, constants, mkdirSync, writeFileSync } from 'node:fs'
 import { availableParallelism, cpus } from 'node:os'
 import { join } from 'node:path'
 import { setTimeout } from 'node:timers/promises'
@@ -208,6 +208,15 @@ export async function bench(options: BenchOptions): Promise<object> {
     throw refuse(
       `device must be one of this machine, got "${device}"; heddle doctor says what is missing`,
     )
+  if (out !== undefined)
+    try {
+      mkdirSync(out, { recursive: true })
+      accessSync(out, constants.W_OK)
+    } catch (cause) {
+      throw refuse(
+        `out must be a folder that can be written, got "${out}" (${(cause as Error).message})`,
+      )
+    }
   const threads = Number(process.env.HEDDLE_THREADS ?? availableParallelism())
   const name = gpu?.name ?? `${cpus()[0]?.model.trim()}, ${threads} threads`
   try {
@@ -242,8 +251,7 @@ export async function bench(options: BenchOptions): Promise<object> {
       const row = await measure(text, roof, options, threads)
       rows.push(row)
       // after every row, so that what was measured outlasts an interruption
-      if (out) {
-        mkdirSync(out, { recursive: true })
+      if (out !== undefined) {
         const short = gpu ? (/\b([A-Z]\d+)\b/.exec(gpu.name)?.[1] ?? 'gpu').toLowerCase() : 'cpu'
         writeFileSync(join(out, `${short}.json`), `${JSON.stringify(result, null, 2)}\n`)
       }

@@ -350,6 +350,13 @@ async function main(args: string[]): Promise<number> {
   return command(values, more)
 }
 
+// A reader that has seen enough, such as head, is no failure
+process.stdout.on('error', ({ code, message }: NodeJS.ErrnoException) => {
+  if (code === 'EPIPE') process.exit(0)
+  process.stderr.write(`heddle: cannot write the output (${message})\n`)
+  process.exit(1)
+})
+
 main(process.argv.slice(2)).then(
   (code) => {
     process.exitCode = code

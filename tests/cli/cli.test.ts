@@ -214,6 +214,11 @@ describe('heddle', () => {
       ['generate', '--temperature', '-0.5'],
       /heddle: .*; a value that starts with a dash is given as --temperature=-1$/m,
     ],
+    [
+      ['bench', 'norm:m2 d8', '--device', 'cpu', '--out', '/dev/null/x'],
+      /^bench: out must be a folder that can be written, got "\/dev\/null\/x" \(ENOTDIR/,
+    ],
+    [['bench', 'norm:m2 d8', '--device', 'cpu', '--out', ''], /^bench: out must be a folder/],
     [['--nonsense'], /^heddle: Unknown option '--nonsense'$/m],
     [['analyze'], /analyze: the file is missing/],
     [['analyze', '/nowhere/x.cascade'], /analyze: cannot read "\/nowhere\/x.cascade" \(ENOENT/],
@@ -227,6 +232,13 @@ describe('heddle', () => {
     expect(stderr.trim().split('\n')).toHaveLength(1)
     expect(stdout).toBe('')
     expect(status).toBe(2)
+  })
+
+  it('ends in silence where nobody reads on', () => {
+    const command = `"${process.execPath}" "${join(root, 'dist/cli.js')}"`
+    const text = `${command} generate --model "${model}" --prompt x --max-tokens 4 --device cpu | true`
+    const { stderr } = spawnSync('sh', ['-c', text], { encoding: 'utf8' })
+    expect(stderr).toBe('')
   })
 
   it('without a command it says what there is', () => {
