@@ -576,18 +576,36 @@ const readOptions: ReadonlySet<string> = new Set(['as', 'signal'])
 const createOptions: ReadonlySet<string> = new Set(['dtype', 'device', 'pinned'])
 const randnOptions: ReadonlySet<string> = new Set([...createOptions, 'seed'])
 
+// What waits for a signal, behind one listener: Node.js warns of more than ten
+const waiting = new WeakMap<AbortSignal, { calls: Set<() => void>; listener: () => void }>()
+
+function waitingFor(signal: AbortSignal) {
+  const known = waiting.get(signal)
+  if (known) return known
+  const calls = new Set<() => void>()
+  const listener = () => {
+    for (const call of calls) call()
+  }
+  const made = { calls, listener }
+  waiting.set(signal, made)
+  signal.addEventListener('abort', listener)
+  return made
+}
+
 async function unlessAborted<T>(promise: Promise<T>, signal: AbortSignal | undefined): Promise<T> {
   if (!signal) return promise
+  const { calls, listener } = waitingFor(signal)
   let abort: (() => void) | undefined
   const aborted = new Promise<never>((_, reject) => {
     abort = () => reject(signal.reason)
-    signal.addEventListener('abort', abort)
+    calls.add(abort)
   })
   try {
     return await Promise.race([promise, aborted])
   } finally {
     promise.catch(() => {}) // nobody else hears of a failure that comes after the abort
-    signal.removeEventListener('abort', abort!)
+    calls.delete(abort!)
+    if (calls.size === 0 && waiting.delete(signal)) signal.removeEventListener('abort', listener)
   }
 }
 

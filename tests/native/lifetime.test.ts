@@ -1,3 +1,4 @@
+import { getEventListeners } from 'node:events'
 import { setTimeout as pause } from 'node:timers/promises'
 import {
   add,
@@ -197,6 +198,23 @@ describe('an AbortSignal', () => {
     await expect(reading).rejects.toBe(reason)
     await expect(out.read({ signal: AbortSignal.abort(reason) })).rejects.toBe(reason)
     expect((await out.read({ signal: AbortSignal.timeout(50_000) })).length).toBe(out.size)
+  })
+
+  it('may end any number of reads, and keeps no listener', async () => {
+    const x = full([2], 4)
+    const q = randn([1, 2048, 8, 64])
+    const { out } = attention(q, q, q)
+    const controller = new AbortController()
+    const { signal } = controller
+    const wait = (tensor: Tensor) => Array.from({ length: 20 }, () => tensor.read({ signal }))
+    const early = wait(x)
+    expect(getEventListeners(signal, 'abort')).toHaveLength(1)
+    await Promise.all(early)
+    expect(getEventListeners(signal, 'abort')).toHaveLength(0)
+    const late = Promise.allSettled(wait(out))
+    controller.abort('enough')
+    for (const one of await late) expect(one).toEqual({ status: 'rejected', reason: 'enough' })
+    expect(getEventListeners(signal, 'abort')).toHaveLength(0)
   })
 
   it('that was aborted before keeps a blocking read from waiting', () => {
