@@ -174,8 +174,8 @@ export function run(name: string, named: Record<string, unknown>): (Tensor | und
     shared[2 * tensors + 1] = value.handle
     tensors++
   }
-  // copies of operands come before what is asked about
-  if (explaining && name !== 'copy')
+  // copies of operands and zeros to write on come before what is asked about
+  if (explaining && name !== 'copy' && name !== 'fill')
     throw new Explained(native.explain(entry.index, tensors, ...values))
   const count = native.run(entry.index, tensors, ...values)
   const outputs = new Array<Tensor | undefined>(count)

@@ -148,10 +148,11 @@ function select<D extends FloatDType>(
     if (gamma >= 1 || sk <= short || sq <= (denseBelow === undefined ? 0 : 1)) return parts
     const [rows, columns] = [sq, sk].map((size) => Math.ceil(size / block)) as [number, number]
     const shape = [b, heads, rows, Math.ceil(columns / 32)]
-    const blocks = empty(shape, { dtype: 'int32', device: q.device })
-    const [divergence] = run('flexprefill', { q: queries, k: keys, blocks, ...settings })
-    divergence?.dispose()
-    return makeMask({ ...parts, sequences: b, heads, sinkTokens: 0, blocks })
+    return scope(() => {
+      const blocks = empty(shape, { dtype: 'int32', device: q.device })
+      run('flexprefill', { q: queries, k: keys, blocks, ...settings })
+      return makeMask({ ...parts, sequences: b, heads, sinkTokens: 0, blocks })
+    })
   }
   return perSequence(op, q, k, [block, block], packed, blocksOf)
 }

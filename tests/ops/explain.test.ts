@@ -4,6 +4,8 @@ import {
   attentionBackward,
   cuda,
   explain,
+  flexPrefill,
+  keep,
   lightningDecode,
   linear,
   Mask,
@@ -106,10 +108,24 @@ describeDevices('explain', (device) => {
     if (hopper) expect(decode(2).declined[0]!.reason).toBe('s must be 1')
   })
 
+  it('leaves no lists of a selector', async () => {
+    const q = draw([1, 300, 2, 16])
+    await synchronize(device)
+    const before = memory(device).tensors
+    const { variant } = explain(flexPrefill, q, q, { block: 16, minBudget: 0 })
+    expect(variant).toBeTypeOf('string')
+    await synchronize(device)
+    expect(memory(device).tensors).toBe(before)
+  })
+
   it('checks what the call would check, and runs again afterwards', async () => {
     const q = draw([1, 8, 2, 16])
     expect(() => explain(attention, q, draw([1, 8, 2, 24]), q)).toThrow(
       'attention: k must be [b, sk, hk, d]',
+    )
+    const scores = zeros([1, 1, 2, 2], { dtype: 'float16', device })
+    expect(() => explain(keep, scores as never, { sq: 256, topBlocks: 1 })).toThrow(
+      'keep: score must be float32, got float16',
     )
     const { out } = attention(q, q, q)
     expect((await out.read({ as: 'float32' })).every(Number.isFinite)).toBe(true)
