@@ -42,6 +42,8 @@ async function main(): Promise<void> {
   const text = new Uint8Array(await readFile(positionals[0] ?? 'README.md'))
   const device = cuda.available ? 'cuda:0' : 'cpu'
   const [length, sequences, steps] = [128, 8, Number(values.steps)]
+  if (!Number.isInteger(steps) || steps < 1)
+    throw new Error(`--steps must be a whole number from 1 on, got ${values.steps}`)
   if (text.length <= length) throw new Error(`the text must have more than ${length} bytes`)
   const model = create({ vocabulary: 256, width: 64, heads: 4, hidden: 128, layers: 3 }, 1)
   const losses: number[] = []

@@ -1,3 +1,6 @@
+import { spawnSync } from 'node:child_process'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
 import { alibiSlopes } from 'heddle'
 import { expect, it } from 'vitest'
 import {
@@ -187,4 +190,16 @@ describeDevices('train-lightning', (device) => {
     }
     expect(losses.at(-1)!).toBeLessThan(0.6 * losses[0]!)
   }, 120_000)
+})
+
+it('train-lightning refuses to train for no steps', () => {
+  const root = join(__dirname, '../..')
+  const script = join(root, 'dist/examples/train-lightning/train.js')
+  const out = join(tmpdir(), 'heddle-no-steps.svg')
+  for (const steps of ['many', '0', '1.5']) {
+    const args = [script, '--steps', steps, '--out', out, join(root, 'README.md')]
+    const { status, stderr } = spawnSync(process.execPath, args, { encoding: 'utf8' })
+    expect(stderr).toContain(`--steps must be a whole number from 1 on, got ${steps}`)
+    expect(status).toBe(1)
+  }
 })
