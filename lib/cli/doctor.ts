@@ -1,5 +1,6 @@
 import { spawnSync } from 'node:child_process'
 import { join } from 'node:path'
+import { show } from '../check.js'
 import { cuda, type Device } from '../device.js'
 import { HeddleError } from '../errors.js'
 import { operatorSchemas } from '../native.js'
@@ -67,6 +68,13 @@ async function selfTest(device: Device): Promise<Finding> {
   }
 }
 
+// What the library reads from the environment, where other values count as none
+const variables = [
+  ['HEDDLE_THREADS', /^[1-9]\d*$/, 'a whole number from 1 on'],
+  ['HEDDLE_CPU_ISA', /^(baseline|avx2|avx512)$/, 'baseline, avx2 or avx512'],
+  ['HEDDLE_DEVICE', /^cpu$/, 'cpu'],
+] as const
+
 /** @internal Looks at everything that the library depends on. */
 export async function examine(): Promise<Finding[]> {
   const findings: Finding[] = []
@@ -85,6 +93,12 @@ export async function examine(): Promise<Finding[]> {
           remedy: 'use Node.js 20.17 or newer',
         },
   )
+  for (const [check, rule, words] of variables) {
+    const value = process.env[check]
+    if (!value || rule.test(value)) continue
+    const remedy = `set it to ${words}, or not at all`
+    findings.push({ check, status: 'WARN', text: `${show(value)} means nothing`, remedy })
+  }
   const addon = probeAddon()
   findings.push(addon)
   if (addon.status === 'FAIL') return findings
@@ -96,8 +110,11 @@ export async function examine(): Promise<Finding[]> {
       ? {
           check: 'cpu',
           status: 'WARN',
-          text: 'no AVX2: CPU operators will be slow',
-          remedy: 'use a machine with AVX2',
+          text: 'without AVX2 CPU operators are slow',
+          remedy:
+            process.env.HEDDLE_CPU_ISA === 'baseline'
+              ? 'leave out HEDDLE_CPU_ISA'
+              : 'use a machine with AVX2',
         }
       : { check: 'cpu', status: 'OK', text: `${schemas.length} operators, instruction set ${isa}` },
   )

@@ -44,6 +44,24 @@ describe('heddle', () => {
     expect(findings.at(-1)).toMatchObject({ check: 'addon', status: 'FAIL' })
   })
 
+  it('doctor warns of what the environment asks for and does not get', () => {
+    const asked = { HEDDLE_THREADS: 'many', HEDDLE_CPU_ISA: 'sse', HEDDLE_DEVICE: 'gpu' }
+    const doctor = (given: object) => {
+      const env = { ...process.env, ...given }
+      const args = [join(root, 'dist/cli.js'), 'doctor', '--json']
+      const child = spawnSync(process.execPath, args, { encoding: 'utf8', env })
+      const { findings } = JSON.parse(child.stdout) as { findings: Record<string, string>[] }
+      return findings
+        .filter(({ status }) => status === 'WARN')
+        .map(({ check, text }) => [check, text])
+    }
+    const warned = doctor(asked)
+    for (const [name, value] of Object.entries(asked))
+      expect(warned).toContainEqual([name, `"${value}" means nothing`])
+    const known = doctor({ HEDDLE_THREADS: '2', HEDDLE_CPU_ISA: 'baseline', HEDDLE_DEVICE: 'cpu' })
+    expect(known.filter(([check]) => check!.startsWith('HEDDLE'))).toEqual([])
+  })
+
   it('info lists every operator', () => {
     const { operators } = JSON.parse(heddle('info', '--json').stdout)
     const names = operators.map((one: { name: string }) => one.name)
