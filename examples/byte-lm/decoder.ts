@@ -218,11 +218,8 @@ export async function* generate(
   try {
     let next = prompt
     for (let i = 0; i < maxTokens; i++) {
-      const logits = forward(model, next, cache)
-      const last = logits.slice(0, -1)
-      const row = await last.read({ signal })
-      logits.dispose()
-      last.dispose()
+      const tokens = next
+      const row = await scope(() => forward(model, tokens, cache).slice(0, -1).read({ signal }))
       const byte = pick(row, temperature, random)
       yield byte
       next = Uint8Array.of(byte)
@@ -260,9 +257,7 @@ export async function score(
   answers: readonly number[],
   attend?: Attend,
 ): Promise<Score> {
-  const logits = forward(model, ids, undefined, attend)
-  const values = await logits.read()
-  logits.dispose()
+  const values = await scope(() => forward(model, ids, undefined, attend).read())
   const width = model.config.vocab_size
   const right = new Uint8Array(ids.length)
   let bits = 0

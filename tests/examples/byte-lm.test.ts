@@ -1,5 +1,13 @@
 import { join } from 'node:path'
-import { attention, type FloatDType, lightning, openSafetensors, type Tensor } from 'heddle'
+import {
+  attention,
+  type FloatDType,
+  lightning,
+  memory,
+  openSafetensors,
+  synchronize,
+  type Tensor,
+} from 'heddle'
 import { afterAll, beforeAll, describe, expect, it } from 'vitest'
 import {
   disposeCache,
@@ -110,6 +118,21 @@ describeDevices('byte-lm', (device) => {
     const bytes: number[] = []
     for await (const byte of generate(model, prompt, { maxTokens: 5 })) bytes.push(byte)
     expect(String.fromCharCode(...bytes)).toBe('40713')
+  })
+
+  it('holds nothing once it is given up', async () => {
+    await synchronize(device)
+    const before = memory(device).tensors
+    const controller = new AbortController()
+    const prompt = new TextEncoder().encode('The compiler')
+    const bytes = generate(model, prompt, { signal: controller.signal })
+    await bytes.next()
+    const next = bytes.next()
+    controller.abort(new Error('enough'))
+    await expect(next).rejects.toThrow('enough')
+    await synchronize(device)
+    // what earlier tests left may have been collected meanwhile
+    expect(memory(device).tensors).toBeLessThanOrEqual(before)
   })
 
   it('scores a sequence as it was measured elsewhere', async () => {
