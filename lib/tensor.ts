@@ -512,7 +512,8 @@ export class Tensor<D extends DType = DType> {
    * `Uint8Array`, unless `as: 'float32'` asks for numbers.
    *
    * @throws The promise rejects with a {@link HeddleError} if the operator that made the tensor, or one before it, failed on
-   * the device, unless it was overwritten whole since; the error names it.
+   * the device, unless it was overwritten whole since; the error names it. `ERR_UNSUPPORTED` of more bytes than an array of
+   * this Node.js may have, which are 4 GiB in version 20.
    */
   read(options: ReadOptions & { as: 'float32' }): Promise<Float32Array<ArrayBuffer>>
   read(options?: ReadOptions): Promise<HostArray<D>>

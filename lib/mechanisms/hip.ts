@@ -24,7 +24,7 @@ import { scope, untrack } from '../scope.js'
 import { checkTensor, empty, full, type Tensor, zeros } from '../tensor.js'
 import { type HipCacheCounts, type HipListed, type HipOffload, hipCaches } from './hip-offload.js'
 import { attendListed, substitutes, turn } from './hip-rope.js'
-import { ofMechanisms, under } from './packed.js'
+import { lengthsOf, ofMechanisms, under } from './packed.js'
 
 /** Settings of {@link hip} that halve intervals, by what they trade. */
 export const hipPresets = {
@@ -151,6 +151,7 @@ export function hipAttention<D extends FloatDType>(
   const [b = 0, sq = 0] = q.shape
   if (blockTable !== undefined) checkTensor(op, 'blockTable', blockTable)
   const sk = keysOf({ q, k, blockTable })
+  if (!blockTable && !cuSeqlensQ && !cuSeqlensK) lengthsOf(op, q, k)
   const { rope } = searched
   const lengths = { blockTable, cacheSeqlens, cuSeqlensQ, cuSeqlensK }
   const [other] = Object.entries(lengths).filter(([, x]) => x)

@@ -15,6 +15,7 @@ import {
   glu,
   graph,
   hip,
+  hipAttention,
   hipDecoder,
   hipStages,
   keep,
@@ -676,6 +677,12 @@ const wrong: Wrong[] = [
     () => flexPrefill(q, heads(4, 3)),
     'ERR_SHAPE',
     'flexPrefill: hq must be a multiple of hk, got 4 and 3',
+  ],
+  [
+    'more queries than keys, in a prompt that is dense',
+    () => hipAttention(heads(8), heads(4, 2), heads(4, 2)),
+    'ERR_SHAPE',
+    'hipAttention: sq must be at most sk, got 8 and 4',
   ],
   [
     'a state in the other layout',
