@@ -53,7 +53,7 @@ function parse(text: string) {
   throw refuse(`the operator of a problem must be one of ${names}, got "${operator}"`)
 }
 
-function make(text: string, device: Device): Case {
+function prepare(text: string, device: Device): { made: Case; isGraph: boolean } {
   const { problem, build } = parse(text)
   const made = build(problem, device)
   const isGraph = problem.flags.has('graph')
@@ -62,6 +62,11 @@ function make(text: string, device: Device): Case {
     const taken = [...problem.asked].join(', ')
     throw refuse(`"${text}" has "${stray}", but ${problem.operator} takes ${taken}`)
   }
+  return { made, isGraph }
+}
+
+function make(text: string, device: Device): Case {
+  const { made, isGraph } = prepare(text, device)
   if (!isGraph) return made
   const step = graph(made.run)
   const run = () => {
@@ -217,6 +222,9 @@ export async function bench(options: BenchOptions): Promise<object> {
         `out must be a folder that can be written, got "${out}" (${(cause as Error).message})`,
       )
     }
+  // what is wrong with one of several comes out before any is measured
+  for (const text of problems)
+    if (text.includes(':')) for (const input of prepare(text, device).made.inputs) input.dispose()
   const threads = Number(process.env.HEDDLE_THREADS ?? availableParallelism())
   const name = gpu?.name ?? `${cpus()[0]?.model.trim()}, ${threads} threads`
   try {

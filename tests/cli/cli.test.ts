@@ -92,8 +92,9 @@ describe('heddle', () => {
       ['nothing:b1', 'bench: the operator of a problem must be one of attention,'],
       ['nothing', 'bench: a problem must be operator:sizes or one of attention,'],
     ] as const) {
-      const refused = heddle('bench', text, '--device', 'cpu')
+      const refused = heddle('bench', 'norm:m2 d8', text, '--device', 'cpu')
       expect(refused.status).toBe(2)
+      expect(refused.stdout).toBe('')
       expect(refused.stderr).toContain(message)
     }
   }, 60_000)
