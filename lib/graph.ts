@@ -24,8 +24,8 @@ const abandoned = new FinalizationRegistry<number>((handle) => addon().releaseGr
  * with `write` or `copyFrom`, before `replay`.
  *
  * The function must be synchronous and stay on one device. It may make tensors; those that it does not return are freed for
- * everybody else, but keep their memory for the graph. What it writes is written again, and random numbers are those of the first run. It must not read, and not move
- * tensors to another device.
+ * everybody else, but keep their memory for the graph. What it writes is written again, and random numbers are those of the
+ * first run. It must not read, and not move tensors to another device.
  *
  * @throws HeddleError `ERR_ARGUMENT` if the function calls no operator, makes a graph itself or is async, `ERR_DEVICE` if it
  * uses two devices, `ERR_UNSUPPORTED` where it reads, and whatever it throws itself.
