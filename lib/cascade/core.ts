@@ -10,9 +10,8 @@ import {
   type Statement,
   statementsOf,
   visitAccesses,
-  visitExprs,
 } from './ir.js'
-import { type Form, Normal, TooLarge } from './normal.js'
+import { type Form, Normal, startOver, TooLarge } from './normal.js'
 import { arranged } from './product.js'
 import { untoldRanks } from './sizes.js'
 import {
@@ -65,7 +64,7 @@ function productsIn(expr: Expr): Expr[][] {
 }
 
 // Operands of products that are sums, rows that are turned or projected, and single numbers that are; with `bent` also
-// functions of such sums, as features of projected rows are
+// what is made of such sums, as features and norms of projected rows are, with the sums that it is made of
 function operandsIn(ir: CascadeIR, bent: boolean): Map<string, boolean> {
   const all = ir.steps.filter((step): step is Statement => !('body' in step))
   const isSum = ({ reduce, where, init, expr, out }: Statement) => {
@@ -80,14 +79,12 @@ function operandsIn(ir: CascadeIR, bent: boolean): Map<string, boolean> {
   }
   const sums = new Set(all.filter(isSum).map(({ out }) => out.name))
   const isFeature = ({ reduce, where, init, expr, out }: Statement) => {
-    let bends = false
-    visitExprs(expr, (one) => {
-      if (one.kind === 'call') visitAccesses(one, ({ name }) => (bends ||= sums.has(name)))
-    })
+    let reads = false
+    visitAccesses(expr, ({ name }) => (reads ||= sums.has(name)))
     const plain = out.indices.every((index) => plainVariable(index) !== undefined)
-    return bends && plain && !reduce && !where && !init
+    return reads && plain && !reduce && !where && !init
   }
-  if (bent) for (const { out } of all.filter(isFeature)) sums.add(out.name)
+  if (bent) for (const one of all) if (isFeature(one)) sums.add(one.out.name)
   const found = new Map<string, boolean>()
   const reads = statementsOf(ir.steps).flatMap(readsOf)
   for (const { name, indices } of reads)
@@ -107,7 +104,22 @@ function operandsIn(ir: CascadeIR, bent: boolean): Map<string, boolean> {
       }
     }
   }
-  return found
+  return bent ? withSources(ir, found, sums) : found
+}
+
+// Operands that no others are in, with the sums that they are made of
+function withSources(
+  ir: CascadeIR,
+  operands: ReadonlyMap<string, boolean>,
+  sums: ReadonlySet<string>,
+): Map<string, boolean> {
+  const sources = (name: string) =>
+    statementsOf(without(ir, [name], []).steps)
+      .map(({ out }) => out.name)
+      .filter((one) => one !== name)
+  const first = [...operands].filter(([name]) => !sources(name).some((one) => operands.has(one)))
+  const inner = first.flatMap(([name]) => sources(name).filter((one) => sums.has(one)))
+  return new Map([...inner.map((name) => [name, false] as const), ...first])
 }
 
 /** @internal What an operator makes of a cascade whose operands of products stay what the text makes them. */
@@ -131,6 +143,11 @@ export function keptOf(
   } catch (error) {
     return fits(error)
   }
+}
+
+function wholeOf(ir: CascadeIR, lower: (normal: Normal, ir: CascadeIR) => Lowered) {
+  const normal = new Normal(ir)
+  return isClosed(normal, ir) ? checked(lower(normal, ir), normal, ir) : undefined
 }
 
 // What is computed beside an operator may be no text, or too long a one
@@ -217,10 +234,8 @@ export function coreOf(
       if (inner.steps.every((step) => !('body' in step))) {
         if (statementsOf(inner.steps).filter(isProduct).length < 2) continue
       }
-      const normal = new Normal(inner)
-      const core =
-        keptOf(inner, lower) ??
-        (isClosed(normal, inner) ? checked(lower(normal, inner), normal, inner) : undefined)
+      startOver()
+      const core = keptOf(inner, lower) ?? keptOf(inner, lower, true) ?? wholeOf(inner, lower)
       if (core?.axes) return followed(ir, core, tensor, result)
     } catch (error) {
       if (error instanceof TooLarge) return undefined
@@ -254,7 +269,7 @@ function followed(ir: CascadeIR, core: Lowered, tensor: string, result: string):
   const own = statementsOf(ir.steps).find(({ out }) => out.name === tensor)!.out.indices
   const names = own.map((index) => plainVariable(index)!)
   const [b, row, h, column] = core.axes as [string, string, string, string]
-  const absent = [left.includes(b) ? '0' : b, '', left.includes(h) ? '0' : h, '']
+  const absent = [left.includes(b) ? '0' : b, row, left.includes(h) ? '0' : h, '']
   const layouts = new Map(core.layouts)
   layouts.set(tensor, (given) =>
     [b, row, h, column].map((axis, i) => given[names.indexOf(axis)] ?? absent[i]!),
@@ -262,7 +277,8 @@ function followed(ir: CascadeIR, core: Lowered, tensor: string, result: string):
   const last = left.filter((v) => v !== b && v !== row && v !== h)
   // what is bent before it is summed, as scores are, is better an operand
   if (bends(form, `${tensor}[]`)) throw new Mismatch(result, `it sums functions of ${tensor}`, 0)
-  if (last.length !== 1 || !left.includes(row) || where.length > 0)
+  const rows = row === 'p_' || left.includes(row)
+  if (last.length !== 1 || !rows || where.length > 0)
     throw new Mismatch(result, 'it has other axes than what it is computed from', 0)
   // heads that are summed leave [b, s, d]
   const axes = left.includes(h) || h === 'h_' ? [b, row, h, last[0]!] : [b, row, last[0]!]

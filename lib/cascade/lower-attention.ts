@@ -19,6 +19,7 @@ import {
   plus,
   power,
   rankIn,
+  single,
   type Term,
   termOf,
   times,
@@ -51,7 +52,6 @@ import {
   sharedOf,
   shown,
   sideOf,
-  single,
   sizesOf,
   spanOf,
   sweeps,
@@ -88,6 +88,7 @@ function dotOf(
   key: string,
   variables: readonly string[],
   normal: Normal,
+  rowless: boolean,
 ): Dot | undefined {
   const sums = term.factors.filter((one) => isSum(one) && has(one.atom, [key]))
   const { over, body, where } = (sums[0]?.atom ?? {}) as Reduce
@@ -104,8 +105,9 @@ function dotOf(
   const q = single([...ofQ, ...before.filter((one) => !scales.includes(one))])
   const k = single([...ofK, ...withKey])
   const rows = variables.filter((v) => q.free.has(v) && !single(ofK).free.has(v))
+  const axes = rowless && rows.length === 0 ? [[e]] : rows.map((row) => [row, e])
   const operands = {
-    q: rows.map((row) => operandOf(q, [row, e], normal)).find((one) => one !== undefined),
+    q: axes.map((own) => operandOf(q, own, normal)).find((one) => one !== undefined),
     k: operandOf(k, [key, e], normal),
   }
   if (!operands.q || !operands.k || rows.some((row) => k.free.has(row))) return undefined
@@ -358,9 +360,17 @@ function weightedSum(
   let dots: Dot[] = []
   let cap: Form | undefined
   const terms: Term[] = []
+  const cappedIn = ({ factors }: Term) =>
+    factors.find(({ atom }) => atom.kind === 'call' && atom.fn === 'tanh')
+  // one query of each head has no variable for rows
+  const all = score.terms.flatMap((term) => {
+    const atom = cappedIn(term)?.atom
+    return atom?.kind === 'call' ? [term, ...atom.args[0]!.terms] : [term]
+  })
+  const rowless = !all.some((term) => dotOf(term, m, ir.variables, normal, false))
   for (const term of score.terms) {
-    const bent = term.factors.find(({ atom }) => atom.kind === 'call' && atom.fn === 'tanh')
-    const own = dotOf(term, m, ir.variables, normal)
+    const bent = cappedIn(term)
+    const own = dotOf(term, m, ir.variables, normal, rowless)
     if (own && !cap) dots.push(own)
     else if (bent?.power === 1 && bent.atom.kind === 'call' && dots.length === 0) {
       const inside = bent.atom.args[0]!.terms
@@ -370,7 +380,7 @@ function weightedSum(
           term.factors.filter((one) => one !== bent),
         ),
       ])
-      dots = inside.flatMap((one) => dotOf(one, m, ir.variables, normal) ?? [])
+      dots = inside.flatMap((one) => dotOf(one, m, ir.variables, normal, rowless) ?? [])
       if (!isNumber(cap, [m, ...ir.variables]) || dots.length < inside.length)
         throw fail(`its score has ${bent.atom.key}, which is no soft cap`)
     } else terms.push(term)
@@ -388,9 +398,10 @@ function weightedSum(
     const order = q.main.indices.map(({ key }) => key)
     rows = [rows.reduce((x, y) => (order.indexOf(y) > order.indexOf(x) ? y : x))]
   }
-  if (rows.length !== 1)
+  if (rows.length > 1)
     throw fail('its queries have no variable for rows that a mask, keys or values tell from heads')
-  const [row] = rows as [string]
+  const [row = 'p_'] = rows
+  const rowIndex = rows.length > 0 ? name(row) : number(0)
   const heads = out.left.filter((x) => x !== row && x !== column)
   // Groups of queries with a head of keys each: an axis of the text, and part of the heads for attention
   const [group = '', own = ''] = [heads.at(-1), heads.at(-2)]
@@ -398,16 +409,22 @@ function weightedSum(
     heads.length > 1 &&
     [...dots.map(({ k }) => k), v].every(({ form }) => has(form, [own]) && !has(form, [group]))
   if (heads.length > (grouped ? 3 : 2)) throw fail('its result has more axes than [b, s, h, d]')
+  const ofQueries = dots.map(({ q, e }) => [q, [...rows, e]] as const)
   const operands = [
-    ...dots.flatMap(({ q, k, e }) => [[q, [...heads, row, e]] as const, [k, [m, e]] as const]),
+    ...ofQueries,
+    ...dots.map(({ k, e }) => [k, [m, e]] as const),
     [v, [m, column]] as const,
   ]
-  for (const [{ main, form }, axes] of operands)
-    if (
-      !hasAxes(main, axes, axes.includes(row) ? [] : heads) ||
-      (has(form, [row]) && !axes.includes(row))
-    )
+  for (const [{ main, form }, axes] of operands) {
+    const ofQ = ofQueries.some(([one]) => one.main === main)
+    if (!hasAxes(main, axes, heads) || (has(form, rows) && !ofQ))
       throw fail(`${form.key} is not read along its axes`, 'CAS022')
+  }
+  // queries may be the same for all that keys and values have
+  const absent = heads.filter((x) => !has(q.main, [x]))
+  const given = absent.every((x) => has(k.main, [x]) && has(v.main, [x]))
+  if (!given || (heads.length > 2 && absent.length > 0))
+    throw fail(`${q.form.key} is not read along its axes`, 'CAS022')
 
   const [batch, head] = heads.length > 1 ? heads : [undefined, heads[0]]
   const layouts = layoutsOf(operands, heads, [row, m])
@@ -459,7 +476,7 @@ function weightedSum(
   // A part of the score that is the same for all keys: slopes have theirs, the rest is a bias
   const rowPart = (form: Form) => {
     if (form.terms.length === 0 && !slope) return
-    const rest = slope && times(plus(form, times(slope, name(row))), power(slope, -1))
+    const rest = slope && times(plus(form, times(slope, rowIndex)), power(slope, -1))
     // sums and differences of sizes and scalars: what a number or a factor shifts is no distance
     const even = rest?.terms.every(
       ({ coefficient, factors }) =>
@@ -485,7 +502,7 @@ function weightedSum(
     const own = added.terms.filter((term) => !slope || !has(formOf([term]), slope.free))
     bias = plus(bias, formOf(own))
     rowPart(formOf(added.terms.filter((term) => !own.includes(term))))
-  }
+  } else bias = plus(bias, added)
   for (const other of others) {
     einsum = other.tensor
     if (!total || others.length > 1 || other.form.terms.length === 0)
@@ -534,7 +551,7 @@ function weightedSum(
   const lengths = distances.map((form) => ({ form, only: bareName(form) }))
   const plainScale = bareName(scale)
   const ranks = [rankOf(column), rankOf(row), rankIn(m), rankIn(dot.e), 'M_', ...heads.map(rankOf)]
-  const shared = sharedOf(operands, heads, row)
+  const shared = sharedOf(operands, heads)
   const alone = post.key === '1' && sides.every((one) => one === undefined)
   // Keys and values that lie in pages
   const table = pages.get(k.main.name)
@@ -562,12 +579,18 @@ function weightedSum(
       const { tensors } = call
       if (!grouped || !alone) for (const one of shared) onlyOne(call, one)
       const tq = batched(call, q.main.name) as F32
-      const [b, sq, hq, d] = tq.shape as [number, number, number, number]
       const tk = batched(call, k.main.name)
+      const tv = batched(call, v.main.name)
+      const [, sq, , d] = tq.shape as [number, number, number, number]
+      const [b, hq] = ([0, 2] as const).map((axis) =>
+        shared.some((one) => one.tensor === q.main.name && (one.axis === axis || one.either))
+          ? Math.max(tk.shape[axis]!, tv.shape[axis]!)
+          : tq.shape[axis]!,
+      ) as [number, number]
       const options: AttentionOptions = { causal: off !== undefined }
       let computed = beside
       const sk = table === undefined ? tk.shape[1]! : pagesOf(call, table, tk, page!, options)
-      const dv = batched(call, v.main.name).shape[3]!
+      const dv = tv.shape[3]!
       const ends = sk - sq
       // literals with names of the text would be ten times as slow
       const known: Known = {}
@@ -637,8 +660,8 @@ function weightedSum(
         throw broken('CAS003', text, spanOf(ir, out.tensor), rankIn(e))
       })
       const most = Math.max(...[...keys, value].map(({ shape }) => shape[2]!))
-      const alike = (x: F32, { main }: Operand) =>
-        table === undefined ? repeated(x, main.name, shared, b, most) : x
+      const alike = (x: F32, { main }: Operand, heads = most) =>
+        table === undefined ? repeated(x, main.name, shared, b, heads) : x
       // views and copies that the call makes
       const made = () => {
         if (ofBias)
@@ -648,7 +671,8 @@ function weightedSum(
               biasAxes.map((axis, i) => (ofBias.left.includes(axis) ? [b, hq, sq, sk][i]! : 1)),
             )
         const ks = keys.map((x, i) => alike(x, parts[i]!.k))
-        const taken = [joined(queries), joined(ks), alike(value, v)].map(inEights)
+        const qs = queries.map((x, i) => alike(x, parts[i]!.q, hq))
+        const taken = [joined(qs), joined(ks), alike(value, v)].map(inEights)
         const result = attention(...(taken as [F32, F32, F32]), options)
         if (dv % 8 !== 0) result.out = result.out.slice(3, 0, dv).contiguous()
         return result

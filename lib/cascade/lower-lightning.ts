@@ -8,15 +8,18 @@ import {
   argument,
   atomForm,
   exponential,
+  type Factor,
   type Form,
   formOf,
   type Normal,
   name,
   number,
+  plus,
   power,
   rankIn,
   reduction,
   replace,
+  single,
   type Term,
   termOf,
   times,
@@ -44,7 +47,6 @@ import {
   sharedOf,
   shown,
   sideOf,
-  single,
   sizesOf,
   spanOf,
   sweeps,
@@ -115,13 +117,18 @@ export function lightningOf(normal: Normal, ir: CascadeIR): Lowered {
     throw fail('q, k and v are not read along their axes')
   fit += 2
 
-  // The sum of the weights, which a column of ones in v gives
-  const divisors = main.factors.filter(({ atom, power }) => atom.kind === 'reduce' && power === -1)
-  const weight = times(body, power(v.form, -1))
-  for (const { atom } of divisors) {
-    const same = atom.key === reduction('sum', over, weight, where).key
-    if (!same || divisors.length > 1) throw fail('its divisor is not the sum of its weights')
-  }
+  // The sum of the weights, which a column of ones in v gives, or that and a number
+  const total = reduction('sum', over, times(body, power(v.form, -1)), where)
+  const isTotal = ({ atom, power }: Factor) => power === 1 && atom.key === total.key
+  const divisors = main.factors.filter(
+    ({ atom, power }) => power === -1 && sweeps(atomForm(atom), rankIn(m)),
+  )
+  const below = divisors.flatMap(({ atom }) =>
+    atom.kind === 'sum' ? atom.form.terms : atomForm(atom).terms,
+  )
+  const totals = below.filter(({ factors }) => factors.some(isTotal))
+  if (divisors.length > 1 || totals.length < divisors.length)
+    throw fail('its divisor is not the sum of its weights')
   const [divisor] = divisors
 
   // exp(-slope t) in front, unless it is divided by, exp(slope m) inside
@@ -135,7 +142,8 @@ export function lightningOf(normal: Normal, ir: CascadeIR): Lowered {
       main.factors.filter((one) => !isSum(one) && one !== divisor),
     ),
   ])
-  const factors = decay && (divisor ? outside : times(outside, power(decay, -1)))
+  const plain = divisor?.atom.kind === 'reduce'
+  const factors = decay && (plain ? outside : times(outside, power(decay, -1)))
   const [only, ...rests] = factors?.terms ?? []
   if (!slope || !only || rests.length > 0 || has(slope, [m, ...over]))
     throw fail('its weights are no decay by distance')
@@ -186,7 +194,7 @@ export function lightningOf(normal: Normal, ir: CascadeIR): Lowered {
     [v, [m, column]],
   ] as const
   const layouts = layoutsOf(operands, heads, [row, m])
-  const shared = sharedOf(operands, heads, row)
+  const shared = sharedOf(operands, heads)
   const names = new Map([
     [m, 'm_'],
     [e, 'e_'],
@@ -209,9 +217,19 @@ export function lightningOf(normal: Normal, ir: CascadeIR): Lowered {
       : sideOf(ir, layouts, slope, [head], names)
   const all = [batch, row, head, column].map(name)
   const whole = times(access('N_', all), post)
-  const result = divisor
-    ? times(whole, power(access('D_', [...all.slice(0, 3), number(0)]), -1))
-    : whole
+  const ones = access('D_', [...all.slice(0, 3), number(0)])
+  const swapped = below.map(({ coefficient, factors }) => {
+    const rest = formOf([
+      termOf(
+        coefficient,
+        factors.filter((one) => !isTotal(one)),
+      ),
+    ])
+    return factors.some(isTotal) ? times(times(rest, ones), power(decay!, -1)) : rest
+  })
+  const normaliser = plain ? ones : plus(...swapped)
+  if (sweeps(normaliser, rankIn(m))) throw fail('its divisor is not the sum of its weights')
+  const result = divisor ? times(whole, power(normaliser, -1)) : whole
   const finish =
     result.key === access('N_', all).key
       ? undefined
@@ -224,7 +242,7 @@ export function lightningOf(normal: Normal, ir: CascadeIR): Lowered {
     slopes: slope.key,
   }
   if (initial) slots.initialState = initial.name
-  if (divisor) slots.normalise = 'true'
+  if (divisor) slots.normalise = plain ? 'true' : normaliser.key
   if (post.key !== '1') slots.result = post.key
   const told = sizesOf(ir, layouts)
   const decaying = (value: number) => {

@@ -10,7 +10,14 @@ import { checkTensor, type Tensor } from '../tensor.js'
 import { type Analysis, type AnalyzeOptions, analyze } from './analyze.js'
 import { coreOf, keptOf } from './core.js'
 import { broken } from './error.js'
-import { type CascadeIR, rankOf, type Statement, statementsOf } from './ir.js'
+import {
+  type Access,
+  type CascadeIR,
+  rankOf,
+  type Statement,
+  statementsOf,
+  visitPredicate,
+} from './ir.js'
 import { definitions } from './library.js'
 import { attentionOf } from './lower-attention.js'
 import { lightningOf } from './lower-lightning.js'
@@ -19,6 +26,7 @@ import { parse } from './parse.js'
 import { print } from './print.js'
 import { multiply, productOf } from './product.js'
 import {
+  agreement,
   checked,
   type F32,
   type Lowered,
@@ -67,7 +75,7 @@ interface Refused {
   mismatch: Mismatch
 }
 
-// Operators without slots take exactly their own text, whatever its names
+// Operators without slots take exactly their own text, whatever its names, and n for up to four axes
 interface Fixed {
   operator: string
   text: string
@@ -130,7 +138,14 @@ function signature(ir: CascadeIR): string {
 let signatures: Map<string, Fixed> | undefined
 
 function fixedOf(_: Normal, ir: CascadeIR): Lowered {
-  signatures ??= new Map(fixed.map((one) => [signature(validate(parse(one.text))), one]))
+  signatures ??= new Map(
+    fixed.flatMap((one) =>
+      ['n', 'a,n', 'a,b,n', 'a,b,c,n'].map((rows) => {
+        const text = one.text.replaceAll('[n', `[${rows}`)
+        return [signature(validate(parse(text))), one] as const
+      }),
+    ),
+  )
   const found = signatures.get(signature(ir))
   if (!found) throw new Mismatch(ir.outputs[0]!, 'it is no text of an operator without slots', -1)
   return {
@@ -265,20 +280,15 @@ function fusedOne(ir: CascadeIR, refused: Refused[]): Lowered {
   }
   const direct = directOne(ir, refused)
   if (!(direct instanceof HeddleError)) return direct
-  startOver()
-  const features = keptOf(ir, lightningOf, true)
-  if (features) {
-    refused.length = 0 // they were of features that are taken apart
-    return features
-  }
-  // an operator may compute all but the end of it
-  startOver()
-  for (const lower of [attentionOf, lightningOf]) {
-    const found = coreOf(ir, lower)
-    if (!found) continue
-    refused.length = 0 // they were of the whole
-    return found
-  }
+  // of features that stay what they are, or all but the end of it
+  for (const part of [(ir, lower) => keptOf(ir, lower, true), coreOf] satisfies (typeof coreOf)[])
+    for (const lower of [attentionOf, lightningOf]) {
+      startOver()
+      const found = part(ir, lower)
+      if (!found) continue
+      refused.length = 0 // they were of the whole
+      return found
+    }
   throw direct
 }
 
@@ -352,7 +362,7 @@ function refusal(ir: CascadeIR, refused: readonly Refused[]) {
   if (headline < 2)
     return broken('CAS020', `no kernel takes this cascade; ${nearest}`, span, mismatch.einsum)
   const chain = why.map(({ from, via, to }) => `${from}; ${via}; ${to}`).join('. ')
-  const [rewrite] = suggestions
+  const rewrite = suggestions.find(({ effect }) => effect.startsWith(`${rank}: `))
   const remedy = rewrite ? `; ${rewrite.rule} makes it ${rewrite.effect}` : ''
   return broken(
     'CAS021',
@@ -368,6 +378,10 @@ function planOf(ir: CascadeIR, lowered: Lowered, refused: readonly Refused[]): P
   const scalarNames: ReadonlySet<string> = new Set([...wanted, ...sizes])
   const told = sizesOf(ir, lowered.layouts ?? new Map())
   const declared = [...ir.ranks].filter((one): one is [string, number] => one[1] !== undefined)
+  const masks: Access[] = []
+  for (const { where } of statementsOf(ir.steps))
+    if (where) visitPredicate(where, (one) => one.kind === 'access' && masks.push(one))
+  const agree = agreement(ir, lowered.layouts)
   const count = ir.inputs.length
   const plan = (...inputs: readonly (Tensor | Scalars)[]) => {
     if (inputs.length < count || inputs.length > count + 1)
@@ -382,6 +396,12 @@ function planOf(ir: CascadeIR, lowered: Lowered, refused: readonly Refused[]): P
       checkTensor('cascade', tensor, inputs[i])
       tensors[tensor] = inputs[i] as Tensor
     })
+    for (const { name, span } of masks) {
+      if (/^(int|uint|bool)/.test(tensors[name]!.dtype)) continue
+      const text = 'masks must be decidable from indices and integer tensors'
+      throw broken('CAS010', text, span, name)
+    }
+    agree(tensors)
     let scalars = (inputs[count] ?? {}) as Scalars
     checkOptions('cascade', scalars, scalarNames)
     for (const scalar of Object.keys(scalars))

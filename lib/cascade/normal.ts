@@ -133,6 +133,9 @@ export function termOf(coefficient: number, factors: readonly Factor[]): Term {
 }
 
 /** @internal */
+export const single = (factors: readonly Factor[]): Form => formOf([termOf(1, factors)])
+
+/** @internal */
 export const number = (value: number): Form => formOf([termOf(value, [])])
 
 /** @internal */
@@ -299,20 +302,22 @@ const isSize = ({ atom }: Factor) => atom.kind === 'name' && /^[A-Z]/.test(atom.
 const readsTensors = ({ free }: { free: ReadonlySet<string> }): boolean =>
   [...free].some((one) => one.endsWith('[]'))
 
-// A choice that indices alone decide
-const byIndex = ({ atom }: Factor) =>
-  atom.kind === 'if' && !readsTensors(atom.test) ? atom : undefined
+// Whether indices and inputs decide, which sums would only as they are rounded
+const isGiven = (test: Condition) => test.height === 0
 
-// if(t, x, 0)
-function cutIn(one: Factor) {
-  const found = byIndex(one)
-  return found?.no.key === '0' ? found : undefined
+// if(t, x, 0) of indices, or of a weight: a key or a value that a tensor hides is an operand
+function cutIn({ atom }: Factor) {
+  if (atom.kind !== 'if' || atom.no.key !== '0' || !isGiven(atom.test)) return undefined
+  const bends = ({ atom }: Factor) => atom.kind === 'call' && atom.height > 0
+  const isWeight = atom.yes.terms.some(({ factors }) => factors.some(bends))
+  return isWeight || !readsTensors(atom.test) ? atom : undefined
 }
 
 // if(t, b, -inf), which sizes and positive numbers may multiply
 function hidingIn({ coefficient, factors }: Term) {
   const [mask, ...more] = factors.filter((one) => !isSize(one))
-  const found = mask?.power === 1 && more.length === 0 && coefficient > 0 && byIndex(mask)
+  const alone = mask?.power === 1 && more.length === 0 && coefficient > 0
+  const found = alone && mask.atom.kind === 'if' && isGiven(mask.atom.test) && mask.atom
   return found && found.no.key === '-1 inf' ? found : undefined
 }
 
@@ -369,6 +374,22 @@ function exponentOf({ coefficient, factors }: Term): Form | undefined {
   const positive = rest.every(isSize)
   if (exps.length !== 1 || coefficient <= 0 || !positive) return undefined
   return plus(argument(exps[0]!.atom)!, logarithm(formOf([termOf(coefficient, rest)])))
+}
+
+// Whether what is added to scores is large on both sides, and small together: masks c (1 - x[m]), squares of (p - m)
+function cancels({ coefficient, factors }: Term, constant: Term): boolean {
+  if (constant.factors.length === 0 && Math.abs(constant.coefficient) < 100) return false
+  const ratio = times(single(factors), power(single(constant.factors), -1))
+  const [one, other, ...more] = ratio.terms[0]!.factors
+  const times_ = -constant.coefficient / coefficient
+  if (!other) {
+    const isMask = one?.atom.kind === 'access' || one?.atom.kind === 'if'
+    return isMask && one.power === 1 && times_ > 0 && times_ % 1 === 0
+  }
+  const squared = constant.factors.some(
+    ({ atom, power }) => power === 2 && [one, other].some((each) => each!.atom.key === atom.key),
+  )
+  return squared && more.length === 0 && one!.power * other.power === -1 && times_ === 0.5
 }
 
 function softplusOf({ terms }: Form): Form | undefined {
@@ -566,6 +587,8 @@ export class Normal {
   readonly pages = new Map<string, string>()
   /** Of the kept tensors those that were taken apart after all. */
   readonly taken = new Set<string>()
+  /** Of the kept tensors those that no form says. */
+  readonly unsaid = new Set<string>()
   /** A tensor whose points may be empty for what a part of them reads beyond an axis: no form says that. */
   beyond: string | undefined
   /** Reads of inputs that a call has to have room for, as of Q[p,2*r + 1]: where they may not end beyond an axis. */
@@ -600,8 +623,14 @@ export class Normal {
   }
 
   private define(statement: Statement): void {
-    const left = statement.out.indices.map((index) => plainVariable(index)!)
-    this.forms.set(statement.out.name, { ...this.right(statement), left })
+    const { name, indices } = statement.out
+    const left = indices.map((index) => plainVariable(index)!)
+    const { beyond } = this
+    this.forms.set(name, { ...this.right(statement), left })
+    // it is made as the text says
+    if (!this.kept.has(name) || this.beyond === beyond) return
+    this.beyond = beyond
+    this.unsaid.add(name)
   }
 
   // init R[i=0,…]
@@ -810,12 +839,11 @@ export class Normal {
         for (const { atom, power: exponent } of term.factors) {
           const inner = argument(atom)
           if (inner) {
+            const varies = ({ factors }: Term) => factors.some(({ atom }) => depends(atom))
+            const stays = (one: Term) =>
+              varies(one) || inner.terms.some((other) => varies(other) && cancels(other, one))
             const parts = [true, false].map((wanted) =>
-              formOf(
-                inner.terms.filter(
-                  ({ factors }) => factors.some(({ atom }) => depends(atom)) === wanted,
-                ),
-              ),
+              formOf(inner.terms.filter((one) => stays(one) === wanted)),
             )
             inside = times(inside, exponential(parts[0]!))
             outside = times(outside, exponential(parts[1]!))
@@ -896,11 +924,11 @@ export class Normal {
         )
       case 'if': {
         const [yes, no] = [this.expr(expr.yes, limits), this.expr(expr.no, limits)]
-        // what is hidden stands behind, where indices decide
+        // what is hidden stands behind
         const swaps =
           [yes.key, no.key].indexOf('-1 inf') === 0 || (yes.key === '0' && no.key !== '-1 inf')
         const [test] = this.predicate(expr.test, limits, true)
-        if (!swaps || readsTensors(test!)) return choose(test!, yes, no)
+        if (!swaps || !isGiven(test!)) return choose(test!, yes, no)
         const [other] = this.predicate(expr.test, limits, true, true)
         return choose(other!, no, yes)
       }

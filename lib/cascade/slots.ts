@@ -10,7 +10,6 @@ import {
   type Condition,
   type Factor,
   type Form,
-  formOf,
   type Normal,
   number,
   plus,
@@ -18,7 +17,6 @@ import {
   rankIn,
   replace,
   type Term,
-  termOf,
   times,
 } from './normal.js'
 import { type Layout, Side } from './side.js'
@@ -65,9 +63,6 @@ export const has = (one: { free: ReadonlySet<string> }, names: Iterable<string>)
 /** @internal */
 export const isSum = ({ atom, power }: Factor) =>
   atom.kind === 'reduce' && atom.op === 'sum' && power === 1
-/** @internal */
-export const single = (factors: readonly Factor[]): Form => formOf([termOf(1, factors)])
-
 /** @internal */
 export type Access = Atom & { kind: 'access' }
 /** @internal */
@@ -119,10 +114,11 @@ const reachesBeyond = ({ terms }: Form, variable: string): boolean => {
 export function operandOf(
   form: Form,
   axes: readonly string[],
-  { kept, forms, taken }: Normal,
+  { kept, forms, taken, unsaid }: Normal,
 ): Operand | undefined {
   const found = mainIn(form, axes)
-  if (!found || !kept.get(found.name)) return found && { main: found, form }
+  if (!found || !kept.get(found.name) || unsaid.has(found.name))
+    return found && { main: found, form }
   const { form: own, left } = forms.get(found.name)!
   const whole = replace(own, new Map(left.map((v, i) => [v, found.indices[i]!])))
   const apart = plus(
@@ -237,7 +233,7 @@ export function sideOf(
 }
 
 /**
- * @internal Tensors of [b, s, h, d], whatever axes the text writes; what it leaves out is b_ or h_, or the only head
+ * @internal Tensors of [b, s, h, d], whatever axes the text writes; what it leaves out is b_, p_ or h_, or the only head
  * of all.
  */
 export function layoutsOf(
@@ -246,7 +242,7 @@ export function layoutsOf(
   tokens: readonly string[],
 ): Layouts {
   const [batch, head] = heads.length > 1 ? heads : [undefined, heads[0]]
-  const absent = [batch === undefined ? 'b_' : '0', '', head === undefined ? 'h_' : '0', '']
+  const absent = [batch === undefined ? 'b_' : '0', 'p_', head === undefined ? 'h_' : '0', '']
   return new Map(
     operands.map(([{ main }, axes]) => {
       const token = axes.find((x) => tokens.includes(x))
@@ -263,20 +259,24 @@ export interface Shared {
   tensor: string
   by: string
   axis: 0 | 2
+  /** The only such variable of the text, which may be the other axis in a call. */
+  either: boolean
 }
 
 /** @internal */
 export const sharedOf = (
   operands: readonly (readonly [Operand, readonly string[]])[],
   heads: readonly string[],
-  row: string,
 ): Shared[] =>
-  operands.flatMap(([{ main }, own]) =>
-    (own.includes(row) ? [] : heads.filter((x) => !has(main, [x]))).map((by) => ({
-      tensor: main.name,
-      by,
-      axis: heads.length > 1 && by === heads[0] ? 0 : 2,
-    })),
+  operands.flatMap(([{ main }]) =>
+    heads
+      .filter((x) => !has(main, [x]))
+      .map((by) => ({
+        tensor: main.name,
+        by,
+        axis: heads.length > 1 && by === heads[0] ? 0 : 2,
+        either: heads.length === 1,
+      })),
   )
 
 /** @internal Refuses more sequences or heads than the text reads. */
@@ -296,13 +296,11 @@ export function repeated(
   sequences: number,
   heads: number,
 ): F32 {
-  const shape = x.shape.map((size, i) =>
-    shared.some((one) => one.tensor === tensor && one.axis === i)
-      ? i === 0
-        ? sequences
-        : heads
-      : size,
-  )
+  const own = shared.filter((one) => one.tensor === tensor)
+  const shape = x.shape.map((size, i) => {
+    const wide = own.some(({ axis, either }) => axis === i || (either && i === 0 && size === 1))
+    return wide ? (i === 0 ? sequences : heads) : size
+  })
   return shape.every((size, i) => size === x.shape[i]) ? x : x.expand(shape)
 }
 
@@ -416,6 +414,41 @@ export function sizesOf(ir: CascadeIR, layouts: Layouts): (call: Call) => Known 
       })
     for (const [rank, other] of same) known[rank] = known[other]!
     return known
+  }
+}
+
+/** @internal Checks that tensors with the axes of the text go with those of the operator, of which some may have fewer heads. */
+export function agreement(
+  ir: CascadeIR,
+  layouts: Layouts = new Map(),
+): (tensors: Call['tensors']) => void {
+  const reads = statementsOf(ir.steps).flatMap(readsOf)
+  const axes = reads.map(({ name, indices, span }) => {
+    const own = indices.map((index) => plainVariable(index) ?? '')
+    return { name, span, own, four: layouts.get(name)?.(own) }
+  })
+  const packed = axes.filter(({ four }) => four)
+  const plain = axes.filter(({ name, four }) => ir.inputs.includes(name) && !four)
+  if (packed.length === 0 || plain.length === 0) return () => {}
+  return (tensors) => {
+    const known = new Map<string, { size: number; axis: number }>()
+    for (const { name, four } of packed)
+      four!.forEach((v, axis) => {
+        const size = tensors[name]?.shape[axis]
+        if (size !== undefined && ir.variables.includes(v) && !((known.get(v)?.size ?? 0) > size))
+          known.set(v, { size, axis })
+      })
+    for (const { name, span, own } of plain) {
+      const { rank, shape } = tensors[name]!
+      if (rank !== own.length) continue
+      own.forEach((v, i) => {
+        const [wanted, got] = [known.get(v), shape[i]!]
+        if (!wanted || wanted.size === got) return
+        const axis = 'bshd'[wanted.axis]
+        const text = `rank ${rankOf(v)} is ${got} from ${name} but ${wanted.size} from axis ${axis} of tensors that are [b, s, h, d]`
+        throw broken('CAS003', text, span, rankOf(v))
+      })
+    }
   }
 }
 

@@ -13,7 +13,6 @@ import {
   rankOf,
   type Statement,
   statementsOf,
-  visitPredicate,
 } from './ir.js'
 import { multiply, type Product, productOf } from './product.js'
 import { leftOf, Sizes } from './sizes.js'
@@ -68,9 +67,6 @@ export function runSteps(
   const ranks = Object.entries(scalars).filter(([name]) => !ir.scalars.includes(name))
   const sizes = new Sizes(ir, shapes, Object.fromEntries(ranks), 'give it beside the scalars')
   const all = statementsOf(ir.steps)
-  for (const { where } of all) {
-    if (where) visitPredicate(where, (one) => one.kind === 'access' && checkMask(one, tensors))
-  }
   const places = new Map<string, Place>()
   let end = 0
   const place = (name: string, shape: readonly number[]) => {
@@ -163,11 +159,6 @@ function productsIn(
     }
   }
   return found
-}
-
-function checkMask({ name, span }: Access, tensors: Readonly<Record<string, Tensor>>): void {
-  if (!/^(int|uint|bool)/.test(tensors[name]?.dtype ?? ''))
-    throw broken('CAS010', 'masks must be decidable from indices and integer tensors', span, name)
 }
 
 class Program {

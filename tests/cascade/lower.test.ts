@@ -191,7 +191,7 @@ const empties: Record<string, readonly [operator: string, text: string]> = {
      T[p,m] = sum(e) Q[p,e] * X[m,e]${weighted}`,
   ],
   'shares of channels, with their maximum taken off': [
-    'einsum',
+    'attention',
     `G[m]   = max(e) K[m,e]
      W[m,e] = exp(K[m,e] - G[m])
      N[m]   = sum(e) W[m,e]
