@@ -93,11 +93,11 @@ function operandsIn(ir: CascadeIR, bent: boolean): Map<string, boolean> {
     for (const { expr, reduce } of 'body' in step ? step.body : [step]) {
       if (reduce?.op !== 'sum' && !('body' in step)) continue
       for (const factors of productsIn(expr)) {
-        const operands = factors.filter((one) => one.kind === 'access')
-        const names = operands.map((one) => variablesIn(one, ir.variables))
-        operands.forEach(({ name }, i) => {
-          const own = [...names[i]!].sort().join()
-          const apart = names.some((their) => [...their].sort().join() !== own)
+        const names = factors.map((one) => [...variablesIn(one, ir.variables)].sort().join())
+        factors.forEach((one, i) => {
+          if (one.kind !== 'access') return
+          const { name } = one
+          const apart = names.some((their) => their !== '' && their !== names[i])
           if (sums.has(name) && apart && !ir.outputs.includes(name))
             found.set(name, reads.filter((read) => read.name === name).length === 1)
         })

@@ -10,6 +10,7 @@ import {
   visitExprs,
   visitPredicate,
 } from './ir.js'
+import { splitBy } from './sizes.js'
 import { plainVariable, readsOf, stepOf } from './validate.js'
 
 /** @internal Where along a variable a tensor is touched: here, one step ahead, at the end, or at a fixed place. */
@@ -195,7 +196,7 @@ function homesOf(ir: CascadeIR): Map<string, string> {
   const homes = new Map<string, string>()
   const note = ({ name, indices }: Access) =>
     indices.forEach((index, axis) => {
-      const variable = plainVariable(index)
+      const variable = plainVariable(index) ?? splitBy(ir, index)[0]
       if (variable !== undefined && !homes.has(`${name} ${axis}`))
         homes.set(`${name} ${axis}`, variable)
     })

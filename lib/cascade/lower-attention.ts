@@ -115,6 +115,24 @@ function dotOf(
   return { q: operands.q, k: operands.k, e, scale }
 }
 
+// Whether a form counts with a variable, or else has it as the index before that of keys
+function standsBeside({ terms }: Form, row: string, key: string, counted: boolean): boolean {
+  const within = (form: Form) => standsBeside(form, row, key, counted)
+  const inside = (atom: Atom): boolean => {
+    if (atom.kind === 'name') return counted && atom.name === row
+    if (atom.kind === 'call') return atom.args.some(within)
+    if (atom.kind === 'if') return within(atom.yes) || within(atom.no)
+    if (atom.kind === 'sum') return within(atom.form)
+    if (atom.kind === 'reduce') return within(atom.body)
+    return atom.indices.some((index, i) =>
+      bareName(index) === undefined
+        ? within(index)
+        : !counted && index.key === row && atom.indices[i + 1]?.key === key,
+    )
+  }
+  return terms.some(({ factors }) => factors.some(({ atom }) => inside(atom)))
+}
+
 // A number per head: a tensor over heads or a scalar
 type PerHead = Form
 
@@ -394,9 +412,19 @@ function weightedSum(
   const masked = rows.filter((x) => numerator.where.some((one) => has(one, [x])))
   if (masked.length > 0) rows = masked
   const rest = [...terms.map((term) => formOf([term])), post, shift, ...(sink ? [sink] : [])]
-  if (rows.length > 1 && !rest.some((form) => has(form, rows))) {
-    const order = q.main.indices.map(({ key }) => key)
-    rows = [rows.reduce((x, y) => (order.indexOf(y) > order.indexOf(x) ? y : x))]
+  // or where one is counted with, as in slope[h] * abs(p - m), or all others are named apart from keys
+  const order = q.main.indices.map(({ key }) => key)
+  const last = (names: readonly string[]) =>
+    names.filter((x) => names.every((y) => order.indexOf(y) <= order.indexOf(x)))
+  const near = (counted: boolean) =>
+    rows.filter((x) => rest.some((form) => standsBeside(form, x, m, counted)))
+  if (rows.length > 1) {
+    const unnamed = rows.filter((x) => !rest.some((form) => has(form, [x])))
+    const [counted, before] = [near(true), near(false)]
+    if (counted.length === 1) rows = counted
+    else if (unnamed.length === rows.length || before.join() === last(rows).join())
+      rows = last(rows)
+    else if (unnamed.length === 1 && before.length === 0) rows = unnamed
   }
   if (rows.length > 1)
     throw fail('its queries have no variable for rows that a mask, keys or values tell from heads')

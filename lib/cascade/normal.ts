@@ -786,9 +786,14 @@ export class Normal {
       const inner = distinct(hides ? reads : where)
       const outside = this.outside(form)
       const apart = ({ atom }: Read) => !over.some((v) => atom.free.has(v))
-      const needed = form.terms.length > 1 || outside.some(apart)
+      // summands that all read what is not there are skipped together
+      const alike = ({ atom }: Read) =>
+        form.terms.every(({ factors }) => factors.some((one) => one.atom.key === atom.key))
+      const needed = (form.terms.length > 1 && !outside.every(alike)) || outside.some(apart)
       const logsum = op === 'logsumexp'
+      const count = this.reaches.length
       const lacks = needed && !this.hasRoom(outside)
+      if (lacks) this.reaches.length = count // it is refused, or a maximum
       where = hides ? distinct(own) : []
       // A maximum that is taken off again may be what it is
       const left = statement.out.indices.map((index) => plainVariable(index))

@@ -148,8 +148,8 @@ export class Sizes {
   }
 }
 
-// K[e, m1*M0 + m0] tells the size of M, of which m1 and m0 are the parts
-function splitBy({ splits }: CascadeIR, index: Index): string[] {
+/** @internal K[e, m1*M0 + m0] tells the size of M, of which m1 and m0 are the parts. */
+export function splitBy({ splits }: CascadeIR, index: Index): string[] {
   if (index.kind !== 'expr' || index.expr.kind !== 'binary' || index.expr.op !== '+') return []
   const { a, b } = index.expr
   const isPart = (x: Expr, part: string): boolean =>

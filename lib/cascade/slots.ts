@@ -159,11 +159,53 @@ function reduces({ terms }: Form, such: (one: Reduce) => boolean): boolean {
 export const sweeps = (form: Form, rank: string): boolean =>
   reduces(form, ({ over }) => over.some((v) => rankIn(v) === rank))
 
+const formsIn = (test: Condition): Form[] =>
+  'form' in test ? [test.form] : test.parts.flatMap(formsIn)
+
+// What choices compare with 0
+function comparedIn({ terms }: Form): Form[] {
+  const inside = (atom: Atom): Form[] => {
+    switch (atom.kind) {
+      case 'name':
+        return []
+      case 'access':
+        return atom.indices.flatMap(comparedIn)
+      case 'call':
+        return atom.args.flatMap(comparedIn)
+      case 'sum':
+        return comparedIn(atom.form)
+      case 'reduce':
+        return comparedIn(atom.body)
+      case 'if': {
+        const own = formsIn(atom.test)
+        return [...own, ...[...own, atom.yes, atom.no].flatMap(comparedIn)]
+      }
+    }
+  }
+  return terms.flatMap(({ factors }) => factors.flatMap(({ atom }) => inside(atom)))
+}
+
+// Indices and sizes, which are not rounded
+const counts = ({ terms }: Form): boolean =>
+  terms.every(({ coefficient, factors }) => {
+    const whole = ({ atom, power }: Factor) =>
+      power > 0 &&
+      (atom.kind === 'if'
+        ? counts(atom.yes) && counts(atom.no)
+        : atom.kind === 'name' && /^[#A-Z]/.test(atom.name))
+    return Number.isInteger(coefficient) && factors.every(whole)
+  })
+
 /**
  * @internal Refuses sums of exponentials of scores, or of anything along a rank that the text takes a maximum over: none is
- * taken off beside an operator, which the text may do.
+ * taken off beside an operator, which the text may do. And choices that look for where a maximum is, which is rounded there.
  */
 export function checkSums(form: Form, ir: CascadeIR): void {
+  const isRounded = ({ op, body }: Reduce) => (op === 'max' || op === 'min') && !counts(body)
+  if (comparedIn(form).some((one) => reduces(one, isRounded))) {
+    const text = 'it looks for where a maximum is beside the operator, where that is rounded'
+    throw refuse('ERR_UNSUPPORTED', 'cascade', undefined, text)
+  }
   const largest = statementsOf(ir.steps).flatMap(({ reduce }) =>
     reduce?.op === 'max' ? reduce.over.map(rankOf) : [],
   )
@@ -378,6 +420,11 @@ function atomValue(atom: Atom, known: Readonly<Record<string, number>>): number 
       max: Math.max,
       min: Math.min,
       pow: Math.pow,
+      sin: Math.sin,
+      cos: Math.cos,
+      relu: (x: number) => Math.max(x, 0),
+      sigmoid: (x: number) => 1 / (1 + Math.exp(-x)),
+      softplus: (x: number) => Math.max(x, 0) + Math.log1p(Math.exp(-Math.abs(x))),
     } as const
     const fn = of[atom.fn as keyof typeof of] as ((...x: number[]) => number) | undefined
     if (fn) return fn(...args)
