@@ -3,7 +3,7 @@ import { bytesPerElement, type DType, dtypes } from '../dtype.js'
 import { isContraction, unshiftedExp, visibleShare, type Work, workOf } from './cost.js'
 import { broken } from './error.js'
 import { type Graph, graphOf, indexedBy, type Node } from './graph.js'
-import { type CascadeIR, rankOf, type Span, sizedRanks, visitPredicate } from './ir.js'
+import { type CascadeIR, rankOf, type Span, sizedRanks, tensorsOf, visitPredicate } from './ir.js'
 import { type Machine, type MachineName, machineOf } from './machine.js'
 import { edgeKind, type RankPasses, rankPasses, sweepNumbers } from './passes.js'
 import { tie } from './sizes.js'
@@ -94,6 +94,7 @@ export function analyze(ir: CascadeIR, options: AnalyzeOptions, advise = true): 
   // a rewrite may leave out what the text has
   if (advise) {
     checkOptions('cascade', options.sizes, sizedRanks(ir), 'size')
+  checkOptions('cascade', options.dtypes, tensorsOf(ir), 'tensor')
     checkOptions('cascade', options.scalars, new Set(ir.scalars), 'scalar')
   }
   return new Analyzer(ir, options).run(advise)

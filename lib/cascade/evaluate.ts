@@ -1,4 +1,4 @@
-import { checkNumber } from '../check.js'
+import { checkNumber, checkOptions } from '../check.js'
 import { broken } from './error.js'
 import {
   type Access,
@@ -12,6 +12,7 @@ import {
   type Span,
   type Statement,
   statementsOf,
+  tensorsOf,
   visitExprs,
   visitPredicate,
 } from './ir.js'
@@ -127,6 +128,7 @@ class Evaluation {
     checkNumber('cascade', 'maxPoints', maxPoints, 'a number from 1 on', (x) => x >= 1)
     const all = statementsOf(ir.steps)
     this.#first = all[0]!.out.span
+    for (const name of options.keep ?? []) checkOptions('cascade', { [name]: 0 }, tensorsOf(ir), 'tensor')
     for (const name of ir.inputs) this.#input(name)
     const shapes = new Map([...this.#stores].map(([name, { shape }]) => [name, shape]))
     this.#sizes = new Sizes(ir, shapes, options.sizes)

@@ -128,6 +128,10 @@ export function sizedRanks({
   return new Set([...ranks.keys(), ...own])
 }
 
+/** @internal */
+export const tensorsOf = ({ inputs, steps }: CascadeIR): Set<string> =>
+  new Set([...inputs, ...statementsOf(steps).map(({ out }) => out.name)])
+
 /** @internal Calls back for every access in an expression, its indices included, reads before what contains them. */
 export function visitAccesses(expr: Expr, visit: (access: Access) => void): void {
   visitExprs(expr, (one) => {

@@ -329,6 +329,10 @@ class Parser {
 
   #call(token: Token): Expr {
     const fn = token.text
+    if (reducers.includes(fn) && !isFunction(fn)) {
+      const text = `'${fn}' begins a right-hand side, as in ${fn}(m) S[p,m], and takes all of it; give it a statement of its own`
+      throw broken('CAS001', `line ${token.span[0]}: ${text}`, token.span)
+    }
     if (!isFunction(fn)) {
       throw broken(
         'CAS001',
