@@ -94,7 +94,7 @@ export function analyze(ir: CascadeIR, options: AnalyzeOptions, advise = true): 
   // a rewrite may leave out what the text has
   if (advise) {
     checkOptions('cascade', options.sizes, sizedRanks(ir), 'size')
-  checkOptions('cascade', options.dtypes, tensorsOf(ir), 'tensor')
+    checkOptions('cascade', options.dtypes, tensorsOf(ir), 'tensor')
     checkOptions('cascade', options.scalars, new Set(ir.scalars), 'scalar')
   }
   return new Analyzer(ir, options).run(advise)

@@ -572,6 +572,11 @@ describe('refusals', () => {
       'CAS010',
       'cascade: masks must be decidable from indices and integer tensors',
     ],
+    [
+      { dtypes: { docs: 'int32' } },
+      'ERR_ARGUMENT',
+      'cascade: unknown tensor "docs"; did you mean "doc"?',
+    ],
     [{ sizes: { M: 1000 } }, 'CAS008', 'cascade: split m by 128 with M=1000: add "tail mask"'],
   ])('%j', (options, code, message) => {
     const text = 'split m -> (m1, m0 : 128)\nY[m1] = sum(m0) X[m1*M0 + m0] where doc[m1] == 0'

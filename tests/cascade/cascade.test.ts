@@ -324,6 +324,15 @@ describe('errors', () => {
       [1, 5, 4],
     ],
     ['CAS001', 'A = pow(B)', 'cascade: line 1: pow takes 2 arguments, got 1', [1, 5, 3]],
+    ...['log(sum(m) B[m])', '2 * sum(m) B[m]'].map(
+      (right) =>
+        [
+          'CAS001',
+          `A = ${right}`,
+          "cascade: line 1: 'sum' begins a right-hand side, as in sum(m) S[p,m], and takes all of it; give it a statement of its own",
+          [1, 9, 3],
+        ] as const,
+    ),
     ['CAS001', '', 'cascade: line 1: expected a statement', [1, 1, 0]],
     [
       'CAS002',
@@ -555,6 +564,13 @@ describe('errors', () => {
     expect(error.code).toBe(code)
     expect(error.message).toBe(message)
     expect(error.span).toHaveLength(3)
+  })
+
+  it('names tensors to keep that there are none of', () => {
+    const error = thrown(() =>
+      cascade('Y = K[m]').evaluate({ K: X([1]) }, {}, { keep: ['YY'] }),
+    )
+    expect(error.message).toBe('cascade: unknown tensor "YY"; did you mean "Y"?')
   })
 })
 

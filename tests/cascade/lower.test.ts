@@ -5,6 +5,7 @@ import {
   cascade,
   definitions,
   explain,
+  glu,
   type HeddleError,
   lightningDefinition,
   linear,
@@ -646,6 +647,22 @@ describeDevices('compile', (device) => {
     expect(await Out!.read()).toEqual(await norm(x, gain, { eps: 0.1 }).read())
   })
 
+  it('finds element-wise operators and norms along several axes', async () => {
+    const [a, b] = [
+      (await sample(rng, [2, 3, 16], 'float32', device)).tensor as Tensor<'float32'>,
+      (await sample(rng, [2, 3, 16], 'float32', device)).tensor as Tensor<'float32'>,
+    ]
+    const gated = cascade('Y[b,t,j] = A[b,t,j] / (1 + exp(-A[b,t,j])) * U[b,t,j]').compile()
+    expect(gated.explain().operator).toBe('glu')
+    expect(await gated(a, b).Y!.read()).toEqual(await glu(a, b).read())
+    const normed = cascade(`
+      S[b,t]   = sum(c) X[b,t,c] * X[b,t,c]
+      Y[b,t,c] = X[b,t,c] * rsqrt(S[b,t] / C + eps) * g[c]`).compile()
+    const gain = b.slice(0, 0, 1).slice(1, 0, 1).contiguous().reshape([16])
+    const { Y } = normed(a, gain, { eps: 0.1 })
+    expect(await Y!.read()).toEqual(await norm(a, gain, { eps: 0.1 }).read())
+  })
+
   it('runs the kernel that the operator runs, which explain names', async () => {
     const q = (await sample(rng, [1, 128, 2, 64], 'bfloat16', device)).tensor
     const plan = cascade(attentionDefinition).compile()
@@ -796,6 +813,15 @@ describe('compile', () => {
         'its divisor is not the sum of its weights; ' +
         'defer-division makes it M: 3 -> 2 passes; divisions over P*F*M become divisions over P*F',
     )
+    // parts of heads take no pass over keys away
+    const mixed = await refused(`
+      S[h,p,m] = sum(e) Q[h,p,e] * K[h,m,e]
+      L[h,p]   = logsumexp(m) S[h,p,m]
+      A[h,p,m] = exp(S[h,p,m] - L[h,p])
+      B[g,p,m] = sum(h) W[g,h] * A[h,p,m]
+      O[g,p,f] = sum(m) B[g,p,m] * V[g,m,f]`)
+    expect(mixed.code).toBe('CAS021')
+    expect(mixed.message).not.toContain('makes it parts')
   })
 
   it('refuses calls that the operator would compute otherwise', async () => {
@@ -819,6 +845,20 @@ describe('compile', () => {
     const [two, three] = [q.expand([1, 2, 2, 8]), k.expand([1, 3, 2, 8])]
     expect((await failure(() => heads(two, k, three))).code).toBe('ERR_SHAPE')
     expect((await failure(() => heads(q.expand([2, 2, 1, 8]), k, k))).code).toBe('ERR_SHAPE')
+    // what a call is told of its own text
+    const masked = cascade(`
+      S[h,p,m] = sum(e) Q[h,p,e] * K[h,m,e]   where seen[h,m] == 1
+      D[h,p]   = sum(m) exp(S[h,p,m])
+      O[h,p,f] = sum(m) exp(S[h,p,m]) * V[h,m,f] / D[h,p]`).compile()
+    const floats = await failure(() => masked(q, k, tensor([1, 1, 1], [1, 3]), k))
+    expect(floats.code).toBe('CAS010')
+    expect(floats.span).toEqual([2, 53, 9])
+    const ones = tensor([1, 1, 1, 1, 1, 1], [2, 3], { dtype: 'int32' })
+    const more = await failure(() => masked(q, k, ones, k))
+    expect(more.message).toBe(
+      'cascade: rank H is 2 from seen but 1 from axis h of tensors that are [b, s, h, d]',
+    )
+    expect(more.span).toEqual([2, 53, 9])
     const forgets = cascade(`
       S[t,u] = sum(e) Q[t,e] * K[u,e]   where u <= t
       O[t,f] = sum(u) S[t,u] * pow(a, t - u) * V[u,f]`).compile()

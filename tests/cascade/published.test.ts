@@ -26,6 +26,8 @@ interface Case {
   slots?: Record<string, unknown>
   /** As many rows as keys. */
   square?: boolean
+  /** Numbers of a tensor by their places. */
+  numbers?: Record<string, (i: number, rng: Random) => number>
   /** `off` is not the distance alone that attention has anyway, and is given. */
   told?: boolean
 }
@@ -1097,6 +1099,172 @@ const cases: Record<string, Case> = {
     inputs: { g: 'H T', Q: 'H T E', K: 'H T E', V: 'H T F' },
     refused: ['CAS021', 'lightning, does not take O: it decays by token'],
   },
+  'one query of each head (decoding)': {
+    text: `
+      S[b,h,m] = sum(e) Q[b,h,e] * K[b,h,m,e] / sqrt(E)   where m < len[b]
+      G[b,h]   = max(m) S[b,h,m]
+      A[b,h,m] = exp(S[b,h,m] - G[b,h])
+      D[b,h]   = sum(m) A[b,h,m]
+      O[b,h,f] = sum(m) A[b,h,m] * V[b,h,m,f] / D[b,h]`,
+    inputs: { Q: 'B H E', K: 'B H M E', len: 'B < 4', V: 'B H M F' },
+    operator: 'attention',
+  },
+  'one query for all (attention pooling)': {
+    text: `
+      S[b,m] = sum(e) w[e] * X[b,m,e]
+      L[b]   = logsumexp(m) S[b,m]
+      O[b,e] = sum(m) exp(S[b,m] - L[b]) * X[b,m,e]`,
+    inputs: { w: 'E', X: 'B M E' },
+    operator: 'attention',
+  },
+  'queries that a batch shares (DETR)': {
+    text: `
+      S[b,h,p,m] = sum(e) Q[h,p,e] * K[b,h,m,e] / sqrt(E)
+      A[b,h,p,m] = exp(S[b,h,p,m])
+      D[b,h,p]   = sum(m) A[b,h,p,m]
+      X[b,h,p,f] = sum(m) A[b,h,p,m] * V[b,h,m,f] / D[b,h,p]
+      O[b,p,c]   = sum(h,f) X[b,h,p,f] * W[c,h,f]`,
+    inputs: { Q: 'H P E', K: 'B H M E', V: 'B H M F', W: 'C H F' },
+    operator: 'attention',
+  },
+  'ones and zeros under a large number (BERT)': {
+    text: `
+      ${scores}
+      B[m]     = (1 - seen[m]) * -3.4028234663852886e38
+      X[h,p,m] = S[h,p,m] + B[m]
+      G[h,p]   = max(m) X[h,p,m]
+      T[h,p,m] = X[h,p,m] - G[h,p]${softmax}`,
+    inputs: { ...heads, seen: 'M' },
+    numbers: { seen: (i, rng) => (i === 0 ? 1 : rng.below(2)) },
+    operator: 'attention',
+  },
+  'squares of distances, far from the first token (Gaussian)': {
+    text: `
+      ${scores}
+      T[h,p,m] = S[h,p,m] - (at[p] - at[m]) * (at[p] - at[m]) / 8${softmax}`,
+    inputs: { ...heads, at: 'P' },
+    numbers: { at: (i) => 20_000 + i },
+    operator: 'attention',
+    square: true,
+  },
+  'scores that a tensor hides by if': {
+    text: `
+      ${scores}
+      X[h,p,m] = if(seen[p,m] == 0, -inf, S[h,p,m])
+      G[h,p]   = max(m) X[h,p,m]
+      T[h,p,m] = X[h,p,m] - G[h,p]${softmax}`,
+    inputs: { ...heads, seen: 'P M' },
+    numbers: { seen: (_, rng) => rng.below(3) / 2 },
+    operator: 'attention',
+    slots: { mask: '-1 seen[p,#2M] != 0' },
+  },
+  'a layer whose queries and keys have a norm and are turned (Qwen3)': {
+    text: `
+      Q[h,t,e] = sum(i) X[t,i] * WQ[h,e,i]
+      K[h,t,e] = sum(i) X[t,i] * WK[h,e,i]
+      V[h,t,f] = sum(i) X[t,i] * WV[h,f,i]
+      NQ[h,t]  = sum(e) Q[h,t,e] * Q[h,t,e]
+      NK[h,t]  = sum(e) K[h,t,e] * K[h,t,e]
+      A[h,t,e] = Q[h,t,e] * rsqrt(NQ[h,t] / E + 0.1) * gq[e]
+      B[h,t,e] = K[h,t,e] * rsqrt(NK[h,t] / E + 0.1) * gk[e]
+      Y[h,t,e] = A[h,t,e] * cs[t,e] + if(e < E / 2, -A[h,t,e + E / 2], A[h,t,e - E / 2]) * sn[t,e]
+      Z[h,t,e] = B[h,t,e] * cs[t,e] + if(e < E / 2, -B[h,t,e + E / 2], B[h,t,e - E / 2]) * sn[t,e]
+      T[h,t,u] = sum(e) Y[h,t,e] * Z[h,u,e] / sqrt(E)   where u <= t
+      G[h,t]   = max(u) T[h,t,u]
+      P[h,t,u] = exp(T[h,t,u] - G[h,t])
+      D[h,t]   = sum(u) P[h,t,u]
+      L[h,t,f] = sum(u) P[h,t,u] * V[h,u,f] / D[h,t]
+      O[t,c]   = sum(h,f) L[h,t,f] * WO[c,h,f]`,
+    inputs: {
+      X: 'T C',
+      WQ: 'H E C',
+      WK: 'H E C',
+      WV: 'H F C',
+      gq: 'E',
+      gk: 'E',
+      cs: 'T E',
+      sn: 'T E',
+      WO: 'C H F',
+    },
+    operator: 'attention',
+    slots: { before: 'Y, Z, V', causal: 't' },
+  },
+  'linear attention whose divisor has a number more': {
+    text: `
+      X[h,t,e] = relu(Q[h,t,e])
+      Y[h,u,e] = relu(K[h,u,e])
+      S[h,t,u] = sum(e) X[h,t,e] * Y[h,u,e] * pow(0.9, t - u)   where u <= t
+      Z[h,t]   = sum(u) S[h,t,u]
+      N[h,t,f] = sum(u) S[h,t,u] * V[h,u,f]
+      O[h,t,f] = 2 * N[h,t,f] / (Z[h,t] + eps)`,
+    inputs: { Q: 'H T E', K: 'H U E', V: 'H U F' },
+    scalars: { eps: 0.3 },
+    operator: 'lightning',
+    slots: { result: '2' },
+    square: true,
+  },
+  'biases of content and of positions, both with a vector (Transformer-XL)': {
+    text: `
+      C[h,p,m] = sum(e) (Q[h,p,e] + u[h,e]) * K[h,m,e]
+      R[h,p,m] = sum(e) (Q[h,p,e] + v[h,e]) * W[h,p - m + M - 1,e]
+      T[h,p,m] = (C[h,p,m] + R[h,p,m]) * 0.3   where m <= p${softmax}`,
+    inputs: { ...heads, u: 'H E', v: 'H E', W: 'H 99 E' },
+    operator: 'attention',
+    slots: { causal: 'p' },
+    square: true,
+  },
+  ...Object.fromEntries(
+    [
+      'slope[h] * abs(p - m)',
+      'slope[h] * (p - m)',
+      'R[h, clamp(p - m + 4, 0, 8)]',
+      'R[h, bucket[p,m]]',
+      'B[h,p,m]',
+    ].map((bias): [string, Case] => [
+      `${bias} of heads that share keys (MQA)`,
+      {
+        text: `
+          S[h,p,m] = sum(e) Q[h,p,e] * K[m,e]
+          T[h,p,m] = S[h,p,m] - ${bias}
+          G[h,p]   = max(m) T[h,p,m]
+          A[h,p,m] = exp(T[h,p,m] - G[h,p])
+          D[h,p]   = sum(m) A[h,p,m]
+          O[h,p,f] = sum(m) A[h,p,m] * V[m,f] / D[h,p]`,
+        inputs: {
+          Q: 'H P E',
+          K: 'M E',
+          V: 'M F',
+          slope: 'H',
+          R: 'H 9',
+          bucket: 'P M < 9',
+          B: 'H P M',
+        },
+        operator: 'attention',
+      },
+    ]),
+  ),
+  'tokens through a convolution (memory-compressed attention)': {
+    text: `
+      X[u,e] = sum(r,c) K[u*3 + r,c] * WK[r,c,e]
+      Y[u,f] = sum(r,c) V[u*3 + r,c] * WV[r,c,f]
+      S[p,u] = sum(e) Q[p,e] * X[u,e] / sqrt(E)
+      L[p]   = logsumexp(u) S[p,u]
+      O[p,f] = sum(u) exp(S[p,u] - L[p]) * Y[u,f]`,
+    inputs: { K: '170 C', WK: '3 C E', V: '170 C', WV: '3 C F', Q: 'P E' },
+    operator: 'attention',
+    slots: { before: 'X, Y' },
+    ranks: ['U'],
+  },
+  'a bias for the largest of other scores': {
+    text: `
+      C[p,m]   = sum(e) X[p,e] * Y[m,e]
+      B[p,m]   = 0.3 * C[p,m] + b[m]
+      G[p]     = max(m) B[p,m]
+      ${scores}
+      T[h,p,m] = S[h,p,m] + if(B[p,m] == G[p], 3, 0)${softmax}`,
+    inputs: { X: 'P E', Y: 'M E', b: 'M', ...heads },
+    refused: ['CAS021', 'it looks for where a maximum is beside the operator'],
+  },
   'weights that are squared again (the power of a softmax)': {
     text: `
       ${scores}
@@ -1185,9 +1353,11 @@ describeDevices('published mechanisms', (device) => {
         const count = shape.reduce((a, b) => a * b, 1)
         const data = below
           ? Int32Array.from({ length: count }, () => rng.below(Number(below)))
-          : name === 'gamma' || name === 'lambda'
-            ? Float32Array.from({ length: count }, () => 0.5 + rng.next() / 2)
-            : rng.normals(count)
+          : one.numbers?.[name]
+            ? Float32Array.from({ length: count }, (_, i) => one.numbers![name]!(i, rng))
+            : name === 'gamma' || name === 'lambda'
+              ? Float32Array.from({ length: count }, () => 0.5 + rng.next() / 2)
+              : rng.normals(count)
         given[name] = { data, shape }
         const own = name === 'S0' ? [1, ...shape] : shape
         if (!packed.includes(name)) return tensor(data, own, { device })

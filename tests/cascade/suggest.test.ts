@@ -288,6 +288,17 @@ describe('suggestions', () => {
     expect(maxError(after.data, before.data)).toBeLessThan(1e-12)
   })
 
+  it('count what a list reads again once a rank is split', () => {
+    const text = `
+      M[n] = max(v) X[n,v]
+      Z[n] = sum(v) exp(X[n,v] - M[n])
+      Y[n] = M[n] + log(Z[n]) - X[n,label[n]]`
+    const { suggestions } = cascade(text).analyze()
+    const { effect, rewritten } = suggestions.find(({ rule }) => rule === 'iterate-max')!
+    expect(effect).toMatch(/^V: 3 -> 2 passes/)
+    expect(headline(cascade(rewritten).analyze(), 'V')).toBe(2)
+  })
+
   it('know where a text may read beyond an axis, and sizes of ranks that read what it makes', () => {
     const shapes = { Q: [5, 3], K: [9, 3], V: [9, 2] }
     const inputs = Object.fromEntries(
