@@ -567,9 +567,7 @@ describe('errors', () => {
   })
 
   it('names tensors to keep that there are none of', () => {
-    const error = thrown(() =>
-      cascade('Y = K[m]').evaluate({ K: X([1]) }, {}, { keep: ['YY'] }),
-    )
+    const error = thrown(() => cascade('Y = K[m]').evaluate({ K: X([1]) }, {}, { keep: ['YY'] }))
     expect(error.message).toBe('cascade: unknown tensor "YY"; did you mean "Y"?')
   })
 })
