@@ -6,6 +6,7 @@ import { type CascadeIR, rankOf, type Split } from './ir.js'
 import {
   type Atom,
   access,
+  argument,
   atomForm,
   type Condition,
   type Factor,
@@ -19,6 +20,7 @@ import {
   plus,
   power,
   rankIn,
+  readsTensors,
   single,
   type Term,
   termOf,
@@ -366,6 +368,8 @@ function weightedSum(
       !(own!.coefficient > 0 && other!.coefficient > 0)
     )
       throw fail('its divisor is no sum of its weights and one more')
+    if (other!.factors.some(({ atom }) => !argument(atom) && readsTensors(atom)))
+      throw fail(`its divisor adds ${formOf([other!]).key}, which may be below 0`)
     post = times(post, power(before, -1))
     shift = logarithm(before)
     sink = logarithm(formOf([other!]))
@@ -408,23 +412,20 @@ function weightedSum(
   fit++
   const { q, k } = dot
   let rows = out.left.filter((x) => has(q.form, [x]) && !has(k.form, [x]) && !has(v.form, [x]))
-  // Heads that share keys and values look like rows, but for the mask, and are as good as rows where nothing names them
-  const masked = rows.filter((x) => numerator.where.some((one) => has(one, [x])))
+  // Heads that share keys and values look like rows, but for the mask
+  const masked = rows.filter((x) => numerator.where.some((one) => has(one, [x]) && has(one, [m])))
   if (masked.length > 0) rows = masked
-  const rest = [...terms.map((term) => formOf([term])), post, shift, ...(sink ? [sink] : [])]
-  // or where one is counted with, as in slope[h] * abs(p - m), or all others are named apart from keys
-  const order = q.main.indices.map(({ key }) => key)
-  const last = (names: readonly string[]) =>
-    names.filter((x) => names.every((y) => order.indexOf(y) <= order.indexOf(x)))
-  const near = (counted: boolean) =>
-    rows.filter((x) => rest.some((form) => standsBeside(form, x, m, counted)))
   if (rows.length > 1) {
-    const unnamed = rows.filter((x) => !rest.some((form) => has(form, [x])))
+    const order = q.main.indices.map(({ key }) => key)
+    const last = rows.reduce((x, y) => (order.indexOf(y) > order.indexOf(x) ? y : x))
+    const rest = [...terms.map((term) => formOf([term])), post, shift, ...(sink ? [sink] : [])]
+    const near = (counted: boolean) =>
+      rows.filter((x) => rest.some((form) => standsBeside(form, x, m, counted)))
+    const named = [...rest, ...numerator.where].some((one) => has(one, [last]))
     const [counted, before] = [near(true), near(false)]
+    // one is counted with, as in slope[h] * abs(p - m), or the last is as good as any
     if (counted.length === 1) rows = counted
-    else if (unnamed.length === rows.length || before.join() === last(rows).join())
-      rows = last(rows)
-    else if (unnamed.length === 1 && before.length === 0) rows = unnamed
+    else if (before.length > 0 ? before.join() === last : !named) rows = [last]
   }
   if (rows.length > 1)
     throw fail('its queries have no variable for rows that a mask, keys or values tell from heads')

@@ -299,7 +299,8 @@ const sumsUp = ({ terms }: Form): boolean =>
 
 const isSize = ({ atom }: Factor) => atom.kind === 'name' && /^[A-Z]/.test(atom.name)
 
-const readsTensors = ({ free }: { free: ReadonlySet<string> }): boolean =>
+/** @internal */
+export const readsTensors = ({ free }: { free: ReadonlySet<string> }): boolean =>
   [...free].some((one) => one.endsWith('[]'))
 
 // Whether indices and inputs decide, which sums would only as they are rounded
@@ -591,6 +592,8 @@ export class Normal {
   readonly unsaid = new Set<string>()
   /** A tensor whose points may be empty for what a part of them reads beyond an axis: no form says that. */
   beyond: string | undefined
+  /** Scalars that masks compare as whole numbers. */
+  readonly whole = new Set<string>()
   /** Reads of inputs that a call has to have room for, as of Q[p,2*r + 1]: where they may not end beyond an axis. */
   readonly reaches: { tensor: string; axis: number; index: Form }[] = []
   // An index that no axis ends before, those of a split rank together too
@@ -845,8 +848,11 @@ export class Normal {
           const inner = argument(atom)
           if (inner) {
             const varies = ({ factors }: Term) => factors.some(({ atom }) => depends(atom))
+            // an infinity that cancels would leave what is not infinite
             const stays = (one: Term) =>
-              varies(one) || inner.terms.some((other) => varies(other) && cancels(other, one))
+              varies(one) ||
+              one.factors.some(({ atom }) => atom.key === 'inf') ||
+              inner.terms.some((other) => varies(other) && cancels(other, one))
             const parts = [true, false].map((wanted) =>
               formOf(inner.terms.filter((one) => stays(one) === wanted)),
             )
@@ -1029,13 +1035,16 @@ export class Normal {
           return [condition({ kind: op, form })]
         }
         if (op === '<=' || op === '>=') return [condition({ kind: '<=', form: difference })]
-        // 1 more of what counts; m < M / 2 does not
+        // 1 more of what counts; m < M / 2 does not, nor do scalars alone
         const counts =
+          [...difference.free].some((one) => !this.ir.scalars.includes(one)) &&
           !readsTensors(difference) &&
           difference.terms.every(
             ({ coefficient, factors }) =>
               Number.isInteger(coefficient) && factors.every(({ power }) => power > 0),
           )
+        if (counts)
+          for (const one of this.ir.scalars) if (difference.free.has(one)) this.whole.add(one)
         return counts
           ? [condition({ kind: '<=', form: plus(difference, number(1)) })]
           : [condition({ kind: '<', form: difference })]

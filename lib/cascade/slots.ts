@@ -75,8 +75,8 @@ export interface Operand {
 }
 
 /** @internal */
-export const isNumber = (form: Pick<Form, 'free'>, variables: readonly string[]) =>
-  !has(form, variables) && ![...form.free].some((one) => one.endsWith('[]'))
+export const isNumber = (form: Pick<Form, 'free' | 'height'>, variables: readonly string[]) =>
+  form.height === 0 && !has(form, variables) && ![...form.free].some((one) => one.endsWith('[]'))
 
 function accessesIn({ terms }: Form): Access[] {
   const inside = (atom: Atom): Access[] => {
@@ -499,16 +499,23 @@ export function agreement(
   }
 }
 
-/** @internal An operator that checks what its text may read beyond an axis, before it runs. */
-export function checked(lowered: Lowered, { reaches }: Normal, ir: CascadeIR): Lowered {
-  if (reaches.length === 0) return lowered
+/** @internal An operator that checks what its text may read beyond an axis, and scalars of masks, before it runs. */
+export function checked(lowered: Lowered, { reaches, whole }: Normal, ir: CascadeIR): Lowered {
+  if (reaches.length === 0 && whole.size === 0) return lowered
   const layouts: Layouts = lowered.layouts ?? new Map()
   const told = sizesOf(ir, layouts)
-  const most = Math.max(...reaches.map(({ axis }) => axis)) + 1
+  const most = Math.max(-1, ...reaches.map(({ axis }) => axis)) + 1
   const own = Array.from({ length: most }, (_, axis) => `axis ${axis}`)
   return {
     ...lowered,
     run(call) {
+      for (const one of whole) {
+        const value = call.scalars[one] ?? 0
+        if (Number.isInteger(value)) continue
+        const text = `masks count in whole numbers, but ${one} is ${value}`
+        throw broken('CAS022', text, spanOf(ir, ir.outputs[0]!), one)
+      }
+      if (reaches.length === 0) return lowered.run(call)
       const known = { ...told(call), ...call.scalars }
       for (const { tensor, axis, index } of reaches) {
         const places = layouts.get(tensor)?.(own) ?? own

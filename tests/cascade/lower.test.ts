@@ -220,6 +220,17 @@ const empties: Record<string, readonly [operator: string, text: string]> = {
      D[p]   = sum(m) A[p,m]
      O[p,f] = sum(m) A[p,m] * V[m,f] / (D[p] + 0.7)`,
   ],
+  'scores that are nowhere finite': [
+    'einsum',
+    `S[p,m] = sum(e) Q[p,e] * K[m,e]
+     T[p,m] = S[p,m] - inf${weighted}`,
+  ],
+  'a divisor with a number of a tensor, which may be below 0': [
+    'einsum',
+    `T[p,m] = sum(e) Q[p,e] * K[m,e]
+     D[p]   = sum(m) exp(T[p,m])
+     O[p,f] = sum(m) exp(T[p,m]) * V[m,f] / (D[p] + C[0,0])`,
+  ],
   'a sink below 0': [
     'einsum',
     `T[p,m] = sum(e) Q[p,e] * K[m,e]
@@ -859,6 +870,12 @@ describe('compile', () => {
       'cascade: rank H is 2 from seen but 1 from axis h of tensors that are [b, s, h, d]',
     )
     expect(more.span).toEqual([2, 53, 9])
+    const before = cascade(`
+      S[p,m] = sum(e) Q[p,e] * K[m,e]   where m < n
+      L[p]   = logsumexp(m) S[p,m]
+      O[p,f] = sum(m) exp(S[p,m] - L[p]) * V[m,f]`).compile()
+    const parts = await failure(() => before(q, k, k, { n: 1.5 }))
+    expect(parts.message).toBe('cascade: masks count in whole numbers, but n is 1.5')
     const forgets = cascade(`
       S[t,u] = sum(e) Q[t,e] * K[u,e]   where u <= t
       O[t,f] = sum(u) S[t,u] * pow(a, t - u) * V[u,f]`).compile()

@@ -1158,6 +1158,14 @@ const cases: Record<string, Case> = {
     operator: 'attention',
     slots: { mask: '-1 seen[p,#2M] != 0' },
   },
+  'a bias that a number chooses': {
+    text: `
+      ${scores}
+      T[h,p,m] = S[h,p,m] + if(a > 0, b[m], -b[m])   where m <= p + off${softmax}`,
+    inputs: { ...heads, b: 'M' },
+    scalars: { a: 0.5 },
+    operator: 'attention',
+  },
   'a layer whose queries and keys have a norm and are turned (Qwen3)': {
     text: `
       Q[h,t,e] = sum(i) X[t,i] * WQ[h,e,i]
