@@ -299,7 +299,7 @@ function directOne(ir: CascadeIR, refused: Refused[]): Lowered | HeddleError {
   const made = new Set(statementsOf(ir.steps).map(({ out }) => `${out.name}[]`))
   const { beyond } = normal
   if (beyond !== undefined) {
-    const text = `no kernel takes this cascade; ${beyond} may read beyond an axis, which leaves it empty in parts`
+    const text = `no kernel takes this cascade; ${beyond} may read beyond an axis or what a mask hides, which leaves it empty in parts`
     return broken('CAS020', text, spanOf(ir, beyond), beyond)
   }
   for (const tensor of ir.outputs) {

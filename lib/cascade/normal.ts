@@ -590,7 +590,7 @@ export class Normal {
   readonly taken = new Set<string>()
   /** Of the kept tensors those that no form says. */
   readonly unsaid = new Set<string>()
-  /** A tensor whose points may be empty for what a part of them reads beyond an axis: no form says that. */
+  /** A tensor whose points may be empty for what they read beyond an axis or of a masked state: no form says that. */
   beyond: string | undefined
   /** Scalars that masks compare as whole numbers. */
   readonly whole = new Set<string>()
@@ -655,7 +655,8 @@ export class Normal {
     const left = indices.map((index, i) => (i === state.at ? variable : plainVariable(index)!))
     const { form, where } = this.right(statement)
     // A step that reads an empty coordinate leaves all after it empty
-    if (state.whole && where.length === 0 && this.hasRoom(this.outside(form)))
+    state.whole &&= where.length === 0 && this.hasRoom(this.outside(form))
+    if (state.whole)
       state.closed =
         this.solve(tensor, left, variable, state.initial, form) ??
         this.solveLogarithm(tensor, left, variable, state.initial, form)
@@ -996,6 +997,8 @@ export class Normal {
   private read(tensor: string, indices: readonly Form[], limits: Condition[]): Form {
     const state = this.states.get(tensor)
     if (state) {
+      // what reads it is empty too, even if it cancels, as a running maximum does
+      if (!state.whole) this.beyond = this.current
       if (!state.closed) return access(tensor, indices)
       const by = new Map(state.left.map((v, i) => [v, indices[i]!]))
       const at = state.left[state.at]!
@@ -1087,7 +1090,7 @@ interface State {
   at: number
   left: readonly string[]
   initial: Form
-  /** No coordinate of the first is empty. */
+  /** No coordinate of the first is empty, and no step leaves one so. */
   whole: boolean
   closed: ((index: Form) => Form) | undefined
 }

@@ -136,6 +136,24 @@ const empties: Record<string, readonly [operator: string, text: string]> = {
        S[p+1,e,f] = 0.9 * S[p,e,f] + K[p,e] * V[p,f]
      }`,
   ],
+  ...Object.fromEntries(
+    ['max(R[m,p], S[p,m]) where m <= p', 'max(R[m,p], Q[m - 1,0])'].map((step) => [
+      `a running maximum that is empty in parts: ${step}`,
+      [
+        'einsum',
+        `S[p,m] = sum(e) Q[p,e] * K[m,e]
+         init R[m=0,p] = -inf;  init D[m=0,p] = 0;  init X[m=0,p,f] = 0
+         iterate m {
+           R[m+1,p]   = ${step}
+           W[m,p]     = exp(S[p,m] - R[m+1,p])
+           C[m,p]     = exp(R[m,p] - R[m+1,p])
+           D[m+1,p]   = D[m,p] * C[m,p] + W[m,p]
+           X[m+1,p,f] = X[m,p,f] * C[m,p] + W[m,p] * V[m,f]
+         }
+         O[p,f] = X[M,p,f] / D[M,p]`,
+      ] as const,
+    ]),
+  ),
   'a divisor that sees less': [
     'einsum',
     `T[p,m] = sum(e) Q[p,e] * K[m,e]   where m <= p && p > 0
