@@ -49,6 +49,7 @@ import {
   type Operand,
   onlyOne,
   operandOf,
+  operandSide,
   type Reduce,
   repeated,
   sharedOf,
@@ -464,7 +465,9 @@ function weightedSum(
     sideOf(ir, layouts, form, left, names, where)
   // What an operand is computed from, undefined where it is a tensor as it stands
   const sideFor = (operand: Operand, at: string, last: string) =>
-    isWhole(operand) ? undefined : side(operand.form, [axes[0]!, at, axes[2]!, last])
+    isWhole(operand)
+      ? undefined
+      : operandSide(ir, layouts, operand, [axes[0]!, at, axes[2]!, last], heads, names)
 
   const isPerHead = (form: Form) =>
     (isNumber(form, ir.variables) || has(form, heads)) &&
@@ -676,9 +679,9 @@ function weightedSum(
       if (cap) options.softCap = Math.abs(numberOf(cap, known))
       if (slope) options.slopes = vector(slope, ofSlope)
       if (sink) options.sink = vector(sink, ofSink)
-      const whole = (own: Side | undefined, { main }: Operand) => {
+      const whole = (own: ReturnType<typeof sideFor>, { main }: Operand) => {
         const given = batched(call, main.name)
-        return own ? cast(own.run(tensors, known), tq.dtype) : (given as F32)
+        return own ? cast(own(tensors, known), tq.dtype) : (given as F32)
       }
       const queries = parts.map(({ ofQ, q }) => whole(ofQ, q))
       const keys = parts.map(({ ofK, k }) => whole(ofK, k))

@@ -42,6 +42,7 @@ import {
   type Operand,
   onlyOne,
   operandOf,
+  operandSide,
   type Reduce,
   repeated,
   sharedOf,
@@ -203,11 +204,12 @@ export function lightningOf(normal: Normal, ir: CascadeIR): Lowered {
   const [ofQ, ofK, ofV] = operands.map(([operand, own]) =>
     isWhole(operand)
       ? undefined
-      : sideOf(
+      : operandSide(
           ir,
           layouts,
-          operand.form,
+          operand,
           [batch, own.includes(row) ? row : 'm_', head, names.get(own.at(-1)!) ?? own.at(-1)!],
+          heads,
           names,
         ),
   )
@@ -271,7 +273,7 @@ export function lightningOf(normal: Normal, ir: CascadeIR): Lowered {
         const all = { ...told(call), ...sizes, ...known }
         const [tq, tk, tv] = [ofQ, ofK, ofV].map((side, i) => {
           const given = batched(call, operands[i]![0].main.name) as F32
-          return side ? cast(side.run(call.tensors, all), first.dtype) : given
+          return side ? cast(side(call.tensors, all), first.dtype) : given
         }) as [F32, F32, F32]
         const most = Math.max(tk.shape[2]!, tv.shape[2]!)
         const alike = (x: F32, { main }: Operand) => {

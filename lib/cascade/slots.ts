@@ -296,6 +296,26 @@ export function layoutsOf(
   )
 }
 
+/** @internal An operand that is computed from its tensor, [b, s, h, d]; of heads that it is not read by there is one. */
+export function operandSide(
+  ir: CascadeIR,
+  layouts: Layouts,
+  { main, form }: Operand,
+  axes: readonly string[],
+  heads: readonly string[],
+  names: ReadonlyMap<string, string>,
+): (tensors: Call['tensors'], known: Known) => F32 {
+  const left = axes.filter(
+    (axis) => !heads.includes(axis) || has(main, [axis]) || has(form, [axis]),
+  )
+  const side = sideOf(ir, layouts, form, left, names)
+  return (tensors, known) => {
+    const made = side.run(tensors, known)
+    const sizes = [...made.shape]
+    return made.reshape(axes.map((axis) => (left.includes(axis) ? sizes.shift()! : 1)))
+  }
+}
+
 /** @internal A tensor that the text reads without a variable of heads or of the batch: an axis of [b, s, h, d]. */
 export interface Shared {
   tensor: string

@@ -1158,6 +1158,23 @@ const cases: Record<string, Case> = {
     operator: 'attention',
     slots: { mask: '-1 seen[p,#2M] != 0' },
   },
+  'keys under a norm, and values with a gain, that heads share (MQA)': {
+    text: `
+      N[b,m]     = sum(e) K[b,m,e] * K[b,m,e]
+      T[b,h,p,m] = sum(e) Q[b,h,p,e] * K[b,m,e] * rsqrt(N[b,m] + 0.1)   where m <= p + off
+      L[b,h,p]   = logsumexp(m) T[b,h,p,m]
+      O[b,h,p,f] = sum(m) exp(T[b,h,p,m] - L[b,h,p]) * V[m,f] * r[m]`,
+    inputs: { K: 'B M E', Q: 'B H P E', V: 'M F', r: 'M' },
+    operator: 'attention',
+  },
+  'features of keys that heads share': {
+    text: `
+      S[h,t,u] = sum(e) relu(Q[h,t,e]) * relu(K[u,e])   where u <= t
+      O[h,t,f] = sum(u) S[h,t,u] * V[u,f] * r[u]`,
+    inputs: { Q: 'H T E', K: 'U E', V: 'U F', r: 'U' },
+    operator: 'lightning',
+    square: true,
+  },
   'a bias that a number chooses': {
     text: `
       ${scores}
