@@ -324,7 +324,11 @@ function weightedSum(
       column === undefined || more.length > 0 ? undefined : operandOf(value, [m, column], normal)
     const own = weightsOf(weight)
     const apart = out.left.every((x) => x === column || !value.free.has(x) || v?.main.free.has(x))
-    return v && own && apart && has(own.score, [m]) ? [{ ...own, weight, v, column: column! }] : []
+    // what numerator and divisor have apart may be beyond all numbers, as a mask of one of them is
+    const bends = value.terms.some(({ factors }) => factors.some(({ atom }) => argument(atom)))
+    return v && own && apart && !bends && has(own.score, [m])
+      ? [{ ...own, weight, v, column: column! }]
+      : []
   })
   if (found.length === 0) {
     const isValue = ({ atom }: Factor) =>

@@ -154,6 +154,12 @@ const empties: Record<string, readonly [operator: string, text: string]> = {
       ] as const,
     ]),
   ),
+  'a divisor that hides keys by a large number': [
+    'einsum',
+    `T[p,m] = sum(e) Q[p,e] * K[m,e]
+     L[p]   = logsumexp(m) T[p,m] + (1 - if(m == 1, 0, 1)) * -10000
+     O[p,f] = sum(m) exp(T[p,m] - L[p]) * V[m,f]`,
+  ],
   'a divisor that sees less': [
     'einsum',
     `T[p,m] = sum(e) Q[p,e] * K[m,e]   where m <= p && p > 0
