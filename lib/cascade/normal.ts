@@ -382,15 +382,15 @@ function cancels({ coefficient, factors }: Term, constant: Term): boolean {
   if (constant.factors.length === 0 && Math.abs(constant.coefficient) < 100) return false
   const ratio = times(single(factors), power(single(constant.factors), -1))
   const [one, other, ...more] = ratio.terms[0]!.factors
-  const times_ = -constant.coefficient / coefficient
+  const count = -constant.coefficient / coefficient
   if (!other) {
     const isMask = one?.atom.kind === 'access' || one?.atom.kind === 'if'
-    return isMask && one.power === 1 && times_ > 0 && times_ % 1 === 0
+    return isMask && one.power === 1 && count > 0 && count % 1 === 0
   }
   const squared = constant.factors.some(
     ({ atom, power }) => power === 2 && [one, other].some((each) => each!.atom.key === atom.key),
   )
-  return squared && more.length === 0 && one!.power * other.power === -1 && times_ === 0.5
+  return squared && more.length === 0 && one!.power * other.power === -1 && count === 0.5
 }
 
 function softplusOf({ terms }: Form): Form | undefined {
