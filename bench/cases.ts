@@ -22,6 +22,7 @@ import {
   norm,
   randn,
   rope,
+  scatter,
   scope,
   softplusAttention,
   type Tensor,
@@ -757,6 +758,33 @@ export const operators: Readonly<Record<string, (problem: Problem, device: Devic
     }
   },
 
+  scatter(problem, device) {
+    const { dtype, size } = problem
+    const [m, d] = [size('m'), size('d')]
+    const x = randn([m, d], { seed: 1, dtype, device })
+    const to = zeros([m, d], { dtype, device })
+    // rows far from each other, each of them once where m has no factor of 7
+    const places = Array.from({ length: m }, (_, i) => (i * 7 ** 5) % m)
+    const indices = tensor(places, [m], { dtype: 'int32', device })
+    const run = () => {
+      scatter(to, indices, x)
+      return []
+    }
+    return {
+      inputs: [x, to, indices],
+      flops: 0,
+      bytes: 2 * x.nbytes + indices.nbytes,
+      run,
+      async check() {
+        run()
+        const row = (of: Tensor, i: number) => of.select(0, i).read({ as: 'float32' })
+        const last = m - 1
+        const [wanted, found] = [await row(x, last), await row(to, places[last]!)]
+        return found.reduce((worst, value, i) => Math.max(worst, Math.abs(value - wanted[i]!)), 0)
+      },
+    }
+  },
+
   copy(problem, device) {
     const x = randn([problem.size('n')], { seed: 1, device })
     const to = zeros([problem.size('n')], { device })
@@ -903,5 +931,6 @@ export const suites: Readonly<Record<'cpu' | 'cuda', readonly string[]>> = {
     'linear:m8192 n8192 k8192 bf16',
     'linear:m1 n8192 k8192 bf16',
     'norm:m16384 d4096 bf16',
+    'scatter:m65536 d1024 bf16',
   ],
 }

@@ -219,8 +219,8 @@ export class Tensor<D extends DType = DType> {
     return view
   }
 
-  // Whether an element of the other may lie where another one of this does
-  #meets(other: Tensor): boolean {
+  /** @internal Whether an element of the other may lie where another one of this does. */
+  meets(other: Tensor): boolean {
     if (this.#memory === undefined || this.#memory !== other.#memory) return false
     const last = ({ shape, strides }: Tensor) =>
       shape.reduce((sum, size, i) => sum + (size - 1) * strides[i]!, 0)
@@ -452,7 +452,7 @@ export class Tensor<D extends DType = DType> {
         `elements must not share memory, got strides [${this.strides.join(', ')}]; call contiguous() first`,
       )
     const copy = (x: Tensor) => named(op, () => run('copy', { x, to: this }), 'copy')
-    if (!this.#meets(source)) return void copy(source)
+    if (!this.meets(source)) return void copy(source)
     using before = source.clone()
     copy(before)
   }

@@ -28,6 +28,7 @@ import {
   randn,
   rope,
   sampled,
+  scatter,
   silu,
   softplusAttention,
   synchronize,
@@ -150,7 +151,10 @@ for (const dtype of ['bfloat16', 'float32']) {
     keep(glu(wide, wide))
     keep(rope(x))
     keep(add(silu(wide), wide))
-    keep(embed(tensor([0, 49, 7], [3], { dtype: 'int32', device }), draw([50, 24], dtype)))
+    const ids = tensor([0, 49, 7], [3], { dtype: 'int32', device })
+    keep(embed(ids, draw([50, 24], dtype)))
+    keep(scatter(draw([25, 2, 3, 8], dtype), ids, draw([3, 3, 8], dtype)))
+    keep(scatter(draw([50, 3], dtype), ids, draw([3, 3], dtype)))
   })
   check(`masks ${dtype}`, () => {
     const [q, k] = [draw([1, 333, 4, 72], dtype), draw([1, 401, 2, 72], dtype)]

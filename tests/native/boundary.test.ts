@@ -204,6 +204,12 @@ const targets: Target[] = [
     options: ['activation'],
   },
   { name: 'embed', call: heddle.embed as Call, args: () => [ints([0, 1]), matrix()], options: [] },
+  {
+    name: 'scatter',
+    call: heddle.scatter as Call,
+    args: () => [matrix(), ints([3, 0, -1, 2]), matrix()],
+    options: [],
+  },
   ...(['add', 'mul'] as const).map((name) => ({
     name,
     call: exported[name] as Call,

@@ -644,6 +644,7 @@ const targets: readonly Target[] = [
     options: { causal: () => true, softCap: () => 3, sink: () => floats(2) },
   },
   { name: 'embed', call: heddle.embed, args: () => [ints(1, 0), floats(2, 4)] },
+  { name: 'scatter', call: heddle.scatter, args: () => [floats(3, 4), ints(1, 0), floats(2, 4)] },
   { name: 'add', call: heddle.add, args: () => [floats(2, 4), floats(4)] },
   { name: 'mul', call: heddle.mul, args: () => [floats(2, 1), floats(2, 4)] },
   { name: 'silu', call: heddle.silu, args: () => [floats(2, 4)] },

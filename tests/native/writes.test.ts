@@ -21,6 +21,7 @@ import {
   probe,
   randn,
   rope,
+  scatter,
   type Tensor,
   tensor,
   zeros,
@@ -118,6 +119,7 @@ describeDevices('operators', (device) => {
       rope(q, { cos, sin })
       glu(x, x)
       embed(int32([1, 2]), x)
+      scatter(zeros([3, 16], { device }), int32([2]), x.slice(0, 3, 4))
       add(x, zeros([8, 16], { device }))
       cascade('T[i] = sum(j) A[i,j] * A[i,j] * A[i,j]').compile({ fused: 'preferred' })(x)
     })
