@@ -435,6 +435,14 @@ export class Tensor<D extends DType = DType> {
     return this
   }
 
+  /** @internal That no element is another one, too. */
+  checkApart(op: string, name?: string): void {
+    if (this.shape.includes(0) || !this.shape.some((n, i) => n > 1 && this.strides[i] === 0)) return
+    const whose = name === undefined ? 'elements' : `elements of ${name}`
+    const text = `${whose} must not share memory, got strides [${this.strides.join(', ')}]; call contiguous() first`
+    throw refuse('ERR_ARGUMENT', op, name, text)
+  }
+
   #overwrite(op: string, source: Tensor): void {
     if (source.rank !== this.rank || source.shape.some((size, i) => size !== this.shape[i])) {
       throw refuse(
@@ -444,13 +452,7 @@ export class Tensor<D extends DType = DType> {
         `source must be [${this.shape.join(', ')}], got [${source.shape.join(', ')}]`,
       )
     }
-    if (!this.shape.includes(0) && this.shape.some((n, i) => n > 1 && this.strides[i] === 0))
-      throw refuse(
-        'ERR_ARGUMENT',
-        op,
-        undefined,
-        `elements must not share memory, got strides [${this.strides.join(', ')}]; call contiguous() first`,
-      )
+    this.checkApart(op)
     const copy = (x: Tensor) => named(op, () => run('copy', { x, to: this }), 'copy')
     if (!this.meets(source)) return void copy(source)
     using before = source.clone()

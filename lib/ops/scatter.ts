@@ -14,8 +14,8 @@ import { checkTensor, type Tensor } from '../tensor.js'
  * dimensions, no two the same. A negative index leaves its row out.
  * @param from [...indices, ...row], of the dtype of `to`.
  * @returns `to`.
- * @throws HeddleError `ERR_SHAPE`, `ERR_DTYPE` or `ERR_DEVICE` at the call; reading `to` rejects if an index is behind its
- * last row.
+ * @throws HeddleError `ERR_SHAPE`, `ERR_DTYPE`, `ERR_DEVICE` or `ERR_ARGUMENT` at the call, the last where elements of `to`
+ * share memory; reading `to` rejects if an index is behind its last row.
  * @example
  * import { randn, scatter, tensor, zeros } from 'heddle'
  * const pages = zeros([8, 16, 2, 64]) // [pages, pageSize, hk, d]
@@ -48,6 +48,7 @@ export function scatter<D extends DType>(
       'to',
       `to must be rows of ${shape(row)} as from has them, got ${shape(to.shape)}`,
     )
+  to.checkApart(op, 'to')
   const product = (sizes: readonly number[]) => sizes.reduce((a, b) => a * b, 1)
   const [first = 0, ...others] = to.shape.slice(0, leading)
   const width = product(row)

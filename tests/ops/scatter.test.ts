@@ -155,6 +155,10 @@ describeDevices('scatter', (device) => {
         /^indices must be int32 or int64/,
       ],
       [() => scatter(to, 3 as never, to), /^indices must be a tensor/],
+      [
+        () => scatter(zeros([1, 8], { device }).expand([4, 8]), one, zeros([1, 8], { device })),
+        'elements of to must not share memory, got strides [0, 1]; call contiguous() first',
+      ],
     ] as const) {
       const error = await failure(() => scope(make))
       const text = error.message.replace(/^scatter: /, '')
