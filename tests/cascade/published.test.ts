@@ -1382,7 +1382,9 @@ describeDevices('published mechanisms', (device) => {
             ? Float32Array.from({ length: count }, (_, i) => one.numbers![name]!(i, rng))
             : name === 'gamma' || name === 'lambda'
               ? Float32Array.from({ length: count }, () => 0.5 + rng.next() / 2)
-              : rng.normals(count)
+              : name === 'slope' // a state that grows leaves the range of float32
+                ? rng.normals(count).map(Math.abs)
+                : rng.normals(count)
         given[name] = { data, shape }
         const own = name === 'S0' ? [1, ...shape] : shape
         if (!packed.includes(name)) return tensor(data, own, { device })
