@@ -3,7 +3,7 @@ import { defineConfig } from 'vitest/config'
 
 const root = fileURLToPath(new URL('.', import.meta.url))
 
-const timed = 'tests/native/loop.test.ts'
+const timed = ['tests/native/loop.test.ts', 'tests/cascade/costs.test.ts']
 
 export default defineConfig({
   resolve: { alias: { heddle: `${root}dist/index.mjs` } },
@@ -14,12 +14,15 @@ export default defineConfig({
         test: {
           name: 'all',
           include: ['tests/**/*.test.ts'],
-          exclude: ['tests/packaging/**', timed],
+          exclude: ['tests/packaging/**', ...timed],
           sequence: { groupOrder: 0 },
         },
       },
       // Alone, after the others: what is timed must not compete with them for the cores
-      { extends: true, test: { name: 'timed', include: [timed], sequence: { groupOrder: 1 } } },
+      ...timed.map((file, i) => ({
+        extends: true as const,
+        test: { name: `timed ${i + 1}`, include: [file], sequence: { groupOrder: i + 1 } },
+      })),
     ],
     pool: 'forks',
     testTimeout: 120_000,

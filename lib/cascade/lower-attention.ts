@@ -619,11 +619,11 @@ function weightedSum(
       const tk = batched(call, k.main.name)
       const tv = batched(call, v.main.name)
       const [, sq, , d] = tq.shape as [number, number, number, number]
-      const [b, hq] = ([0, 2] as const).map((axis) =>
+      const sizeOf = (axis: 0 | 2) =>
         shared.some((one) => one.tensor === q.main.name && (one.axis === axis || one.either))
           ? Math.max(tk.shape[axis]!, tv.shape[axis]!)
-          : tq.shape[axis]!,
-      ) as [number, number]
+          : tq.shape[axis]!
+      const [b, hq] = [sizeOf(0), sizeOf(2)]
       const options: AttentionOptions = { causal: off !== undefined }
       let computed = beside
       const sk = table === undefined ? tk.shape[1]! : pagesOf(call, table, tk, page!, options)
