@@ -438,8 +438,11 @@ export class Tensor<D extends DType = DType> {
   /** @internal That no element is another one, too. */
   checkApart(op: string, name?: string): void {
     if (this.shape.includes(0) || !this.shape.some((n, i) => n > 1 && this.strides[i] === 0)) return
-    const whose = name === undefined ? 'elements' : `elements of ${name}`
-    const text = `${whose} must not share memory, got strides [${this.strides.join(', ')}]; call contiguous() first`
+    const rule =
+      name === undefined
+        ? 'elements must not share'
+        : `${name} must be of elements that do not share`
+    const text = `${rule} memory, got strides [${this.strides.join(', ')}]; call contiguous() first`
     throw refuse('ERR_ARGUMENT', op, name, text)
   }
 

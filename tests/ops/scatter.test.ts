@@ -157,7 +157,7 @@ describeDevices('scatter', (device) => {
       [() => scatter(to, 3 as never, to), /^indices must be a tensor/],
       [
         () => scatter(zeros([1, 8], { device }).expand([4, 8]), one, zeros([1, 8], { device })),
-        'elements of to must not share memory, got strides [0, 1]; call contiguous() first',
+        'to must be of elements that do not share memory, got strides [0, 1]; call contiguous() first',
       ],
     ] as const) {
       const error = await failure(() => scope(make))
