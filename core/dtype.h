@@ -14,6 +14,20 @@ constexpr size_t size_of(DType dtype) {
   return kSizes[static_cast<int>(dtype)];
 }
 
+// Calls the body with a number that has as many bytes as an element
+template <class Body> constexpr void dispatch_size(size_t nbytes, const Body& body) {
+  switch (nbytes) {
+    case 1:
+      return body(uint8_t{});
+    case 2:
+      return body(uint16_t{});
+    case 4:
+      return body(uint32_t{});
+    default:
+      return body(uint64_t{});
+  }
+}
+
 // As TypeScript spells it
 constexpr const char* name_of(DType dtype) {
   constexpr const char* kNames[kDTypeCount] = {"float32",       "float16",     "bfloat16",

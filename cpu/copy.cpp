@@ -1,7 +1,5 @@
 #include "ops/copy.h"
 
-#include <cstring>
-
 #include "core/registry.h"
 #include "cpu/convert.h"
 #include "cpu/walk.h"
@@ -25,16 +23,6 @@ template <class T, class S> S prepared(S x) {
   return x;
 }
 
-// Copies elements of one size whatever they are
-template <class T>
-void copy_row(T* to, int64_t to_stride, const T* from, int64_t from_stride, int64_t n) {
-  if (to_stride == 1 && from_stride == 1) {
-    std::memcpy(to, from, static_cast<size_t>(n) * sizeof(T));
-  } else {
-    for (int64_t i = 0; i < n; ++i) to[i * to_stride] = from[i * from_stride];
-  }
-}
-
 template <class T, class S>
 void convert_row(T* to, int64_t to_stride, const S* from, int64_t from_stride, int64_t n) {
   const auto one = [](S x) { return convert<T>(prepared<T>(widen(x))); };
@@ -46,19 +34,6 @@ void convert_row(T* to, int64_t to_stride, const S* from, int64_t from_stride, i
     if (i < n) store(to + i, load(from + i, n - i), n - i);
   } else {
     for (int64_t i = 0; i < n; ++i) to[i] = one(from[i]);
-  }
-}
-
-template <class Body> void dispatch_size(size_t nbytes, const Body& body) {
-  switch (nbytes) {
-    case 1:
-      return body(uint8_t{});
-    case 2:
-      return body(uint16_t{});
-    case 4:
-      return body(uint32_t{});
-    default:
-      return body(uint64_t{});
   }
 }
 

@@ -1,6 +1,7 @@
 #pragma once
 #include <algorithm>
 #include <array>
+#include <cstring>
 
 #include "core/cpu_context.h"
 #include "core/tensor.h"
@@ -97,6 +98,17 @@ HEDDLE_INLINE const T* gather(const T* from, int64_t stride, int64_t n, T* buffe
   if (stride == 1) return from;
   for (int64_t i = 0; i < n; ++i) buffer[i] = from[i * stride];
   return buffer;
+}
+
+// Copies elements of one size whatever they are
+template <class T>
+HEDDLE_INLINE void copy_row(T* to, int64_t to_stride, const T* from, int64_t from_stride,
+                            int64_t n) {
+  if (to_stride == 1 && from_stride == 1) {
+    std::memcpy(to, from, static_cast<size_t>(n) * sizeof(T));
+  } else {
+    for (int64_t i = 0; i < n; ++i) to[i * to_stride] = from[i * from_stride];
+  }
 }
 
 // out = f(x, y) for every element; out has no gaps

@@ -43,15 +43,7 @@ void run(const Copy& op, CudaContext& context) {
     kernel<<<blocks, kThreads, 0, context.stream>>>(x, to, count);
   };
   if (op.x.dtype == op.to.dtype) {
-    if (from_size == 8) {
-      launch(copy_kernel<uint64_t>);
-    } else if (from_size == 4) {
-      launch(copy_kernel<uint32_t>);
-    } else if (from_size == 2) {
-      launch(copy_kernel<uint16_t>);
-    } else {
-      launch(copy_kernel<uint8_t>);
-    }
+    dispatch_size(size_of(op.x.dtype), [&]<class Bits>(Bits) { launch(copy_kernel<Bits>); });
   } else if (kFloats.has(op.x.dtype) && kFloats.has(op.to.dtype)) {
     dispatch_float(op.x.dtype, [&]<class S>(S) {
       dispatch_float(op.to.dtype, [&]<class T>(T) { launch(copy_convert_kernel<T, S>); });

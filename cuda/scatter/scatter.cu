@@ -49,16 +49,7 @@ void run(const Scatter& given, CudaContext& context) {
       *count /= wide;
     return launch<uint4>(op, context);
   }
-  switch (size) {
-    case 1:
-      return launch<uint8_t>(op, context);
-    case 2:
-      return launch<uint16_t>(op, context);
-    case 4:
-      return launch<uint32_t>(op, context);
-    default:
-      return launch<uint64_t>(op, context);
-  }
+  dispatch_size(size_of(op.to.dtype), [&]<class T>(T) { launch<T>(op, context); });
 }
 
 HEDDLE_REGISTER(Scatter);
