@@ -128,8 +128,8 @@ class Evaluation {
     checkNumber('cascade', 'maxPoints', maxPoints, 'a number from 1 on', (x) => x >= 1)
     const all = statementsOf(ir.steps)
     this.#first = all[0]!.out.span
-    for (const name of options.keep ?? [])
-      checkOptions('cascade', { [name]: 0 }, tensorsOf(ir), 'tensor')
+    const tensors = tensorsOf(ir)
+    for (const name of options.keep ?? []) checkOptions('cascade', { [name]: 0 }, tensors, 'tensor')
     for (const name of ir.inputs) this.#input(name)
     const shapes = new Map([...this.#stores].map(([name, { shape }]) => [name, shape]))
     this.#sizes = new Sizes(ir, shapes, options.sizes)

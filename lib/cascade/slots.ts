@@ -15,6 +15,7 @@ import {
   plus,
   power,
   rankIn,
+  readsTensors,
   replace,
   type Term,
   times,
@@ -76,7 +77,7 @@ export interface Operand {
 
 /** @internal */
 export const isNumber = (form: Pick<Form, 'free' | 'height'>, variables: readonly string[]) =>
-  form.height === 0 && !has(form, variables) && ![...form.free].some((one) => one.endsWith('[]'))
+  form.height === 0 && !has(form, variables) && !readsTensors(form)
 
 function accessesIn({ terms }: Form): Access[] {
   const inside = (atom: Atom): Access[] => {

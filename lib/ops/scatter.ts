@@ -52,7 +52,8 @@ export function scatter<D extends DType>(
   const product = (sizes: readonly number[]) => sizes.reduce((a, b) => a * b, 1)
   const [first = 0, ...others] = to.shape.slice(0, leading)
   const width = product(row)
-  const flat = (x: Tensor, sizes: readonly number[]) => x.contiguous().reshape(sizes)
+  const flat = (x: Tensor, sizes: readonly number[]) =>
+    (x.isContiguous ? x : x.contiguous()).reshape(sizes)
   const inPlace = () => {
     try {
       return to.reshape([first, product(others), width])
