@@ -23,20 +23,26 @@
 // A tile is 64 rows of q per computing warpgroup, 128 or 192 in all, of one head; keys and values
 // pass by in tiles of 80 to 128 rows, from the last to the first. Warpgroup 0 loads: it takes the
 // next tile from a counter, publishes what the tile is beside its q, and keeps k and v coming
-// through rings of two stages. The others compute, each on its own rows: the scores of key tile j
-// and the values of tile j - 1 are multiplied at the same time, and softmax of tile j runs under
-// the second product and under those of the other warpgroups, which take turns at issuing. Sizes
-// that are smaller than the tile's are filled with zeros by the copies.
+// through rings of two or three stages. The others compute, each on its own rows: the scores of key
+// tile j and the values of tile j - 1 are multiplied at the same time, and softmax of tile j runs
+// under the second product and under those of the other warpgroups, which take turns at issuing.
+// Sizes that are smaller than the tile's are filled with zeros by the copies.
+//
+// Softmax looks for maxima in tiles that it masks. In others weights are relative to what those of
+// before are, as far as that goes: sums tell where it does not, and there a warp multiplies again.
 //
 // Under a mask a key tile is two units of 64 keys of the list that the tile of q has (list_sm90.h),
-// the next two that the same warpgroups see. A warpgroup whose rows see neither passes them by, and
-// one whose rows see all of both masks nothing. Another warp of warpgroup 0 takes tiles of q, loads
+// the next two that the same warpgroups see. A warpgroup whose rows see neither passes them by, with
+// the values of its last tile yet to multiply, and one whose rows see all of both masks nothing.
+// Another warp of warpgroup 0 takes tiles of q, loads
 // q and walks their lists, which it makes where blocks alone are listed, some key tiles ahead of
 // the one that loads k and v.
 namespace heddle {
 namespace {
 
-template <int kD, int kDv, Form kForm, bool kListed> struct ForwardTile {
+template <int kD, int kDv, Form kForm, Layout kLayout> struct ForwardTile {
+  static constexpr bool kListed = kLayout == Layout::kListed || kLayout == Layout::kApart;
+  static constexpr bool kTall = kLayout == Layout::kTall;
   static constexpr bool kSlots = kForm == Form::kMapped && kD == kSlotColumns;
   // rows of q bring factors, constants or levels
   static constexpr bool kRows = kSlots || kForm == Form::kSigmoid || kForm == Form::kReweighted;
@@ -44,19 +50,25 @@ template <int kD, int kDv, Form kForm, bool kListed> struct ForwardTile {
   // registers that three don't have, and more rows would share one. With slopes and of sigmoids
   // three on shorter key tiles hide what one waits for its exponentials.
   static constexpr bool kShort = kForm == Form::kSloped || kForm == Form::kSigmoid;
-  static constexpr int kWarpgroups = kListed ? kListedWarpgroups : kD == 64 || kShort ? 3 : 2;
+  static constexpr int kWarpgroups = kListed                       ? kListedWarpgroups
+                                     : kD == 64 || kShort || kTall ? 3
+                                                                   : 2;
   static constexpr int kQueries = 64 * kWarpgroups;
   // as many as fit into shared memory with two stages. With slots scores have less registers, for
-  // what is read of a tile ahead.
+  // what is read of a tile ahead, and with three warpgroups.
   static constexpr int kKeys = kForm == Form::kSloped    ? 64
                                : kForm == Form::kSigmoid ? 80
+                               : kTall                   ? (kDv == 96 ? 112 : 80)
                                : kSlots                  ? 96
                                : kDv <= 128              ? 128
                                : kDv == 192              ? 112
                                                          : 80;
   // with two the next q loads, and the last out is stored, under the work on this one
   static constexpr int kBuffers = kD <= 128 ? 2 : 1;
-  static constexpr int kStages = 2;
+  // as many as there is room for. With lists values wait for the next tile that their warpgroup
+  // sees, and those of the other warpgroup pass by meanwhile.
+  static constexpr int kKeyStages = kTall && kD == 128 ? 3 : 2;
+  static constexpr int kValueStages = (kTall && kD == 128) || kListed ? 3 : 2;
   static constexpr int kThreads = 128 * (kWarpgroups + 1);
   // sums to the 512 registers per lane that a CTA has; a walk over a list takes some
   static constexpr int kLoadRegisters = kListed ? 40 : kWarpgroups == 3 ? 32 : 24;
@@ -142,23 +154,25 @@ template <> struct FormMaps<Form::kBiased> {
   bool batches, heads;   // or 1 in place of b and hq
 };
 
-template <int kD, int kDv, Form kForm, bool kListed>
-struct ForwardSmem : FormSmem<kForm, ForwardTile<kD, kDv, kForm, kListed>> {
-  using Shape = ForwardTile<kD, kDv, kForm, kListed>;
+template <int kD, int kDv, Form kForm, Layout kLayout>
+struct ForwardSmem : FormSmem<kForm, ForwardTile<kD, kDv, kForm, kLayout>> {
+  using Shape = ForwardTile<kD, kDv, kForm, kLayout>;
+  static constexpr bool kListed = Shape::kListed;
   // out passes through q's buffer
   static constexpr int kWide = whole_panels(kD > kDv ? kD : kDv);
   // key tiles that are known ahead
   static constexpr int kPairs = 8;
   sm90::Tile<Shape::kQueries, kWide> q[Shape::kBuffers];
-  sm90::Tile<Shape::kKeys, whole_panels(kD)> k[Shape::kStages];
-  sm90::Tile<Shape::kKeys, whole_panels(kDv)> v[Shape::kStages];
+  sm90::Tile<Shape::kKeys, whole_panels(kD)> k[Shape::kKeyStages];
+  sm90::Tile<Shape::kKeys, whole_panels(kDv)> v[Shape::kValueStages];
   ForwardWork work[Shape::kBuffers];
   UnitPair pairs[kListed ? kPairs : 1];
   sm90::Barrier q_full[Shape::kBuffers], q_empty[Shape::kBuffers];
-  sm90::Barrier k_full[Shape::kStages], k_empty[Shape::kStages];
-  sm90::Barrier v_full[Shape::kStages], v_empty[Shape::kStages];
+  sm90::Barrier k_full[Shape::kKeyStages], k_empty[Shape::kKeyStages];
+  sm90::Barrier v_full[Shape::kValueStages], v_empty[Shape::kValueStages];
   sm90::Barrier pair_full[kListed ? kPairs : 1], pair_empty[kListed ? kPairs : 1];
   UnitBits units[kListed ? 32 : 1][kListedWarpgroups];  // a part of a list
+  int wary[Shape::kWarpgroups];  // from which of a CTA's key tiles on, where it is not below those
 };
 
 struct ForwardArgs {
@@ -361,18 +375,21 @@ template <class Element> struct KeyRows {
   }
 };
 
-template <DType kType, int kD, int kDv, Form kForm, bool kListed, bool kApart>
-__global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThreads), 1)
+template <DType kType, int kD, int kDv, Form kForm, Layout kLayout>
+__global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kLayout>::kThreads), 1)
     forward_sm90_kernel(const __grid_constant__ sm90::TensorMap gmem_q,
                         const __grid_constant__ sm90::TensorMap gmem_k,
                         const __grid_constant__ sm90::TensorMap gmem_v,
                         const __grid_constant__ sm90::TensorMap gmem_out, const ForwardArgs args,
                         const __grid_constant__ FormMaps<kForm> maps) {
   using namespace sm90;
-  using Shape = ForwardTile<kD, kDv, kForm, kListed>;
-  constexpr int kQueries = Shape::kQueries, kKeys = Shape::kKeys, kStages = Shape::kStages;
+  using Shape = ForwardTile<kD, kDv, kForm, kLayout>;
+  constexpr bool kListed = Shape::kListed;
+  constexpr int kQueries = Shape::kQueries, kKeys = Shape::kKeys;
+  using KeyTurn = Turn<Shape::kKeyStages>;
+  using ValueTurn = Turn<Shape::kValueStages>;
   constexpr int kBuffers = Shape::kBuffers, kWarpgroups = Shape::kWarpgroups;
-  auto& smem = shared_memory<ForwardSmem<kD, kDv, kForm, kListed>>();
+  auto& smem = shared_memory<ForwardSmem<kD, kDv, kForm, kLayout>>();
   // the same in all lanes, which the compiler cannot know of threadIdx
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
   if (threadIdx.x == 0) {
@@ -381,12 +398,11 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
       // each warp has read what the tile is, and each warpgroup's out was stored
       smem.q_empty[buffer].init(kWarpgroups * 5);
     }
-    for (int stage = 0; stage < kStages; ++stage) {
-      smem.k_full[stage].init(1);
-      smem.v_full[stage].init(1);
-      smem.k_empty[stage].init(kWarpgroups * 4);
-      smem.v_empty[stage].init(kWarpgroups * 4);
-    }
+    for (int& tile : smem.wary) tile = -1;
+    for (Barrier& full : smem.k_full) full.init(1);
+    for (Barrier& full : smem.v_full) full.init(1);
+    for (Barrier& empty : smem.k_empty) empty.init(kWarpgroups * 4);
+    for (Barrier& empty : smem.v_empty) empty.init(kWarpgroups * 4);
     if constexpr (kListed)
       for (int i = 0; i < smem.kPairs; ++i) {
         smem.pair_full[i].init(1);
@@ -428,9 +444,13 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
         args.tickets[0] = args.tickets[1] = 0;
     };
     // of key tile n
-    auto await_empty = [&](Barrier* empty, uint32_t n) {
-      const Turn<kStages> turn(n);
-      empty[turn.stage].wait(turn.parity ^ 1);
+    auto await_keys_read = [&](uint32_t n) {
+      const KeyTurn turn(n);
+      smem.k_empty[turn.stage].wait(turn.parity ^ 1);
+    };
+    auto await_values_read = [&](uint32_t n) {
+      const ValueTurn turn(n);
+      smem.v_empty[turn.stage].wait(turn.parity ^ 1);
     };
     if constexpr (kListed) {
       if (threadIdx.x >= 64) return;
@@ -445,10 +465,11 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
         auto push = [&](UnitPair pair, bool opens) {
           const Turn<smem.kPairs> turn(n++);
           pair.buffer = Turn<kBuffers>(visit).stage;
-          // keys that the first row of a warpgroup sees, if the lists name them
-          const int behind = work.row + work.sk - work.sq + 1, end = (pair.unit[1] + 1) * kUnitKeys;
+          // keys that the first row of a warpgroup sees before its own, if the lists name them: of
+          // that one alone it would have no maximum of a tile before
+          const int first = work.row + work.sk - work.sq, end = (pair.unit[1] + 1) * kUnitKeys;
           for (int w = 0; w < kWarpgroups; ++w) {
-            const int whole_end = args.causal ? min(behind + w * 64, work.sk) : work.sk;
+            const int whole_end = args.causal ? min(first + w * 64, work.sk) : work.sk;
             const bool whole = (pair.seen[w] & UnitPair::kListed) == UnitPair::kListed;
             if (!whole || end > whole_end) pair.seen[w] |= UnitPair::kMasked;
             if (pair.seen[w] & ~(pair.seen[w] >> 1) & UnitPair::kAny)
@@ -504,14 +525,21 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
         struct Place {
           int row[2], head, batch;
         } last{};
-        auto load = [&](auto& tiles, Barrier* full, const TensorMap& map, uint32_t n,
-                        const Place& place) {
-          const uint32_t stage = Turn<kStages>(n).stage;
-          full[stage].arrive_expect(tiles[0].kBytes);
+        auto load = [&](auto& tile, Barrier& full, const TensorMap& map, const Place& place) {
+          full.arrive_expect(tile.kBytes);
 #pragma unroll
           for (int i = 0; i < 2; ++i)
-            tiles[stage].load(map, full[stage], place.row[i], place.head, place.batch, Keep::kLong,
-                              i * kUnitKeys);
+            tile.load(map, full, place.row[i], place.head, place.batch, Keep::kLong, i * kUnitKeys);
+        };
+        auto load_keys = [&](uint32_t n, const Place& place) {
+          const uint32_t stage = KeyTurn(n).stage;
+          await_keys_read(n);
+          load(smem.k[stage], smem.k_full[stage], gmem_k, place);
+        };
+        auto load_values = [&](uint32_t n, const Place& place) {
+          const uint32_t stage = ValueTurn(n).stage;
+          await_values_read(n);
+          load(smem.v[stage], smem.v_full[stage], gmem_v, place);
         };
         int left = 0;  // key tiles of this tile of q
         for (uint32_t n = 0;; ++n) {
@@ -523,21 +551,19 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
           Place next{{}, work.head / args.group, work.batch};
           for (int i = 0; i < 2; ++i)  // zeros for none
             next.row[i] = pair.unit[i] < 0 ? args.sk : work.k_begin + pair.unit[i] * kUnitKeys;
-          await_empty(smem.k_empty, n);
-          // all are done with the pair whose keys they gave back
-          if (n > 1) smem.pair_empty[(n - 2) % smem.kPairs].arrive();
-          load(smem.k, smem.k_full, gmem_k, n, next);
+          load_keys(n, next);
+          // who gave back the keys that were there is done with the pair before
+          constexpr uint32_t kDone = Shape::kKeyStages + 1;
+          if (n >= kDone) smem.pair_empty[(n - kDone) % smem.kPairs].arrive();
           if (left > 0) {
-            await_empty(smem.v_empty, n - 1);
-            load(smem.v, smem.v_full, gmem_v, n - 1, last);
+            load_values(n - 1, last);
           } else {
             left = work.key_tiles;
           }
           last = next;
           // the next pair may need the last values before it is there
           if (--left > 0) continue;
-          await_empty(smem.v_empty, n);
-          load(smem.v, smem.v_full, gmem_v, n, last);
+          load_values(n, last);
         }
       }
     } else if (threadIdx.x < 32 && elect_one()) {
@@ -550,11 +576,20 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
       if (work.row >= 0) find_keys<kQueries, kKeys>(args, work);
       for (; work.row >= 0; ++visit) {
         const int kv_head = work.head / args.group;
-        auto load = [&](auto& tiles, Barrier* full, const TensorMap& map, int j) {
-          const uint32_t stage = Turn<kStages>(loaded + j).stage;
-          full[stage].arrive_expect(tiles[0].kBytes);
-          tiles[stage].load(map, full[stage], work.k_begin + (work.key_end - 1 - j) * kKeys,
-                            kv_head, work.batch, Keep::kLong);
+        auto load = [&](auto& tile, Barrier& full, const TensorMap& map, int j) {
+          full.arrive_expect(tile.kBytes);
+          tile.load(map, full, work.k_begin + (work.key_end - 1 - j) * kKeys, kv_head, work.batch,
+                    Keep::kLong);
+        };
+        auto load_keys = [&](int j) {
+          const uint32_t stage = KeyTurn(loaded + j).stage;
+          await_keys_read(loaded + j);
+          load(smem.k[stage], smem.k_full[stage], gmem_k, j);
+        };
+        auto load_values = [&](int j) {
+          const uint32_t stage = ValueTurn(loaded + j).stage;
+          await_values_read(loaded + j);
+          load(smem.v[stage], smem.v_full[stage], gmem_v, j);
         };
         // those of key tile j, as soon as those of the tile before were read
         auto load_bias = [&](int j) {
@@ -570,20 +605,16 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
             }
           }
         };
-        await_empty(smem.k_empty, loaded);
-        load(smem.k, smem.k_full, gmem_k, 0);
+        load_keys(0);
         load_q(work, visit);
         for (int j = 1; j < work.key_tiles; ++j) {
-          await_empty(smem.k_empty, loaded + j);
-          load(smem.k, smem.k_full, gmem_k, j);
+          load_keys(j);
           load_bias(j - 1);
-          await_empty(smem.v_empty, loaded + j - 1);
-          load(smem.v, smem.v_full, gmem_v, j - 1);
+          load_values(j - 1);
         }
         const int ticket = ask();
         load_bias(work.key_tiles - 1);
-        await_empty(smem.v_empty, loaded + work.key_tiles - 1);
-        load(smem.v, smem.v_full, gmem_v, work.key_tiles - 1);
+        load_values(work.key_tiles - 1);
         loaded += work.key_tiles;
         work = order.at(ticket);
         if (work.row >= 0) find_keys<kQueries, kKeys>(args, work);
@@ -599,7 +630,7 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
   float acc_s[kKeys / 2], acc_o[kDv / 2];
   uint32_t frag_p[kKeys / 16][4];
   RowSoftmax rows;
-  RowBounds bounds;
+  RowBounds bounds{};
   constexpr bool kSlots = Shape::kSlots, kRows = Shape::kRows;
   constexpr bool kMapped = kForm == Form::kMapped;
   constexpr DType kScoreType = kForm == Form::kReweighted ? DType::kF16 : kType;  // of q and k
@@ -612,6 +643,11 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
                                                  : args.scale_log2;
   // weights of bf16 have the range of f32
   constexpr int kLag = kType == DType::kF16 ? 12 : 60;
+  constexpr float kMost = kType == DType::kF16 ? 0x1p15f : 0x1p60f;  // sums of a tile may be
+  // Maxima are looked for in few tiles only, and bf16 leaves room above them
+  constexpr bool kHopes = kD <= 128 && (kForm == Form::kPlain || kForm == Form::kSloped);
+  constexpr int kOwnLag = kHopes || kForm == Form::kBiased ? kLag : 8;
+  const float room = kHopes && kType == DType::kBF16 ? 32 / to_log2 : 0;
   uint32_t biased = 0;  // tiles of biases
   bool calm = false;    // maxima of the tile before were no news
   float slope = 0;      // in units of products
@@ -620,9 +656,13 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
   // Where a warpgroup sees no key of a half of a tile, behind its last row in the first or before
   // its window in the last, it leaves out what those take, but for their values. In copies of their
   // own, with q in registers: where code is shared with what all tiles do ptxas makes that slower.
-  constexpr bool kHalves = !kListed && kForm == Form::kPlain && kD == 128;
+  constexpr bool kHalves = kLayout == Layout::kEven && kForm == Form::kPlain && kD == 128;
   constexpr int kHalfKeys = 64;
   using HalfScores = float[kHalfKeys / 2];
+  // where the halves of a key tile begin
+  struct Halves {
+    int lower, upper;
+  };
   // With lists rows of q stay in registers: products read less of shared memory
   uint32_t frag_q[kListed || kHalves ? kD / 16 : 1][4];
   auto hold_q = [&](uint32_t buffer) {
@@ -672,12 +712,14 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
         for (int x = 0; x < 2; ++x) ahead[g][x] = slots.word(key + 8 * g + lane % 4 * 2, x, sk);
     }
   };
-  // Products of the tile from key `key` on, which this tile of q sees whole, by each warp alone
-  auto multiply_again = [&](const ForwardWork& work, const auto& tile, int key) {
+  // Products of the tile whose halves are from these keys on, which this tile of q sees whole, by
+  // each warp alone
+  auto multiply_again = [&](const ForwardWork& work, const auto& tile, int lower, int upper) {
     using Element = std::conditional_t<kType == DType::kF16, F16, BF16>;
     const uint16_t* k = args.k + work.batch * args.k_strides.batch +
                         work.head / args.group * args.k_strides.head +
-                        (work.k_begin + key + lane / 4) * args.k_strides.row + lane % 4 * 2;
+                        (work.k_begin + lower + lane / 4) * args.k_strides.row + lane % 4 * 2;
+    const int64_t between = (upper - lower - kKeys / 2) * args.k_strides.row;
     for (float& x : acc_s) x = 0;
 #pragma unroll 1
     for (int d = 0; d < args.d; d += 16, k += 16) {
@@ -685,15 +727,20 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
       ldmatrix_x4(tile.address(own_row + lane % 16, d + lane / 16 * 8), frag_q);
 #pragma unroll
       for (int i = 0; i < kKeys / 2; i += 4) {
-        const auto* pairs = reinterpret_cast<const uint32_t*>(k + 2 * i * args.k_strides.row);
+        const auto* pairs = reinterpret_cast<const uint32_t*>(k + 2 * i * args.k_strides.row +
+                                                              (i < kKeys / 4 ? 0 : between));
         float products[4] = {acc_s[i], acc_s[i + 1], acc_s[i + 2], acc_s[i + 3]};
         multiply<Element>(products, frag_q, pairs[0], d + 8 < args.d ? pairs[4] : 0);
         for (int x = 0; x < 4; ++x) acc_s[i + x] = products[x];
       }
     }
   };
+  // What slopes leave out of row r of a tile, of which this lane's first column is `column`
+  const auto base_of = [&](int column, int r) {
+    return slope * static_cast<float>(column - bounds.position[r]);
+  };
   // acc_s becomes exp(S - row_max); whether what was summed before has to shrink
-  auto softmax = [&](const ForwardWork& work, uint32_t buffer, int key, bool masked) {
+  auto softmax = [&](const ForwardWork& work, uint32_t buffer, int key, bool masked, float lag) {
     const int column = key + lane % 4 * 2;
     const auto mask = [&] {
       if (masked) mask_scores(acc_s, bounds, key, args.window, lane);
@@ -701,9 +748,8 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
     if constexpr (kForm == Form::kSloped) {
       add_slopes(acc_s, slope);
       mask();
-      const float base[2] = {slope * static_cast<float>(column - bounds.position[0]),
-                             slope * static_cast<float>(column - bounds.position[1])};
-      return rows.update_lazily(acc_s, to_log2, base, kLag);
+      return rows.update_lazily(acc_s, to_log2, {base_of(column, 0), base_of(column, 1)}, lag,
+                                room);
     } else if constexpr (kForm == Form::kBiased) {
       const auto& biases = smem.bias[own];
       smem.bias_full[own].wait(biased++ & 1);
@@ -713,17 +759,16 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
         return moved;
       };
       // Where maxima are no news none is looked for, which may go wrong
-      constexpr float kMost = kType == DType::kF16 ? 0x1p15f : 0x1p60f;
       const bool hopes = calm && !masked;
       if (hopes && rows.add_biased<kType>(acc_s, args.scale_log2, biases, warp * 16, lane, kMost))
         return given_back(false);
-      if (hopes) multiply_again(work, smem.q[buffer], key);
+      if (hopes) multiply_again(work, smem.q[buffer], key, key + kKeys / 2);
       each_bias<kType, kKeys / 2>(biases, warp * 16, lane, [&](int i, float bias) {
         acc_s[i] = fmaf(acc_s[i], args.scale, bias);
       });
       mask();
       // once it went wrong the next will be relative to the largest
-      const bool moved = rows.update_lazily(acc_s, to_log2, {0, 0}, hopes ? 0 : kLag);
+      const bool moved = rows.update_lazily(acc_s, to_log2, {0, 0}, hopes ? 0 : lag);
       // beside what hides keys all others are too large
       constexpr float kHidden = -1024;
       calm = !hopes && !moved && rows.above(kHidden);
@@ -742,7 +787,7 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
         map(acc_s, bounds, column);
       }
       if (masked) mask_scores(acc_s, bounds, key, args.window, lane);
-      return kSlots ? slots.weigh(acc_s, rows) : rows.update(acc_s, to_log2);
+      return kSlots ? slots.weigh(acc_s, rows) : rows.update(acc_s, to_log2, lag, room);
     }
   };
   // What row `row` of a sequence sees under the mask
@@ -780,7 +825,7 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
   // accumulators of 16 keys, packed in order, are an operand A
   // named barrier 1 + w stands for the turn of computing warpgroup w; from d = 192 on the products
   // are long enough to overlap by themselves
-  constexpr bool kTurns = kD <= 128 && !kApart;
+  constexpr bool kTurns = kD <= 128 && kLayout != Layout::kApart;
   auto await_turn = [&] {
     if (kTurns) named_barrier_sync(1 + own, 256);
   };
@@ -858,7 +903,8 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
     const int key_end = __shfl_sync(~0u, work.key_end, 0);
     const int key_tiles = __shfl_sync(~0u, work.key_tiles, 0);
     auto key_of = [&](int j) { return (key_end - 1 - j) * kKeys; };
-    auto stage_of = [&](int j) { return Turn<kStages>(used + j); };
+    auto keys_at = [&](int j) { return KeyTurn(used + j); };
+    auto values_at = [&](int j) { return ValueTurn(used + j); };
     if (!kListed) bounds = bounds_of(args, work, row);
     if constexpr (kRows) {
       open_rows<kForm>(args, work, row, slots, rows);
@@ -879,9 +925,12 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
 #pragma unroll
       for (int i = 0; i < kDv / 2; ++i) acc_o[i] *= rows.shrink[i / 2 % 2];
     };
-    // `soften` makes weights of the scores and says whether sums of before have to shrink
-    auto step = [&](int j, const auto& soften) {
-      const Turn<kStages> k = stage_of(j), v = stage_of(j - 1);
+    // Scores of tile j and values of tile `last`, which is one before. `soften` makes weights of
+    // the scores and says whether sums of before have to shrink, or what `settle` makes of that
+    // once values are multiplied.
+    auto step = [&](int j, int last, const auto& soften, const auto& settle) {
+      const KeyTurn k = keys_at(j);
+      const ValueTurn v = values_at(last);
       fetch(key_of(j), work.sk);
       smem.k_full[k.stage].wait(k.parity);
       await_turn();
@@ -891,11 +940,63 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
       pass_turn();
       wgmma_wait<1>(acc_s);
       release(smem.k_empty[k.stage]);
-      const bool moved = soften();
+      const bool softened = soften();
       wgmma_wait<0>(acc_o);
       release(smem.v_empty[v.stage]);
+      const bool moved = settle(softened);
       pack_weights<kType>(frag_p, acc_s);
       if (moved) shrink_values();
+    };
+    const auto settled = [](bool moved) { return moved; };
+    // Whether maxima of a tile of q rose by more than there is room for. All warps of the warpgroup
+    // hear of it at the same key tile, kHeard behind the one that said so: by then keys are there
+    // that took the place of what all gave back behind that one.
+    constexpr int kHeard = Shape::kKeyStages + 2;
+    auto wary = [&](int j) {
+      if constexpr (!kHopes) return false;
+      const int first = static_cast<int>(used), since = smem.wary[own];
+      return __any_sync(~0u, since >= first && since <= first + j) != 0;
+    };
+    // A step that whole tiles take, of halves from `keys_of(j)` on, until they are wary. Where
+    // kHopes nobody looks for a maximum: where one was beyond what weights may be products are made
+    // again, and weights are relative to the largest.
+    auto step_whole = [&](int j, int last, const auto& meanwhile, const auto& keys_of) {
+      if constexpr (kHopes) {
+        float sums[2];
+        step(
+            j, last,
+            [&] {
+              meanwhile();
+              float top[2] = {rows.row_max[0], rows.row_max[1]};
+              if constexpr (kForm == Form::kSloped) {
+                add_slopes(acc_s, slope);
+                for (int r = 0; r < 2; ++r) top[r] -= base_of(keys_of(j).lower + lane % 4 * 2, r);
+              }
+              return !rows.weigh(acc_s, to_log2, top, kMost, sums);
+            },
+            [&](bool lost) {
+              if (!__any_sync(~0u, lost)) {
+                rows.join(sums);
+                return false;
+              }
+              // those that saw no key before say nothing of others
+              const bool rose = lost && fminf(rows.row_max[0], rows.row_max[1]) > -INFINITY;
+              const int first = static_cast<int>(used), since = j + kHeard;
+              if (__any_sync(~0u, rose) && lane == 0 && since < key_tiles && smem.wary[own] < first)
+                smem.wary[own] = first + since;
+              const auto [lower, upper] = keys_of(j);
+              multiply_again(work, smem.q[q.stage], lower, upper);
+              return softmax(work, q.stage, lower, false, 0);
+            });
+      } else {
+        step(
+            j, last,
+            [&] {
+              meanwhile();
+              return softmax(work, q.stage, keys_of(j).lower, false, kOwnLag);
+            },
+            settled);
+      }
     };
 
     // weights of a half, the upper one or not, and zeros for the other
@@ -908,20 +1009,21 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
 #pragma unroll
         for (int x = 0; x < 4; ++x) frag_p[i][x] = i / kParts == upper ? half[i % kParts][x] : 0;
     };
-    auto first_half = [&] {
+    auto first_half = [&](int j) {
       HalfScores scores;
-      const Turn<kStages> k = stage_of(0);
+      const KeyTurn k = keys_at(j);
       smem.k_full[k.stage].wait(k.parity);
       issue_half(scores, k.stage, q.stage, 0);
       wgmma_wait<0>(scores);
       release(smem.k_empty[k.stage]);
-      mask_scores(scores, bounds, key_of(0), args.window, lane);
-      rows.update(scores, to_log2);
+      mask_scores(scores, bounds, key_of(j), args.window, lane);
+      rows.update(scores, to_log2, kOwnLag, room);
       pack_half(scores, false);
     };
     auto step_half = [&](int j) {
       HalfScores scores;
-      const Turn<kStages> k = stage_of(j), v = stage_of(j - 1);
+      const KeyTurn k = keys_at(j);
+      const ValueTurn v = values_at(j - 1);
       smem.k_full[k.stage].wait(k.parity);
       await_turn();
       issue_half(scores, k.stage, q.stage, kHalfKeys);
@@ -931,7 +1033,7 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
       wgmma_wait<1>(scores);
       release(smem.k_empty[k.stage]);
       mask_scores(scores, bounds, key_of(j) + kHalfKeys, args.window, lane);
-      const bool moved = rows.update(scores, to_log2);
+      const bool moved = rows.update(scores, to_log2, kOwnLag, room);
       wgmma_wait<0>(acc_o);
       release(smem.v_empty[v.stage]);
       pack_half(scores, true);
@@ -939,7 +1041,7 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
     };
     // `meanwhile` runs beside the product
     auto first = [&](int j, const auto& soften, const auto& meanwhile) {
-      const Turn<kStages> k = stage_of(j);
+      const KeyTurn k = keys_at(j);
       fetch(key_of(j), work.sk);
       smem.k_full[k.stage].wait(k.parity);
       issue_scores(k.stage, q.stage);
@@ -951,38 +1053,63 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
       return moved;
     };
     auto issue_last = [&](int j) {
-      const Turn<kStages> v = stage_of(j);
+      const ValueTurn v = values_at(j);
       smem.v_full[v.stage].wait(v.parity);
       issue_values(v.stage);
     };
     auto await_last = [&](int j) {
       wgmma_wait<0>(acc_o);
-      release(smem.v_empty[stage_of(j).stage]);
+      release(smem.v_empty[values_at(j).stage]);
+    };
+    // Gives a tile back unread, once it is there: before, what was in its stage may not have been
+    // given back by all
+    auto pass_by = [&](int j) {
+      const KeyTurn k = keys_at(j);
+      const ValueTurn v = values_at(j);
+      smem.k_full[k.stage].wait(k.parity);
+      __syncwarp();
+      release(smem.k_empty[k.stage]);
+      smem.v_full[v.stage].wait(v.parity);
+      __syncwarp();
+      release(smem.v_empty[v.stage]);
+    };
+    // of a step that is not taken
+    auto skip_turn = [&](int j) {
+      if (j > 0) await_turn();
+      if (j > 0) pass_turn();
     };
     auto clear_tail = [&](int j, int key) {
       if (!args.cu_seqlens_q && !args.cache_seqlens) return;
       const int left = max(work.sk - key, 0);
-      const Turn<kStages> v = stage_of(j);
+      const ValueTurn v = values_at(j);
       smem.v_full[v.stage].wait(v.parity);
       if (left < kKeys) clear_beyond(v.stage, left);
     };
 
     if constexpr (kListed) {
-      bool pending = false;  // weights of tile j - 1
+      int last = -1;  // the tile whose values are yet to be multiplied, or none
 #pragma unroll 1
       for (int j = 0; j < key_tiles; ++j) {
         // what this warpgroup sees whole takes the same steps as dense, without a branch in them
-        if (pending) {
+        if (last >= 0) {
 #pragma unroll 1
-          for (; next == (UnitPair::kAny | UnitPair::kListed); ++j)
-            step(j, [&] {
-              look_at(used + j + 1);
-              return rows.update(acc_s, to_log2);
-            });
+          for (; next == (UnitPair::kAny | UnitPair::kListed) && !wary(j); last = j++)
+            step_whole(
+                j, last, [&] { look_at(used + j + 1); },
+                [&](int j) {
+                  const UnitPair& pair = smem.pairs[Turn<smem.kPairs>(used + j).stage];
+                  return Halves{pair.unit[0] * kUnitKeys, pair.unit[1] * kUnitKeys};
+                });
           if (j == key_tiles) break;
         }
-        const Turn<kStages> stage = stage_of(j);
         const uint32_t its = next;
+        // what waits for values of this tile needs the stage
+        if (last >= 0 && j - last == Shape::kValueStages &&
+            (!(its & UnitPair::kAny) || (its & UnitPair::kMasked))) {
+          issue_last(last);
+          await_last(last);
+          last = -1;
+        }
         uint64_t words[2][2];
         const UnitPair& pair = smem.pairs[Turn<smem.kPairs>(used + j).stage];
         // before there are scores, whose registers it takes
@@ -1003,71 +1130,82 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
         const auto soften = [&] {
           look_ahead();
           if (its & UnitPair::kMasked) mask_scores(acc_s, words);
-          return rows.update(acc_s, to_log2);
+          return rows.update(acc_s, to_log2, kOwnLag, room);
         };
-        if (pending && (its & UnitPair::kAny)) {
-          look();
-          step(j, soften);
-        } else {
-          if (pending) {
-            issue_last(j - 1);
-            await_last(j - 1);
-          }
-          if (j > 0) await_turn();
-          if (j > 0) pass_turn();
-          if (its & UnitPair::kAny) {
-            if (first(j, soften, look)) shrink_values();
+        if (its & UnitPair::kAny) {
+          if (last >= 0) {
+            look();
+            step(j, last, soften, settled);
           } else {
-            smem.k_full[stage.stage].wait(stage.parity);
-            look_ahead();
-            __syncwarp();
-            release(smem.k_empty[stage.stage]);
-            // before that, stage j - 2 may not have been given back by all
-            smem.v_full[stage.stage].wait(stage.parity);
-            __syncwarp();
-            release(smem.v_empty[stage.stage]);
+            skip_turn(j);
+            if (first(j, soften, look)) shrink_values();
           }
+          last = j;
+        } else {
+          skip_turn(j);
+          look_ahead();
+          pass_by(j);
         }
-        pending = its & UnitPair::kAny;
       }
       // in one branch: ptxas serialises matrix instructions that are on their way at its end
-      if (pending) {
-        issue_last(key_tiles - 1);
-        await_last(key_tiles - 1);
+      if (last >= 0) {
+        issue_last(last);
+        await_last(last);
       }
     } else {
       const auto soften = [&](int j, bool masked) {
-        return [&, j, masked] { return softmax(work, q.stage, key_of(j), masked); };
+        return [&, j, masked] { return softmax(work, q.stage, key_of(j), masked, kOwnLag); };
       };
-      const int own_first = work.row + own * 64 + diagonal, own_end = own_first + 64;
-      if (kHalves && args.causal && own_end <= key_of(0) + kHalfKeys)
-        first_half();
+      // where the rows of this warpgroup stand, if it has any, and where the keys end that they see
+      const int own_first = work.row + own * 64 + diagonal;
+      const int own_end = work.row + own * 64 >= work.sq ? INT32_MIN
+                          : args.causal                  ? own_first + 64
+                                                         : INT32_MAX;
+      int j = 0;
+      // tiles behind those, but for one that is visited all the same. Biases are loaded for each.
+      if (kForm != Form::kBiased && key_tiles > 1 && key_of(0) >= own_end) {
+        clear_tail(0, key_of(0));
+        do {
+          skip_turn(j);
+          pass_by(j);
+        } while (++j < key_tiles - 1 && key_of(j) >= own_end);
+        skip_turn(j);
+      }
+      const bool skipped = j > 0;
+      if (kHalves && own_end <= key_of(j) + kHalfKeys)
+        first_half(j);
       else
-        first(0, soften(0, true), [] {});
+        first(j, soften(j, true), [] {});
       if (kBuffers > 1 && visit > 0) release_q(visit - 1);
-      clear_tail(0, key_of(0));
-      // key tiles that the first row sees whole, and where the last row's window begins
-      const int whole_end = (args.causal ? max(work.row + diagonal + 1, 0) : work.sk) / kKeys;
+      if (!skipped) clear_tail(0, key_of(0));
+      ++j;
+      // Key tiles that the first row sees whole, and where the last row's window begins. Who
+      // doesn't look for maxima needs one of a tile before.
+      const int whole_end = (args.causal ? max(own_first + (kHopes ? 0 : 1), 0) : work.sk) / kKeys;
       const int whole_begin =
-          args.window ? max(work.row + kQueries + diagonal - args.window + kKeys - 1, 0) / kKeys
-                      : 0;
-      int j = 1;
+          args.window ? max(own_first + 64 - args.window + kKeys - 1, 0) / kKeys : 0;
       if constexpr (kRows || kForm == Form::kBiased) {
         // one copy of all that scores may pass through
 #pragma unroll 1
         for (; j < key_tiles; ++j) {
           const int tile = key_end - 1 - j;
-          step(j, soften(j, tile >= whole_end || tile < whole_begin));
+          step(j, j - 1, soften(j, tile >= whole_end || tile < whole_begin), settled);
         }
       } else {
 #pragma unroll 1
-        for (; j < key_tiles && key_end - 1 - j >= whole_end; ++j) step(j, soften(j, true));
+        for (; j < key_tiles && key_end - 1 - j >= whole_end; ++j)
+          step(j, j - 1, soften(j, true), settled);
 #pragma unroll 1
-        for (; j < key_tiles && key_end - 1 - j >= whole_begin; ++j) step(j, soften(j, false));
+        for (; j < key_tiles && key_end - 1 - j >= whole_begin && !wary(j); ++j)
+          step_whole(
+              j, j - 1, [] {},
+              [&](int j) {
+                return Halves{key_of(j), key_of(j) + kKeys / 2};
+              });
         const int halves = kHalves && args.window &&
                            own_first - args.window + 1 >= key_of(key_tiles - 1) + kHalfKeys;
 #pragma unroll 1
-        for (; j < key_tiles - halves; ++j) step(j, soften(j, true));
+        for (; j < key_tiles - halves; ++j) step(j, j - 1, soften(j, true), settled);
         if constexpr (kHalves)
           if (j < key_tiles) step_half(j);
       }
@@ -1155,9 +1293,8 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kListed>::kThread
 }
 
 inline ForwardArgs forward_args(const ForwardCall& call, int queries) {
-  const int64_t row_tiles =
-      call.cu_seqlens_q ? call.sq / queries + call.sequences : (call.sq + queries - 1) / queries;
-  const int64_t pairs = call.b * call.hq, tiles = row_tiles * pairs;
+  const int64_t pairs = call.b * call.hq, tiles = forward_tiles(call, queries);
+  const int64_t row_tiles = tiles / pairs;
   // so many pairs have such a number of keys and their values in L2 together
   const auto fit = [&](int64_t keys) {
     const auto bytes = static_cast<int64_t>(size_of(call.dtype)) * (call.d + call.dv) * keys;
@@ -1227,9 +1364,9 @@ template <Form kForm> FormMaps<kForm> form_maps(const ForwardCall& call) {
   }
 }
 
-template <DType kType, int kD, int kDv, Form kForm, bool kListed, bool kApart = false>
+template <DType kType, int kD, int kDv, Form kForm, Layout kLayout>
 void launch_forward(const ForwardCall& call, cudaStream_t stream) {
-  using Shape = ForwardTile<kD, kDv, kForm, kListed>;
+  using Shape = ForwardTile<kD, kDv, kForm, kLayout>;
   const ForwardArgs args = forward_args(call, Shape::kQueries);
   const auto map = [&](const void* data, int64_t d, int64_t s, int64_t h, const Strides& strides,
                        int rows) {
@@ -1237,10 +1374,10 @@ void launch_forward(const ForwardCall& call, cudaStream_t stream) {
                            rows);
   };
   Launch how{std::min(args.tiles, call.processors), Shape::kThreads,
-             sm90::shared_memory_bytes<ForwardSmem<kD, kDv, kForm, kListed>>(), stream};
-  how.overlaps = kListed;
-  how.graphs = kListed ? nullptr : call.graphs;
-  launch<forward_sm90_kernel<kType, kD, kDv, kForm, kListed, kApart>>(
+             sm90::shared_memory_bytes<ForwardSmem<kD, kDv, kForm, kLayout>>(), stream};
+  how.overlaps = Shape::kListed;
+  how.graphs = Shape::kListed ? nullptr : call.graphs;
+  launch<forward_sm90_kernel<kType, kD, kDv, kForm, kLayout>>(
       how, map(call.q, call.d, call.sq, call.hq, call.q_strides, Shape::kQueries),
       map(call.k, call.d, call.sk, call.hk, call.k_strides, Shape::kKeysOfBox),
       map(call.v, call.dv, call.sk, call.hk, call.v_strides, Shape::kKeysOfBox),
@@ -1249,9 +1386,9 @@ void launch_forward(const ForwardCall& call, cudaStream_t stream) {
 
 }  // namespace
 
-template <DType kType, int kD, int kDv, Form kForm, bool kListed, bool kApart>
+template <DType kType, int kD, int kDv, Form kForm, Layout kLayout>
 void launch_forward_sm90(const ForwardCall& call, cudaStream_t stream) {
-  launch_forward<kType, kD, kDv, kForm, kListed, kApart>(call, stream);
+  launch_forward<kType, kD, kDv, kForm, kLayout>(call, stream);
 }
 
 }  // namespace heddle

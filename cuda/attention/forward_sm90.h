@@ -86,6 +86,13 @@ struct ForwardCall {
   uint8_t* turned;  // turned_bytes() of scratch
 };
 
+// How many tiles of so many rows q has, of all heads and sequences, or at most has if it is packed
+inline int64_t forward_tiles(const ForwardCall& call, int64_t rows) {
+  const int64_t each =
+      call.cu_seqlens_q ? call.sq / rows + call.sequences : (call.sq + rows - 1) / rows;
+  return each * call.b * call.hq;
+}
+
 // Float8 has its values transposed before, in tiles [d, 128] of so many keys. Each sequence begins
 // with a tile of its own.
 constexpr int turned_keys(int d) { return d == 64 ? 96 : 128; }
@@ -138,9 +145,10 @@ enum class Form {
   kReweighted,  // re-weighted softplus of rows of length 1, with level and peaks
 };
 
-// Whether products may be compared before they are scaled
+// Whether products may be compared before they are scaled, and what is left between them is a
+// number
 inline bool scales_products(const ForwardCall& call) {
-  return std::isnormal(call.scale) && call.scale > 0 && call.scale < 1e30f;
+  return call.scale > 1e-30f && call.scale < 1e30f;
 }
 
 // Whether re-weighting, whose level is yet to be found, may take both passes over such rows: scores
@@ -253,10 +261,17 @@ template <class Body> void dispatch_form(const ForwardCall& call, const Body& bo
   }
 }
 
+// How rows of q and keys are shared out
+enum class Layout {
+  kEven,    // tiles of q as long as those of keys, or of three warpgroups where exponentials bound
+  kTall,    // three warpgroups on shorter key tiles, which are read less often: without a window
+  kListed,  // keys come from lists, in which the rows of a tile mostly see the same,
+  kApart,   // or those of either warpgroup what the other does not
+};
+
 // What forward_sm90 picks from, an instantiation file for each size, and for each dtype where there
-// are slots. `kListed` keys come from lists, in which the rows of a tile mostly see the same, or,
-// `kApart`, those of either warpgroup what the other does not.
-template <DType kType, int kD, int kDv, Form kForm, bool kListed = false, bool kApart = false>
+// are slots
+template <DType kType, int kD, int kDv, Form kForm, Layout kLayout = Layout::kEven>
 void launch_forward_sm90(const ForwardCall& call, cudaStream_t stream);
 // Of v without columns, up to kSlotColumns columns of q; with `kUnits` rows are such, and kF16
 template <DType kType, bool kUnits>

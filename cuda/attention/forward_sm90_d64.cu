@@ -9,8 +9,8 @@ template void launch_forward_sm90<DType::kF16, 64, 64, Form::kPlain>(const Forwa
                                                                      cudaStream_t);
 template void launch_forward_sm90<DType::kF16, 64, 64, Form::kMapped>(const ForwardCall&,
                                                                       cudaStream_t);
-template void launch_forward_sm90<DType::kBF16, 64, 64, Form::kPlain, true>(const ForwardCall&,
-                                                                            cudaStream_t);
-template void launch_forward_sm90<DType::kF16, 64, 64, Form::kPlain, true>(const ForwardCall&,
-                                                                           cudaStream_t);
+template void launch_forward_sm90<DType::kBF16, 64, 64, Form::kPlain, Layout::kListed>(
+    const ForwardCall&, cudaStream_t);
+template void launch_forward_sm90<DType::kF16, 64, 64, Form::kPlain, Layout::kListed>(
+    const ForwardCall&, cudaStream_t);
 }  // namespace heddle

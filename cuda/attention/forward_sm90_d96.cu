@@ -9,4 +9,8 @@ template void launch_forward_sm90<DType::kF16, 96, 96, Form::kPlain>(const Forwa
                                                                      cudaStream_t);
 template void launch_forward_sm90<DType::kF16, 96, 96, Form::kMapped>(const ForwardCall&,
                                                                       cudaStream_t);
+template void launch_forward_sm90<DType::kBF16, 96, 96, Form::kPlain, Layout::kTall>(
+    const ForwardCall&, cudaStream_t);
+template void launch_forward_sm90<DType::kF16, 96, 96, Form::kPlain, Layout::kTall>(
+    const ForwardCall&, cudaStream_t);
 }  // namespace heddle

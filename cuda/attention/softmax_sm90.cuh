@@ -176,17 +176,18 @@ struct RowSoftmax {
   }
 
   // Scores become weights exp2(to_log2 * (score - row_max) + kLift); whether sums of before have to
-  // shrink. row_max may lag behind the maximum by kLag: with weights of 16 bits that costs no
-  // digits
-  template <int kLag = 8, int kLift = 0, int kScores>
-  __device__ __forceinline__ bool update(float (&acc)[kScores], float to_log2) {
+  // shrink. row_max may lag behind the maximum by `lag` and is set to `room` above it: with weights
+  // of 16 bits neither costs digits
+  template <int kLift = 0, int kScores>
+  __device__ __forceinline__ bool update(float (&acc)[kScores], float to_log2, float lag = 8,
+                                         float room = 0) {
     bool moved = false;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float highest = own_highest(acc, r, row_max[r]);
       highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 1));
       highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 2));
-      if ((highest - row_max[r]) * to_log2 <= kLag) highest = row_max[r];
+      highest = (highest - row_max[r]) * to_log2 <= lag ? row_max[r] : highest + room;
       // no key so far: (-inf) - (-inf) would poison the row
       const float base_log2 = highest == -INFINITY ? 0 : highest * to_log2;
       const bool same = highest == row_max[r];
@@ -202,7 +203,7 @@ struct RowSoftmax {
   // where one of the warp is beyond `lag`.
   template <int kScores>
   __device__ __forceinline__ bool update_lazily(float (&acc)[kScores], float to_log2,
-                                                const float (&base)[2], float lag) {
+                                                const float (&base)[2], float lag, float room = 0) {
     float most[2];
     bool beyond = false, moved = false;
 #pragma unroll
@@ -216,7 +217,7 @@ struct RowSoftmax {
       for (int r = 0; r < 2; ++r) {
         float next = fmaxf(most[r], __shfl_xor_sync(~0u, most[r], 1));
         next = fmaxf(next, __shfl_xor_sync(~0u, next, 2));
-        if (!((next - row_max[r]) * to_log2 > lag)) next = row_max[r];
+        next = (next - row_max[r]) * to_log2 > lag ? next + room : row_max[r];
         // what is as low hides keys: of exponents relative to it rounding alone would be left
         if (next * to_log2 < Attention::kHidingLog2) next = -INFINITY;
         moved |= next != row_max[r];
@@ -232,6 +233,28 @@ struct RowSoftmax {
                        row_max[r] == -INFINITY ? 0 : (base[r] - row_max[r]) * to_log2);
     }
     return moved;
+  }
+
+  // Scores become weights relative to `top` of their row. Nobody looks for a maximum: if a sum of
+  // weights is beyond `most`, or no number, it is false.
+  template <int kScores>
+  __device__ __forceinline__ static bool weigh(float (&acc)[kScores], float to_log2,
+                                               const float (&top)[2], float most,
+                                               float (&sums)[2]) {
+    bool fits = true;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      sums[r] = 0;
+      weigh_row(acc, r, to_log2, -top[r] * to_log2, sums[r]);
+      fits &= sums[r] <= most;
+    }
+    return fits;
+  }
+
+  // Such weights
+  __device__ __forceinline__ void join(const float (&sums)[2]) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) row_sum[r] += sums[r];
   }
 
   // Whether the maxima of all rows of the warp are
@@ -293,13 +316,19 @@ struct RowSoftmax {
   __device__ __forceinline__ void add_exponentials(float (&acc)[kScores], int r, float to_log2,
                                                    float shift_log2) {
     float sum = 0;
+    weigh_row(acc, r, to_log2, shift_log2, sum);
+    row_sum[r] = fmaf(row_sum[r], shrink[r], sum);
+  }
+
+  template <int kScores>
+  __device__ __forceinline__ static void weigh_row(float (&acc)[kScores], int r, float to_log2,
+                                                   float shift_log2, float& sum) {
 #pragma unroll
     for (int i = 2 * r; i < kScores; i += 4) {
       acc[i] = exp2_approx(fmaf(acc[i], to_log2, shift_log2));
       acc[i + 1] = exp2_approx(fmaf(acc[i + 1], to_log2, shift_log2));
       sum += acc[i] + acc[i + 1];
     }
-    row_sum[r] = fmaf(row_sum[r], shrink[r], sum);
   }
 
   // Over the four threads of a row

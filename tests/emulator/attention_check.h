@@ -50,13 +50,14 @@ struct Case {
   std::vector<Sequence> packed = {};  // cuSeqlens, or
   std::vector<int64_t> cached = {};   // cacheSeqlens
   int processors = 1;
-  int64_t poisoned = -1;         // this key and its value are not numbers
-  int64_t infinite = -1;         // the value of this key begins with infinity
-  int64_t lost = -1;             // this query is no number
-  int64_t page_size = 0;         // k and v lie in pages of this size
-  CaseMask mask = {};            // with block_q
-  bool scaled = false;           // heads of float8 have scales, some of which are below or at zero
-  float scale = 0;               // or one over the root of d
+  int64_t poisoned = -1;  // this key and its value are not numbers
+  int64_t infinite = -1;  // the value of this key begins with infinity
+  int64_t lost = -1;      // this query is no number
+  int64_t page_size = 0;  // k and v lie in pages of this size
+  CaseMask mask = {};     // with block_q
+  bool scaled = false;    // heads of float8 have scales, some of which are below or at zero
+  float scale = 0;        // or `spread` over the root of d
+  float spread = 1;
   float cap = 3, slope = 0.01f;  // of what is mapped
   float noise = 0;               // keys are one of their head and this much of their own, or
   CaseSlots slots = {};
@@ -284,7 +285,7 @@ double check(const Case& c, int64_t d, int64_t dv, emulator::Random& random, con
   call.k_strides = k.strides;
   call.v_strides = v.strides;
   call.out_strides = out.strides;
-  call.scale = c.scale != 0 ? c.scale : 1 / std::sqrt(static_cast<float>(d));
+  call.scale = c.scale != 0 ? c.scale : c.spread / std::sqrt(static_cast<float>(d));
   call.soft_cap = c.mapped ? c.cap : 0.f;
   call.causal = c.causal;
   call.window = c.window;

@@ -120,9 +120,16 @@ const kernels: Kernel[] = [
         ['kBF16', 192, 128],
         ['kF16', 192, 192],
         ['kBF16', 256, 256],
-      ].map(([dtype, d, dv]) => [
-        `${dtype} d${d} dv${dv}`,
-        [`-DHEDDLE_DTYPE=${dtype}`, `-DHEDDLE_D=${d}`, `-DHEDDLE_DV=${dv}`],
+        ['kF16', 96, 96, 'kTall'],
+        ['kBF16', 128, 128, 'kTall'],
+      ].map(([dtype, d, dv, layout = 'kEven']) => [
+        `${dtype} d${d} dv${dv}${layout === 'kTall' ? ' tall' : ''}`,
+        [
+          `-DHEDDLE_DTYPE=${dtype}`,
+          `-DHEDDLE_D=${d}`,
+          `-DHEDDLE_DV=${dv}`,
+          `-DHEDDLE_LAYOUT=${layout}`,
+        ],
       ]),
     ),
     broken: 'kBF16 d64 dv64',
@@ -130,7 +137,7 @@ const kernels: Kernel[] = [
       {
         what: 'a tile is loaded before the last one was used',
         file: forward,
-        from: ' empty[turn.stage].wait(turn.parity ^ 1);',
+        from: 'smem.k_empty[turn.stage].wait(turn.parity ^ 1);',
         to: '',
       },
       {
@@ -142,8 +149,8 @@ const kernels: Kernel[] = [
       {
         what: 'a stage is never given back',
         file: forward,
-        from: 'release(smem.v_empty[v.stage]);\n      pack_weights<kType>(frag_p, acc_s);',
-        to: 'pack_weights<kType>(frag_p, acc_s);',
+        from: 'release(smem.v_empty[v.stage]);\n      const bool moved = settle',
+        to: 'const bool moved = settle',
       },
       {
         what: 'q is loaded over out',
@@ -190,8 +197,8 @@ const kernels: Kernel[] = [
       {
         what: 'values are scaled while their product runs',
         file: forward,
-        from: 'wgmma_wait<0>(acc_o);\n      release(smem.v_empty[v.stage]);\n      pack_weights<kType>(frag_p, acc_s);',
-        to: 'pack_weights<kType>(frag_p, acc_s);\n      wgmma_wait<0>(acc_o);\n      release(smem.v_empty[v.stage]);',
+        from: 'wgmma_wait<0>(acc_o);\n      release(smem.v_empty[v.stage]);\n      const bool moved = settle(softened);\n      pack_weights<kType>(frag_p, acc_s);',
+        to: 'const bool moved = settle(softened);\n      pack_weights<kType>(frag_p, acc_s);\n      wgmma_wait<0>(acc_o);\n      release(smem.v_empty[v.stage]);',
       },
       {
         what: 'registers change without a fence before the product',
@@ -214,8 +221,8 @@ const kernels: Kernel[] = [
       {
         what: 'the mask stops one tile too early',
         file: forward,
-        from: 'max(work.row + diagonal + 1, 0)',
-        to: 'max(work.row + diagonal + kKeys, 0)',
+        from: 'max(own_first + (kHopes ? 0 : 1), 0)',
+        to: 'max(own_first + kKeys, 0)',
       },
       {
         what: 'the window is one key too wide',
@@ -250,8 +257,8 @@ const kernels: Kernel[] = [
       {
         what: 'a half of the first tile is left out of which the last row sees a key',
         file: forward,
-        from: 'own_end <= key_of(0) + kHalfKeys',
-        to: 'own_end <= key_of(0) + kHalfKeys + 1',
+        from: 'own_end <= key_of(j) + kHalfKeys',
+        to: 'own_end <= key_of(j) + kHalfKeys + 1',
         variant: 'kBF16 d128 dv128',
       },
       {
@@ -260,6 +267,27 @@ const kernels: Kernel[] = [
         from: '>= key_of(key_tiles - 1) + kHalfKeys',
         to: '>= key_of(key_tiles - 1) + kHalfKeys - 1',
         variant: 'kBF16 d128 dv128',
+      },
+      {
+        what: 'a tile is passed by of which the last row sees a key',
+        file: forward,
+        from: 'key_tiles > 1 && key_of(0) >= own_end',
+        to: 'key_tiles > 1 && key_of(0) >= own_end - 1',
+        variant: 'kBF16 d128 dv128 tall',
+      },
+      {
+        what: 'weights are kept that are too large',
+        file: softmax,
+        from: 'fits &= sums[r] <= most;',
+        to: '',
+        variant: 'kBF16 d128 dv128 tall',
+      },
+      {
+        what: 'lost products are not made again',
+        file: forward,
+        from: 'multiply_again(work, smem.q[q.stage], lower, upper);',
+        to: '',
+        variant: 'kBF16 d128 dv128 tall',
       },
       {
         what: 'halves change places',
@@ -801,7 +829,7 @@ const kernels: Kernel[] = [
     variants: {
       'kF16 d64': ['-DHEDDLE_DTYPE=kF16', '-DHEDDLE_D=64'],
       'kBF16 d128': ['-DHEDDLE_D=128'],
-      'kBF16 d128 apart': ['-DHEDDLE_D=128', '-DHEDDLE_APART=true'],
+      'kBF16 d128 apart': ['-DHEDDLE_D=128', '-DHEDDLE_LAYOUT=kApart'],
     },
     broken: 'kBF16 d128',
     faults: [
@@ -910,14 +938,14 @@ const kernels: Kernel[] = [
       {
         what: 'a stage is given back before all had its values',
         file: forward,
-        from: 'smem.v_full[stage.stage].wait(stage.parity);\n            __syncwarp(',
+        from: 'smem.v_full[v.stage].wait(v.parity);\n      __syncwarp(',
         to: '__syncwarp(',
       },
       {
-        what: 'weights of a tile before one that is passed by are lost',
+        what: 'weights of a tile before those that are passed by are lost',
         file: forward,
-        from: 'issue_last(j - 1);\n            await_last(j - 1);',
-        to: '',
+        from: 'issue_last(last);\n          await_last(last);\n          last = -1;',
+        to: 'await_last(last);\n          last = -1;',
       },
       {
         what: 'sums of before do not shrink behind such a tile',

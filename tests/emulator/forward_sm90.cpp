@@ -6,10 +6,17 @@
 namespace heddle {
 namespace {
 
+// scores of which maxima rise by more than weights may
+constexpr float kSteep = kType == DType::kF16 ? 11 : 30;
+
 #ifndef HEDDLE_DV
 #define HEDDLE_DV HEDDLE_D
 #endif
 constexpr int kDv = HEDDLE_DV;
+#ifndef HEDDLE_LAYOUT
+#define HEDDLE_LAYOUT kEven
+#endif
+constexpr Layout kLayout = Layout::HEDDLE_LAYOUT;
 
 const Case kCases[] = {
     {.b = 1, .sq = 1, .sk = 1, .hq = 1, .hk = 1},
@@ -21,6 +28,7 @@ const Case kCases[] = {
     {.b = 1, .sq = 129, .sk = 353, .hq = 2, .hk = 2, .mapped = true, .narrower = 24},
     {.b = 1, .sq = 385, .sk = 390, .hq = 1, .hk = 1, .causal = true},
     {.b = 1, .sq = 200, .sk = 265, .hq = 1, .hk = 1, .causal = true},
+    {.b = 1, .sq = 192, .sk = 225, .hq = 1, .hk = 1, .causal = true},
     {.b = 1, .sq = 200, .sk = 400, .hq = 1, .hk = 1, .window = 138},
     {.b = 1, .sq = 200, .sk = 600, .hq = 1, .hk = 1, .window = 150, .sink = true},
     {.b = 1, .sq = 18, .sk = 21, .hq = 1, .hk = 1, .causal = true, .poisoned = 13},
@@ -54,6 +62,24 @@ const Case kCases[] = {
      .window = 130,
      .packed = {{150, 300}, {0, 40}, {10, 3}, {270, 297}},
      .processors = 2},
+    {.b = 1, .sq = 200, .sk = 900, .hq = 2, .hk = 1, .spread = kSteep},
+    {.b = 2,
+     .sq = 450,
+     .sk = 700,
+     .hq = 1,
+     .hk = 1,
+     .causal = true,
+     .narrower = 8,
+     .spread = kSteep},
+    {.b = 1,
+     .sq = 500,
+     .sk = 700,
+     .hq = 2,
+     .hk = 1,
+     .causal = true,
+     .packed = {{70, 300}, {0, 10}, {193, 193}, {230, 180}},
+     .processors = 2,
+     .spread = kSteep},
 };
 
 }  // namespace
@@ -62,7 +88,8 @@ const Case kCases[] = {
 int main(int argc, char** argv) {
   using namespace heddle;
   return check_all<kType>(kCases, kD, kDv, argc, argv, [](const Case& c, SplitCall& call) {
-    c.mapped ? launch_forward_sm90<kType, kD, kDv, Form::kMapped>(call, nullptr)
-             : launch_forward_sm90<kType, kD, kDv, Form::kPlain>(call, nullptr);
+    if (c.mapped) return launch_forward_sm90<kType, kD, kDv, Form::kMapped>(call, nullptr);
+    c.window ? launch_forward_sm90<kType, kD, kDv, Form::kPlain>(call, nullptr)
+             : launch_forward_sm90<kType, kD, kDv, Form::kPlain, kLayout>(call, nullptr);
   });
 }

@@ -3,12 +3,15 @@
 #include "attention_check.h"
 #include "variant.h"
 
-#ifndef HEDDLE_APART
-#define HEDDLE_APART false
+#ifndef HEDDLE_LAYOUT
+#define HEDDLE_LAYOUT kListed
 #endif
 
 namespace heddle {
 namespace {
+
+// scores of which maxima rise by more than weights may
+constexpr float kSteep = kType == DType::kF16 ? 11 : 30;
 
 // q heads and kv heads with lists of their own, shared by a group and shared by all; blocks as
 // large as a warpgroup's rows, as a tile, larger and smaller; nothing listed and everything
@@ -127,6 +130,14 @@ const Case kCases[] = {
      .hk = 1,
      .causal = true,
      .mask = {.block_q = 64, .block_k = 64, .columns = 2, .diagonals = 1500}},
+    {.b = 1,
+     .sq = 200,
+     .sk = 1500,
+     .hq = 2,
+     .hk = 1,
+     .causal = true,
+     .mask = {.block_q = 64, .block_k = 64, .heads = 2, .percent = 70},
+     .spread = kSteep},
     // the same words where whole units are listed
     {.b = 1, .sq = 3, .sk = 67000, .hq = 1, .hk = 1, .narrower = 56, .mask = {64, 256, 1, 2}},
 };
@@ -139,6 +150,6 @@ int main(int argc, char** argv) {
   return check_all<kType>(kCases, kD, kD, argc, argv, [](const Case&, SplitCall& call) {
     call.section_bytes = 300'000;  // of one head, where there are many keys
     if (lists_itself(call)) call.lists.bits = nullptr;
-    launch_forward_sm90<kType, kD, kD, Form::kPlain, true, HEDDLE_APART>(call, nullptr);
+    launch_forward_sm90<kType, kD, kD, Form::kPlain, Layout::HEDDLE_LAYOUT>(call, nullptr);
   });
 }

@@ -2,8 +2,8 @@
 //   compute-sanitizer --tool memcheck --error-exitcode 1 node tests/gpu/sanitize.mjs
 // Slow tools take it in parts: words select the checks whose names have one of them.
 //   compute-sanitizer --tool racecheck --error-exitcode 1 node tests/gpu/sanitize.mjs lightning masks
-// What racecheck of CUDA 13.0 says of attention.backward (lse and delta), re-weighted (factors) and hip 128 of a prompt (boxes) is
-// none: it does not see that __syncwarp, or bar.sync, and then one lane's arrival at a barrier in shared memory order what the other
+// What racecheck of CUDA 13.0 says of attention.backward (lse and delta), many heads (what a tile is), re-weighted (factors) and
+// hip 128 of a prompt (boxes) is none: it does not see that __syncwarp, or bar.sync, and then one lane's arrival at a barrier in shared memory order what the other
 // lanes did before. A program of 40 lines whose lanes read a bulk copy and let a lane give the stage back so is reported as well, and
 // not when every lane arrives itself. Its initcheck does not see what bulk copies write to global memory.
 import {
@@ -75,6 +75,13 @@ for (const dtype of ['bfloat16', 'float16', 'float32'])
         if (d < 256) differentiate(q, k, v, options)
         differentiate(q, k, v, { causal, softCap: 20, sink: [0, 1, 2, 3], deterministic: false })
       })
+// so many heads that rows are taken by 192
+for (const d of [72, 128])
+  check(`many heads ${d}`, () => {
+    const [q, k] = [draw([1, 1100, 64, d]), draw([1, 1100, 2, d])]
+    keep(attention(q, k, k, { causal: true, scale: 3 }))
+    keep(attention(q, k, k))
+  })
 const cu = [0, 1, 1, 70, 150]
 const slopes = alibiSlopes(4)
 check('decode', () => {
