@@ -32,11 +32,10 @@
 // before are, as far as that goes: sums tell where it does not, and there a warp multiplies again.
 //
 // Under a mask a key tile is two units of 64 keys of the list that the tile of q has (list_sm90.h),
-// the next two that the same warpgroups see. A warpgroup whose rows see neither passes them by, with
-// the values of its last tile yet to multiply, and one whose rows see all of both masks nothing.
-// Another warp of warpgroup 0 takes tiles of q, loads
-// q and walks their lists, which it makes where blocks alone are listed, some key tiles ahead of
-// the one that loads k and v.
+// the next two that the same warpgroups see. A warpgroup whose rows see neither passes them by,
+// with the values of its last tile yet to multiply, and one whose rows see all of both masks
+// nothing. Another warp of warpgroup 0 takes tiles of q, loads q and walks their lists, which it
+// makes where blocks alone are listed, some key tiles ahead of the one that loads k and v.
 namespace heddle {
 namespace {
 
@@ -172,7 +171,8 @@ struct ForwardSmem : FormSmem<kForm, ForwardTile<kD, kDv, kForm, kLayout>> {
   sm90::Barrier v_full[Shape::kValueStages], v_empty[Shape::kValueStages];
   sm90::Barrier pair_full[kListed ? kPairs : 1], pair_empty[kListed ? kPairs : 1];
   UnitBits units[kListed ? 32 : 1][kListedWarpgroups];  // a part of a list
-  int wary[Shape::kWarpgroups];  // from which of a CTA's key tiles on, where it is not below those
+  // of each warp, from which of a CTA's key tiles on, where it is not below those of this tile of q
+  int wary[Shape::kWarpgroups][4];
 };
 
 struct ForwardArgs {
@@ -398,7 +398,8 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kLayout>::kThread
       // each warp has read what the tile is, and each warpgroup's out was stored
       smem.q_empty[buffer].init(kWarpgroups * 5);
     }
-    for (int& tile : smem.wary) tile = -1;
+    for (auto& warps : smem.wary)
+      for (int& tile : warps) tile = -1;
     for (Barrier& full : smem.k_full) full.init(1);
     for (Barrier& full : smem.v_full) full.init(1);
     for (Barrier& empty : smem.k_empty) empty.init(kWarpgroups * 4);
@@ -949,12 +950,12 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kLayout>::kThread
     };
     const auto settled = [](bool moved) { return moved; };
     // Whether maxima of a tile of q rose by more than there is room for. All warps of the warpgroup
-    // hear of it at the same key tile, kHeard behind the one that said so: by then keys are there
-    // that took the place of what all gave back behind that one.
+    // hear of it at the same key tile, kHeard behind the first of which one said so: by then keys
+    // are there that took the place of what all gave back behind that one.
     constexpr int kHeard = Shape::kKeyStages + 2;
     auto wary = [&](int j) {
       if constexpr (!kHopes) return false;
-      const int first = static_cast<int>(used), since = smem.wary[own];
+      const int first = static_cast<int>(used), since = smem.wary[own][lane % 4];
       return __any_sync(~0u, since >= first && since <= first + j) != 0;
     };
     // A step that whole tiles take, of halves from `keys_of(j)` on, until they are wary. Where
@@ -982,8 +983,9 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kLayout>::kThread
               // those that saw no key before say nothing of others
               const bool rose = lost && fminf(rows.row_max[0], rows.row_max[1]) > -INFINITY;
               const int first = static_cast<int>(used), since = j + kHeard;
-              if (__any_sync(~0u, rose) && lane == 0 && since < key_tiles && smem.wary[own] < first)
-                smem.wary[own] = first + since;
+              int& its = smem.wary[own][warp];
+              if (__any_sync(~0u, rose) && lane == 0 && since < key_tiles && its < first)
+                its = first + since;
               const auto [lower, upper] = keys_of(j);
               multiply_again(work, smem.q[q.stage], lower, upper);
               return softmax(work, q.stage, lower, false, 0);
