@@ -17,16 +17,16 @@ bool addressable(const void* data, const Strides& strides, int64_t b, int64_t s,
 }
 
 // Whether tiles of 192 rows take less time than those of 128. They take 6 % less for the same rows
-// where power bounds the clock, 4.5 % under a causal mask, but more of their rows may be none. All
-// tiles are as long without such a mask, so that multiprocessors take whole ones; under it the
+// where power bounds the clock, 4.5 % under a causal mask, but more of their rows may be none.
+// Where tiles are about as long as each other multiprocessors take whole ones; otherwise the
 // shortest come last.
 bool prefers_tall(const ForwardCall& call) {
   constexpr int64_t kFewKeys = 512;
   if (call.window || call.sk <= kFewKeys) return false;
+  const bool alike = !call.causal || call.sk >= 2 * call.sq;
   const auto time = [&](int64_t rows, double share) {
     const auto tiles = static_cast<double>(forward_tiles(call, rows)) / call.processors;
-    return share * static_cast<double>(rows) *
-           (call.causal ? std::max(tiles / 2, 1.) : std::ceil(tiles));
+    return share * static_cast<double>(rows) * (alike ? std::ceil(tiles) : std::max(tiles / 2, 1.));
   };
   return time(192, call.causal ? 0.955 : 0.94) < time(128, 1);
 }
