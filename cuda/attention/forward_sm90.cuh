@@ -1182,10 +1182,12 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kLayout>::kThread
       if (!skipped) clear_tail(0, key_of(0));
       ++j;
       // Key tiles that the first row sees whole, and where the last row's window begins. Who
-      // doesn't look for maxima needs one of a tile before.
+      // doesn't look for maxima needs one of a tile before, and in f16, which has little room above
+      // it, not the first keys, which often weigh most.
+      constexpr bool kFirstApart = kHopes && kType == DType::kF16;
       const int whole_end = (args.causal ? max(own_first + (kHopes ? 0 : 1), 0) : work.sk) / kKeys;
       const int whole_begin =
-          args.window ? max(own_first + 64 - args.window + kKeys - 1, 0) / kKeys : 0;
+          args.window ? max(own_first + 64 - args.window + kKeys - 1, 0) / kKeys : kFirstApart;
       if constexpr (kRows || kForm == Form::kBiased) {
         // one copy of all that scores may pass through
 #pragma unroll 1
