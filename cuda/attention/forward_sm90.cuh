@@ -642,13 +642,16 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kLayout>::kThread
   const float to_log2 = kMapped || kForm == Form::kSigmoid || kForm == Form::kReweighted ? 1.f
                         : kForm == Form::kBiased                                         ? kLog2e
                                                  : args.scale_log2;
-  // weights of bf16 have the range of f32
-  constexpr int kLag = kType == DType::kF16 ? 12 : 60;
-  constexpr float kMost = kType == DType::kF16 ? 0x1p15f : 0x1p60f;  // sums of a tile may be
-  // Maxima are looked for in few tiles only, and bf16 leaves room above them
+  // Maxima are looked for in few tiles only, and bf16, which has the range of f32, leaves room
+  // above them. Weights are from 2^-40 to 2^20 then, so that values from 2^-86 to 2^90 are
+  // multiplied.
   constexpr bool kHopes = kD <= 128 && (kForm == Form::kPlain || kForm == Form::kSloped);
+  constexpr bool kRoom = kHopes && kType == DType::kBF16;
+  constexpr int kLag = kType == DType::kF16 ? 12 : kHopes ? 20 : 60;
+  // what sums of a tile may be where nobody looks
+  constexpr float kMost = kType == DType::kF16 ? 0x1p15f : kHopes ? 0x1p20f : 0x1p60f;
   constexpr int kOwnLag = kHopes || kForm == Form::kBiased ? kLag : 8;
-  const float room = kHopes && kType == DType::kBF16 ? 32 / to_log2 : 0;
+  const float room = kRoom ? 40 / to_log2 : 0;
   uint32_t biased = 0;  // tiles of biases
   bool calm = false;    // maxima of the tile before were no news
   float slope = 0;      // in units of products
@@ -980,8 +983,10 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kLayout>::kThread
                 rows.join(sums);
                 return false;
               }
-              // those that saw no key before say nothing of others
-              const bool rose = lost && fminf(rows.row_max[0], rows.row_max[1]) > -INFINITY;
+              // those that saw no key before say nothing of others, unless they never will
+              const float all = rows.row_sum[0] + rows.row_sum[1];
+              const bool rose =
+                  lost && (fminf(rows.row_max[0], rows.row_max[1]) > -INFINITY || all != all);
               const int first = static_cast<int>(used), since = j + kHeard;
               int& its = smem.wary[own][warp];
               if (__any_sync(~0u, rose) && lane == 0 && since < key_tiles && its < first)
