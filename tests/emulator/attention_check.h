@@ -58,6 +58,7 @@ struct Case {
   bool scaled = false;    // heads of float8 have scales, some of which are below or at zero
   float scale = 0;        // or `spread` over the root of d
   float spread = 1;
+  float values = 1;              // about so large
   float cap = 3, slope = 0.01f;  // of what is mapped
   float noise = 0;               // keys are one of their head and this much of their own, or
   CaseSlots slots = {};
@@ -237,7 +238,7 @@ double check(const Case& c, int64_t d, int64_t dv, emulator::Random& random, con
           key_value(k, b, i, j, e) =
               static_cast<Array::Element>(emulator::encode(kType, common + k.value(b, i, j, e)));
     }
-  draw(v, c.sk, c.hk, dv, 1);
+  draw(v, c.sk, c.hk, dv, c.values);
   // keys that are not in use have lengths that those in use must not have
   for (int64_t b = 0; c.slots.cosine && b < static_cast<int64_t>(c.cached.size()); ++b)
     for (int64_t i = c.cached[size_t(b)]; i < c.sk; ++i)

@@ -481,6 +481,12 @@ void Cta::set_registers(int count) {
 void Cta::products_wait(size_t pending) {
   const auto index = static_cast<size_t>(current_) / 128;
   Thread& thread = self();
+  // the same instruction for all warps
+  const void* place = __builtin_return_address(0);
+  std::vector<const void*>& waits = warpgroups_[index].waits;
+  if (waits.size() == thread.waits) waits.push_back(place);
+  if (waits[thread.waits++] != place)
+    fault("the threads of a warpgroup wait for products at different places");
   const size_t target = thread.committed > pending ? thread.committed - pending : 0;
   wait_until([this, index, target] { return warpgroups_[index].done >= target; });
   const auto lane = static_cast<size_t>(current_) % 128;

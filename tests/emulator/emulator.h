@@ -161,6 +161,7 @@ class Cta {
     bool fenced = false;
     std::map<float*, Accumulator> in_flight;
     size_t committed = 0, retired = 0, issued = 0;  // groups, groups, products of the open one
+    size_t waits = 0;
   };
   struct Barrier {
     int arrivals, missing;
@@ -185,6 +186,7 @@ class Cta {
   struct Warpgroup {
     std::vector<Group> groups;
     size_t done = 0;
+    std::vector<const void*> waits;  // where in the program
   };
 
   static void enter();

@@ -283,6 +283,13 @@ const kernels: Kernel[] = [
         variant: 'kBF16 d128 dv128 tall',
       },
       {
+        what: 'warps look for maxima from different tiles on',
+        file: forward,
+        from: 'constexpr int kHeard = Shape::kKeyStages + 2;',
+        to: 'constexpr int kHeard = 1;',
+        variant: 'kBF16 d128 dv128 tall',
+      },
+      {
         what: 'lost products are not made again',
         file: forward,
         from: 'multiply_again(work, smem.q[q.stage], lower, upper);',

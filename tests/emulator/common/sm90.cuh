@@ -91,7 +91,9 @@ template <class T, int kRegisters> void pin(T (&)[kRegisters]) {}
 template <int kRegisters> void wgmma_fence(float (&)[kRegisters]) { cta->products_fence(); }
 inline void wgmma_fence() { cta->products_fence(); }
 inline void wgmma_commit() { cta->products_commit(); }
-template <int kPending, int kRegisters> void wgmma_wait(float (&)[kRegisters]) {
+// inline, so that who asks stands where the kernel waits
+template <int kPending, int kRegisters>
+[[gnu::always_inline]] inline void wgmma_wait(float (&)[kRegisters]) {
   cta->products_wait(kPending);
 }
 
