@@ -542,6 +542,7 @@ extern template double check<DType::kE4M3, DType::kBF16>(const Case&, int64_t, i
 template <DType kType, DType kOut = kType, size_t N>
 int check_all(const Case (&cases)[N], int d, int dv, int argc, char** argv,
               const std::function<void(const Case&, SplitCall&)>& run) {
+  emulator::goes_together = true;
   return emulator::run_cases(cases, argc, argv, [&](const Case& c, emulator::Random& random) {
     return check<kType, kOut>(c, d - c.narrower, std::max<int64_t>(dv - c.narrower, 0), random,
                               [&](SplitCall& call) { run(c, call); });

@@ -21,6 +21,8 @@ constexpr int kRegisters = 65536, kMostRegisters = 248;  // of a multiprocessor,
 
 void seed(uint64_t value) { next_seed = value; }
 
+bool goes_together = false;
+
 void fault(const std::string& what) {
   std::printf("fault: %s (block %d, thread %d)\n", what.c_str(), blockIdx.x, threadIdx.x);
   std::fflush(stdout);
@@ -481,12 +483,13 @@ void Cta::set_registers(int count) {
 void Cta::products_wait(size_t pending) {
   const auto index = static_cast<size_t>(current_) / 128;
   Thread& thread = self();
-  // the same instruction for all warps
-  const void* place = __builtin_return_address(0);
-  std::vector<const void*>& waits = warpgroups_[index].waits;
-  if (waits.size() == thread.waits) waits.push_back(place);
-  if (waits[thread.waits++] != place)
-    fault("the threads of a warpgroup wait for products at different places");
+  if (goes_together) {
+    const void* place = __builtin_return_address(0);
+    std::vector<const void*>& waits = warpgroups_[index].waits;
+    if (waits.size() == thread.waits) waits.push_back(place);
+    if (waits[thread.waits++] != place)
+      fault("the threads of a warpgroup wait for products at different places");
+  }
   const size_t target = thread.committed > pending ? thread.committed - pending : 0;
   wait_until([this, index, target] { return warpgroups_[index].done >= target; });
   const auto lane = static_cast<size_t>(current_) % 128;

@@ -235,6 +235,10 @@ void launch_together(int ctas, int threads, const std::function<void()>& kernel)
 // Seeds every launch that follows
 void seed(uint64_t value);
 
+// Whether all warps of a warpgroup must wait for products at the same places, as those do that go
+// one way through a kernel
+extern bool goes_together;
+
 // What a program's main returns: runs cases with the random seed that the command line names.
 // `check(c, random)` gives the error as a multiple of what is allowed.
 template <class Case, size_t N, class Check>
