@@ -23,12 +23,14 @@ bool addressable(const void* data, const Strides& strides, int64_t b, int64_t s,
 // tile.
 bool prefers_tall(const ForwardCall& call) {
   constexpr double kFewKeys = 512;
-  const auto sequences = static_cast<double>(call.cu_seqlens_q ? call.sequences : 1);
-  if (call.window || static_cast<double>(call.sk) <= kFewKeys * sequences) return false;
   const bool packed = call.cu_seqlens_q, alike = !call.causal || call.sk >= 2 * call.sq;
+  const double sequences = packed ? static_cast<double>(call.sequences) : 1;
+  if (call.window || static_cast<double>(call.sk) <= kFewKeys * sequences) return false;
+  const auto pairs = static_cast<double>(call.b * call.hq);
   const auto time = [&](int64_t rows, double share) {
-    double tiles = static_cast<double>(forward_tiles(call, rows)) / call.processors;
-    if (packed) tiles -= sequences / 2 * static_cast<double>(call.hq) / call.processors;
+    const double beyond = packed ? sequences / 2 : 0;
+    double tiles =
+        (static_cast<double>(forward_row_tiles(call, rows)) - beyond) * pairs / call.processors;
     if (alike && !packed) tiles = std::ceil(tiles);
     return share * static_cast<double>(rows) * std::max(alike ? tiles : tiles / 2, 1.);
   };

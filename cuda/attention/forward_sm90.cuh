@@ -444,14 +444,16 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kLayout>::kThread
       if (fetch_add(&args.tickets[1], 1) == static_cast<int>(gridDim.x) - 1)
         args.tickets[0] = args.tickets[1] = 0;
     };
-    // of key tile n
-    auto await_keys_read = [&](uint32_t n) {
+    // the stage of key tile n, once what was there before was read
+    auto empty_keys = [&](uint32_t n) {
       const KeyTurn turn(n);
       smem.k_empty[turn.stage].wait(turn.parity ^ 1);
+      return turn.stage;
     };
-    auto await_values_read = [&](uint32_t n) {
+    auto empty_values = [&](uint32_t n) {
       const ValueTurn turn(n);
       smem.v_empty[turn.stage].wait(turn.parity ^ 1);
+      return turn.stage;
     };
     if constexpr (kListed) {
       if (threadIdx.x >= 64) return;
@@ -533,13 +535,11 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kLayout>::kThread
             tile.load(map, full, place.row[i], place.head, place.batch, Keep::kLong, i * kUnitKeys);
         };
         auto load_keys = [&](uint32_t n, const Place& place) {
-          const uint32_t stage = KeyTurn(n).stage;
-          await_keys_read(n);
+          const uint32_t stage = empty_keys(n);
           load(smem.k[stage], smem.k_full[stage], gmem_k, place);
         };
         auto load_values = [&](uint32_t n, const Place& place) {
-          const uint32_t stage = ValueTurn(n).stage;
-          await_values_read(n);
+          const uint32_t stage = empty_values(n);
           load(smem.v[stage], smem.v_full[stage], gmem_v, place);
         };
         int left = 0;  // key tiles of this tile of q
@@ -583,13 +583,11 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kLayout>::kThread
                     Keep::kLong);
         };
         auto load_keys = [&](int j) {
-          const uint32_t stage = KeyTurn(loaded + j).stage;
-          await_keys_read(loaded + j);
+          const uint32_t stage = empty_keys(loaded + j);
           load(smem.k[stage], smem.k_full[stage], gmem_k, j);
         };
         auto load_values = [&](int j) {
-          const uint32_t stage = ValueTurn(loaded + j).stage;
-          await_values_read(loaded + j);
+          const uint32_t stage = empty_values(loaded + j);
           load(smem.v[stage], smem.v_full[stage], gmem_v, j);
         };
         // those of key tile j, as soon as those of the tile before were read
@@ -646,12 +644,11 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kLayout>::kThread
   // above them. Weights are from 2^-40 to 2^20 then, so that values from 2^-86 to 2^90 are
   // multiplied.
   constexpr bool kHopes = kD <= 128 && (kForm == Form::kPlain || kForm == Form::kSloped);
-  constexpr bool kRoom = kHopes && kType == DType::kBF16;
   constexpr int kLag = kType == DType::kF16 ? 12 : kHopes ? 20 : 60;
   // what sums of a tile may be where nobody looks
   constexpr float kMost = kType == DType::kF16 ? 0x1p15f : kHopes ? 0x1p20f : 0x1p60f;
   constexpr int kOwnLag = kHopes || kForm == Form::kBiased ? kLag : 8;
-  const float room = kRoom ? 40 / to_log2 : 0;
+  const float room = kHopes && kType == DType::kBF16 ? 40 / to_log2 : 0;
   uint32_t biased = 0;  // tiles of biases
   bool calm = false;    // maxima of the tile before were no news
   float slope = 0;      // in units of products
@@ -1302,8 +1299,8 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kLayout>::kThread
 }
 
 inline ForwardArgs forward_args(const ForwardCall& call, int queries) {
-  const int64_t pairs = call.b * call.hq, tiles = forward_tiles(call, queries);
-  const int64_t row_tiles = tiles / pairs;
+  const int64_t row_tiles = forward_row_tiles(call, queries);
+  const int64_t pairs = call.b * call.hq, tiles = row_tiles * pairs;
   // so many pairs have such a number of keys and their values in L2 together
   const auto fit = [&](int64_t keys) {
     const auto bytes = static_cast<int64_t>(size_of(call.dtype)) * (call.d + call.dv) * keys;

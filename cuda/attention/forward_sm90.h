@@ -86,11 +86,9 @@ struct ForwardCall {
   uint8_t* turned;  // turned_bytes() of scratch
 };
 
-// How many tiles of so many rows q has, of all heads and sequences, or at most has if it is packed
-inline int64_t forward_tiles(const ForwardCall& call, int64_t rows) {
-  const int64_t each =
-      call.cu_seqlens_q ? call.sq / rows + call.sequences : (call.sq + rows - 1) / rows;
-  return each * call.b * call.hq;
+// How many tiles of so many rows q has of one head and sequence, or at most has if it is packed
+inline int64_t forward_row_tiles(const ForwardCall& call, int64_t rows) {
+  return call.cu_seqlens_q ? call.sq / rows + call.sequences : (call.sq + rows - 1) / rows;
 }
 
 // Float8 has its values transposed before, in tiles [d, 128] of so many keys. Each sequence begins
@@ -112,9 +110,7 @@ void forward_sm90(const ForwardCall& call, cudaStream_t stream);
 inline int64_t size_lists_sm90(ForwardCall& call) {
   UnitLists& lists = call.lists;
   lists.warpgroups = kListedWarpgroups;
-  const int64_t rows = 64 * lists.warpgroups;
-  lists.tiles = static_cast<int>(call.cu_seqlens_q ? call.sq / rows + call.sequences
-                                                   : (call.sq + rows - 1) / rows);
+  lists.tiles = static_cast<int>(forward_row_tiles(call, 64 * lists.warpgroups));
   lists.words = static_cast<int>((call.sk + 32 * kUnitKeys - 1) / (32 * kUnitKeys));
   return call.b * lists.mask.heads * lists.tiles;
 }

@@ -708,7 +708,6 @@ describeDevices('compile', (device) => {
 })
 
 describe('compile', () => {
-  // The shortest of many times of each, in turns, in microseconds
   it('finds the operator of every definition that is one call', async () => {
     const found: Record<string, string> = {}
     for (const [operator, text] of Object.entries(definitions)) {

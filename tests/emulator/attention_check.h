@@ -64,6 +64,9 @@ struct Case {
   CaseSlots slots = {};
 };
 
+// A spread of scores of which maxima rise by more than weights may
+constexpr float steep(DType type) { return type == DType::kF16 ? 11 : 30; }
+
 // The lists of a mask as sets of bits, and the same as a table of bools
 struct MaskBits {
   int64_t words;

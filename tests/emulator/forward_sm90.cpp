@@ -6,9 +6,6 @@
 namespace heddle {
 namespace {
 
-// scores of which maxima rise by more than weights may
-constexpr float kSteep = kType == DType::kF16 ? 11 : 30;
-
 #ifndef HEDDLE_DV
 #define HEDDLE_DV HEDDLE_D
 #endif
@@ -62,7 +59,7 @@ const Case kCases[] = {
      .window = 130,
      .packed = {{150, 300}, {0, 40}, {10, 3}, {270, 297}},
      .processors = 2},
-    {.b = 1, .sq = 200, .sk = 900, .hq = 2, .hk = 1, .spread = kSteep},
+    {.b = 1, .sq = 200, .sk = 900, .hq = 2, .hk = 1, .spread = steep(kType)},
     // values that are large beside weights that are, and a row of no numbers
     {.b = 1,
      .sq = 200,
@@ -71,7 +68,7 @@ const Case kCases[] = {
      .hk = 1,
      .causal = true,
      .lost = 20,
-     .spread = kSteep * 0.8f,
+     .spread = steep(kType) * 0.8f,
      .values = kType == DType::kF16 ? 1e3f : 1e26f},
     {.b = 2,
      .sq = 450,
@@ -80,7 +77,7 @@ const Case kCases[] = {
      .hk = 1,
      .causal = true,
      .narrower = 8,
-     .spread = kSteep},
+     .spread = steep(kType)},
     {.b = 1,
      .sq = 500,
      .sk = 700,
@@ -89,7 +86,7 @@ const Case kCases[] = {
      .causal = true,
      .packed = {{70, 300}, {0, 10}, {193, 193}, {230, 180}},
      .processors = 2,
-     .spread = kSteep},
+     .spread = steep(kType)},
 };
 
 }  // namespace

@@ -10,9 +10,6 @@
 namespace heddle {
 namespace {
 
-// scores of which maxima rise by more than weights may
-constexpr float kSteep = kType == DType::kF16 ? 11 : 30;
-
 // q heads and kv heads with lists of their own, shared by a group and shared by all; blocks as
 // large as a warpgroup's rows, as a tile, larger and smaller; nothing listed and everything
 const Case kCases[] = {
@@ -137,7 +134,7 @@ const Case kCases[] = {
      .hk = 1,
      .causal = true,
      .mask = {.block_q = 64, .block_k = 64, .heads = 2, .percent = 70},
-     .spread = kSteep},
+     .spread = steep(kType)},
     // the same words where whole units are listed
     {.b = 1, .sq = 3, .sk = 67000, .hq = 1, .hk = 1, .narrower = 56, .mask = {64, 256, 1, 2}},
 };

@@ -1,4 +1,14 @@
-import { attention, attentionBackward, explain, type FloatDType, Mask, randn, tensor } from 'heddle'
+import {
+  type AttentionOptions,
+  attention,
+  attentionBackward,
+  explain,
+  type FloatDType,
+  Mask,
+  randn,
+  type Tensor,
+  tensor,
+} from 'heddle'
 import { describe, expect, it } from 'vitest'
 import { bytesOf, maxError, relativeRms } from '../support/compare.js'
 import { describeGpu } from '../support/gpu.js'
@@ -6,7 +16,25 @@ import { random } from '../support/random.js'
 
 const device = 'cuda:0' as const
 
-// Shapes that are too large for an oracle on the CPU: 16-bit results against those in float32, which other kernels give
+// 16-bit results against those in float32, which other kernels give, where shapes are too large for an oracle on the CPU
+async function agree<D extends FloatDType>(
+  [q, k, v]: readonly [Tensor<D>, Tensor<D>, Tensor<D>],
+  options: AttentionOptions,
+  what: string,
+  lseBound = 1e-4,
+) {
+  const ours = attention(q, k, v, options)
+  const wide = (t: Tensor<D>) => t.cast('float32')
+  const exact = attention<FloatDType>(wide(q), wide(k), wide(v), options)
+  const [out, expected] = [
+    await ours.out.read({ as: 'float32' }),
+    await exact.out.read({ as: 'float32' }),
+  ]
+  expect(relativeRms(out, expected), what).toBeLessThan(q.dtype === 'bfloat16' ? 4e-3 : 6e-4)
+  expect(maxError(await ours.lse.read(), await exact.lse.read()), what).toBeLessThan(lseBound)
+  return { ours, exact }
+}
+
 describeGpu('attention on large shapes', () => {
   describe.each(['bfloat16', 'float16'] as const)('%s', (dtype) => {
     it.each([64, 128, 256])('head size %d agrees with float32', async (d) => {
@@ -21,16 +49,8 @@ describeGpu('attention on large shapes', () => {
         const q = draw(sq, hq, 3 * n)
         const k = draw(sk, hk, 3 * n + 1)
         const v = draw(sk, hk, 3 * n + 2)
-        const ours = attention(q, k, v, { causal })
-        const wide = (t: typeof q) => t.cast('float32')
-        const exact = attention<FloatDType>(wide(q), wide(k), wide(v), { causal })
         const what = JSON.stringify({ b, sq, sk, hq, hk, causal })
-        const [out, expected] = [
-          await ours.out.read({ as: 'float32' }),
-          await exact.out.read({ as: 'float32' }),
-        ]
-        expect(relativeRms(out, expected), what).toBeLessThan(dtype === 'bfloat16' ? 4e-3 : 6e-4)
-        expect(maxError(await ours.lse.read(), await exact.lse.read()), what).toBeLessThan(1e-4)
+        await agree([q, k, v], { causal }, what)
       }
     })
   })
@@ -64,16 +84,8 @@ describeGpu('attention of many heads', () => {
           randn([1, s, h, d], { dtype, device, seed })
         const q = draw(sq, 40, 3 * n)
         const [k, v] = [draw(sk, hk, 3 * n + 1), draw(sk, hk, 3 * n + 2)]
-        const ours = attention(q, k, v, options)
-        const wide = (t: typeof q) => t.cast('float32')
-        const exact = attention<FloatDType>(wide(q), wide(k), wide(v), options)
         const what = JSON.stringify({ sq, sk, hk, ...options })
-        const [out, expected] = [
-          await ours.out.read({ as: 'float32' }),
-          await exact.out.read({ as: 'float32' }),
-        ]
-        expect(relativeRms(out, expected), what).toBeLessThan(dtype === 'bfloat16' ? 4e-3 : 6e-4)
-        expect(maxError(await ours.lse.read(), await exact.lse.read()), what).toBeLessThan(3e-4)
+        await agree([q, k, v], options, what, 3e-4)
       }
     })
   })
@@ -180,15 +192,8 @@ describeGpu('attention over a mask on large shapes', () => {
           const [q, k, v] = [draw(sq, hq, 3 * n), draw(sk, hk, 3 * n + 1), draw(sk, hk, 3 * n + 2)]
           const what = JSON.stringify({ ...options, b, hq, hk, heads, share })
           expect(explain(attention, q, k, v, { mask }).variant, what).toBe('sm90_wgmma')
-          const ours = attention(q, k, v, { mask })
           const wide = (t: typeof q) => t.cast('float32')
-          const exact = attention<FloatDType>(wide(q), wide(k), wide(v), { mask })
-          const [out, expected] = [
-            await ours.out.read({ as: 'float32' }),
-            await exact.out.read({ as: 'float32' }),
-          ]
-          expect(relativeRms(out, expected), what).toBeLessThan(dtype === 'bfloat16' ? 4e-3 : 6e-4)
-          expect(maxError(await ours.lse.read(), await exact.lse.read()), what).toBeLessThan(1e-4)
+          const { ours, exact } = await agree([q, k, v], { mask }, what)
           const everything = Mask.fromBlocks(
             table(() => true),
             options,

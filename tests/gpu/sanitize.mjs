@@ -3,9 +3,10 @@
 // Slow tools take it in parts: words select the checks whose names have one of them.
 //   compute-sanitizer --tool racecheck --error-exitcode 1 node tests/gpu/sanitize.mjs lightning masks
 // What racecheck of CUDA 13.0 says of attention.backward (lse and delta), many heads (what a tile is), re-weighted (factors) and
-// hip 128 of a prompt (boxes) is none: it does not see that __syncwarp, or bar.sync, and then one lane's arrival at a barrier in shared memory order what the other
-// lanes did before. A program of 40 lines whose lanes read a bulk copy and let a lane give the stage back so is reported as well, and
-// not when every lane arrives itself. Its initcheck does not see what bulk copies write to global memory.
+// hip 128 of a prompt (boxes) is none: it does not see that __syncwarp, or bar.sync, and then one lane's arrival at a barrier in
+// shared memory order what the other lanes did before. A program of 40 lines whose lanes read a bulk copy and let a lane give the
+// stage back so is reported as well, and not when every lane arrives itself. Its initcheck does not see what bulk copies write to
+// global memory.
 import {
   add,
   alibiSlopes,
