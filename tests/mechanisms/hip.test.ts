@@ -66,15 +66,15 @@ describeDevices('hip mechanisms', (device) => {
     const tail = hipAttention(q, k, v, { ...small, denseTailRows: 40 })
     const [out, lse] = [await tail.out.read(), await tail.lse.read()]
     const cut = 160 * 4 * 16
-    expect(maxError(out.slice(0, cut), few.slice(0, cut))).toBeLessThan(1e-6)
-    expect(maxError(out.slice(cut), all.slice(cut))).toBeLessThan(1e-6)
+    expect(maxError(out.slice(0, cut), few.slice(0, cut))).toBeLessThan(1e-5)
+    expect(maxError(out.slice(cut), all.slice(cut))).toBeLessThan(1e-5)
     const [a, b] = [await dense.lse.read(), await sparse.lse.read()]
     expect(
       maxError(
         lse,
         a.map((x, i) => (i % 200 < 160 ? b[i]! : x)),
       ),
-    ).toBeLessThan(1e-6)
+    ).toBeLessThan(1e-5)
   })
 
   it('leave the last rows dense of sequences that are packed or stand in pages', async () => {
@@ -219,7 +219,7 @@ describeDevices('hip mechanisms', (device) => {
         const [x, y, z] = [at(q.tensor, sk, 1), at(k.tensor, sk), at(v.tensor, sk)]
         const exact = attention(x, y, z, { mask: hip(x, y, single) })
         const out = await always.attend(x, y, z).out.read()
-        expect(maxError(out, await exact.out.read())).toBeLessThan(1e-6)
+        expect(maxError(out, await exact.out.read())).toBeLessThan(1e-5)
         expect(always.tokens).toBe(n + 1)
         if (parts === 1 && n % 3 === 0) {
           kept = hipLists(x, y, single)
@@ -274,8 +274,8 @@ describeDevices('hip mechanisms', (device) => {
       const whole = attention(at(q.tensor, 394, 1), at(k.tensor, 394), at(v.tensor, 394), {
         mask: fresh,
       })
-      expect(maxError(after, await whole.out.read())).toBeLessThan(1e-6)
-      expect(maxError(after, before)).toBeGreaterThan(1e-6)
+      expect(maxError(after, await whole.out.read())).toBeLessThan(1e-5)
+      expect(maxError(after, before)).toBeGreaterThan(1e-4)
     }
   })
 
@@ -898,8 +898,8 @@ describeDevices('hip mechanisms', (device) => {
         expect(empty.some((lse) => lse.includes(Number.NEGATIVE_INFINITY))).toBe(true)
       }
       const joined = merge(parts)
-      expect(maxError(await joined.out.read(), await whole.out.read())).toBeLessThan(1e-6)
-      expect(maxError(await joined.lse.read(), await whole.lse.read())).toBeLessThan(1e-6)
+      expect(maxError(await joined.out.read(), await whole.out.read())).toBeLessThan(1e-5)
+      expect(maxError(await joined.lse.read(), await whole.lse.read())).toBeLessThan(1e-5)
     }
   })
 

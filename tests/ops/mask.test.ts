@@ -828,7 +828,7 @@ describeDevices('attention over a mask', (device) => {
       const blockTable = tensor(range(b * 4), [b, 4], { dtype: 'int32', device })
       const pages = k.reshape([b * 4, page, hk, 16])
       const paged = attention(q, pages, pages, { mask, blockTable })
-      expect(maxError(await paged.out.read(), await out.read())).toBeLessThan(1e-6)
+      expect(maxError(await paged.out.read(), await out.read())).toBeLessThan(1e-5)
       const { dk } = attentionBackward(q, k, k, out, lse, out, { mask })
       for (const [i, length] of cacheSeqlens.entries()) {
         const [own, keys] = [q.slice(0, i, i + 1), k.slice(0, i, i + 1).slice(1, 0, length)]
@@ -836,7 +836,7 @@ describeDevices('attention over a mask', (device) => {
         const alone = Mask.fromDocuments(starts, { ...about, sk: length })
         const result = attention(own, keys, keys, { mask: alone })
         const rows = out.slice(0, i, i + 1)
-        expect(maxError(await rows.read(), await result.out.read())).toBeLessThan(1e-6)
+        expect(maxError(await rows.read(), await result.out.read())).toBeLessThan(1e-5)
         const behind = await dk
           .slice(0, i, i + 1)
           .slice(1, length)
