@@ -105,27 +105,34 @@ inline std::vector<Sequence> find_sequences(const Attention& op) {
   std::vector<Sequence> sequences;
   if (op.cu_seqlens_q) {
     check_cu_seqlens(op.cu_seqlens_q, "cuSeqlensQ", "sq", op.q.shape[1]);
-    check_cu_seqlens(op.cu_seqlens_k, "cuSeqlensK", "sk", op.k.shape[1]);
     for (int64_t i = 0; i + 1 < op.cu_seqlens_q.shape[0]; ++i) {
-      const int64_t q = entry(op.cu_seqlens_q, i), k = entry(op.cu_seqlens_k, i);
-      sequences.push_back(
-          {0, q, entry(op.cu_seqlens_q, i + 1) - q, k, entry(op.cu_seqlens_k, i + 1) - k, i});
+      const int64_t q = entry(op.cu_seqlens_q, i);
+      sequences.push_back({0, q, entry(op.cu_seqlens_q, i + 1) - q, 0, 0, i});
+    }
+  } else {
+    for (int64_t b = 0; b < op.q.shape[0]; ++b) sequences.push_back({b, 0, op.q.shape[1], 0, 0, b});
+  }
+  if (op.cu_seqlens_k) {
+    check_cu_seqlens(op.cu_seqlens_k, "cuSeqlensK", "sk", op.k.shape[1]);
+    for (Sequence& sequence : sequences) {
+      sequence.k_begin = entry(op.cu_seqlens_k, sequence.index);
+      sequence.sk = entry(op.cu_seqlens_k, sequence.index + 1) - sequence.k_begin;
     }
     return sequences;
   }
   const Tensor& table = op.block_table;
   const int64_t page = op.k.shape[1], capacity = table ? table.shape[1] * page : page;
-  for (int64_t b = 0; b < op.q.shape[0]; ++b) {
-    const int64_t sk = op.cache_seqlens ? entry(op.cache_seqlens, b) : capacity;
+  for (Sequence& sequence : sequences) {
+    const int64_t n = sequence.index;
+    const int64_t sk = sequence.sk = op.cache_seqlens ? entry(op.cache_seqlens, n) : capacity;
     HEDDLE_CHECK(sk >= 0 && sk <= capacity, kArgument, "cacheSeqlens",
-                 "cacheSeqlens must be from 0 to ", capacity, ", got ", sk, " at ", b);
+                 "cacheSeqlens must be from 0 to ", capacity, ", got ", sk, " at ", n);
     for (int64_t i = 0; table && i * page < sk; ++i) {
-      const int32_t at = table.as<int32_t>()[b * table.strides[0] + i * table.strides[1]];
+      const int32_t at = table.as<int32_t>()[n * table.strides[0] + i * table.strides[1]];
       HEDDLE_CHECK(at >= 0 && at < op.k.shape[0], kArgument, "blockTable",
                    "blockTable must name one of ", op.k.shape[0],
-                   " pages where keys are in use, got ", at, " at [", b, ", ", i, "]");
+                   " pages where keys are in use, got ", at, " at [", n, ", ", i, "]");
     }
-    sequences.push_back({b, 0, op.q.shape[1], 0, sk, b});
   }
   return sequences;
 }
@@ -166,7 +173,7 @@ template <class T> struct Tokens {
         element(tensor.strides[3]),
         page(tensor.strides[0]) {
     if (block_table) {
-      table = block_table.as<int32_t>() + sequence.batch * block_table.strides[0];
+      table = block_table.as<int32_t>() + sequence.index * block_table.strides[0];
       table_stride = block_table.strides[1];
       shift = std::countr_zero(static_cast<uint64_t>(tensor.shape[1]));
     } else {

@@ -20,9 +20,9 @@ struct Attention : MaskArguments {
   Tensor q;              // [b, sq, hq, d]
   Tensor k, v;           // [b, sk, hk, d] and [b, sk, hk, dv], or pages of them; dv may be 0
   Tensor cu_seqlens_q;   // [n + 1] i32: where each packed sequence of q begins, b = 1
-  Tensor cu_seqlens_k;   // [n + 1] i32
-  Tensor block_table;    // [b, max_pages] i32: which page holds which part of a sequence
-  Tensor cache_seqlens;  // [b] i32: keys in use
+  Tensor cu_seqlens_k;   // [n + 1] i32, none where keys stand in pages
+  Tensor block_table;    // [b or n, max_pages] i32: which page holds which part of a sequence
+  Tensor cache_seqlens;  // [b or n] i32: keys in use
   Tensor slopes;         // [hq] f32: score += slope * (t - p)
   Tensor sink;           // [hq] f32: a logit per head that only the normaliser sees
   Tensor bias;           // [b, hq, sq, sk]: added to the score; strides of 0 broadcast it
@@ -56,8 +56,10 @@ struct Attention : MaskArguments {
         .when("block_table", "pages page_size hk dv");
     schema.optional("cu_seqlens_q", &Attention::cu_seqlens_q, "n+1", kI32);
     schema.optional("cu_seqlens_k", &Attention::cu_seqlens_k, "n+1", kI32);
-    schema.optional("block_table", &Attention::block_table, "b max_pages", kI32);
-    schema.optional("cache_seqlens", &Attention::cache_seqlens, "b", kI32);
+    schema.optional("block_table", &Attention::block_table, "b max_pages", kI32)
+        .when("cu_seqlens_q", "n max_pages");
+    schema.optional("cache_seqlens", &Attention::cache_seqlens, "b", kI32)
+        .when("cu_seqlens_q", "n");
     schema.optional("slopes", &Attention::slopes, "hq", kF32);
     schema.optional("sink", &Attention::sink, "hq", kF32);
     schema.number("scale", &Attention::scale, std::numeric_limits<double>::quiet_NaN());
@@ -124,16 +126,18 @@ struct Attention : MaskArguments {
                  "dtype goes with q, k and v of float8_e4m3fn, which need it");
     HEDDLE_CHECK(!cosine || !(q_scale || k_scale), kArgument, scaled, scaled,
                  " cannot be combined with cosine");
-    HEDDLE_CHECK(bool(cu_seqlens_q) == bool(cu_seqlens_k), kArgument, "cuSeqlensQ",
+    HEDDLE_CHECK(!masked || !cu_seqlens_q || !block_table, kArgument, "mask",
+                 "mask must not be of packed sequences with blockTable, got one that is");
+    HEDDLE_CHECK(!cu_seqlens_k || !block_table, kArgument, "cuSeqlensK",
+                 "cuSeqlensK cannot be combined with blockTable");
+    HEDDLE_CHECK(block_table || bool(cu_seqlens_q) == bool(cu_seqlens_k), kArgument, "cuSeqlensQ",
                  "cuSeqlensQ and cuSeqlensK must be given together");
     HEDDLE_CHECK(!cu_seqlens_q || q.shape[0] == 1, kShape, "q", "b must be 1 with cuSeqlensQ, got ",
                  q.shape[0]);
-    HEDDLE_CHECK(!cu_seqlens_q || !block_table, kArgument, "blockTable",
-                 "blockTable cannot be combined with cuSeqlensQ");
     HEDDLE_CHECK(!block_table || cache_seqlens, kArgument, "cacheSeqlens",
                  "cacheSeqlens must be given with blockTable");
-    HEDDLE_CHECK(!cache_seqlens || !cu_seqlens_q, kArgument, "cacheSeqlens",
-                 "cacheSeqlens cannot be combined with cuSeqlensQ");
+    HEDDLE_CHECK(!cache_seqlens || !cu_seqlens_k, kArgument, "cacheSeqlens",
+                 "cacheSeqlens cannot be combined with cuSeqlensK");
     if (block_table) {
       const int64_t page = k.shape[1];
       HEDDLE_CHECK(page >= 1 && page <= 256 && (page & (page - 1)) == 0, kShape, "k",

@@ -31,16 +31,16 @@ __global__ void attention_check_kernel(ForwardArgs p, int64_t table_pages, int64
         if (i > 0) good &= at >= offsets[(i - 1) * stride];
       };
       check(p.cu_seqlens_q, p.cu_q_stride, p.sq);
-      check(p.cu_seqlens_k, p.cu_k_stride, p.sk);
+      if (p.cu_seqlens_k) check(p.cu_seqlens_k, p.cu_k_stride, p.sk);
     }
     if (p.cache_seqlens) {
       // one thread a page
-      const int64_t batch = i / max(table_pages, int64_t{1}), page = i - batch * table_pages;
-      if (batch < p.b) {
-        const int64_t keys = p.cache_seqlens[batch * p.cache_stride];
+      const int64_t cache = i / max(table_pages, int64_t{1}), page = i - cache * table_pages;
+      if (cache < p.caches()) {
+        const int64_t keys = p.cache_seqlens[cache * p.cache_stride];
         good &= keys >= 0 && keys <= p.sk;
         if (p.block_table && page < table_pages && page * p.page_size < keys) {
-          const int64_t entry = p.block_table[batch * p.table_row + page * p.table_column];
+          const int64_t entry = p.block_table[cache * p.table_row + page * p.table_column];
           good &= entry >= 0 && entry < p.pages;
         }
       }
@@ -58,10 +58,13 @@ const int32_t* ints(const Tensor& x) { return x ? x.as<int32_t>() : nullptr; }
 const float* floats(const Tensor& x) { return x ? x.as<float>() : nullptr; }
 
 const char* lengths_fault(const Attention& op) {
-  return op.cu_seqlens_q
-             ? "cuSeqlensQ and cuSeqlensK must start at 0, never descend and end at the totals"
-         : op.block_table ? "cacheSeqlens and blockTable must be inside the pages"
-                          : "cacheSeqlens must be from 0 to sk";
+  if (op.cu_seqlens_k)
+    return "cuSeqlensQ and cuSeqlensK must start at 0, never descend and end at the totals";
+  if (op.cu_seqlens_q)
+    return "cuSeqlensQ must start at 0, never descend and end at sq, and cacheSeqlens and "
+           "blockTable be inside the pages";
+  return op.block_table ? "cacheSeqlens and blockTable must be inside the pages"
+                        : "cacheSeqlens must be from 0 to sk";
 }
 
 }  // namespace
@@ -72,7 +75,7 @@ const int* check_lengths(const Attention& op, CudaContext& context) {
   ForwardArgs args = portable_args(op);
   const char* text = lengths_fault(op);
   const int64_t pages = op.block_table ? op.block_table.shape[1] : 0;
-  const int64_t count = std::max(args.sequences + 1, args.b * std::max<int64_t>(pages, 1));
+  const int64_t count = std::max(args.sequences + 1, args.caches() * std::max<int64_t>(pages, 1));
   // in a graph a word is cleared by a launch, which is long beside a decode step: a few looks need
   // none
   constexpr int kMost = 1024;
@@ -281,14 +284,13 @@ void run_split(const Attention& op, CudaContext& context) {
   SplitCall call = hopper_call(op, context);
   call.processors = static_cast<int>(split_ctas(call));
   const auto slots = static_cast<size_t>(2 * call.processors * kSplitRows);
-  const auto units = static_cast<size_t>(call.b * call.hk * split_row_tiles(call));
   call.part_out = context.scratch<float>(slots * static_cast<size_t>(call.dv));
   call.part_state = context.scratch<float2>(slots);
-  call.arrivals = context.counters(units + 1);
+  call.arrivals = context.counters(static_cast<size_t>(call.processors) + 1);
   if (op.cache_seqlens && !op.window) {
     // the kernel sees all of them, and a launch less is much for a short step
     call.verdict = context.verdict(lengths_fault(op));
-    call.judged = call.arrivals + units;
+    call.judged = call.arrivals + call.processors;
   } else {
     check_lengths(op, context);
   }

@@ -44,6 +44,9 @@ struct ForwardArgs {
   int64_t q_scale_stride, k_scale_stride, v_scale_stride;
   DType out_dtype;
   const int* only_if;  // nothing is done if this word is 0; or null
+
+  // How many lengths cache_seqlens has, and rows the table
+  HEDDLE_HD int64_t caches() const { return cu_seqlens_q ? sequences : b; }
 };
 
 __device__ inline int64_t clamp_to(int64_t x, int64_t least, int64_t most) {

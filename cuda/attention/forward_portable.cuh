@@ -46,17 +46,23 @@ struct Place {
 // tile of rows or, on request, of keys. Offsets are clamped, so that wrong ones, which the check
 // kernel reports, lead nowhere outside.
 __device__ inline Place find_place(const ForwardArgs& p, int64_t tile, bool keys = false) {
+  const auto cached = [&](int64_t sequence) {
+    return p.cache_seqlens ? clamp_to(p.cache_seqlens[sequence * p.cache_stride], 0, p.sk) : p.sk;
+  };
   if (!p.cu_seqlens_q) {
     const int64_t tiles = ((keys ? p.sk : p.sq) + kRowTile - 1) / kRowTile, batch = tile / tiles;
-    const int64_t sk =
-        p.cache_seqlens ? clamp_to(p.cache_seqlens[batch * p.cache_stride], 0, p.sk) : p.sk;
-    return {batch, 0, p.sq, 0, sk, tile % tiles * kRowTile, batch, true};
+    return {batch, 0, p.sq, 0, cached(batch), tile % tiles * kRowTile, batch, true};
   }
   for (int64_t i = 0; i < p.sequences; ++i) {
     const int64_t q_begin = clamp_to(p.cu_seqlens_q[i * p.cu_q_stride], 0, p.sq);
     const int64_t q_end = clamp_to(p.cu_seqlens_q[(i + 1) * p.cu_q_stride], q_begin, p.sq);
-    const int64_t k_begin = clamp_to(p.cu_seqlens_k[i * p.cu_k_stride], 0, p.sk);
-    const int64_t k_end = clamp_to(p.cu_seqlens_k[(i + 1) * p.cu_k_stride], k_begin, p.sk);
+    int64_t k_begin = 0, k_end = 0;
+    if (p.cu_seqlens_k) {
+      k_begin = clamp_to(p.cu_seqlens_k[i * p.cu_k_stride], 0, p.sk);
+      k_end = clamp_to(p.cu_seqlens_k[(i + 1) * p.cu_k_stride], k_begin, p.sk);
+    } else {
+      k_end = cached(i);
+    }
     const int64_t tiles = ((keys ? k_end - k_begin : q_end - q_begin) + kRowTile - 1) / kRowTile;
     if (tile < tiles)
       return {0, q_begin, q_end - q_begin, k_begin, k_end - k_begin, tile * kRowTile, i, true};
@@ -78,7 +84,8 @@ __device__ inline const T* key_at(const ForwardArgs& p, const Heads& x, const Pl
                                   int64_t t, int64_t head) {
   const T* data = static_cast<const T*>(x.data) + head * x.head;
   if (!p.block_table) return data + place.batch * x.batch + (place.k_begin + t) * x.token;
-  const int64_t page = p.block_table[place.batch * p.table_row + t / p.page_size * p.table_column];
+  const int64_t page =
+      p.block_table[place.sequence * p.table_row + t / p.page_size * p.table_column];
   if (page < 0 || page >= p.pages) return nullptr;
   return data + page * x.batch + t % p.page_size * x.token;
 }

@@ -19,14 +19,15 @@ const char* declines_split_sm90(const SplitCall& call) {
   constexpr int64_t kFewRows = 8, kLeastTile = 64;
   if (call.dtype == DType::kE4M3) return "q must not be float8_e4m3fn";
   if (call.dv == 0) return "v must have columns";
-  if (call.cu_seqlens_q) return "cuSeqlensQ must be left out";
+  if (call.cu_seqlens_k) return "cuSeqlensK must be left out";
   const int64_t rows = call.sq * (call.hq / call.hk);
   if (!call.block_table && call.sq > kFewRows && rows > kSplitRows)
     return "k and v must be pages, or q must have at most 8 rows or 64 for each kv head";
   if (call.block_table && call.page_size < 8) return "the page size must be at least 8";
   // divided, since the product can overflow
   if (rows > kMost || call.sk > kMost || call.pages > kMost ||
-      call.sk / kLeastTile + 1 > kMost / call.b / call.hk / split_row_tiles(call))
+      call.sk / kLeastTile + 1 >
+          kMost / call.b / call.hk / std::max<int64_t>(split_row_tiles(call), 1))
     return "q and k must have at most 2^30 rows and tiles";
   return declines_addresses_sm90(call, call.block_table ? call.pages : call.b,
                                  call.block_table ? call.page_size : call.sk);

@@ -33,12 +33,12 @@ template <int kD> struct SplitTile {
 
 // A run of key tiles of one unit, as the loading warp describes it
 struct SplitWork {
-  int batch;                   // or -1 after the last run
-  int kv_head, row_tile;       // of the unit
-  int sk;                      // keys of its sequence
+  int sequence;                // or -1 after the last run
+  int kv_head;                 // of the unit
+  int first_row, rows;         // likewise, counted from the first of q on
+  int sk, off;                 // keys of its sequence, and the position of q's first query in it
   int key_tile, key_tiles;     // of this run
-  int unit;                    // its number, and which of all key tiles are its own
-  int unit_begin, unit_tiles;  // counted over all units
+  int unit_begin, unit_tiles;  // those that its rows see, counted over all units
 };
 
 template <int kD> struct SplitSmem {
@@ -55,17 +55,17 @@ template <int kD> struct SplitSmem {
 
 struct SplitArgs {
   // what is looked at before the first copy, in one line of the cache of arguments
-  int b, sq, sk, hk, row_tiles;
+  int sequences, sq, sk, hk, group;
   int window;      // 0 is all
   int box, boxes;  // a copy moves `box` rows, of which so many are a tile
-  const int32_t *cache_seqlens, *block_table;
+  const int32_t *cache_seqlens, *block_table, *cu_seqlens_q;
 
-  int hq, group, d, dv;
+  int hq, d, dv;
   float scale_log2, scale, soft_cap;
   bool causal;  // or windowed
   const float *slopes, *sink;
   int64_t slopes_stride, sink_stride;
-  int64_t cache_stride, table_row, table_column;
+  int64_t cache_stride, table_row, table_column, cu_q_stride;
   int pages, page_log2;  // of 2^page_log2 keys
   const uint16_t *q, *k, *v;
   uint16_t* out;
@@ -76,36 +76,82 @@ struct SplitArgs {
   int* arrivals;
   int *verdict, *judged;  // null, or where it is said whether lengths and pages are out of range
 
-  __device__ __forceinline__ int keys(int batch) const {
-    if (!cache_seqlens) return sk;
-    return min(max(cache_seqlens[batch * cache_stride], 0), sk);  // nothing is out of bounds
+  // nothing is out of bounds, whatever lengths and offsets are
+  __device__ __forceinline__ int keys(int sequence) const {
+    return cache_seqlens ? min(max(cache_seqlens[sequence * cache_stride], 0), sk) : sk;
   }
-  __device__ __forceinline__ int page(int batch, int key) const {
-    return block_table[batch * table_row + (key >> page_log2) * table_column];
+  __device__ __forceinline__ int q_begin(int sequence) const {
+    return cu_seqlens_q ? min(max(cu_seqlens_q[sequence * cu_q_stride], 0), sq) : 0;
+  }
+  __device__ __forceinline__ int page(int sequence, int key) const {
+    return block_table[sequence * table_row + (key >> page_log2) * table_column];
   }
   __device__ __forceinline__ int row_of_page(int key) const { return key & ((1 << page_log2) - 1); }
+};
+
+// A sequence as a warp numbers the key tiles of its units: `tiles` each from `begin` on
+struct SplitSequence {
+  int q_begin, sq, sk, row_tiles, first_tile, tiles, begin;
 };
 
 // Which key tiles of which unit a CTA takes
 template <int kKeys> struct SplitPlan {
   const SplitArgs& args;
 
-  // The first tile that a row of this sequence sees, and how many there are until the last
-  __device__ __forceinline__ int first(int keys) const {
-    return args.window ? max(keys - args.sq - args.window + 1, 0) / kKeys : 0;
+  // From the first tile that a row sees to the last
+  __device__ __forceinline__ SplitSequence sequence(int i) const {
+    SplitSequence its{};
+    if (i >= args.sequences) return its;
+    its.q_begin = args.q_begin(i);
+    its.sq = args.cu_seqlens_q ? args.q_begin(i + 1) - its.q_begin : args.sq;
+    its.sk = args.keys(i);
+    its.row_tiles = (its.sq * args.group + kSplitRows - 1) / kSplitRows;
+    its.first_tile = args.window ? max(its.sk - its.sq - args.window + 1, 0) / kKeys : 0;
+    // one without keys visits a tile all the same, fully masked
+    its.tiles = max((its.sk + kKeys - 1) / kKeys - its.first_tile, 1);
+    return its;
   }
-  // A sequence without keys visits a tile all the same, fully masked
-  __device__ __forceinline__ int count(int keys) const {
-    return max((keys + kKeys - 1) / kKeys - first(keys), 1);
+  __device__ __forceinline__ int size(const SplitSequence& its) const {
+    return its.tiles * its.row_tiles * args.hk;
   }
-  __device__ __forceinline__ int units() const { return args.hk * args.row_tiles; }
-  // Of all units, by a warp
+  // Of all units, by a warp; none where sequences overlap
   __device__ __forceinline__ int total(int lane) const {
-    if (!args.cache_seqlens) return args.b * count(args.sk) * units();
+    if (!args.cache_seqlens) return args.sequences * size(sequence(0));
     int sum = 0;
-    for (int batch = lane; batch < args.b; batch += 32) sum += count(args.keys(batch));
+    bool apart = true;
+    for (int i = lane; i < args.sequences; i += 32) {
+      const SplitSequence its = sequence(i);
+      sum += size(its);
+      apart &= its.sq >= 0;
+    }
     for (int lanes = 1; lanes < 32; lanes *= 2) sum += __shfl_xor_sync(~0u, sum, lanes);
-    return sum * units();
+    return __all_sync(~0u, apart) ? sum : 0;
+  }
+  // The sequences from `first` on, one for each lane of a warp, whose tiles are numbered from
+  // `next` on; returns the number behind the last
+  __device__ __forceinline__ int look(SplitSequence& its, int first, int next, int lane) const {
+    if (args.sequences == 1) {
+      its = sequence(0);
+      return size(its);
+    }
+    its = sequence(first + lane);
+    int until = size(its);
+    its.begin = -until;
+    for (int lanes = 1; lanes < 32; lanes *= 2) {
+      const int before = __shfl_up_sync(~0u, until, lanes);
+      if (lane >= lanes) until += before;
+    }
+    its.begin += next + until;
+    return next + __shfl_sync(~0u, until, 31);
+  }
+  // The tiles of a unit of this sequence that a row of it sees, among its own
+  __device__ __forceinline__ int2 seen(const SplitSequence& its, int row_tile) const {
+    if (!args.causal || its.row_tiles == 1) return {0, its.tiles};
+    const int first = row_tile * kSplitRows, off = its.sk - its.sq,
+              last = min(first + kSplitRows, its.sq * args.group) - 1;
+    const int from = args.window ? max(first / args.group + off - args.window + 1, 0) / kKeys : 0,
+              until = (min(last / args.group + off + 1, its.sk) + kKeys - 1) / kKeys;
+    return {from - its.first_tile, max(until, from + 1) - its.first_tile};
   }
   // CTA c of n begins at tile begin(c), which is total * c / n; tile x belongs to CTA owner(x)
   __device__ __forceinline__ static int begin(int total, int c, int n) {
@@ -123,11 +169,11 @@ struct SplitRows {
   const SplitArgs& args;
   const uint16_t* data;
   const Strides& strides;
-  int batch, kv_head;
+  int sequence, kv_head;
   __device__ __forceinline__ const uint16_t* operator()(int key) const {
-    int64_t block = batch;
+    int64_t block = sequence;
     if (args.block_table) {
-      block = min(max(args.page(batch, key), 0), args.pages - 1);
+      block = min(max(args.page(sequence, key), 0), args.pages - 1);
       key = args.row_of_page(key);
     }
     return data + block * strides.batch + key * strides.row + kv_head * strides.head;
@@ -167,16 +213,17 @@ __global__ void __launch_bounds__(SplitTile<kD>::kThreads, SplitTile<kD>::kCtas)
   const SplitPlan<kKeys> plan{args};
   const int total = plan.total(lane);
   // no CTA without tiles stands between two that share a unit
-  const int ctas = min(static_cast<int>(gridDim.x), total);
+  const int ctas = min(static_cast<int>(gridDim.x), max(total, 1));
 
   // its instructions come first, as all others wait for its copies
   if (warp == 4) [[likely]] {
     const int edge = plan.begin(total, min(static_cast<int>(blockIdx.x) + lane % 2, ctas), ctas);
     const int end = __shfl_sync(~0u, edge, 1);
     int at = __shfl_sync(~0u, edge, 0);
-    int batch = 0, before = 0;  // tiles of the sequences before
+    SplitSequence each;
+    int first_sequence = 0, until = plan.look(each, 0, 0, lane);
     uint32_t visit = 0, loaded = 0;
-    bool bad = false;
+    bool bad = args.sequences == 0;
     auto publish = [&](const SplitWork& work) {
       const Turn<kWorks> turn(visit++);
       if (lane == 0) {
@@ -187,41 +234,53 @@ __global__ void __launch_bounds__(SplitTile<kD>::kThreads, SplitTile<kD>::kCtas)
       __syncwarp();
     };
     while (at < end) {
-      const int sk = args.keys(batch), tiles = plan.count(sk);
-      if (at >= before + tiles * plan.units()) {
-        before += tiles * plan.units();
-        ++batch;
+      if (at >= until) {
+        first_sequence += 32;
+        until = plan.look(each, first_sequence, until, lane);
         continue;
       }
-      const int inside = static_cast<unsigned>(at - before) / tiles;
-      const int first = at - before - inside * tiles;
+      const int place = __popc(__ballot_sync(~0u, each.begin + plan.size(each) <= at));
+      const auto of = [&](int value) { return __shfl_sync(~0u, value, place); };
+      const SplitSequence its{of(each.q_begin),   of(each.sq),         of(each.sk),
+                              of(each.row_tiles), of(each.first_tile), of(each.tiles),
+                              of(each.begin)};
+      const int inside = static_cast<unsigned>(at - its.begin) / its.tiles;
+      const int unit_begin = its.begin + inside * its.tiles, ends = unit_begin + its.tiles;
       SplitWork work;
-      work.batch = batch;
+      work.sequence = first_sequence + place;
       // a division is a tenth of a microsecond
-      work.kv_head = args.row_tiles == 1 ? inside : inside / args.row_tiles;
-      work.row_tile = inside - work.kv_head * args.row_tiles;
-      work.sk = sk;
-      work.key_tile = plan.first(sk) + first;
-      work.key_tiles = min(tiles - first, end - at);
-      work.unit = batch * plan.units() + inside;
-      work.unit_begin = before + inside * tiles;
-      work.unit_tiles = tiles;
+      work.kv_head = its.row_tiles == 1 ? inside : inside / its.row_tiles;
+      int row_tile = inside - work.kv_head * its.row_tiles;
+      // late rows see more keys than early ones, of which every CTA gets as many
+      if (args.causal) row_tile = row_tile % 2 ? its.row_tiles - 1 - row_tile / 2 : row_tile / 2;
+      const int2 seen = plan.seen(its, row_tile);
+      const int from = max(at - unit_begin, seen.x), to = min(min(end, ends) - unit_begin, seen.y);
+      at = min(end, ends);
+      if (from >= to) continue;
+      work.first_row = its.q_begin * args.group + row_tile * kSplitRows;
+      work.rows = min(its.sq * args.group - row_tile * kSplitRows, kSplitRows);
+      work.sk = its.sk;
+      work.off = its.sk - its.sq - its.q_begin;
+      work.key_tile = its.first_tile + from;
+      work.key_tiles = to - from;
+      work.unit_begin = unit_begin + seen.x;
+      work.unit_tiles = seen.y - seen.x;
       // a lane copies one box of a tile; 32 of them ask for as many pages at once
       const int its_row = lane * args.box;
       int pages = 0;
       for (int j = 0; j < work.key_tiles; ++j, ++loaded) {
         const Turn<kStages> turn(loaded);
         const int key = (work.key_tile + j) * kKeys + its_row;
-        int block = batch, from = key;
+        int block = work.sequence, row = key;
         if (args.block_table) {
           const int asked = j * args.boxes % 32;
           if (asked == 0) {
             // what lies outside arrives as zeros: pages behind the last key are not looked at
-            pages = key < sk ? args.page(batch, key) : args.pages;
-            bad |= key < sk && (pages < 0 || pages >= args.pages);
+            pages = key < its.sk ? args.page(work.sequence, key) : args.pages;
+            bad |= key < its.sk && (pages < 0 || pages >= args.pages);
           }
           block = __shfl_sync(~0u, pages, asked + lane);
-          from = args.row_of_page(key);
+          row = args.row_of_page(key);
         }
         auto load = [&](auto& tile, Barrier& full, Barrier& empty, const TensorMap& map) {
           empty.wait(turn.parity ^ 1);
@@ -229,23 +288,27 @@ __global__ void __launch_bounds__(SplitTile<kD>::kThreads, SplitTile<kD>::kCtas)
           __syncwarp();
           if (its_row >= kKeys) return;
           for (int column = 0; column < kD; column += 64)
-            copy_to_smem(tile.panel(column) + its_row * 128, map, full, column, from, work.kv_head,
-                         block, args.row_tiles > 1 ? Keep::kNormal : Keep::kShortly);
+            copy_to_smem(tile.panel(column) + its_row * 128, map, full, column, row, work.kv_head,
+                         block, its.row_tiles > 1 ? Keep::kNormal : Keep::kShortly);
         };
         load(smem.k[turn.stage], smem.k_full[turn.stage], smem.k_empty[turn.stage], gmem_k);
         load(smem.v[turn.stage], smem.v_full[turn.stage], smem.v_empty[turn.stage], gmem_v);
         if (j == 0) publish(work);
       }
-      at += work.key_tiles;
     }
     SplitWork last{};
-    last.batch = -1;
+    last.sequence = -1;
     publish(last);
     if (args.verdict) {
       // every page was looked at by who loads it, every length by all; the last CTA says it
-      for (int i = lane; i < args.b; i += 32) {
+      for (int i = lane; i < args.sequences; i += 32) {
         const int keys = args.cache_seqlens[i * args.cache_stride];
         bad |= keys < 0 || keys > args.sk;
+        if (!args.cu_seqlens_q) continue;
+        const int begins = args.cu_seqlens_q[i * args.cu_q_stride],
+                  ends = args.cu_seqlens_q[(i + 1) * args.cu_q_stride];
+        bad |= begins > ends || (i == 0 && begins != 0) ||
+               (i == args.sequences - 1 && ends != args.sq);
       }
       bad = __any_sync(~0u, bad);
       if (lane == 0) {
@@ -269,7 +332,6 @@ __global__ void __launch_bounds__(SplitTile<kD>::kThreads, SplitTile<kD>::kCtas)
   const bool mapped = args.soft_cap > 0 || args.slopes || !(args.scale_log2 > 0);
   // mapped scores are in log2 units already
   const float to_log2 = mapped ? 1.f : args.scale_log2;
-  const int all_rows = args.sq * args.group;
 
   auto sync = [&] { named_barrier_sync(1, 128); };
   auto release = [&](Barrier& empty) {
@@ -283,28 +345,27 @@ __global__ void __launch_bounds__(SplitTile<kD>::kThreads, SplitTile<kD>::kCtas)
     const SplitWork work = smem.work[turn.stage];
     __syncwarp();
     release(smem.work_empty[turn.stage]);
-    if (work.batch < 0) break;
+    if (work.sequence < 0) break;
     const int key_tiles = __shfl_sync(~0u, work.key_tiles, 0);
 
-    const int first_row = work.row_tile * kSplitRows,
-              rows_here = min(all_rows - first_row, kSplitRows);
-    auto query_of = [&](int row) { return (first_row + row) / args.group; };
+    const int rows_here = work.rows, batch = args.cu_seqlens_q ? 0 : work.sequence;
+    auto query_of = [&](int row) { return (work.first_row + row) / args.group; };
     auto head_of = [&](int row) {
-      return work.kv_head * args.group + (first_row + row) % args.group;
+      return work.kv_head * args.group + (work.first_row + row) % args.group;
     };
     auto q_of = [&](int row) {
-      return args.q + work.batch * args.q_strides.batch + query_of(row) * args.q_strides.row +
+      return args.q + batch * args.q_strides.batch + query_of(row) * args.q_strides.row +
              head_of(row) * args.q_strides.head;
     };
     auto out_of = [&](int row) {
-      return args.out + work.batch * args.out_strides.batch + query_of(row) * args.out_strides.row +
+      return args.out + batch * args.out_strides.batch + query_of(row) * args.out_strides.row +
              head_of(row) * args.out_strides.head;
     };
     auto lse_of = [&](int row) {
-      return args.lse + (static_cast<int64_t>(work.batch) * args.hq + head_of(row)) * args.sq +
+      return args.lse + (static_cast<int64_t>(batch) * args.hq + head_of(row)) * args.sq +
              query_of(row);
     };
-    auto position_of = [&](int row) { return query_of(row) + work.sk - args.sq; };
+    auto position_of = [&](int row) { return query_of(row) + work.off; };
     auto sink_of = [&](int row) {
       return args.sink ? args.sink + head_of(row) * args.sink_stride : nullptr;
     };
@@ -450,10 +511,10 @@ __global__ void __launch_bounds__(SplitTile<kD>::kThreads, SplitTile<kD>::kCtas)
       }
       // all have written before the arrival says so, and the last reads what the others wrote
       sync();
-      if (thread == 0) smem.arrived = fetch_add_ordered(&args.arrivals[work.unit], 1);
+      if (thread == 0) smem.arrived = fetch_add_ordered(&args.arrivals[first_cta], 1);
       sync();
       if (smem.arrived == last_cta - first_cta) {
-        if (thread == 0) args.arrivals[work.unit] = 0;
+        if (thread == 0) args.arrivals[first_cta] = 0;
         constexpr int kPieces = kD / 4;
         for (int i = thread; i < rows_here * kPieces; i += 128) {
           const int mine = i / kPieces, column = i % kPieces * 4;
@@ -512,8 +573,9 @@ __global__ void __launch_bounds__(SplitTile<kD>::kThreads, SplitTile<kD>::kCtas)
         const ScoreMap its_map = map_of(mine);
         float values[kD / 32] = {};
         attend_seen<kType>(
-            values, q_of(mine), SplitRows{args, args.k, args.k_strides, work.batch, work.kv_head},
-            SplitRows{args, args.v, args.v_strides, work.batch, work.kv_head}, args.d, args.dv,
+            values, q_of(mine),
+            SplitRows{args, args.k, args.k_strides, work.sequence, work.kv_head},
+            SplitRows{args, args.v, args.v_strides, work.sequence, work.kv_head}, args.d, args.dv,
             args.window ? max(position - args.window + 1, 0) : 0, min(work.sk, position + 1),
             [](int) { return true; },
             [&](float product, int key) {
@@ -532,13 +594,12 @@ __global__ void __launch_bounds__(SplitTile<kD>::kThreads, SplitTile<kD>::kCtas)
 template <DType kType, int kD> void launch_split(const SplitCall& call, cudaStream_t stream) {
   using Shape = SplitTile<kD>;
   SplitArgs args{};
-  args.b = static_cast<int>(call.b);
+  args.sequences = static_cast<int>(call.cu_seqlens_q ? call.sequences : call.b);
   args.sq = static_cast<int>(call.sq);
   args.sk = static_cast<int>(call.sk);
   args.hq = static_cast<int>(call.hq);
   args.hk = static_cast<int>(call.hk);
   args.group = static_cast<int>(call.hq / call.hk);
-  args.row_tiles = static_cast<int>(split_row_tiles(call));
   args.d = static_cast<int>(call.d);
   args.dv = static_cast<int>(call.dv);
   args.scale_log2 = call.scale * sm90::kLog2e;
@@ -552,6 +613,8 @@ template <DType kType, int kD> void launch_split(const SplitCall& call, cudaStre
   args.sink_stride = call.sink_stride;
   args.cache_seqlens = call.cache_seqlens;
   args.block_table = call.block_table;
+  args.cu_seqlens_q = call.cu_seqlens_q;
+  args.cu_q_stride = call.cu_q_stride;
   args.cache_stride = call.cache_stride;
   args.table_row = call.table_row;
   args.table_column = call.table_column;

@@ -5,13 +5,14 @@ namespace heddle {
 
 // A call of the kernel that splits keys among CTAs: few rows of q, or keys and values in pages
 struct SplitCall : ForwardCall {
-  // [b, max_pages] or null; k and v are [pages, page_size, hk, d] then, and sk what the table holds
+  // [b, max_pages] or null; k and v are [pages, page_size, hk, d] then, and sk what the table
+  // holds. Packed sequences of q have a row of it and a length of their cache each.
   const int32_t* block_table;
   int64_t table_row, table_column, pages, page_size;
   // For runs of keys that are not all of a row's, two a CTA
   float* part_out;     // [2 * processors, 64, dv]
   float2* part_state;  // [2 * processors, 64]: row_max in log2 units and row_sum
-  int* arrivals;       // at zero and left so, one per part of q that shares its keys
+  int* arrivals;  // [processors], at zero and left so: the last run of a CTA is shared, or none
   // A word that says afterwards whether lengths or pages were out of range, and a counter that is
   // at zero and left so; or null. A window leaves out pages, which are then not looked at.
   int *verdict, *judged;
@@ -19,9 +20,12 @@ struct SplitCall : ForwardCall {
 
 inline constexpr int kSplitRows = 64;
 
-// Rows of q that share a kv head, and how many CTAs' worth of 64 they are
+// Rows of q that share a kv head, and how many CTAs' worth of 64 they are, or at most are if they
+// are packed
 inline int64_t split_row_tiles(const ForwardCall& call) {
-  return (call.sq * (call.hq / call.hk) + kSplitRows - 1) / kSplitRows;
+  const int64_t rows = call.sq * (call.hq / call.hk);
+  return call.cu_seqlens_q ? rows / kSplitRows + call.sequences
+                           : (rows + kSplitRows - 1) / kSplitRows;
 }
 
 // How many CTAs there are: where d is at most 64 two of a multiprocessor, as copies of one are too

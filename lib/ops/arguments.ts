@@ -87,6 +87,10 @@ export function maskArguments(
   made: Tensor[],
 ): Record<string, unknown> {
   checkMask(op, mask)
+  if (mask.cuSeqlensQ && blockTable !== undefined) {
+    const text = 'mask must not be of packed sequences with blockTable, got one that is'
+    throw refuse('ERR_ARGUMENT', op, 'mask', text)
+  }
   const pages = blockTable instanceof Tensor ? (blockTable.shape[1] ?? 1) : 1
   const [sq, sk] = [q.shape[1], (k.shape[1] ?? 0) * pages]
   if (mask.sq !== sq || mask.sk !== sk) {

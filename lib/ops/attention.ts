@@ -41,16 +41,19 @@ export interface AttentionOptions {
    * value (0 is the off-by-one softmax).
    */
   sink?: Tensor<'float32'> | readonly number[] | undefined
-  /** Where each packed sequence of q begins, then the total; q is [1, total, hq, d]. Goes with `cuSeqlensK`. */
+  /**
+   * Where each of n packed sequences of q begins, then the total; q is [1, total, hq, d]. Goes with `cuSeqlensK`, or with a
+   * `blockTable` of n rows: prompts and single tokens of one step of a server in one call.
+   */
   cuSeqlensQ?: Tensor<'int32'> | readonly number[] | undefined
-  /** Where each packed sequence of k and v begins, then the total. */
+  /** Where each packed sequence of k and v begins, then the total. Not with `blockTable`. */
   cuSeqlensK?: Tensor<'int32'> | readonly number[] | undefined
   /**
-   * [b, maxPages], i32: k and v are pages `[pages, pageSize, hk, d]`, and this says which page holds which part of a
-   * sequence. Page sizes are powers of two up to 256. Goes with `cacheSeqlens`.
+   * [b, maxPages], i32, or [n, maxPages] with `cuSeqlensQ`: k and v are pages `[pages, pageSize, hk, d]`, and this says which
+   * page holds which part of a sequence. Page sizes are powers of two up to 256. Goes with `cacheSeqlens`.
    */
   blockTable?: Tensor<'int32'> | undefined
-  /** [b], i32: how many keys each sequence of the batch has; what lies behind them is not read. */
+  /** [b], or [n] with `cuSeqlensQ`, i32: how many keys each sequence has; what lies behind them is not read. */
   cacheSeqlens?: Tensor<'int32'> | readonly number[] | undefined
   /**
    * Which keys each query sees. Whether it is causal, its packed sequences and the lengths of its cache come with it; a window
@@ -178,6 +181,8 @@ function prepare(
   if (call.weights !== undefined) call.normalise ??= divides(call.weights)
   if (call.offset !== undefined && call.weights !== 'reweighted')
     throw refuse('ERR_ARGUMENT', op, 'offset', 'offset goes with weights of reweighted')
+  if (call.blockTable !== undefined && call.cuSeqlensK !== undefined)
+    throw refuse('ERR_ARGUMENT', op, 'cuSeqlensK', 'cuSeqlensK cannot be combined with blockTable')
   if (mask !== undefined) Object.assign(call, maskArguments(op, mask, q, k, call, made))
   const place = (name: string, placed: Tensor | undefined) => {
     if (placed) call[name] = placed

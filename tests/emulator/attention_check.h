@@ -47,7 +47,7 @@ struct Case {
   int64_t window = 0;
   bool mapped = false, sink = false;
   int64_t narrower = 0;               // by how much d and dv are smaller than the kernel's
-  std::vector<Sequence> packed = {};  // cuSeqlens, or
+  std::vector<Sequence> packed = {};  // cuSeqlens, with pages of q alone, or
   std::vector<int64_t> cached = {};   // cacheSeqlens
   int processors = 1;
   int64_t poisoned = -1;  // this key and its value are not numbers
@@ -207,11 +207,16 @@ using Run = std::function<void(SplitCall&)>;
 template <DType kType, DType kOut = kType>
 double check(const Case& c, int64_t d, int64_t dv, emulator::Random& random, const Run& run) {
   // pages of one sequence after another, in descending order and with one between that nobody uses
+  const bool packed = !c.packed.empty(), in_caches = packed && c.page_size;
+  std::vector<int64_t> cached = c.cached;
+  for (const Sequence& sequence : c.packed)
+    if (in_caches) cached.push_back(sequence.sk);
+  const int64_t caches = in_caches ? static_cast<int64_t>(cached.size()) : c.b;
   const int64_t pages_each = c.page_size ? (c.sk + c.page_size - 1) / c.page_size : 1;
-  const int64_t blocks = c.page_size ? 2 * c.b * pages_each : c.b;
+  const int64_t blocks = c.page_size ? 2 * caches * pages_each : c.b;
   const int64_t block_rows = c.page_size ? c.page_size : c.sk;
   std::vector<int32_t> table;
-  for (int64_t i = 0; i < c.b * pages_each; ++i)
+  for (int64_t i = 0; i < caches * pages_each; ++i)
     table.push_back(static_cast<int32_t>(blocks - 1 - 2 * i));
   const auto block_of = [&](int64_t b, int64_t t) {
     return c.page_size ? table[static_cast<size_t>(b * pages_each + t / c.page_size)] : b;
@@ -224,8 +229,8 @@ double check(const Case& c, int64_t d, int64_t dv, emulator::Random& random, con
     return x.at(block_of(b, t), t % block_rows, h, e);
   };
   const auto draw = [&](Array& to, int64_t s, int64_t h, int64_t size, float scale) {
-    for (int64_t b = 0; b < c.b; ++b)
-      for (int64_t i = 0; i < (c.cached.empty() || &to == &q ? s : c.cached[size_t(b)]); ++i)
+    for (int64_t b = 0; b < (&to == &q ? c.b : caches); ++b)
+      for (int64_t i = 0; i < (cached.empty() || &to == &q ? s : cached[size_t(b)]); ++i)
         for (int64_t j = 0; j < h; ++j)
           for (int64_t e = 0; e < size; ++e)
             (&to == &q ? q.at(b, i, j, e) : key_value(to, b, i, j, e)) =
@@ -243,8 +248,8 @@ double check(const Case& c, int64_t d, int64_t dv, emulator::Random& random, con
     }
   draw(v, c.sk, c.hk, dv, c.values);
   // keys that are not in use have lengths that those in use must not have
-  for (int64_t b = 0; c.slots.cosine && b < static_cast<int64_t>(c.cached.size()); ++b)
-    for (int64_t i = c.cached[size_t(b)]; i < c.sk; ++i)
+  for (int64_t b = 0; c.slots.cosine && b < static_cast<int64_t>(cached.size()); ++b)
+    for (int64_t i = cached[size_t(b)]; i < c.sk; ++i)
       for (int64_t j = 0; j < c.hk; ++j)
         for (int64_t e = 0; e < d; ++e)
           key_value(k, b, i, j, e) = static_cast<Array::Element>(emulator::encode(kType, 0x1p100f));
@@ -268,7 +273,7 @@ double check(const Case& c, int64_t d, int64_t dv, emulator::Random& random, con
     cu_q.push_back(cu_q.back() + static_cast<int32_t>(sequence.sq));
     cu_k.push_back(cu_k.back() + static_cast<int32_t>(sequence.sk));
   }
-  for (const int64_t length : c.cached) cache.push_back(static_cast<int32_t>(length));
+  for (const int64_t length : cached) cache.push_back(static_cast<int32_t>(length));
   int tickets[2] = {};
 
   SplitCall call{};
@@ -296,13 +301,13 @@ double check(const Case& c, int64_t d, int64_t dv, emulator::Random& random, con
   call.slopes = c.mapped || c.slots.sloped ? slopes.data() : nullptr;
   call.sink = c.sink ? sink.data() : nullptr;
   call.slopes_stride = call.sink_stride = 1;
-  if (!c.packed.empty()) {
+  if (packed) {
     call.cu_seqlens_q = cu_q.data();
-    call.cu_seqlens_k = cu_k.data();
+    call.cu_seqlens_k = in_caches ? nullptr : cu_k.data();
     call.cu_q_stride = call.cu_k_stride = 1;
     call.sequences = static_cast<int64_t>(c.packed.size());
   }
-  call.cache_seqlens = c.cached.empty() ? nullptr : cache.data();
+  call.cache_seqlens = cached.empty() ? nullptr : cache.data();
   call.cache_stride = 1;
   call.out_dtype = kOut;
   if (c.scaled) {
@@ -380,23 +385,31 @@ double check(const Case& c, int64_t d, int64_t dv, emulator::Random& random, con
   }
 
   struct Row {
-    int64_t token, index, position, from, until, k0;  // sees keys `from` to below `until` at most
-    size_t line;                                      // of lse
+    int64_t token, index, position, from, until;  // sees keys `from` to below `until` at most
+    int64_t cache, k0;                            // which of k and v has them, and from where on
+    size_t line;                                  // of lse
     std::vector<int64_t> keys;
   };
   const auto each_row = [&](const std::function<void(int64_t, int64_t, const Row&)>& visit) {
     int64_t q0 = 0, k0 = 0;
-    const auto count = static_cast<int64_t>(c.packed.empty() ? size_t(c.b) : c.packed.size());
+    const auto count = static_cast<int64_t>(packed ? c.packed.size() : size_t(c.b));
     for (int64_t sequence = 0; sequence < count; ++sequence) {
-      const bool packed = !c.packed.empty();
       const int64_t b = packed ? 0 : sequence;
       const int64_t sq = packed ? c.packed[size_t(sequence)].sq : c.sq;
-      const int64_t sk = packed             ? c.packed[size_t(sequence)].sk
-                         : c.cached.empty() ? c.sk
-                                            : c.cached[size_t(sequence)];
+      const int64_t sk = packed           ? c.packed[size_t(sequence)].sk
+                         : cached.empty() ? c.sk
+                                          : cached[size_t(sequence)];
       for (int64_t h = 0; h < c.hq; ++h)
         for (int64_t i = 0; i < sq; ++i) {
-          Row row{q0 + i, i, i + sk - sq, 0, sk, k0, size_t((b * c.hq + h) * c.sq + q0 + i), {}};
+          Row row{q0 + i,
+                  i,
+                  i + sk - sq,
+                  0,
+                  sk,
+                  in_caches ? sequence : b,
+                  in_caches ? 0 : k0,
+                  size_t((b * c.hq + h) * c.sq + q0 + i),
+                  {}};
           if (c.causal || c.window) row.until = std::clamp<int64_t>(row.position + 1, 0, sk);
           if (c.window)
             row.from = std::min(row.until, std::max<int64_t>(row.position - c.window + 1, 0));
@@ -415,9 +428,9 @@ double check(const Case& c, int64_t d, int64_t dv, emulator::Random& random, con
       double score = 0;
       for (int64_t e = 0; e < d; ++e)
         score += double{q.value(b, row.token, h, e)} *
-                 emulator::decode(kType, key_value(k, b, row.k0 + t, head, e));
+                 emulator::decode(kType, key_value(k, row.cache, row.k0 + t, head, e));
       score *= double{call.scale} * scales[size_t(h)] * scales[size_t(head)];
-      if (s.cosine) score /= q_length(b, row.token, h) * k_length(b, row.k0 + t, head);
+      if (s.cosine) score /= q_length(b, row.token, h) * k_length(row.cache, row.k0 + t, head);
       if (s.length_scale != 0) score *= s.length_scale * std::log(seen);
       if (call.soft_cap > 0) score = double{c.cap} * std::tanh(score / double{c.cap});
       if (call.slopes) score += double{slopes[size_t(h)]} * static_cast<double>(t - row.position);
@@ -459,7 +472,7 @@ double check(const Case& c, int64_t d, int64_t dv, emulator::Random& random, con
   // what is not written must not be read
   std::vector<float> part_out(static_cast<size_t>(2 * c.processors * kSplitRows * dv), NAN);
   std::vector<float2> part_state(static_cast<size_t>(2 * c.processors * kSplitRows), {NAN, NAN});
-  std::vector<int> arrivals(static_cast<size_t>(c.b * c.hk * split_row_tiles(call)), 0);
+  std::vector<int> arrivals(static_cast<size_t>(c.processors), 0);
   call.part_out = part_out.data();
   call.part_state = part_state.data();
   call.arrivals = arrivals.data();
@@ -505,8 +518,9 @@ double check(const Case& c, int64_t d, int64_t dv, emulator::Random& random, con
     for (int64_t e = 0; e < dv; ++e) {
       double value = 0, size = 0, all = 0;
       for (size_t i = 0; i < weights.size(); ++i) {
-        const double at = double{scales[size_t(head)]} *
-                          emulator::decode(kType, key_value(v, b, row.k0 + row.keys[i], head, e));
+        const double at =
+            double{scales[size_t(head)]} *
+            emulator::decode(kType, key_value(v, row.cache, row.k0 + row.keys[i], head, e));
         const double term = weights[i] * factor * at;
         value += term;
         size += std::fabs(term);

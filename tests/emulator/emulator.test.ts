@@ -992,7 +992,7 @@ const kernels: Kernel[] = [
       {
         what: 'the counters of arrivals are left behind',
         file: split,
-        from: 'if (thread == 0) args.arrivals[work.unit] = 0;',
+        from: 'if (thread == 0) args.arrivals[first_cta] = 0;',
         to: '',
       },
       {
@@ -1028,8 +1028,8 @@ const kernels: Kernel[] = [
       {
         what: 'every page is read from its first row',
         file: split,
-        from: 'from = args.row_of_page(key);',
-        to: 'from = 0;',
+        from: 'row = args.row_of_page(key);',
+        to: 'row = 0;',
       },
       {
         what: 'the last part of a row is left out',
@@ -1044,15 +1044,9 @@ const kernels: Kernel[] = [
         to: 'const float weight = from + i > last_cta ? 0 : exp2_approx(state[i].x - base);',
       },
       {
-        what: 'no keys in any part are no number',
-        file: split,
-        from: 'base = higher == -INFINITY ? 0 : higher',
-        to: 'base = higher',
-      },
-      {
         what: 'a page out of range is not told',
         file: split,
-        from: 'bad |= key < sk && (pages < 0 || pages >= args.pages);',
+        from: 'bad |= key < its.sk && (pages < 0 || pages >= args.pages);',
         to: '',
       },
       {
@@ -1060,6 +1054,42 @@ const kernels: Kernel[] = [
         file: split,
         from: 'bad |= keys < 0 || keys > args.sk;',
         to: '',
+      },
+      {
+        what: 'an offset out of range is not told',
+        file: split,
+        from: 'bad |= begins > ends ||',
+        to: 'bad |=',
+      },
+      {
+        what: 'sequences overlap',
+        file: split,
+        from: 'return __all_sync(~0u, apart) ? sum : 0;',
+        to: 'return sum;',
+      },
+      {
+        what: 'packed queries are read from the first one on',
+        file: split,
+        from: 'work.first_row = its.q_begin * args.group +',
+        to: 'work.first_row =',
+      },
+      {
+        what: 'a sequence behind the first 32 is taken for the one before',
+        file: split,
+        from: 'first_sequence += 32;',
+        to: 'first_sequence += 31;',
+      },
+      {
+        what: 'a row tile is done with before its last key',
+        file: split,
+        from: 'last / args.group + off + 1, its.sk) + kKeys - 1) / kKeys',
+        to: 'last / args.group + off + 1, its.sk)) / kKeys',
+      },
+      {
+        what: 'tiles that a row tile does not see are awaited',
+        file: split,
+        from: 'work.unit_tiles = seen.y - seen.x;',
+        to: 'work.unit_tiles = its.tiles;',
       },
       {
         what: 'two parts lie in one place',

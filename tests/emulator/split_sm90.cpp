@@ -72,6 +72,56 @@ const Case kCases[] = {
      .cached = {150},
      .poisoned = 140,
      .page_size = 64},
+    // prompts and single tokens at once, more of them than lanes, some without queries or keys
+    {.b = 1,
+     .sq = 83,
+     .sk = 384,
+     .hq = 4,
+     .hk = 2,
+     .causal = true,
+     .packed = {{1, 300}, {0, 128}, {70, 384}, {1, 1}, {5, 3}, {2, 0}, {1, 129}, {3, 17}},
+     .processors = 9,
+     .page_size = 64},
+    {.b = 1,
+     .sq = 180,
+     .sk = 256,
+     .hq = 2,
+     .hk = 1,
+     .sink = true,
+     .packed = {{80, 200}, {100, 0}, {0, 0}},
+     .processors = 3,
+     .page_size = 128},
+    {.b = 1,
+     .sq = 300,
+     .sk = 320,
+     .hq = 2,
+     .hk = 1,
+     .window = 70,
+     .mapped = true,
+     .packed = {{100, 320}, {200, 210}},
+     .processors = 5,
+     .page_size = 16},
+    {.b = 1,
+     .sq = 40,
+     .sk = 64,
+     .hq = 1,
+     .hk = 1,
+     .causal = true,
+     .packed = std::vector<Sequence>(40, {1, 33}),
+     .processors = 7,
+     .page_size = 32},
+    {.b = 1, .sq = 0, .sk = 64, .hq = 1, .hk = 1, .packed = {{0, 9}, {0, 0}}, .page_size = 64},
+    // rows of tiles that see little, which others have begun
+    {.b = 1,
+     .sq = 640,
+     .sk = 640,
+     .hq = 1,
+     .hk = 1,
+     .causal = true,
+     .cached = {640},
+     .processors = 13,
+     .poisoned = 638,
+     .page_size = 64},
 };
 
 }  // namespace
@@ -86,25 +136,36 @@ int main(int argc, char** argv) {
       if (its.verdict && (verdict != expected || judged != 0))
         emulator::fault("the verdict on lengths and pages is wrong");
     };
-    if (!c.cached.empty() && !c.window) {
+    if (call.cache_seqlens && !c.window) {
       call.verdict = &verdict;
       call.judged = &judged;
-      // the last word of what is looked at is out of range, elsewhere than the checked results
       SplitCall wrong = call;
       std::vector<uint16_t> out(static_cast<size_t>(c.b * call.out_strides.batch));
       std::vector<float> lse(static_cast<size_t>(c.b * c.hq * c.sq));
       wrong.out = out.data();
       wrong.lse = lse.data();
-      const auto last = static_cast<int64_t>(
-          std::ranges::find_if(c.cached, [](int64_t keys) { return keys > 0; }) - c.cached.begin());
-      const int32_t* word = call.block_table ? call.block_table + last * call.table_row +
-                                                   (c.cached[static_cast<size_t>(last)] - 1) /
-                                                       c.page_size * call.table_column
-                                             : call.cache_seqlens + (c.b - 1) * call.cache_stride;
-      auto* its = const_cast<int32_t*>(word);
-      const int32_t right = std::exchange(*its, call.block_table ? call.pages : -1);
-      judge(wrong, 1);
-      *its = right;
+      const auto judge_with = [&](const int32_t* word, int64_t value) {
+        auto* its = const_cast<int32_t*>(word);
+        const int32_t right = std::exchange(*its, static_cast<int32_t>(value));
+        judge(wrong, 1);
+        *its = right;
+      };
+      judge_with(call.cache_seqlens, call.sk + 1);
+      if (call.cu_seqlens_q) {
+        judge_with(call.cu_seqlens_q + call.sequences, c.sq + 1);
+        judge_with(call.cu_seqlens_q + 1, c.sq + 1);
+      }
+      // the last page that is looked at
+      const int64_t count = call.cu_seqlens_q ? call.sequences : c.b;
+      int64_t last = count - 1;
+      while (last >= 0 &&
+             (call.cache_seqlens[last] == 0 ||
+              (call.cu_seqlens_q && call.cu_seqlens_q[last] == call.cu_seqlens_q[last + 1])))
+        --last;
+      if (call.block_table && last >= 0)
+        judge_with(call.block_table + last * call.table_row +
+                       (call.cache_seqlens[last] - 1) / c.page_size * call.table_column,
+                   call.pages);
     }
     judge(call, 0);
   });

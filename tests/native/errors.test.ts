@@ -298,10 +298,26 @@ const wrong: Wrong[] = [
     'attention: b must be 1 with cuSeqlensQ, got 2',
   ],
   [
-    'packed and paged at once',
-    () => attention(q, kv, kv, { ...pages, cuSeqlensQ: [0, 4], cuSeqlensK: [0, 4] }),
+    'offsets of keys that stand in pages',
+    () => attention(q, kv, kv, { ...pages, cuSeqlensQ: [0, 4], cuSeqlensK: [0, 5] }),
     'ERR_ARGUMENT',
-    'attention: blockTable cannot be combined with cuSeqlensQ',
+    'attention: cuSeqlensK cannot be combined with blockTable',
+  ],
+  [
+    'a table of another number of packed sequences',
+    () => attention(q, kv, kv, { ...pages, cuSeqlensQ: [0, 1, 4] }),
+    'ERR_SHAPE',
+    'attention: blockTable must be [n, max_pages], got [1, 2] (n is 1, but cuSeqlensQ has n = 2)',
+  ],
+  [
+    'a mask of packed sequences over pages',
+    () => {
+      const packed = { cuSeqlensQ: [0, 4], cuSeqlensK: [0, 8] }
+      const mask = Mask.fromWindow({ window: 2 }, { sq: 4, sk: 8, ...packed })
+      return attention(q, kv, kv, { ...pages, mask })
+    },
+    'ERR_ARGUMENT',
+    'attention: mask must not be of packed sequences with blockTable, got one that is',
   ],
   [
     'pages without lengths',

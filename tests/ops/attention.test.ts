@@ -11,6 +11,8 @@ import {
 } from '../support/reference.js'
 
 // Out of float8 has another dtype
+const range = (n: number) => Array.from({ length: n }, (_, i) => i)
+
 const dtypes = [...floats, 'float8_e4m3fn'] as const
 const resultOf = (dtype: (typeof dtypes)[number]) =>
   dtype === 'float8_e4m3fn' ? 'bfloat16' : dtype
@@ -165,28 +167,30 @@ describeDevices('attention', (device) => {
 
     it('reads a cache in pages, and nothing of unused ones', async () => {
       const rng = random(3)
-      for (let n = 0; n < 12; n++) {
-        const c = { ...drawCase(rng, dtype), b: 3, sq: rng.pick([1, 1, 4, 33]) }
+      for (let n = 0; n < 24; n++) {
+        const packed = n % 2 === 1
+        const c = { ...drawCase(rng, dtype), b: packed ? rng.pick([1, 3, 40]) : 3 }
+        const most = rng.pick([1, 1, 4, 33])
+        const queries = range(c.b).map(() => (packed ? rng.pick([0, 1, 2, most]) : most))
         const pageSize = rng.pick([1, 2, 16, 64, 128])
-        const used = Array.from({ length: c.b }, () => rng.pick([0, 1, 17, 64, 150]))
+        const used = range(c.b).map(() => rng.pick([0, 1, 17, 64, 150]))
         const maxPages = Math.max(...used.map((keys) => Math.ceil(keys / pageSize)), 1)
-        const order = Array.from({ length: c.b * maxPages + 2 }, (_, i) => i).sort(
-          () => rng.next() - 0.5,
-        )
-        const table = Array.from({ length: c.b }, (_, b) =>
-          Array.from({ length: maxPages }, (_, i) =>
-            i * pageSize < used[b]! ? order[b * maxPages + i]! : rng.pick([-1, 2 ** 31 - 1, 0]),
+        const order = range(c.b * maxPages + 2).sort(() => rng.next() - 0.5)
+        const table = used.map((keys, b) =>
+          range(maxPages).map((i) =>
+            i * pageSize < keys ? order[b * maxPages + i]! : rng.pick([-1, 2 ** 31 - 1, 0]),
           ),
         )
-        const q = await sample(rng, [c.b, c.sq, c.hq, c.d], dtype, device)
+        const cuSeqlensQ = starts(queries)
+        const shape = packed ? [1, cuSeqlensQ.at(-1)!] : [c.b, most]
+        const q = await sample(rng, [...shape, c.hq, c.d], dtype, device)
         const pages = async (size: number) => {
           const shape = [order.length, pageSize, c.hk, size]
           const data = rng.normals(shape.reduce((a, x) => a * x, 1))
           const visible = new Set(
             table.flatMap((row, b) =>
-              Array.from(
-                { length: used[b]! },
-                (_, t) => row[Math.floor(t / pageSize)]! * pageSize + (t % pageSize),
+              range(used[b]!).map(
+                (t) => row[Math.floor(t / pageSize)]! * pageSize + (t % pageSize),
               ),
             ),
           )
@@ -199,33 +203,40 @@ describeDevices('attention', (device) => {
         }
         const k = await pages(c.d)
         const v = await pages(c.dv)
-        const paged =
-          (values: Float32Array, size: number): ReturnType<typeof reader> =>
-          (b, t, head, e) =>
-            values[
-              ((table[b]![Math.floor(t / pageSize)]! * pageSize + (t % pageSize)) * c.hk + head) *
-                size +
-                e
-            ]!
-        const reference = attentionReference(
-          c,
-          reader(q.values, c.sq, c.hq, c.d),
-          paged(k.values, c.d),
-          paged(v.values, c.dv),
-          result,
-          (b) => ({ sq: c.sq, sk: used[b]! }),
-        )
-        const got = attention(q.tensor, k.tensor, v.tensor, {
+        const { out, lse } = attention(q.tensor, k.tensor, v.tensor, {
           ...optionsOf(c),
           blockTable: tensor(table.flat(), [c.b, maxPages], { dtype: 'int32', device }),
           cacheSeqlens: used,
+          ...(packed && { cuSeqlensQ }),
         })
-        await expectReference(
-          got,
-          reference,
-          result,
-          `pages of ${pageSize}, ${used} keys, ${JSON.stringify(c)}`,
-        )
+        expect(out.shape).toEqual([...shape, c.hq, c.dv])
+        for (const [b, sq] of queries.entries()) {
+          const paged =
+            (values: Float32Array, size: number): ReturnType<typeof reader> =>
+            (_, t, head, e) =>
+              values[
+                ((table[b]![Math.floor(t / pageSize)]! * pageSize + (t % pageSize)) * c.hk + head) *
+                  size +
+                  e
+              ]!
+          const [batch, first] = packed ? [0, cuSeqlensQ[b]!] : [b, 0]
+          const rows = reader(q.values, shape[1]!, c.hq, c.d)
+          const reference = attentionReference(
+            { ...c, b: 1, sq, sk: used[b]! },
+            (_, row, head, e) => rows(batch, first + row, head, e),
+            paged(k.values, c.d),
+            paged(v.values, c.dv),
+            result,
+          )
+          const own = (x: Tensor, axis: number) =>
+            x.slice(0, batch, batch + 1).slice(axis, first, first + sq)
+          await expectReference(
+            { out: own(out, 1) as Tensor<FloatDType>, lse: own(lse, 2) as Tensor<'float32'> },
+            reference,
+            result,
+            `pages of ${pageSize}, ${used[b]} keys of ${b}, ${sq} queries, ${packed}, ${JSON.stringify(c)}`,
+          )
+        }
       }
     })
 
@@ -365,6 +376,17 @@ describeDevices('attention', (device) => {
       { cacheSeqlens: int32([-1]) },
       { blockTable: int32([7], [1, 1]), cacheSeqlens: int32([4]) },
       { blockTable: int32([-1], [1, 1]), cacheSeqlens: int32([1]) },
+      { blockTable: int32([0, 7], [2, 1]), cacheSeqlens: int32([4, 1]), cuSeqlensQ: [0, 3, 4] },
+      { blockTable: int32([0, 0], [2, 1]), cacheSeqlens: int32([4, 5]), cuSeqlensQ: [0, 3, 4] },
+      ...[
+        [0, 3, 3],
+        [0, 5, 4],
+        [1, 2, 4],
+      ].map((offsets) => ({
+        blockTable: int32([0, 0], [2, 1]),
+        cacheSeqlens: int32([4, 4]),
+        cuSeqlensQ: int32(offsets),
+      })),
     ]
     for (const options of bad) {
       await expect(
