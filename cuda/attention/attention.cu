@@ -273,29 +273,47 @@ const char* declines_slots(const Attention& op) {
 
 namespace {
 
+const char* declines_forward(const Attention& op, const CudaContext& context) {
+  if (const char* reason = declines_hopper(op, context)) return reason;
+  if (op.masked)
+    if (const char* reason = declines_slots(op)) return reason;
+  if (bias_form(op) == BiasForm::kSingles && op.bias.strides[3] != 1)
+    return "bias must be contiguous along sk";
+  const SplitCall call = hopper_call(op, context);
+  const char* reason = declines_forward_sm90(call);
+  // which takes the short ones of packed sequences
+  return reason || !op.block_table ? reason : declines_split_sm90(call);
+}
+
 const char* declines_split(const Attention& op, const CudaContext& context) {
   if (const char* reason = declines_slots(op)) return reason;
   if (const char* reason = declines_hopper(op, context)) return reason;
   if (op.masked) return "mask must be left out";
+  if (op.block_table && !declines_forward(op, context))
+    return "q must have less than 128 rows for each multiprocessor, heads counted";
   return declines_split_sm90(hopper_call(op, context));
 }
 
-void run_split(const Attention& op, CudaContext& context) {
-  SplitCall call = hopper_call(op, context);
+void split(SplitCall& call, CudaContext& context) {
   call.processors = static_cast<int>(split_ctas(call));
   const auto slots = static_cast<size_t>(2 * call.processors * kSplitRows);
   call.part_out = context.scratch<float>(slots * static_cast<size_t>(call.dv));
   call.part_state = context.scratch<float2>(slots);
   call.arrivals = context.counters(static_cast<size_t>(call.processors) + 1);
+  if (call.verdict) call.judged = call.arrivals + call.processors;
+  split_sm90(call, context.stream);
+  context.launched("split_sm90_kernel");
+}
+
+void run_split(const Attention& op, CudaContext& context) {
+  SplitCall call = hopper_call(op, context);
+  // the kernel sees all lengths and pages, and a launch less is much for a short step
   if (op.cache_seqlens && !op.window) {
-    // the kernel sees all of them, and a launch less is much for a short step
     call.verdict = context.verdict(lengths_fault(op));
-    call.judged = call.arrivals + call.processors;
   } else {
     check_lengths(op, context);
   }
-  split_sm90(call, context.stream);
-  context.launched("split_sm90_kernel");
+  split(call, context);
 }
 
 // With `only_if`, a word on the device, only if that is not 0
@@ -324,16 +342,6 @@ void run_portable(const Attention& op, CudaContext& context, const int* only_if)
   q.dtype == DType::kE4M3 ? forward(E4M3{}) : dispatch_float(q.dtype, forward);
 }
 
-const char* declines_forward(const Attention& op, const CudaContext& context) {
-  if (const char* reason = declines_hopper(op, context)) return reason;
-  if (op.block_table) return "blockTable must be left out";
-  if (op.masked)
-    if (const char* reason = declines_slots(op)) return reason;
-  if (bias_form(op) == BiasForm::kSingles && op.bias.strides[3] != 1)
-    return "bias must be contiguous along sk";
-  return declines_forward_sm90(hopper_call(op, context));
-}
-
 void run_forward(const Attention& op, CudaContext& context) {
   check_lengths(op, context);
   SplitCall call = hopper_call(op, context);
@@ -344,6 +352,10 @@ void run_forward(const Attention& op, CudaContext& context) {
     call.turned = context.scratch<uint8_t>(static_cast<size_t>(turned_bytes(call)));
   forward_sm90(call, context.stream);
   context.launched("forward_sm90_kernel");
+  if (op.block_table && op.cu_seqlens_q) {
+    call.most_queries = kFewQueries;
+    split(call, context);
+  }
   if (strange) run_portable(op, context, strange);
 }
 

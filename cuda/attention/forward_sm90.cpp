@@ -65,6 +65,12 @@ template <DType kType> void pick_listed(const ForwardCall& call, cudaStream_t st
         : launch_forward_sm90<kType, 128, 128, Form::kPlain, Layout::kListed>(call, stream);
 }
 
+template <DType kType> void pick_paged(const ForwardCall& call, cudaStream_t stream) {
+  std::max(call.d, call.dv) <= 64
+      ? launch_forward_sm90<kType, 64, 64, Form::kPlain, Layout::kPaged>(call, stream)
+      : launch_forward_sm90<kType, 128, 128, Form::kPlain, Layout::kPaged>(call, stream);
+}
+
 // Of kSlotColumns columns
 template <DType kType> void pick_form(const ForwardCall& call, cudaStream_t stream) {
   dispatch_form(call, [&]<Form kForm>() { pick_layout<kType, kSlotColumns, kForm>(call, stream); });
@@ -74,11 +80,26 @@ bool maps_scores(const ForwardCall& call) {
   return call.soft_cap != 0 || call.slopes || !scales_products(call);
 }
 
+const char* declines_pages(const ForwardCall& call) {
+  if (call.masked || call.slots.used() || maps_scores(call))
+    return "mask, softCap, slopes, weights, bias, cosine and lengthScale must be left out with "
+           "blockTable, and scale must be positive";
+  if (call.dtype == DType::kE4M3) return "q must not be float8_e4m3fn with blockTable";
+  if (std::max(call.d, call.dv) > 128 || call.dv == 0)
+    return "d must be at most 128, and v have columns, with blockTable";
+  if (call.page_size < 8) return "the page size must be at least 8";
+  // what splits keys keeps all multiprocessors busy whatever rows there are
+  if (call.sq <= kFewQueries || call.b * call.hq * (call.sq / 128) < call.processors)
+    return "q must have 128 rows for each multiprocessor, heads counted, with blockTable";
+  return nullptr;
+}
+
 template <DType kType> void pick(const ForwardCall& call, cudaStream_t stream) {
   const int64_t size = std::max(call.d, call.dv);
   if (call.dv == 0)
     return call.slots.units ? launch_sums_sm90<DType::kF16, true>(call, stream)
                             : launch_sums_sm90<kType, false>(call, stream);
+  if (call.block_table) return pick_paged<kType>(call, stream);
   if (call.masked) return pick_listed<kType>(call, stream);
   if (call.slots.used() || (size > 96 && size <= kSlotColumns))
     return pick_form<kType>(call, stream);
@@ -123,7 +144,9 @@ const char* declines_forward_sm90(const ForwardCall& call) {
   if (float8 && (call.d % 2 != 0 || call.dv % 8 != 0))
     return "d must be even, and that of v a multiple of 8, with float8";
   if (float8 && std::max(call.d, call.dv) > 128) return "d must be at most 128 with float8";
-  return declines_addresses_sm90(call, call.b, call.sk);
+  if (!call.block_table) return declines_addresses_sm90(call, call.b, call.sk);
+  const char* reason = declines_pages(call);
+  return reason ? reason : declines_addresses_sm90(call, call.pages, call.page_size);
 }
 
 void forward_sm90(const ForwardCall& call, cudaStream_t stream) {

@@ -41,7 +41,7 @@ namespace {
 
 template <int kD, int kDv, Form kForm, Layout kLayout> struct ForwardTile {
   static constexpr bool kListed = kLayout == Layout::kListed || kLayout == Layout::kApart;
-  static constexpr bool kTall = kLayout == Layout::kTall;
+  static constexpr bool kTall = kLayout == Layout::kTall, kPaged = kLayout == Layout::kPaged;
   static constexpr bool kSlots = kForm == Form::kMapped && kD == kSlotColumns;
   // rows of q bring factors, constants or levels
   static constexpr bool kRows = kSlots || kForm == Form::kSigmoid || kForm == Form::kReweighted;
@@ -69,8 +69,8 @@ template <int kD, int kDv, Form kForm, Layout kLayout> struct ForwardTile {
   static constexpr int kKeyStages = kTall && kD == 128 ? 3 : 2;
   static constexpr int kValueStages = (kTall && kD == 128) || kListed ? 3 : 2;
   static constexpr int kThreads = 128 * (kWarpgroups + 1);
-  // sums to the 512 registers per lane that a CTA has; a walk over a list takes some
-  static constexpr int kLoadRegisters = kListed ? 40 : kWarpgroups == 3 ? 32 : 24;
+  // sums to the 512 registers per lane that a CTA has; walks over lists and pages take some
+  static constexpr int kLoadRegisters = kWarpgroups == 3 ? 32 : kListed || kPaged ? 40 : 24;
   static constexpr int kComputeRegisters = (512 - kLoadRegisters) / kWarpgroups / 8 * 8;
   static constexpr int kKeysOfBox = kListed ? kUnitKeys : kKeys;
 };
@@ -199,12 +199,19 @@ struct ForwardArgs {
   UnitLists lists;
   Slots slots;
   int short_tiles;  // with lists, the first of row_tiles, which come last, those of all pairs
+  // Of kPaged
+  int pages, page_log2;  // of 2^page_log2 keys
+  int box;               // a copy moves so many
+  const int32_t* block_table;
+  int64_t table_row, table_column;
 };
 
 // Which tile has which number. Inside of a section tiles go from the last rows to the first, which
 // under a causal mask is from the longest to the shortest, and neighbours are of different heads.
 // With lists the short ones of all heads come last, so that all CTAs end at about the same time.
-template <int kQueries, bool kListed = false> struct ForwardOrder {
+template <int kQueries, Layout kLayout = Layout::kEven> struct ForwardOrder {
+  static constexpr bool kListed = kLayout == Layout::kListed || kLayout == Layout::kApart;
+  static constexpr bool kPaged = kLayout == Layout::kPaged;
   const ForwardArgs& args;
   // packed sequences: where the search for the last tile ended
   int sequence = 0, tiles_before = 0;
@@ -227,14 +234,19 @@ template <int kQueries, bool kListed = false> struct ForwardOrder {
         work.q_begin = offset(args.cu_seqlens_q, args.cu_q_stride, sequence, args.sq);
         work.sq = offset(args.cu_seqlens_q, args.cu_q_stride, sequence + 1, args.sq) - work.q_begin;
         tiles_here = max((work.sq + kQueries - 1) / kQueries, 0);
+        if (kPaged && work.sq <= kFewQueries) tiles_here = 0;
         if (tile < tiles_before + tiles_here) break;
       }
       if (sequence == args.sequences) return work;
       work.sequence = sequence;
       row_tile = tiles_before + tiles_here - 1 - tile;
-      work.k_begin = offset(args.cu_seqlens_k, args.cu_k_stride, sequence, args.sk);
-      work.sk =
-          max(offset(args.cu_seqlens_k, args.cu_k_stride, sequence + 1, args.sk) - work.k_begin, 0);
+      if constexpr (kPaged) {
+        work.sk = offset(args.cache_seqlens, args.cache_stride, sequence, args.sk);
+      } else {
+        work.k_begin = offset(args.cu_seqlens_k, args.cu_k_stride, sequence, args.sk);
+        work.sk = max(
+            offset(args.cu_seqlens_k, args.cu_k_stride, sequence + 1, args.sk) - work.k_begin, 0);
+      }
     } else {
       const int pairs = args.hq * args.b;
       int at = index, heads = args.section, tiles = args.row_tiles, first = 0;
@@ -375,6 +387,27 @@ template <class Element> struct KeyRows {
   }
 };
 
+// The same in pages
+struct PageRows {
+  const ForwardArgs& args;
+  int sequence;
+  const uint16_t* first;  // of the head in page 0
+  const Strides& strides;
+  __device__ __forceinline__ int page(int key) const {
+    return args
+        .block_table[sequence * args.table_row + (key >> args.page_log2) * args.table_column];
+  }
+  __device__ __forceinline__ int row(int key) const { return key & ((1 << args.page_log2) - 1); }
+  __device__ __forceinline__ const uint16_t* operator()(int key) const {
+    return first + min(max(page(key), 0), args.pages - 1) * strides.batch + row(key) * strides.row;
+  }
+};
+
+// What a lane copies of a key tile: rows from `at` on, from this row of a page
+struct PageBox {
+  int at, page, row;
+};
+
 template <DType kType, int kD, int kDv, Form kForm, Layout kLayout>
 __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kLayout>::kThreads), 1)
     forward_sm90_kernel(const __grid_constant__ sm90::TensorMap gmem_q,
@@ -384,7 +417,7 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kLayout>::kThread
                         const __grid_constant__ FormMaps<kForm> maps) {
   using namespace sm90;
   using Shape = ForwardTile<kD, kDv, kForm, kLayout>;
-  constexpr bool kListed = Shape::kListed;
+  constexpr bool kListed = Shape::kListed, kPaged = Shape::kPaged;
   constexpr int kQueries = Shape::kQueries, kKeys = Shape::kKeys;
   using KeyTurn = Turn<Shape::kKeyStages>;
   using ValueTurn = Turn<Shape::kValueStages>;
@@ -462,7 +495,7 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kLayout>::kThread
         const int lane = static_cast<int>(threadIdx.x) % 32;
         const int leader = __ffs(static_cast<int>(__ballot_sync(~0u, leads))) - 1;
         if (leads) prefetch(gmem_q);
-        ForwardOrder<kQueries, true> order{args};
+        ForwardOrder<kQueries, kLayout> order{args};
         ForwardWork work = order.at(blockIdx.x);
         uint32_t visit = 0, n = 0;  // tiles of q, and of k and v
         auto push = [&](UnitPair pair, bool opens) {
@@ -567,28 +600,58 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kLayout>::kThread
           load_values(n, last);
         }
       }
-    } else if (threadIdx.x < 32 && elect_one()) {
-      prefetch(gmem_q);
-      prefetch(gmem_k);
-      prefetch(gmem_v);
-      ForwardOrder<kQueries> order{args};
+    } else if (threadIdx.x < 32) {
+      // one lane does it all, but for pages, of which each copies its own
+      const bool leads = elect_one();
+      if (!kPaged && !leads) return;
+      const int lane = kPaged ? static_cast<int>(threadIdx.x) : 0;
+      if (leads) {
+        prefetch(gmem_q);
+        prefetch(gmem_k);
+        prefetch(gmem_v);
+      }
+      ForwardOrder<kQueries, kLayout> order{args};
       ForwardWork work = order.at(blockIdx.x);
       uint32_t visit = 0, loaded = 0;  // tiles of q, and of k and v
       if (work.row >= 0) find_keys<kQueries, kKeys>(args, work);
       for (; work.row >= 0; ++visit) {
         const int kv_head = work.head / args.group;
-        auto load = [&](auto& tile, Barrier& full, const TensorMap& map, int j) {
-          full.arrive_expect(tile.kBytes);
-          tile.load(map, full, work.k_begin + (work.key_end - 1 - j) * kKeys, kv_head, work.batch,
-                    Keep::kLong);
+        // looked up before there is room for it
+        auto find = [&](int j) {
+          PageBox box{};
+          if constexpr (kPaged) {
+            const PageRows rows{args, work.sequence, nullptr, args.k_strides};
+            box.at = lane * args.box;
+            const int key = (work.key_end - 1 - j) * kKeys + box.at;
+            // what lies outside arrives as zeros: pages behind the last key are not looked at
+            box.page = box.at < kKeys && key < work.sk ? rows.page(key) : args.pages;
+            box.row = rows.row(key);
+          }
+          return box;
+        };
+        auto load = [&](auto& tile, Barrier& full, const TensorMap& map, int j,
+                        const PageBox& box) {
+          if (leads) full.arrive_expect(tile.kBytes);
+          if constexpr (kPaged) {
+            __syncwarp();
+            if (box.at >= kKeys) return;
+            for (int column = 0; column < kD; column += 64)
+              copy_to_smem(tile.panel(column) + box.at * 128, map, full, column, box.row, kv_head,
+                           box.page, Keep::kLong);
+          } else {
+            tile.load(map, full, work.k_begin + (work.key_end - 1 - j) * kKeys, kv_head, work.batch,
+                      Keep::kLong);
+          }
         };
         auto load_keys = [&](int j) {
+          const PageBox box = find(j);
           const uint32_t stage = empty_keys(loaded + j);
-          load(smem.k[stage], smem.k_full[stage], gmem_k, j);
+          load(smem.k[stage], smem.k_full[stage], gmem_k, j, box);
         };
         auto load_values = [&](int j) {
+          const PageBox box = find(j);
           const uint32_t stage = empty_values(loaded + j);
-          load(smem.v[stage], smem.v_full[stage], gmem_v, j);
+          load(smem.v[stage], smem.v_full[stage], gmem_v, j, box);
         };
         // those of key tile j, as soon as those of the tile before were read
         auto load_bias = [&](int j) {
@@ -605,20 +668,21 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kLayout>::kThread
           }
         };
         load_keys(0);
-        load_q(work, visit);
+        if (leads) load_q(work, visit);
         for (int j = 1; j < work.key_tiles; ++j) {
           load_keys(j);
           load_bias(j - 1);
           load_values(j - 1);
         }
-        const int ticket = ask();
+        int ticket = leads ? ask() : 0;
+        if constexpr (kPaged) ticket = __reduce_add_sync(~0u, ticket);
         load_bias(work.key_tiles - 1);
         load_values(work.key_tiles - 1);
         loaded += work.key_tiles;
         work = order.at(ticket);
         if (work.row >= 0) find_keys<kQueries, kKeys>(args, work);
       }
-      finish(work, visit);
+      if (leads) finish(work, visit);
     }
     return;
   }
@@ -657,7 +721,8 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kLayout>::kThread
   // Where a warpgroup sees no key of a half of a tile, behind its last row in the first or before
   // its window in the last, it leaves out what those take, but for their values. In copies of their
   // own, with q in registers: where code is shared with what all tiles do ptxas makes that slower.
-  constexpr bool kHalves = kLayout == Layout::kEven && kForm == Form::kPlain && kD == 128;
+  constexpr bool kHalves =
+      (kLayout == Layout::kEven || kPaged) && kForm == Form::kPlain && kD == 128;
   constexpr int kHalfKeys = 64;
   using HalfScores = float[kHalfKeys / 2];
   // where the halves of a key tile begin
@@ -717,10 +782,18 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kLayout>::kThread
   // each warp alone
   auto multiply_again = [&](const ForwardWork& work, const auto& tile, int lower, int upper) {
     using Element = std::conditional_t<kType == DType::kF16, F16, BF16>;
-    const uint16_t* k = args.k + work.batch * args.k_strides.batch +
-                        work.head / args.group * args.k_strides.head +
-                        (work.k_begin + lower + lane / 4) * args.k_strides.row + lane % 4 * 2;
-    const int64_t between = (upper - lower - kKeys / 2) * args.k_strides.row;
+    const Strides& strides = args.k_strides;
+    const uint16_t* k = args.k + work.head / args.group * strides.head + lane % 4 * 2;
+    if constexpr (!kPaged)
+      k += work.batch * strides.batch + (work.k_begin + lower + lane / 4) * strides.row;
+    const auto row_of = [&](int i) {  // 2 i behind the first
+      if constexpr (kPaged) {
+        return PageRows{args, work.sequence, k, strides}(lower + 2 * i + lane / 4);
+      } else {
+        const int64_t between = (upper - lower - kKeys / 2) * strides.row;
+        return k + 2 * i * strides.row + (i < kKeys / 4 ? 0 : between);
+      }
+    };
     for (float& x : acc_s) x = 0;
 #pragma unroll 1
     for (int d = 0; d < args.d; d += 16, k += 16) {
@@ -728,8 +801,7 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kLayout>::kThread
       ldmatrix_x4(tile.address(own_row + lane % 16, d + lane / 16 * 8), frag_q);
 #pragma unroll
       for (int i = 0; i < kKeys / 2; i += 4) {
-        const auto* pairs = reinterpret_cast<const uint32_t*>(k + 2 * i * args.k_strides.row +
-                                                              (i < kKeys / 4 ? 0 : between));
+        const auto* pairs = reinterpret_cast<const uint32_t*>(row_of(i));
         float products[4] = {acc_s[i], acc_s[i + 1], acc_s[i + 2], acc_s[i + 3]};
         multiply<Element>(products, frag_q, pairs[0], d + 8 < args.d ? pairs[4] : 0);
         for (int x = 0; x < 4; ++x) acc_s[i + x] = products[x];
@@ -850,7 +922,12 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kLayout>::kThread
       return x + work.batch * strides.batch + head * strides.head + begin * strides.row;
     };
     const auto rows_of = [&](const uint16_t* x, const Strides& strides) {
-      return KeyRows<uint16_t>{base(x, strides, work.head / args.group, work.k_begin), strides.row};
+      const int kv_head = work.head / args.group;
+      if constexpr (kPaged) {
+        return PageRows{args, work.sequence, x + kv_head * strides.head, strides};
+      } else {
+        return KeyRows<uint16_t>{base(x, strides, kv_head, work.k_begin), strides.row};
+      }
     };
     SlotRow its{};
     if (kRows || kForm == Form::kBiased) its = slot_row(args, work, row, slots);
@@ -1339,6 +1416,11 @@ inline ForwardArgs forward_args(const ForwardCall& call, int queries) {
   args.cu_k_stride = call.cu_k_stride;
   args.cache_stride = call.cache_stride;
   args.sequences = static_cast<int>(call.sequences);
+  args.block_table = call.block_table;
+  args.table_row = call.table_row;
+  args.table_column = call.table_column;
+  args.pages = static_cast<int>(call.pages);
+  args.page_log2 = std::countr_zero(static_cast<uint64_t>(call.page_size));
   args.d = static_cast<int>(call.d);
   args.dv = static_cast<int>(call.dv);
   args.q = static_cast<const uint16_t*>(call.q);
@@ -1373,11 +1455,20 @@ template <Form kForm> FormMaps<kForm> form_maps(const ForwardCall& call) {
 template <DType kType, int kD, int kDv, Form kForm, Layout kLayout>
 void launch_forward(const ForwardCall& call, cudaStream_t stream) {
   using Shape = ForwardTile<kD, kDv, kForm, kLayout>;
-  const ForwardArgs args = forward_args(call, Shape::kQueries);
+  ForwardArgs args = forward_args(call, Shape::kQueries);
+  args.box = Shape::kPaged ? static_cast<int>(std::min<int64_t>(call.page_size, Shape::kKeys))
+                           : Shape::kKeysOfBox;
   const auto map = [&](const void* data, int64_t d, int64_t s, int64_t h, const Strides& strides,
                        int rows) {
     return make_tensor_map(kType, data, {d, s, h, call.b, strides.row, strides.head, strides.batch},
                            rows);
+  };
+  const auto keys = [&](const void* data, int64_t d, const Strides& strides) {
+    if (!Shape::kPaged) return map(data, d, call.sk, call.hk, strides, args.box);
+    return make_tensor_map(
+        kType, data,
+        {d, call.page_size, call.hk, call.pages, strides.row, strides.head, strides.batch},
+        args.box);
   };
   Launch how{std::min(args.tiles, call.processors), Shape::kThreads,
              sm90::shared_memory_bytes<ForwardSmem<kD, kDv, kForm, kLayout>>(), stream};
@@ -1385,8 +1476,7 @@ void launch_forward(const ForwardCall& call, cudaStream_t stream) {
   how.graphs = Shape::kListed ? nullptr : call.graphs;
   launch<forward_sm90_kernel<kType, kD, kDv, kForm, kLayout>>(
       how, map(call.q, call.d, call.sq, call.hq, call.q_strides, Shape::kQueries),
-      map(call.k, call.d, call.sk, call.hk, call.k_strides, Shape::kKeysOfBox),
-      map(call.v, call.dv, call.sk, call.hk, call.v_strides, Shape::kKeysOfBox),
+      keys(call.k, call.d, call.k_strides), keys(call.v, call.dv, call.v_strides),
       map(call.out, call.dv, call.sq, call.hq, call.out_strides, 64), args, form_maps<kForm>(call));
 }
 

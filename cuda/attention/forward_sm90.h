@@ -71,6 +71,10 @@ struct ForwardCall {
   int64_t cu_q_stride, cu_k_stride, sequences;
   const int32_t* cache_seqlens;  // [b] or null: keys in use
   int64_t cache_stride;
+  // [b, max_pages] or null; k and v are [pages, page_size, hk, d] then, and sk what the table
+  // holds. Packed sequences of q have a row of it and a length of their cache each.
+  const int32_t* block_table;
+  int64_t table_row, table_column, pages, page_size;
   Slots slots;
   bool masked;           // by `lists.mask`
   UnitLists lists;       // sized by size_lists_sm90
@@ -102,6 +106,10 @@ inline int64_t turned_bytes(const ForwardCall& call) {
   const int d = call.d <= 64 && call.dv <= 64 ? 64 : 128;
   return call.b * call.hk * turned_tiles(call, d) * d * 128;
 }
+
+// Over pages sequences of so many queries and fewer are left to split_sm90.h, which takes less time
+// for them
+inline constexpr int kFewQueries = 96;
 
 // Attention on Hopper's matrix instructions, for calls that are not declined
 void forward_sm90(const ForwardCall& call, cudaStream_t stream);
@@ -263,6 +271,7 @@ enum class Layout {
   kTall,    // three warpgroups on shorter key tiles, which are read less often: without a window
   kListed,  // keys come from lists, in which the rows of a tile mostly see the same,
   kApart,   // or those of either warpgroup what the other does not
+  kPaged,   // those of kEven, whose keys stand in pages
 };
 
 // What forward_sm90 picks from, an instantiation file for each size, and for each dtype where there

@@ -55,7 +55,7 @@ template <int kD> struct SplitSmem {
 
 struct SplitArgs {
   // what is looked at before the first copy, in one line of the cache of arguments
-  int sequences, sq, sk, hk, group;
+  int sequences, sq, sk, hk, group, most_queries;
   int window;      // 0 is all
   int box, boxes;  // a copy moves `box` rows, of which so many are a tile
   const int32_t *cache_seqlens, *block_table, *cu_seqlens_q;
@@ -105,7 +105,8 @@ template <int kKeys> struct SplitPlan {
     its.q_begin = args.q_begin(i);
     its.sq = args.cu_seqlens_q ? args.q_begin(i + 1) - its.q_begin : args.sq;
     its.sk = args.keys(i);
-    its.row_tiles = (its.sq * args.group + kSplitRows - 1) / kSplitRows;
+    its.row_tiles =
+        its.sq > args.most_queries ? 0 : (its.sq * args.group + kSplitRows - 1) / kSplitRows;
     its.first_tile = args.window ? max(its.sk - its.sq - args.window + 1, 0) / kKeys : 0;
     // one without keys visits a tile all the same, fully masked
     its.tiles = max((its.sk + kKeys - 1) / kKeys - its.first_tile, 1);
@@ -541,7 +542,8 @@ __global__ void __launch_bounds__(SplitTile<kD>::kThreads, SplitTile<kD>::kCtas)
 #pragma unroll
             for (int i = 0; i < kLooks; ++i) higher = fmaxf(higher, state[i].x);
             // none of these parts has keys
-            const float base = higher == -INFINITY ? 0 : higher, shrink = exp2_approx(top - base);
+            const float base = higher == -INFINITY ? 0 : higher,
+                        shrink = sm90::exp2_approx(top - base);
             top = higher;
             sum *= shrink;
             total_v = {total_v.x * shrink, total_v.y * shrink, total_v.z * shrink,
@@ -550,7 +552,7 @@ __global__ void __launch_bounds__(SplitTile<kD>::kThreads, SplitTile<kD>::kCtas)
             for (int i = 0; i < kLooks; ++i) {
               // not by a weight of zero, as values may be infinite
               if (from + i > last_cta) continue;
-              const float weight = exp2_approx(state[i].x - base);
+              const float weight = sm90::exp2_approx(state[i].x - base);
               sum = fmaf(weight, state[i].y, sum);
               total_v.x = fmaf(weight, values[i].x, total_v.x);
               total_v.y = fmaf(weight, values[i].y, total_v.y);
@@ -600,6 +602,7 @@ template <DType kType, int kD> void launch_split(const SplitCall& call, cudaStre
   args.hq = static_cast<int>(call.hq);
   args.hk = static_cast<int>(call.hk);
   args.group = static_cast<int>(call.hq / call.hk);
+  args.most_queries = call.most_queries ? static_cast<int>(call.most_queries) : INT32_MAX;
   args.d = static_cast<int>(call.d);
   args.dv = static_cast<int>(call.dv);
   args.scale_log2 = call.scale * sm90::kLog2e;

@@ -5,10 +5,7 @@ namespace heddle {
 
 // A call of the kernel that splits keys among CTAs: few rows of q, or keys and values in pages
 struct SplitCall : ForwardCall {
-  // [b, max_pages] or null; k and v are [pages, page_size, hk, d] then, and sk what the table
-  // holds. Packed sequences of q have a row of it and a length of their cache each.
-  const int32_t* block_table;
-  int64_t table_row, table_column, pages, page_size;
+  int64_t most_queries;  // packed sequences of more are left out; 0 is none
   // For runs of keys that are not all of a row's, two a CTA
   float* part_out;     // [2 * processors, 64, dv]
   float2* part_state;  // [2 * processors, 64]: row_max in log2 units and row_sum

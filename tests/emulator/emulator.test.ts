@@ -1040,8 +1040,8 @@ const kernels: Kernel[] = [
       {
         what: 'infinity is multiplied by a weight of zero',
         file: split,
-        from: 'if (from + i > last_cta) continue;\n              const float weight = exp2_approx(state[i].x - base);',
-        to: 'const float weight = from + i > last_cta ? 0 : exp2_approx(state[i].x - base);',
+        from: 'if (from + i > last_cta) continue;\n              const float weight = sm90::exp2_approx(state[i].x - base);',
+        to: 'const float weight = from + i > last_cta ? 0 : sm90::exp2_approx(state[i].x - base);',
       },
       {
         what: 'a page out of range is not told',
@@ -1108,6 +1108,55 @@ const kernels: Kernel[] = [
         file: split,
         from: 'min(work.sk, bounds.position[r] + 1)',
         to: 'min(work.sk, bounds.position[r] + 2)',
+      },
+    ],
+  },
+  {
+    name: 'paged_sm90',
+    variants: { 'kF16 d64': ['-DHEDDLE_DTYPE=kF16'], 'kBF16 d128': ['-DHEDDLE_D=128'] },
+    broken: 'kBF16 d128',
+    faults: [
+      {
+        what: 'every page is read from its first row',
+        file: forward,
+        from: 'box.row = rows.row(key);',
+        to: 'box.row = 0;',
+      },
+      {
+        what: 'a sequence is left to who leaves it',
+        file: forward,
+        from: 'work.sq <= kFewQueries) tiles_here',
+        to: 'work.sq <= kFewQueries + 1) tiles_here',
+      },
+      {
+        what: 'a sequence has all keys of its pages',
+        file: forward,
+        from: 'work.sk = offset(args.cache_seqlens, args.cache_stride, sequence, args.sk);',
+        to: 'work.sk = args.sk;',
+      },
+      {
+        what: 'products are made again from the first keys of a tile',
+        file: forward,
+        from: '(lower + 2 * i + lane / 4)',
+        to: '(lower + lane / 4)',
+      },
+      {
+        what: 'a row is computed again from the first head',
+        file: forward,
+        from: 'x + kv_head * strides.head, strides};',
+        to: 'x, strides};',
+      },
+      {
+        what: 'a page is loaded before its stage was read',
+        file: forward,
+        from: 'smem.k_empty[turn.stage].wait(turn.parity ^ 1);\n      return turn.stage;',
+        to: 'return turn.stage;',
+      },
+      {
+        what: 'lanes begin with other tiles than who asked for one',
+        file: forward,
+        from: 'ticket = __reduce_add_sync(~0u, ticket);',
+        to: '',
       },
     ],
   },

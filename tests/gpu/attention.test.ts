@@ -1,7 +1,9 @@
 import {
   type AttentionOptions,
+  type AttentionResult,
   attention,
   attentionBackward,
+  cuda,
   explain,
   type FloatDType,
   Mask,
@@ -12,7 +14,7 @@ import {
 import { describe, expect, it } from 'vitest'
 import { bytesOf, maxError, relativeRms } from '../support/compare.js'
 import { describeGpu } from '../support/gpu.js'
-import { random } from '../support/random.js'
+import { random, starts } from '../support/random.js'
 
 const device = 'cuda:0' as const
 
@@ -88,6 +90,77 @@ describeGpu('attention of many heads', () => {
         await agree([q, k, v], options, what, 3e-4)
       }
     })
+  })
+})
+
+describeGpu('attention of prompts over pages', () => {
+  it.each(['bfloat16', 'float16'] as const)('%s agrees with float32', async (dtype) => {
+    const rng = random(51)
+    const [hq, hk] = [32, 8]
+    const [queries, used] = [
+      [1, 700, 97, 0, 96, 1300],
+      [900, 1500, 97, 33, 40, 1301],
+    ]
+    const [cuSeqlensQ, cuSeqlensK] = [starts(queries), starts(used)]
+    for (const [d, page, options] of [
+      [64, 16, { causal: true }],
+      [128, 64, { causal: true, scale: 0.3 }],
+      [120, 256, {}],
+      [128, 8, { window: 200, sink: Array.from({ length: hq }, () => rng.normal()) }],
+    ] as const) {
+      const entries = Math.ceil(1501 / page)
+      const order = Array.from({ length: entries * used.length }, (_, i) => i).sort(
+        () => rng.next() - 0.5,
+      )
+      const blockTable = tensor(order, [used.length, entries], { dtype: 'int32', device })
+      const draw = async (seed: number) => {
+        const pages = randn([order.length, page, hk, d], { dtype, device, seed })
+        const values = await pages.read({ as: 'float32' })
+        const rows = used.flatMap((keys, i) =>
+          Array.from({ length: keys }, (_, t) => {
+            const at = order[i * entries + Math.floor(t / page)]! * page + (t % page)
+            return values.subarray(at * hk * d, (at + 1) * hk * d)
+          }),
+        )
+        const whole = new Float32Array(rows.length * hk * d)
+        for (const [i, row] of rows.entries()) whole.set(row, i * hk * d)
+        return { pages, packed: tensor(whole, [1, rows.length, hk, d], { device }) }
+      }
+      const [k, v] = [await draw(1), await draw(2)]
+      const q = randn([1, cuSeqlensQ.at(-1)!, hq, d], { dtype, device, seed: 3 })
+      const place = { ...options, blockTable, cacheSeqlens: used, cuSeqlensQ }
+      const what = JSON.stringify({ d, page, ...options })
+      const check = async (ours: AttentionResult, rows: [number, number]) => {
+        const exact = attention(q.cast('float32'), k.packed, v.packed, {
+          ...options,
+          cuSeqlensQ,
+          cuSeqlensK,
+        })
+        const [out, expected] = [
+          await ours.out.read({ as: 'float32' }),
+          await exact.out.slice(1, ...rows).read(),
+        ]
+        expect(relativeRms(out, expected), what).toBeLessThan(dtype === 'bfloat16' ? 4e-3 : 6e-4)
+        const [lse, bound] = [await ours.lse.read(), await exact.lse.slice(2, ...rows).read()]
+        expect(maxError(lse, bound), what).toBeLessThan(3e-4)
+      }
+      await check(attention(q, k.pages, v.pages, place), [0, q.shape[1]!])
+      // the longest alone
+      const last: [number, number] = [cuSeqlensQ.at(-2)!, cuSeqlensQ.at(-1)!]
+      const alone = {
+        ...options,
+        blockTable: blockTable.slice(0, used.length - 1),
+        cacheSeqlens: used.slice(-1),
+      }
+      await check(attention(q.slice(1, ...last), k.pages, v.pages, alone), last)
+      if (cuda.devices[0]!.arch !== 90) continue
+      expect(explain(attention, q, k.pages, v.pages, place).variant).toBe('sm90_wgmma')
+      const few = explain(attention, q.slice(1, 0, 90), k.pages, v.pages, {
+        ...place,
+        cuSeqlensQ: [0, 1, 2, 3, 4, 5, 90],
+      })
+      expect(few.variant).toBe('sm90_split')
+    }
   })
 })
 

@@ -97,6 +97,16 @@ check('decode', () => {
   )
   keep(attention(draw([3, 1, 8, 128]), draw([3, 1500, 2, 128]), draw([3, 1500, 2, 128])))
 })
+// rows for all multiprocessors, and short sequences beside them
+for (const d of [64, 128])
+  check(`prompts over pages ${d}`, () => {
+    const pages = draw([24, 32, 2, d])
+    const blockTable = tensor([...Array(24).keys()], [3, 8], { dtype: 'int32', device })
+    const lengths = { blockTable, cacheSeqlens: [250, 33, 131], causal: true }
+    keep(attention(draw([3, 256, 34, d]), pages, pages, lengths))
+    const cuSeqlensQ = [0, 300, 310, 600]
+    keep(attention(draw([1, 600, 34, d]), pages, pages, { ...lengths, cuSeqlensQ }))
+  })
 check('packed', () => {
   const packed = draw([1, 150, 2, 128])
   differentiate(packed, packed, packed, { causal: true, cuSeqlensQ: cu, cuSeqlensK: cu })
