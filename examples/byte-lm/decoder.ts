@@ -14,6 +14,7 @@ import {
   linear,
   norm,
   openSafetensors,
+  type RopeOptions,
   rope,
   scope,
   silu,
@@ -111,27 +112,41 @@ export function disposeCache(cache: Cache): void {
   cache.slot.dispose()
 }
 
+/** What mixes tokens: where they stand, and what the layers of either kind make of q, k and v, [1, n, heads, d]. */
+export interface Mixer {
+  turn: RopeOptions
+  softmax(
+    q: Tensor<FloatDType>,
+    k: Tensor<FloatDType>,
+    v: Tensor<FloatDType>,
+    layer: number,
+  ): Tensor<FloatDType>
+  recurrent(
+    q: Tensor<FloatDType>,
+    k: Tensor<FloatDType>,
+    v: Tensor<FloatDType>,
+    layer: number,
+  ): Tensor<FloatDType>
+}
+
 /**
- * Runs the model over the next tokens of a sequence and returns their logits, [n, vocabulary] float32. With a cache the
- * tokens continue what it holds and are added to it: a whole prompt, pieces of it or single tokens give the same result.
+ * Runs all layers over tokens, [1, n], and returns logits, [n, vocabulary] float32, or [rows, vocabulary] where `rows` names
+ * some of the tokens.
  */
-export function forward(
+export function run(
   model: Model,
-  ids: Uint8Array,
-  cache?: Cache,
-  attend: Attend = dense,
+  ids: Tensor<'uint8'>,
+  mixer: Mixer,
+  rows?: Tensor<'int32'>,
 ): Tensor<'float32'> {
-  const { config, device, weights, slopes } = model
+  const { config, weights } = model
   const {
     num_attention_heads: heads,
     num_key_value_heads: pairs,
     head_dim: d,
     rms_norm_eps: eps,
   } = config
-  const n = ids.length
-  const at = cache?.length ?? 0
-  if (cache && at + n > cache.capacity)
-    throw new RangeError(`the cache holds ${cache.capacity} tokens`)
+  const n = ids.shape[1]!
   const weight = (name: string) => {
     const found = weights.get(`${name}.weight`)
     if (!found) throw new Error(`the checkpoint has no ${name}.weight`)
@@ -141,37 +156,17 @@ export function forward(
   const softmax = (h: Tensor<FloatDType>, layer: number) => {
     const project = (name: string, count: number) =>
       linear(h, weight(`model.layers.${layer}.${name}`)).reshape([1, n, count, d])
-    const turn = { theta: config.rope_theta, layout: config.rope_layout, offset: at }
+    const turn = { theta: config.rope_theta, layout: config.rope_layout, ...mixer.turn }
     const q = rope(project('q_proj', heads), turn)
-    let k = rope(project('k_proj', pairs), turn)
-    let v = project('v_proj', pairs)
-    const kept = cache?.layers[layer]
-    if (kept?.k && kept.v) {
-      kept.k.slice(1, at, at + n).copyFrom(k)
-      kept.v.slice(1, at, at + n).copyFrom(v)
-      k = kept.k.slice(1, 0, at + n)
-      v = kept.v.slice(1, 0, at + n)
-    }
-    return attend(q, k, v).reshape([1, n, heads * d])
+    const k = rope(project('k_proj', pairs), turn)
+    return mixer.softmax(q, k, project('v_proj', pairs), layer).reshape([1, n, heads * d])
   }
 
   const recurrent = (h: Tensor<FloatDType>, layer: number) => {
     const name = `model.layers.${layer}`
     const project = (part: string) =>
       silu(linear(h, weight(`${name}.${part}`))).reshape([1, n, heads, d])
-    const [q, k, v] = [project('q_proj'), project('k_proj'), project('v_proj')]
-    const options = { slopes: slopes[layer]!, scale: config.lightning_scale }
-    const state = cache?.layers[layer]?.state
-    let out: Tensor<FloatDType>
-    if (!cache || !state) {
-      out = lightning(q, k, v, options).out
-    } else if (n <= 16) {
-      out = lightningDecode(q, k, v, state, cache.slot, options).out
-    } else {
-      const result = lightning(q, k, v, { ...options, initialState: state, outputFinalState: true })
-      state.copyFrom(result.state)
-      out = result.out
-    }
+    const out = mixer.recurrent(project('q_proj'), project('k_proj'), project('v_proj'), layer)
     const normed = norm(out.reshape([1, n, heads * d]), weight(`${name}.o_norm`), { eps })
     return glu(linear(h, weight(`${name}.g_proj`)), normed, { activation: 'sigmoid' })
   }
@@ -186,17 +181,55 @@ export function forward(
     return add(y, linear(gated, weight(`${name}.down_proj`)))
   }
 
-  const logits = scope(() => {
-    let x = embed(tensor(ids, [1, n], { device, dtype: 'uint8' }), weight('model.embed_tokens'))
+  return scope(() => {
+    let x = embed(ids, weight('model.embed_tokens'))
     for (let layer = 0; layer < config.num_hidden_layers; layer++) {
       const before = x
       x = scope(() => block(before, layer))
       before.dispose()
     }
-    return linear(norm(x, weight('model.norm'), { eps }), weight('lm_head'), {
-      dtype: 'float32',
-    }).reshape([n, config.vocab_size])
+    const all = x.reshape([n, config.hidden_size])
+    const last = norm(rows ? embed(rows, all) : all, weight('model.norm'), { eps })
+    return linear(last, weight('lm_head'), { dtype: 'float32' })
   })
+}
+
+/**
+ * Runs the model over the next tokens of a sequence and returns their logits, [n, vocabulary] float32. With a cache the
+ * tokens continue what it holds and are added to it: a whole prompt, pieces of it or single tokens give the same result.
+ */
+export function forward(
+  model: Model,
+  ids: Uint8Array,
+  cache?: Cache,
+  attend: Attend = dense,
+): Tensor<'float32'> {
+  const { config, device, slopes } = model
+  const n = ids.length
+  const at = cache?.length ?? 0
+  if (cache && at + n > cache.capacity)
+    throw new RangeError(`the cache holds ${cache.capacity} tokens`)
+
+  const mixer: Mixer = {
+    turn: { offset: at },
+    softmax(q, k, v, layer) {
+      const kept = cache?.layers[layer]
+      if (!kept?.k || !kept.v) return attend(q, k, v)
+      kept.k.slice(1, at, at + n).copyFrom(k)
+      kept.v.slice(1, at, at + n).copyFrom(v)
+      return attend(q, kept.k.slice(1, 0, at + n), kept.v.slice(1, 0, at + n))
+    },
+    recurrent(q, k, v, layer) {
+      const options = { slopes: slopes[layer]!, scale: config.lightning_scale }
+      const state = cache?.layers[layer]?.state
+      if (!cache || !state) return lightning(q, k, v, options).out
+      if (n <= 16) return lightningDecode(q, k, v, state, cache.slot, options).out
+      const result = lightning(q, k, v, { ...options, initialState: state, outputFinalState: true })
+      state.copyFrom(result.state)
+      return result.out
+    },
+  }
+  const logits = scope(() => run(model, tensor(ids, [1, n], { device, dtype: 'uint8' }), mixer))
   if (cache) cache.length += n
   return logits
 }
@@ -229,7 +262,8 @@ export async function* generate(
   }
 }
 
-function pick(logits: Float32Array, temperature: number, random: () => number): number {
+/** The likeliest byte at temperature 0, else a draw. */
+export function pick(logits: Float32Array, temperature: number, random: () => number): number {
   const best = logits.reduce((top, value, i) => (value > logits[top]! ? i : top), 0)
   if (temperature <= 0) return best
   const odds = Array.from(logits, (value) => Math.exp((value - logits[best]!) / temperature))
