@@ -855,6 +855,8 @@ export const suites: Readonly<Record<'cpu' | 'cuda', readonly string[]>> = {
     'attention:b2 sq8192 sk8192 hq16 hk16 d128 bf16 causal slopes',
     'attention:b2 sq8192 sk8192 hq16 hk16 d128 bf16 causal reweighted',
     'attention:b1 sq4096 sk4096 hq32 hk32 d128 bf16 causal',
+    'attention:b4 sq4096 sk4096 hq32 hk8 d128 bf16 causal page64',
+    'attention:b1 sq2048 sk32768 hq32 hk8 d128 bf16 causal page64',
     'attention:b8 sq1 sk32768 hq32 hk8 d128 bf16',
     'attention:b8 sq1 sk32768 hq32 hk8 d128 bf16 page64',
     'attention:b32 sq1 sk8192 hq32 hk8 d128 bf16',
