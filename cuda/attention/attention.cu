@@ -290,7 +290,7 @@ const char* declines_split(const Attention& op, const CudaContext& context) {
   if (const char* reason = declines_hopper(op, context)) return reason;
   if (op.masked) return "mask must be left out";
   if (op.block_table && !declines_forward(op, context))
-    return "q must have less than 128 rows for each multiprocessor, heads counted";
+    return "q must have too few rows for all multiprocessors";
   return declines_split_sm90(hopper_call(op, context));
 }
 

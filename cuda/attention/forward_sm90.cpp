@@ -80,6 +80,19 @@ bool maps_scores(const ForwardCall& call) {
   return call.soft_cap != 0 || call.slopes || !scales_products(call);
 }
 
+// Whether rows over pages take less time here than where keys are split, which keeps all
+// multiprocessors busy, but takes half as long again for the same rows
+bool prefers_tiles(const ForwardCall& call) {
+  constexpr double kShare = 0.64;
+  if (call.sq <= kFewQueries) return false;
+  const int64_t rows = std::max(call.d, call.dv) <= 64 ? 192 : 128;
+  const auto wave = static_cast<double>(call.processors);
+  const auto tiles = static_cast<double>(call.b * call.hq * ((call.sq + rows - 1) / rows));
+  const auto all =
+      static_cast<double>(call.b * call.hk * ((call.sq * call.hq / call.hk + 63) / 64));
+  return kShare * static_cast<double>(rows) / 64 * std::ceil(tiles / wave) < all / wave;
+}
+
 const char* declines_pages(const ForwardCall& call) {
   if (call.masked || call.slots.used() || maps_scores(call))
     return "mask, softCap, slopes, weights, bias, cosine and lengthScale must be left out with "
@@ -88,10 +101,8 @@ const char* declines_pages(const ForwardCall& call) {
   if (std::max(call.d, call.dv) > 128 || call.dv == 0)
     return "d must be at most 128, and v have columns, with blockTable";
   if (call.page_size < 8) return "the page size must be at least 8";
-  // what splits keys keeps all multiprocessors busy whatever rows there are
-  if (call.sq <= kFewQueries || call.b * call.hq * (call.sq / 128) < call.processors)
-    return "q must have 128 rows for each multiprocessor, heads counted, with blockTable";
-  return nullptr;
+  return prefers_tiles(call) ? nullptr
+                             : "q must have rows for all multiprocessors, with blockTable";
 }
 
 template <DType kType> void pick(const ForwardCall& call, cudaStream_t stream) {

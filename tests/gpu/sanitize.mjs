@@ -103,9 +103,9 @@ for (const d of [64, 128])
     const pages = draw([24, 32, 2, d])
     const blockTable = tensor([...Array(24).keys()], [3, 8], { dtype: 'int32', device })
     const lengths = { blockTable, cacheSeqlens: [250, 33, 131], causal: true }
-    keep(attention(draw([3, 256, 34, d]), pages, pages, lengths))
-    const cuSeqlensQ = [0, 300, 310, 600]
-    keep(attention(draw([1, 600, 34, d]), pages, pages, { ...lengths, cuSeqlensQ }))
+    keep(attention(draw([3, 384, 34, d]), pages, pages, lengths))
+    const cuSeqlensQ = [0, 300, 310, 1100]
+    keep(attention(draw([1, 1100, 34, d]), pages, pages, { ...lengths, cuSeqlensQ }))
   })
 check('packed', () => {
   const packed = draw([1, 150, 2, 128])
