@@ -127,7 +127,8 @@ inline std::vector<Sequence> find_sequences(const Attention& op) {
     const int64_t sk = sequence.sk = op.cache_seqlens ? entry(op.cache_seqlens, n) : capacity;
     HEDDLE_CHECK(sk >= 0 && sk <= capacity, kArgument, "cacheSeqlens",
                  "cacheSeqlens must be from 0 to ", capacity, ", got ", sk, " at ", n);
-    for (int64_t i = 0; table && i * page < sk; ++i) {
+    // nobody looks at pages that no query attends
+    for (int64_t i = 0; table && sequence.sq > 0 && i * page < sk; ++i) {
       const int32_t at = table.as<int32_t>()[n * table.strides[0] + i * table.strides[1]];
       HEDDLE_CHECK(at >= 0 && at < op.k.shape[0], kArgument, "blockTable",
                    "blockTable must name one of ", op.k.shape[0],

@@ -167,6 +167,8 @@ export const firstBits = (count: number, words: number): Int32Array =>
 
 const words = (bits: number) => Math.ceil(bits / 32)
 const largestDense = 2 ** 28
+// Rows that may have bounds, 8 bytes each
+const mostBounds = 2 ** 28
 
 function checkParts(options: MaskOptions): MaskParts & { device: DeviceLike } {
   checkOptions('mask', options, knownOptions)
@@ -593,7 +595,10 @@ export const Mask = {
       numbers('mask', 'cacheSeqlens', cached, (value, i) =>
         checkInteger('mask', `cacheSeqlens[${i}]`, value, sq, sk),
       )
-    const bounds = new Int32Array(2 * sq * (lengths?.length ?? 1))
+    const rows = sq * (lengths?.length ?? 1)
+    if (rows > mostBounds)
+      throw mustBe('mask', 'sq', `at most ${mostBounds} over all sequences`, rows)
+    const bounds = new Int32Array(2 * rows)
     // Rows whose first bounds stand `at` and which end with the keys from..to
     const place = (at: number, rows: number, from: number, to: number) => {
       checkInteger('mask', 'sq', rows, 0, to - from)

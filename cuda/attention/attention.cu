@@ -39,7 +39,9 @@ __global__ void attention_check_kernel(ForwardArgs p, int64_t table_pages, int64
       if (cache < p.caches()) {
         const int64_t keys = p.cache_seqlens[cache * p.cache_stride];
         good &= keys >= 0 && keys <= p.sk;
-        if (p.block_table && page < table_pages && page * p.page_size < keys) {
+        const bool attended = !p.cu_seqlens_q || p.cu_seqlens_q[cache * p.cu_q_stride] !=
+                                                     p.cu_seqlens_q[(cache + 1) * p.cu_q_stride];
+        if (attended && p.block_table && page < table_pages && page * p.page_size < keys) {
           const int64_t entry = p.block_table[cache * p.table_row + page * p.table_column];
           good &= entry >= 0 && entry < p.pages;
         }

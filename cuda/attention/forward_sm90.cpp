@@ -84,12 +84,13 @@ bool maps_scores(const ForwardCall& call) {
 // multiprocessors busy, but takes half as long again for the same rows
 bool prefers_tiles(const ForwardCall& call) {
   constexpr double kShare = 0.64;
-  if (call.sq <= kFewQueries) return false;
+  // packed sequences may all but one have a single query
+  const int64_t sq = call.sq - call.sequences;
+  if (sq <= kFewQueries) return false;
   const int64_t rows = std::max(call.d, call.dv) <= 64 ? 192 : 128;
   const auto wave = static_cast<double>(call.processors);
-  const auto tiles = static_cast<double>(call.b * call.hq * ((call.sq + rows - 1) / rows));
-  const auto all =
-      static_cast<double>(call.b * call.hk * ((call.sq * call.hq / call.hk + 63) / 64));
+  const auto tiles = static_cast<double>(call.b * call.hq * ((sq + rows - 1) / rows));
+  const auto all = static_cast<double>(call.b * call.hk * ((sq * call.hq / call.hk + 63) / 64));
   return kShare * static_cast<double>(rows) / 64 * std::ceil(tiles / wave) < all / wave;
 }
 

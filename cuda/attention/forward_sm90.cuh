@@ -221,6 +221,34 @@ template <int kQueries, Layout kLayout = Layout::kEven> struct ForwardOrder {
     return min(max(offsets[i * stride], 0), total);  // nothing is out of bounds, whatever they say
   }
 
+  // The packed sequence of a tile, and how many tiles are before it, by a warp whose lanes look at
+  // one each; short ones have none here
+  __device__ __forceinline__ int look(int tile, ForwardWork& work, int& tiles_here) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    for (int all = 0; sequence < args.sequences; sequence += 32, tiles_before += all) {
+      const int i = min(sequence + lane, args.sequences - 1);
+      const int begin = offset(args.cu_seqlens_q, args.cu_q_stride, i, args.sq);
+      const int size = offset(args.cu_seqlens_q, args.cu_q_stride, i + 1, args.sq) - begin;
+      const int own = sequence + lane >= args.sequences || size <= kFewQueries
+                          ? 0
+                          : (size + kQueries - 1) / kQueries;
+      int until = own;
+      for (int lanes = 1; lanes < 32; lanes *= 2) {
+        const int before = __shfl_up_sync(~0u, until, lanes);
+        if (lane >= lanes) until += before;
+      }
+      all = __shfl_sync(~0u, until, 31);
+      if (tile >= tiles_before + all) continue;
+      const int place = __popc(__ballot_sync(~0u, tiles_before + until <= tile));
+      work.sequence = sequence + place;
+      work.q_begin = __shfl_sync(~0u, begin, place);
+      work.sq = __shfl_sync(~0u, size, place);
+      tiles_here = __shfl_sync(~0u, own, place);
+      return tiles_before + __shfl_sync(~0u, until, place) - tiles_here;
+    }
+    return 0;
+  }
+
   // Only with increasing numbers. A row of -1 means that there are no more.
   __device__ __forceinline__ ForwardWork at(int index) {
     ForwardWork work{-1, 0, 0, 0, 0, args.sq, args.sk, 0, 0, 0};
@@ -230,19 +258,22 @@ template <int kQueries, Layout kLayout = Layout::kEven> struct ForwardOrder {
       const int tile = index / args.hq;
       work.head = index % args.hq;
       int tiles_here = 0;
-      for (; sequence < args.sequences; ++sequence, tiles_before += tiles_here) {
-        work.q_begin = offset(args.cu_seqlens_q, args.cu_q_stride, sequence, args.sq);
-        work.sq = offset(args.cu_seqlens_q, args.cu_q_stride, sequence + 1, args.sq) - work.q_begin;
-        tiles_here = max((work.sq + kQueries - 1) / kQueries, 0);
-        if (kPaged && work.sq <= kFewQueries) tiles_here = 0;
-        if (tile < tiles_before + tiles_here) break;
-      }
-      if (sequence == args.sequences) return work;
-      work.sequence = sequence;
-      row_tile = tiles_before + tiles_here - 1 - tile;
       if constexpr (kPaged) {
-        work.sk = offset(args.cache_seqlens, args.cache_stride, sequence, args.sk);
+        const int before = look(tile, work, tiles_here);
+        if (sequence >= args.sequences) return work;
+        row_tile = before + tiles_here - 1 - tile;
+        work.sk = offset(args.cache_seqlens, args.cache_stride, work.sequence, args.sk);
       } else {
+        for (; sequence < args.sequences; ++sequence, tiles_before += tiles_here) {
+          work.q_begin = offset(args.cu_seqlens_q, args.cu_q_stride, sequence, args.sq);
+          work.sq =
+              offset(args.cu_seqlens_q, args.cu_q_stride, sequence + 1, args.sq) - work.q_begin;
+          tiles_here = max((work.sq + kQueries - 1) / kQueries, 0);
+          if (tile < tiles_before + tiles_here) break;
+        }
+        if (sequence == args.sequences) return work;
+        work.sequence = sequence;
+        row_tile = tiles_before + tiles_here - 1 - tile;
         work.k_begin = offset(args.cu_seqlens_k, args.cu_k_stride, sequence, args.sk);
         work.sk = max(
             offset(args.cu_seqlens_k, args.cu_k_stride, sequence + 1, args.sk) - work.k_begin, 0);

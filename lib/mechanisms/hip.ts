@@ -150,6 +150,8 @@ export function hipAttention<D extends FloatDType>(
   const place = { scale, softCap, blockTable, cacheSeqlens }
   const [b = 0, sq = 0] = q.shape
   if (blockTable !== undefined) checkTensor(op, 'blockTable', blockTable)
+  if (blockTable && cuSeqlensQ)
+    throw refuse('ERR_ARGUMENT', op, 'cuSeqlensQ', 'cuSeqlensQ cannot be combined with blockTable')
   const sk = keysOf({ q, k, blockTable })
   if (!blockTable && !cuSeqlensQ && !cuSeqlensK) lengthsOf(op, q, k)
   const { rope } = searched

@@ -87,7 +87,7 @@ export function maskArguments(
   made: Tensor[],
 ): Record<string, unknown> {
   checkMask(op, mask)
-  if (mask.cuSeqlensQ && blockTable !== undefined) {
+  if ((mask.cuSeqlensQ || packed.cuSeqlensQ) && blockTable !== undefined) {
     const text = 'mask must not be of packed sequences with blockTable, got one that is'
     throw refuse('ERR_ARGUMENT', op, 'mask', text)
   }

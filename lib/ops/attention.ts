@@ -157,6 +157,11 @@ export function attention<D extends FloatDType = 'bfloat16'>(
   const made: Tensor[] = []
   try {
     if (q.dtype === 'float8_e4m3fn') call.dtype ??= 'bfloat16'
+    const { cuSeqlensQ, cuSeqlensK, blockTable, mask } = call
+    if (cuSeqlensQ !== undefined && (cuSeqlensK ?? blockTable ?? mask) === undefined) {
+      const text = 'cuSeqlensQ goes with cuSeqlensK or blockTable'
+      throw refuse('ERR_ARGUMENT', 'attention', 'cuSeqlensQ', text)
+    }
     prepare('attention', call, q, k, made)
     const [out, lse] = run('attention', call)
     return { out, lse } as AttentionResult<D>

@@ -1125,14 +1125,26 @@ const kernels: Kernel[] = [
       {
         what: 'a sequence is left to who leaves it',
         file: forward,
-        from: 'work.sq <= kFewQueries) tiles_here',
-        to: 'work.sq <= kFewQueries + 1) tiles_here',
+        from: '|| size <= kFewQueries',
+        to: '|| size <= kFewQueries + 1',
       },
       {
         what: 'a sequence has all keys of its pages',
         file: forward,
-        from: 'work.sk = offset(args.cache_seqlens, args.cache_stride, sequence, args.sk);',
+        from: 'work.sk = offset(args.cache_seqlens, args.cache_stride, work.sequence, args.sk);',
         to: 'work.sk = args.sk;',
+      },
+      {
+        what: 'a sequence behind the first 32 has the place of one of them',
+        file: forward,
+        from: 'work.sequence = sequence + place;',
+        to: 'work.sequence = place;',
+      },
+      {
+        what: 'tiles of a sequence begin with those before it',
+        file: forward,
+        from: '__shfl_sync(~0u, until, place) - tiles_here;',
+        to: '__shfl_sync(~0u, until, place);',
       },
       {
         what: 'products are made again from the first keys of a tile',

@@ -92,6 +92,22 @@ const Case kCases[] = {
      .processors = 2,
      .poisoned = 200,
      .page_size = 16},
+    // prompts behind more short sequences than lanes
+    {.b = 1,
+     .sq = 334,
+     .sk = 256,
+     .hq = 2,
+     .hk = 1,
+     .causal = true,
+     .packed =
+         [] {
+           std::vector<Sequence> all(34, {1, 20});
+           all.insert(all.begin() + 5, {130, 200});
+           all.push_back({170, 256});
+           return all;
+         }(),
+     .processors = 3,
+     .page_size = 32},
     {.b = 1,
      .sq = 300,
      .sk = 128,

@@ -10,6 +10,7 @@ import {
   randn,
   type Tensor,
   tensor,
+  zeros,
 } from 'heddle'
 import { describe, expect, it } from 'vitest'
 import { bytesOf, maxError, relativeRms } from '../support/compare.js'
@@ -160,6 +161,14 @@ describeGpu('attention of prompts over pages', () => {
         cuSeqlensQ: [0, 1, 2, 3, 4, 5, 90],
       })
       expect(few.variant).toBe('sm90_split')
+      const tokens = Array.from({ length: 701 }, (_, i) => i)
+      const single = explain(attention, q.slice(1, 0, 700), k.pages, v.pages, {
+        ...options,
+        blockTable: zeros([700, 2], { dtype: 'int32', device }),
+        cacheSeqlens: tokens.slice(0, 700).fill(1),
+        cuSeqlensQ: tokens,
+      })
+      expect(single.variant).toBe('sm90_split')
     }
   })
 })

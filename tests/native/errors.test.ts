@@ -266,7 +266,7 @@ const wrong: Wrong[] = [
   ],
   [
     'half of the lengths',
-    () => attention(q, kv, kv, { cuSeqlensQ: [0, 4] }),
+    () => attention(q, kv, kv, { cuSeqlensK: [0, 4] }),
     'ERR_ARGUMENT',
     'attention: cuSeqlensQ and cuSeqlensK must be given together',
   ],
@@ -302,6 +302,27 @@ const wrong: Wrong[] = [
     () => attention(q, kv, kv, { ...pages, cuSeqlensQ: [0, 4], cuSeqlensK: [0, 5] }),
     'ERR_ARGUMENT',
     'attention: cuSeqlensK cannot be combined with blockTable',
+  ],
+  [
+    'packed queries over a cache that is not in pages',
+    () => attention(q, kv, kv, { cuSeqlensQ: [0, 4], cacheSeqlens: [3] }),
+    'ERR_ARGUMENT',
+    'attention: cuSeqlensQ goes with cuSeqlensK or blockTable',
+  ],
+  [
+    'packed queries under a mask of one sequence over pages',
+    () => {
+      const mask = Mask.fromWindow({ window: 2 }, { sq: 4, sk: 8 })
+      return attention(q, kv, kv, { ...pages, mask, cuSeqlensQ: [0, 4] })
+    },
+    'ERR_ARGUMENT',
+    'attention: mask must not be of packed sequences with blockTable, got one that is',
+  ],
+  [
+    'documents of more rows than have bounds',
+    () => Mask.fromDocuments([0, 2 ** 32], { sq: 2 ** 32 }),
+    'ERR_ARGUMENT',
+    'mask: sq must be at most 268435456 over all sequences, got 4294967296',
   ],
   [
     'a table of another number of packed sequences',

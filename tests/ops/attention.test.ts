@@ -178,7 +178,9 @@ describeDevices('attention', (device) => {
         const order = range(c.b * maxPages + 2).sort(() => rng.next() - 0.5)
         const table = used.map((keys, b) =>
           range(maxPages).map((i) =>
-            i * pageSize < keys ? order[b * maxPages + i]! : rng.pick([-1, 2 ** 31 - 1, 0]),
+            i * pageSize < keys && queries[b]! > 0
+              ? order[b * maxPages + i]!
+              : rng.pick([-1, 2 ** 31 - 1, 0]),
           ),
         )
         const cuSeqlensQ = starts(queries)
