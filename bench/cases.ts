@@ -859,6 +859,7 @@ export const suites: Readonly<Record<'cpu' | 'cuda', readonly string[]>> = {
     'attention:b1 sq2048 sk32768 hq32 hk8 d128 bf16 causal page64',
     'attention:b8 sq1 sk32768 hq32 hk8 d128 bf16',
     'attention:b8 sq1 sk32768 hq32 hk8 d128 bf16 page64',
+    'attention:b8 sq1 sk32768 hq32 hk8 d128 bf16 e4m3',
     'attention:b32 sq1 sk8192 hq32 hk8 d128 bf16',
     'attention:b32 sq1 sk8192 hq32 hk8 d128 bf16 page16',
     'attention:b1 sq1 sk131072 hq32 hk8 d128 bf16',

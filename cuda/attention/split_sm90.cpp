@@ -17,7 +17,8 @@ template <DType kType> void pick(const SplitCall& call, cudaStream_t stream) {
 const char* declines_split_sm90(const SplitCall& call) {
   constexpr int64_t kMost = int64_t{1} << 30;  // rows, keys and tiles are counted in 32 bits
   constexpr int64_t kFewRows = 8, kLeastTile = 64;
-  if (call.dtype == DType::kE4M3) return "q must not be float8_e4m3fn";
+  if (call.dtype == DType::kE4M3 && std::max(call.d, call.dv) > 128)
+    return "d must be at most 128 with float8";
   if (call.dv == 0) return "v must have columns";
   if (call.cu_seqlens_k) return "cuSeqlensK must be left out";
   const int64_t rows = call.sq * (call.hq / call.hk);
@@ -34,6 +35,10 @@ const char* declines_split_sm90(const SplitCall& call) {
 }
 
 void split_sm90(const SplitCall& call, cudaStream_t stream) {
+  if (call.dtype == DType::kE4M3)
+    return std::max(call.d, call.dv) <= 64
+               ? launch_split_sm90<DType::kF16, 64, true>(call, stream)
+               : launch_split_sm90<DType::kF16, 128, true>(call, stream);
   call.dtype == DType::kF16 ? pick<DType::kF16>(call, stream) : pick<DType::kBF16>(call, stream);
 }
 

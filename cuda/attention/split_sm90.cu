@@ -7,4 +7,6 @@ template void launch_split_sm90<DType::kBF16, 128>(const SplitCall&, cudaStream_
 template void launch_split_sm90<DType::kF16, 128>(const SplitCall&, cudaStream_t);
 template void launch_split_sm90<DType::kBF16, 256>(const SplitCall&, cudaStream_t);
 template void launch_split_sm90<DType::kF16, 256>(const SplitCall&, cudaStream_t);
+template void launch_split_sm90<DType::kF16, 64, true>(const SplitCall&, cudaStream_t);
+template void launch_split_sm90<DType::kF16, 128, true>(const SplitCall&, cudaStream_t);
 }  // namespace heddle

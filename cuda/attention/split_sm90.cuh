@@ -22,12 +22,14 @@
 namespace heddle {
 namespace {
 
-template <int kD> struct SplitTile {
+template <int kD, bool kFloat8> struct SplitTile {
   static constexpr int kKeys = kD <= 128 ? 128 : 64;
   // What a tile's products and exponentials wait for each other takes as long as copies of 64 KB
-  static constexpr int kCtas = kD == 64 ? kSplitCtas : 1;  // of a multiprocessor
-  static constexpr int kStages = 3;                        // 192 KB on their way
-  static constexpr int kThreads = 160;
+  static constexpr int kCtas = kD == 64 && !kFloat8 ? kSplitCtas : 1;  // of a multiprocessor
+  static constexpr int kStages = kFloat8 ? 2 : 3;                      // 192 KB on their way
+  static constexpr int kRaw = kFloat8 ? 2 : 0;                         // stages of e4m3
+  // a warpgroup computes, a warp behind it loads, and a last warpgroup converts
+  static constexpr int kThreads = kFloat8 ? 384 : 160;
   static constexpr int kWorks = 2;
 };
 
@@ -41,10 +43,18 @@ struct SplitWork {
   int unit_begin, unit_tiles;  // those that its rows see, counted over all units
 };
 
-template <int kD> struct SplitSmem {
-  using Shape = SplitTile<kD>;
+// Stages of keys and values of e4m3, 128 columns wide
+template <int kStages> struct SplitRaw {
+  sm90::Tile<128, 64> k[kStages], v[kStages];
+  sm90::Barrier k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
+};
+template <> struct SplitRaw<0> {};
+
+template <int kD, bool kFloat8> struct SplitSmem {
+  using Shape = SplitTile<kD, kFloat8>;
   sm90::Tile<kSplitRows, kD> q;
   sm90::Tile<Shape::kKeys, kD> k[Shape::kStages], v[Shape::kStages];
+  SplitRaw<Shape::kRaw> raw;
   SplitWork work[Shape::kWorks];
   sm90::Barrier work_full[Shape::kWorks], work_empty[Shape::kWorks];
   sm90::Barrier k_full[Shape::kStages], k_empty[Shape::kStages];
@@ -65,6 +75,9 @@ struct SplitArgs {
   bool causal;  // or windowed
   const float *slopes, *sink;
   int64_t slopes_stride, sink_stride;
+  const float *q_scale, *k_scale, *v_scale;  // of e4m3
+  int64_t q_scale_stride, k_scale_stride, v_scale_stride;
+  bool half;  // out of e4m3 is f16
   int64_t cache_stride, table_row, table_column, cu_q_stride;
   int pages, page_log2;  // of 2^page_log2 keys
   const uint16_t *q, *k, *v;
@@ -82,6 +95,11 @@ struct SplitArgs {
   }
   __device__ __forceinline__ int q_begin(int sequence) const {
     return cu_seqlens_q ? min(max(cu_seqlens_q[sequence * cu_q_stride], 0), sq) : 0;
+  }
+  // What products of a query head are multiplied by
+  __device__ __forceinline__ float scale_of(int head) const {
+    return scale * (q_scale ? q_scale[head * q_scale_stride] : 1) *
+           (k_scale ? k_scale[head / group * k_scale_stride] : 1);
   }
   __device__ __forceinline__ int page(int sequence, int key) const {
     return block_table[sequence * table_row + (key >> page_log2) * table_column];
@@ -166,12 +184,12 @@ template <int kKeys> struct SplitPlan {
 };
 
 // Rows of k or v of one kv head and sequence, through the block table if there is one
-struct SplitRows {
+template <class Element> struct SplitRows {
   const SplitArgs& args;
-  const uint16_t* data;
+  const Element* data;
   const Strides& strides;
   int sequence, kv_head;
-  __device__ __forceinline__ const uint16_t* operator()(int key) const {
+  __device__ __forceinline__ const Element* operator()(int key) const {
     int64_t block = sequence;
     if (args.block_table) {
       block = min(max(args.page(sequence, key), 0), args.pages - 1);
@@ -181,26 +199,61 @@ struct SplitRows {
   }
 };
 
-template <DType kType, int kD>
-__global__ void __launch_bounds__(SplitTile<kD>::kThreads, SplitTile<kD>::kCtas)
+// A tile of e4m3 as f16, by a warpgroup
+template <int kD, class Raw, class Tile>
+__device__ __forceinline__ void convert_tile(const Raw& from, const Tile& to) {
+  constexpr int kPieces = kD / 16;
+  const int thread = threadIdx.x % 128;
+#pragma unroll 4
+  for (int i = thread; i < 128 * kPieces; i += 128) {
+    const int row = i / kPieces, piece = i % kPieces;
+    const uint4 bits = sm90::load_4_words(from.address(row, piece * 8));
+    const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
+    uint32_t pairs[8];
+#pragma unroll
+    for (int j = 0; j < 8; ++j)
+      pairs[j] = sm90::unpack_e4m3(static_cast<uint16_t>(words[j / 2] >> j % 2 * 16));
+      // lanes of both panels write to other banks
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const int half = (j + piece / 4) % 2;
+      const uint4 its = half ? uint4{pairs[4], pairs[5], pairs[6], pairs[7]}
+                             : uint4{pairs[0], pairs[1], pairs[2], pairs[3]};
+      sm90::store_4_words(to.address(row, piece * 16 + half * 8), its);
+    }
+  }
+}
+
+template <DType kType, int kD, bool kFloat8>
+__global__ void __launch_bounds__((SplitTile<kD, kFloat8>::kThreads),
+                                  (SplitTile<kD, kFloat8>::kCtas))
     split_sm90_kernel(const __grid_constant__ sm90::TensorMap gmem_k,
                       const __grid_constant__ sm90::TensorMap gmem_v, const SplitArgs args) {
   using namespace sm90;
-  using Shape = SplitTile<kD>;
+  using Shape = SplitTile<kD, kFloat8>;
+  using Element = std::conditional_t<kFloat8, uint8_t, uint16_t>;  // of q, k and v
   constexpr int kKeys = Shape::kKeys, kStages = Shape::kStages, kWorks = Shape::kWorks;
-  auto& smem = shared_memory<SplitSmem<kD>>();
+  auto& smem = shared_memory<SplitSmem<kD, kFloat8>>();
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
 
   if (threadIdx.x == 0) {
     for (int i = 0; i < kWorks; ++i) {
       smem.work_full[i].init(1);
-      smem.work_empty[i].init(4);
+      smem.work_empty[i].init(kFloat8 ? 8 : 4);
     }
     for (int stage = 0; stage < kStages; ++stage) {
-      smem.k_full[stage].init(1);
-      smem.v_full[stage].init(1);
+      smem.k_full[stage].init(kFloat8 ? 4 : 1);
+      smem.v_full[stage].init(kFloat8 ? 4 : 1);
       smem.k_empty[stage].init(4);
       smem.v_empty[stage].init(4);
+    }
+    if constexpr (kFloat8) {
+      for (int stage = 0; stage < Shape::kRaw; ++stage) {
+        smem.raw.k_full[stage].init(1);
+        smem.raw.v_full[stage].init(1);
+        smem.raw.k_empty[stage].init(4);
+        smem.raw.v_empty[stage].init(4);
+      }
     }
     fence_barrier_init();
     prefetch(gmem_k);
@@ -217,7 +270,11 @@ __global__ void __launch_bounds__(SplitTile<kD>::kThreads, SplitTile<kD>::kCtas)
   const int ctas = min(static_cast<int>(gridDim.x), max(total, 1));
 
   // its instructions come first, as all others wait for its copies
-  if (warp == 4) [[likely]] {
+  if (kFloat8 ? warp / 4 == 1 : warp == 4) [[likely]] {
+    if constexpr (kFloat8) {
+      lower_registers<96>();
+      if (warp > 4) return;
+    }
     const int edge = plan.begin(total, min(static_cast<int>(blockIdx.x) + lane % 2, ctas), ctas);
     const int end = __shfl_sync(~0u, edge, 1);
     int at = __shfl_sync(~0u, edge, 0);
@@ -270,7 +327,7 @@ __global__ void __launch_bounds__(SplitTile<kD>::kThreads, SplitTile<kD>::kCtas)
       const int its_row = lane * args.box;
       int pages = 0;
       for (int j = 0; j < work.key_tiles; ++j, ++loaded) {
-        const Turn<kStages> turn(loaded);
+        const Turn<kFloat8 ? Shape::kRaw : kStages> turn(loaded);
         const int key = (work.key_tile + j) * kKeys + its_row;
         int block = work.sequence, row = key;
         if (args.block_table) {
@@ -288,12 +345,20 @@ __global__ void __launch_bounds__(SplitTile<kD>::kThreads, SplitTile<kD>::kCtas)
           if (lane == 0) full.arrive_expect(tile.kBytes);
           __syncwarp();
           if (its_row >= kKeys) return;
-          for (int column = 0; column < kD; column += 64)
-            copy_to_smem(tile.panel(column) + its_row * 128, map, full, column, row, work.kv_head,
-                         block, its.row_tiles > 1 ? Keep::kNormal : Keep::kShortly);
+          for (uint32_t at = 0; at < tile.kBytes; at += tile.kPanelBytes)
+            copy_to_smem(tile.bytes + at + its_row * 128, map, full,
+                         static_cast<int>(at / tile.kPanelBytes) * 64, row, work.kv_head, block,
+                         its.row_tiles > 1 ? Keep::kNormal : Keep::kShortly);
         };
-        load(smem.k[turn.stage], smem.k_full[turn.stage], smem.k_empty[turn.stage], gmem_k);
-        load(smem.v[turn.stage], smem.v_full[turn.stage], smem.v_empty[turn.stage], gmem_v);
+        auto load_both = [&](auto& to) {
+          load(to.k[turn.stage], to.k_full[turn.stage], to.k_empty[turn.stage], gmem_k);
+          load(to.v[turn.stage], to.v_full[turn.stage], to.v_empty[turn.stage], gmem_v);
+        };
+        if constexpr (kFloat8) {
+          load_both(smem.raw);
+        } else {
+          load_both(smem);
+        }
         if (j == 0) publish(work);
       }
     }
@@ -324,20 +389,54 @@ __global__ void __launch_bounds__(SplitTile<kD>::kThreads, SplitTile<kD>::kCtas)
     return;
   }
 
+  auto release = [&](Barrier& empty) {
+    if (lane == 0) empty.arrive();
+  };
+  if constexpr (kFloat8) {
+    if (warp >= 8) {
+      uint32_t converted = 0;
+      for (uint32_t visit = 0;; ++visit) {
+        const Turn<kWorks> turn(visit);
+        smem.work_full[turn.stage].wait(turn.parity);
+        const int sequence = smem.work[turn.stage].sequence;
+        const int key_tiles = smem.work[turn.stage].key_tiles;
+        __syncwarp();
+        release(smem.work_empty[turn.stage]);
+        if (sequence < 0) return;
+        for (int j = 0; j < key_tiles; ++j, ++converted) {
+          const Turn<Shape::kRaw> from(converted);
+          const Turn<kStages> to(converted);
+          auto convert = [&](const auto& raw, Barrier& raw_full, Barrier& raw_empty,
+                             const auto& tile, Barrier& full, Barrier& empty) {
+            raw_full.wait(from.parity);
+            empty.wait(to.parity ^ 1);
+            convert_tile<kD>(raw, tile);
+            fence_async_smem();
+            __syncwarp();
+            release(full);
+            release(raw_empty);
+          };
+          convert(smem.raw.k[from.stage], smem.raw.k_full[from.stage], smem.raw.k_empty[from.stage],
+                  smem.k[to.stage], smem.k_full[to.stage], smem.k_empty[to.stage]);
+          convert(smem.raw.v[from.stage], smem.raw.v_full[from.stage], smem.raw.v_empty[from.stage],
+                  smem.v[to.stage], smem.v_full[to.stage], smem.v_empty[to.stage]);
+        }
+      }
+    }
+    raise_registers<240>();
+  }
+
   const int thread = threadIdx.x;
   float acc_s[kKeys / 2], acc_o[kD / 2];
   uint32_t frag_p[kKeys / 16][4] = {};
   RowSoftmax rows;
   RowBounds bounds;
   ScoreMap map[2] = {{args.scale, args.soft_cap, 0}, {args.scale, args.soft_cap, 0}};
-  const bool mapped = args.soft_cap > 0 || args.slopes || !(args.scale_log2 > 0);
-  // mapped scores are in log2 units already
-  const float to_log2 = mapped ? 1.f : args.scale_log2;
+  const bool mapped = args.soft_cap > 0 || args.slopes || (!kFloat8 && !(args.scale_log2 > 0));
+  // mapped scores are in log2 units already, and those of e4m3, of which each row has its scale
+  const float to_log2 = mapped || kFloat8 ? 1.f : args.scale_log2;
 
   auto sync = [&] { named_barrier_sync(1, 128); };
-  auto release = [&](Barrier& empty) {
-    if (lane == 0) empty.arrive();
-  };
 
   uint32_t used = 0;
   for (uint32_t visit = 0;; ++visit) {
@@ -355,8 +454,8 @@ __global__ void __launch_bounds__(SplitTile<kD>::kThreads, SplitTile<kD>::kCtas)
       return work.kv_head * args.group + (work.first_row + row) % args.group;
     };
     auto q_of = [&](int row) {
-      return args.q + batch * args.q_strides.batch + query_of(row) * args.q_strides.row +
-             head_of(row) * args.q_strides.head;
+      return reinterpret_cast<const Element*>(args.q) + batch * args.q_strides.batch +
+             query_of(row) * args.q_strides.row + head_of(row) * args.q_strides.head;
     };
     auto out_of = [&](int row) {
       return args.out + batch * args.out_strides.batch + query_of(row) * args.out_strides.row +
@@ -371,7 +470,7 @@ __global__ void __launch_bounds__(SplitTile<kD>::kThreads, SplitTile<kD>::kCtas)
       return args.sink ? args.sink + head_of(row) * args.sink_stride : nullptr;
     };
     auto map_of = [&](int row) {
-      return ScoreMap{args.scale, args.soft_cap,
+      return ScoreMap{kFloat8 ? args.scale_of(head_of(row)) : args.scale, args.soft_cap,
                       args.slopes ? args.slopes[head_of(row) * args.slopes_stride] * kLog2e : 0};
     };
 
@@ -380,7 +479,16 @@ __global__ void __launch_bounds__(SplitTile<kD>::kThreads, SplitTile<kD>::kCtas)
     for (int i = thread; i < kSplitRows * kD / 8; i += 128) {
       const int row = i / (kD / 8), column = i % (kD / 8) * 8;
       if (row < rows_here && column < args.d) {
-        store_16_bytes(smem.q.address(row, column), q_of(row) + column);
+        if constexpr (kFloat8) {
+          const auto bits = *reinterpret_cast<const uint2*>(q_of(row) + column);
+          const auto pair = [](uint32_t word, int i) {
+            return unpack_e4m3(static_cast<uint16_t>(word >> 16 * i));
+          };
+          store_4_words(smem.q.address(row, column),
+                        uint4{pair(bits.x, 0), pair(bits.x, 1), pair(bits.y, 0), pair(bits.y, 1)});
+        } else {
+          store_16_bytes(smem.q.address(row, column), q_of(row) + column);
+        }
       } else {
         store_zero(smem.q.address(row, column));
       }
@@ -397,7 +505,7 @@ __global__ void __launch_bounds__(SplitTile<kD>::kThreads, SplitTile<kD>::kCtas)
       const int mine = min(row + 8 * r, rows_here - 1);
       bounds.position[r] = position_of(mine);
       bounds.until[r] = args.causal ? min(work.sk, bounds.position[r] + 1) : work.sk;
-      if (mapped) map[r] = map_of(mine);
+      if (mapped || kFloat8) map[r] = map_of(mine);
     }
     rows.clear();
 #pragma unroll
@@ -437,6 +545,9 @@ __global__ void __launch_bounds__(SplitTile<kD>::kThreads, SplitTile<kD>::kCtas)
             const int t = key + i / 4 * 8 + lane % 4 * 2 + i % 2, r = i / 2 % 2;
             acc_s[i] = map[r](acc_s[i], t - bounds.position[r]);
           }
+        } else if (kFloat8) {
+#pragma unroll
+          for (int i = 0; i < kKeys / 2; ++i) acc_s[i] *= map[i / 2 % 2].scale * kLog2e;
         }
         if (key < seen_begin || key + kKeys > seen_end)
           mask_scores(acc_s, bounds, key, args.window, lane);
@@ -465,11 +576,17 @@ __global__ void __launch_bounds__(SplitTile<kD>::kThreads, SplitTile<kD>::kCtas)
     }
 
     // Two elements of a row that is done
+    const float value_scale =
+        kFloat8 && args.v_scale ? args.v_scale[work.kv_head * args.v_scale_stride] : 1;
+    auto pack_out = [&](float a, float b) {
+      return kFloat8 && !args.half ? pack<DType::kBF16>(a, b) : pack<kType>(a, b);
+    };
     auto write = [&](int to, int column, float a, float b, const RowEnd& end) {
-      a = end.factor == 0 ? 0 : a * end.factor;
-      b = end.factor == 0 ? 0 : b * end.factor;
+      const float factor = end.factor * value_scale;
+      a = end.factor == 0 ? 0 : a * factor;
+      b = end.factor == 0 ? 0 : b * factor;
       if (args.causal && (a != a || b != b)) smem.poisoned[to] = 1;
-      const uint32_t both = pack<kType>(a, b);
+      const uint32_t both = pack_out(a, b);
       *reinterpret_cast<uint32_t*>(out_of(to) + column) = both;
       if (column == 0) *lse_of(to) = end.lse_log2 * kLn2;
     };
@@ -574,27 +691,33 @@ __global__ void __launch_bounds__(SplitTile<kD>::kThreads, SplitTile<kD>::kCtas)
         const int position = position_of(mine);
         const ScoreMap its_map = map_of(mine);
         float values[kD / 32] = {};
-        attend_seen<kType>(
-            values, q_of(mine),
-            SplitRows{args, args.k, args.k_strides, work.sequence, work.kv_head},
-            SplitRows{args, args.v, args.v_strides, work.sequence, work.kv_head}, args.d, args.dv,
-            args.window ? max(position - args.window + 1, 0) : 0, min(work.sk, position + 1),
-            [](int) { return true; },
+        const auto rows_of = [&](const uint16_t* x, const Strides& strides) {
+          return SplitRows<Element>{args, reinterpret_cast<const Element*>(x), strides,
+                                    work.sequence, work.kv_head};
+        };
+        attend_seen<kFloat8 ? DType::kE4M3 : kType>(
+            values, q_of(mine), rows_of(args.k, args.k_strides), rows_of(args.v, args.v_strides),
+            args.d, args.dv, args.window ? max(position - args.window + 1, 0) : 0,
+            min(work.sk, position + 1), [](int) { return true; },
             [&](float product, int key) {
-              return mapped ? its_map(product, key - position) : product * args.scale_log2;
+              return mapped    ? its_map(product, key - position)
+                     : kFloat8 ? product * (its_map.scale * kLog2e)
+                               : product * args.scale_log2;
             },
             *lse_of(mine) * kLog2e, lane);
 #pragma unroll
         for (int c = 0; c < kD / 32; ++c)
           if (32 * c + lane < args.dv)
-            out_of(mine)[32 * c + lane] = static_cast<uint16_t>(pack<kType>(values[c], 0));
+            out_of(mine)[32 * c + lane] =
+                static_cast<uint16_t>(pack_out(values[c] * value_scale, 0));
       }
     }
   }
 }
 
-template <DType kType, int kD> void launch_split(const SplitCall& call, cudaStream_t stream) {
-  using Shape = SplitTile<kD>;
+template <DType kType, int kD, bool kFloat8>
+void launch_split(const SplitCall& call, cudaStream_t stream) {
+  using Shape = SplitTile<kD, kFloat8>;
   SplitArgs args{};
   args.sequences = static_cast<int>(call.cu_seqlens_q ? call.sequences : call.b);
   args.sq = static_cast<int>(call.sq);
@@ -614,6 +737,13 @@ template <DType kType, int kD> void launch_split(const SplitCall& call, cudaStre
   args.sink = call.sink;
   args.slopes_stride = call.slopes_stride;
   args.sink_stride = call.sink_stride;
+  args.q_scale = call.q_scale;
+  args.k_scale = call.k_scale;
+  args.v_scale = call.v_scale;
+  args.q_scale_stride = call.q_scale_stride;
+  args.k_scale_stride = call.k_scale_stride;
+  args.v_scale_stride = call.v_scale_stride;
+  args.half = call.out_dtype == DType::kF16;
   args.cache_seqlens = call.cache_seqlens;
   args.block_table = call.block_table;
   args.cu_seqlens_q = call.cu_seqlens_q;
@@ -643,19 +773,24 @@ template <DType kType, int kD> void launch_split(const SplitCall& call, cudaStre
   const auto map = [&](const void* data, int64_t d, const Strides& strides) {
     const int64_t rows = call.block_table ? call.page_size : call.sk;
     const int64_t blocks = call.block_table ? call.pages : call.b;
-    return make_tensor_map(kType, data,
-                           {d, rows, call.hk, blocks, strides.row, strides.head, strides.batch},
+    // numbers of e4m3 are copied as pairs
+    constexpr int kOne = kFloat8 ? 2 : 1;
+    return make_tensor_map(kFloat8 ? DType::kE4M3 : kType, data,
+                           {d / kOne, rows, call.hk, blocks, strides.row / kOne,
+                            strides.head / kOne, strides.batch / kOne},
                            args.box);
   };
-  launch<split_sm90_kernel<kType, kD>>(
-      {call.processors, Shape::kThreads, sm90::shared_memory_bytes<SplitSmem<kD>>(), stream, true},
+  launch<split_sm90_kernel<kType, kD, kFloat8>>(
+      {call.processors, Shape::kThreads, sm90::shared_memory_bytes<SplitSmem<kD, kFloat8>>(),
+       stream, true},
       map(call.k, call.d, call.k_strides), map(call.v, call.dv, call.v_strides), args);
 }
 
 }  // namespace
 
-template <DType kType, int kD> void launch_split_sm90(const SplitCall& call, cudaStream_t stream) {
-  launch_split<kType, kD>(call, stream);
+template <DType kType, int kD, bool kFloat8>
+void launch_split_sm90(const SplitCall& call, cudaStream_t stream) {
+  launch_split<kType, kD, kFloat8>(call, stream);
 }
 
 }  // namespace heddle

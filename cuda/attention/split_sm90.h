@@ -30,7 +30,8 @@ inline int64_t split_row_tiles(const ForwardCall& call) {
 inline constexpr int kSplitCtas = 2;
 inline int64_t split_ctas(const ForwardCall& call) {
   const int64_t tiles = call.b * call.hk * split_row_tiles(call) * ((call.sk + 127) / 128);
-  const bool shared = std::max(call.d, call.dv) <= 64 && tiles >= 6 * call.processors;
+  const bool shared =
+      call.dtype != DType::kE4M3 && std::max(call.d, call.dv) <= 64 && tiles >= 6 * call.processors;
   return call.processors * (shared ? kSplitCtas : 1);
 }
 
@@ -40,7 +41,8 @@ void split_sm90(const SplitCall& call, cudaStream_t stream);
 // Why it cannot take a call, or null
 const char* declines_split_sm90(const SplitCall& call);
 
-// What split_sm90 picks from, an instantiation file for each size
-template <DType kType, int kD> void launch_split_sm90(const SplitCall& call, cudaStream_t stream);
+// What split_sm90 picks from; with kFloat8, and kF16, q, k and v are e4m3
+template <DType kType, int kD, bool kFloat8 = false>
+void launch_split_sm90(const SplitCall& call, cudaStream_t stream);
 
 }  // namespace heddle

@@ -305,6 +305,21 @@ __device__ __forceinline__ void store_4_floats(uint32_t address, float a, float 
                : "memory");
 }
 
+__device__ __forceinline__ void store_4_words(uint32_t address, uint4 words) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(words.x),
+               "r"(words.y), "r"(words.z), "r"(words.w)
+               : "memory");
+}
+
+__device__ __forceinline__ uint4 load_4_words(uint32_t address) {
+  uint4 words;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+               : "r"(address)
+               : "memory");
+  return words;
+}
+
 __device__ __forceinline__ void store_4_bytes(uint32_t address, uint32_t bits) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(bits) : "memory");
 }
@@ -435,6 +450,13 @@ __device__ __forceinline__ uint32_t pack_e4m3(float a, float b, float c, float d
       : "=r"(packed)
       : "f"(a), "f"(b), "f"(c), "f"(d));
   return packed;
+}
+
+// Two of e4m3 as f16
+__device__ __forceinline__ uint32_t unpack_e4m3(uint16_t pair) {
+  uint32_t both;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(both) : "h"(pair));
+  return both;
 }
 
 template <DType kType> __device__ __forceinline__ float unpack(uint16_t bits) {

@@ -8,14 +8,53 @@
 namespace heddle {
 namespace {
 
+#ifndef HEDDLE_OUT
+#define HEDDLE_OUT kF16
+#endif
+
 const Case kCases[] = {
     {.b = 1, .sq = 1, .sk = 1, .hq = 1, .hk = 1},
     {.b = 2, .sq = 1, .sk = 300, .hq = 4, .hk = 2, .causal = true, .processors = 5},
     {.b = 1, .sq = 1, .sk = 2600, .hq = 1, .hk = 1, .processors = 20},
     // parts that are read twice, by a weight of zero
-    {.b = 1, .sq = 1, .sk = 500, .hq = 1, .hk = 1, .processors = 3, .infinite = 499},
+    {.b = 1,
+     .sq = 1,
+     .sk = 500,
+     .hq = 1,
+     .hk = 1,
+     .processors = 3,
+     .infinite = kType == DType::kE4M3 ? -1 : 499},
+    // heads of float8 of their own scales
+    {.b = 2,
+     .sq = 2,
+     .sk = 300,
+     .hq = 4,
+     .hk = 2,
+     .causal = true,
+     .processors = 5,
+     .scaled = kType == DType::kE4M3},
+    {.b = 1,
+     .sq = 3,
+     .sk = 200,
+     .hq = 6,
+     .hk = 2,
+     .causal = true,
+     .mapped = true,
+     .sink = true,
+     .cached = {190},
+     .processors = 2,
+     .poisoned = 188,
+     .page_size = 32,
+     .scaled = kType == DType::kE4M3},
     {.b = 1, .sq = 1, .sk = 700, .hq = 3, .hk = 1, .mapped = true, .sink = true},
-    {.b = 1, .sq = 4, .sk = 390, .hq = 4, .hk = 2, .causal = true, .narrower = 8, .processors = 4},
+    {.b = 1,
+     .sq = 4,
+     .sk = 390,
+     .hq = 4,
+     .hk = 2,
+     .causal = true,
+     .narrower = kType == DType::kE4M3 ? 16 : 8,
+     .processors = 4},
     {.b = 1, .sq = 3, .sk = 500, .hq = 2, .hk = 1, .window = 140, .processors = 2},
     {.b = 1, .sq = 5, .sk = 3, .hq = 1, .hk = 1, .causal = true, .processors = 2},
     // rows without keys in the second part, whose masked value is no number, and in any part
@@ -129,10 +168,12 @@ const Case kCases[] = {
 
 int main(int argc, char** argv) {
   using namespace heddle;
-  return check_all<kType>(kCases, kD, kD, argc, argv, [](const Case& c, SplitCall& call) {
+  constexpr bool kFloat8 = kType == DType::kE4M3;
+  constexpr DType kOut = kFloat8 ? DType::HEDDLE_OUT : kType;
+  return check_all<kType, kOut>(kCases, kD, kD, argc, argv, [](const Case& c, SplitCall& call) {
     int verdict = -1, judged = 0;
     const auto judge = [&](SplitCall its, int expected) {
-      launch_split_sm90<kType, kD>(its, nullptr);
+      launch_split_sm90<kFloat8 ? DType::kF16 : kType, kD, kFloat8>(its, nullptr);
       if (its.verdict && (verdict != expected || judged != 0))
         emulator::fault("the verdict on lengths and pages is wrong");
     };

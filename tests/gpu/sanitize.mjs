@@ -119,6 +119,8 @@ for (const [d, softCap] of [
 ])
   check(`float8 ${d}`, () => {
     const make = (shape) => draw(shape).cast('float8_e4m3fn')
+    const cache = make([2, 300, 2, d])
+    keep(attention(make([2, 2, 4, d]), cache, cache, { causal: true }))
     const [q, k] = [make([2, 193, 4, d]), make([2, 257, 2, d])]
     keep(attention(q, k, k, { window: 150, softCap, kScale: [0.5, 2], sink: [0, 1, 2, 3] }))
     const x = make([1, 150, 2, d])

@@ -76,6 +76,16 @@ describeDevices('explain', (device) => {
     expect(explain(attention, rowless, q, q).variant).toBeTypeOf('string')
   })
 
+  it('takes decoding to the kernel that splits keys, of float8 too', () => {
+    for (const dtype of ['bfloat16', 'float8_e4m3fn'] as const) {
+      const [q, k] = [draw([2, 1, 8, 128]).cast(dtype), draw([2, 99, 2, 128]).cast(dtype)]
+      const call = [q, k, k] as unknown as Parameters<typeof attention>
+      const { variant, declined } = explain(attention, ...call)
+      if (device === 'cpu') expect(declined).toEqual([])
+      else expect(variant).toBe(cuda.devices[0]!.arch === 90 ? 'sm90_split' : 'sm80_simt')
+    }
+  })
+
   it('takes gradients to matrix instructions where there are some', () => {
     const q = draw([1, 70, 4, 64])
     const k = draw([1, 70, 2, 64])

@@ -162,6 +162,12 @@ inline void store_4_floats(uint32_t address, float a, float b, float c, float d)
   const float values[4] = {a, b, c, d};
   cta->store(address, values, 16);
 }
+inline void store_4_words(uint32_t address, uint4 words) { cta->store(address, &words, 16); }
+inline uint4 load_4_words(uint32_t address) {
+  uint4 words;
+  cta->load(&words, address, 16);
+  return words;
+}
 inline void store_4_bytes(uint32_t address, uint32_t bits) { cta->store(address, &bits, 4); }
 inline void store_16_bits(uint32_t address, uint16_t bits) { cta->store(address, &bits, 2); }
 inline void store_16_bytes(uint32_t address, const void* gmem) { cta->store(address, gmem, 16); }
@@ -204,6 +210,13 @@ inline uint32_t pack_e4m3(float a, float b, float c, float d) {
   uint32_t packed = 0;
   for (const float x : {d, c, b, a}) packed = packed << 8 | emulator::encode(DType::kE4M3, x);
   return packed;
+}
+
+inline uint32_t unpack_e4m3(uint16_t pair) {
+  const auto half = [](int bits) {
+    return emulator::encode(DType::kF16, emulator::decode(DType::kE4M3, bits & 0xff));
+  };
+  return static_cast<uint32_t>(half(pair)) | static_cast<uint32_t>(half(pair >> 8)) << 16;
 }
 
 template <DType kType> float unpack(uint16_t bits) { return emulator::decode(kType, bits); }
