@@ -255,6 +255,43 @@ function common({ terms }: Form): Form {
   return times(formOf([termOf(1, shared)]), exponential(formOf(exponent)))
 }
 
+// Whether a factor is at least 0 wherever it is a number: a root is of nothing else
+function isAtLeast0({ atom, power }: Factor): boolean {
+  if (power % 2 !== 1 && power % 2 !== -1) return true
+  switch (atom.kind) {
+    case 'name':
+      return /^([#%A-Z]|inf$)/.test(atom.name)
+    case 'access':
+      return false
+    case 'sum':
+      return formIsAtLeast0(atom.form)
+    case 'if':
+      return [atom.yes, atom.no].every(formIsAtLeast0)
+    case 'reduce':
+      return formIsAtLeast0(atom.body)
+    case 'call':
+      if (['exp', 'sigmoid', 'softplus', 'relu', 'abs'].includes(atom.fn)) return true
+      if (atom.fn === 'max') return atom.args.some(formIsAtLeast0)
+      return (
+        (atom.fn === 'min' || atom.fn === 'pow') &&
+        formIsAtLeast0(atom.args[0]!) &&
+        (atom.fn === 'pow' || formIsAtLeast0(atom.args[1]!))
+      )
+  }
+}
+
+const formIsAtLeast0 = ({ terms }: Form): boolean =>
+  terms.every(({ coefficient, factors }) => coefficient >= 0 && factors.every(isAtLeast0))
+
+// What roots and logarithms may be taken of apart from the rest of a term
+const apart = ({ terms: [term] }: Form): Form => single((term?.factors ?? []).filter(isAtLeast0))
+
+// The size of an atom, of which an even power has a root or a logarithm
+function sizeOf(atom: Atom): Form {
+  const form = atomForm(atom)
+  return isAtLeast0({ atom, power: 1 }) ? form : atomForm(call('abs', [form]))
+}
+
 /** @internal */
 export function power(form: Form, exponent: number): Form {
   if (exponent === 1) return form
@@ -267,11 +304,25 @@ export function power(form: Form, exponent: number): Form {
       argument(atom) ? [times(number(power * exponent), argument(atom)!)] : [],
     )
     const rest = factors.filter(({ atom }) => !argument(atom))
-    const raised = rest.map(({ atom, power }) => ({ atom, power: power * exponent }))
+    // the root of a product is the product of roots where no two factors may be below 0
+    const signed = Number.isInteger(exponent) ? [] : rest.filter((one) => !isAtLeast0(one))
+    if (signed.length > 1 || (coefficient < 0 && !Number.isInteger(exponent))) {
+      const group = formOf([termOf(Math.sign(coefficient), signed)])
+      const others = factors.filter((one) => !signed.includes(one))
+      const outside = formOf([termOf(Math.abs(coefficient), others)])
+      const { atom } = wrapped(group).terms[0]!.factors[0]!
+      return times(power(outside, exponent), single([{ atom, power: exponent }]))
+    }
+    const raised = rest.map((one): Factor => {
+      const its = one.power * exponent
+      const isEven = one.power % 2 === 0 && its % 2 !== 0
+      const atom = isEven ? sizeOf(one.atom).terms[0]!.factors[0]!.atom : one.atom
+      return { atom, power: its }
+    })
     const value = formOf([termOf(coefficient ** exponent, raised)])
     return exponents.length > 0 ? times(value, exponential(plus(...exponents))) : value
   }
-  const shared = common(form)
+  const shared = Number.isInteger(exponent) ? common(form) : apart(common(form))
   if (shared.key !== '1')
     return times(power(shared, exponent), power(times(form, power(shared, -1)), exponent))
   // 1 / (1 + exp(-x))
@@ -350,7 +401,7 @@ export function exponential(form: Form): Form {
 
 /** @internal */
 export function logarithm(form: Form): Form {
-  const shared = common(form)
+  const shared = apart(common(form))
   const inner = shared.key === '1' ? form : times(form, power(shared, -1))
   if (form.terms.length > 1) {
     // log(1 + exp(x))
@@ -360,11 +411,16 @@ export function logarithm(form: Form): Form {
   }
   const { coefficient, factors } = form.terms[0] ?? { coefficient: 0, factors: [] }
   if (coefficient <= 0) return atomForm(call('log', [form]))
+  const signed = factors.filter((one) => !isAtLeast0(one))
+  const split = factors.filter((one) => signed.length < 2 || !signed.includes(one))
+  const group = signed.length < 2 ? number(0) : atomForm(call('log', [single(signed)]))
   return plus(
     number(Math.log(coefficient)),
-    ...factors.map(({ atom, power }) =>
-      times(number(power), argument(atom) ?? atomForm(call('log', [atomForm(atom)]))),
-    ),
+    group,
+    ...split.map(({ atom, power }) => {
+      const size = power % 2 === 0 ? sizeOf(atom) : atomForm(atom)
+      return times(number(power), argument(atom) ?? atomForm(call('log', [size])))
+    }),
   )
 }
 
@@ -450,8 +506,7 @@ function apply(fn: FunctionName, args: readonly Form[]): Form {
     case 'pow': {
       const exponent = numberIn(y)
       if (exponent !== undefined) return power(x, exponent)
-      // A decay to the power of a distance
-      const isBase = isPlain(x) || (numberIn(x) ?? 0) > 0
+      const isBase = (numberIn(x) ?? 0) > 0
       return isBase ? exponential(times(y, logarithm(x))) : atomForm(call(fn, args))
     }
     case 'max': {
@@ -623,6 +678,15 @@ export class Normal {
       const marks = [...(this.forms.get(tensor)?.form.free ?? [])]
       this.beyond ??= marks.find((one) => one.endsWith('?[]'))?.slice(0, -3)
     }
+  }
+
+  // Whether indices are in it, and no tensors
+  private moves({ free }: Form): boolean {
+    const names = [...free].filter((one) => !/^[A-Z]/.test(one))
+    return (
+      names.every((one) => !one.endsWith('[]')) &&
+      names.some((one) => !this.ir.scalars.includes(one))
+    )
   }
 
   private define(statement: Statement): void {
@@ -929,11 +993,13 @@ export class Normal {
         return this.access(expr, limits)
       case 'negate':
         return times(number(-1), this.expr(expr.x, limits))
-      case 'call':
-        return apply(
-          expr.fn,
-          expr.args.map((arg) => this.expr(arg, limits)),
-        )
+      case 'call': {
+        const args = expr.args.map((arg) => this.expr(arg, limits))
+        const [x, y] = args as [Form, Form]
+        // a decay to the power of a distance; what is below 0 may have other powers
+        const isDecay = expr.fn === 'pow' && isPlain(x) && this.moves(y)
+        return isDecay ? exponential(times(y, logarithm(x))) : apply(expr.fn, args)
+      }
       case 'if': {
         const [yes, no] = [this.expr(expr.yes, limits), this.expr(expr.no, limits)]
         // what is hidden stands behind

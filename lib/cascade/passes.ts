@@ -64,6 +64,9 @@ export function edgeKind(
   // written along the variable and read along another one: any element may be asked for
   const axis = producer.out.axes.findIndex((names) => names?.has(variable))
   const read = use.axes[axis]
+  // a sum over a prefix needs no element behind the one it is made for
+  const follows = read !== undefined && [...read].some((v) => node.prefix.has(v))
+  if (follows && node.variables.has(variable) && indexedBy(node.out, variable)) return 'plain'
   return axis >= 0 && read !== undefined && !read.has(variable) ? 'barrier' : 'plain'
 }
 

@@ -330,6 +330,12 @@ describe('passes of published algorithms', () => {
       },
     ])
     expect(cascade('S[p] = sum(m) N[m,p] where m <= p').analyze().warnings).toEqual([])
+    // of what is made on the way too, but not where all of it is needed
+    const passesOf = (text: string) => cascade(text).analyze().passes.M!.headline
+    const sum = 'B[m] = X[m] * 2\nC[m] = sum(u) B[u] where u <= m\n'
+    expect(passesOf(`${sum}Y[m] = C[m] * X[m]`)).toBe(1)
+    expect(passesOf(`${sum}F[m] = exp(C[m])\nY[m] = sum(u) F[u] * X[u] where u <= m`)).toBe(1)
+    expect(passesOf(`${sum}D = sum(m) C[m]\nY[m] = C[m] / D`)).toBe(2)
   })
 })
 

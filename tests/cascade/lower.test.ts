@@ -382,6 +382,16 @@ const cases: readonly Case[] = [
     slots: { bias: 'Bias[p,#2M]' },
   },
   {
+    what: 'queries of length 1 behind a gain of either sign',
+    text: `X[h,p,e] = Q[h,p,e] * gain[h]
+      N[h,p]   = sum(e) X[h,p,e] * X[h,p,e]
+      S[h,p,m] = sum(e) X[h,p,e] / sqrt(N[h,p]) * K[h,m,e]   where m <= p + off
+      L[h,p]   = logsumexp(m) S[h,p,m]
+      O[h,p,f] = sum(m) exp(S[h,p,m] - L[h,p]) * V[h,m,f]`,
+    perHead: ['gain'],
+    slots: {},
+  },
+  {
     what: 'a window',
     text: softmax('S[h,p,m] * 0.2', 'where m <= p + off && m > p + off - w'),
     scalars: { w: 5 },

@@ -81,3 +81,72 @@ it('never changes results', async () => {
   }
   expect(checked).toBeGreaterThan(500)
 })
+
+// A root or a logarithm of a product is that of its factors only where none of them is below 0
+it('takes roots and logarithms of numbers of either sign', async () => {
+  const rng = random(94)
+  const leaf = () => rng.pick(['A[i,j]', 'B[j]', 'C[i]', 'x', 'y', '-2'])
+  const even = (): string => {
+    const [a, b] = [leaf(), leaf()]
+    return rng.pick([
+      `${a} * ${a}`,
+      `pow(${a}, 2) * ${b} * ${b}`,
+      `pow(${a} * ${b}, 2)`,
+      `(${a} * ${a} + pow(${b}, 2))`,
+      `exp(${a}) * pow(${b}, 2)`,
+      `abs(${a})`,
+      `${a} * ${b}`,
+      `${a} * ${b} * ${a} / ${b}`,
+      `(${a} * ${b} + ${a} * ${a})`,
+      `pow(${a}, 4) / 3`,
+    ])
+  }
+  const root = () =>
+    rng.pick([
+      `sqrt(${even()})`,
+      `rsqrt(${even()})`,
+      `log(${even()})`,
+      `pow(${even()}, 0.25)`,
+      `log1p(${even()} - 1)`,
+      `pow(sqrt(${even()}), 2)`,
+      `${leaf()} * rsqrt(${even()})`,
+      `pow(${leaf()}, z)`,
+    ])
+  let checked = 0
+  for (let n = 0; n < 400; n++) {
+    const text = `
+      P[i,j] = ${root()} * ${leaf()} + ${root()} + A[i,j]
+      N[i]   = sum(j) A[i,j] * A[i,j] * C[i] * C[i] * x
+      Y[i]   = sum(j) P[i,j] * B[j] + C[i] / sqrt(N[i] * x)`
+    const parsed = cascade(text)
+    const side = formOf(parsed.ir)
+    if (!side) continue
+    checked++
+    const [i, j] = [3, 4]
+    const draw = (shape: number[]) => ({
+      data: rng.normals(shape.reduce((a, b) => a * b, 1)),
+      shape,
+    })
+    const given = { A: draw([i, j]), B: draw([j]), C: draw([i]) }
+    const scalars = { x: rng.normal(), y: rng.normal(), z: rng.pick([2, 3]) }
+    const names = parsed.ir.inputs as (keyof typeof given)[]
+    const used = Object.fromEntries(parsed.ir.scalars.map((one) => [one, scalars[one as 'x']]))
+    const expected = parsed.evaluate(
+      Object.fromEntries(names.map((one) => [one, given[one]])),
+      used,
+    ).Y!
+    const tensors = Object.fromEntries(
+      names.map((one) => [one, tensor(given[one].data, given[one].shape)]),
+    )
+    const actual = await side.run(tensors, { ...used, I: i, J: j }).read()
+    for (const [at, value] of expected.data.entries()) {
+      // what has no root is no number in both, or finds one where signs cancel
+      if (!Number.isFinite(value)) continue
+      const error = Math.abs(Number(actual[at]) - value)
+      expect(error, `${text} ${JSON.stringify(scalars)}`).toBeLessThan(
+        1e-3 * Math.max(1, Math.abs(value)),
+      )
+    }
+  }
+  expect(checked).toBeGreaterThan(300)
+})
