@@ -170,13 +170,18 @@ function familiesOf(ir: CascadeIR): Family[] {
 function partsOf(index: Index): [outer: string, inner: string] | undefined {
   if (index.kind !== 'expr' || index.expr.kind !== 'binary' || index.expr.op !== '+')
     return undefined
+  // u*4 + r, in any order
+  const isVariable = (x: Expr) => x.kind === 'name' && /^[a-z]/.test(x.name)
   const { a, b } = index.expr
-  if (a.kind !== 'binary' || a.op !== '*' || a.a.kind !== 'name' || b.kind !== 'name')
-    return undefined
-  const lower = (name: string) => /^[a-z]/.test(name)
-  const whole =
-    a.b.kind === 'number' ? a.b.value > 1 : a.b.kind === 'name' && a.b.name === rankOf(b.name)
-  return lower(a.a.name) && lower(b.name) && whole ? [a.a.name, b.name] : undefined
+  const [whole, inner] = isVariable(b) ? [a, b] : [b, a]
+  if (inner.kind !== 'name' || whole.kind !== 'binary' || whole.op !== '*') return undefined
+  const [outer, step] = isVariable(whole.a) ? [whole.a, whole.b] : [whole.b, whole.a]
+  if (outer.kind !== 'name' || !isVariable(outer) || !isVariable(inner)) return undefined
+  const fits =
+    step.kind === 'number'
+      ? step.value > 1
+      : step.kind === 'name' && step.name === rankOf(inner.name)
+  return fits ? [outer.name, inner.name] : undefined
 }
 
 function commonStem(a: string, b: string): string {

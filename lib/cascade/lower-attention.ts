@@ -9,6 +9,7 @@ import {
   argument,
   atomForm,
   type Condition,
+  exponential,
   type Factor,
   type Form,
   formOf,
@@ -100,8 +101,20 @@ function dotOf(
   const [e] = over as [string]
   const rest = term.factors.filter((one) => !sums.includes(one))
   const [product] = body.terms as [Term]
-  const split = (factors: readonly Factor[]) =>
-    [false, true].map((wanted) => factors.filter(({ atom }) => has(atom, [key]) === wanted))
+  // exp(a[p] + b[m]) is a factor of either
+  const pieces = (factor: Factor): readonly Factor[] => {
+    const exponent = argument(factor.atom)
+    if (!exponent) return [factor]
+    const parts = [false, true].map((wanted) =>
+      formOf(exponent.terms.filter((one) => has(formOf([one]), [key]) === wanted)),
+    )
+    if (parts.some(({ terms }) => terms.length === 0)) return [factor]
+    return parts.flatMap((part) => power(exponential(part), factor.power).terms[0]!.factors)
+  }
+  const split = (factors: readonly Factor[]) => {
+    const all = factors.flatMap(pieces)
+    return [false, true].map((wanted) => all.filter(({ atom }) => has(atom, [key]) === wanted))
+  }
   const [ofQ, ofK] = split(product.factors) as [Factor[], Factor[]]
   const [before, withKey] = split(rest) as [Factor[], Factor[]]
   const scales = before.filter(({ atom }) => isNumber(atom, variables))
@@ -116,6 +129,17 @@ function dotOf(
   if (!operands.q || !operands.k || rows.some((row) => k.free.has(row))) return undefined
   const scale = formOf([termOf(term.coefficient * product.coefficient, scales)])
   return { q: operands.q, k: operands.k, e, scale }
+}
+
+// Those of the same operands are one, whose scale is a sum
+function united(dots: readonly Dot[]): Dot[] {
+  const found = new Map<string, Dot>()
+  for (const dot of dots) {
+    const key = [dot.q.form.key, dot.k.form.key, dot.e].join(' | ')
+    const before = found.get(key)
+    found.set(key, before ? { ...dot, scale: plus(before.scale, dot.scale) } : dot)
+  }
+  return [...found.values()]
 }
 
 // Whether a form counts with a variable, or else has it as the index before that of keys
@@ -413,6 +437,7 @@ function weightedSum(
         throw fail(`its score has ${bent.atom.key}, which is no soft cap`)
     } else terms.push(term)
   }
+  dots = united(dots)
   const [dot] = dots
   if (!dot) throw fail(`its score ${score.key} has no product of a query and a key`)
   fit++

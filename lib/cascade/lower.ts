@@ -109,19 +109,24 @@ const fixed: readonly Fixed[] = [
     text: definitions.norm,
     run: ([x, weight], [eps]) => [norm(x!, weight, { eps })],
   },
+  {
+    operator: 'norm',
+    text: definitions.norm.replace(' * W[d]', ''),
+    run: ([x], [eps]) => [norm(x!, undefined, { eps })],
+  },
   { operator: 'glu', text: definitions.glu, run: ([gate, up]) => [glu(gate!, up!)] },
   { operator: 'silu', text: definitions.silu, run: ([x]) => [silu(x!)] },
   { operator: 'sigmoid', text: definitions.sigmoid, run: ([x]) => [sigmoid(x!)] },
 ]
 
-// The outputs by their forms, with names in the order of the text
-function signature(ir: CascadeIR): string {
+// The outputs by their forms, with names in the order of the text, but for those of tensors
+function signature(ir: CascadeIR, inputs = ir.inputs): string {
   const names = new Map<string, string>()
   ir.variables.forEach((v, i) => {
     names.set(v, `v${i}`)
     names.set(rankOf(v), `V${i}`)
   })
-  const tensors = new Map(ir.inputs.map((tensor, i) => [tensor, `T${i}`]))
+  const tensors = new Map(inputs.map((tensor, i) => [tensor, `T${i}`]))
   ir.scalars.forEach((scalar, i) => {
     names.set(scalar, `s${i}`)
   })
@@ -135,6 +140,16 @@ function signature(ir: CascadeIR): string {
   return other.outputs.map((tensor) => `${forms.get(tensor)!.form.key}`).join('\n')
 }
 
+// All orders of some names
+function* orders(names: readonly string[]): Generator<readonly string[]> {
+  if (names.length === 0) yield []
+  for (const one of names)
+    for (const rest of orders(names.filter((other) => other !== one))) yield [one, ...rest]
+}
+
+const mostInputs = 4
+const longestText = 1000
+
 let signatures: Map<string, Fixed> | undefined
 
 function fixedOf(_: Normal, ir: CascadeIR): Lowered {
@@ -146,14 +161,22 @@ function fixedOf(_: Normal, ir: CascadeIR): Lowered {
       }),
     ),
   )
-  const found = signatures.get(signature(ir))
+  // a text may read what it multiplies in any order
+  const few = ir.inputs.length <= mostInputs && print(ir).length <= longestText
+  let found: Fixed | undefined
+  let inputs = ir.inputs
+  for (inputs of few ? orders(ir.inputs) : [ir.inputs]) {
+    found = signatures.get(signature(ir, inputs))
+    if (found) break
+  }
   if (!found) throw new Mismatch(ir.outputs[0]!, 'it is no text of an operator without slots', -1)
+  const { operator, run } = found
   return {
-    operator: found.operator,
+    operator,
     slots: {},
     run({ tensors, scalars }) {
-      const results = found.run(
-        ir.inputs.map((tensor) => tensors[tensor] as F32),
+      const results = run(
+        inputs.map((tensor) => tensors[tensor] as F32),
         ir.scalars.map((scalar) => numberOf(name(scalar), scalars)),
       )
       return Object.fromEntries(ir.outputs.map((tensor, i) => [tensor, results[i]!]))

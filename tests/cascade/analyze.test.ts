@@ -316,6 +316,20 @@ describe('passes of published algorithms', () => {
     expect(deferred.passes.U).toBeUndefined()
   })
 
+  it('an index of a split rank may be written in any order', () => {
+    const bytes = ['u*4 + r', '4*u + r', 'r + u*4', 'r + 4*u'].map((index) => {
+      const text = `
+        C[u,e] = sum(r) K[${index},e] * w[r]
+        A[p,u] = sum(e) Q[p,e] * C[u,e]   where u*4 + 7 <= p
+        N[p,u] = exp(A[p,u])
+        D[p]   = sum(u) N[p,u]
+        O[p,f] = sum(u) N[p,u] * V[u,f] / D[p]`
+      return cascade(text).analyze({ sizes: { P: 64, E: 16, F: 16, U: 256, R: 4 } }).bytes
+    })
+    for (const one of bytes) expect(one).toEqual(bytes[0])
+    expect(bytes[0]!.asWritten).toBe(bytes[0]!.minimal)
+  })
+
   it('a sum over a prefix is told, and is no barrier', () => {
     const { passes, warnings } = cascade(
       'S[i] = sum(k) A[k] where k <= i\nZ[k] = A[k] * S[k]',

@@ -382,6 +382,22 @@ const cases: readonly Case[] = [
     slots: { bias: 'Bias[p,#2M]' },
   },
   {
+    what: 'a scale that is a sum, as of YaRN',
+    text: softmax('S[h,p,m] * pow(0.1 * log(s) + 1, 2) / sqrt(E)', 'where m <= p + off'),
+    scalars: { s: 8 },
+    slots: { q: 'Q', k: 'K', causal: 'off + p' },
+  },
+  {
+    what: 'factors that grow with the positions of both, as of xPos',
+    text: `X[h,p,e] = Q[h,p,e] * exp(0.1 * zeta[h] * p)
+      Y[h,m,e] = K[h,m,e] * exp(-0.1 * zeta[h] * m)
+      S[h,p,m] = sum(e) X[h,p,e] * Y[h,m,e]   where m <= p + off
+      L[h,p]   = logsumexp(m) S[h,p,m]
+      O[h,p,f] = sum(m) exp(S[h,p,m] - L[h,p]) * V[h,m,f]`,
+    perHead: ['zeta'],
+    slots: { v: 'V', causal: 'off + p' },
+  },
+  {
     what: 'queries of length 1 behind a gain of either sign',
     text: `X[h,p,e] = Q[h,p,e] * gain[h]
       N[h,p]   = sum(e) X[h,p,e] * X[h,p,e]
@@ -700,6 +716,16 @@ describeDevices('compile', (device) => {
     const gated = cascade('Y[b,t,j] = A[b,t,j] / (1 + exp(-A[b,t,j])) * U[b,t,j]').compile()
     expect(gated.explain().operator).toBe('glu')
     expect(await gated(a, b).Y!.read()).toEqual(await glu(a, b).read())
+    // in the order in which a text reads them
+    const turned = cascade('Y[b,t,j] = U[b,t,j] * (A[b,t,j] * sigmoid(A[b,t,j]))').compile()
+    expect(turned.explain().operator).toBe('glu')
+    expect(await turned(b, a).Y!.read()).toEqual(await glu(a, b).read())
+    const bare = cascade(`
+      S[b,t]   = sum(c) X[b,t,c] * X[b,t,c]
+      Y[b,t,c] = X[b,t,c] * rsqrt(S[b,t] / C + eps)`).compile()
+    expect(await bare(a, { eps: 0.1 }).Y!.read()).toEqual(
+      await norm(a, undefined, { eps: 0.1 }).read(),
+    )
     const normed = cascade(`
       S[b,t]   = sum(c) X[b,t,c] * X[b,t,c]
       Y[b,t,c] = X[b,t,c] * rsqrt(S[b,t] / C + eps) * g[c]`).compile()
