@@ -59,6 +59,11 @@ __global__ void attention_check_kernel(ForwardArgs p, int64_t table_pages, int64
 const int32_t* ints(const Tensor& x) { return x ? x.as<int32_t>() : nullptr; }
 const float* floats(const Tensor& x) { return x ? x.as<float>() : nullptr; }
 
+HeadScales scales_of(const Attention& op) {
+  return {floats(op.q_scale),    floats(op.k_scale),    floats(op.v_scale),
+          op.q_scale.strides[0], op.k_scale.strides[0], op.v_scale.strides[0]};
+}
+
 const char* lengths_fault(const Attention& op) {
   if (op.cu_seqlens_k)
     return "cuSeqlensQ and cuSeqlensK must start at 0, never descend and end at the totals";
@@ -138,12 +143,7 @@ ForwardArgs portable_args(const Attention& op) {
   args.normalise = op.normalise;
   args.shifted = op.shifted();
   args.cosine = op.cosine;
-  args.q_scale = floats(op.q_scale);
-  args.k_scale = floats(op.k_scale);
-  args.v_scale = floats(op.v_scale);
-  args.q_scale_stride = op.q_scale.strides[0];
-  args.k_scale_stride = op.k_scale.strides[0];
-  args.v_scale_stride = op.v_scale.strides[0];
+  args.scales = scales_of(op);
   args.out_dtype = op.out.dtype;
   return args;
 }
@@ -223,12 +223,7 @@ SplitCall hopper_call(const Attention& op, const CudaContext& context) {
   call.slots = slots_of(op);
   call.processors = context.processors;
   call.graphs = context.graphs;
-  call.q_scale = floats(op.q_scale);
-  call.k_scale = floats(op.k_scale);
-  call.v_scale = floats(op.v_scale);
-  call.q_scale_stride = op.q_scale.strides[0];
-  call.k_scale_stride = op.k_scale.strides[0];
-  call.v_scale_stride = op.v_scale.strides[0];
+  call.scales = scales_of(op);
   call.out_dtype = op.out.dtype;
   if (op.block_table) {
     call.block_table = ints(op.block_table);

@@ -46,21 +46,10 @@ template <int kD> struct Float8Smem {
 };
 
 struct Float8Args : ForwardArgs {
-  const float *q_scale, *k_scale, *v_scale;
-  int64_t q_scale_stride, k_scale_stride, v_scale_stride;
+  HeadScales scales;
   bool half;        // out is f16
   uint8_t* turned;  // [b, hk, key tile, d, key], of zeros behind the end of a sequence
   int key_tiles;    // of one head
-
-  __device__ __forceinline__ float score_scale(int head) const {
-    float scale = scale_log2;
-    if (q_scale) scale *= q_scale[head * q_scale_stride];
-    if (k_scale) scale *= k_scale[head / group * k_scale_stride];
-    return scale;
-  }
-  __device__ __forceinline__ float value_scale(int head) const {
-    return v_scale ? v_scale[head / group * v_scale_stride] : 1;
-  }
 };
 
 // The largest of each row's scores that this thread has, in chains that don't wait for each other
@@ -291,7 +280,8 @@ __global__ void __launch_bounds__(Float8Tile<kD>::kThreads, 1)
     const int key_tiles = __shfl_sync(~0u, work.key_tiles, 0);
     // rows are shifted by maxima of products, which takes a factor that is positive: of a negative
     // one the products change their signs instead
-    const float scale_log2 = args.score_scale(work.head);
+    const int kv_head = work.head / args.group;
+    const float scale_log2 = args.scale_log2 * args.scales.score(work.head, kv_head);
     const float size_log2 = fabsf(scale_log2) < 1e-30f ? 1e-30f : fabsf(scale_log2);
     bounds = bounds_of(args, work, row);
     rows.clear();
@@ -419,7 +409,7 @@ __global__ void __launch_bounds__(Float8Tile<kD>::kThreads, 1)
 
     const int64_t lse_row =
         (static_cast<int64_t>(work.batch) * args.hq + work.head) * args.sq + work.q_begin;
-    const float value_scale = args.value_scale(work.head);
+    const float value_scale = args.scales.value(kv_head);
     float lse_log2[2];
     int poisoned[2];
 #pragma unroll
@@ -460,7 +450,6 @@ __global__ void __launch_bounds__(Float8Tile<kD>::kThreads, 1)
         return reinterpret_cast<const uint8_t*>(x) + work.batch * strides.batch +
                head * strides.head + begin * strides.row;
       };
-      const int kv_head = work.head / args.group;
       for (int i = 0; i < 16; ++i) {
         const int from = i % 8 * 4, its_row = work.row + own_row + i;
         const float its_lse = __shfl_sync(~0u, i < 8 ? lse_log2[0] : lse_log2[1], from);
@@ -510,12 +499,7 @@ __global__ void __launch_bounds__(Float8Tile<kD>::kThreads, 1)
 template <int kD> void launch_float8_sm90(const ForwardCall& call, cudaStream_t stream) {
   using Shape = Float8Tile<kD>;
   Float8Args args{forward_args(call, Shape::kQueries)};
-  args.q_scale = call.q_scale;
-  args.k_scale = call.k_scale;
-  args.v_scale = call.v_scale;
-  args.q_scale_stride = call.q_scale_stride;
-  args.k_scale_stride = call.k_scale_stride;
-  args.v_scale_stride = call.v_scale_stride;
+  args.scales = call.scales;
   args.half = call.out_dtype == DType::kF16;
   args.turned = call.turned;
   args.key_tiles = static_cast<int>(turned_tiles(call, kD));

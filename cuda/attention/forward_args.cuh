@@ -1,6 +1,7 @@
 #pragma once
 #include <cuda_runtime.h>
 
+#include "attention/head_scales.h"
 #include "ops/attention.h"
 
 // What kernels of attention for any GPU take
@@ -40,8 +41,7 @@ struct ForwardArgs {
   bool causal, masked, normalise, shifted, cosine;
   MaskView mask;
   int* fault;
-  const float *q_scale, *k_scale, *v_scale;  // of float8, [hq], [hk] and [hk] or null
-  int64_t q_scale_stride, k_scale_stride, v_scale_stride;
+  HeadScales scales;  // of float8
   DType out_dtype;
   const int* only_if;  // nothing is done if this word is 0; or null
 

@@ -98,12 +98,6 @@ __device__ inline float bias_at(const ForwardArgs& p, int64_t batch, int64_t hea
   return bias * 1.44269504f < Attention::kHidingLog2 ? -INFINITY : bias;
 }
 
-// What float8 is multiplied by; other numbers are what they are
-template <class T>
-__device__ inline float scale_of(const float* scales, int64_t stride, int64_t head) {
-  return std::is_same_v<T, E4M3> && scales ? scales[head * stride] : 1;
-}
-
 // Out has the dtype of q, but float8 names another
 template <class T> __device__ inline void store_out(const ForwardArgs& p, int64_t at, float x) {
   if constexpr (std::is_same_v<T, E4M3>) {
@@ -261,9 +255,7 @@ __device__ __forceinline__ void attention_tile(const ForwardArgs& p, float* smem
 
   const float slope = p.slopes ? p.slopes[head * p.slopes_stride] : 0;
   const int64_t row_keys = exists ? keys_seen(p, place, position) : 0;
-  const float scale = p.scale * length_factor(p, row_keys) *
-                      scale_of<T>(p.q_scale, p.q_scale_stride, head) *
-                      scale_of<T>(p.k_scale, p.k_scale_stride, kv_head);
+  const float scale = p.scale * length_factor(p, row_keys) * p.scales.score(head, kv_head);
   const Lift lift = lift_of(p, place.batch, head, place.q_begin + query, row_keys);
   // row_max starts at a large negative finite number: (-inf) - (-inf) would poison empty rows.
   // Other weights than exponentials are relative to nothing
@@ -370,7 +362,7 @@ __device__ __forceinline__ void attention_tile(const ForwardArgs& p, float* smem
   const float factor = (row_sum == 0  ? 0
                         : p.normalise ? expf(row_max - total_max) / total
                                       : 1) *
-                       scale_of<T>(p.v_scale, p.v_scale_stride, kv_head);
+                       p.scales.value(kv_head);
   const int64_t out = ((place.batch * p.sq + token) * p.hq + head) * p.dv;
   for (int f = 0; f < kMostColumns; ++f) {
     const int column = part + kRowThreads * f;
@@ -411,7 +403,7 @@ template <class T> __global__ void attention_join_kernel(ForwardArgs p) {
       any = true;
     }
     const int64_t out = ((batch * p.sq + token) * p.hq + head) * p.dv;
-    const float scale = scale_of<T>(p.v_scale, p.v_scale_stride, head / (p.hq / p.hk));
+    const float scale = p.scales.value(head / (p.hq / p.hk));
     for (int f = lane; f < p.dv; f += 32) {
       float sum = 0;
       for (int i = 0; i < p.splits; ++i)

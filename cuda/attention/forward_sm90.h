@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "attention/head_scales.h"
 #include "attention/list_sm90.h"
 #include "common/launch.h"
 #include "core/dtype.h"
@@ -84,8 +85,7 @@ struct ForwardCall {
   // Of keys and values that L2 keeps while they are needed
   int64_t section_bytes = int64_t{33} << 20;
   // Of float8
-  const float *q_scale, *k_scale, *v_scale;  // [hq], [hk] and [hk] or null
-  int64_t q_scale_stride, k_scale_stride, v_scale_stride;
+  HeadScales scales;
   DType out_dtype;
   uint8_t* turned;  // turned_bytes() of scratch
 };

@@ -75,9 +75,8 @@ struct SplitArgs {
   bool causal;  // or windowed
   const float *slopes, *sink;
   int64_t slopes_stride, sink_stride;
-  const float *q_scale, *k_scale, *v_scale;  // of e4m3
-  int64_t q_scale_stride, k_scale_stride, v_scale_stride;
-  bool half;  // out of e4m3 is f16
+  HeadScales scales;  // of e4m3
+  bool half;          // out of e4m3 is f16
   int64_t cache_stride, table_row, table_column, cu_q_stride;
   int pages, page_log2;  // of 2^page_log2 keys
   const uint16_t *q, *k, *v;
@@ -98,8 +97,7 @@ struct SplitArgs {
   }
   // What products of a query head are multiplied by
   __device__ __forceinline__ float scale_of(int head) const {
-    return scale * (q_scale ? q_scale[head * q_scale_stride] : 1) *
-           (k_scale ? k_scale[head / group * k_scale_stride] : 1);
+    return scale * scales.score(head, head / group);
   }
   __device__ __forceinline__ int page(int sequence, int key) const {
     return block_table[sequence * table_row + (key >> page_log2) * table_column];
@@ -576,8 +574,7 @@ __global__ void __launch_bounds__((SplitTile<kD, kFloat8>::kThreads),
     }
 
     // Two elements of a row that is done
-    const float value_scale =
-        kFloat8 && args.v_scale ? args.v_scale[work.kv_head * args.v_scale_stride] : 1;
+    const float value_scale = kFloat8 ? args.scales.value(work.kv_head) : 1;
     auto pack_out = [&](float a, float b) {
       return kFloat8 && !args.half ? pack<DType::kBF16>(a, b) : pack<kType>(a, b);
     };
@@ -737,12 +734,7 @@ void launch_split(const SplitCall& call, cudaStream_t stream) {
   args.sink = call.sink;
   args.slopes_stride = call.slopes_stride;
   args.sink_stride = call.sink_stride;
-  args.q_scale = call.q_scale;
-  args.k_scale = call.k_scale;
-  args.v_scale = call.v_scale;
-  args.q_scale_stride = call.q_scale_stride;
-  args.k_scale_stride = call.k_scale_stride;
-  args.v_scale_stride = call.v_scale_stride;
+  args.scales = call.scales;
   args.half = call.out_dtype == DType::kF16;
   args.cache_seqlens = call.cache_seqlens;
   args.block_table = call.block_table;

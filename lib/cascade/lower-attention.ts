@@ -13,6 +13,7 @@ import {
   type Factor,
   type Form,
   formOf,
+  isAtLeast0,
   logarithm,
   minus,
   type Normal,
@@ -62,20 +63,30 @@ import {
   tensorIn,
 } from './slots.js'
 
-// Which function of which score a weight is
+// Which function of which score a weight is, and where it is more than 0: exp(s) if(t, 1, 0), and exp(s) c as exp(s + log c)
 function weightsOf(weight: Form) {
   const [term] = weight.terms
-  const [factor, ...more] = term?.factors ?? []
-  if (!factor || more.length > 0 || factor.atom.kind !== 'call') return undefined
+  const where: Condition[] = []
+  const rest = (term?.factors ?? []).filter(({ atom, power }) => {
+    const cuts = power === 1 && atom.kind === 'if' && atom.yes.key === '1' && atom.no.key === '0'
+    if (cuts) where.push(atom.test)
+    return !cuts
+  })
+  const factor = rest.find(({ atom }) => argument(atom)) ?? rest[0]
+  const more = rest.filter((one) => one !== factor)
+  if (factor?.atom.kind !== 'call') return undefined
   const { fn, args } = factor.atom
   const [score] = args as [Form]
   const { power } = factor
+  if (fn === 'exp' && power === 1 && more.every(isAtLeast0)) {
+    const all = more.length > 0 ? plus(score, logarithm(single(more))) : score
+    return { weights: 'softmax', power, score: all, where } as const
+  }
+  if (more.length > 0 || where.length > 0) return undefined
   if (fn === 'relu' && Number.isInteger(power) && power >= 1 && power <= 8)
-    return { weights: 'relu', power, score } as const
-  if (power !== 1) return undefined
-  if (fn === 'exp') return { weights: 'softmax', power, score } as const
-  return fn === 'sigmoid' || fn === 'softplus'
-    ? ({ weights: fn, power, score } as const)
+    return { weights: 'relu', power, score, where } as const
+  return power === 1 && (fn === 'sigmoid' || fn === 'softplus')
+    ? ({ weights: fn, power, score, where } as const)
     : undefined
 }
 
@@ -363,7 +374,10 @@ function weightedSum(
     fit++
     throw fail(`its weights are ${rest.key}, no function of a score that attention has`)
   }
-  const [{ weights, power: exponent, score, weight, v, column }] = found as [(typeof found)[number]]
+  const [{ weights, power: exponent, score, where: cuts, weight, v, column }] = found as [
+    (typeof found)[number],
+  ]
+  const where = [...numerator.where, ...cuts]
   fit += 2
 
   // exp(shift) sum(…) in both, and a sink beside the sum below
@@ -444,7 +458,7 @@ function weightedSum(
   const { q, k } = dot
   let rows = out.left.filter((x) => has(q.form, [x]) && !has(k.form, [x]) && !has(v.form, [x]))
   // Heads that share keys and values look like rows, but for the mask
-  const masked = rows.filter((x) => numerator.where.some((one) => has(one, [x]) && has(one, [m])))
+  const masked = rows.filter((x) => where.some((one) => has(one, [x]) && has(one, [m])))
   if (masked.length > 0) rows = masked
   if (rows.length > 1) {
     const order = q.main.indices.map(({ key }) => key)
@@ -452,7 +466,7 @@ function weightedSum(
     const rest = [...terms.map((term) => formOf([term])), post, shift, ...(sink ? [sink] : [])]
     const near = (counted: boolean) =>
       rows.filter((x) => rest.some((form) => standsBeside(form, x, m, counted)))
-    const named = [...rest, ...numerator.where].some((one) => has(one, [last]))
+    const named = [...rest, ...where].some((one) => has(one, [last]))
     const [counted, before] = [near(true), near(false)]
     // one is counted with, as in slope[h] * abs(p - m), or the last is as good as any
     if (counted.length === 1) rows = counted
@@ -529,9 +543,9 @@ function weightedSum(
     return { ...one, ofQ: sideFor(ofQ, row, 'e_'), ofK: sideFor(one.k, 'm_', 'e_') }
   })
   const ofV = sideFor(v, 'm_', column)
-  for (const one of numerator.where)
+  for (const one of where)
     if (has(one, [column])) throw fail(`its mask ${one.key} hangs on ${column}`)
-  const { off, back, rest: hidden } = intervalOf(numerator.where, m, row, ir.variables)
+  const { off, back, rest: hidden } = intervalOf(where, m, row, ir.variables)
 
   // What must be the distance of the last row from the last key
   const distances = off ? [off] : []
@@ -666,7 +680,7 @@ function weightedSum(
         const got = only === undefined ? numberOf(form, known) : known[only]
         // Rows that end elsewhere have a mask, unless the call says where they end
         if (form === off && got !== ends && only === undefined && table === undefined) {
-          ending ??= besides(numerator.where)
+          ending ??= besides(where)
           computed = ending
           options.causal = false
         } else if (got !== ends)
@@ -688,7 +702,7 @@ function weightedSum(
             spanOf(ir, out.tensor),
             out.tensor,
           )
-        ending ??= besides(numerator.where)
+        ending ??= besides(where)
         computed = ending
         options.causal = false
       }

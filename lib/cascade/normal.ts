@@ -255,8 +255,8 @@ function common({ terms }: Form): Form {
   return times(formOf([termOf(1, shared)]), exponential(formOf(exponent)))
 }
 
-// Whether a factor is at least 0 wherever it is a number: a root is of nothing else
-function isAtLeast0({ atom, power }: Factor): boolean {
+/** @internal Whether a factor is at least 0 wherever it is a number: a root is of nothing else. */
+export function isAtLeast0({ atom, power }: Factor): boolean {
   if (power % 2 !== 1 && power % 2 !== -1) return true
   switch (atom.kind) {
     case 'name':

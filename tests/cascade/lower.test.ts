@@ -407,6 +407,18 @@ const cases: readonly Case[] = [
     perHead: ['gain'],
     slots: {},
   },
+  ...['if(Bias[p,m] > -2, 1, 0)', 'sigmoid(Bias[p,m])', 'Bias[p,m] * Bias[p,m]'].map(
+    (factor): Case => ({
+      what: `weights that are multiplied by ${factor}`,
+      text: `${head}
+        G[h,p]   = max(m) S[h,p,m]
+        A[h,p,m] = exp(S[h,p,m] - G[h,p]) * ${factor}
+        D[h,p]   = sum(m) A[h,p,m]
+        O[h,p,f] = sum(m) A[h,p,m] * V[h,m,f] / D[h,p]`,
+      pairs: 'Bias',
+      slots: { q: 'Q', k: 'K', v: 'V' },
+    }),
+  ),
   {
     what: 'a window',
     text: softmax('S[h,p,m] * 0.2', 'where m <= p + off && m > p + off - w'),
@@ -488,7 +500,8 @@ describeDevices('compile', (device) => {
         }
         if (pairs) {
           const data = rng.normals(sq * sk)
-          given[pairs] = tensor(data, [1, 1, sq, sk], { device })
+          const shape = plan.explain().packed.includes(pairs) ? [1, 1, sq, sk] : [sq, sk]
+          given[pairs] = tensor(data, shape, { device })
           dense[pairs] = { data, shape: [sq, sk] }
         }
         const off = parsed.ir.scalars.includes('off') ? { off: sk - sq } : {}

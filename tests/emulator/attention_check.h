@@ -311,8 +311,8 @@ double check(const Case& c, int64_t d, int64_t dv, emulator::Random& random, con
   call.cache_stride = 1;
   call.out_dtype = kOut;
   if (c.scaled) {
-    call.q_scale = call.k_scale = call.v_scale = scales.data();
-    call.q_scale_stride = call.k_scale_stride = call.v_scale_stride = 1;
+    const float* all = scales.data();
+    call.scales = {all, all, all, 1, 1, 1};
   }
   call.processors = c.processors;
   std::vector<uint8_t> turned(kType == DType::kE4M3 ? static_cast<size_t>(turned_bytes(call)) : 0,

@@ -448,8 +448,8 @@ const kernels: Kernel[] = [
       {
         what: 'the scale is that of another kv head',
         file: float8,
-        from: 'k_scale[head / group * k_scale_stride]',
-        to: 'k_scale[head * k_scale_stride]',
+        from: 'args.scales.score(work.head, kv_head)',
+        to: 'args.scales.score(work.head, 0)',
       },
       {
         what: 'values keep their scale to themselves',

@@ -60,12 +60,7 @@ inline ForwardArgs args_of(const ForwardCall& call) {
       slots.normalise && slots.weights != Attention::kSigmoid && slots.weights != Attention::kRelu;
   args.cosine = slots.cosine;
   args.mask = call.lists.mask;
-  args.q_scale = call.q_scale;
-  args.k_scale = call.k_scale;
-  args.v_scale = call.v_scale;
-  args.q_scale_stride = call.q_scale_stride;
-  args.k_scale_stride = call.k_scale_stride;
-  args.v_scale_stride = call.v_scale_stride;
+  args.scales = call.scales;
   args.out_dtype = call.out_dtype;
   args.lse = call.lse;
   return args;
