@@ -286,7 +286,8 @@ const char* declines_split(const Attention& op, const CudaContext& context) {
   if (const char* reason = declines_slots(op)) return reason;
   if (const char* reason = declines_hopper(op, context)) return reason;
   if (op.masked) return "mask must be left out";
-  if (op.block_table && !declines_forward(op, context))
+  // a step of decoding has no time to ask
+  if (op.block_table && op.q.shape[1] > kFewQueries && !declines_forward(op, context))
     return "q must have too few rows for all multiprocessors";
   return declines_split_sm90(hopper_call(op, context));
 }

@@ -5,8 +5,10 @@
 #include <type_traits>
 
 #include "attention/forward_sm90.h"
+#include "attention/pages_sm90.cuh"
 #include "attention/slots_sm90.cuh"
 #include "attention/softmax_sm90.cuh"
+#include "common/lanes.cuh"
 #include "common/sm80.cuh"
 #include "common/sm90.cuh"
 #include "common/tensor_map.h"
@@ -232,11 +234,7 @@ template <int kQueries, Layout kLayout = Layout::kEven> struct ForwardOrder {
       const int own = sequence + lane >= args.sequences || size <= kFewQueries
                           ? 0
                           : (size + kQueries - 1) / kQueries;
-      int until = own;
-      for (int lanes = 1; lanes < 32; lanes *= 2) {
-        const int before = __shfl_up_sync(~0u, until, lanes);
-        if (lane >= lanes) until += before;
-      }
+      const int until = sum_so_far(own, lane);
       all = __shfl_sync(~0u, until, 31);
       if (tile >= tiles_before + all) continue;
       const int place = __popc(__ballot_sync(~0u, tiles_before + until <= tile));
@@ -418,21 +416,7 @@ template <class Element> struct KeyRows {
   }
 };
 
-// The same in pages
-struct PageRows {
-  const ForwardArgs& args;
-  int sequence;
-  const uint16_t* first;  // of the head in page 0
-  const Strides& strides;
-  __device__ __forceinline__ int page(int key) const {
-    return args
-        .block_table[sequence * args.table_row + (key >> args.page_log2) * args.table_column];
-  }
-  __device__ __forceinline__ int row(int key) const { return key & ((1 << args.page_log2) - 1); }
-  __device__ __forceinline__ const uint16_t* operator()(int key) const {
-    return first + min(max(page(key), 0), args.pages - 1) * strides.batch + row(key) * strides.row;
-  }
-};
+using ForwardPages = PageRows<ForwardArgs, uint16_t>;
 
 // What a lane copies of a key tile: rows from `at` on, from this row of a page
 struct PageBox {
@@ -651,7 +635,7 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kLayout>::kThread
         auto find = [&](int j) {
           PageBox box{};
           if constexpr (kPaged) {
-            const PageRows rows{args, work.sequence, nullptr, args.k_strides};
+            const ForwardPages rows{args, work.sequence, nullptr, args.k_strides};
             box.at = lane * args.box;
             const int key = (work.key_end - 1 - j) * kKeys + box.at;
             // what lies outside arrives as zeros: pages behind the last key are not looked at
@@ -819,7 +803,7 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kLayout>::kThread
       k += work.batch * strides.batch + (work.k_begin + lower + lane / 4) * strides.row;
     const auto row_of = [&](int i) {  // 2 i behind the first
       if constexpr (kPaged) {
-        return PageRows{args, work.sequence, k, strides}(lower + 2 * i + lane / 4);
+        return ForwardPages{args, work.sequence, k, strides}(lower + 2 * i + lane / 4);
       } else {
         const int64_t between = (upper - lower - kKeys / 2) * strides.row;
         return k + 2 * i * strides.row + (i < kKeys / 4 ? 0 : between);
@@ -955,7 +939,7 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kLayout>::kThread
     const auto rows_of = [&](const uint16_t* x, const Strides& strides) {
       const int kv_head = work.head / args.group;
       if constexpr (kPaged) {
-        return PageRows{args, work.sequence, x + kv_head * strides.head, strides};
+        return ForwardPages{args, work.sequence, x + kv_head * strides.head, strides};
       } else {
         return KeyRows<uint16_t>{base(x, strides, kv_head, work.k_begin), strides.row};
       }

@@ -4,8 +4,10 @@
 #include <cmath>
 #include <cstdint>
 
+#include "attention/pages_sm90.cuh"
 #include "attention/softmax_sm90.cuh"
 #include "attention/split_sm90.h"
+#include "common/lanes.cuh"
 #include "common/sm90.cuh"
 #include "common/tensor_map.h"
 #include "common/tile.cuh"
@@ -99,10 +101,6 @@ struct SplitArgs {
   __device__ __forceinline__ float scale_of(int head) const {
     return scale * scales.score(head, head / group);
   }
-  __device__ __forceinline__ int page(int sequence, int key) const {
-    return block_table[sequence * table_row + (key >> page_log2) * table_column];
-  }
-  __device__ __forceinline__ int row_of_page(int key) const { return key & ((1 << page_log2) - 1); }
 };
 
 // A sequence as a warp numbers the key tiles of its units: `tiles` each from `begin` on
@@ -152,13 +150,8 @@ template <int kKeys> struct SplitPlan {
       return size(its);
     }
     its = sequence(first + lane);
-    int until = size(its);
-    its.begin = -until;
-    for (int lanes = 1; lanes < 32; lanes *= 2) {
-      const int before = __shfl_up_sync(~0u, until, lanes);
-      if (lane >= lanes) until += before;
-    }
-    its.begin += next + until;
+    const int until = sum_so_far(size(its), lane);
+    its.begin = next + until - size(its);
     return next + __shfl_sync(~0u, until, 31);
   }
   // The tiles of a unit of this sequence that a row of it sees, among its own
@@ -190,8 +183,9 @@ template <class Element> struct SplitRows {
   __device__ __forceinline__ const Element* operator()(int key) const {
     int64_t block = sequence;
     if (args.block_table) {
-      block = min(max(args.page(sequence, key), 0), args.pages - 1);
-      key = args.row_of_page(key);
+      const PageRows<SplitArgs, Element> table{args, sequence, data, strides};
+      block = table.page_inside(key);
+      key = table.row(key);
     }
     return data + block * strides.batch + key * strides.row + kv_head * strides.head;
   }
@@ -323,6 +317,7 @@ __global__ void __launch_bounds__((SplitTile<kD, kFloat8>::kThreads),
       work.unit_tiles = seen.y - seen.x;
       // a lane copies one box of a tile; 32 of them ask for as many pages at once
       const int its_row = lane * args.box;
+      const PageRows<SplitArgs, Element> table{args, work.sequence, nullptr, args.k_strides};
       int pages = 0;
       for (int j = 0; j < work.key_tiles; ++j, ++loaded) {
         const Turn<kFloat8 ? Shape::kRaw : kStages> turn(loaded);
@@ -332,11 +327,11 @@ __global__ void __launch_bounds__((SplitTile<kD, kFloat8>::kThreads),
           const int asked = j * args.boxes % 32;
           if (asked == 0) {
             // what lies outside arrives as zeros: pages behind the last key are not looked at
-            pages = key < its.sk ? args.page(work.sequence, key) : args.pages;
+            pages = key < its.sk ? table.page(key) : args.pages;
             bad |= key < its.sk && (pages < 0 || pages >= args.pages);
           }
           block = __shfl_sync(~0u, pages, asked + lane);
-          row = args.row_of_page(key);
+          row = table.row(key);
         }
         auto load = [&](auto& tile, Barrier& full, Barrier& empty, const TensorMap& map) {
           empty.wait(turn.parity ^ 1);

@@ -1,4 +1,5 @@
 #pragma once
+#include "common/lanes.cuh"
 #include "common/team.cuh"
 #include "core/flexprefill.h"
 #include "probe/lines_sm90.h"
@@ -98,11 +99,7 @@ __device__ inline void flexprefill_bins(const uint32_t* bins, unsigned long long
   unsigned long long(&totals)[256] = memory.head.bins.count;  // of warps
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    unsigned long long all = sums[i];
-    for (int step = 1; step < 32; step *= 2) {
-      const unsigned long long more = __shfl_up_sync(~0u, all, step);
-      if (lane >= step) all += more;
-    }
+    const unsigned long long all = sum_so_far(sums[i], lane);
     before[i] = all - sums[i];
     if (lane == 31) totals[2 * warp + i] = all;
   }

@@ -191,17 +191,13 @@ export class Batch {
         left -= tokens.length
         return tokens.length > 0 ? [{ sequence, tokens }] : []
       })
-    const done = parts.filter(({ sequence, tokens }) => tokens.length === sequence.pending.length)
     const logits = scope(() => this.#logits(parts))
     const values = await logits.read().finally(() => logits.dispose())
-    for (const { sequence, tokens } of parts) {
+    const width = this.#model.config.vocab_size
+    for (const [at, { sequence, tokens }] of parts.entries()) {
       sequence.pending = sequence.pending.subarray(tokens.length)
       sequence.length += tokens.length
-    }
-    const width = this.#model.config.vocab_size
-    for (const { sequence } of done) {
-      if (sequence.ended) continue
-      const at = parts.findIndex((part) => part.sequence === sequence)
+      if (sequence.ended || sequence.pending.length > 0) continue
       const row = values.subarray(at * width, (at + 1) * width)
       const byte = pick(row, sequence.temperature, sequence.random)
       sequence.pending = Uint8Array.of(byte)

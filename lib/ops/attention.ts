@@ -157,17 +157,24 @@ export function attention<D extends FloatDType = 'bfloat16'>(
   const made: Tensor[] = []
   try {
     if (q.dtype === 'float8_e4m3fn') call.dtype ??= 'bfloat16'
-    const { cuSeqlensQ, cuSeqlensK, blockTable, mask } = call
-    if (cuSeqlensQ !== undefined && (cuSeqlensK ?? blockTable ?? mask) === undefined) {
-      const text = 'cuSeqlensQ goes with cuSeqlensK or blockTable'
-      throw refuse('ERR_ARGUMENT', 'attention', 'cuSeqlensQ', text)
-    }
+    checkPacked(call)
     prepare('attention', call, q, k, made)
     const [out, lse] = run('attention', call)
     return { out, lse } as AttentionResult<D>
   } finally {
     for (const tensor of made) tensor.dispose()
   }
+}
+
+// Keys of packed queries are packed themselves, or stand in pages
+function checkPacked(call: AttentionOptions): void {
+  const paged = call.blockTable !== undefined
+  const refused = (name: string, text: string) =>
+    refuse('ERR_ARGUMENT', 'attention', name, `${name} ${text}`)
+  if (call.cuSeqlensK !== undefined && paged)
+    throw refused('cuSeqlensK', 'cannot be combined with blockTable')
+  if (call.cuSeqlensQ !== undefined && !paged && (call.cuSeqlensK ?? call.mask) === undefined)
+    throw refused('cuSeqlensQ', 'goes with cuSeqlensK or blockTable')
 }
 
 const perHead = ['slopes', 'sink', 'qScale', 'kScale', 'vScale'] as const
@@ -186,8 +193,6 @@ function prepare(
   if (call.weights !== undefined) call.normalise ??= divides(call.weights)
   if (call.offset !== undefined && call.weights !== 'reweighted')
     throw refuse('ERR_ARGUMENT', op, 'offset', 'offset goes with weights of reweighted')
-  if (call.blockTable !== undefined && call.cuSeqlensK !== undefined)
-    throw refuse('ERR_ARGUMENT', op, 'cuSeqlensK', 'cuSeqlensK cannot be combined with blockTable')
   if (mask !== undefined) Object.assign(call, maskArguments(op, mask, q, k, call, made))
   const place = (name: string, placed: Tensor | undefined) => {
     if (placed) call[name] = placed

@@ -1072,7 +1072,7 @@ const kernels: Kernel[] = [
       {
         what: 'every page is read from its first row',
         file: split,
-        from: 'row = args.row_of_page(key);',
+        from: 'row = table.row(key);',
         to: 'row = 0;',
       },
       {

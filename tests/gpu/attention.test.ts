@@ -29,13 +29,22 @@ async function agree<D extends FloatDType>(
   const ours = attention(q, k, v, options)
   const wide = (t: Tensor<D>) => t.cast('float32')
   const exact = attention<FloatDType>(wide(q), wide(k), wide(v), options)
+  await expectClose(ours, exact, what, lseBound)
+  return { ours, exact }
+}
+
+async function expectClose(
+  ours: AttentionResult,
+  exact: AttentionResult,
+  what: string,
+  lseBound: number,
+) {
   const [out, expected] = [
     await ours.out.read({ as: 'float32' }),
     await exact.out.read({ as: 'float32' }),
   ]
-  expect(relativeRms(out, expected), what).toBeLessThan(q.dtype === 'bfloat16' ? 4e-3 : 6e-4)
+  expect(relativeRms(out, expected), what).toBeLessThan(ours.out.dtype === 'bfloat16' ? 4e-3 : 6e-4)
   expect(maxError(await ours.lse.read(), await exact.lse.read()), what).toBeLessThan(lseBound)
-  return { ours, exact }
 }
 
 describeGpu('attention on large shapes', () => {
@@ -131,21 +140,9 @@ describeGpu('attention of prompts over pages', () => {
       const q = randn([1, cuSeqlensQ.at(-1)!, hq, d], { dtype, device, seed: 3 })
       const place = { ...options, blockTable, cacheSeqlens: used, cuSeqlensQ }
       const what = JSON.stringify({ d, page, ...options })
-      const check = async (ours: AttentionResult, rows: [number, number]) => {
-        const exact = attention(q.cast('float32'), k.packed, v.packed, {
-          ...options,
-          cuSeqlensQ,
-          cuSeqlensK,
-        })
-        const [out, expected] = [
-          await ours.out.read({ as: 'float32' }),
-          await exact.out.slice(1, ...rows).read(),
-        ]
-        expect(relativeRms(out, expected), what).toBeLessThan(dtype === 'bfloat16' ? 4e-3 : 6e-4)
-        const [lse, bound] = [await ours.lse.read(), await exact.lse.slice(2, ...rows).read()]
-        expect(maxError(lse, bound), what).toBeLessThan(3e-4)
-      }
-      await check(attention(q, k.pages, v.pages, place), [0, q.shape[1]!])
+      const lengths = { ...options, cuSeqlensQ, cuSeqlensK }
+      const exact = attention(q.cast('float32'), k.packed, v.packed, lengths)
+      await expectClose(attention(q, k.pages, v.pages, place), exact, what, 3e-4)
       // the longest alone
       const last: [number, number] = [cuSeqlensQ.at(-2)!, cuSeqlensQ.at(-1)!]
       const alone = {
@@ -153,7 +150,13 @@ describeGpu('attention of prompts over pages', () => {
         blockTable: blockTable.slice(0, used.length - 1),
         cacheSeqlens: used.slice(-1),
       }
-      await check(attention(q.slice(1, ...last), k.pages, v.pages, alone), last)
+      const its = { out: exact.out.slice(1, ...last), lse: exact.lse.slice(2, ...last) }
+      await expectClose(
+        attention(q.slice(1, ...last), k.pages, v.pages, alone),
+        its as AttentionResult,
+        what,
+        3e-4,
+      )
       if (cuda.devices[0]!.arch !== 90) continue
       expect(explain(attention, q, k.pages, v.pages, place).variant).toBe('sm90_wgmma')
       const few = explain(attention, q.slice(1, 0, 90), k.pages, v.pages, {
