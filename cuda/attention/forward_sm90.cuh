@@ -722,7 +722,7 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kLayout>::kThread
   // Maxima are looked for in few tiles only, and bf16, which has the range of f32, leaves room
   // above them. Weights are from 2^-40 to 2^20 then, so that values from 2^-86 to 2^90 are
   // multiplied.
-  constexpr bool kHopes = kD <= 128 && (kForm == Form::kPlain || kForm == Form::kSloped);
+  constexpr bool kHopes = kForm == Form::kPlain || kForm == Form::kSloped;
   constexpr int kLag = kType == DType::kF16 ? 12 : kHopes ? 20 : 60;
   // what sums of a tile may be where nobody looks
   constexpr float kMost = kType == DType::kF16 ? 0x1p15f : kHopes ? 0x1p20f : 0x1p60f;
