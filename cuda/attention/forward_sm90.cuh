@@ -57,13 +57,12 @@ template <int kD, int kDv, Form kForm, Layout kLayout> struct ForwardTile {
   static constexpr int kQueries = 64 * kWarpgroups;
   // as many as fit into shared memory with two stages. With slots scores have less registers, for
   // what is read of a tile ahead, and with three warpgroups.
-  static constexpr int kKeys = kForm == Form::kSloped    ? 64
-                               : kForm == Form::kSigmoid ? 80
-                               : kTall                   ? (kDv == 96 ? 112 : 80)
-                               : kSlots                  ? 96
-                               : kDv <= 128              ? 128
-                               : kDv == 192              ? 112
-                                                         : 80;
+  static constexpr int kKeys = kShort       ? 80
+                               : kTall      ? (kDv == 96 ? 112 : 80)
+                               : kSlots     ? 96
+                               : kDv <= 128 ? 128
+                               : kDv == 192 ? 112
+                                            : 80;
   // with two the next q loads, and the last out is stored, under the work on this one
   static constexpr int kBuffers = kD <= 128 ? 2 : 1;
   // as many as there is room for. With lists values wait for the next tile that their warpgroup
@@ -728,6 +727,8 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kLayout>::kThread
   constexpr float kMost = kType == DType::kF16 ? 0x1p15f : kHopes ? 0x1p20f : 0x1p60f;
   constexpr int kOwnLag = kHopes || kForm == Form::kBiased ? kLag : 8;
   const float room = kHopes && kType == DType::kBF16 ? 40 / to_log2 : 0;
+  // With slopes weights of a thread's two rows are relative to the same score of any key
+  constexpr bool kEvenRows = kForm == Form::kSloped && kType == DType::kBF16;
   uint32_t biased = 0;  // tiles of biases
   bool calm = false;    // maxima of the tile before were no news
   float slope = 0;      // in units of products
@@ -836,8 +837,8 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kLayout>::kThread
     if constexpr (kForm == Form::kSloped) {
       add_slopes(acc_s, slope);
       mask();
-      return rows.update_lazily(acc_s, to_log2, {base_of(column, 0), base_of(column, 1)}, lag,
-                                room);
+      return rows.update_lazily<kEvenRows>(acc_s, to_log2, {base_of(column, 0), base_of(column, 1)},
+                                           lag, room, 8 * slope);
     } else if constexpr (kForm == Form::kBiased) {
       const auto& biases = smem.bias[own];
       smem.bias_full[own].wait(biased++ & 1);
@@ -1062,8 +1063,11 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kLayout>::kThread
               meanwhile();
               float top[2] = {rows.row_max[0], rows.row_max[1]};
               if constexpr (kForm == Form::kSloped) {
-                add_slopes(acc_s, slope);
                 for (int r = 0; r < 2; ++r) top[r] -= base_of(keys_of(j).lower + lane % 4 * 2, r);
+                if constexpr (kEvenRows)
+                  return !rows.weigh_sloped(acc_s, to_log2, map.slope_log2, top[0], kMost, sums) ||
+                         !rows.even(8 * slope);
+                add_slopes(acc_s, slope);
               }
               return !rows.weigh(acc_s, to_log2, top, kMost, sums);
             },

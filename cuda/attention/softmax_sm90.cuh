@@ -200,10 +200,12 @@ struct RowSoftmax {
   }
 
   // The same of scores that lack the `base` of their row. Lanes look at each other's maxima only
-  // where one of the warp is beyond `lag`.
-  template <int kScores>
+  // where one of the warp is beyond `lag`. With kEven row_max of the second row is set to `apart`
+  // below that of the first, unless weights of either would be too small.
+  template <bool kEven = false, int kScores>
   __device__ __forceinline__ bool update_lazily(float (&acc)[kScores], float to_log2,
-                                                const float (&base)[2], float lag, float room = 0) {
+                                                const float (&base)[2], float lag, float room = 0,
+                                                float apart = 0) {
     float most[2];
     bool beyond = false, moved = false;
 #pragma unroll
@@ -213,16 +215,28 @@ struct RowSoftmax {
       beyond |= (most[r] - row_max[r]) * to_log2 > lag;
     }
     if (__any_sync(~0u, beyond)) {
+      float next[2];
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        float next = fmaxf(most[r], __shfl_xor_sync(~0u, most[r], 1));
-        next = fmaxf(next, __shfl_xor_sync(~0u, next, 2));
-        next = (next - row_max[r]) * to_log2 > lag ? next + room : row_max[r];
+        next[r] = fmaxf(most[r], __shfl_xor_sync(~0u, most[r], 1));
+        next[r] = fmaxf(next[r], __shfl_xor_sync(~0u, next[r], 2));
+        next[r] = (next[r] - row_max[r]) * to_log2 > lag ? next[r] + room : row_max[r];
         // what is as low hides keys: of exponents relative to it rounding alone would be left
-        if (next * to_log2 < Attention::kHidingLog2) next = -INFINITY;
-        moved |= next != row_max[r];
-        shrink[r] = next == row_max[r] ? 1 : exp2_approx((row_max[r] - next) * to_log2);
-        row_max[r] = next;
+        if (next[r] * to_log2 < Attention::kHidingLog2) next[r] = -INFINITY;
+      }
+      if constexpr (kEven) {
+        constexpr float kMostApart = 40;
+        const float other = next[1] + apart;
+        if (fabsf(next[0] - other) * to_log2 <= kMostApart) {
+          next[0] = fmaxf(next[0], other);
+          next[1] = next[0] - apart;
+        }
+      }
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        moved |= next[r] != row_max[r];
+        shrink[r] = next[r] == row_max[r] ? 1 : exp2_approx((row_max[r] - next[r]) * to_log2);
+        row_max[r] = next[r];
       }
       moved = __any_sync(~0u, moved);
     }
@@ -249,6 +263,33 @@ struct RowSoftmax {
       fits &= sums[r] <= most;
     }
     return fits;
+  }
+
+  // Whether row_max of the second row is `apart` below that of the first, but for rounding
+  __device__ __forceinline__ bool even(float apart) const {
+    const float slack = fmaxf(fabsf(row_max[0]), fabsf(apart)) * 0x1p-21f;
+    return fabsf(row_max[0] - (row_max[1] + apart)) <= slack;
+  }
+
+  // The same of products that lack their slopes, relative to a `top` that both rows have
+  template <int kScores>
+  __device__ __forceinline__ static bool weigh_sloped(float (&acc)[kScores], float to_log2,
+                                                      float slope_log2, float top, float most,
+                                                      float (&sums)[2]) {
+    const float step = 8 * slope_log2;
+    float shift[2] = {-top * to_log2, fmaf(-top, to_log2, slope_log2)};  // of both columns
+    sums[0] = sums[1] = 0;
+#pragma unroll
+    for (int i = 0; i < kScores; i += 4) {
+#pragma unroll
+      for (int x = 0; x < 4; ++x) acc[i + x] = exp2_approx(fmaf(acc[i + x], to_log2, shift[x % 2]));
+#pragma unroll
+      for (int r = 0; r < 2; ++r) sums[r] += acc[i + 2 * r] + acc[i + 2 * r + 1];
+        // as a multiply-add it would take a move beside it
+#pragma unroll
+      for (float& its : shift) its = __fadd_rn(its, step);
+    }
+    return sums[0] <= most && sums[1] <= most;
   }
 
   // Such weights

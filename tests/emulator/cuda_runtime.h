@@ -112,6 +112,7 @@ inline int __ffs(int value) {
 }
 inline int __popc(unsigned value) { return std::popcount(value); }
 inline int __float_as_int(float value) { return std::bit_cast<int>(value); }
+inline float __fadd_rn(float a, float b) { return a + b; }
 inline int __vimax3_s32(int a, int b, int c) { return std::max({a, b, c}); }
 
 template <class T> T __ldg(const T* from) { return *from; }

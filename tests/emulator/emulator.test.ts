@@ -535,6 +535,18 @@ const kernels: Kernel[] = [
         to: 'static_cast<float>(i / 4 * 8)',
       },
       {
+        what: 'every second key has the slope of the one before',
+        file: softmax,
+        from: 'fmaf(-top, to_log2, slope_log2)',
+        to: '-top * to_log2',
+      },
+      {
+        what: 'weights of a row are relative to what those of another are',
+        file: forward,
+        from: '!rows.even(8 * slope)',
+        to: 'false',
+      },
+      {
         what: 'the reciprocal of two sigmoids overflows',
         file: slots,
         from: 'lowest < -kFarSigmoid',

@@ -21,6 +21,17 @@ constexpr auto kSigmoid = Attention::kSigmoid, kRelu = Attention::kRelu,
 // multiplied by, with whatever else a call may have
 const Case kCases[] = {
     {.b = 2, .sq = 65, .sk = 190, .hq = 2, .hk = 1, .causal = true, .slots = {.sloped = true}},
+    // scores of neighbouring rows are so far from each other that weights are, or are not, relative
+    // to the same
+    {.b = 1, .sq = 200, .sk = 700, .hq = 2, .hk = 1, .spread = 12, .slots = {.sloped = true}},
+    {.b = 1,
+     .sq = 150,
+     .sk = 700,
+     .hq = 2,
+     .hk = 1,
+     .causal = true,
+     .spread = kType == DType::kF16 ? 9 : 16,
+     .slots = {.sloped = true}},
     {.b = 1,
      .sq = 150,
      .sk = 300,
