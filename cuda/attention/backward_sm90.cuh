@@ -28,7 +28,7 @@
 //   issue S(i)                | await own turn
 //   issue dv(i), dq(i - 1)    | P(i) by halves, the second under dv(i) of the first and dq(i - 1)
 //                             | hand dq(i - 1) over under the rest of dv(i)
-//   issue dP(i)               | dS(i), write it
+//   issue dP(i) - delta       | dS(i), write it
 //   issue dk(i)
 //
 // A kernel before prepares what rows need, one behind scales and converts dq. Each of the three
@@ -80,7 +80,7 @@ template <int kD, bool kListed> struct GradientSmem {
   Pairs ds[2];
   alignas(128) float dq[2][Shape::kSums / 2];  // of each warpgroup, in its threads' order
   alignas(16) float lse_log2[Shape::kQStages][Shape::kQueries];
-  alignas(16) float delta[Shape::kOStages][Shape::kQueries];
+  alignas(16) float delta[Shape::kOStages][Shape::kQueries];  // with the other sign
   float dslopes[8][kMostSlopes];  // of each computing warp, of the heads of the group
   GradientWork work;
   // a step is published before the one ahead of it is looked up, and read until its dq is added up,
@@ -513,12 +513,17 @@ __global__ void __launch_bounds__((GradientShape<kD>::kThreads), 1)
     __syncwarp();
     if (lane == 0) barrier.arrive();
   };
-  // x^T = keys rows^T, of K and Q or of V and dout
+  // x^T = keys rows^T, of K and Q, or added to what is there, of V and dout
   auto issue_scores = [&](float(&acc)[kQueries / 2], const typename Smem::Keys& keys,
-                          const typename Smem::Rows& rows) {
+                          const typename Smem::Rows& rows, bool adds) {
     const uint64_t a = keys.k_major(own * 64, 0), b = rows.k_major(0, 0);
-    wgmma_fence();
-    wgmma_first<kType, Major::kK>(acc, a, b);
+    if (adds) {
+      wgmma_fence(acc);
+      wgmma<kType, Major::kK>(acc, a, b, true);
+    } else {
+      wgmma_fence();
+      wgmma_first<kType, Major::kK>(acc, a, b);
+    }
 #pragma unroll
     for (int d = 16; d < kD; d += 16)
       wgmma<kType, Major::kK>(acc, advance(a, keys.k_step(d)), advance(b, rows.k_step(d)), true);
@@ -617,30 +622,31 @@ __global__ void __launch_bounds__((GradientShape<kD>::kThreads), 1)
       }
     }
   };
-  auto weigh_gradients = [&](const float(&acc_p)[kQueries / 2], const float(&acc_dp)[kQueries / 2],
-                             const float* deltas) {
+  // what dP begins with, -delta of each query
+  auto begin_gradients = [&](float(&acc_dp)[kQueries / 2], const float* deltas) {
 #pragma unroll
-    for (int i = 0; i < kQueries / 2; i += 4) {
-      const float2 delta = *reinterpret_cast<const float2*>(deltas + i * 2 + column);
-#pragma unroll
-      for (int j = 0; j < 4; j += 2)
-        frag_ds[i / 8][(i / 2 + j / 2) % 4] =
-            pack<kType>(acc_p[i + j] * (acc_dp[i + j] - delta.x),
-                        acc_p[i + j + 1] * (acc_dp[i + j + 1] - delta.y));
+    for (int i = 0; i < kQueries / 2; i += 2) {
+      const float2 delta = *reinterpret_cast<const float2*>(deltas + i / 4 * 8 + column);
+      acc_dp[i] = delta.x;
+      acc_dp[i + 1] = delta.y;
     }
   };
+  auto weigh_gradients = [&](const float(&acc_p)[kQueries / 2],
+                             const float(&acc_dp)[kQueries / 2]) {
+#pragma unroll
+    for (int i = 0; i < kQueries / 2; i += 2)
+      frag_ds[i / 8][i / 2 % 4] = pack<kType>(acc_p[i] * acc_dp[i], acc_p[i + 1] * acc_dp[i + 1]);
+  };
   // what the slope of head `head` of the group gets from a step, which a warp keeps
-  auto add_dslope = [&](const float(&acc_dp)[kQueries / 2], const float* deltas, float near,
-                        int head) {
+  auto add_dslope = [&](const float(&acc_dp)[kQueries / 2], float near, int head) {
     float sum = 0;
 #pragma unroll
     for (int i = 0; i < kQueries / 2; i += 4) {
-      const float2 delta = *reinterpret_cast<const float2*>(deltas + i * 2 + column);
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const uint32_t pair = frag_p[i / 8][(i / 2 + j / 2) % 4];
         const float p = unpack<kType>(static_cast<uint16_t>(j % 2 ? pair >> 16 : pair));
-        const float ds = p * (acc_dp[i + j] - (j % 2 ? delta.y : delta.x));
+        const float ds = p * acc_dp[i + j];
         // a masked value may be no number
         sum = p == 0 ? sum : fmaf(ds, distance(near, i, j), sum);
       }
@@ -761,7 +767,7 @@ __global__ void __launch_bounds__((GradientShape<kD>::kThreads), 1)
       const bool clears = args.cu_seqlens_q && (m + 1) * kQueries > work.sq;
       smem.q_full[q.stage].wait(q.parity);
       if (clears) clear_beyond(smem.q[q.stage], work.sq - m * kQueries, kQueries);
-      issue_scores(acc_s, smem.k, smem.q[q.stage]);
+      issue_scores(acc_s, smem.k, smem.q[q.stage], false);
       share_ds(before);
       wgmma_wait<0>(acc_s);
       pin(acc_dk);
@@ -802,12 +808,13 @@ __global__ void __launch_bounds__((GradientShape<kD>::kThreads), 1)
         if (i > 0) hand_over();
         wgmma_wait<0>(acc_dv);
       }
-      issue_scores(acc_dp, smem.v, smem.dout[o.stage]);
+      begin_gradients(acc_dp, smem.delta[o.stage]);
+      issue_scores(acc_dp, smem.v, smem.dout[o.stage], true);
       if (kD == 128 && i > 0) hand_over();
       wgmma_wait<0>(acc_dp);
       pin(acc_dv);
-      weigh_gradients(acc_s, acc_dp, smem.delta[o.stage]);
-      if (kMapped && args.slopes) add_dslope(acc_dp, smem.delta[o.stage], near, head);
+      weigh_gradients(acc_s, acc_dp);
+      if (kMapped && args.slopes) add_dslope(acc_dp, near, head);
       release(smem.dout_empty[o.stage]);
       // the other warpgroup has passed dq(i - 2), the last to read this buffer, for it has written
       // dS(i - 1), which this one has waited for
@@ -1026,7 +1033,7 @@ __global__ void __launch_bounds__(kRowCta) backward_rows_sm90_kernel(const Gradi
     }
     const int64_t at = static_cast<int64_t>(blockIdx.x) * kQueries + r;
     args.tile_lse_log2[at] = lse * kLog2e;
-    args.tile_delta[at] = delta;
+    args.tile_delta[at] = -delta;
   }
 }
 

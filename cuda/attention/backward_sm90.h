@@ -18,7 +18,7 @@ struct BackwardCall : ForwardCall {
   // Of each row, [b, hq, sq], for whoever follows; lse is +inf where the row is empty
   float *row_lse, *row_delta;
   // As GradientTiles says
-  float *tile_lse_log2, *tile_delta, *dq_sum;  // dq_sum in a private order
+  float *tile_lse_log2, *tile_delta, *dq_sum;  // -delta; dq_sum in a private order
   int* counters;
   float* part_sums;
   float* dslope_parts;  // [b, hq, GradientTiles::dslope_parts()], zeros before; null without slopes

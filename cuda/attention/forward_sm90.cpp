@@ -17,15 +17,18 @@ bool addressable(const void* data, const Strides& strides, int64_t b, int64_t s,
 }
 
 // Whether tiles of 192 rows take less time than those of 128. They take 6 % less for the same rows
-// where power bounds the clock, 4.5 % under a causal mask, but more of their rows may be none.
-// Where tiles are about as long as each other multiprocessors take whole ones; otherwise the
-// shortest come last. Packed sequences, whose lengths nobody knows here, end in the middle of a
-// tile.
+// where power bounds the clock, 4.5 % under a causal mask, but more of their rows may be none, and
+// they leave out less before a window. Where tiles are about as long as each other multiprocessors
+// take whole ones; otherwise the shortest come last. Packed sequences, whose lengths nobody knows
+// here, end in the middle of a tile.
 bool prefers_tall(const ForwardCall& call) {
   constexpr double kFewKeys = 512;
-  const bool packed = call.cu_seqlens_q, alike = !call.causal || call.sk >= 2 * call.sq;
+  constexpr int64_t kShortWindow = 1536;
+  const bool packed = call.cu_seqlens_q;
+  const bool alike = !call.causal || call.sk >= 2 * (call.window ? call.window : call.sq);
   const double sequences = packed ? static_cast<double>(call.sequences) : 1;
-  if (call.window || static_cast<double>(call.sk) <= kFewKeys * sequences) return false;
+  if (call.window && call.window < kShortWindow) return false;
+  if (static_cast<double>(call.sk) <= kFewKeys * sequences) return false;
   const auto pairs = static_cast<double>(call.b * call.hq);
   const auto time = [&](int64_t rows, double share) {
     const double beyond = packed ? sequences / 2 : 0;

@@ -1402,6 +1402,12 @@ const kernels: Kernel[] = [
         to: 'continue;',
       },
       {
+        what: 'dP begins with nothing',
+        file: backward,
+        from: 'issue_scores(acc_dp, smem.v, smem.dout[o.stage], true);',
+        to: 'issue_scores(acc_dp, smem.v, smem.dout[o.stage], false);',
+      },
+      {
         what: 'rows are loaded over those in use',
         file: backward,
         from: 'smem.q_empty[q.stage].wait(q.parity ^ 1);\n        smem.q_full',
