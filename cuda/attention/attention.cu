@@ -295,7 +295,7 @@ const char* declines_split(const Attention& op, const CudaContext& context) {
 void split(SplitCall& call, CudaContext& context) {
   call.processors = static_cast<int>(split_ctas(call));
   const auto slots = static_cast<size_t>(2 * call.processors * kSplitRows);
-  call.part_out = context.scratch<float>(slots * static_cast<size_t>(call.dv));
+  call.part_out = context.scratch<float>(slots * static_cast<size_t>(split_columns(call)));
   call.part_state = context.scratch<float2>(slots);
   call.arrivals = context.counters(static_cast<size_t>(call.processors) + 1);
   if (call.verdict) call.judged = call.arrivals + call.processors;

@@ -83,20 +83,6 @@ bool maps_scores(const ForwardCall& call) {
   return call.soft_cap != 0 || call.slopes || !scales_products(call);
 }
 
-// Whether rows over pages take less time here than where keys are split, which keeps all
-// multiprocessors busy, but takes half as long again for the same rows
-bool prefers_tiles(const ForwardCall& call) {
-  constexpr double kShare = 0.64;
-  // packed sequences may all but one have a single query
-  const int64_t sq = call.sq - call.sequences;
-  if (sq <= kFewQueries) return false;
-  const int64_t rows = std::max(call.d, call.dv) <= 64 ? 192 : 128;
-  const auto wave = static_cast<double>(call.processors);
-  const auto tiles = static_cast<double>(call.b * call.hq * ((sq + rows - 1) / rows));
-  const auto all = static_cast<double>(call.b * call.hk * ((sq * call.hq / call.hk + 63) / 64));
-  return kShare * static_cast<double>(rows) / 64 * std::ceil(tiles / wave) < all / wave;
-}
-
 const char* declines_pages(const ForwardCall& call) {
   if (call.masked || call.slots.used() || maps_scores(call))
     return "mask, softCap, slopes, weights, bias, cosine and lengthScale must be left out with "
@@ -123,6 +109,35 @@ template <DType kType> void pick(const ForwardCall& call, cudaStream_t stream) {
 }
 
 }  // namespace
+
+// By what either takes on an H200 to begin and end, and for 128 keys. Tiles leave multiprocessors
+// idle where they are few; splitting keeps all busy, but has half the rows and adds up.
+bool prefers_tiles(const ForwardCall& call) {
+  // packed sequences may all but one have a single query
+  const int64_t sq = call.sq - call.sequences, size = std::max(call.d, call.dv);
+  if (call.block_table && sq <= kFewQueries) return false;
+  constexpr double kBegins = 8, kSplits = 20;  // us
+  const double its = size <= 64    ? 1.06
+                     : size <= 128 ? 1.27
+                     : size <= 192 ? 1.7
+                                   : 2.3,
+               split = size <= 64    ? 0.7
+                       : size <= 128 ? 1.5
+                                     : 3.3;
+  const int64_t rows = size <= 64 ? 192 : 128;
+  const int64_t keys = call.window ? std::min(call.sk, call.window + rows) : call.sk;
+  const auto key_tiles = static_cast<double>((keys + 127) / 128);
+  const auto tiles = static_cast<double>(call.b * call.hq * ((sq + rows - 1) / rows));
+  const auto all = static_cast<double>(call.b * call.hk * ((sq * call.hq / call.hk + 63) / 64));
+  const auto wave = static_cast<double>(call.processors);
+  // Of a causal prompt the rows of a tile see half of the keys in the mean, of which the longest
+  // sees all. Runs of keys are less even: splitting gains two fifths of that.
+  const bool alike = !call.causal || call.window;
+  const double unseen = alike ? 0 : static_cast<double>(sq) / static_cast<double>(2 * call.sk);
+  const double waves = alike ? std::ceil(tiles / wave) : std::max(1., (1 - unseen) * tiles / wave);
+  return kBegins + its * key_tiles * waves <=
+         kSplits + split * key_tiles * (1 - 0.4 * unseen) * all / wave;
+}
 
 const char* declines_addresses_sm90(const ForwardCall& call, int64_t blocks, int64_t rows) {
   if (size_of(call.out_dtype) != 2) return "out must be float16 or bfloat16";

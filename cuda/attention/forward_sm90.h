@@ -274,6 +274,9 @@ enum class Layout {
   kPaged,   // those of kEven, whose keys stand in pages
 };
 
+// Whether tiles of rows take less time than splitting keys would
+bool prefers_tiles(const ForwardCall& call);
+
 // What forward_sm90 picks from, an instantiation file for each size, and for each dtype where there
 // are slots
 template <DType kType, int kD, int kDv, Form kForm, Layout kLayout = Layout::kEven>

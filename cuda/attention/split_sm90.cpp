@@ -22,8 +22,8 @@ const char* declines_split_sm90(const SplitCall& call) {
   if (call.dv == 0) return "v must have columns";
   if (call.cu_seqlens_k) return "cuSeqlensK must be left out";
   const int64_t rows = call.sq * (call.hq / call.hk);
-  if (!call.block_table && call.sq > kFewRows && rows > kSplitRows)
-    return "k and v must be pages, or q must have at most 8 rows or 64 for each kv head";
+  if (!call.block_table && call.sq > kFewRows && rows > kSplitRows && prefers_tiles(call))
+    return "k and v must be pages, or q have too few rows for all multiprocessors";
   if (call.block_table && call.page_size < 8) return "the page size must be at least 8";
   // divided, since the product can overflow
   if (rows > kMost || call.sk > kMost || call.pages > kMost ||

@@ -469,22 +469,26 @@ __global__ void __launch_bounds__((SplitTile<kD, kFloat8>::kThreads),
 
     // the run before has done its products with q, and all have read `arrived`
     sync();
+#pragma unroll 4
     for (int i = thread; i < kSplitRows * kD / 8; i += 128) {
       const int row = i / (kD / 8), column = i % (kD / 8) * 8;
-      if (row < rows_here && column < args.d) {
-        if constexpr (kFloat8) {
-          const auto bits = *reinterpret_cast<const uint2*>(q_of(row) + column);
-          const auto pair = [](uint32_t word, int i) {
-            return unpack_e4m3(static_cast<uint16_t>(word >> 16 * i));
-          };
-          store_4_words(smem.q.address(row, column),
-                        uint4{pair(bits.x, 0), pair(bits.x, 1), pair(bits.y, 0), pair(bits.y, 1)});
-        } else {
-          store_16_bytes(smem.q.address(row, column), q_of(row) + column);
-        }
+      const bool exists = row < rows_here && column < args.d;
+      const Element* from = q_of(exists ? row : 0) + (exists ? column : 0);
+      if constexpr (kFloat8) {
+        const uint2 bits = exists ? *reinterpret_cast<const uint2*>(from) : uint2{};
+        const auto pair = [](uint32_t word, int i) {
+          return unpack_e4m3(static_cast<uint16_t>(word >> 16 * i));
+        };
+        store_4_words(smem.q.address(row, column),
+                      uint4{pair(bits.x, 0), pair(bits.x, 1), pair(bits.y, 0), pair(bits.y, 1)});
       } else {
-        store_zero(smem.q.address(row, column));
+        // all on their way together
+        request_16_bytes(smem.q.address(row, column), from, exists);
       }
+    }
+    if constexpr (!kFloat8) {
+      commit_requests();
+      wait_requests<0>();
     }
     if (thread < kSplitRows) smem.poisoned[thread] = 0;
     fence_async_smem();
@@ -583,33 +587,98 @@ __global__ void __launch_bounds__((SplitTile<kD, kFloat8>::kThreads),
       if (column == 0) *lse_of(to) = end.lse_log2 * kLn2;
     };
 
-    if (whole) {
-      if (!idle) {
+    float top_log2[2], sums[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      top_log2[r] = rows.row_max[r] * to_log2;
+      sums[r] = rows.total(r);
+    }
+    auto slot_of = [&](int cta) { return 2 * cta + (cta == first_cta ? late : 0); };
+    // so many looks at memory are on their way together: those of a unit where eight share the chip
+    constexpr int kLooks = 18, kPieces = kD / 4;
+    const int parts = last_cta - first_cta + 1;
+    // Sums of many rows, or of many CTAs, are added up in pairs: whoever of two neighbours comes
+    // later adds both, the earlier keys first whoever that is, and goes on with the next two.
+    const auto add_pairs = [&] {
+      const int share = static_cast<int>(blockIdx.x) - first_cta;
+#pragma unroll 1
+      for (int level = 0; 1 << level < parts; ++level) {
+        const int block = share >> level, other = block ^ 1;
+        if (other << level >= parts) continue;
+        int* arrivals = args.arrivals + first_cta + ((block | 1) << level);
+        const auto place_of = [&](int block) { return slot_of(first_cta + (block << level)); };
+        const auto out_at = [&](int block) {
+          return reinterpret_cast<float4*>(args.part_out) +
+                 int64_t{place_of(block)} * (kSplitRows * kD / 4) + thread;
+        };
+        const auto state_at = [&](int block, int r) {
+          return args.part_state + place_of(block) * kSplitRows + row + 8 * r;
+        };
+        // all have read `arrived`
+        sync();
+        if (thread == 0) smem.arrived = look_at_signals(arrivals);
+        sync();
+        if (smem.arrived == 0) {
+          if (!idle) {
+#pragma unroll
+            for (int r = 0; r < 2; ++r)
+              if (lane % 4 == 0) *state_at(block, r) = {top_log2[r], sums[r]};
+#pragma unroll
+            for (int i = 0; i < kD / 2; i += 4)
+              out_at(block)[i * 32] = {acc_o[i], acc_o[i + 1], acc_o[i + 2], acc_o[i + 3]};
+          }
+          // all have written before the arrival says so
+          sync();
+          if (thread == 0) smem.arrived = fetch_add_ordered(arrivals, 1);
+          sync();
+          if (smem.arrived == 0) return false;
+        }
+        if (thread == 0) *arrivals = 0;
+        if (idle) continue;
+        const bool later = block & 1;  // of the keys
+        float own[2], its[2];          // weights
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          const int mine = row + 8 * r;
-          const float sum = rows.total(r);
-          const RowEnd end(rows.row_max[r] * to_log2, sum,
-                           mine < rows_here ? sink_of(mine) : nullptr);
-          if (mine >= rows_here) continue;
+          const float2 state = load_fresh(state_at(other, r));
+          const float higher = fmaxf(top_log2[r], state.x), base = higher == -INFINITY ? 0 : higher;
+          own[r] = exp2_approx(top_log2[r] - base);
+          its[r] = exp2_approx(state.x - base);
+          sums[r] = later ? fmaf(own[r], sums[r], its[r] * state.y)
+                          : fmaf(its[r], state.y, own[r] * sums[r]);
+          top_log2[r] = higher;
+        }
+        constexpr int kAhead = 32;
 #pragma unroll
-          for (int i = 2 * r; i < kD / 2; i += 4) {
-            const int column = i / 4 * 8 + lane % 4 * 2;
-            if (column < args.dv) write(mine, column, acc_o[i], acc_o[i + 1], end);
+        for (int from = 0; from < kD / 2; from += kAhead) {
+          float4 values[kAhead / 4];
+#pragma unroll
+          for (int i = 0; i < kAhead; i += 4)
+            values[i / 4] = load_fresh(out_at(other) + (from + i) * 32);
+#pragma unroll
+          for (int i = 0; i < kAhead; ++i) {
+            const float4& four = values[i / 4];
+            const float value = i % 4 == 0   ? four.x
+                                : i % 4 == 1 ? four.y
+                                : i % 4 == 2 ? four.z
+                                             : four.w;
+            float& sum = acc_o[from + i];
+            const int r = i / 2 % 2;
+            sum = later ? fmaf(own[r], sum, its[r] * value) : fmaf(its[r], value, own[r] * sum);
           }
         }
       }
-    } else {
-      auto slot_of = [&](int cta) { return 2 * cta + (cta == first_cta ? late : 0); };
+      return true;
+    };
+    // The last to arrive adds up what all have left
+    const auto add_all = [&] {
       const int64_t slot = slot_of(static_cast<int>(blockIdx.x));
       if (!idle) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
           const int mine = row + 8 * r;
-          const float sum = rows.total(r);
           if (mine >= rows_here) continue;
           const int64_t at = slot * kSplitRows + mine;
-          if (lane % 4 == 0) args.part_state[at] = {rows.row_max[r] * to_log2, sum};
+          if (lane % 4 == 0) args.part_state[at] = {top_log2[r], sums[r]};
 #pragma unroll
           for (int i = 2 * r; i < kD / 2; i += 4) {
             const int column = i / 4 * 8 + lane % 4 * 2;
@@ -619,59 +688,77 @@ __global__ void __launch_bounds__((SplitTile<kD, kFloat8>::kThreads),
           }
         }
       }
-      // all have written before the arrival says so, and the last reads what the others wrote
+      // all have written before the arrival says so, and the last reads what the others wrote; the
+      // unit's second CTA has no other such unit
+      int* arrivals = args.arrivals + first_cta + 1;
       sync();
-      if (thread == 0) smem.arrived = fetch_add_ordered(&args.arrivals[first_cta], 1);
+      if (thread == 0) smem.arrived = fetch_add_ordered(arrivals, 1);
       sync();
-      if (smem.arrived == last_cta - first_cta) {
-        if (thread == 0) args.arrivals[first_cta] = 0;
-        constexpr int kPieces = kD / 4;
-        for (int i = thread; i < rows_here * kPieces; i += 128) {
-          const int mine = i / kPieces, column = i % kPieces * 4;
-          if (column >= args.dv) continue;
-          float top = -INFINITY, sum = 0;
-          float4 total_v{};
-          // so many looks at memory are on their way together: those of a unit where eight share
-          // the chip. Nothing may depend on a look but sums, or it is not made before that is
-          // decided.
-          constexpr int kLooks = 18;
-          for (int from = first_cta; from <= last_cta; from += kLooks) {
-            float2 state[kLooks];
-            float4 values[kLooks];
+      if (smem.arrived != parts - 1) return;
+      if (thread == 0) *arrivals = 0;
+      for (int i = thread; i < rows_here * kPieces; i += 128) {
+        const int mine = i / kPieces, column = i % kPieces * 4;
+        if (column >= args.dv) continue;
+        float top = -INFINITY, sum = 0;
+        float4 total_v{};
+        // Nothing may depend on a look but sums, or it is not made before that is decided.
+        for (int from = first_cta; from <= last_cta; from += kLooks) {
+          float2 state[kLooks];
+          float4 values[kLooks];
 #pragma unroll
-            for (int i = 0; i < kLooks; ++i) {
-              // only the first of all may have the later place
-              const int its = min(from + i, last_cta),
-                        at = (i ? 2 * its : slot_of(its)) * kSplitRows + mine;
-              state[i] = load_fresh(args.part_state + at);
-              values[i] = load_fresh(
-                  reinterpret_cast<const float4*>(args.part_out + at * args.dv + column));
-            }
-            float higher = top;
-#pragma unroll
-            for (int i = 0; i < kLooks; ++i) higher = fmaxf(higher, state[i].x);
-            // none of these parts has keys
-            const float base = higher == -INFINITY ? 0 : higher,
-                        shrink = sm90::exp2_approx(top - base);
-            top = higher;
-            sum *= shrink;
-            total_v = {total_v.x * shrink, total_v.y * shrink, total_v.z * shrink,
-                       total_v.w * shrink};
-#pragma unroll
-            for (int i = 0; i < kLooks; ++i) {
-              // not by a weight of zero, as values may be infinite
-              if (from + i > last_cta) continue;
-              const float weight = sm90::exp2_approx(state[i].x - base);
-              sum = fmaf(weight, state[i].y, sum);
-              total_v.x = fmaf(weight, values[i].x, total_v.x);
-              total_v.y = fmaf(weight, values[i].y, total_v.y);
-              total_v.z = fmaf(weight, values[i].z, total_v.z);
-              total_v.w = fmaf(weight, values[i].w, total_v.w);
-            }
+          for (int i = 0; i < kLooks; ++i) {
+            // only the first of all may have the later place
+            const int its = min(from + i, last_cta),
+                      at = (i ? 2 * its : slot_of(its)) * kSplitRows + mine;
+            state[i] = load_fresh(args.part_state + at);
+            values[i] =
+                load_fresh(reinterpret_cast<const float4*>(args.part_out + at * args.dv + column));
           }
-          const RowEnd end(top, sum, sink_of(mine));
-          write(mine, column, total_v.x, total_v.y, end);
-          write(mine, column + 2, total_v.z, total_v.w, end);
+          float higher = top;
+#pragma unroll
+          for (int i = 0; i < kLooks; ++i) higher = fmaxf(higher, state[i].x);
+          // none of these parts has keys
+          const float base = higher == -INFINITY ? 0 : higher,
+                      shrink = sm90::exp2_approx(top - base);
+          top = higher;
+          sum *= shrink;
+          total_v = {total_v.x * shrink, total_v.y * shrink, total_v.z * shrink,
+                     total_v.w * shrink};
+#pragma unroll
+          for (int i = 0; i < kLooks; ++i) {
+            // not by a weight of zero, as values may be infinite
+            if (from + i > last_cta) continue;
+            const float weight = sm90::exp2_approx(state[i].x - base);
+            sum = fmaf(weight, state[i].y, sum);
+            total_v.x = fmaf(weight, values[i].x, total_v.x);
+            total_v.y = fmaf(weight, values[i].y, total_v.y);
+            total_v.z = fmaf(weight, values[i].z, total_v.z);
+            total_v.w = fmaf(weight, values[i].w, total_v.w);
+          }
+        }
+        const RowEnd end(top, sum, sink_of(mine));
+        write(mine, column, total_v.x, total_v.y, end);
+        write(mine, column + 2, total_v.z, total_v.w, end);
+      }
+    };
+    const int rounds = (rows_here * kPieces + 127) / 128 * ((parts + kLooks - 1) / kLooks),
+              levels = 32 - __clz(parts - 1);
+    bool writes = whole;
+    if (!whole && rounds > 2 * levels) {
+      writes = add_pairs();
+    } else if (!whole) {
+      add_all();
+    }
+    if (writes && !idle) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int mine = row + 8 * r;
+        const RowEnd end(top_log2[r], sums[r], mine < rows_here ? sink_of(mine) : nullptr);
+        if (mine >= rows_here) continue;
+#pragma unroll
+        for (int i = 2 * r; i < kD / 2; i += 4) {
+          const int column = i / 4 * 8 + lane % 4 * 2;
+          if (column < args.dv) write(mine, column, acc_o[i], acc_o[i + 1], end);
         }
       }
     }

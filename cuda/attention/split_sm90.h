@@ -7,9 +7,11 @@ namespace heddle {
 struct SplitCall : ForwardCall {
   int64_t most_queries;  // packed sequences of more are left out; 0 is none
   // For runs of keys that are not all of a row's, two a CTA
-  float* part_out;     // [2 * processors, 64, dv]
+  float* part_out;     // [2 * processors, 64, split_columns()]
   float2* part_state;  // [2 * processors, 64]: row_max in log2 units and row_sum
-  int* arrivals;  // [processors], at zero and left so: the last run of a CTA is shared, or none
+  // [processors], at zero and left so: those of a unit belong to its CTAs but the first, which may
+  // be another's last
+  int* arrivals;
   // A word that says afterwards whether lengths or pages were out of range, and a counter that is
   // at zero and left so; or null. A window leaves out pages, which are then not looked at.
   int *verdict, *judged;
@@ -33,6 +35,12 @@ inline int64_t split_ctas(const ForwardCall& call) {
   const bool shared =
       call.dtype != DType::kE4M3 && std::max(call.d, call.dv) <= 64 && tiles >= 6 * call.processors;
   return call.processors * (shared ? kSplitCtas : 1);
+}
+
+// Of the tiles that an instance has
+inline int64_t split_columns(const ForwardCall& call) {
+  const int64_t size = std::max(call.d, call.dv);
+  return size <= 64 ? 64 : size <= 128 ? 128 : 256;
 }
 
 // Softmax attention on Hopper's matrix instructions, bound by reading the keys once

@@ -381,13 +381,17 @@ __device__ __forceinline__ int fetch_add_ordered(int* counter, int value) {
   return before;
 }
 
+// How often other CTAs have signalled; what they did before is seen
+__device__ __forceinline__ int look_at_signals(const int* counter) {
+  int seen;
+  asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
+  return seen;
+}
 // Until other CTAs have signalled so many times, and all they did before is seen; or no longer,
 // where a fault says that they may never
 __device__ __forceinline__ void wait_for_signals(const int* counter, int count, const int* fault) {
-  for (;;) {
-    int seen;
-    asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
-    if (seen == count || (fault && *static_cast<const volatile int*>(fault))) return;
+  while (look_at_signals(counter) != count &&
+         !(fault && *static_cast<const volatile int*>(fault))) {
   }
 }
 __device__ __forceinline__ void signal(int* counter) {

@@ -470,7 +470,8 @@ double check(const Case& c, int64_t d, int64_t dv, emulator::Random& random, con
   slots.level_strides[2] = 1;
 
   // what is not written must not be read
-  std::vector<float> part_out(static_cast<size_t>(2 * c.processors * kSplitRows * dv), NAN);
+  std::vector<float> part_out(
+      static_cast<size_t>(2 * c.processors * kSplitRows * split_columns(call)), NAN);
   std::vector<float2> part_state(static_cast<size_t>(2 * c.processors * kSplitRows), {NAN, NAN});
   std::vector<int> arrivals(static_cast<size_t>(c.processors), 0);
   call.part_out = part_out.data();

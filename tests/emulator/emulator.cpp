@@ -410,6 +410,7 @@ void Cta::request(uint32_t address, const void* from) {
   self().open_copies.push_back([=, this] {
     uint8_t* to = smem_.data() + address;
     from ? std::memcpy(to, from, 16) : std::memset(to, 0, 16);
+    self().stores.emplace_back(address, 16);
   });
 }
 

@@ -1048,8 +1048,20 @@ const kernels: Kernel[] = [
       {
         what: 'the counters of arrivals are left behind',
         file: split,
-        from: 'if (thread == 0) args.arrivals[first_cta] = 0;',
-        to: '',
+        from: 'if (thread == 0) *arrivals = 0;\n      for',
+        to: 'for',
+      },
+      {
+        what: 'the counters of pairs are left behind',
+        file: split,
+        from: 'if (thread == 0) *arrivals = 0;\n        if (idle)',
+        to: 'if (idle)',
+      },
+      {
+        what: 'what a pair adds up is not relative to the same',
+        file: split,
+        from: 'its[r] = exp2_approx(state.x - base);',
+        to: 'its[r] = 1;',
       },
       {
         what: 'keys are used before they arrived',
@@ -1096,7 +1108,7 @@ const kernels: Kernel[] = [
       {
         what: 'infinity is multiplied by a weight of zero',
         file: split,
-        from: 'if (from + i > last_cta) continue;\n              const float weight = sm90::exp2_approx(state[i].x - base);',
+        from: 'if (from + i > last_cta) continue;\n            const float weight = sm90::exp2_approx(state[i].x - base);',
         to: 'const float weight = from + i > last_cta ? 0 : sm90::exp2_approx(state[i].x - base);',
       },
       {
