@@ -669,22 +669,24 @@ __global__ void __launch_bounds__((SplitTile<kD, kFloat8>::kThreads),
       }
       return true;
     };
-    // The last to arrive adds up what all have left
+    // The last to arrive adds up what all have left, each row without the columns that v lacks.
+    // Places are those of pairs: other units may have such.
+    const auto part_at = [&](int place, int row) {
+      return args.part_out + place * (kSplitRows * kD) + row * args.dv;
+    };
     const auto add_all = [&] {
-      const int64_t slot = slot_of(static_cast<int>(blockIdx.x));
+      const int slot = slot_of(static_cast<int>(blockIdx.x));
       if (!idle) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
           const int mine = row + 8 * r;
           if (mine >= rows_here) continue;
-          const int64_t at = slot * kSplitRows + mine;
-          if (lane % 4 == 0) args.part_state[at] = {top_log2[r], sums[r]};
+          if (lane % 4 == 0) args.part_state[slot * kSplitRows + mine] = {top_log2[r], sums[r]};
 #pragma unroll
           for (int i = 2 * r; i < kD / 2; i += 4) {
             const int column = i / 4 * 8 + lane % 4 * 2;
             if (column < args.dv)
-              *reinterpret_cast<float2*>(args.part_out + at * args.dv + column) = {acc_o[i],
-                                                                                   acc_o[i + 1]};
+              *reinterpret_cast<float2*>(part_at(slot, mine) + column) = {acc_o[i], acc_o[i + 1]};
           }
         }
       }
@@ -708,11 +710,9 @@ __global__ void __launch_bounds__((SplitTile<kD, kFloat8>::kThreads),
 #pragma unroll
           for (int i = 0; i < kLooks; ++i) {
             // only the first of all may have the later place
-            const int its = min(from + i, last_cta),
-                      at = (i ? 2 * its : slot_of(its)) * kSplitRows + mine;
-            state[i] = load_fresh(args.part_state + at);
-            values[i] =
-                load_fresh(reinterpret_cast<const float4*>(args.part_out + at * args.dv + column));
+            const int its = min(from + i, last_cta), place = i ? 2 * its : slot_of(its);
+            state[i] = load_fresh(args.part_state + place * kSplitRows + mine);
+            values[i] = load_fresh(reinterpret_cast<const float4*>(part_at(place, mine) + column));
           }
           float higher = top;
 #pragma unroll

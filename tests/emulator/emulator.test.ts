@@ -1058,6 +1058,12 @@ const kernels: Kernel[] = [
         to: 'if (idle)',
       },
       {
+        what: 'parts of few rows stand where those of many do',
+        file: split,
+        from: 'args.part_out + place * (kSplitRows * kD) + row * args.dv',
+        to: 'args.part_out + (place * kSplitRows + row) * args.dv',
+      },
+      {
         what: 'what a pair adds up is not relative to the same',
         file: split,
         from: 'its[r] = exp2_approx(state.x - base);',

@@ -169,6 +169,8 @@ const Case kCases[] = {
      .causal = true,
      .processors = 5,
      .poisoned = 699},
+    // and few beside them, in places of their own
+    {.b = 3, .sq = 33, .sk = 260, .hq = 4, .hk = 2, .narrower = 24, .processors = 54},
     // rows of tiles that see little, which others have begun
     {.b = 1,
      .sq = 640,

@@ -284,16 +284,18 @@ describeGpu('attention over a mask on large shapes', () => {
             options,
           )
           const full = attention(q, k, v, { mask: everything })
-          // so few heads that rows are taken by 128 as under a mask
+          // so few heads that rows are taken by 128 as under a mask, if keys are not split
           for (let head = 0; head < hk; head++) {
             const group = hq / hk
             const [first, its] = [head * group, [head, head + 1] as const]
-            const dense = attention(
+            const call = [
               q.slice(0, 0, 1).slice(2, first, first + group),
               k.slice(0, 0, 1).slice(2, ...its),
               v.slice(0, 0, 1).slice(2, ...its),
               { causal: options.causal },
-            )
+            ] as const
+            if (explain(attention, ...call).variant !== 'sm90_wgmma') continue
+            const dense = attention(...call)
             const whole = full.out
               .slice(0, 0, 1)
               .slice(2, first, first + group)
