@@ -857,6 +857,8 @@ export const suites: Readonly<Record<'cpu' | 'cuda', readonly string[]>> = {
     'attention:b1 sq4096 sk4096 hq32 hk32 d128 bf16 causal',
     'attention:b4 sq4096 sk4096 hq32 hk8 d128 bf16 causal page64',
     'attention:b1 sq2048 sk32768 hq32 hk8 d128 bf16 causal page64',
+    'attention:b1 sq128 sk8192 hq32 hk8 d128 bf16 causal',
+    'attention:b4 sq16 sk8192 hq32 hk8 d128 bf16 causal',
     'attention:b8 sq1 sk32768 hq32 hk8 d128 bf16',
     'attention:b8 sq1 sk32768 hq32 hk8 d128 bf16 page64',
     'attention:b8 sq1 sk32768 hq32 hk8 d128 bf16 e4m3',
