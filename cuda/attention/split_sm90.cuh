@@ -469,21 +469,21 @@ __global__ void __launch_bounds__((SplitTile<kD, kFloat8>::kThreads),
 
     // the run before has done its products with q, and all have read `arrived`
     sync();
-#pragma unroll 4
     for (int i = thread; i < kSplitRows * kD / 8; i += 128) {
       const int row = i / (kD / 8), column = i % (kD / 8) * 8;
-      const bool exists = row < rows_here && column < args.d;
-      const Element* from = q_of(exists ? row : 0) + (exists ? column : 0);
-      if constexpr (kFloat8) {
-        const uint2 bits = exists ? *reinterpret_cast<const uint2*>(from) : uint2{};
+      const uint32_t to = smem.q.address(row, column);
+      if (row >= rows_here || column >= args.d) {
+        store_zero(to);
+      } else if constexpr (kFloat8) {
+        const auto bits = *reinterpret_cast<const uint2*>(q_of(row) + column);
         const auto pair = [](uint32_t word, int i) {
           return unpack_e4m3(static_cast<uint16_t>(word >> 16 * i));
         };
-        store_4_words(smem.q.address(row, column),
+        store_4_words(to,
                       uint4{pair(bits.x, 0), pair(bits.x, 1), pair(bits.y, 0), pair(bits.y, 1)});
       } else {
         // all on their way together
-        request_16_bytes(smem.q.address(row, column), from, exists);
+        request_16_bytes(to, q_of(row) + column, true);
       }
     }
     if constexpr (!kFloat8) {

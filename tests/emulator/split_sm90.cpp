@@ -158,7 +158,7 @@ const Case kCases[] = {
      .hk = 1,
      .causal = true,
      .sink = true,
-     .narrower = 8,
+     .narrower = 16,
      .processors = 9},
     {.b = 1, .sq = 30, .sk = 1500, .hq = 2, .hk = 1, .window = 1300, .processors = 11},
     {.b = 1,
@@ -170,7 +170,7 @@ const Case kCases[] = {
      .processors = 5,
      .poisoned = 699},
     // and few beside them, in places of their own
-    {.b = 3, .sq = 33, .sk = 260, .hq = 4, .hk = 2, .narrower = 24, .processors = 54},
+    {.b = 3, .sq = 33, .sk = 260, .hq = 4, .hk = 2, .narrower = 32, .processors = 54},
     // rows of tiles that see little, which others have begun
     {.b = 1,
      .sq = 640,
