@@ -641,8 +641,8 @@ __global__ void __launch_bounds__((SplitTile<kD, kFloat8>::kThreads),
         for (int r = 0; r < 2; ++r) {
           const float2 state = load_fresh(state_at(other, r));
           const float higher = fmaxf(top_log2[r], state.x), base = higher == -INFINITY ? 0 : higher;
-          own[r] = exp2_approx(top_log2[r] - base);
-          its[r] = exp2_approx(state.x - base);
+          own[r] = sm90::exp2_approx(top_log2[r] - base);
+          its[r] = sm90::exp2_approx(state.x - base);
           sums[r] = later ? fmaf(own[r], sums[r], its[r] * state.y)
                           : fmaf(its[r], state.y, own[r] * sums[r]);
           top_log2[r] = higher;

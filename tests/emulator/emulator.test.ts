@@ -1066,7 +1066,7 @@ const kernels: Kernel[] = [
       {
         what: 'what a pair adds up is not relative to the same',
         file: split,
-        from: 'its[r] = exp2_approx(state.x - base);',
+        from: 'its[r] = sm90::exp2_approx(state.x - base);',
         to: 'its[r] = 1;',
       },
       {
