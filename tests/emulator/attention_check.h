@@ -509,7 +509,7 @@ double check(const Case& c, int64_t d, int64_t dv, emulator::Random& random, con
       sum += weight = top == -INFINITY && !std::isnan(weight) ? 0 : std::exp(weight - top);
     // what is left of a share has fewer digits than the share, and its power fewer still; rows of
     // length 1 are rounded to f16, both of q and k
-    const double share_blur = takes_units(call) ? 0x1p-11 : 4e-6;
+    const double share_blur = takes_units(call) ? 0x1p-10 : 4e-6;
     const double blur =
         s.weights == Attention::kReweighted
             ? share_blur * s.power * (1 + s.offset / std::exp(top / double{s.power}))

@@ -651,7 +651,7 @@ const kernels: Kernel[] = [
       {
         what: 'weights are relative to what has no exponent',
         file: softmax,
-        from: 'if (next * to_log2 < Attention::kHidingLog2) next = -INFINITY;',
+        from: 'if (next[r] * to_log2 < Attention::kHidingLog2) next[r] = -INFINITY;',
         to: '',
       },
       {

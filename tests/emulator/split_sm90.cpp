@@ -215,7 +215,12 @@ int main(int argc, char** argv) {
       judge_with(call.cache_seqlens, call.sk + 1);
       if (call.cu_seqlens_q) {
         judge_with(call.cu_seqlens_q + call.sequences, c.sq + 1);
+        constexpr uint16_t kUntouched = 0x7fff;
+        std::ranges::fill(out, kUntouched);
         judge_with(call.cu_seqlens_q + 1, c.sq + 1);
+        const bool overlap = call.sequences > 1 && call.cu_seqlens_q[2] < c.sq;
+        if (overlap && std::ranges::count(out, kUntouched) != std::ssize(out))
+          emulator::fault("sequences that overlap have results");
       }
       // the last page that is looked at
       const int64_t count = call.cu_seqlens_q ? call.sequences : c.b;
