@@ -285,9 +285,9 @@ struct RowSoftmax {
       for (int x = 0; x < 4; ++x) acc[i + x] = exp2_approx(fmaf(acc[i + x], to_log2, shift[x % 2]));
 #pragma unroll
       for (int r = 0; r < 2; ++r) sums[r] += acc[i + 2 * r] + acc[i + 2 * r + 1];
-        // as a multiply-add it would take a move beside it
 #pragma unroll
-      for (float& its : shift) its = __fadd_rn(its, step);
+      for (int x = 0; x < 2; ++x)
+        shift[x] = __fadd_rn(shift[x], step);  // as a multiply-add it would take a move beside it
     }
     return sums[0] <= most && sums[1] <= most;
   }

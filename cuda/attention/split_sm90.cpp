@@ -6,9 +6,9 @@ namespace heddle {
 namespace {
 
 template <DType kType> void pick(const SplitCall& call, cudaStream_t stream) {
-  const int64_t size = std::max(call.d, call.dv);
-  if (size <= 64) return launch_split_sm90<kType, 64>(call, stream);
-  if (size <= 128) return launch_split_sm90<kType, 128>(call, stream);
+  const int64_t columns = split_columns(call);
+  if (columns == 64) return launch_split_sm90<kType, 64>(call, stream);
+  if (columns == 128) return launch_split_sm90<kType, 128>(call, stream);
   launch_split_sm90<kType, 256>(call, stream);
 }
 
@@ -36,9 +36,8 @@ const char* declines_split_sm90(const SplitCall& call) {
 
 void split_sm90(const SplitCall& call, cudaStream_t stream) {
   if (call.dtype == DType::kE4M3)
-    return std::max(call.d, call.dv) <= 64
-               ? launch_split_sm90<DType::kF16, 64, true>(call, stream)
-               : launch_split_sm90<DType::kF16, 128, true>(call, stream);
+    return split_columns(call) == 64 ? launch_split_sm90<DType::kF16, 64, true>(call, stream)
+                                     : launch_split_sm90<DType::kF16, 128, true>(call, stream);
   call.dtype == DType::kF16 ? pick<DType::kF16>(call, stream) : pick<DType::kBF16>(call, stream);
 }
 

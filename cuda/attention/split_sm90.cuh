@@ -655,15 +655,16 @@ __global__ void __launch_bounds__((SplitTile<kD, kFloat8>::kThreads),
           for (int i = 0; i < kAhead; i += 4)
             values[i / 4] = load_fresh(out_at(other) + (from + i) * 32);
 #pragma unroll
-          for (int i = 0; i < kAhead; ++i) {
+          for (int i = 0; i < kAhead; i += 4) {
             const float4& four = values[i / 4];
-            const float value = i % 4 == 0   ? four.x
-                                : i % 4 == 1 ? four.y
-                                : i % 4 == 2 ? four.z
-                                             : four.w;
-            float& sum = acc_o[from + i];
-            const int r = i / 2 % 2;
-            sum = later ? fmaf(own[r], sum, its[r] * value) : fmaf(its[r], value, own[r] * sum);
+            const float value[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+            for (int x = 0; x < 4; ++x) {
+              float& sum = acc_o[from + i + x];
+              const int r = x / 2;
+              sum = later ? fmaf(own[r], sum, its[r] * value[x])
+                          : fmaf(its[r], value[x], own[r] * sum);
+            }
           }
         }
       }
