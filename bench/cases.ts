@@ -638,8 +638,13 @@ export const operators: Readonly<Record<string, (problem: Problem, device: Devic
   'flexprefill.select'(problem, device) {
     const { dtype, size } = problem
     const [b, s, hq, hk, d] = [size('b'), size('s'), size('hq'), size('hk'), size('d')]
-    const q = randn([b, s, hq, d], { seed: 1, dtype, device })
-    const k = randn([b, s, hk, d], { seed: 2, dtype, device })
+    // heads of noise are query-aware, those of a seed have columns and diagonals
+    const seed = size('seed', 0)
+    const noise = (heads: number, its: number) =>
+      randn([b, s, heads, d], { seed: its, dtype, device })
+    const [q, k] = seed
+      ? structured([b, s, hq, hk, d], dtype, device, seed)
+      : [noise(hq, 1), noise(hk, 2)]
     const select = () => flexPrefill(q, k, { gamma: 0.95 })
     const [last, blocks] = [Math.min(128, s), Math.ceil(s / 128)]
     return {
@@ -875,6 +880,9 @@ export const suites: Readonly<Record<'cpu' | 'cuda', readonly string[]>> = {
     'flexprefill.select:b1 s8192 hq32 hk8 d128 bf16',
     'flexprefill.select:b1 s32768 hq32 hk8 d128 bf16',
     'flexprefill.select:b1 s131072 hq32 hk8 d128 bf16',
+    'flexprefill.select:b1 s8192 hq32 hk8 d128 bf16 seed1',
+    'flexprefill.select:b1 s32768 hq32 hk8 d128 bf16 seed1',
+    'flexprefill.select:b1 s131072 hq32 hk8 d128 bf16 seed1',
     'flexprefill:b1 s8192 hq16 hk16 d128 bf16',
     'flexprefill:b1 s32768 hq16 hk16 d128 bf16',
     'flexprefill:b1 s131072 hq16 hk16 d128 bf16',

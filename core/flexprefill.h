@@ -14,10 +14,14 @@
 //   them;
 //                for a query-aware head the pairs of the whole map whose mass is gamma too
 //
-// A head whose statistics are not finite lists everything.
+// A head whose statistics are not finite lists everything. One that is query-aware has no use for
+// masses of single keys, the others have none for a map.
 namespace heddle {
 
 constexpr int64_t kFlexSlack = 256;  // numbers behind the map that may be read, whatever they are
+
+// Which way a head goes
+enum FlexKind : int32_t { kFlexLines, kFlexAware, kFlexAll };
 
 // What is decided on, of all heads; Probe says what the first three hold
 struct FlexTask {
@@ -45,6 +49,11 @@ struct FlexTask {
     map = allocate(heads * rows * nk + kFlexSlack);
     work = allocate(heads * 3 * (nk + 1));
     estimate = whole ? map + (rows - 1) * nk : allocate(heads * nk);
+  }
+  // For an estimate that is there before a map
+  template <class Allocate> void set_apart(const Allocate& allocate) {
+    if (whole) estimate = allocate(heads * nk);
+    whole = false;
   }
 
   Probe probe_lines() const {
@@ -101,7 +110,7 @@ struct FlexMemory {
   Histogram bins;
   float parts[256];
   float divergence;
-  bool finite;
+  bool finite, finite_rows;
 };
 
 // Tokens whose masses add up to that of a block: `line` 0 is of keys, 1 of distances. A distance of
@@ -176,19 +185,94 @@ HEDDLE_HD inline uint64_t flexprefill_floor(const FlexPrefill& op, const Cut& cu
   return op.coverage ? cut.least - 1 : cut.last;
 }
 
-// After the sums. `own` is a team for itself, `all` are those who have this head to do.
-// `mark_pairs(visible, wanted, write)` may find the pairs of a map and write all words, or return
-// false.
-template <class Team, class Group, class Mark>
+// What a block with estimate a and mass v adds to twice the divergence
+HEDDLE_HD inline float flexprefill_apart(const FlexPrefill& op, float a, float v) {
+  const float m = (a + v) / 2;
+  // 0 log 0 is 0 but in the released code, where it is NaN and the head not query-aware
+  return (op.coverage && !(a > 0) ? 0 : a * logf(a / m)) +
+         (op.coverage && !(v > 0) ? 0 : v * logf(v / m));
+}
+HEDDLE_HD inline float flexprefill_distance(float sum) {
+  return sqrtf(sum > 0 ? sum / 2 : sum != sum ? sum : 0);
+}
+HEDDLE_HD inline FlexKind flexprefill_kind(const FlexPrefill& op, float distance, bool finite) {
+  if (!finite || op.gamma >= 1) return kFlexAll;
+  return distance < static_cast<float>(op.tau) ? kFlexAware : kFlexLines;
+}
+
+// Which way a head goes, after the sums of blocks
+template <class Team>
+HEDDLE_HD FlexKind flexprefill_decide(const Team& own, const FlexTask& task, int64_t head,
+                                      FlexMemory& memory) {
+  const FlexPrefill& op = task.op;
+  const int64_t nk = task.nk;
+  const float* estimate = task.estimate + head * (task.whole ? task.rows : 1) * nk;
+  const float* vertical = task.work + head * 3 * (nk + 1);
+  const float* slash = vertical + nk + 1;
+  constexpr int64_t kParts = sizeof memory.parts / sizeof memory.parts[0], kAhead = 4;
+  own.each(1, [&](int64_t) { memory.finite = true; });
+  // All that waits for memory at once
+  own.each(kParts > nk ? kParts : nk, [&](int64_t i) {
+    if (i < nk) {
+      const float sum = estimate[i] + vertical[i] + slash[i];
+      if (sum - sum != 0) memory.finite = false;
+    }
+    if (i >= kParts) return;
+    float sum = 0;
+    for (int64_t c = i; c < nk; c += kAhead * kParts) {
+      float estimates[kAhead], masses[kAhead];
+      for (int64_t j = 0; j < kAhead; ++j) {
+        const int64_t at = c + j * kParts < nk ? c + j * kParts : nk - 1;
+        estimates[j] = estimate[at];
+        masses[j] = vertical[at];
+      }
+      for (int64_t j = 0; j < kAhead && c + j * kParts < nk; ++j)
+        sum += flexprefill_apart(op, estimates[j], masses[j]);
+    }
+    memory.parts[i] = sum;
+  });
+  for (int64_t half = kParts / 2; half > 0; half /= 2)
+    own.each(half, [&](int64_t i) { memory.parts[i] += memory.parts[i + half]; });
+  own.each(1, [&](int64_t) {
+    memory.divergence = flexprefill_distance(memory.parts[0]);
+    static_cast<float*>(op.divergence.data)[head] = memory.divergence;
+  });
+  return flexprefill_kind(op, memory.divergence, memory.finite);
+}
+
+// Whether all rows of a map are: what is not finite in a mean of q makes the first score of its row
+// so, in one of k the estimate
+template <class Team>
+HEDDLE_HD bool flexprefill_finite(const Team& own, const FlexTask& task, int64_t head,
+                                  FlexMemory& memory) {
+  own.each(1, [&](int64_t) { memory.finite_rows = true; });
+  own.each(task.rows, [&](int64_t row) {
+    const float first = task.map[(head * task.rows + row) * task.nk];
+    if (first - first != 0) memory.finite_rows = false;
+  });
+  return memory.finite_rows;
+}
+
+// Who finds nothing ahead of what everybody does
+struct FlexFinder {
+  template <class... Args> HEDDLE_HD bool pairs(const Args&...) const { return false; }
+  HEDDLE_HD int64_t tokens(int, const Wanted&) const { return -1; }
+};
+
+// After that. `own` is a team for itself, `all` are those who have this head to do.
+// `finder.pairs(visible, wanted, write)` may find the pairs of a map and write all words, or return
+// false; `finder.tokens(line, wanted)` may find how many tokens a budget takes, as far as it
+// matters, or return -1.
+template <class Team, class Group, class Finder>
 HEDDLE_HD void flexprefill_head(const Team& own, const Group& all, const FlexTask& task,
-                                int64_t head, FlexMemory& memory, const Mark& mark_pairs) {
+                                int64_t head, FlexKind kind, FlexMemory& memory,
+                                const Finder& finder) {
   const FlexPrefill& op = task.op;
   const int64_t sk = task.sk, rows = task.rows, nk = task.nk, block = op.block,
                 line_words = (nk + 31) / 32;
   const auto words = static_cast<uint32_t>(op.blocks.shape[3]);
   const float* columns = task.lines + head * 2 * sk;
   const float* distances = columns + sk;
-  const float* estimate = task.estimate + head * (task.whole ? rows : 1) * nk;
   const float* map = task.map + head * rows * nk;
   float* vertical = task.work + head * 3 * (nk + 1);
   float* slash = vertical + nk + 1;
@@ -202,53 +286,16 @@ HEDDLE_HD void flexprefill_head(const Team& own, const Group& all, const FlexTas
     return x < least ? least : x > most ? most : x;
   };
 
-  constexpr int64_t kParts = sizeof memory.parts / sizeof memory.parts[0], kAhead = 4;
-  own.each(1, [&](int64_t) { memory.finite = true; });
-  // All that waits for memory at once
-  own.each(kParts > nk ? kParts : nk, [&](int64_t i) {
-    // What is not finite in a mean of q makes the first score of its row so, in one of k the
-    // estimate
-    const float first = map[(i < rows ? i : 0) * nk];
-    bool finite = first - first == 0;
-    if (i < nk) {
-      const float sum = estimate[i] + vertical[i] + slash[i];
-      finite = finite && sum - sum == 0;
-    }
-    if (!finite) memory.finite = false;
-    if (i >= kParts) return;
-    float sum = 0;
-    for (int64_t c = i; c < nk; c += kAhead * kParts) {
-      float estimates[kAhead], masses[kAhead];
-      for (int64_t j = 0; j < kAhead; ++j) {
-        const int64_t at = c + j * kParts < nk ? c + j * kParts : nk - 1;
-        estimates[j] = estimate[at];
-        masses[j] = vertical[at];
-      }
-      for (int64_t j = 0; j < kAhead && c + j * kParts < nk; ++j) {
-        const float a = estimates[j], v = masses[j], m = (a + v) / 2;
-        // 0 log 0 is 0 but in the released code, where it is NaN and the head not query-aware
-        if (op.coverage ? a > 0 : true) sum += a * logf(a / m);
-        if (op.coverage ? v > 0 : true) sum += v * logf(v / m);
-      }
-    }
-    memory.parts[i] = sum;
-  });
-  own.each(1, [&](int64_t) {
-    float sum = 0;
-    for (int64_t i = 0; i < kParts && i < nk; ++i) sum += memory.parts[i];
-    memory.divergence = sqrtf(sum > 0 ? sum / 2 : sum != sum ? sum : 0);
-    static_cast<float*>(op.divergence.data)[head] = memory.divergence;
-  });
-  const bool full = !memory.finite || op.gamma >= 1;
-  const bool aware = !full && memory.divergence < static_cast<float>(op.tau);
+  const bool full = kind == kFlexAll, aware = kind == kFlexAware;
   const int64_t most = op.most > 0 && op.most < nk ? op.most : nk;
   const int64_t least = op.least < most ? op.least : most;
   const auto exceed = [](double amount) {
     return Wanted{true, static_cast<unsigned long long>(floor(amount * kMassSteps)) + 1};
   };
   const auto share_mass = [](int64_t, uint64_t rank) { return mass_of_share(share_of(rank)); };
-  const auto best = [&](const float* blocks, const float* tokens) -> uint64_t {
+  const auto best = [&](int line) -> uint64_t {
     if (full) return 1;
+    const float *blocks = line ? slash : vertical, *tokens = line ? distances : columns;
     const auto rank = [&](int64_t i) { return rank_of(blocks[i], i, i == 0); };
     int64_t count = least;
     if (!aware) {
@@ -260,8 +307,11 @@ HEDDLE_HD void flexprefill_head(const Team& own, const Group& all, const FlexTas
       } else {
         wanted.grain = 128;
         const auto share = [&](int64_t i) { return rank_of_share(tokens[i], i); };
-        const Cut cut = select(all, sk, wanted, share, share_mass, memory.bins);
-        count = static_cast<int64_t>(cut.count / 128) + 1;
+        count = finder.tokens(line, wanted);
+        if (count < 0)
+          count =
+              static_cast<int64_t>(select(all, sk, wanted, share, share_mass, memory.bins).count);
+        count = count / 128 + 1;
       }
       count = clamp(count, least, most);
     }
@@ -272,8 +322,7 @@ HEDDLE_HD void flexprefill_head(const Team& own, const Group& all, const FlexTas
   };
   // In a loop, so that this much code is there once
   uint64_t least_of[2];
-  for (int line = 0; line < 2; ++line)
-    least_of[line] = best(line ? slash : vertical, line ? distances : columns);
+  for (int line = 0; line < 2; ++line) least_of[line] = best(line);
   // Whoever works on a head writes all of them: that takes less time than waiting for others
   own.words(
       2 * line_words,
@@ -297,7 +346,7 @@ HEDDLE_HD void flexprefill_head(const Team& own, const Group& all, const FlexTas
   uint64_t pair_floor = ~uint64_t{0};  // pairs above it are listed
   if (aware) {
     const Wanted wanted = exceed(op.gamma * static_cast<double>(rows));
-    if (mark_pairs(visible, wanted, write)) return;
+    if (finder.pairs(visible, wanted, write)) return;
     const auto rank = [&](int64_t i) {
       const int64_t at = visible.at(i);
       return at < 0 ? 0 : rank_of_share(map[at], at);

@@ -27,7 +27,10 @@ void run(const FlexPrefill& op, CpuContext& context) {
         for (int64_t i = 0; i < sum.count; ++i) *sum.to += sum.from[i] * sum.weight(i);
       }
     FlexMemory own;
-    flexprefill_head(Alone{}, Alone{}, task, head, own, [](const auto&...) { return false; });
+    const Alone alone;
+    FlexKind kind = flexprefill_decide(alone, task, head, own);
+    if (!flexprefill_finite(alone, task, head, own)) kind = kFlexAll;
+    flexprefill_head(alone, alone, task, head, kind, own, FlexFinder{});
   });
 }
 

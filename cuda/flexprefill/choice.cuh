@@ -5,7 +5,10 @@
 #include "probe/lines_sm90.h"
 
 // The selection by CTAs, `members` of them on a head at a time and heads in turn; what they do
-// before is a warp's sum of each block, and of the strips of each distance if walks leave these
+// before is a warp's sum of each block, and of the strips of each distance if walks leave these.
+// Where it has been decided which way a head goes, masses of blocks are there, and masses of keys
+// and distances are counted before instead: how many there are and what they add up to in bins as
+// fine as those of a map.
 namespace heddle {
 
 constexpr int kMostMembers = 16, kChoiceThreads = 1024;
@@ -18,13 +21,21 @@ struct FlexGroup {
   uint32_t sizes[kMostMembers];
 };
 
+// How many tokens a bin has in the upper bits, and what they add up to, which is not much more than
+// 1, in the lower ones
+using FlexBin = unsigned long long;
+constexpr int kBinMass = 42;
+constexpr int64_t kMostCounted = int64_t{1} << (64 - kBinMass);
+
 struct FlexArgs {
   FlexTask task;
   FlexGroup* groups;
   uint64_t* list;  // [groups, members, room] ranks
   int64_t room;
   int group_count, members;
-  LineStrips strips;  // none if distances are there
+  LineStrips strips;     // none if distances are there
+  const int32_t* kinds;  // [heads], or null: what is decided
+  FlexBin* line_bins;    // [heads, 2, kShareBins], if that is decided
 };
 
 struct FlexShared {
@@ -35,12 +46,16 @@ struct FlexShared {
   int top, low;  // bins of the list
 };
 
-__device__ inline void flexprefill_sum(const FlexArgs& args, int64_t warp) {
-  const int64_t nk = args.task.nk, lane = threadIdx.x % 32;
-  // The groups that follow find nothing left by others
+// The groups that follow find nothing left by others
+__device__ inline void flexprefill_clear(const FlexArgs& args, int64_t thread, int64_t threads) {
   auto* words = reinterpret_cast<uint32_t*>(args.groups);
   const int64_t all = args.group_count * static_cast<int64_t>(sizeof(FlexGroup) / 4);
-  for (int64_t i = warp * 32 + lane; i < all; i += args.task.heads * 2 * nk * 32) words[i] = 0;
+  for (int64_t i = thread; i < all; i += threads) words[i] = 0;
+}
+
+__device__ inline void flexprefill_sum(const FlexArgs& args, int64_t warp) {
+  const int64_t nk = args.task.nk, lane = threadIdx.x % 32;
+  flexprefill_clear(args, warp * 32 + lane, args.task.heads * 2 * nk * 32);
   if (warp >= args.task.heads * 2 * nk) return;
   // 32 bits make dividing cheap
   const auto number = static_cast<uint32_t>(warp), all_of_line = static_cast<uint32_t>(nk);
@@ -81,6 +96,102 @@ __device__ inline void flexprefill_sum(const FlexArgs& args, int64_t warp) {
   if (lane == 0) *sum.to = own;
 }
 
+// What CTAs count of a run of tokens, of which masses add up to about 1: neither half of a sum
+// becomes too large for its word
+struct FlexCounts {
+  static constexpr int kThreads = 512, kLow = 16;
+  static constexpr int64_t kMost = 32768;
+  uint32_t count[kShareBins], low[kShareBins], high[kShareBins];
+};
+
+// Tokens of a CTA: few enough for all processors, enough for what a CTA has to clear and to add
+HEDDLE_HD inline int64_t flexprefill_run(const FlexTask& task, int processors) {
+  const int64_t own = task.heads * 2 * task.sk / (4 * processors);
+  return own < 2048 ? 2048 : own < FlexCounts::kMost ? own : FlexCounts::kMost;
+}
+
+// Counts a run of keys, as far as they matter, or of distances, which are written as well: what is
+// there are strips
+__device__ inline void flexprefill_count(const FlexArgs& args, int64_t run, int64_t cta,
+                                         FlexCounts& memory) {
+  const FlexTask& task = args.task;
+  const int64_t sk = task.sk, runs = (sk + run - 1) / run, line = cta / runs, head = line / 2;
+  const auto thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+  flexprefill_clear(args, cta * threads + thread, task.heads * 2 * runs * threads);
+  if (args.kinds[head] != kFlexLines) return;
+  // There are fewer than kMostCounted
+  const auto begin = static_cast<int>(cta % runs * run),
+             end = static_cast<int>(min(begin + run, sk)),
+             queries = static_cast<int>(min(task.op.block, task.sq)),
+             newest = static_cast<int>(sk) - queries;
+  float* from = task.lines + line * sk;
+  // All that weighs less is less than what gamma leaves
+  const float least = (1 - static_cast<float>(task.op.gamma)) / 2 / static_cast<float>(sk),
+              share = 1.f / static_cast<float>(queries);
+  for (int i = thread; i < kShareBins; i += threads)
+    memory.count[i] = memory.low[i] = memory.high[i] = 0;
+  __syncthreads();
+  const auto add = [&](float mass) {
+    if (!(mass >= least)) return;
+    // In steps of 2^-40, of which the upper ones are whole numbers of f32
+    const float steps = mass * 0x1p24f;
+    const auto high = static_cast<uint32_t>(steps);
+    const int bin = share_bin(mass);
+    atomicAdd(&memory.count[bin], 1u);
+    atomicAdd(&memory.high[bin], high);
+    atomicAdd(&memory.low[bin],
+              static_cast<uint32_t>((steps - static_cast<float>(high)) * 0x1p16f));
+  };
+  constexpr int kAhead = 4;
+  if (line % 2 == 0) {
+#pragma unroll 1
+    for (int t = begin + thread; t < end; t += kAhead * threads) {
+      float mass[kAhead];
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) mass[i] = from[min(t + i * threads, end - 1)];
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i)
+        if (t + i * threads < end) add(mass[i]);
+    }
+  } else {
+    const auto length = static_cast<int>(args.strips.length),
+               count = static_cast<int>(args.strips.count), apart = 2 * length + 128;
+    const float* strips = args.strips.of(head, 0);
+    // The strip of the key that query 0 would see, as distances grow
+    int s = max(newest - begin - thread, 0) / length;
+#pragma unroll 1
+    for (int t = begin + thread; t < end; t += kAhead * threads) {
+      // What waits for a condition would be waited for before the next
+      float mass[kAhead], more[kAhead];
+      bool two[kAhead];
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        const int key = newest - min(t + i * threads, end - 1);
+        while (s > 0 && key < s * length) --s;
+        const int after = (s + 1) * length;
+        const float* own = strips + s * (length + 128) + after - key;
+        two[i] = s + 1 < count && after < key + 128;
+        mass[i] = own[0];
+        more[i] = own[two[i] ? apart : 0];
+      }
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        if (t + i * threads >= end) break;
+        mass[i] = (mass[i] + (two[i] ? more[i] : 0)) * share;
+        from[t + i * threads] = mass[i];
+        add(mass[i]);
+      }
+    }
+  }
+  __syncthreads();
+  for (int i = thread; i < kShareBins; i += threads) {
+    if (memory.count[i] == 0) continue;
+    atomicAdd(&args.line_bins[line * kShareBins + i],
+              (static_cast<FlexBin>(memory.count[i]) << kBinMass) +
+                  (static_cast<FlexBin>(memory.high[i]) << FlexCounts::kLow) + memory.low[i]);
+  }
+}
+
 // Which bins may have the rank that reaches a mass: at least that much lies from bin `low` on if
 // shares weigh as little as they may, and less than it above bin `top` if they weigh as much. A
 // thread has a run of bins, from the top. `top` is -1 if all of them do not reach it.
@@ -119,6 +230,78 @@ __device__ inline void flexprefill_bins(const uint32_t* bins, unsigned long long
     (i ? memory.top : memory.low) = bin;
   }
   __syncthreads();
+}
+
+// How many tokens of a line reach a mass, or another number that is as good, or -1
+__device__ inline int64_t flexprefill_tokens(const FlexArgs& args, const CtaTeam& own, int64_t head,
+                                             int line, const Wanted& wanted, FlexShared& memory) {
+  const FlexBin* bins = args.line_bins + (head * 2 + line) * kShareBins;
+  const auto mass_in = [&](int bin) { return bins[bin] & ((FlexBin{1} << kBinMass) - 1); };
+  const auto count_in = [&](int bin) { return bins[bin] >> kBinMass; };
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  const int threads = static_cast<int>(blockDim.x), run = (kShareBins + threads - 1) / threads;
+  const int first = kShareBins - 1 - static_cast<int>(threadIdx.x) * run,
+            end = max(first - run, -1);
+  // A thread has a run of bins, from the top
+  unsigned long long sums[2] = {}, before[2];
+  for (int bin = first; bin > end; --bin) {
+    sums[0] += mass_in(bin);
+    sums[1] += count_in(bin);
+  }
+  unsigned long long(&totals)[256] = memory.head.bins.count;  // of warps
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const unsigned long long all = sum_so_far(sums[i], lane);
+    before[i] = all - sums[i];
+    if (lane == 31) totals[2 * warp + i] = all;
+  }
+  if (threadIdx.x == 0) memory.top = -1;
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    unsigned long long others = lane < warp ? totals[2 * lane + i] : 0;
+    for (int step = 16; step > 0; step /= 2) others += __shfl_xor_sync(~0u, others, step);
+    before[i] += others;
+  }
+  if (before[0] < wanted.amount && before[0] + sums[0] >= wanted.amount) {
+    int bin = first;
+    for (; before[0] + mass_in(bin) < wanted.amount; --bin) {
+      before[0] += mass_in(bin);
+      before[1] += count_in(bin);
+    }
+    memory.top = bin;
+    memory.mass = wanted.amount - before[0];
+    memory.size = static_cast<uint32_t>(before[1]);
+  }
+  if (threadIdx.x == 0) memory.found = 0;
+  __syncthreads();
+  const int top = memory.top;
+  if (top < 0) return -1;
+  // Of the bin that crosses it, if all weigh as much as they may or as little
+  const unsigned long long rest = memory.mass, held = count_in(top),
+                           most = mass_of_share(bin_share(top + 1)),
+                           least = mass_of_share(bin_share(top));
+  const int64_t above = memory.size;
+  const auto fewest = static_cast<int64_t>((rest + most - 1) / most);
+  const auto all = static_cast<int64_t>(least > 0 ? min((rest + least - 1) / least, held) : held);
+  const auto grain = static_cast<int64_t>(wanted.grain);
+  if ((above + fewest) / grain == (above + all) / grain) return above + fewest;
+  if (held > CtaTeam::kFew) return -1;
+  // Which are they?
+  const float* tokens = args.task.lines + (head * 2 + line) * args.task.sk;
+  own.each_rank(
+      args.task.sk, 0, 1, [&](int64_t i) { return rank_of_share(tokens[i], i); },
+      [&](int64_t, uint64_t rank) {
+        if (rank != 0 && share_bin(share_of(rank)) == top)
+          memory.few[atomicAdd(&memory.found, 1u)] = rank;
+      });
+  __syncthreads();
+  const auto mass = [](int64_t, uint64_t rank) { return mass_of_share(share_of(rank)); };
+  return above + static_cast<int64_t>(own.few(
+                                             memory.head.bins, static_cast<int64_t>(held),
+                                             Wanted{true, rest},
+                                             [&](int64_t i) { return memory.few[i]; }, mass)
+                                          .count);
 }
 
 // Marks the pairs of a map: one pass adds up and writes what surely belongs, and lists what may
@@ -251,21 +434,48 @@ __device__ bool flexprefill_pairs(const FlexArgs& args, const CtaGroup& all, Fle
   return true;
 }
 
+// What is found by one of the CTAs of a head, whose bins say where to look
+struct FlexCta {
+  const FlexArgs& args;
+  const CtaGroup& all;
+  FlexGroup& group;
+  int64_t head;
+  FlexShared& memory;
+
+  template <class Write>
+  __device__ bool pairs(const FlexTriangle& visible, const Wanted& wanted,
+                        const Write& write) const {
+    return flexprefill_pairs(args, all, group, head, memory, visible, wanted, write);
+  }
+  __device__ int64_t tokens(int line, const Wanted& wanted) const {
+    return args.line_bins ? flexprefill_tokens(args, all, head, line, wanted, memory) : -1;
+  }
+};
+
 __device__ inline void flexprefill_choose(const FlexArgs& args, int cta, FlexShared& memory) {
   FlexGroup& group = args.groups[cta / args.members];
   const CtaGroup all(group.group, cta % args.members, args.members);
+  const CtaTeam own;
   for (int64_t head = cta / args.members; head < args.task.heads; head += args.group_count) {
-    flexprefill_head(CtaTeam{}, all, args.task, head, memory.head,
-                     [&](const FlexTriangle& visible, const Wanted& wanted, const auto& write) {
-                       return flexprefill_pairs(args, all, group, head, memory, visible, wanted,
-                                                write);
-                     });
+    FlexKind kind = args.kinds ? static_cast<FlexKind>(args.kinds[head])
+                               : flexprefill_decide(own, args.task, head, memory.head);
+    if ((kind == kFlexAware || !args.kinds) &&
+        !flexprefill_finite(own, args.task, head, memory.head))
+      kind = kFlexAll;
+    flexprefill_head(own, all, args.task, head, kind, memory.head,
+                     FlexCta{args, all, group, head, memory});
     // Others may still look at what the next head writes
     if (head + args.group_count < args.task.heads) all.meet();
     // Nobody looks at them any more; who counts next finds nothing
-    for (int64_t i = int64_t{blockDim.x} * all.member + threadIdx.x; i < kShareBins;
-         i += int64_t{blockDim.x} * all.members)
-      args.task.bins[head * kShareBins + i] = 0;
+    const auto clear = [&](auto* bins, int64_t count) {
+      for (int64_t i = int64_t{blockDim.x} * all.member + threadIdx.x; i < count;
+           i += int64_t{blockDim.x} * all.members)
+        bins[i] = 0;
+    };
+    if (kind == kFlexLines && args.line_bins)
+      clear(args.line_bins + head * 2 * kShareBins, 2 * kShareBins);
+    else
+      clear(args.task.bins + head * kShareBins, kShareBins);
   }
 }
 

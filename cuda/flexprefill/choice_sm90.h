@@ -4,11 +4,14 @@
 namespace heddle {
 
 struct FlexArgs;
+struct DecideArgs;
 
 // Before the map, which counts what only the choice clears: nothing may fail in between
 void prepare_choice_sm90();
-// What follows the map, of which the sums begin where it has no CTAs: all that they need was there
+// Behind the first of two walks; how many steps a warp has is found here
+void launch_decide_sm90(DecideArgs args, int processors, cudaStream_t stream);
+// What follows the map, of which sums begin where it has no CTAs: all that they need was there
 // before it began
-void launch_choice_sm90(const FlexArgs& args, cudaStream_t stream);
+void launch_choice_sm90(const FlexArgs& args, int processors, cudaStream_t stream);
 
 }  // namespace heddle

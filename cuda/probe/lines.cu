@@ -386,28 +386,51 @@ const char* declines_lines_sm90(const Probe& op, const CudaContext& context) {
   return nullptr;
 }
 
-LineStrips run_lines_sm90(const Probe& op, const Means* means, CudaContext& context) {
+LinesCall lines_sm90(const Probe& op, const MeanArgs (&means)[2], bool bands,
+                     CudaContext& context) {
   const auto bytes = [](const Tensor& x) { return x.size() * 2; };
-  const LinesPlan plan(op, context.processors, means ? bytes(means->q.x) + bytes(means->k.x) : 0);
-  const int64_t strips = plan.parts * int64_t{8};
   const auto heads = static_cast<size_t>(op.q.shape[0] * op.q.shape[2]);
-  const LinesCall call{
+  const LinesPlan first(op, context.processors,
+                        means[0].count() > 0 ? bytes(means[0].x) + bytes(means[1].x) : 0),
+      second(op, context.processors);
+  const int64_t strips = second.parts * int64_t{8};
+  LinesCall call{
       op,
-      plan,
-      context.scratch<float2>(heads * static_cast<size_t>(plan.parts) * kLineQueries),
-      {context.scratch<float>(heads * static_cast<size_t>(strips * (plan.strip + kLineQueries))),
-       plan.strip, strips},
-      means ? means->q : MeanArgs{},
-      means ? means->k : MeanArgs{}};
-  const bool wide = op.q.shape[3] == 128;
-  if (op.q.dtype == DType::kBF16)
-    wide ? launch_lines_sm90<DType::kBF16, 128>(call, context.stream)
-         : launch_lines_sm90<DType::kBF16, 64>(call, context.stream);
+      first,
+      second,
+      context.scratch<float2>(heads * static_cast<size_t>(first.parts) * kLineQueries),
+      {context.scratch<float>(heads * static_cast<size_t>(strips * (second.strip + kLineQueries))),
+       second.strip, strips},
+      {means[0], means[1]}};
+  const auto tiles = static_cast<size_t>(op.k.shape[1] + kLineQueries - 1) / kLineQueries;
+  if (bands) call.bands = context.scratch<float>(heads * tiles * kLineQueries * 2);
+  return call;
+}
+
+namespace {
+
+template <class Launch> void launch_sized(const LinesCall& call, const Launch& launch) {
+  const bool wide = call.op.q.shape[3] == 128;
+  if (call.op.q.dtype == DType::kBF16)
+    wide ? launch.template operator()<DType::kBF16, 128>()
+         : launch.template operator()<DType::kBF16, 64>();
   else
-    wide ? launch_lines_sm90<DType::kF16, 128>(call, context.stream)
-         : launch_lines_sm90<DType::kF16, 64>(call, context.stream);
+    wide ? launch.template operator()<DType::kF16, 128>()
+         : launch.template operator()<DType::kF16, 64>();
+}
+
+}  // namespace
+
+void run_stats_sm90(const LinesCall& call, CudaContext& context) {
+  launch_sized(call,
+               [&]<DType kType, int kD> { launch_stats_sm90<kType, kD>(call, context.stream); });
   context.launched("probe_lines_sm90_kernel");
-  return call.strips;
+}
+
+void run_lines_sm90(const LinesCall& call, CudaContext& context) {
+  launch_sized(call,
+               [&]<DType kType, int kD> { launch_lines_sm90<kType, kD>(call, context.stream); });
+  context.launched("probe_lines_sm90_kernel");
 }
 
 }  // namespace heddle

@@ -11,8 +11,10 @@ void run_lines(const Probe& op, CudaContext& context);
 // Every strip's distances become those of the head
 void add_distances(const Probe& op, const LineStrips& strips, CudaContext& context);
 const char* declines_lines_sm90(const Probe& op, const CudaContext& context);
-// With the means of whole tensors, if asked for, of which q and k are of those of the probe. Only
-// masses of keys are written.
-LineStrips run_lines_sm90(const Probe& op, const Means* means, CudaContext& context);
+// Of both walks, the first of which averages blocks as well, and leaves bands if they are asked for
+LinesCall lines_sm90(const Probe& op, const MeanArgs (&means)[2], bool bands, CudaContext& context);
+void run_stats_sm90(const LinesCall& call, CudaContext& context);
+// Of distances those of strips are written
+void run_lines_sm90(const LinesCall& call, CudaContext& context);
 
 }  // namespace heddle

@@ -27,8 +27,8 @@
 // registers, which move on with the keys: a turn ends two diagonals of squares, whose 16 distances
 // are then added up from shared memory. No sum depends on timing.
 //
-// The first CTAs have no part in that: they average the blocks of q and k, for which they need the
-// memory that walks leave alone. The first walk is the shorter one and takes 3 of 7.
+// The first CTAs of the first walk have no part in that: they average blocks, for which they need
+// the memory that the walk leaves alone. CTAs that the second walk leaves out do so as well.
 namespace heddle {
 namespace {
 
@@ -37,11 +37,7 @@ constexpr int kLineQueries = 128, kLineKeys = 16, kLineThreads = 640;
 constexpr int kLineSquares = kLineKeys / 8, kDiagonals = kLineQueries / 8 + kLineSquares - 1;
 
 struct LinesArgs {
-  Probe op;
-  LinesPlan plan;
-  float2* stats;
-  LineStrips strips;
-  MeanArgs mean_q, mean_k;
+  LinesCall call;
   float scale_log2;
 };
 
@@ -66,18 +62,23 @@ template <class At> __device__ __forceinline__ float2 merge_stats(int count, con
 }
 
 // The largest scores of a thread's two queries, and sums relative to 2^top. The largest may be
-// ahead of `top` by kLag: sums of 2^64 lose no digits.
+// ahead of `top` by kLag: sums of 2^64 lose no digits. Lanes of a query agree on `top`.
 struct LineStats {
   static constexpr float kLag = 64;
   float top[2] = {}, sum[2] = {};
 
-  __device__ __forceinline__ void add(float (&x)[64], bool first) {
+  // `sums` are those of a tile alone: [query][of keys up to the one with its number, of others].
+  // The queries are the part-th 16 of 128.
+  __device__ __forceinline__ void add(float (&x)[64], bool first, int part, int lane,
+                                      float (&sums)[2][2]) {
     float highest[2] = {-INFINITY, -INFINITY};
 #pragma unroll
     for (int i = 0; i < 64; ++i) highest[i / 2 % 2] = fmaxf(highest[i / 2 % 2], x[i]);
     if (first || __any_sync(~0u, fmaxf(highest[0], highest[1]) > kLag)) {
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
+        for (int step = 1; step < 4; step *= 2)
+          highest[n] = fmaxf(highest[n], __shfl_xor_sync(~0u, highest[n], step));
         const float rise = fmaxf(highest[n], first ? -3e38f : 0);
         sum[n] = first ? 0 : sum[n] * sm90::exp2_approx(-rise);
         top[n] += rise;
@@ -85,12 +86,42 @@ struct LineStats {
         for (int i = 2 * n; i < 64; i += i % 2 ? 3 : 1) x[i] -= rise;
       }
     }
-    // several sums: one would have to wait for each before the next
-    float sums[2][2] = {};
-#pragma unroll
-    for (int i = 0; i < 64; ++i) sums[i / 2 % 2][i % 2] += sm90::exp2_approx(x[i]);
+    weigh<0, 8>(x, part, lane, sums);
 #pragma unroll
     for (int n = 0; n < 2; ++n) sum[n] += sums[n][0] + sums[n][1];
+  }
+
+ private:
+  // Registers have to be known: a copy of this for each part
+  template <int kFrom, int kEnd>
+  __device__ __forceinline__ static void weigh(const float (&x)[64], int part, int lane,
+                                               float (&sums)[2][2]) {
+    if constexpr (kEnd - kFrom > 1) {
+      constexpr int kMiddle = (kFrom + kEnd) / 2;
+      if (part < kMiddle)
+        weigh<kFrom, kMiddle>(x, part, lane, sums);
+      else
+        weigh<kMiddle, kEnd>(x, part, lane, sums);
+    } else {
+      // several sums: one would have to wait for each before the next
+      float own[2][2][2] = {};
+#pragma unroll
+      for (int i = 0; i < 64; ++i) {
+        const int n = i / 2 % 2, square = i / 4, diagonal = 2 * kFrom + n;
+        const float weight = sm90::exp2_approx(x[i]);
+        if (square != diagonal) {
+          own[n][square > diagonal][i % 2] += weight;
+        } else {
+          const bool behind = lane % 4 * 2 + i % 2 > lane / 4;
+          own[n][0][i % 2] += behind ? 0 : weight;
+          own[n][1][i % 2] += behind ? weight : 0;
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < 2; ++n)
+#pragma unroll
+        for (int side = 0; side < 2; ++side) sums[n][side] = own[n][side][0] + own[n][side][1];
+    }
   }
 };
 
@@ -144,32 +175,40 @@ struct LineSums {
   }
 };
 
-// Means of the blocks from `first` to `end`, those of k behind those of q, every `step`-th, by one
-// warp. A lane has 16 bytes of rows that are kRows apart.
-template <DType kType, int kD>
-__device__ __forceinline__ void average_blocks(const MeanArgs& q, const MeanArgs& k, int first,
-                                               int end, int step) {
-  constexpr int kLanes = kD / 8, kRows = 32 / kLanes, kAhead = 16;
-  const int lane = static_cast<int>(threadIdx.x) % 32, row = lane / kLanes,
-            column = lane % kLanes * 8;
-  const int of_q = static_cast<int>(q.count());
-#pragma unroll 1
-  for (int own = first; own < end; own += step) {
-    const MeanArgs& args = own < of_q ? q : k;
-    const MeanArgs::Block found = args.at(static_cast<uint32_t>(own < of_q ? own : own - of_q));
+// The mean of block `number` by one warp, of which a lane has 16 bytes of a row. Several rows of
+// the block stand beside each other, or the same one of several heads, whose numbers follow.
+template <DType kType, int kD> struct Averages {
+  static constexpr int kLanes = kD / 8, kRows = 32 / kLanes, kAhead = 16;
+  const MeanArgs& args;
+  bool beside;  // heads
+  int count;    // of blocks, or of groups of them
+
+  __device__ __forceinline__ Averages(const MeanArgs& args, int warps)
+      : args(args), count(static_cast<int>(args.count())) {
+    // Longer runs of memory, where warps have several of them
+    beside = args.x.shape[2] % kRows == 0 && args.x.strides[2] == kD && count >= 2 * kRows * warps;
+    if (beside) count /= kRows;
+  }
+  __device__ __forceinline__ int group() const { return beside ? kRows : 1; }
+
+  __device__ __forceinline__ void average(int number) const {
+    const int lane = static_cast<int>(threadIdx.x) % 32, row = lane / kLanes,
+              column = lane % kLanes * 8;
+    const MeanArgs::Block found = args.at(static_cast<uint32_t>(number * group()));
     const int64_t(&strides)[kMaxRank] = args.x.strides;
     const auto* from = static_cast<const uint16_t*>(args.x.data) + found.b * strides[0] +
-                       found.head * strides[2] + (found.first + row) * strides[1] + column;
-    const int64_t apart = kRows * strides[1];
-    const int rows = static_cast<int>(found.rows);
+                       found.head * strides[2] + found.first * strides[1] +
+                       row * strides[beside ? 2 : 1] + column;
+    const int step = beside ? 1 : kRows, rows = static_cast<int>(found.rows);
+    const int64_t apart = step * strides[1];
     float sum[8] = {};
 #pragma unroll 1
-    for (int i = row; i < rows; i += kAhead * kRows, from += kAhead * apart) {
+    for (int i = beside ? 0 : row; i < rows; i += kAhead * step, from += kAhead * apart) {
       uint4 words[kAhead];  // on their way at once
 #pragma unroll
       for (int a = 0; a < kAhead; ++a)
-        words[a] = i + a * kRows < rows ? *reinterpret_cast<const uint4*>(from + a * apart)
-                                        : uint4{0, 0, 0, 0};
+        words[a] = i + a * step < rows ? *reinterpret_cast<const uint4*>(from + a * apart)
+                                       : uint4{0, 0, 0, 0};
 #pragma unroll
       for (int a = 0; a < kAhead; ++a) {
         const uint32_t all[4] = {words[a].x, words[a].y, words[a].z, words[a].w};
@@ -178,12 +217,51 @@ __device__ __forceinline__ void average_blocks(const MeanArgs& q, const MeanArgs
           sum[e] += sm90::unpack<kType>(static_cast<uint16_t>(all[e / 2] >> 16 * (e % 2)));
       }
     }
+    const int64_t to = found.to + (beside ? row * args.blocks() * args.depth : 0) + column;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      for (int other = kLanes; other < 32; other *= 2)
+      for (int other = kLanes; !beside && other < 32; other *= 2)
         sum[i] += __shfl_xor_sync(~0u, sum[i], other);
-      if (row == 0) store_mean(args, found.to + column + i, sum[i] / static_cast<float>(rows));
+      if (beside || row == 0) store_mean(args, to + i, sum[i] / static_cast<float>(rows));
     }
+  }
+};
+
+// Every `step`-th block of two tensors from `first` on
+template <DType kType, int kD>
+__device__ __forceinline__ void average_blocks(const MeanArgs (&means)[2], int first, int step) {
+#pragma unroll 1
+  for (const MeanArgs& args : means) {
+    const Averages<kType, kD> own(args, step);
+#pragma unroll 1
+    for (int i = first; i < own.count; i += step) own.average(i);
+  }
+}
+
+// Blocks of heads of kind 1, as they come
+template <DType kType, int kD>
+__device__ __forceinline__ void average_later(const LinesCall& call) {
+  const MeanArgs& args = call.later;
+  const Averages<kType, kD> own(args, kLineThreads / 32 * static_cast<int>(gridDim.x));
+  const auto all = static_cast<int>(args.blocks()), heads = static_cast<int>(args.x.shape[2]);
+  const bool leads = threadIdx.x % 32 == 0;
+  const auto take = [&] { return leads ? atomicAdd(call.next, 1) : 0; };
+  int ahead = take();
+#pragma unroll 1
+  for (;;) {
+    const int number = own.count - 1 - __shfl_sync(~0u, ahead, 0);
+    if (number < 0) return;
+    ahead = take();
+    const int first = number * own.group(), block = first / heads % all,
+              head = first / heads / all * heads + first % heads;
+    bool wanted = false;
+    for (int i = 0; i < own.group(); ++i) wanted |= call.kinds[head + i] == 1;
+    if (!wanted) continue;
+    own.average(number);
+    __syncwarp();
+    for (int i = 0; leads && i < own.group(); ++i)
+      sm90::signal(call.ready + (head + i) * ((all + kReadyBlocks - 1) / kReadyBlocks) +
+                   block / kReadyBlocks);
   }
 }
 
@@ -197,10 +275,12 @@ __global__ void __launch_bounds__(kLineThreads, 1)
   constexpr int kRows = Smem::kRows, kStages = Smem::kStages;
   auto& smem = shared_memory<Smem>();
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
-  const LinesPlan& plan = args.plan;
-  const int heads = static_cast<int>(args.op.q.shape[2]);
-  const int group = heads / static_cast<int>(args.op.k.shape[2]);
-  const int sq = static_cast<int>(args.op.q.shape[1]), sk = static_cast<int>(args.op.k.shape[1]);
+  const LinesCall& call = args.call;
+  const Probe& op = call.op;
+  const LinesPlan& plan = kSums ? call.second : call.first;
+  const int heads = static_cast<int>(op.q.shape[2]);
+  const int group = heads / static_cast<int>(op.k.shape[2]);
+  const int sq = static_cast<int>(op.q.shape[1]), sk = static_cast<int>(op.k.shape[1]);
   const int walker = static_cast<int>(blockIdx.x) - plan.averaging;
 
   if (threadIdx.x == 0) {
@@ -212,18 +292,15 @@ __global__ void __launch_bounds__(kLineThreads, 1)
     fence_barrier_init();
   }
   __syncthreads();
-  // What the second walk loads was there before the first began
-  if (!kSums) await_previous();
+  // What the second walk loads was there before the first began, but not whom it is for
+  if (!kSums || call.kinds) await_previous();
   let_next_begin();
 
-  if (walker < 0) {
+  if (!kSums && walker < 0) {
     constexpr int kWarps = kLineThreads / 32;
-    const int count = static_cast<int>(args.mean_q.count() + args.mean_k.count()),
-              split = static_cast<int>(count * int64_t{3} / 7);
-    average_blocks<kType, kD>(args.mean_q, args.mean_k,
-                              (kSums ? split : 0) + static_cast<int>(blockIdx.x) * kWarps +
-                                  static_cast<int>(threadIdx.x) / 32,
-                              kSums ? count : split, plan.averaging * kWarps);
+    average_blocks<kType, kD>(
+        call.means, static_cast<int>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x) / 32,
+        plan.averaging * kWarps);
     return;
   }
 
@@ -231,6 +308,11 @@ __global__ void __launch_bounds__(kLineThreads, 1)
   // Over the batch. Warpgroups have sets of keys, which take turns in the ring.
   const auto head_of = [&](int own) { return plan.shared ? 2 * item + own / 2 : item; };
   const int turns = plan.strip / kLineKeys, sets = (kSums ? 2 : 1) * (plan.shared ? 1 : 2);
+  const auto left_out = [&](int own) { return call.kinds[head_of(own)] != 0; };
+  if (kSums && call.kinds && (cta >= plan.ctas || (left_out(0) && left_out(3)))) {
+    if (!call.spares || cta % 2 == 0) average_later<kType, kD>(call);
+    return;
+  }
 
   if (warpgroup == 0) {
     lower_registers<24>();
@@ -265,7 +347,7 @@ __global__ void __launch_bounds__(kLineThreads, 1)
   const int64_t head = head_of(own);
   const int own_set = kSums ? (plan.shared ? own % 2 : own) : (plan.shared ? 0 : own / 2);
   const int set = cta * sets + own_set;
-  float2* stats = args.stats + head * plan.parts * kLineQueries;
+  float2* stats = call.stats + head * call.first.parts * kLineQueries;
 
   Turn<kStages> turn(0);
   const auto await_keys = [&] { smem.k_full[turn.stage].wait(turn.parity); };
@@ -317,15 +399,15 @@ __global__ void __launch_bounds__(kLineThreads, 1)
     float(&lse)[kLineQueries] = smem.lse[own];
     await_previous();
     const float2 all =
-        merge_stats(plan.parts, [&](int i) { return stats[i * kLineQueries + thread]; });
+        merge_stats(call.first.parts, [&](int i) { return stats[i * kLineQueries + thread]; });
     lse[thread] = all.x + log2f(all.y);
     named_barrier_sync(kFirstTurn + 4 + own, 128);
 
     const int64_t strip = set * int64_t{4} + warp;
     const int first = static_cast<int>(strip) * plan.strip;
     const float share = 1.f / static_cast<float>(sq);
-    float* score = static_cast<float*>(args.op.score.data) + head * 2 * sk;
-    float* distances = args.strips.of(head, strip) + plan.strip + kLineQueries;
+    float* score = static_cast<float*>(op.score.data) + head * 2 * sk;
+    float* distances = call.strips.of(head, strip) + plan.strip + kLineQueries;
     LineSums sums;
     const auto finish_distances = [&](int n) {
       const float mass = sums.finish(smem.diagonals[own * 4 + warp], lane);
@@ -355,9 +437,11 @@ __global__ void __launch_bounds__(kLineThreads, 1)
     });
 #pragma unroll 1
     for (int n = turns; n < turns + kLineQueries / kLineKeys; ++n) finish_distances(n);
+    if (call.kinds) average_later<kType, kD>(call);
   } else {
     const int first = set * 8 * plan.strip, query = own % 2 * 64 + warp * 16 + row;
     LineStats sums;
+    const int64_t tiles = (sk + kRows - 1) / kRows;
     walk([&](int n) {
       const int key = first + n * kRows;
 #pragma unroll
@@ -370,23 +454,33 @@ __global__ void __launch_bounds__(kLineThreads, 1)
             acc[i] = -INFINITY;
         }
       }
-      sums.add(acc, n == 0);
+      float own_sums[2][2];
+      sums.add(acc, n == 0, own % 2 * 4 + warp, lane, own_sums);
+      if (call.bands == nullptr || key >= sk) return;
+      // The four lanes of two queries add up, and each has one of four sums
+      const bool odd = lane & 1, high = lane & 2;
+      float one[2];
+#pragma unroll
+      for (int side = 0; side < 2; ++side)
+        one[side] = (odd ? own_sums[1][side] : own_sums[0][side]) +
+                    __shfl_xor_sync(~0u, odd ? own_sums[0][side] : own_sums[1][side], 1);
+      const float mass = (high ? one[1] : one[0]) + __shfl_xor_sync(~0u, high ? one[0] : one[1], 2);
+      const int64_t line = (head * tiles + key / kRows) * kLineQueries + query + (odd ? 8 : 0);
+      call.bands[line * 2 + high] = log2_approx(mass) + (odd ? sums.top[1] : sums.top[0]);
     });
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      float top = sums.top[i];
-      for (int step = 1; step < 4; step *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
-      float sum = sums.sum[i] * sm90::exp2_approx(sums.top[i] - top);
+      float sum = sums.sum[i];
       for (int step = 1; step < 4; step *= 2) sum += __shfl_xor_sync(~0u, sum, step);
-      if (column == 0) stats[set * kLineQueries + query + i * 8] = {top, sum};
+      if (column == 0) stats[set * kLineQueries + query + i * 8] = {sums.top[i], sum};
     }
   }
 }
 
 template <DType kType, int kD, bool kSums>
-void launch_lines(const LinesCall& call, cudaStream_t stream) {
+void launch_walk(const LinesCall& call, cudaStream_t stream) {
   const Probe& op = call.op;
-  const LinesPlan& plan = call.plan;
+  const LinesPlan& plan = kSums ? call.second : call.first;
   const auto map = [](const Tensor& x, int rows) {
     return make_tensor_map(
         kType, x.data,
@@ -395,18 +489,19 @@ void launch_lines(const LinesCall& call, cudaStream_t stream) {
   };
   using Smem = LinesSmem<kD, kSums>;
   launch<probe_lines_sm90_kernel<kType, kD, kSums>>(
-      {plan.averaging + plan.items * plan.ctas, kLineThreads, sm90::shared_memory_bytes<Smem>(),
-       stream, true},
+      {std::max(plan.averaging + plan.items * plan.ctas, kSums && call.kinds ? plan.processors : 0),
+       kLineThreads, sm90::shared_memory_bytes<Smem>(), stream, true},
       map(op.q, kLineQueries), map(op.k, kSums ? kLineKeys : Smem::kRows),
-      LinesArgs{op, plan, call.stats, call.strips, call.mean_q, call.mean_k,
-                static_cast<float>(op.scale * 1.4426950408889634)});
+      LinesArgs{call, static_cast<float>(op.scale * 1.4426950408889634)});
 }
 
 }  // namespace
 
+template <DType kType, int kD> void launch_stats_sm90(const LinesCall& call, cudaStream_t stream) {
+  launch_walk<kType, kD, false>(call, stream);
+}
 template <DType kType, int kD> void launch_lines_sm90(const LinesCall& call, cudaStream_t stream) {
-  launch_lines<kType, kD, false>(call, stream);
-  launch_lines<kType, kD, true>(call, stream);
+  launch_walk<kType, kD, true>(call, stream);
 }
 
 }  // namespace heddle

@@ -40,52 +40,71 @@ struct LineStrips {
   }
 };
 
-// How heads and keys are shared out: a warp has a strip of `strip` keys, 16 at a time, and a CTA 8
-// strips of each of two heads, or 16 of one
+// How heads and keys of a walk are shared out: a warp has a strip of `strip` keys, 16 at a time,
+// and a CTA 8 strips of each of two heads, or 16 of one
 struct LinesPlan {
   bool shared;              // two heads of a CTA have the same keys
   int items;                // heads or pairs of them
   int strip = 0, ctas = 0;  // of an item
   int parts;                // of a head, eight strips each
-  int averaging;            // CTAs that average blocks, of `averaged` bytes
+  int averaging = 0;        // CTAs that average blocks, of `averaged` bytes
+  int processors;
 
-  LinesPlan(const Probe& op, int processors, int64_t averaged)
+  explicit LinesPlan(const Probe& op, int processors, int64_t averaged = 0)
       : shared(op.q.shape[2] / op.k.shape[2] % 2 == 0),
-        items(static_cast<int>(op.q.shape[0] * op.q.shape[2] / (shared ? 2 : 1))) {
-    // bytes that a processor reads in the time in which another has a key of a head in both walks
-    constexpr int64_t kRead = 900;
-    const int64_t walked = kRead * op.q.shape[0] * op.q.shape[2] * op.k.shape[1];
-    averaging = averaged == 0 ? 0
-                              : static_cast<int>(std::clamp<int64_t>(
-                                    processors * averaged / (averaged + walked), 1, processors));
-    const int walking = std::max(processors - averaging, 1);
-    // what a CTA spends on its beginning and end, in turns of 16 keys a warp, and the fewest turns
-    constexpr int64_t kIdle = 4, kLeast = 8;
+        items(static_cast<int>(op.q.shape[0] * op.q.shape[2] / (shared ? 2 : 1))),
+        processors(processors) {
+    // In turns of 16 keys a warp: what a CTA spends on its beginning and end, the fewest, and what
+    // a CTA that averages reads meanwhile
+    constexpr int64_t kIdle = 4, kLeast = 8, kRead = 118000;
     const int64_t turn = shared ? 128 : 256, turns = (op.k.shape[1] + turn - 1) / turn;
     int64_t best = INT64_MAX;
-    for (int64_t n = 1; n <= walking; ++n) {
+    for (int64_t n = 1; n <= processors; ++n) {
       const int64_t each = std::max((turns + n - 1) / n, kLeast), used = (turns + each - 1) / each;
-      const int64_t waves = (items * used + walking - 1) / walking;
-      if (waves * (each + kIdle) >= best) continue;
-      best = waves * (each + kIdle);
-      strip = static_cast<int>(each * 16);
-      ctas = static_cast<int>(used);
+      if (n > 1 && used < n) continue;
+      // Rounds of those that walk, who leave the others to those that average
+      const int64_t least = (items * used + processors - 1) / processors;
+      for (int64_t rounds = least; rounds <= (averaged ? 2 * least + 1 : least); ++rounds) {
+        const int64_t walking = (items * used + rounds - 1) / rounds, rest = processors - walking;
+        if (averaged && rest < 1 && processors > 1) continue;
+        const int64_t others = averaged ? std::max<int64_t>(rest, 1) : 0;
+        const int64_t time =
+            std::max(rounds * (each + kIdle), averaged ? averaged / (others * kRead) + kIdle : 0);
+        if (time >= best) continue;
+        best = time;
+        strip = static_cast<int>(each * 16);
+        ctas = static_cast<int>(used);
+        averaging = static_cast<int>(others);
+      }
     }
     parts = shared ? ctas : 2 * ctas;
-    // those that are left
-    if (averaging > 0) averaging = std::max(averaging, processors - items * ctas);
   }
 };
 
 struct LinesCall {
   Probe op;
-  LinesPlan plan;
-  float2* stats;            // [b hq, parts, 128] largest score and sum, in powers of 2
-  LineStrips strips;        // eight of a part
-  MeanArgs mean_q, mean_k;  // whose blocks are averaged, if any
+  LinesPlan first, second;  // the two walks
+  float2* stats;            // [b hq, first.parts, 128] largest score and sum, in powers of 2
+  LineStrips strips;        // eight of a part of the second
+  MeanArgs means[2];        // whose blocks the first walk averages, if any
+  // [b hq, tiles of 128 keys, 128, 2], or null: of each query the logarithm, base 2, of the sum of
+  // weights of keys up to that with its own number, and of those behind. Of 128 last queries the
+  // first are in one band of 128 distances and the others in the next.
+  float* bands = nullptr;
+  // [b hq], or null: heads without a 0 are left out of the second, whose CTAs then average blocks
+  // of `later` for heads with a 1, the last first
+  const int32_t* kinds = nullptr;
+  MeanArgs later{};
+  // At zero: how many blocks are taken, and of each head and kReadyBlocks of its blocks how many
+  // are there
+  int *next = nullptr, *ready = nullptr;
+  bool spares =
+      false;  // every other of those CTAs leaves its multiprocessor to who waits for these
 };
 
-// Masses of keys, and of the distances of every strip; an instantiation file for each size
+// Instantiation files for each size. The first walk finds the largest score and the sum of each
+// query, the second masses of keys and of the distances of every strip.
+template <DType kType, int kD> void launch_stats_sm90(const LinesCall& call, cudaStream_t stream);
 template <DType kType, int kD> void launch_lines_sm90(const LinesCall& call, cudaStream_t stream);
 
 }  // namespace heddle

@@ -7,6 +7,8 @@
 namespace heddle {
 
 constexpr int kMeanPlanes = 3;
+// Means that somebody waits for are counted by so many of a head
+constexpr int kReadyBlocks = 128;
 
 // Blocks of rows of x, and where their means go: [b, heads, blocks, depth] with zeros from d on
 struct MeanArgs {

@@ -64,8 +64,9 @@ const char* declines_shares(const Probe& op, const CudaContext& context) {
   return nullptr;
 }
 
-void run_shares(const Probe& op, const Means& means, uint32_t* bins, CudaContext& context) {
-  const PooledCall call{op, means.q, means.k, bins};
+void run_shares(const Probe& op, const Means& means, uint32_t* bins, const int32_t* wanted,
+                const int* ready, CudaContext& context) {
+  const PooledCall call{op, means.q, means.k, bins, wanted, ready};
   op.q.shape[3] == 128 ? launch_pooled_sm90<128>(call, context.stream)
                        : launch_pooled_sm90<64>(call, context.stream);
   context.launched("probe_pooled_sm90_kernel");

@@ -22,7 +22,9 @@ void run_means(const Means& means, CudaContext& context);
 void run_products(const Probe& op, const Means& means, uint32_t* bins, CudaContext& context);
 
 const char* declines_shares(const Probe& op, const CudaContext& context);
-// The same of means in planes, and only what rows see
-void run_shares(const Probe& op, const Means& means, uint32_t* bins, CudaContext& context);
+// The same of means in planes, and only what rows see; of heads whose number in `wanted` is 1,
+// unless it is null, and as means of q become `ready`
+void run_shares(const Probe& op, const Means& means, uint32_t* bins, const int32_t* wanted,
+                const int* ready, CudaContext& context);
 
 }  // namespace heddle

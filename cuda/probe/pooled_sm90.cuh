@@ -28,6 +28,8 @@ constexpr int kPooledRows = 128, kPooledColumns = 128, kPooledStages = 2 * kMean
 struct PooledArgs90 {
   Probe op;
   uint32_t* bins;
+  const int32_t* wanted;
+  const int* ready;
   float scale_log2;
 };
 
@@ -75,14 +77,27 @@ __global__ void __launch_bounds__(kPooledThreads90, 1)
   for (int i = static_cast<int>(threadIdx.x); i < kShareBins; i += kPooledThreads90)
     smem.bins[i] = 0;
   __syncthreads();
-  await_previous();
+  static_assert(kPooledRows == kReadyBlocks);
+  if (!args.wanted) await_previous();
   // What does not need this one, only those before it, begins where it has no CTAs
   let_next_begin();
+  // Whoever waits for this one waits for those before it as well, but only the last CTA to begin
+  const bool last = args.wanted && blockIdx.x == gridDim.x - 1;
+  if (args.wanted && load_fresh(args.wanted + head) != 1) {
+    if (last) await_previous();
+    return;
+  }
 
   if (warpgroup == 0) {
     lower_registers<40>();
     if (threadIdx.x < 32 && elect_one()) {
       const int group = static_cast<int>(op.q.shape[2] / op.k.shape[2]);
+      if (args.wanted) {
+        wait_for_signals(
+            args.ready + head * ((rows + kPooledRows - 1) / kPooledRows) + first / kPooledRows,
+            min(kPooledRows, rows - first), nullptr);
+        fence_async_gmem();
+      }
       Turn<kPooledStages> turn(0);
       // Rows come as tile -1
       for (int n = -1; n < (tiles > 1 ? 2 * tiles : tiles); ++n)
@@ -94,6 +109,7 @@ __global__ void __launch_bounds__(kPooledThreads90, 1)
                                       n < 0 ? head : head / group, plane, Keep::kLong);
           turn.advance();
         }
+      if (last) await_previous();
     }
     return;
   }
@@ -227,7 +243,8 @@ template <int kD> void launch_pooled_sm90(const PooledCall& call, cudaStream_t s
       {static_cast<int>(heads * ((rows + kPooledRows - 1) / kPooledRows)), kPooledThreads90,
        sm90::shared_memory_bytes<PooledSmem<kD>>(), stream, true},
       map(call.mean_q), map(call.mean_k),
-      PooledArgs90{op, call.bins, static_cast<float>(op.scale * 1.4426950408889634)});
+      PooledArgs90{op, call.bins, call.wanted, call.ready,
+                   static_cast<float>(op.scale * 1.4426950408889634)});
 }
 
 }  // namespace heddle

@@ -11,6 +11,9 @@ struct PooledCall {
   Probe op;
   MeanArgs mean_q, mean_k;  // as planes
   uint32_t* bins;           // [b * hq, kShareBins] of core/select.h, or null
+  const int32_t* wanted;    // [b * hq], or null: heads without a 1 are left out
+  // Then means of q may be on their way: how many of kReadyBlocks are there
+  const int* ready;
 };
 
 // An instantiation file for each size

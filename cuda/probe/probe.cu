@@ -198,7 +198,10 @@ void run_plain(const Probe& op, CudaContext& context) {
 constexpr Variant<Probe> kVariants[] = {
     {"sm90_lines", declines_lines_sm90,
      [](const Probe& op, CudaContext& context) {
-       add_distances(op, run_lines_sm90(op, nullptr, context), context);
+       const LinesCall call = lines_sm90(op, {}, false, context);
+       run_stats_sm90(call, context);
+       run_lines_sm90(call, context);
+       add_distances(op, call.strips, context);
      }},
     {"sm80_lines", declines_lines, run_lines},
     {"pooled",

@@ -106,6 +106,7 @@ const gather90 = 'attention/gather_sm90.cuh'
 const gatherKeys = 'attention/gather_keys.cuh'
 const lines = 'probe/lines_sm90.cuh'
 const pooled = 'probe/pooled.cuh'
+const decide = 'flexprefill/decide.cuh'
 const pooled90 = 'probe/pooled_sm90.cuh'
 const kernels: Kernel[] = [
   {
@@ -1778,7 +1779,7 @@ const kernels: Kernel[] = [
       {
         what: 'bins stay as they are',
         file: 'flexprefill/choice.cuh',
-        from: 'args.task.bins[head * kShareBins + i] = 0;',
+        from: 'clear(args.task.bins + head * kShareBins, kShareBins);',
         to: '{}',
       },
       {
@@ -1791,7 +1792,104 @@ const kernels: Kernel[] = [
         what: 'a group begins with what others have left',
         file: 'flexprefill/choice.cuh',
         from: 'words[i] = 0;',
+        to: 'words[i] += 0;',
+      },
+      {
+        what: 'a distance misses the strip that begins in it',
+        file: 'flexprefill/choice.cuh',
+        from: 'after < key + 128;',
+        to: 'after < key;',
+      },
+      {
+        what: 'a bin counts as a whole',
+        file: 'flexprefill/choice.cuh',
+        from: 'if ((above + fewest) / grain == (above + all) / grain)',
+        to: 'if (true)',
+      },
+      {
+        what: 'what lies in bins above does not count',
+        file: 'flexprefill/choice.cuh',
+        from: 'return above + static_cast<int64_t>(',
+        to: 'return static_cast<int64_t>(',
+      },
+      {
+        what: 'counts of lines stay as they are',
+        file: 'flexprefill/choice.cuh',
+        from: 'clear(args.line_bins + head * 2 * kShareBins, 2 * kShareBins);',
+        to: 'clear(args.line_bins + head * 2 * kShareBins, kShareBins);',
+      },
+    ],
+  },
+  {
+    name: 'flexprefill_decide',
+    variants: { 'of heads': ['-Wall', '-Wextra', '-Werror'] },
+    broken: 'of heads',
+    faults: [
+      {
+        what: 'a head is decided on by all that arrive',
+        file: decide,
+        from: 'if (!memory.last) return;',
         to: '',
+      },
+      {
+        what: 'arrivals are left',
+        file: decide,
+        from: 'if (memory.last) args.arrivals[head] = 0;',
+        to: '',
+      },
+      {
+        what: 'signals are left',
+        file: decide,
+        from: 'i < args.signal_count;',
+        to: 'i + 1 < args.signal_count;',
+      },
+      {
+        what: 'a band is that of the next tile',
+        file: decide,
+        from: 'far[nk - 2 - t]',
+        to: 'far[nk - 1 - t]',
+      },
+      {
+        what: 'near and far are the same',
+        file: decide,
+        from: 'exp2f(x.y - lse[0]) + exp2f(x.w - lse[1])',
+        to: 'exp2f(x.x - lse[0]) + exp2f(x.z - lse[1])',
+      },
+      {
+        what: 'parts of a sum that are none count',
+        file: decide,
+        from: 'i + j < args.parts ?',
+        to: 'true ?',
+      },
+      {
+        what: 'a sum is added to what moved',
+        file: decide,
+        from: 'sum *= exp2f(top - next);',
+        to: '',
+      },
+      {
+        what: 'a step looks at what the first did',
+        file: decide,
+        from: 'if (step > 0) load(first);',
+        to: '',
+      },
+      {
+        what: 'all heads have the first keys',
+        file: decide,
+        from: '(kv_head * nk + t) * depth',
+        to: 't * depth',
+      },
+      {
+        what: 'one plane of a mean counts',
+        file: decide,
+        from: 'plane < kMeanPlanes;',
+        to: 'plane < 1;',
+      },
+      {
+        what: 'numbers that are none are not noticed',
+        file: decide,
+        from: 'sum - sum == 0)',
+        to: 'true)',
       },
     ],
   },
@@ -2743,26 +2841,62 @@ const kernels: Kernel[] = [
       {
         what: 'a normaliser misses parts',
         file: lines,
-        from: 'merge_stats(plan.parts,',
+        from: 'merge_stats(call.first.parts,',
         to: 'merge_stats(1,',
       },
       {
         what: 'rows of the next block are added up',
         file: lines,
-        from: 'i + a * kRows < rows ?',
+        from: 'i + a * step < rows ?',
         to: 'true ?',
       },
       {
         what: 'half of the rows are added up',
         file: lines,
-        from: 'i < rows; i += kAhead * kRows',
-        to: 'i < rows; i += 2 * kAhead * kRows',
+        from: 'i < rows; i += kAhead * step',
+        to: 'i < rows; i += 2 * kAhead * step',
       },
       {
-        what: 'the first walk averages nothing',
+        what: 'the blocks of one tensor are averaged',
         file: lines,
-        from: '(kSums ? split : 0) +',
-        to: 'split +',
+        from: 'for (const MeanArgs& args : means) {',
+        to: 'for (const MeanArgs& args : {means[0]}) {',
+      },
+      {
+        what: 'heads beside each other are one',
+        file: lines,
+        from: 'row * strides[beside ? 2 : 1]',
+        to: 'row * strides[1]',
+      },
+      {
+        what: 'blocks of one head in each group are waited for',
+        file: lines,
+        from: 'leads && i < own.group(); ++i)',
+        to: 'leads && i < 1; ++i)',
+      },
+      {
+        what: 'the second walk is for all heads',
+        file: lines,
+        from: '(left_out(0) && left_out(3))',
+        to: 'false',
+      },
+      {
+        what: 'a band begins a query late',
+        file: lines,
+        from: '> lane / 4;',
+        to: '>= lane / 4;',
+      },
+      {
+        what: 'bands of the lower queries are those of the upper ones',
+        file: lines,
+        from: 'diagonal = 2 * kFrom + n;',
+        to: 'diagonal = 2 * kFrom;',
+      },
+      {
+        what: 'bands are relative to something else',
+        file: lines,
+        from: 'log2_approx(mass) + (odd ? sums.top[1] : sums.top[0])',
+        to: 'log2_approx(mass) + sums.top[0]',
       },
       {
         what: 'keys that are none get a mass',
@@ -2830,6 +2964,12 @@ const kernels: Kernel[] = [
         file: pooled90,
         from: 'total += __shfl_xor_sync(~0u, total, step);',
         to: 'total += 0;',
+      },
+      {
+        what: 'a head that nobody asks for is there',
+        file: pooled90,
+        from: 'load_fresh(args.wanted + head) != 1',
+        to: 'false',
       },
       {
         what: 'bins are added up before all have counted',

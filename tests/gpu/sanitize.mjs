@@ -183,6 +183,11 @@ for (const dtype of ['bfloat16', 'float32']) {
     for (const mode of ['reference', 'coverage']) over(flexPrefill(q, k, { ...options, mode }))
     // at this size matrix units look at the last queries
     over(flexPrefill(draw([1, 333, 4, 64], dtype), draw([1, 401, 2, 64], dtype), options))
+    // and decide after the first look, on either kind of heads
+    for (const tau of [0, 1]) {
+      const [queries, keys] = [draw([1, 333, 4, 64], dtype), draw([1, 401, 2, 64], dtype)]
+      over(flexPrefill(queries, keys, { gamma: 0.7, minBudget: 0, tau }))
+    }
     over(sampled(q, k, { topK: 100 }))
     over(xattention(q, k, { block: 64 }))
     over(minference(q, k, { patterns: [{ kind: 'vertical-slash', vertical: 40, slash: 110 }] }))

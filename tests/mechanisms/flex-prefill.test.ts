@@ -138,7 +138,7 @@ function selection(
   return { set, near, aware, distance, masses: [av, as, V, O], chosen: [columns, offsets] }
 }
 
-/** What a head of q and k, [n, heads, 32], selects. */
+/** What a head of q and k, [n, heads, d], selects. */
 function selectionOf(
   q: Float32Array,
   k: Float32Array,
@@ -146,8 +146,8 @@ function selectionOf(
   heads: number,
   head: number,
   settings: Settings,
+  d = 32,
 ): Selection {
-  const d = 32
   const [rq, rk] = [reader(q, n, heads, d), reader(k, n, heads, d)]
   const score = (i: number, t: number) => {
     let sum = 0
@@ -180,8 +180,7 @@ async function pairsOf(mask: Mask, head: number, nb: number): Promise<Set<number
 }
 
 /** Random q and k with something to find: a sink, a column, a slash; flat ones are query-aware. */
-function planted(rng: Random, n: number, heads: number, flat: boolean): Float32Array[] {
-  const d = 32
+function planted(rng: Random, n: number, heads: number, flat: boolean, d = 32): Float32Array[] {
   const [q, k] = [
     rng.normals(n * heads * d, flat ? 0.3 : 1),
     rng.normals(n * heads * d, flat ? 0.3 : 1),
@@ -239,6 +238,47 @@ describeDevices('flexPrefill', (device) => {
         }
       }
     expect(compared).toBeGreaterThan(4)
+  })
+
+  it('selects that of 16 bits, in blocks of 128, whose first look may decide', async () => {
+    const rng = random(98)
+    const found = [0, 0]
+    for (const n of [640, 700, 1000, 1024])
+      for (const [dtype, d] of [
+        ['bfloat16', 64],
+        ['float16', 128],
+      ] as const) {
+        const heads = 4
+        const settings: Settings = {
+          mode: 'reference',
+          gamma: rng.pick([0.5, 0.9, 0.95]),
+          tau: rng.pick([0.05, 0.1, 0.2]),
+          minBudget: rng.pick([0, 200]),
+          block: 128,
+        }
+        // heads of both kinds beside each other
+        const kinds = [false, true].map((flat) => planted(rng, n, heads, flat, d))
+        const [q, k] = [0, 1].map((of) => {
+          const values = kinds[0]![of]!.map((x, i) =>
+            Math.floor(i / d) % heads < 2 + of * 2 ? x : kinds[1]![of]![i]!,
+          )
+          return tensor(values, [1, n, heads, d], { device }).cast(dtype)
+        })
+        const mask = flexPrefill(q!, k!, settings)
+        const [qs, ks] = await Promise.all([q!, k!].map((x) => x.read({ as: 'float32' })))
+        for (let head = 0; head < heads; head++) {
+          const expected = selectionOf(qs!, ks!, n, heads, head, settings, d)
+          if (expected.near) continue
+          found[Number(expected.aware)]!++
+          const actual = await pairsOf(mask, head, Math.ceil(n / 128))
+          expect(
+            [...actual].sort((x, y) => x - y),
+            `${JSON.stringify(settings)} n ${n} head ${head} aware ${expected.aware}`,
+          ).toEqual([...expected.set].sort((x, y) => x - y))
+        }
+      }
+    expect(found[0]).toBeGreaterThan(4)
+    expect(found[1]).toBeGreaterThan(4)
   })
 
   it('is dense from gamma 1 on, in short calls and where numbers are not finite', async () => {
