@@ -55,7 +55,6 @@ void run(const FlexPrefill& op, CudaContext& context) {
   if (!task.whole) last.emplace(estimate, in_planes, context, &means);
   LineStrips strips{};
   if (early) {
-    prepare_choice_sm90();
     LinesCall call = lines_sm90(lines, {means.k, last->q}, true, context);
     run_stats_sm90(call, context);
     call.kinds = kinds;

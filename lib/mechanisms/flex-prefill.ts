@@ -54,7 +54,7 @@ const knownToAttention: ReadonlySet<string> = new Set([...known, 'denseBelow'])
  * Chooses blocks for a causal prefill from its last queries, as FlexPrefill does (arXiv 2502.20766): per head and per input
  * either columns and diagonals, or the pairs of blocks that pooled queries and keys find, where these can be trusted. All heads
  * are chosen at once and nothing waits. A head whose statistics are not finite, and a call of two blocks or less than the
- * budget, gets everything.
+ * budget, gets everything; where pooling is not trusted, queries before the last ones need not be among these statistics.
  *
  * @param q [b, sq, hq, d], the queries of a prompt or of its next chunk; sq at most sk.
  * @param k [b, sk, hk, d], the keys up to and with those queries.
