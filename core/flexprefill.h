@@ -10,12 +10,13 @@
 //   divergence   sqrt(JS(estimate, V)); below tau pooling is trusted, the head is query-aware
 //   budgets      how many entries it takes to exceed gamma: single keys divided by 128 in the mode
 //                `reference`, blocks that reach gamma in `coverage`
-//   listed       the best columns by V, the best diagonals by O, block 0 and the diagonal among
-//   them;
+//   listed       the best columns by V, the best diagonals by O, among them block 0 and the
+//   diagonal;
 //                for a query-aware head the pairs of the whole map whose mass is gamma too
 //
 // A head whose statistics are not finite lists everything. One that is query-aware has no use for
-// masses of single keys, the others have none for a map.
+// masses of single keys, the others have none for a map: where neither is computed for the other,
+// heads that are not query-aware don't notice what is not finite in queries before the last ones.
 namespace heddle {
 
 constexpr int64_t kFlexSlack = 256;  // numbers behind the map that may be read, whatever they are

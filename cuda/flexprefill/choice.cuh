@@ -21,8 +21,8 @@ struct FlexGroup {
   uint32_t sizes[kMostMembers];
 };
 
-// How many tokens a bin has in the upper bits, and what they add up to, which is not much more than
-// 1, in the lower ones
+// How many tokens a bin has in the upper bits, and what they add up to, which is about 1 at most,
+// in the lower ones
 using FlexBin = unsigned long long;
 constexpr int kBinMass = 42;
 constexpr int64_t kMostCounted = int64_t{1} << (64 - kBinMass);
@@ -292,10 +292,13 @@ __device__ inline int64_t flexprefill_tokens(const FlexArgs& args, const CtaTeam
   own.each_rank(
       args.task.sk, 0, 1, [&](int64_t i) { return rank_of_share(tokens[i], i); },
       [&](int64_t, uint64_t rank) {
-        if (rank != 0 && share_bin(share_of(rank)) == top)
-          memory.few[atomicAdd(&memory.found, 1u)] = rank;
+        if (rank == 0 || share_bin(share_of(rank)) != top) return;
+        const uint32_t at = atomicAdd(&memory.found, 1u);
+        if (at < CtaTeam::kFew) memory.few[at] = rank;
       });
   __syncthreads();
+  // Of the bin in which counting begins, and of masses that don't add up to 1, there are others
+  if (memory.found != held) return -1;
   const auto mass = [](int64_t, uint64_t rank) { return mass_of_share(share_of(rank)); };
   return above + static_cast<int64_t>(own.few(
                                              memory.head.bins, static_cast<int64_t>(held),

@@ -98,8 +98,8 @@ struct LinesCall {
   // At zero: how many blocks are taken, and of each head and kReadyBlocks of its blocks how many
   // are there
   int *next = nullptr, *ready = nullptr;
-  bool spares =
-      false;  // every other of those CTAs leaves its multiprocessor to who waits for these
+  // Whether every other of those CTAs leaves its multiprocessor to who waits for these
+  bool spares = false;
 };
 
 // Instantiation files for each size. The first walk finds the largest score and the sum of each

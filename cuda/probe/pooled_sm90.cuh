@@ -79,9 +79,10 @@ __global__ void __launch_bounds__(kPooledThreads90, 1)
   __syncthreads();
   static_assert(kPooledRows == kReadyBlocks);
   if (!args.wanted) await_previous();
-  // What does not need this one, only those before it, begins where it has no CTAs
+  // What does not need this one, only those before it, begins where it has no CTAs; with `wanted`
+  // not even they may have ended
   let_next_begin();
-  // Whoever waits for this one waits for those before it as well, but only the last CTA to begin
+  // So that whoever waits for this one waits for them as well
   const bool last = args.wanted && blockIdx.x == gridDim.x - 1;
   if (args.wanted && load_fresh(args.wanted + head) != 1) {
     if (last) await_previous();
