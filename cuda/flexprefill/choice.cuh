@@ -192,41 +192,54 @@ __device__ inline void flexprefill_count(const FlexArgs& args, int64_t run, int6
   }
 }
 
+// A thread's run of bins, from the top: two sums over it, and over those of the threads before.
+// `top` of the memory is -1 then, and `low` 0, for all to see.
+struct BinRun {
+  int first;
+  unsigned long long sums[2] = {}, before[2];
+
+  // `sum(bin, i)` is what a bin adds to each
+  template <class Sum> __device__ BinRun(FlexShared& memory, const Sum& sum) {
+    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+    const int threads = static_cast<int>(blockDim.x), run = (kShareBins + threads - 1) / threads;
+    first = kShareBins - 1 - static_cast<int>(threadIdx.x) * run;
+    for (int bin = first; bin > max(first - run, -1); --bin)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) sums[i] += sum(bin, i);
+    unsigned long long(&totals)[256] = memory.head.bins.count;  // of warps
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const unsigned long long all = sum_so_far(sums[i], lane);
+      before[i] = all - sums[i];
+      if (lane == 31) totals[2 * warp + i] = all;
+    }
+    if (threadIdx.x == 0) {
+      memory.top = -1;
+      memory.low = 0;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      unsigned long long others = lane < warp ? totals[2 * lane + i] : 0;
+      for (int step = 16; step > 0; step /= 2) others += __shfl_xor_sync(~0u, others, step);
+      before[i] += others;
+    }
+  }
+};
+
 // Which bins may have the rank that reaches a mass: at least that much lies from bin `low` on if
-// shares weigh as little as they may, and less than it above bin `top` if they weigh as much. A
-// thread has a run of bins, from the top. `top` is -1 if all of them do not reach it.
+// shares weigh as little as they may, and less than it above bin `top` if they weigh as much. `top`
+// is -1 if all of them do not reach it.
 __device__ inline void flexprefill_bins(const uint32_t* bins, unsigned long long wanted,
                                         FlexShared& memory) {
-  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  const int threads = static_cast<int>(blockDim.x), run = (kShareBins + threads - 1) / threads;
-  const int first = kShareBins - 1 - static_cast<int>(threadIdx.x) * run,
-            end = max(first - run, -1);
-  const auto mass = [&](int bin, int of) { return bins[bin] * mass_of_share(bin_share(of)); };
-  unsigned long long sums[2] = {}, before[2];
-  for (int bin = first; bin > end; --bin) {
-    sums[0] += mass(bin, bin);
-    sums[1] += mass(bin, bin + 1);
-  }
-  unsigned long long(&totals)[256] = memory.head.bins.count;  // of warps
+  const auto mass = [&](int bin, int i) { return bins[bin] * mass_of_share(bin_share(bin + i)); };
+  BinRun run(memory, mass);
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const unsigned long long all = sum_so_far(sums[i], lane);
-    before[i] = all - sums[i];
-    if (lane == 31) totals[2 * warp + i] = all;
-  }
-  if (threadIdx.x == 0) {
-    memory.top = -1;
-    memory.low = 0;
-  }
-  __syncthreads();
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    unsigned long long others = lane < warp ? totals[2 * lane + i] : 0;
-    for (int step = 16; step > 0; step /= 2) others += __shfl_xor_sync(~0u, others, step);
-    before[i] += others;
-    if (before[i] >= wanted || before[i] + sums[i] < wanted) continue;
-    int bin = first;
-    for (; before[i] + mass(bin, bin + i) < wanted; --bin) before[i] += mass(bin, bin + i);
+    unsigned long long& before = run.before[i];
+    if (before >= wanted || before + run.sums[i] < wanted) continue;
+    int bin = run.first;
+    for (; before + mass(bin, i) < wanted; --bin) before += mass(bin, i);
     (i ? memory.top : memory.low) = bin;
   }
   __syncthreads();
@@ -238,40 +251,16 @@ __device__ inline int64_t flexprefill_tokens(const FlexArgs& args, const CtaTeam
   const FlexBin* bins = args.line_bins + (head * 2 + line) * kShareBins;
   const auto mass_in = [&](int bin) { return bins[bin] & ((FlexBin{1} << kBinMass) - 1); };
   const auto count_in = [&](int bin) { return bins[bin] >> kBinMass; };
-  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  const int threads = static_cast<int>(blockDim.x), run = (kShareBins + threads - 1) / threads;
-  const int first = kShareBins - 1 - static_cast<int>(threadIdx.x) * run,
-            end = max(first - run, -1);
-  // A thread has a run of bins, from the top
-  unsigned long long sums[2] = {}, before[2];
-  for (int bin = first; bin > end; --bin) {
-    sums[0] += mass_in(bin);
-    sums[1] += count_in(bin);
-  }
-  unsigned long long(&totals)[256] = memory.head.bins.count;  // of warps
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const unsigned long long all = sum_so_far(sums[i], lane);
-    before[i] = all - sums[i];
-    if (lane == 31) totals[2 * warp + i] = all;
-  }
-  if (threadIdx.x == 0) memory.top = -1;
-  __syncthreads();
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    unsigned long long others = lane < warp ? totals[2 * lane + i] : 0;
-    for (int step = 16; step > 0; step /= 2) others += __shfl_xor_sync(~0u, others, step);
-    before[i] += others;
-  }
-  if (before[0] < wanted.amount && before[0] + sums[0] >= wanted.amount) {
-    int bin = first;
-    for (; before[0] + mass_in(bin) < wanted.amount; --bin) {
-      before[0] += mass_in(bin);
-      before[1] += count_in(bin);
+  BinRun run(memory, [&](int bin, int i) { return i == 0 ? mass_in(bin) : count_in(bin); });
+  if (run.before[0] < wanted.amount && run.before[0] + run.sums[0] >= wanted.amount) {
+    int bin = run.first;
+    for (; run.before[0] + mass_in(bin) < wanted.amount; --bin) {
+      run.before[0] += mass_in(bin);
+      run.before[1] += count_in(bin);
     }
     memory.top = bin;
-    memory.mass = wanted.amount - before[0];
-    memory.size = static_cast<uint32_t>(before[1]);
+    memory.mass = wanted.amount - run.before[0];
+    memory.size = static_cast<uint32_t>(run.before[1]);
   }
   if (threadIdx.x == 0) memory.found = 0;
   __syncthreads();

@@ -1737,8 +1737,8 @@ const kernels: Kernel[] = [
       {
         what: 'a list begins below what may be the last',
         file: 'flexprefill/choice.cuh',
-        from: 'return bins[bin] * mass_of_share(bin_share(of));',
-        to: 'return bins[bin] * mass_of_share(bin_share(bin));',
+        from: 'mass_of_share(bin_share(bin + i));',
+        to: 'mass_of_share(bin_share(bin + 0 * i));',
       },
       {
         what: 'a list is cut where its room ends',
