@@ -10,9 +10,8 @@
 //   divergence   sqrt(JS(estimate, V)); below tau pooling is trusted, the head is query-aware
 //   budgets      how many entries it takes to exceed gamma: single keys divided by 128 in the mode
 //                `reference`, blocks that reach gamma in `coverage`
-//   listed       the best columns by V, the best diagonals by O, among them block 0 and the
-//   diagonal;
-//                for a query-aware head the pairs of the whole map whose mass is gamma too
+//   listed       the best columns by V and diagonals by O, among them block 0 and the diagonal; for
+//                a query-aware head the pairs of the whole map whose mass is gamma too
 //
 // A head whose statistics are not finite lists everything. One that is query-aware has no use for
 // masses of single keys, the others have none for a map: where neither is computed for the other,
@@ -111,7 +110,7 @@ struct FlexMemory {
   Histogram bins;
   float parts[256];
   float divergence;
-  bool finite, finite_rows;
+  bool finite;
 };
 
 // Tokens whose masses add up to that of a block: `line` 0 is of keys, 1 of distances. A distance of
@@ -201,7 +200,20 @@ HEDDLE_HD inline FlexKind flexprefill_kind(const FlexPrefill& op, float distance
   return distance < static_cast<float>(op.tau) ? kFlexAware : kFlexLines;
 }
 
-// Which way a head goes, after the sums of blocks
+// Whether all rows of a map are finite: what is not finite in a mean of q makes the first score of
+// its row so, in one of k the estimate
+template <class Team>
+HEDDLE_HD bool flexprefill_finite(const Team& own, const FlexTask& task, int64_t head,
+                                  FlexMemory& memory) {
+  own.each(1, [&](int64_t) { memory.finite = true; });
+  own.each(task.rows, [&](int64_t row) {
+    const float first = task.map[(head * task.rows + row) * task.nk];
+    if (first - first != 0) memory.finite = false;
+  });
+  return memory.finite;
+}
+
+// Which way a head goes, where the map and the sums of blocks are there
 template <class Team>
 HEDDLE_HD FlexKind flexprefill_decide(const Team& own, const FlexTask& task, int64_t head,
                                       FlexMemory& memory) {
@@ -211,7 +223,7 @@ HEDDLE_HD FlexKind flexprefill_decide(const Team& own, const FlexTask& task, int
   const float* vertical = task.work + head * 3 * (nk + 1);
   const float* slash = vertical + nk + 1;
   constexpr int64_t kParts = sizeof memory.parts / sizeof memory.parts[0], kAhead = 4;
-  own.each(1, [&](int64_t) { memory.finite = true; });
+  flexprefill_finite(own, task, head, memory);
   // All that waits for memory at once
   own.each(kParts > nk ? kParts : nk, [&](int64_t i) {
     if (i < nk) {
@@ -239,19 +251,6 @@ HEDDLE_HD FlexKind flexprefill_decide(const Team& own, const FlexTask& task, int
     static_cast<float*>(op.divergence.data)[head] = memory.divergence;
   });
   return flexprefill_kind(op, memory.divergence, memory.finite);
-}
-
-// Whether all rows of a map are: what is not finite in a mean of q makes the first score of its row
-// so, in one of k the estimate
-template <class Team>
-HEDDLE_HD bool flexprefill_finite(const Team& own, const FlexTask& task, int64_t head,
-                                  FlexMemory& memory) {
-  own.each(1, [&](int64_t) { memory.finite_rows = true; });
-  own.each(task.rows, [&](int64_t row) {
-    const float first = task.map[(head * task.rows + row) * task.nk];
-    if (first - first != 0) memory.finite_rows = false;
-  });
-  return memory.finite_rows;
 }
 
 // Who finds nothing ahead of what everybody does

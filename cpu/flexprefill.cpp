@@ -28,8 +28,7 @@ void run(const FlexPrefill& op, CpuContext& context) {
       }
     FlexMemory own;
     const Alone alone;
-    FlexKind kind = flexprefill_decide(alone, task, head, own);
-    if (!flexprefill_finite(alone, task, head, own)) kind = kFlexAll;
+    const FlexKind kind = flexprefill_decide(alone, task, head, own);
     flexprefill_head(alone, alone, task, head, kind, own, FlexFinder{});
   });
 }

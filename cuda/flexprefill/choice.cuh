@@ -154,30 +154,27 @@ __device__ inline void flexprefill_count(const FlexArgs& args, int64_t run, int6
         if (t + i * threads < end) add(mass[i]);
     }
   } else {
-    const auto length = static_cast<int>(args.strips.length),
-               count = static_cast<int>(args.strips.count), apart = 2 * length + 128;
+    const auto length = static_cast<int>(args.strips.length);
     const float* strips = args.strips.of(head, 0);
     // The strip of the key that query 0 would see, as distances grow
     int s = max(newest - begin - thread, 0) / length;
 #pragma unroll 1
     for (int t = begin + thread; t < end; t += kAhead * threads) {
       // What waits for a condition would be waited for before the next
+      LineStrips::Parts parts[kAhead];
       float mass[kAhead], more[kAhead];
-      bool two[kAhead];
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
         const int key = newest - min(t + i * threads, end - 1);
         while (s > 0 && key < s * length) --s;
-        const int after = (s + 1) * length;
-        const float* own = strips + s * (length + 128) + after - key;
-        two[i] = s + 1 < count && after < key + 128;
-        mass[i] = own[0];
-        more[i] = own[two[i] ? apart : 0];
+        parts[i] = args.strips.parts(strips, s, key);
+        mass[i] = *parts[i].first;
+        more[i] = parts[i].second();
       }
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
         if (t + i * threads >= end) break;
-        mass[i] = (mass[i] + (two[i] ? more[i] : 0)) * share;
+        mass[i] = parts[i].sum(mass[i], more[i]) * share;
         from[t + i * threads] = mass[i];
         add(mass[i]);
       }
@@ -451,8 +448,7 @@ __device__ inline void flexprefill_choose(const FlexArgs& args, int cta, FlexSha
   for (int64_t head = cta / args.members; head < args.task.heads; head += args.group_count) {
     FlexKind kind = args.kinds ? static_cast<FlexKind>(args.kinds[head])
                                : flexprefill_decide(own, args.task, head, memory.head);
-    if ((kind == kFlexAware || !args.kinds) &&
-        !flexprefill_finite(own, args.task, head, memory.head))
+    if (args.kinds && kind == kFlexAware && !flexprefill_finite(own, args.task, head, memory.head))
       kind = kFlexAll;
     flexprefill_head(own, all, args.task, head, kind, memory.head,
                      FlexCta{args, all, group, head, memory});

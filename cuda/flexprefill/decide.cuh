@@ -3,6 +3,7 @@
 #include "common/team.cuh"
 #include "core/flexprefill.h"
 #include "probe/lines_sm90.h"
+#include "probe/stats_sm90.cuh"
 
 // Which way each head goes, before masses of single keys are known and before there is a map, of
 // which it needs only one. The first walk leaves a sum of weights for each of the last 128 queries
@@ -100,23 +101,8 @@ __device__ inline void flexprefill_decide_cta(const DecideArgs& args, int64_t ct
   const int64_t begin = (cta % ctas * kDecideWarps + warp) * args.steps * kDecideTiles;
   load(begin);
   if (thread < kDecideQueries) {
-    const float2* stats = args.stats + head * args.parts * kDecideQueries + thread;
-    constexpr int kAhead = 8;
-    float top = -3e38f, sum = 0;
-    for (int i = 0; i < args.parts; i += kAhead) {
-      float2 own[kAhead];
-#pragma unroll
-      for (int j = 0; j < kAhead; ++j) own[j] = stats[min(i + j, args.parts - 1) * kDecideQueries];
-      float next = top;
-#pragma unroll
-      for (const float2& part : own) next = fmaxf(next, part.x);
-      sum *= exp2f(top - next);
-#pragma unroll
-      for (int j = 0; j < kAhead; ++j)
-        sum += i + j < args.parts ? own[j].y * exp2f(own[j].x - next) : 0;
-      top = next;
-    }
-    memory.lse[thread] = top + log2f(sum);
+    memory.lse[thread] =
+        lse_of_parts(args.stats + head * args.parts * kDecideQueries + thread, args.parts);
   } else if (warp == kDecideWarps - 1) {
     float query[4];
     load_mean(query, args.last, head * depth + (element < depth ? element : 0));

@@ -9,6 +9,7 @@
 #include "common/tile.cuh"
 #include "probe/lines_sm90.h"
 #include "probe/means.cuh"
+#include "probe/stats_sm90.cuh"
 
 // Masses of keys and of distances for up to 128 last queries:
 //
@@ -49,17 +50,6 @@ template <int kD, bool kSums> struct LinesSmem {
   float diagonals[16][8][kLineKeys + 8];  // per warp; rows of squares, and the square before
   sm90::Barrier q_full, k_full[kStages], k_empty[kStages];
 };
-
-// Of several parts of a row
-template <class At> __device__ __forceinline__ float2 merge_stats(int count, const At& at) {
-  float top = -3e38f, sum = 0;
-  for (int i = 0; i < count; ++i) top = fmaxf(top, at(i).x);
-  for (int i = 0; i < count; ++i) {
-    const float2 own = at(i);
-    sum += own.y * sm90::exp2_approx(own.x - top);
-  }
-  return {top, sum};
-}
 
 // The largest scores of a thread's two queries, and sums relative to 2^top. The largest may be
 // ahead of `top` by kLag: sums of 2^64 lose no digits. Lanes of a query agree on `top`.
@@ -398,9 +388,7 @@ __global__ void __launch_bounds__(kLineThreads, 1)
   if constexpr (kSums) {
     float(&lse)[kLineQueries] = smem.lse[own];
     await_previous();
-    const float2 all =
-        merge_stats(call.first.parts, [&](int i) { return stats[i * kLineQueries + thread]; });
-    lse[thread] = all.x + log2f(all.y);
+    lse[thread] = lse_of_parts(stats + thread, call.first.parts);
     named_barrier_sync(kFirstTurn + 4 + own, 128);
 
     const int64_t strip = set * int64_t{4} + warp;

@@ -31,8 +31,13 @@ struct LineStrips {
     // Keys have fewer than 2^32 numbers, which makes dividing them cheap. A strip has no fewer than
     // 128, so that two have all of a distance.
     const uint32_t begin = from > 0 ? static_cast<uint32_t>(from) : 0;
-    const int64_t s = begin / static_cast<uint32_t>(length), end = (s + 1) * length;
-    return {of(head, s) + end - from, s + 1 < count && end < from + 128, 2 * length + 128};
+    return parts<int64_t>(of(head, 0), begin / static_cast<uint32_t>(length), from);
+  }
+  // The same in strip s of a head whose strips begin at `own`
+  template <class Int> HEDDLE_HD Parts parts(const float* own, Int s, Int from) const {
+    const Int each = static_cast<Int>(length), end = (s + 1) * each;
+    return {own + s * (each + 128) + end - from,
+            s + 1 < static_cast<Int>(count) && end < from + 128, 2 * each + 128};
   }
   HEDDLE_HD float sum(int64_t head, int64_t from) const {
     const Parts own = parts(head, from);

@@ -1796,9 +1796,9 @@ const kernels: Kernel[] = [
       },
       {
         what: 'a distance misses the strip that begins in it',
-        file: 'flexprefill/choice.cuh',
-        from: 'after < key + 128;',
-        to: 'after < key;',
+        file: 'probe/lines_sm90.h',
+        from: 'end < from + 128,',
+        to: 'end < from,',
       },
       {
         what: 'a bin counts as a whole',
@@ -1857,15 +1857,15 @@ const kernels: Kernel[] = [
       },
       {
         what: 'parts of a sum that are none count',
-        file: decide,
-        from: 'i + j < args.parts ?',
+        file: 'probe/stats_sm90.cuh',
+        from: 'i + j < parts ?',
         to: 'true ?',
       },
       {
-        what: 'a sum is added to what moved',
-        file: decide,
-        from: 'sum *= exp2f(top - next);',
-        to: '',
+        what: 'parts of a sum are relative to other scores',
+        file: 'probe/stats_sm90.cuh',
+        from: 'exp2_approx(own.x - top)',
+        to: 'exp2_approx(0 * own.x)',
       },
       {
         what: 'a step looks at what the first did',
@@ -2841,8 +2841,8 @@ const kernels: Kernel[] = [
       {
         what: 'a normaliser misses parts',
         file: lines,
-        from: 'merge_stats(call.first.parts,',
-        to: 'merge_stats(1,',
+        from: 'lse_of_parts(stats + thread, call.first.parts)',
+        to: 'lse_of_parts(stats + thread, 1)',
       },
       {
         what: 'rows of the next block are added up',

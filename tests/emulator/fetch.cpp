@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "emulator.h"
+#include "tensor.h"
 
 namespace heddle {
 namespace {
@@ -13,14 +14,6 @@ struct Case {
   int64_t pages, slots, n, patience;
   int threads;
 };
-
-Tensor tensor(void* data, std::vector<int64_t> shape) {
-  Tensor tensor;
-  tensor.data = data;
-  tensor.rank = static_cast<int>(shape.size());
-  std::copy(shape.begin(), shape.end(), tensor.shape);
-  return tensor;
-}
 
 double check(const Case& c, emulator::Random& random) {
   constexpr int64_t kRow = 6;

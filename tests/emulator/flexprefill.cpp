@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "cpu/team.h"
+#include "tensor.h"
 
 namespace heddle {
 namespace {
@@ -59,16 +60,6 @@ const Case kCases[] = {
     {500, 500, 2, 64, 2, 1, settings(16, 0.9, 0, true), std::numeric_limits<float>::infinity()},
 };
 
-Tensor tensor(void* data, std::initializer_list<int64_t> shape) {
-  Tensor made;
-  made.data = data;
-  made.rank = static_cast<int>(shape.size());
-  std::copy(shape.begin(), shape.end(), made.shape);
-  int64_t stride = 1;
-  for (int i = made.rank - 1; i >= 0; stride *= made.shape[i--]) made.strides[i] = stride;
-  return made;
-}
-
 // Masses in steps of 2^-17 that add up to 1, so that sums, also of shares of 1 / block, don't
 // depend on their order: even, with some large ones, with some of nothing, or all the same
 void spread(float* to, int64_t n, int kind, emulator::Random& random) {
@@ -123,8 +114,7 @@ double check(const Case& c, emulator::Random& random) {
     }
     FlexMemory own;
     const HEDDLE_ISA_NAMESPACE::Alone alone;
-    FlexKind kind = flexprefill_decide(alone, task, head, own);
-    if (!flexprefill_finite(alone, task, head, own)) kind = kFlexAll;
+    const FlexKind kind = flexprefill_decide(alone, task, head, own);
     flexprefill_head(alone, alone, task, head, kind, own, FlexFinder{});
     kinds.push_back(kind);
   }

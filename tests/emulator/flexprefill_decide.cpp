@@ -6,6 +6,7 @@
 
 #include "cpu/team.h"
 #include "probe/means.cuh"
+#include "tensor.h"
 
 namespace heddle {
 namespace {
@@ -28,14 +29,6 @@ const Case kCases[] = {
     {1, 600, 900, 2, 1, 128, 1, 1, true},
     {1, 128, 132000, 1, 1, 64, 9, 3, false, 7},
 };
-
-Tensor tensor(void* data, std::initializer_list<int64_t> shape) {
-  Tensor made;
-  made.data = data;
-  made.rank = static_cast<int>(shape.size());
-  std::copy(shape.begin(), shape.end(), made.shape);
-  return made;
-}
 
 double check(const Case& c, emulator::Random& random) {
   const auto size = [](int64_t n) { return static_cast<size_t>(n); };

@@ -17,14 +17,14 @@ struct Case {
   double offset = 0;      // they have in common
   int64_t poisoned = -1;  // a key that is no number
   int64_t block = 0;      // whose means are asked for
-  int64_t bands = 0;      // whether bands are asked for
   int64_t others = 0;     // a bit for each head that the second walk is not for
+  bool bands = false;     // whether bands are asked for
   bool later = false;     // whether blocks of those are averaged in it
 };
 
 // Heads in pairs and alone, strips that end before or after the keys, rows that see one key
 const Case kCases[] = {
-    {.b = 1, .sq = 128, .sk = 700, .hq = 4, .hk = 2, .processors = 5, .block = 128, .bands = 1},
+    {.b = 1, .sq = 128, .sk = 700, .hq = 4, .hk = 2, .processors = 5, .block = 128, .bands = true},
     {.b = 1,
      .sq = 128,
      .sk = 512,
@@ -32,8 +32,8 @@ const Case kCases[] = {
      .hk = 2,
      .processors = 4,
      .block = 128,
-     .bands = 1,
      .others = 0xb,
+     .bands = true,
      .later = true},
     {.b = 2,
      .sq = 128,
@@ -42,8 +42,8 @@ const Case kCases[] = {
      .hk = 1,
      .processors = 2,
      .block = 128,
-     .bands = 1,
      .others = 1,
+     .bands = true,
      .later = true},
     // so many blocks that heads are averaged beside each other
     {.b = 1, .sq = 100, .sk = 600, .hq = 4, .hk = 4, .processors = 3, .block = 2},
@@ -54,8 +54,8 @@ const Case kCases[] = {
      .hk = 2,
      .processors = 2,
      .block = 1,
-     .bands = 1,
      .others = 0xf0,
+     .bands = true,
      .later = true},
     {.b = 2, .sq = 100, .sk = 457, .hq = 2, .hk = 2, .processors = 3, .block = 48},
     {.b = 1, .sq = 33, .sk = 33, .hq = 1, .hk = 1, .processors = 9, .block = 128},
@@ -69,7 +69,7 @@ const Case kCases[] = {
      .processors = 1,
      .scale = 2,
      .slope = 8,
-     .bands = 1},
+     .bands = true},
     {.b = 1, .sq = 70, .sk = 1300, .hq = 2, .hk = 1, .processors = 2, .scale = 2, .slope = -8},
     {.b = 1, .sq = 128, .sk = 300, .hq = 1, .hk = 1, .processors = 2, .scale = 2, .offset = 10},
     {.b = 1, .sq = 128, .sk = 520, .hq = 4, .hk = 2, .processors = 3, .poisoned = 519},
