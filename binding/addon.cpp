@@ -47,6 +47,7 @@ Napi::Object load(Napi::Env env, Napi::Object exports) {
   add<transfer>(exports, "transfer");
   add<write>(exports, "write");
   add<read>(exports, "read");
+  add<check_reading>(exports, "checkReading");
   add<read_sync>(exports, "readSync");
   add<finish>(exports, "finish");
   add<begin_span>(exports, "beginSpan");

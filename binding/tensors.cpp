@@ -249,6 +249,11 @@ Napi::Value read(const Napi::CallbackInfo& info) {
   return deferred.Promise();
 }
 
+Napi::Value check_reading(const Napi::CallbackInfo& info) {
+  Environment::of(info.Env()).not_recording();
+  return info.Env().Undefined();
+}
+
 Napi::Value read_sync(const Napi::CallbackInfo& info) {
   Environment& environment = Environment::of(info.Env());
   environment.not_recording();

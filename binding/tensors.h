@@ -15,7 +15,9 @@ Napi::Value transfer(
 Napi::Value write(const Napi::CallbackInfo& info);  // (handle, bytes); contiguous only
 Napi::Value read(
     const Napi::CallbackInfo& info);  // (handle): promise of an ArrayBuffer; contiguous only
-Napi::Value read_sync(const Napi::CallbackInfo& info);   // (handle): ArrayBuffer; contiguous only
+Napi::Value read_sync(const Napi::CallbackInfo& info);  // (handle): ArrayBuffer; contiguous only
+// (): throws what reading would reject with while a graph is being made
+Napi::Value check_reading(const Napi::CallbackInfo& info);
 Napi::Value finish(const Napi::CallbackInfo& info);      // (kind, index): promise
 Napi::Value begin_span(const Napi::CallbackInfo& info);  // (kind, index): handle
 Napi::Value end_span(const Napi::CallbackInfo& info);    // (handle): promise of milliseconds

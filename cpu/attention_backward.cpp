@@ -1,5 +1,6 @@
 #include "cpu/attention_backward.h"
 
+#include <cstring>
 #include <numeric>
 
 #include "core/cpu_context.h"
@@ -308,7 +309,11 @@ template <class T> class Backward {
 };
 
 void run(const AttentionBackward& op, CpuContext& context) {
-  if (op.q.shape[2] == 0) return;
+  if (op.q.shape[2] == 0) {
+    for (const Tensor& sum : {op.dk, op.dv, op.dbias})
+      if (sum.data) std::memset(sum.data, 0, static_cast<size_t>(sum.size()) * size_of(sum.dtype));
+    return;
+  }
   dispatch_float(op.q.dtype, [&]<class T>(T) { Backward<T>(op, context).run(); });
 }
 

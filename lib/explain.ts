@@ -6,7 +6,7 @@ export type { Explanation } from './native.js'
 /**
  * Which kernel a call of an operator would run, and why better ones do not take it. Arguments are checked as by the call
  * itself, but nothing runs, but for copies of operands and fills. Of a function that runs several operators it explains the
- * first.
+ * first; an async one must come to it before it waits for anything.
  *
  * @param operator {@link attention}, {@link attentionBackward}, {@link linear} or another operator.
  * @param args what the operator would be called with.

@@ -1,6 +1,6 @@
 import { checkSynchronous, mustBe } from './check.js'
 import { named, refuse } from './errors.js'
-import { addon } from './native.js'
+import { addon, isExplaining } from './native.js'
 import { scope } from './scope.js'
 
 /** Calls that were made once and can be made again at the cost of one. */
@@ -56,6 +56,13 @@ export function graph<T>(body: () => T): Graph<T> {
     result,
     replay() {
       if (disposed) throw refuse('ERR_DISPOSED', 'graph', undefined, 'this graph was disposed')
+      if (isExplaining())
+        throw refuse(
+          'ERR_UNSUPPORTED',
+          'graph',
+          undefined,
+          'a graph that is replayed cannot be explained; explain the calls of its body',
+        )
       named('graph', () => native.replayGraph(handle))
       return result
     },

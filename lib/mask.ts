@@ -1,7 +1,8 @@
 import { inspect } from 'node:util'
 import { checkInteger, checkOptions, elements, mustBe, numbers, offsetNumbers } from './check.js'
-import type { DeviceLike } from './device.js'
+import { type DeviceLike, parseDevice } from './device.js'
 import { HeddleError, named, refuse } from './errors.js'
+import { readMask, readRows } from './mask-rows.js'
 import { run } from './native.js'
 import type { HipLists } from './ops/hip.js'
 import { holdsTensors, scope } from './scope.js'
@@ -19,7 +20,10 @@ export interface MaskOptions {
   causal?: boolean | undefined
   /** Where the mask lives, `'cpu'` if left out. Lists that are tensors stay where they are. */
   device?: DeviceLike | undefined
-  /** Where each packed sequence of queries begins, then the total; with `cuSeqlensK`. */
+  /**
+   * Where each packed sequence of queries begins, then the total; with `cuSeqlensK`. Lists have the rows of blocks of each
+   * sequence one after the other, and its blocks of keys count from its own first key.
+   */
   cuSeqlensQ?: readonly number[] | undefined
   /** Where each packed sequence of keys begins, then the total. */
   cuSeqlensK?: readonly number[] | undefined
@@ -101,7 +105,10 @@ export interface Mask {
   readonly window: number
   /** First keys that every row sees beside its lists. */
   readonly sinkTokens: number
-  /** [b, heads, rows of blocks, words], i32: a bit per block, 32 to a word, the lowest first. */
+  /**
+   * [b, heads, rows of blocks, words], i32: a bit per block, 32 to a word, the lowest first. The rows of packed sequence i
+   * begin at `floor(cuSeqlensQ[i] / block[0]) + i`.
+   */
   readonly blocks: Tensor<'int32'> | undefined
   /** [b, heads, words], i32: a bit per key. */
   readonly columns: Tensor<'int32'> | undefined
@@ -174,7 +181,7 @@ function checkParts(options: MaskOptions): MaskParts & { device: DeviceLike } {
   checkOptions('mask', options, knownOptions)
   if (options === undefined) throw mustBe('mask', 'options', 'an object', options)
   const sq = checkInteger('mask', 'sq', options.sq, 0)
-  const sk = checkInteger('mask', 'sk', options.sk ?? sq, 0)
+  const sk = options.sk === undefined ? sq : checkInteger('mask', 'sk', options.sk, 0)
   const {
     block: given = 128,
     causal = true,
@@ -182,6 +189,7 @@ function checkParts(options: MaskOptions): MaskParts & { device: DeviceLike } {
     cuSeqlensQ: ofQ,
     cuSeqlensK: ofK,
   } = options
+  parseDevice('mask', device)
   const offsets = (name: string, value: unknown, total: number) =>
     value === undefined ? undefined : offsetNumbers('mask', name, value, total)
   const cuSeqlensQ = offsets('cuSeqlensQ', ofQ, sq)
@@ -288,19 +296,52 @@ function spelled(error: unknown): unknown {
     : refuse(code, op, name, message.replace(`${op}: ${argument}`, name))
 }
 
+// Of lists with `given` rows of blocks per head, if they tell
 function fromTable(
   options: MaskOptions,
-  b: number,
-  heads: number,
+  [b, heads, given]: readonly [b: number, heads: number, given: number | undefined],
   device: DeviceLike,
   ...lists: Lists[]
 ): Mask {
   const parts = checkParts(options)
-  if (parts.cuSeqlensQ && b !== 1)
+  const { cuSeqlensQ } = parts
+  if (cuSeqlensQ && b !== 1)
     throw refuse('ERR_SHAPE', 'mask', 'cuSeqlensQ', `b must be 1 with cuSeqlensQ, got ${b}`)
   const { rows, columns } = blockTable(parts)
-  const blocks = pack([b, heads, rows, columns], device, ...lists)
-  return makeMask({ ...parts, sequences: parts.cuSeqlensQ ? parts.sequences : b, heads, blocks })
+  if (given === rows || !cuSeqlensQ)
+    return makeMask({
+      ...parts,
+      sequences: cuSeqlensQ ? parts.sequences : b,
+      heads,
+      blocks: pack([b, heads, rows, columns], device, ...lists),
+    })
+  const blocks = scope(() => {
+    const dense = pack([b, heads, listedRows(parts), columns], device, ...lists)
+    const apart = zeros([b, heads, rows, words(columns)], { dtype: 'int32', device })
+    for (let i = 0, from = 0; i < parts.sequences; i++) {
+      const first = Math.floor(cuSeqlensQ[i]! / parts.block[0]) + i
+      const own = Math.ceil((cuSeqlensQ[i + 1]! - cuSeqlensQ[i]!) / parts.block[0])
+      apart.slice(2, first, first + own).copyFrom(dense.slice(2, from, from + own))
+      from += own
+    }
+    return apart
+  })
+  return makeMask({ ...parts, heads, blocks })
+}
+
+// Rows of blocks of all sequences, one after the other
+function listedRows({ sq, block, cuSeqlensQ = [0, sq] }: MaskParts): number {
+  return cuSeqlensQ.reduce(
+    (sum, end, i) => sum + Math.ceil((end - (cuSeqlensQ[i - 1] ?? 0)) / block[0]),
+    0,
+  )
+}
+
+// A table of a packed mask itself has rows that no sequence has
+function checkRows(name: string, rows: number | undefined, parts: MaskParts): void {
+  const wanted = listedRows(parts)
+  if (rows === wanted || (parts.cuSeqlensQ && rows === blockTable(parts).rows)) return
+  throw refuse('ERR_SHAPE', 'mask', name, `${name} must have ${wanted} rows of blocks, got ${rows}`)
 }
 
 const knownLists: ReadonlySet<string> = new Set<keyof TokenLists>(['columns', 'diagonals'])
@@ -349,10 +390,10 @@ const knownRange: ReadonlySet<string> = new Set<keyof MaskRange>(['window', 'sin
 
 function rangeOf(range: unknown, prefix = ''): { window: number; sinkTokens: number } {
   checkOptions('mask', range, knownRange)
-  const { window, sinkTokens } = (range ?? {}) as MaskRange
+  const { window = 0, sinkTokens = 0 } = (range ?? {}) as MaskRange
   return {
-    window: checkInteger('mask', `${prefix}window`, window ?? 0, 0),
-    sinkTokens: checkInteger('mask', `${prefix}sinkTokens`, sinkTokens ?? 0, 0),
+    window: checkInteger('mask', `${prefix}window`, window, 0),
+    sinkTokens: checkInteger('mask', `${prefix}sinkTokens`, sinkTokens, 0),
   }
 }
 
@@ -371,14 +412,15 @@ export const Mask = {
    */
   fromBlocks(table: Tensor<'bool' | 'uint8'>, options: MaskOptions): Mask {
     checkTensor('mask', 'table', table)
-    const { rows, columns } = blockTable(checkParts(options))
-    const [b = 0, heads = 0, high, wide] = table.shape
-    if (table.rank !== 4 || high !== rows || wide !== columns) {
+    const parts = checkParts(options)
+    const { rows, columns } = blockTable(parts)
+    const [wanted, [b = 0, heads = 0, high, wide]] = [listedRows(parts), table.shape]
+    if (table.rank !== 4 || (high !== wanted && high !== rows) || wide !== columns) {
       const got = table.shape.join(', ')
-      const text = `table must be [b, heads, ${rows}, ${columns}], got [${got}]`
+      const text = `table must be [b, heads, ${wanted}, ${columns}], got [${got}]`
       throw refuse('ERR_SHAPE', 'mask', 'table', text)
     }
-    return fromTable(options, b, heads, table.device, { dense: table })
+    return fromTable(options, [b, heads, high], table.device, { dense: table })
   },
 
   /**
@@ -403,8 +445,9 @@ export const Mask = {
     })
     const first = all[0]?.index
     if (!first) throw mustBe('mask', 'lists', 'at least one list', lists)
-    const [b = 0, heads = 0] = first.shape
-    return fromTable(options, b, heads, first.device, ...all)
+    const [b = 0, heads = 0, rows] = first.shape
+    if (first.rank === 4) checkRows('index', rows, checkParts(options))
+    return fromTable(options, [b, heads, rows], first.device, ...all)
   },
 
   /**
@@ -421,7 +464,8 @@ export const Mask = {
     const { b = 1, heads = 1, ...rest } = options ?? {}
     checkInteger('mask', 'b', b, 0)
     checkInteger('mask', 'heads', heads, 1)
-    return fromTable(rest, b, heads, lists.rowPtr.device, {
+    const given = ((lists.rowPtr.shape[0] ?? 0) - 1) / Math.max(b * heads, 1)
+    return fromTable(rest, [b, heads, given], lists.rowPtr.device, {
       rowPtr: lists.rowPtr,
       column: lists.column,
     })
@@ -430,12 +474,13 @@ export const Mask = {
   /**
    * A mask of flat pairs, `row of blocks * columns of blocks + column`.
    *
-   * @param pairs [b, heads, most], i32; entries outside the table, such as the padding at the end, are skipped.
+   * @param pairs [b, heads, most], i32; entries outside the table, such as the padding at the end, are skipped. Rows of packed
+   *   sequences count on from one sequence to the next.
    */
   fromPairs(pairs: Tensor<'int32'>, options: MaskOptions): Mask {
     checkTensor('mask', 'pairs', pairs)
     const [b = 0, heads = 0] = pairs.shape
-    return fromTable(options, b, heads, pairs.device, { flat: pairs })
+    return fromTable(options, [b, heads, undefined], pairs.device, { flat: pairs })
   },
 
   /**
@@ -545,17 +590,16 @@ export const Mask = {
         return made
       })
     const packed = parts.cuSeqlensQ ? 1 : sequences
-    const everything = (mode: MaskParts) => mode.sinkTokens >= parts.sk
     return makeMask({
       ...parts,
       sequences,
       heads: heads.length,
       cacheSeqlens: joinCaches(modes, sequences, (i) => `heads[${i}]`),
       blocks: lines('blocks', [packed, heads.length, rows, words(columns)], (mode) =>
-        everything(mode) ? columns : 0,
+        seesAll(mode) ? columns : 0,
       ),
       columns: lines('columns', [sequences, heads.length, all], (mode) =>
-        everything(mode) ? 0 : mode.sinkTokens,
+        seesAll(mode) ? 0 : mode.sinkTokens,
       ),
       diagonals: lines('diagonals', [sequences, heads.length, all], (mode) =>
         Math.min(mode.window, parts.sk),
@@ -699,8 +743,9 @@ class Made implements Mask {
       )
     const dense = new Uint8Array(pairs)
     const rows = await readRows(this)
-    rows.each((sequence, head, query, runs) => {
+    await rows.each((sequence, head, query) => {
       const at = ((sequence * heads + head) * sq + query) * sk
+      const runs = rows.runs(sequence, head, query)
       for (let i = 0; i < runs.length; i += 2) dense.fill(1, at + runs[i]!, at + runs[i + 1]!)
     })
     return dense
@@ -766,9 +811,23 @@ export function makeMask(parts: MaskParts): Mask {
   return new Made(parts)
 }
 
+// One row for all sequences, one for all heads or for those of a group
 function spread(tensor: Tensor<'int32'>, shape: readonly number[]): Tensor<'int32'> {
-  using wide = tensor.expand(shape)
-  return wide.clone()
+  return scope(() => {
+    const [b = 1, heads = 1, ...rest] = tensor.shape
+    const wide = shape[1] ?? heads
+    if (tensor.rank !== shape.length || heads <= 1 || heads === wide)
+      return tensor.expand(shape).clone()
+    const groups = [b, heads, wide / heads, ...rest]
+    const own = tensor
+      .reshape([b, heads, 1, ...rest])
+      .expand(groups)
+      .contiguous()
+    return own
+      .reshape([b, wide, ...rest])
+      .expand(shape)
+      .clone()
+  })
 }
 
 function join(
@@ -782,7 +841,7 @@ function join(
   if (intersect && !(a && b)) return undefined
   const joined = spread(first, shape)
   if (a && b) {
-    using other = b.expand(shape)
+    using other = spread(b, shape)
     named('mask', () => run('mask.combine', { bits: joined, other, intersect }))
   }
   return joined
@@ -803,6 +862,10 @@ function joinCaches(
   return spread(cache, [sequences])
 }
 
+// Nothing but causality and bounds of rows
+const seesAll = ({ sinkTokens, window, causal, sk }: MaskParts) =>
+  sinkTokens >= sk || (causal && window >= sk)
+
 // Only sets of one kind meet in an intersection: (blocks or window) and (blocks or window) is not of that form
 function kinds(parts: MaskParts): string[] {
   const { blocks, columns, diagonals, window, sinkTokens } = parts
@@ -817,6 +880,10 @@ function kinds(parts: MaskParts): string[] {
     .map(([kind]) => kind)
 }
 
+// Whether so many heads are shared by others, all of them or those of a group
+const standsFor = (heads: number, others: number) =>
+  heads === others || heads === 1 || (heads > 0 && others > 0 && others % heads === 0)
+
 function combine(a: MaskParts, other: Mask, intersect: boolean): Mask {
   if (!(other instanceof Made)) throw mustBe('mask', 'other', 'a mask', other)
   const b: MaskParts = other
@@ -828,8 +895,10 @@ function combine(a: MaskParts, other: Mask, intersect: boolean): Mask {
     throw disagree('the packed sequences', a.cuSeqlensQ, b.cuSeqlensQ)
   if (a.blocks && b.blocks && `${a.block}` !== `${b.block}`)
     throw disagree('block', a.block, b.block)
-  for (const key of ['heads', 'sequences'] as const)
-    if (a[key] !== b[key] && a[key] !== 1 && b[key] !== 1) throw disagree(key, a[key], b[key])
+  const heads = standsFor(a.heads, b.heads) ? b.heads : a.heads
+  if (heads === a.heads && !standsFor(b.heads, a.heads)) throw disagree('heads', a.heads, b.heads)
+  if (a.sequences !== b.sequences && a.sequences !== 1 && b.sequences !== 1)
+    throw disagree('sequences', a.sequences, b.sequences)
   const bounds = a.bounds ?? b.bounds
   if (bounds && !(a.bounds ? a : b).cacheSeqlens && (a.cacheSeqlens ?? b.cacheSeqlens))
     throw refuse(
@@ -841,19 +910,17 @@ function combine(a: MaskParts, other: Mask, intersect: boolean): Mask {
   if (!intersect && bounds) throw disagree('no bounds of rows', 'in a union', 'some')
   if (a.bounds && b.bounds) throw disagree('no bounds of rows', 'beside such bounds', 'some')
   // What sees all that its bounds allow takes its lists from the other
-  const source = !intersect
-    ? undefined
-    : a.sinkTokens >= a.sk
-      ? b
-      : b.sinkTokens >= b.sk
-        ? a
-        : undefined
+  const source = !intersect ? undefined : seesAll(a) ? b : seesAll(b) ? a : undefined
   const [mine, theirs] = [kinds(a), kinds(b)]
   const none = mine.length === 0 || theirs.length === 0
   if (intersect && !source && !none && (mine.length > 1 || `${mine}` !== `${theirs}`))
-    throw disagree('one kind of lists,', mine.join(' and '), theirs.join(' and '))
+    throw refuse(
+      'ERR_ARGUMENT',
+      'mask',
+      'other',
+      `masks that intersect must each have one and the same kind of lists, got ${mine.join(' and ')} with ${theirs.join(' and ')}`,
+    )
   const sequences = a.sequences === 1 ? b.sequences : a.sequences
-  const heads = a.heads === 1 ? b.heads : a.heads
   const shape = (tensor: Tensor | undefined) =>
     tensor && [tensor.rank === 4 && a.cuSeqlensQ ? 1 : sequences, heads, ...tensor.shape.slice(2)]
   const lists = (key: 'blocks' | 'columns' | 'diagonals') =>
@@ -876,168 +943,4 @@ function combine(a: MaskParts, other: Mask, intersect: boolean): Mask {
     window: number('window'),
     sinkTokens: number('sinkTokens'),
   })
-}
-
-/** @internal A mask that was read. */
-export interface HostMask {
-  readonly heads: readonly number[]
-  count(): number
-  density(): number
-  svg(options: SvgOptions): string
-}
-
-/** @internal Reads a mask, and leaves looking at it for later; what it is made of may go meanwhile. */
-export async function readMask(parts: MaskParts): Promise<HostMask> {
-  const rows = await readRows(parts)
-  const count = () => visible(rows)
-  return {
-    heads: Array.from({ length: parts.heads }, (_, head) => head),
-    count,
-    density() {
-      let all = 0
-      for (const { sq, sk } of rows.lengths)
-        for (let p = sk - sq; p < sk; p++) all += parts.causal ? Math.max(p + 1, 0) : sk
-      all *= parts.heads
-      return all === 0 ? 0 : count() / all
-    },
-    svg: (options) => draw(rows, parts, options),
-  }
-}
-
-type Visit = (sequence: number, head: number, query: number, runs: readonly number[]) => void
-
-interface HostRows {
-  lengths: readonly { sq: number; sk: number }[]
-  /** Runs of keys that a query sees: from, to (excluded), from, to, ascending and apart. */
-  runs(sequence: number, head: number, query: number): number[]
-  each(visit: Visit): void
-}
-
-// Brings a mask to the host, where its rows are runs of keys
-async function readRows(parts: MaskParts): Promise<HostRows> {
-  const { sequences, heads, sq, sk, block, causal, window, sinkTokens } = parts
-  const read = (tensor: Tensor<'int32'> | undefined) => tensor?.read()
-  const [blocks, columns, diagonals, bounds, cached] = await Promise.all([
-    read(parts.blocks),
-    read(parts.columns),
-    read(parts.diagonals),
-    read(parts.bounds),
-    read(parts.cacheSeqlens),
-  ])
-  const { cuSeqlensQ: cuQ, cuSeqlensK: cuK } = parts
-  const table = blockTable(parts)
-  const rowWords = parts.blocks?.shape[3] ?? 0
-  const tokenWords = parts.columns?.shape[2] ?? parts.diagonals?.shape[2] ?? 0
-  const places = Array.from({ length: sequences }, (_, i) => ({
-    batch: cuQ ? 0 : i,
-    from: cuQ ? cuQ[i]! : 0,
-    firstRow: cuQ ? Math.floor(cuQ[i]! / block[0]) + i : 0,
-    sq: cuQ ? cuQ[i + 1]! - cuQ[i]! : sq,
-    sk: cuK ? cuK[i + 1]! - cuK[i]! : (cached?.[i] ?? sk),
-  }))
-  const bit = (set: Int32Array, at: number) => (set[at >> 5]! >> (at & 31)) & 1
-  const runs = (sequence: number, head: number, query: number) => {
-    const place = places[sequence]!
-    const p = place.sk - place.sq + query
-    let [begin, end] = [0, causal ? Math.min(p + 1, place.sk) : place.sk]
-    if (bounds) {
-      const at = (place.batch * sq + place.from + query) * 2
-      begin = Math.max(begin, bounds[at]!)
-      end = Math.min(end, bounds[at + 1]!)
-    }
-    const found: [number, number][] = []
-    if (sinkTokens > 0) found.push([0, sinkTokens])
-    if (window > 0) found.push([p - window + 1, p + 1])
-    if (blocks) {
-      const row =
-        ((place.batch * heads + head) * table.rows +
-          place.firstRow +
-          Math.floor(query / block[0])) *
-        rowWords
-      for (let c = 0; c * block[1] < end; c++)
-        if (bit(blocks, row * 32 + c)) found.push([c * block[1], (c + 1) * block[1]])
-    }
-    const line = (sequence * heads + head) * tokenWords * 32
-    for (let t = begin; (columns || diagonals) && t < end; t++) {
-      const distance = p - t
-      if (
-        (columns && bit(columns, line + t)) ||
-        (diagonals &&
-          distance >= 0 &&
-          distance < tokenWords * 32 &&
-          bit(diagonals, line + distance))
-      )
-        found.push([t, t + 1])
-    }
-    found.sort((x, y) => x[0] - y[0])
-    const merged: number[] = []
-    for (const [first, last] of found) {
-      const [from, to] = [Math.max(first, begin), Math.min(last, end)]
-      if (from >= to) continue
-      const before = merged.at(-1) ?? -1
-      if (merged.length > 0 && from <= before) merged[merged.length - 1] = Math.max(before, to)
-      else merged.push(from, to)
-    }
-    return merged
-  }
-  const each = (visit: Visit) => {
-    for (let sequence = 0; sequence < sequences; sequence++)
-      for (let head = 0; head < heads; head++)
-        for (let query = 0; query < places[sequence]!.sq; query++)
-          visit(sequence, head, query, runs(sequence, head, query))
-  }
-  return { lengths: places, runs, each }
-}
-
-function visible(rows: HostRows): number {
-  let total = 0
-  rows.each((_sequence, _head, _query, runs) => {
-    for (let i = 0; i < runs.length; i += 2) total += runs[i + 1]! - runs[i]!
-  })
-  return total
-}
-
-const knownSvg: ReadonlySet<string> = new Set<keyof SvgOptions>(['head', 'sequence', 'size'])
-
-// Cells of at most 96 to a side, each as dark as a few of its rows see of its keys
-function draw(rows: HostRows, parts: MaskParts, options: SvgOptions): string {
-  checkOptions('mask', options, knownSvg)
-  const head = checkInteger('mask', 'head', options.head ?? 0, 0, Math.max(parts.heads - 1, 0))
-  const sequence = checkInteger(
-    'mask',
-    'sequence',
-    options.sequence ?? 0,
-    0,
-    Math.max(parts.sequences - 1, 0),
-  )
-  const size = checkInteger('mask', 'size', options.size ?? 192, 1, 4096)
-  const { sq, sk } = rows.lengths[sequence] ?? { sq: 0, sk: 0 }
-  const [high, wide] = [Math.min(96, Math.max(sq, 1)), Math.min(96, Math.max(sk, 1))]
-  const rects: string[] = []
-  for (let y = 0; y < high; y++) {
-    const [from, to] = [Math.floor((y * sq) / high), Math.floor(((y + 1) * sq) / high)]
-    const step = Math.max(Math.floor((to - from) / 4), 1)
-    const seen = new Float64Array(wide)
-    let sampled = 0
-    for (let query = from; query < to; query += step, sampled++) {
-      const runs = rows.runs(sequence, head, query)
-      for (let i = 0; i < runs.length; i += 2) {
-        const [first, last] = [(runs[i]! * wide) / sk, (runs[i + 1]! * wide) / sk]
-        for (let x = Math.floor(first); x < last; x++)
-          seen[x]! += Math.min(last, x + 1) - Math.max(first, x)
-      }
-    }
-    for (let x = 0; x < wide; ) {
-      const shade = Math.round((4 * seen[x]!) / Math.max(sampled, 1))
-      let until = x + 1
-      while (until < wide && Math.round((4 * seen[until]!) / Math.max(sampled, 1)) === shade)
-        until++
-      if (shade > 0)
-        rects.push(
-          `<rect x="${x}" y="${y}" width="${until - x}" height="1" fill-opacity="${shade / 4}"/>`,
-        )
-      x = until
-    }
-  }
-  return `<svg xmlns="http://www.w3.org/2000/svg" width="${size}" height="${Math.round((size * high) / wide)}" viewBox="0 0 ${wide} ${high}" shape-rendering="crispEdges"><rect width="${wide}" height="${high}" fill="#f3f1ea"/><g fill="#1f4e79">${rects.join('')}</g></svg>`
 }

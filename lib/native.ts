@@ -76,6 +76,7 @@ export interface Addon {
   write(handle: number, bytes: ArrayBufferView): void
   read(handle: number): Promise<ArrayBuffer>
   readSync(handle: number): ArrayBuffer
+  checkReading(): void
   finish(kind: number, index: number): Promise<void>
   beginSpan(kind: number, index: number): number
   endSpan(span: number): Promise<number>
@@ -129,25 +130,28 @@ export function operatorSchemas(): readonly Schema[] {
 }
 
 // Thrown in place of running an operator while its call is explained
-class Explained {
-  constructor(readonly explanation: Explanation) {}
-}
-let explaining = false
+class Explained {}
+let explaining: { found?: Explanation } | undefined
 
 /** @internal Makes a call up to its first operator, which is explained instead of run. */
 export function explainCall(call: () => unknown): Explanation | undefined {
   const outer = explaining
-  explaining = true
+  const own: typeof explaining = {}
+  explaining = own
   try {
-    call()
+    const result = call()
+    // An async function has met its first operator by now, or none
+    if (result instanceof Promise) result.catch(() => {})
   } catch (error) {
-    if (error instanceof Explained) return error.explanation
-    throw error
+    if (!(error instanceof Explained)) throw error
   } finally {
     explaining = outer
   }
-  return undefined
+  return own.found
 }
+
+/** @internal Whether a call is explained, which then must not do what is no operator. */
+export const isExplaining = (): boolean => explaining !== undefined
 
 /**
  * @internal Runs a native operator on named arguments and returns its outputs in the schema's order, `undefined` where one
@@ -175,8 +179,10 @@ export function run(name: string, named: Record<string, unknown>): (Tensor | und
     tensors++
   }
   // copies of operands and zeros to write on come before what is asked about
-  if (explaining && name !== 'copy' && name !== 'fill')
-    throw new Explained(native.explain(entry.index, tensors, ...values))
+  if (explaining && name !== 'copy' && name !== 'fill') {
+    explaining.found ??= native.explain(entry.index, tensors, ...values)
+    throw new Explained()
+  }
   const count = native.run(entry.index, tensors, ...values)
   const outputs = new Array<Tensor | undefined>(count)
   for (let i = 0, at = 0; i < count; i++) {

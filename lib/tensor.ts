@@ -522,7 +522,13 @@ export class Tensor<D extends DType = DType> {
    */
   read(options: ReadOptions & { as: 'float32' }): Promise<Float32Array<ArrayBuffer>>
   read(options?: ReadOptions): Promise<HostArray<D>>
-  async read(options?: ReadOptions): Promise<unknown> {
+  read(options?: ReadOptions): Promise<unknown> {
+    // The body of a graph has nobody who would wait for a promise
+    named('read', () => addon().checkReading())
+    return this.#read(options)
+  }
+
+  async #read(options?: ReadOptions): Promise<unknown> {
     const { source, temporary, signal } = this.#prepared(options)
     try {
       signal?.throwIfAborted()

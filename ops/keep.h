@@ -1,4 +1,6 @@
 #pragma once
+#include <cmath>
+
 #include "core/rules.h"
 
 namespace heddle {
@@ -37,7 +39,10 @@ struct Keep {
     schema.integer("ahead", &Keep::ahead, 0).at_least(0);
   }
 
-  void validate() const {
+  void validate() {
+    // Scores are f32: of these the least that reaches it
+    const auto near = static_cast<float>(threshold);
+    threshold = near < threshold ? std::nextafterf(near, INFINITY) : near;
     HEDDLE_CHECK(score.contiguous() && blocks.contiguous(), kShape, "score",
                  "score must be contiguous; call contiguous() first");
     HEDDLE_CHECK(blocks.shape[3] * 32 >= score.shape[3], kShape, "blocks",

@@ -47,6 +47,9 @@ struct Probe {
     HEDDLE_CHECK(per == kBlock || kind == kRows, kArgument, "per", "per goes with kind rows");
     HEDDLE_CHECK(kind != kAntidiagonal || (block_q % stride == 0 && block_k % stride == 0),
                  kArgument, "stride", "stride must divide the blocks, got ", stride);
+    // No block that is seen is left without a key
+    HEDDLE_CHECK(kind != kStrided || stride <= block_k, kArgument, "stride",
+                 "stride must be at most a block of keys, ", block_k, ", got ", stride);
     const int64_t rows = (sq + block_q - 1) / block_q * (per == kLine ? 2 : 1),
                   columns = per == kBlock ? (sk + block_k - 1) / block_k : sk;
     HEDDLE_CHECK(score.shape[2] == rows && score.shape[3] == columns, kShape, "score",

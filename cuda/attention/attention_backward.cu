@@ -117,7 +117,11 @@ constexpr Variant<AttentionBackward> kVariants[] = {
 };
 
 void run(const AttentionBackward& op, CudaContext& context) {
-  if (op.q.shape[2] > 0) run_variants(kVariants, op, context);
+  if (op.q.shape[2] > 0) return run_variants(kVariants, op, context);
+  for (const Tensor& sum : {op.dk, op.dv, op.dbias})
+    if (sum.data)
+      HEDDLE_CUDA(cudaMemsetAsync(sum.data, 0, static_cast<size_t>(sum.size()) * size_of(sum.dtype),
+                                  context.stream));
 }
 
 HEDDLE_REGISTER(AttentionBackward);

@@ -1,6 +1,6 @@
 import { mustBe, show } from '../check.js'
 import { refuse } from '../errors.js'
-import { type HostMask, readMask } from '../mask.js'
+import { type HostMask, readMask } from '../mask-rows.js'
 import { attention } from '../ops/attention.js'
 import { openSafetensors, type SafetensorsFile } from '../safetensors.js'
 import type { Mechanism } from './mechanisms.js'
@@ -121,7 +121,7 @@ export async function evaluate(options: EvalOptions): Promise<Evaluation> {
       } = await decoder.score(model, bytes, answers.get(i) ?? [], attend)
       const seconds = (performance.now() - started) / 1000
       const made = await Promise.all(masks)
-      densities.push(...made.map((mask) => mask.density()))
+      for (const mask of made) densities.push(await mask.density())
       if (options.pictures && i === 0)
         pictures = made.map((mask) => mask.heads.map((head) => mask.svg({ head, size: 150 })))
       const hits = recalled.filter(Boolean).length

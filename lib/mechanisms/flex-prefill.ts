@@ -6,10 +6,12 @@ import { type AttentionOptions, type AttentionResult, attention } from '../ops/a
 import { scope } from '../scope.js'
 import { checkTensor, empty, type Tensor } from '../tensor.js'
 import {
+  checkLooks,
   checkRanks,
   everything,
   lengthsOf,
   type PackedOptions,
+  packedMask,
   perSequence,
   under,
 } from './packed.js'
@@ -53,8 +55,8 @@ const knownToAttention: ReadonlySet<string> = new Set([...known, 'denseBelow'])
 /**
  * Chooses blocks for a causal prefill from its last queries, as FlexPrefill does (arXiv 2502.20766): per head and per input
  * either columns and diagonals, or the pairs of blocks that pooled queries and keys find, where these can be trusted. All heads
- * are chosen at once and nothing waits. A head whose statistics are not finite, and a call of two blocks or less than the
- * budget, gets everything; where pooling is not trusted, queries before the last ones need not be among these statistics.
+ * are chosen at once and nothing waits. A head whose statistics are not finite, and a call of one query, of two blocks or less
+ * than the budget, gets everything; where pooling is not trusted, queries before the last ones need not be among these statistics.
  *
  * @param q [b, sq, hq, d], the queries of a prompt or of its next chunk; sq at most sk.
  * @param k [b, sk, hk, d], the keys up to and with those queries.
@@ -145,7 +147,7 @@ function select<D extends FloatDType>(
     const [b = 0, sq = 0, heads = 0] = queries.shape
     const sk = keys.shape[1]!
     const parts = everything(sq, sk, block)
-    if (gamma >= 1 || sk <= short || sq <= (denseBelow === undefined ? 0 : 1)) return parts
+    if (gamma >= 1 || sk <= short || sq <= 1) return parts
     const [rows, columns] = [sq, sk].map((size) => Math.ceil(size / block)) as [number, number]
     const shape = [b, heads, rows, Math.ceil(columns / 32)]
     return scope(() => {
@@ -185,6 +187,9 @@ export function flexPrefillAttention<D extends FloatDType>(
   const settings = checked(op, chosen)
   const { scale, cuSeqlensQ, cuSeqlensK } = chosen
   const { sq, sk } = lengthsOf(op, q, k)
+  checkLooks(op, q)
+  if (cuSeqlensQ !== undefined || cuSeqlensK !== undefined)
+    packedMask(op, q, k, [settings.block, settings.block], chosen)
   const ends = cuSeqlensK === undefined ? [sk] : offsetNumbers(op, 'cuSeqlensK', cuSeqlensK, sk)
   const longest = Math.max(...ends.map((to, i) => to - (ends[i - 1] ?? 0)))
   return grouped(q, k, chosen.gqaInterleave, (queries, back) => {

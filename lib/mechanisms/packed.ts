@@ -50,6 +50,22 @@ function checkPair(op: string, q: Tensor, k: Tensor): void {
     throw refuse('ERR_SHAPE', op, 'k', `hq must be a multiple of hk, got ${hq} and ${hk}`)
 }
 
+/** @internal Refuses, whatever is selected, what no selection could look at. */
+export function checkLooks(op: string, { dtype, shape }: Tensor): void {
+  if (!floats.has(dtype))
+    throw refuse('ERR_DTYPE', op, 'q', `q must be float32, float16 or bfloat16, got ${dtype}`)
+  const d = shape[3]!
+  if (d < 1 || d > 256)
+    throw refuse(
+      'ERR_SHAPE',
+      op,
+      'q',
+      `q must be [b, sq, hq, d] with d from 1 to 256, got d = ${d}`,
+    )
+}
+
+const floats: ReadonlySet<string> = new Set<FloatDType>(['float32', 'float16', 'bfloat16'])
+
 /** @internal Lengths of the call, which a selector refuses where queries outnumber keys. */
 export function lengthsOf(op: string, q: Tensor, k: Tensor): { sq: number; sk: number } {
   checkRanks(op, { q, k })
@@ -104,6 +120,8 @@ export function perSequence<D extends FloatDType>(
   packed: PackedOptions,
   select: (q: Tensor<D>, k: Tensor<D>) => Mask,
 ): Mask {
+  checkRanks(op, { q, k })
+  checkLooks(op, q)
   const { cuSeqlensQ: ofQ, cuSeqlensK: ofK } = packed
   if (ofQ === undefined && ofK === undefined) {
     lengthsOf(op, q, k)

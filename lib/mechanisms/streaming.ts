@@ -1,7 +1,7 @@
 import { checkOptions } from '../check.js'
 import { Mask } from '../mask.js'
 import { checkTensor, type Tensor } from '../tensor.js'
-import { lengthsOf, type PackedOptions, under } from './packed.js'
+import { lengthsOf, type PackedOptions, packedMask, under } from './packed.js'
 
 /**
  * What StreamingLLM sees: the first keys of the sequence and the last ones of every row. It looks at no numbers, and costs
@@ -25,9 +25,13 @@ export function streaming(
   checkTensor('streaming', 'k', k)
   checkOptions('streaming', options, known)
   const { sinkTokens = 64, window = 1024, cuSeqlensQ, cuSeqlensK } = options
-  const { sq, sk } = lengthsOf('streaming', q, k)
-  const about = { sq, sk, cuSeqlensQ, cuSeqlensK }
-  return under('streaming', () => Mask.fromWindow({ sinkTokens, window }, about))
+  const { sq, sk } =
+    cuSeqlensQ === undefined && cuSeqlensK === undefined
+      ? lengthsOf('streaming', q, k)
+      : packedMask('streaming', q, k, [128, 128], options)
+  return under('streaming', () =>
+    Mask.fromWindow({ sinkTokens, window }, { sq, sk, cuSeqlensQ, cuSeqlensK }),
+  )
 }
 
 const known: ReadonlySet<string> = new Set(['sinkTokens', 'window', 'cuSeqlensQ', 'cuSeqlensK'])

@@ -83,6 +83,7 @@ export function keep(score: Tensor<'float32'>, options: KeepOptions): Mask {
       `score must be [b, heads, ${wantedRows}, ${wantedColumns}], got [${score.shape.join(', ')}]`,
     )
   }
+  const { minBlocks, maxBlocks } = options
   // A row has no more of them; sums over rows stay exact
   const number = (name: 'topBlocks' | 'minBlocks' | 'maxBlocks', least: number) =>
     options[name] === undefined
@@ -90,13 +91,8 @@ export function keep(score: Tensor<'float32'>, options: KeepOptions): Mask {
       : Math.min(checkInteger('keep', name, options[name], least), columns)
   const top = number('topBlocks', 0)
   const [least, most] = [number('minBlocks', 0), number('maxBlocks', 1)]
-  if (most !== undefined && least !== undefined && most < least)
-    throw mustBe(
-      'keep',
-      'maxBlocks',
-      `at least minBlocks = ${options.minBlocks}`,
-      options.maxBlocks,
-    )
+  if (minBlocks !== undefined && maxBlocks !== undefined && maxBlocks < minBlocks)
+    throw mustBe('keep', 'maxBlocks', `at least minBlocks = ${minBlocks}`, maxBlocks)
   const blocks = keepBits(score, {
     rule: rules[0]![0],
     top: over === 'map' && top !== undefined ? top * rows : top,

@@ -8,6 +8,7 @@ import {
   flexPrefillAttention,
   type Mask,
   mul,
+  streaming,
   type Tensor,
   tensor,
   zeros,
@@ -607,7 +608,7 @@ describeDevices('flexPrefill', (device) => {
       'flexPrefillAttention: denseBelow must be an integer at least 0, got -1',
     )
     expect((await attend({ cuSeqlensQ: 1, cuSeqlensK: 1 })).message).toBe(
-      'flexPrefillAttention: cuSeqlensK must be an array of numbers, got 1',
+      'flexPrefillAttention: cuSeqlensQ must be an array of numbers, got 1',
     )
     const short = await failure(() => flexPrefill(q.tensor, q.tensor.slice(1, 0, 200)))
     expect(short.message).toBe('flexPrefill: sq must be at most sk, got 300 and 200')
@@ -617,5 +618,41 @@ describeDevices('flexPrefill', (device) => {
     expect(mixed.message).toContain('flexPrefill: k must be float32, got bfloat16')
     const values = await failure(() => flexPrefillAttention(q.tensor, q.tensor, other))
     expect(values.message).toContain('flexPrefillAttention: v must be float32, got bfloat16')
+    // whether a selection would look at them or not
+    const eight = q.tensor.cast('float8_e4m3fn') as never
+    for (const options of [{}, { minBudget: 0, block: 64 }, { gamma: 1 }])
+      for (const bad of [
+        failure(() => flexPrefill(eight, eight, options)),
+        failure(() => flexPrefillAttention(eight, eight, eight, options)),
+      ])
+        expect((await bad).message).toMatch(
+          /^flexPrefill(Attention)?: q must be float32, float16 or bfloat16, got float8_e4m3fn$/,
+        )
+    const wide = zeros([1, 300, 1, 257], { device })
+    expect((await failure(() => flexPrefill(wide, wide))).message).toBe(
+      'flexPrefill: q must be [b, sq, hq, d] with d from 1 to 256, got d = 257',
+    )
+    const packed = { cuSeqlensQ: [0, 150, 300], cuSeqlensK: [0, 20, 300] }
+    for (const [name, call] of Object.entries({
+      flexPrefill: () => flexPrefill(q.tensor, q.tensor, packed),
+      flexPrefillAttention: () => flexPrefillAttention(q.tensor, q.tensor, q.tensor, packed),
+      streaming: () => streaming(q.tensor, q.tensor, packed),
+    }))
+      expect((await failure(call as () => unknown)).message).toBe(
+        `${name}: sq must be at most sk, got 150 and 20`,
+      )
+    const two = zeros([2, 10, 1, 16], { device })
+    const offsets = { cuSeqlensQ: [0, 10], cuSeqlensK: [0, 10] }
+    expect((await failure(() => streaming(two, two, offsets))).message).toBe(
+      'streaming: b must be 1 with cuSeqlensQ, got 2',
+    )
+  })
+
+  it('is dense for one query', async () => {
+    const rng = random(99)
+    const q = await sample(rng, [1, 1, 2, 16], 'float32', device)
+    const k = await sample(rng, [1, 1000, 2, 16], 'float32', device)
+    const mask = flexPrefill(q.tensor, k.tensor, { gamma: 0.5, minBudget: 0, block: 64 })
+    expect(await mask.density()).toBe(1)
   })
 })

@@ -194,6 +194,12 @@ describeDevices('graph', (device) => {
       expect(error.message).toMatch(/^(graph|read|write|to|synchronize): /)
     }
     await refused(() => x.readSync(), 'ERR_UNSUPPORTED')
+    // at once: nobody would wait for a promise
+    await refused(() => {
+      x.read()
+      return silu(x)
+    }, 'ERR_UNSUPPORTED')
+    await refused(() => [silu(x).read()], 'ERR_UNSUPPORTED')
     await refused(() => graph(() => silu(x)), 'ERR_ARGUMENT')
     await refused(async () => silu(x), 'ERR_ARGUMENT')
     await refused(() => 1, 'ERR_ARGUMENT')

@@ -335,6 +335,26 @@ describeDevices('attention.backward', (device) => {
     })
   })
 
+  it('gives zeros to keys without queries', async () => {
+    for (const [sq, hq] of [
+      [0, 2],
+      [5, 0],
+    ] as const) {
+      const rng = random(26)
+      const q = tensor(new Float32Array(sq * hq * 16), [1, sq, hq, 16], { device })
+      const k = await sample(rng, [1, 7, 2, 16], 'float32', device)
+      const bias = (await sample(rng, [7], 'float32', device)).tensor
+      // memory that others have written to
+      for (let n = 0; n < 8; n++) attention(k.tensor, k.tensor, k.tensor).out.dispose()
+      const { out, lse } = attention(q, k.tensor, k.tensor, { bias })
+      const { dk, dv, dbias } = attentionBackward(q, k.tensor, k.tensor, out, lse, out, {
+        bias,
+        dbias: true,
+      })
+      for (const sum of [dk, dv, dbias!]) expect(largest(await sum.read())).toBe(0)
+    }
+  })
+
   it('rejects the read when lengths on the device are out of range', async () => {
     const x = tensor(new Float32Array(4 * 16), [1, 4, 1, 16], { device })
     const lse = tensor(new Float32Array(4), [1, 1, 4], { device })

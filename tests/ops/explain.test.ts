@@ -1,10 +1,12 @@
 import {
+  achievedMass,
   alibiSlopes,
   attention,
   attentionBackward,
   cuda,
   explain,
   flexPrefill,
+  graph,
   keep,
   lightningDecode,
   linear,
@@ -12,6 +14,7 @@ import {
   memory,
   norm,
   randn,
+  silu,
   synchronize,
   zeros,
 } from 'heddle'
@@ -146,5 +149,29 @@ describe('explain', () => {
   it('refuses what is no operator', () => {
     expect(() => explain('attention' as never)).toThrow('explain: operator must be a function')
     expect(() => explain(() => 1)).toThrow('explain: operator must be one that runs a kernel')
+    const x = randn([4])
+    const step = graph(() => silu(x))
+    expect(() => explain(step.replay)).toThrow(
+      'graph: a graph that is replayed cannot be explained',
+    )
+  })
+
+  it('explains what an async function runs first, and nothing runs', async () => {
+    const q = randn([1, 64, 2, 16])
+    const mask = Mask.fromWindow({ window: 3 }, { sq: 64 })
+    const { variant } = explain(achievedMass, q, q, mask)
+    expect(variant).toBe(explain(attention, q, q, q, { mask }).variant)
+    // its promise is refused when nobody waits for it
+    await new Promise((resolve) => setImmediate(resolve))
+    expect((await achievedMass(q, q, mask)).length).toBe(2)
+    // nor is what catches everything believed
+    const careless = () => {
+      try {
+        return silu(q)
+      } catch {
+        return attention(q, q, q)
+      }
+    }
+    expect(explain(careless).variant).toBe(explain(silu, q).variant)
   })
 })

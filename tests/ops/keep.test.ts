@@ -103,6 +103,18 @@ describeDevices('keep', (device) => {
       ])
   })
 
+  it('compares with thresholds between the numbers of float32', async () => {
+    const values = [0, 1, Number.NaN, 1e-45, Number.NEGATIVE_INFINITY, -1, Math.fround(0.1), 1e38]
+    const score = tensor(Float32Array.from(values), [1, 1, 1, 8], { device })
+    for (const threshold of [1e-50, 1e-45, -1e-50, 0, 0.1, 0.10000000149011613, -1e300, 1e39, 1]) {
+      const kept = await listed(keep(score, { sq: 1, sk: 8, block: 1, threshold }), 8)
+      const own = [...(await score.read())]
+      expect(kept, `${threshold}`).toEqual([
+        [own.flatMap((value, i) => (value >= threshold && value > -1e308 ? [i] : []))],
+      ])
+    }
+  })
+
   it('refuses what is no rule or no score', async () => {
     const score = tensor(new Float32Array(4), [1, 1, 2, 2], { device })
     expect((await failure(() => keep(score, { sq: 256 }))).message).toBe(
@@ -118,6 +130,10 @@ describeDevices('keep', (device) => {
       [
         { topBlocks: 1, minBlocks: 9, maxBlocks: 1 },
         'maxBlocks must be at least minBlocks = 9, got 1',
+      ],
+      [
+        { topBlocks: 1, minBlocks: 1000, maxBlocks: 500 },
+        'maxBlocks must be at least minBlocks = 1000, got 500',
       ],
       [
         { topBlocks: 1, block: 3 },

@@ -1008,6 +1008,145 @@ describeDevices('attention over a mask', (device) => {
     )
   })
 
+  it('takes rows of packed sequences one after the other, in every format', async () => {
+    const rng = random(92)
+    for (const [block, lengths] of [
+      [16, [40, 0, 16, 5, 33]],
+      [64, [64, 64]],
+      [32, [1, 100]],
+    ] as const) {
+      const cuSeqlensQ = starts(lengths)
+      const sq = cuSeqlensQ.at(-1)!
+      const options = { sq, block, cuSeqlensQ, cuSeqlensK: cuSeqlensQ, device }
+      const rows = lengths.flatMap((length) => range(Math.ceil(length / block)))
+      const columns = Math.ceil(sq / block)
+      const listed = rows.map((own) => range(own + 1).filter(() => rng.chance(0.6)))
+      const place = (values: number[], shape: number[]) =>
+        tensor(values, shape, { dtype: 'int32', device })
+      const counts = listed.map((list) => list.length)
+      const table = listed.flatMap((list) => range(columns).map((c) => Number(list.includes(c))))
+      const padded = listed.flatMap((list) => range(columns).map((i) => list[i] ?? -1))
+      const pairs = listed.flatMap((list, row) => list.map((c) => row * columns + c))
+      const masks = {
+        blocks: Mask.fromBlocks(
+          tensor(Uint8Array.from(table), [1, 1, rows.length, columns], { device }),
+          options,
+        ),
+        lists: Mask.fromLists(
+          {
+            count: place(counts, [1, 1, rows.length]),
+            index: place(padded, [1, 1, rows.length, columns]),
+          },
+          options,
+        ),
+        rows: Mask.fromRows(
+          {
+            rowPtr: place(starts(counts), [rows.length + 1]),
+            column: place([...listed.flat(), 0], [listed.flat().length + 1]),
+          },
+          options,
+        ),
+        pairs: Mask.fromPairs(place([...pairs, -1], [1, 1, pairs.length + 1]), options),
+      }
+      for (const [format, mask] of Object.entries(masks)) {
+        const dense = await mask.toDense()
+        lengths.forEach((length, i) => {
+          const first = lengths
+            .slice(0, i)
+            .reduce<number>((sum, n) => sum + Math.ceil(n / block), 0)
+          for (let p = 0; p < length; p++)
+            for (let key = 0; key < length; key++) {
+              const own = listed[first + Math.floor(p / block)]!
+              const sees = key <= p && own.includes(Math.floor(key / block))
+              expect(dense[(i * sq + p) * sq + key], `${format} ${i} ${p} ${key}`).toBe(
+                Number(sees),
+              )
+            }
+        })
+      }
+      const wrong = tensor(new Uint8Array(columns), [1, 1, 1, columns], { device })
+      expect((await failure(() => Mask.fromBlocks(wrong, options))).message).toBe(
+        `mask: table must be [b, heads, ${rows.length}, ${columns}], got [1, 1, 1, ${columns}]`,
+      )
+      const few = { count: place([0], [1, 1, 1]), index: place([0], [1, 1, 1, 1]) }
+      expect((await failure(() => Mask.fromLists(few, options))).message).toBe(
+        `mask: index must have ${rows.length} rows of blocks, got 1`,
+      )
+    }
+  })
+
+  it('joins masks of kv heads with masks of their queries', async () => {
+    const rng = random(93)
+    const options = { sq: 70, sk: 90, block: 16, device }
+    const draw = (heads: number) =>
+      Mask.fromBlocks(
+        tensor(
+          Uint8Array.from({ length: heads * 30 }, () => rng.below(2)),
+          [1, heads, 5, 6],
+          { device },
+        ),
+        options,
+      )
+    const [shared, own] = [draw(2), draw(6)]
+    const [a, b] = [await shared.toDense(), await own.toDense()]
+    const pairs = 70 * 90
+    for (const joined of [shared.union(own), own.union(shared)])
+      expect(await joined.toDense()).toEqual(
+        b.map((x, i) => x | a[Math.floor(i / pairs / 3) * pairs + (i % pairs)]!),
+      )
+    for (const joined of [shared.intersect(own), own.intersect(shared)])
+      expect(await joined.toDense()).toEqual(
+        b.map((x, i) => x & a[Math.floor(i / pairs / 3) * pairs + (i % pairs)]!),
+      )
+    expect((await failure(() => own.union(draw(4)))).message).toBe(
+      'mask: other must have heads 6, got 4',
+    )
+    // a window of all keys is everything
+    const all = Mask.fromWindow({ window: 90 }, options)
+    expect(await all.intersect(own).toDense()).toEqual(b)
+    const two = Mask.fromWindow({ window: 3, sinkTokens: 2 }, options)
+    expect((await failure(() => own.intersect(two))).message).toBe(
+      'mask: masks that intersect must each have one and the same kind of lists, got blocks with window and sinkTokens',
+    )
+  })
+
+  it('counts what it sees, and lets others have their turn', async () => {
+    const rng = random(94)
+    for (let n = 0; n < 40; n++) {
+      const [sq, sk] = [rng.pick([1, 33, 100]), rng.pick([1, 64, 77, 130])]
+      const c = drawMask(rng, 2, 2, sq, sk)
+      const mask = maskOf(rng, c, device)
+      let counted = 0
+      for (const [b, head] of [
+        [0, 0],
+        [0, 1],
+        [1, 0],
+        [1, 1],
+      ] as const)
+        for (let i = 0; i < sq; i++)
+          for (let t = 0; t < sk; t++) counted += Number(sees(c, b, head, i, t))
+      const own = mask.sequences * mask.heads
+      counted *= own / 4
+      expect(await mask.count(), `${mask}`).toBe(counted)
+      const all = range(sq).reduce(
+        (sum, i) => sum + (c.causal ? Math.max(sk - sq + i + 1, 0) : sk),
+        0,
+      )
+      expect(await mask.density()).toBeCloseTo(all === 0 ? 0 : counted / (own * all), 12)
+    }
+    const tokens = Array.from({ length: 500 }, () => rng.below(49_152))
+    const large = Mask.fromTokens({ columns: tokens, diagonals: tokens }, { sq: 49_152, device })
+    let [turns, done] = [0, false]
+    const next = () => {
+      turns++
+      if (!done) setImmediate(next)
+    }
+    setImmediate(next)
+    expect(await large.density()).toBeGreaterThan(0.01)
+    done = true
+    expect(turns).toBeGreaterThan(5)
+  })
+
   it('is of the packed sequences that it was made with', async () => {
     const q = tensor(new Float32Array(64 * 16), [1, 64, 1, 16], { device })
     const [cuSeqlensQ, cuSeqlensK] = [
@@ -1115,6 +1254,18 @@ describeDevices('attention over a mask', (device) => {
       ],
       [() => window.svg({ heads: 1 } as never), 'unknown option "heads"; did you mean "head"?'],
       [() => window.svg(null as never), 'options must be an object, got null'],
+      [
+        () => Mask.fromWindow({ window: null as never }, options),
+        'window must be an integer at least 0, got null',
+      ],
+      [
+        () => Mask.fromWindow({}, { sq: 4, sk: null as never }),
+        'sk must be an integer at least 0, got null',
+      ],
+      [
+        () => Mask.fromWindow({}, { sq: 4, device: 'nope' as never }),
+        'device must be "cpu", "cuda" or "cuda:N", got "nope"',
+      ],
     ] as const
     for (const [call, text] of cases) expect((await failure(call)).message).toBe(`mask: ${text}`)
   })

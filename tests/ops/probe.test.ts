@@ -184,6 +184,10 @@ describeDevices('probe', (device) => {
     )
     for (const [options, message] of [
       [{ stride: 4 }, 'probe: stride must be 1 with kind pooled, which looks at all, got 4'],
+      [
+        { kind: 'strided', stride: 32, block: [64, 16] },
+        'probe: stride must be at most a block of keys, 16, got 32',
+      ],
       [{ block: [64, 0] }, 'probe: block must be an integer at least 1, got 0'],
       [{ block: 2.5 }, 'probe: block must be an integer at least 1, got 2.5'],
     ] as const)
