@@ -33,12 +33,22 @@ void run(const MaskPack& op, CpuContext& context) {
     if (op.dense)
       for (int64_t c = 0; c < op.columns; ++c)
         if (at<uint8_t>(op.dense, b, h, r, c)) list("dense", c);
+    for (int64_t c = 0; op.bits && c < op.columns; ++c) {
+      const bool wide = op.bits.dtype == DType::kI64;
+      const int64_t word =
+          wide ? at<int64_t>(op.bits, b, h, r, c / 64) : at<int32_t>(op.bits, b, h, r, c / 32);
+      if (word >> c % (wide ? 64 : 32) & 1) list("bits", c);
+    }
     if (op.count) {
       const int64_t count = at<int32_t>(op.count, b, h, r);
       HEDDLE_CHECK(count >= 0 && count <= op.index.shape[3], kArgument, "count",
                    "count must be from 0 to the width of index, ", op.index.shape[3], ", got ",
                    count, " at [", b, ", ", h, ", ", r, "]");
-      for (int64_t i = 0; i < count; ++i) list("index", at<int32_t>(op.index, b, h, r, i));
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t first = at<int32_t>(op.index, b, h, r, i);
+        list("index", first);
+        for (int64_t c = first + 1; c < std::min(first + op.run, op.columns); ++c) list("index", c);
+      }
     }
     if (op.row_ptr) {
       const int64_t from = at<int32_t>(op.row_ptr, line), to = at<int32_t>(op.row_ptr, line + 1);

@@ -267,6 +267,8 @@ type Lists = {
   rowPtr?: Tensor
   column?: Tensor
   flat?: Tensor
+  bits?: Tensor
+  run?: number
 }
 
 function pack(
@@ -327,6 +329,26 @@ function fromTable(
     return apart
   })
   return makeMask({ ...parts, heads, blocks })
+}
+
+// Lists of columns of blocks, or of the first of `run` columns
+function fromPadded(
+  lists: PaddedLists | readonly PaddedLists[],
+  options: MaskOptions,
+  run = 1,
+): Mask {
+  const given: readonly unknown[] = Array.isArray(lists) ? lists : [lists]
+  const all = elements('mask', 'lists', given, (one) => {
+    const { count, index } = (one ?? {}) as PaddedLists
+    checkTensor('mask', 'count', count)
+    checkTensor('mask', 'index', index)
+    return { count, index, run }
+  })
+  const first = all[0]?.index
+  if (!first) throw mustBe('mask', 'lists', 'at least one list', lists)
+  const [b = 0, heads = 0, rows] = first.shape
+  if (first.rank === 4) checkRows('index', rows, checkParts(options))
+  return fromTable(options, [b, heads, rows], first.device, ...all)
 }
 
 // Rows of blocks of all sequences, one after the other
@@ -436,18 +458,40 @@ export const Mask = {
    * console.log(await mask.count()) // 256 * 257 / 2
    */
   fromLists(lists: PaddedLists | readonly PaddedLists[], options: MaskOptions): Mask {
-    const given: readonly unknown[] = Array.isArray(lists) ? lists : [lists]
-    const all = elements('mask', 'lists', given, (one) => {
-      const { count, index } = (one ?? {}) as PaddedLists
-      checkTensor('mask', 'count', count)
-      checkTensor('mask', 'index', index)
-      return { count, index }
-    })
-    const first = all[0]?.index
-    if (!first) throw mustBe('mask', 'lists', 'at least one list', lists)
-    const [b = 0, heads = 0, rows] = first.shape
-    if (first.rank === 4) checkRows('index', rows, checkParts(options))
-    return fromTable(options, [b, heads, rows], first.device, ...all)
+    return fromPadded(lists, options)
+  },
+
+  /**
+   * A mask of runs of keys that begin anywhere, such as the slashes and columns of MInference's kernel: lists of first keys.
+   * The second size of `block` is how many keys a run has; it ends with the sequence at the latest.
+   *
+   * @throws HeddleError as {@link Mask.fromLists} does.
+   * @example
+   * import { Mask, tensor } from 'heddle'
+   * const int32 = (values: number[], shape: number[]) => tensor(values, shape, { dtype: 'int32' })
+   * const slashes = { count: int32([1, 2], [1, 1, 2]), index: int32([0, -1, 7, 60], [1, 1, 2, 2]) }
+   * const columns = { count: int32([0, 1], [1, 1, 2]), index: int32([0, 3], [1, 1, 2, 1]) }
+   * const mask = Mask.fromRuns(slashes, { sq: 128, block: [64, 64] }).union(
+   *   Mask.fromRuns(columns, { sq: 128, block: [64, 1] }),
+   * )
+   */
+  fromRuns(lists: PaddedLists | readonly PaddedLists[], options: MaskOptions): Mask {
+    const [rows, run] = checkParts(options).block
+    return fromPadded(lists, { ...options, block: [rows, 1] }, run)
+  },
+
+  /**
+   * A mask of bits, one per block and the lowest of a word first, as {@link Mask.blocks} has them. Bits beyond the last block
+   * may be anything.
+   *
+   * @param bits [b, heads, rows of blocks, words], int32 or int64.
+   * @throws HeddleError `ERR_SHAPE`, `ERR_DTYPE` or `ERR_ARGUMENT` at the call.
+   */
+  fromBits(bits: Tensor<'int32' | 'int64'>, options: MaskOptions): Mask {
+    checkTensor('mask', 'bits', bits)
+    const [b = 0, heads = 0, rows] = bits.shape
+    if (bits.rank === 4) checkRows('bits', rows, checkParts(options))
+    return fromTable(options, [b, heads, rows], bits.device, { bits })
   },
 
   /**

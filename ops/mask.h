@@ -96,14 +96,16 @@ struct MaskArguments {
 // Lists of blocks in any of their formats, as bits of `blocks`; they are added to what it holds
 struct MaskPack {
   static constexpr const char* kName = "mask.pack";
-  Tensor blocks;   // [b, hm, rows, words] i32
-  Tensor dense;    // [b, hm, rows, columns] bool or u8
-  Tensor count;    // [b, hm, rows] i32: how many entries of `index` are read
-  Tensor index;    // [b, hm, rows, width] i32: columns of blocks in any order
+  Tensor blocks;  // [b, hm, rows, words] i32
+  Tensor dense;   // [b, hm, rows, columns] bool or u8
+  Tensor count;   // [b, hm, rows] i32: how many entries of `index` are read
+  Tensor
+      index;  // [b, hm, rows, width] i32: columns of blocks in any order, each the first of `run`
   Tensor row_ptr;  // [b * hm * rows + 1] i32, of `column`
   Tensor column;   // [listed] i32
   Tensor flat;     // [b, hm, most] i32: row * columns + column; whatever is outside is skipped
-  int64_t columns = 0;
+  Tensor bits;     // [b, hm, rows, given] i32 or i64: a bit per block, the lowest first
+  int64_t columns = 0, run = 1;
 
   template <class Schema> static void describe(Schema& schema) {
     schema.inout("blocks", &MaskPack::blocks, "b hm rows words", kI32);
@@ -113,7 +115,9 @@ struct MaskPack {
     schema.optional("row_ptr", &MaskPack::row_ptr, "listed+1", kI32);
     schema.optional("column", &MaskPack::column, "nnz", kI32);
     schema.optional("flat", &MaskPack::flat, "b hm most", kI32);
+    schema.optional("bits", &MaskPack::bits, "b hm rows given", DType::kI32 | DType::kI64);
     schema.integer("columns", &MaskPack::columns, 0).at_least(0);
+    schema.integer("run", &MaskPack::run, 1).at_least(1);
   }
 
   void validate() const {
@@ -125,6 +129,9 @@ struct MaskPack {
                  "rowPtr and column must be given together");
     HEDDLE_CHECK(!dense || dense.shape[3] == columns, kShape, "dense",
                  "dense must have one entry per block, got ", dense);
+    const int64_t held = bits ? bits.shape[3] * (bits.dtype == DType::kI64 ? 64 : 32) : columns;
+    HEDDLE_CHECK(held >= columns, kShape, "bits", "bits must have a bit for each of ", columns,
+                 " blocks, got ", bits);
     const int64_t rows = blocks.shape[0] * blocks.shape[1] * blocks.shape[2];
     HEDDLE_CHECK(!row_ptr || row_ptr.shape[0] == rows + 1, kShape, "rowPtr",
                  "rowPtr must have one entry more than there are rows of blocks, ", rows + 1,

@@ -8,7 +8,7 @@ namespace {
 
 struct PackArgs {
   int32_t* blocks;
-  int64_t lines, heads, rows, words, columns, width, most, listed;
+  int64_t lines, heads, rows, words, columns, width, most, listed, run, given;
   int* fault;
 };
 
@@ -26,11 +26,22 @@ __global__ void mask_pack_dense_kernel(PackArgs p, Strided dense) {
   if (dense.at<uint8_t>(i)) list_block(p, i / p.columns, i % p.columns);
 }
 
+template <class T> __global__ void mask_pack_bits_kernel(PackArgs p, Strided bits) {
+  constexpr int kBits = 8 * sizeof(T);
+  HEDDLE_EACH(i, p.lines * p.columns) {
+    const int64_t line = i / p.columns, c = i % p.columns;
+    if (bits.at<T>(line * p.given + c / kBits) >> c % kBits & 1) list_block(p, line, c);
+  }
+}
+
 __global__ void mask_pack_padded_kernel(PackArgs p, Strided count, Strided index) {
   HEDDLE_EACH(i, p.lines * p.width) {
     const int64_t line = i / p.width, entries = count.at<int32_t>(line);
     if (entries < 0 || entries > p.width) *p.fault = 1;
-    if (i % p.width < entries) list_block(p, line, index.at<int32_t>(i));
+    if (i % p.width >= entries) continue;
+    const int64_t first = index.at<int32_t>(i);
+    list_block(p, line, first);
+    for (int64_t c = first + 1; c < min(first + p.run, p.columns); ++c) list_block(p, line, c);
   }
 }
 
@@ -65,6 +76,7 @@ void run(const MaskPack& op, CudaContext& context) {
   args.words = op.blocks.shape[3];
   args.lines = op.blocks.shape[0] * args.heads * args.rows;
   args.columns = op.columns;
+  args.run = op.run;
   if (args.lines == 0) return;
   args.fault = context.fault(
       op.row_ptr ? "rowPtr must start at 0, never descend and end inside column, and column must "
@@ -74,6 +86,15 @@ void run(const MaskPack& op, CudaContext& context) {
     mask_pack_dense_kernel<<<blocks_for(args.lines * args.columns, context), kThreads, 0,
                              context.stream>>>(args, Strided(op.dense));
     context.launched("mask_pack_dense_kernel");
+  }
+  if (op.bits && args.columns > 0) {
+    const auto grid = blocks_for(args.lines * args.columns, context);
+    args.given = op.bits.shape[3];
+    if (op.bits.dtype == DType::kI64)
+      mask_pack_bits_kernel<int64_t><<<grid, kThreads, 0, context.stream>>>(args, Strided(op.bits));
+    else
+      mask_pack_bits_kernel<int32_t><<<grid, kThreads, 0, context.stream>>>(args, Strided(op.bits));
+    context.launched("mask_pack_bits_kernel");
   }
   if (op.count && op.index.shape[3] > 0) {
     args.width = op.index.shape[3];

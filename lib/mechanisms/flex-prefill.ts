@@ -19,8 +19,9 @@ import {
 /** Options of {@link flexPrefill}. */
 export interface FlexPrefillOptions extends PackedOptions {
   /**
-   * `'reference'`, as if left out, selects what the authors' code selects, whose gamma is no coverage of blocks; `'coverage'`
-   * takes as many columns of blocks as reach gamma, and as many diagonals, on two of which a distance counts in parts.
+   * `'reference'`, as if left out, selects what the authors' code selects, whose gamma is no coverage of blocks, but that means
+   * of blocks are not rounded to 16 bits; `'coverage'` takes as many columns of blocks as reach gamma, and as many diagonals, on
+   * two of which a distance counts in parts.
    */
   mode?: 'reference' | 'coverage' | undefined
   /** Share of attention mass, 0.9 if left out; from 1 on everything is listed. */

@@ -692,6 +692,18 @@ const wrong: Wrong[] = [
     'mask: table must be uint8 or bool, got float32',
   ],
   [
+    'bits of numbers',
+    () => Mask.fromBits(any(zeros([1, 1, 1, 1])), { sq: 128 }),
+    'ERR_DTYPE',
+    'mask: bits must be int32 or int64, got float32',
+  ],
+  [
+    'too few bits',
+    () => Mask.fromBits(zeros([1, 1, 1, 0], { dtype: 'int32' }), { sq: 128 }),
+    'ERR_SHAPE',
+    'mask: bits must have a bit for each of 1 blocks, got [1, 1, 1, 0]',
+  ],
+  [
     'pairs of numbers',
     () => Mask.fromPairs(any(zeros([1, 1, 1])), { sq: 128 }),
     'ERR_DTYPE',

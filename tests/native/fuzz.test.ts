@@ -607,6 +607,20 @@ const targets: readonly Target[] = [
     needed: 2,
   },
   {
+    name: 'Mask.fromRuns',
+    call: heddle.Mask.fromRuns,
+    args: () => [lists()],
+    options: maskOptions,
+    needed: 2,
+  },
+  {
+    name: 'Mask.fromBits',
+    call: heddle.Mask.fromBits,
+    args: () => [ints(3, 1).reshape([1, 1, 2, 1])],
+    options: maskOptions,
+    needed: 2,
+  },
+  {
     name: 'Mask.fromTokens',
     call: heddle.Mask.fromTokens,
     args: () => [{ columns: [0, 2], diagonals: [1] }],

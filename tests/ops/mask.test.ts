@@ -84,8 +84,8 @@ function sees(m: Draw, b: number, head: number, i: number, t: number): boolean {
   )
 }
 
-type Format = 'table' | 'padded' | 'split' | 'rows' | 'pairs'
-const formats: Format[] = ['table', 'padded', 'split', 'rows', 'pairs']
+const formats = ['table', 'padded', 'split', 'rows', 'pairs', 'runs', 'words', 'long'] as const
+type Format = (typeof formats)[number]
 
 function shuffled<T>(rng: Random, list: readonly T[]): T[] {
   return list
@@ -137,6 +137,34 @@ function blockMask(rng: Random, m: Draw, format: Format, device: Device): Mask {
       return Mask.fromRows(
         { rowPtr: int32(rowPtr, [rowPtr.length]), column: int32(column, [column.length]) },
         { ...options, b: m.b, heads: m.heads },
+      )
+    }
+    // runs of several blocks are single keys here
+    case 'runs': {
+      const { count, index } = padded(lists.map((list) => list.map((c) => c * m.block[1])))
+      const runs = { sq: m.sq, sk: m.sk, causal: m.causal, block: m.block }
+      return Mask.fromRuns({ count, index }, runs)
+    }
+    case 'words':
+    case 'long': {
+      const size = format === 'long' ? 64 : 32
+      const width = Math.ceil(columns / size) + rng.below(2)
+      const words = lists.flatMap((list) => {
+        // beyond the last block there may be anything
+        const own = new Array<bigint>(width).fill(rng.chance(0.5) ? (1n << BigInt(size)) - 1n : 0n)
+        for (let c = 0; c < columns; c++) {
+          const bit = 1n << BigInt(c % size)
+          own[Math.floor(c / size)]! &= ~bit
+          if (list.includes(c)) own[Math.floor(c / size)]! |= bit
+        }
+        return own.map((word) => BigInt.asIntN(size, word))
+      })
+      const given = [...shape, width]
+      return Mask.fromBits(
+        format === 'long'
+          ? tensor(BigInt64Array.from(words), given, { device })
+          : tensor(Int32Array.from(words, Number), given, { device }),
+        options,
       )
     }
     default: {
@@ -362,7 +390,8 @@ describeDevices('attention over a mask', (device) => {
       )
       const { q, k, v } = await inputs(rng, c, dtype, device)
       const results: Buffer[] = []
-      for (const format of formats) {
+      // single keys may be taken in another order
+      for (const format of formats.filter((one) => one !== 'runs')) {
         const mask = blockMask(rng, { ...m, table }, format, device)
         results.push(await bytes(attention(q.tensor, k.tensor, v.tensor, { mask }).out))
       }
@@ -1064,6 +1093,9 @@ describeDevices('attention over a mask', (device) => {
             }
         })
       }
+      const bits = listed.map((list) => list.reduce((sum, c) => sum | (1 << c), 0))
+      const ofBits = Mask.fromBits(place(bits, [1, 1, rows.length, 1]), options)
+      expect(await ofBits.toDense()).toEqual(await masks.rows.toDense())
       const wrong = tensor(new Uint8Array(columns), [1, 1, 1, columns], { device })
       expect((await failure(() => Mask.fromBlocks(wrong, options))).message).toBe(
         `mask: table must be [b, heads, ${rows.length}, ${columns}], got [1, 1, 1, ${columns}]`,
@@ -1072,6 +1104,38 @@ describeDevices('attention over a mask', (device) => {
       expect((await failure(() => Mask.fromLists(few, options))).message).toBe(
         `mask: index must have ${rows.length} rows of blocks, got 1`,
       )
+    }
+  })
+
+  it('lists runs that begin anywhere', async () => {
+    const rng = random(95)
+    for (const [sq, sk, run, causal] of [
+      [70, 150, 64, true],
+      [33, 33, 16, false],
+      [100, 257, 1, true],
+      [1, 90, 128, false],
+    ] as const) {
+      const rows = Math.ceil(sq / 32)
+      const starts = Array.from({ length: 2 * rows }, () =>
+        range(rng.below(5)).map(() => rng.below(sk)),
+      )
+      const index = starts.flatMap((list) => range(5).map((i) => list[i] ?? -1))
+      const place = (values: number[], shape: number[]) =>
+        tensor(values, shape, { dtype: 'int32', device })
+      const count = place(
+        starts.map((list) => list.length),
+        [1, 2, rows],
+      )
+      const options = { sq, sk, causal, device, block: [32, run] as const }
+      const mask = Mask.fromRuns({ count, index: place(index, [1, 2, rows, 5]) }, options)
+      const dense = await mask.toDense()
+      for (let i = 0; i < dense.length; i++) {
+        const [line, t] = [Math.floor(i / sk), i % sk]
+        const [head, query] = [Math.floor(line / sq), line % sq]
+        const own = starts[head * rows + Math.floor(query / 32)]!
+        const sees = own.some((first) => t >= first && t < first + run)
+        expect(dense[i], `${i}`).toBe(Number(sees && (!causal || t <= sk - sq + query)))
+      }
     }
   })
 
