@@ -96,7 +96,7 @@ export function keep(score: Tensor<'float32'>, options: KeepOptions): Mask {
   const blocks = keepBits(score, {
     rule: rules[0]![0],
     top: over === 'map' && top !== undefined ? top * rows : top,
-    coverage,
+    coverage: coverage === Infinity ? 1 : coverage,
     threshold,
     overMap: over === 'map',
     least,

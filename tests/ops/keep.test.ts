@@ -147,6 +147,7 @@ describeDevices('keep', (device) => {
     const most = Number.MAX_SAFE_INTEGER
     for (const options of [
       { topBlocks: most, over: 'map' },
+      { coverage: Infinity },
       { topBlocks: 0, minBlocks: most },
     ])
       expect(await listed(keep(score, { sq: 256, ...options } as never), 2)).toEqual([
