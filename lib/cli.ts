@@ -1,5 +1,5 @@
 #!/usr/bin/env node
-import { readFileSync, writeFileSync } from 'node:fs'
+import { existsSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { pathToFileURL } from 'node:url'
 import { parseArgs } from 'node:util'
@@ -190,7 +190,8 @@ const commands: Record<string, (values: Values, words: readonly string[]) => Pro
     if (prompt.length === 0)
       throw refuse('ERR_ARGUMENT', op, 'prompt', 'prompt must have at least one byte')
     const temperature = chooseNumber(op, 'temperature', text(values, op, 'temperature') ?? '0')
-    if (temperature < 0) throw mustBe(op, 'temperature', 'at least 0', temperature)
+    if (!(temperature >= 0 && temperature < Number.POSITIVE_INFINITY))
+      throw mustBe(op, 'temperature', 'a finite number from 0 on', temperature)
     const seed = integer(values, op, 'seed', 0)
     const maxTokens = integer(values, op, 'max-tokens', 1) ?? 256
     const { decoder, model } = await loadModel(op, text(values, op, 'model', true), {
@@ -270,7 +271,8 @@ const commands: Record<string, (values: Values, words: readonly string[]) => Pro
     const op = 'report'
     const out = text(values, op, 'out', true)
     const asked = evaluationOptions(values, op)
-    // It takes long: a page that cannot be written is refused at once
+    // It takes long: a page that cannot be written is refused at once, and one that is not made leaves nothing
+    const isNew = !existsSync(out)
     try {
       writeFileSync(out, '', { flag: 'a' })
     } catch (cause) {
@@ -279,6 +281,7 @@ const commands: Record<string, (values: Values, words: readonly string[]) => Pro
     }
     const done: [string, Evaluation][] = [['dense', await evaluate(asked)]]
     for (const [name, settings] of reported) {
+      if (isNew) rmSync(out)
       const mechanism = chooseMechanism(op, name, settings)
       done.push([mechanism.label, await evaluate({ ...asked, mechanism, pictures: true })])
     }

@@ -20,7 +20,7 @@ export interface Finding {
 
 // A damaged binary can end the process that loads it, so another one tries first
 function probeAddon(): Finding {
-  const script = `const { loadAddon, addonPath } = require(${JSON.stringify(join(__dirname, '..', 'load.js'))}); loadAddon(); process.stdout.write(String(addonPath()))`
+  const script = `const { loadAddon, addonPath } = require(${JSON.stringify(join(__dirname, '..', 'load.js'))}); try { loadAddon(); process.stdout.write(String(addonPath())) } catch (error) { process.stderr.write(error.message); process.exitCode = 1 }`
   const child = spawnSync(process.execPath, ['-e', script], { encoding: 'utf8', timeout: 60_000 })
   if (child.status === 0)
     return { check: 'addon', status: 'OK', text: `loads from ${child.stdout}` }

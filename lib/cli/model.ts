@@ -42,7 +42,11 @@ const decoders: Readonly<Record<string, string>> = { 'byte-lm': 'examples/byte-l
 
 /** @internal The device to use when none was asked for: the first GPU, else the CPU. */
 export function chooseDevice(op: string, wanted: string | undefined): Device {
-  return wanted === undefined ? (cuda.available ? 'cuda:0' : 'cpu') : parseDevice(op, wanted).device
+  if (wanted === undefined) return cuda.available ? 'cuda:0' : 'cpu'
+  const { device } = parseDevice(op, wanted)
+  if (device === 'cpu' || cuda.devices.some((one) => one.device === device)) return device
+  const text = `--device must be one of this machine, got ${show(wanted)}; heddle doctor says what is missing`
+  throw refuse('ERR_ARGUMENT', op, 'device', text)
 }
 
 /** @internal */

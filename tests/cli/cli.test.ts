@@ -1,5 +1,5 @@
 import { spawnSync } from 'node:child_process'
-import { mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
+import { mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { tensor, writeSafetensors, zeros } from 'heddle'
@@ -42,6 +42,8 @@ describe('heddle', () => {
     const { ok, findings } = JSON.parse(child.stdout)
     expect(ok).toBe(false)
     expect(findings.at(-1)).toMatchObject({ check: 'addon', status: 'FAIL' })
+    expect(findings.at(-1).text).toMatch(/^load: no native addon could be loaded/)
+    expect(findings.at(-1).text).not.toContain('Node.js v')
   })
 
   it('doctor warns of what the environment asks for and does not get', () => {
@@ -150,6 +152,22 @@ describe('heddle', () => {
     }
   })
 
+  it('a report that fails leaves no page, and the one that was there as it was', () => {
+    const folder = mkdtempSync(join(tmpdir(), 'heddle-report-'))
+    try {
+      const [fresh, kept] = [join(folder, 'fresh.html'), join(folder, 'kept.html')]
+      writeFileSync(kept, 'as it was')
+      for (const out of [fresh, kept]) {
+        const args = ['report', '--model', model, '--set', '/nowhere.safetensors:x', '--out', out]
+        expect(heddle(...args).status).toBe(2)
+      }
+      expect(readdirSync(folder)).toEqual(['kept.html'])
+      expect(readFileSync(kept, 'utf8')).toBe('as it was')
+    } finally {
+      rmSync(folder, { recursive: true })
+    }
+  })
+
   it('generate writes the prompt and what follows', () => {
     const args = [
       'generate',
@@ -198,6 +216,10 @@ describe('heddle', () => {
       /eval: device must be "cpu", "cuda" or "cuda:N"/,
     ],
     [
+      ['eval', '--model', model, '--set', `${set}:dev4k`, '--device', 'cuda:99'],
+      /^eval: --device must be one of this machine, got "cuda:99"; heddle doctor says/,
+    ],
+    [
       ['eval', '--model', model, '--set', `${set}:dev4k`, '--attention', 'flexprefill'],
       /eval: attention must be a mechanism, got "flexprefill"; did you mean "flex-prefill"\?/,
     ],
@@ -225,6 +247,10 @@ describe('heddle', () => {
     [
       ['generate', '--model', model, '--prompt', 'x', '--temperature', '-0.5'],
       /heddle: .*--temperature/,
+    ],
+    [
+      ['generate', '--model', model, '--prompt', 'x', '--temperature', '1e999'],
+      /^generate: temperature must be a finite number from 0 on, got Infinity$/m,
     ],
     [['doctor', 'now'], /doctor: unexpected argument "now"/],
     [['bench', '--round', '3'], /^heddle: Unknown option '--round'; did you mean --rounds\?$/m],
