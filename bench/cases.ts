@@ -29,7 +29,7 @@ import {
   tensor,
   zeros,
 } from 'heddle'
-import type { Problem } from './problem.js'
+import { type Problem, refuse } from './problem.js'
 
 /** One problem made ready to run. */
 export interface Case {
@@ -72,11 +72,14 @@ function shuffled(n: number): number[] {
  * Blocks that the seed lists for each head: `top` of every row, or those of the lower triangle with probability `density` and
  * beside them the diagonal and the first column.
  */
-function drawBlocks({ size, flags }: Problem, device: Device) {
+function drawBlocks({ text, size, share, flags }: Problem, device: Device) {
   const [sq, sk, hq, block] = [size('sq'), size('sk'), size('hq'), size('blocks', 0)]
   if (!block) return undefined
-  const [top, density, draw] = [size('top', 0), size('density', 0), numbersFrom(size('seed', 1))]
+  const [top, density, draw] = [size('top', 0), share('density'), numbersFrom(size('seed', 1))]
   const [rows, columns] = [Math.ceil(sq / block), Math.ceil(sk / block)]
+  if (!top === !density) throw refuse(`"${text}" must have blocks with either top or density`)
+  if (top > columns)
+    throw refuse(`"${text}" must have a top up to its ${columns} columns of blocks, got ${top}`)
   const table = new Uint8Array(hq * rows * columns)
   for (let line = 0; line < hq * rows; line++) {
     const row = table.subarray(line * columns, (line + 1) * columns)
@@ -157,19 +160,37 @@ function rowError(
   return worst / top
 }
 
+// What the operator does not take together, or the check does not know together
+const apart: Readonly<Record<string, readonly string[]>> = {
+  blocks: ['window', 'page', 'ragged'],
+  page: ['bias', 'sigmoid'],
+  reweighted: [
+    ...['e4m3', 'sigmoid', 'bias', 'slopes', 'softCap'],
+    ...['window', 'blocks', 'page', 'ragged'],
+  ],
+}
+
 /** Sizes and mask of an attention problem. */
-function attentionProblem({ dtype, size, flags }: Problem, device: Device) {
+function attentionProblem({ text, operator, dtype, size, flags, has }: Problem, device: Device) {
+  for (const [one, others] of Object.entries(apart))
+    for (const other of others)
+      if (has(one) && has(other))
+        throw refuse(`"${text}" has ${one} and ${other}, which do not go together`)
   const [b, sq, sk, hq, d] = [size('b'), size('sq'), size('sk'), size('hq'), size('d')]
   const [hk, dv] = [size('hk', hq), size('dv', d)]
   const causal = flags.has('causal')
   const window = size('window', 0) || undefined
-  const page = size('page', 0)
-  // how many keys each batch entry has: all, or from 1,024 on as the seed draws them
+  const softCap = size('softCap', 0) || undefined
+  // gradients know no pages
+  const page = operator === 'attention' ? size('page', 0) : 0
+  // how many keys each batch entry has: all, or as the seed draws them, from 1,024 on where there are so many
   const ragged = size('ragged', 0)
   const draw = numbersFrom(ragged)
+  const least = sk < 1024 ? 1 : 1024
   const lengths = Array.from({ length: b }, () =>
-    ragged ? 1024 + Math.floor(draw() * (sk - 1023)) : sk,
+    ragged ? least + Math.floor(draw() * (sk - least + 1)) : sk,
   )
+  const last = lengths[b - 1]!
   const make = (seed: number, shape: number[]) => randn(shape, { seed, dtype, device })
   // keys of one batch entry, or pages of them that lie in no order
   const entries = page ? Math.ceil(sk / page) : 0
@@ -190,6 +211,7 @@ function attentionProblem({ dtype, size, flags }: Problem, device: Device) {
   const options = {
     causal,
     window,
+    softCap,
     slopes: flags.has('slopes') ? alibiSlopes(hq) : undefined,
     weights: isSigmoid ? ('sigmoid' as const) : undefined,
     bias: isBiased ? make(5, [1, 1, sq, sk]) : isSigmoid ? -Math.log(sk) : undefined,
@@ -197,10 +219,26 @@ function attentionProblem({ dtype, size, flags }: Problem, device: Device) {
     ...(page && { blockTable: tensor(tables.flat(), [b, entries], int32) }),
   }
   // keys that a row of the last batch entry, or of one with so many keys, sees
-  const sees = (row: number, keys = lengths[b - 1]!) => {
+  const sees = (row: number, keys = last) => {
     const at = keys - sq + row
     const end = causal || window ? Math.min(at + 1, keys) : keys
     return [Math.max(window ? at - window + 1 : 0, 0), Math.max(end, 0)] as const
+  }
+  // the score of a row of the last batch entry from its product with a key, and what the soft cap leaves of its slope
+  const score = (head: number, row: number, t: number, dot: number) => {
+    const plain = dot / Math.sqrt(d)
+    const tanh = softCap ? Math.tanh(plain / softCap) : 0
+    const distance = t - (last - sq + row)
+    const capped = softCap ? softCap * tanh : plain
+    return [capped + (options.slopes?.[head] ?? 0) * distance, 1 - tanh ** 2] as const
+  }
+  // what is added to the scores of a row or a key
+  const biasAlong = async (axis: 0 | 1, at: number) => {
+    const { bias } = options
+    if (typeof bias !== 'object') return () => bias ?? 0
+    const map = bias.select(0, 0).select(0, 0)
+    const values = await map.select(axis, at).read({ as: 'float32' })
+    return (i: number) => values[i]!
   }
   let pairs = 0
   for (const keys of lengths)
@@ -210,7 +248,8 @@ function attentionProblem({ dtype, size, flags }: Problem, device: Device) {
     }
   const keys = lengths.reduce((sum, n) => sum + n, 0)
   const table = tables[b - 1]!
-  return { b, sq, sk, hq, hk, d, dv, q, k, v, make, options, sees, pairs, keys, page, table }
+  const sizes = { b, sq, sk, hq, hk, d, dv, pairs, keys, last, page }
+  return { ...sizes, q, k, v, make, options, sees, score, biasAlong, table }
 }
 
 /** What the keys of a row weigh. */
@@ -221,6 +260,7 @@ function weigh(scores: readonly number[], weights: 'softmax' | 'sigmoid' | 'rewe
     values.reduce((a, x) => Math.max(a, x), Number.NEGATIVE_INFINITY)
   if (weights === 'softmax') {
     const top = most(scores)
+    if (top === Number.NEGATIVE_INFINITY) return scores.map(() => 0) // sees no key
     const powers = scores.map((s) => Math.exp(s - top))
     const total = sum(powers)
     return powers.map((x) => x / total)
@@ -240,7 +280,8 @@ const both = ({ out, lse }: AttentionResult<FloatDType>): Tensor[] => [out, lse]
 export const operators: Readonly<Record<string, (problem: Problem, device: Device) => Case>> = {
   attention(problem, device) {
     const given = attentionProblem(problem, device)
-    const { b, sq, sk, hq, hk, d, dv, options, sees, pairs, keys, page, table } = given
+    const { b, sq, sk, hq, hk, d, dv, options, pairs, keys, page, table } = given
+    const { sees, score, biasAlong } = given
     const element = bytesPerElement[problem.dtype]
     const blocks = drawBlocks(problem, device)
     const reweighted = problem.flags.has('reweighted')
@@ -257,13 +298,14 @@ export const operators: Readonly<Record<string, (problem: Problem, device: Devic
       reweighted
         ? softplusAttention(given.q, given.k, given.v, { causal: options.causal })
         : attention(q, k, v, {
-            ...(blocks ? { mask: blocks.mask } : options),
+            ...options,
+            mask: blocks?.mask,
             ...(float8 ? { dtype: problem.dtype } : {}),
           })
     // takes turns with what it is to be as fast as, since clocks depend on what ran before
-    const { window, slopes, bias } = options
-    const isPlain = !blocks && !reweighted && !window && !slopes && bias === undefined
-    const beside = options.causal && sq === sk && !isPlain && !float8
+    const { window, softCap, slopes, bias } = options
+    const isPlain = !blocks && !reweighted && !window && !softCap && !slopes && bias === undefined
+    const beside = options.causal && sq === sk && !isPlain && !float8 && !page
     return {
       inputs: [q, k, v],
       ...(beside && {
@@ -294,6 +336,7 @@ export const operators: Readonly<Record<string, (problem: Problem, device: Devic
         let [worst, top] = [0, 0]
         for (const row of [0, Math.floor(sq / 3), Math.floor(sq / 2), sq - 1]) {
           const [from, to] = sees(row)
+          const added = await biasAlong(0, row)
           const scores: number[] = []
           for (let t = from; t < to; t++) {
             let [dot, qq, kk] = [0, 0, 0]
@@ -305,18 +348,9 @@ export const operators: Readonly<Record<string, (problem: Problem, device: Devic
             }
             const seen = blocks?.sees(head, row, t) ?? true
             const cosine = (dot / Math.sqrt(qq * kk)) * Math.log(d) * Math.log(to - from)
-            const distance = t - (sk - sq + row)
-            const score = dot / Math.sqrt(d) + (options.slopes?.[head] ?? 0) * distance
-            scores.push(!seen ? Number.NEGATIVE_INFINITY : reweighted ? cosine : score)
+            const value = reweighted ? cosine : score(head, row, t, dot)[0] + added(t)
+            scores.push(seen ? value : Number.NEGATIVE_INFINITY)
           }
-          const bias = options.bias
-          const added =
-            typeof bias === 'object'
-              ? await bias.select(0, 0).select(0, 0).select(0, row).read({ as: 'float32' })
-              : undefined
-          scores.forEach((score, j) => {
-            scores[j] = score + (added?.[from + j] ?? Number(bias ?? 0))
-          })
           const weights = weigh(scores, options.weights ?? (reweighted ? 'reweighted' : 'softmax'))
           for (let f = 0; f < dv; f++) {
             let value = 0
@@ -336,9 +370,10 @@ export const operators: Readonly<Record<string, (problem: Problem, device: Devic
 
   'attention.backward'(problem, device) {
     const sizes = attentionProblem(problem, device)
-    const { b, sq, sk, hq, hk, d, dv, q, k, v, make, sees, pairs } = sizes
+    const { b, sq, sk, hq, hk, d, dv, pairs, last, q, k, v, make } = sizes
+    const { sees, score, biasAlong } = sizes
     const blocks = drawBlocks(problem, device)
-    const given = blocks ? { mask: blocks.mask } : sizes.options
+    const given = { ...sizes.options, mask: blocks?.mask }
     const options = { ...given, deterministic: !problem.flags.has('atomic') }
     const dout = make(4, [b, sq, hq, dv])
     const { out, lse } = attention(q, k, v, given)
@@ -373,7 +408,14 @@ export const operators: Readonly<Record<string, (problem: Problem, device: Devic
           return sum
         }
         const few = (n: number) => [0, Math.floor(n / 3), n - 1]
-        const keys = few(sk).map((t) => ({ t, dk: new Float64Array(d), dv: new Float64Array(dv) }))
+        const keys = await Promise.all(
+          few(last).map(async (t) => ({
+            t,
+            added: await biasAlong(1, t),
+            dk: new Float64Array(d),
+            dv: new Float64Array(dv),
+          })),
+        )
         const largest = { dq: 0, dk: 0, dv: 0 }
         const worst = { dq: 0, dk: 0, dv: 0 }
         const compare = (name: 'dq' | 'dk' | 'dv', exact: Float64Array, got: Float32Array) =>
@@ -392,17 +434,22 @@ export const operators: Readonly<Record<string, (problem: Problem, device: Devic
             .select(0, b - 1)
             .select(0, head)
             .read()
-          const pair = (row: number, t: number) => {
+          const pair = (row: number, t: number, added: number) => {
             if (!(blocks?.sees(head, row, t) ?? true)) return { p: 0, ds: 0 }
-            const slope = sizes.options.slopes?.[head] ?? 0
-            const score = dot(qs, row, ks, t, d) * scale + slope * (t - (sk - sq + row))
-            const p = Math.exp(score - ls[row]!)
-            return { p, ds: p * (dot(gs, row, vs, t, dv) - dot(gs, row, os, row, dv)) * scale }
+            const [s, slope] = score(head, row, t, dot(qs, row, ks, t, d))
+            const dp = dot(gs, row, vs, t, dv)
+            if (given.weights === 'sigmoid') {
+              const p = 1 / (1 + Math.exp(-s - added))
+              return { p, ds: p * (1 - p) * dp * slope * scale }
+            }
+            const p = Math.exp(s + added - ls[row]!)
+            return { p, ds: p * (dp - dot(gs, row, os, row, dv)) * slope * scale }
           }
           for (const row of few(sq)) {
             const dq = new Float64Array(d)
+            const added = await biasAlong(0, row)
             for (let [t, end] = sees(row); t < end; t++) {
-              const { ds } = pair(row, t)
+              const { ds } = pair(row, t, added(t))
               for (let e = 0; e < d; e++) dq[e]! += ds * ks[t * d + e]!
             }
             compare('dq', dq, dqs.subarray(row * d))
@@ -411,7 +458,7 @@ export const operators: Readonly<Record<string, (problem: Problem, device: Devic
             for (let row = 0; row < sq; row++) {
               const [from, to] = sees(row)
               if (key.t < from || key.t >= to) continue
-              const { p, ds } = pair(row, key.t)
+              const { p, ds } = pair(row, key.t, key.added(row))
               for (let e = 0; e < d; e++) key.dk[e]! += ds * qs[row * d + e]!
               for (let f = 0; f < dv; f++) key.dv[f]! += p * gs[row * dv + f]!
             }
@@ -421,7 +468,11 @@ export const operators: Readonly<Record<string, (problem: Problem, device: Devic
           compare('dv', key.dv, dvs.subarray(key.t * dv))
         }
         for (const tensor of Object.values(gradients)) tensor?.dispose()
-        return Math.max(worst.dq / largest.dq, worst.dk / largest.dk, worst.dv / largest.dv)
+        // where each row sees one key those of q and k are nothing but rounding, and a key may be seen by none
+        const least = Math.max(largest.dq, largest.dk, largest.dv) / 300
+        const share = (name: 'dq' | 'dk' | 'dv') =>
+          worst[name] === 0 ? 0 : worst[name] / Math.max(largest[name], least)
+        return Math.max(share('dq'), share('dk'), share('dv'))
       },
     }
   },
@@ -563,7 +614,8 @@ export const operators: Readonly<Record<string, (problem: Problem, device: Devic
     const [q, k, v] = [make(1, sq, hq, false), make(2, sk, hk, offload), make(3, sk, hk, offload)]
     const staged = flags.has('stages')
     const topK = size('k', staged ? 2048 : 512)
-    const [window, sinkTokens] = [size('w', staged ? 1024 : 256), size('n', staged ? 256 : 16)]
+    const window = size('w', staged ? 1024 : 256, 0)
+    const sinkTokens = size('n', staged ? 256 : 16, 0)
     const bq = Math.min(64, 2 ** Math.ceil(Math.log2(sq)))
     const block = [bq, size('bk', 2)] as const
     const stride = [Math.min(2, bq), 1] as const
@@ -768,8 +820,8 @@ export const operators: Readonly<Record<string, (problem: Problem, device: Devic
     const [m, d] = [size('m'), size('d')]
     const x = randn([m, d], { seed: 1, dtype, device })
     const to = zeros([m, d], { dtype, device })
-    // rows far from each other, each of them once where m has no factor of 7
-    const places = Array.from({ length: m }, (_, i) => (i * 7 ** 5) % m)
+    // each row once, far from the one before unless m has a factor of 7
+    const places = Array.from({ length: m }, (_, i) => (i * (m % 7 ? 7 ** 5 : 1)) % m)
     const indices = tensor(places, [m], { dtype: 'int32', device })
     const run = () => {
       scatter(to, indices, x)

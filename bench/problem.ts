@@ -19,8 +19,12 @@ export interface Problem {
   operator: string
   dtype: FloatDType
   flags: { has(name: string): boolean }
-  /** A size by its letters; refuses a string that lacks it unless there is a fallback. */
-  size(name: string, fallback?: number): number
+  /** A size by its letters, a whole number; refuses a string that lacks it unless there is a fallback. */
+  size(name: string, fallback?: number, least?: number): number
+  /** A number above 0 up to 1 by its letters, 0 if left out. */
+  share(name: string): number
+  /** Whether the string has a flag or a size, which does not count as asked for. */
+  has(name: string): boolean
   /** What was asked for so far, and the words of the string that were not. */
   asked: ReadonlySet<string>
   unasked(): string[]
@@ -46,17 +50,35 @@ export function parseProblem(text: string): Problem {
     else words.add(word)
   }
   const flags = { has: (name: string) => !!asked.add(name) && words.has(name) }
-  const size = (name: string, fallback?: number) => {
+  const size = (name: string, fallback?: number, least = 1) => {
     asked.add(name)
-    const value = sizes.get(name) ?? fallback
-    if (value === undefined) throw refuse(`"${text}" lacks the size ${name}`)
-    if (fallback === undefined && !(Number.isInteger(value) && value > 0))
-      throw refuse(`"${text}" must have a whole ${name} from 1 on, got ${value}`)
+    const value = sizes.get(name)
+    if (value === undefined) {
+      if (fallback === undefined) throw refuse(`"${text}" lacks the size ${name}`)
+      return fallback
+    }
+    if (!(Number.isInteger(value) && value >= least))
+      throw refuse(`"${text}" must have a whole ${name} from ${least} on, got ${value}`)
     return value
   }
+  const share = (name: string) => {
+    asked.add(name)
+    const value = sizes.get(name)
+    if (value !== undefined && !(value > 0 && value <= 1))
+      throw refuse(`"${text}" must have a ${name} above 0 up to 1, got ${value}`)
+    return value ?? 0
+  }
+  const has = (name: string) => given.has(name)
   const unasked = () => [
     ...[...words].filter((word) => !asked.has(word)),
     ...[...sizes].filter(([name]) => !asked.has(name)).map((size) => size.join('')),
   ]
-  return { text: text.trim(), operator: match[1]!, dtype, flags, size, asked, unasked }
+  const operator = match[1]!
+  return { text: text.trim(), operator, dtype, flags, size, share, has, asked, unasked }
+}
+
+/** What the error of a case stays below where nothing is wrong, whatever its sizes. */
+export function errorBound({ dtype, has }: Problem): number {
+  if (has('e4m3')) return 0.1
+  return { float32: 1e-3, float16: 1e-2, bfloat16: 3e-2 }[dtype]
 }

@@ -3,12 +3,23 @@ import { accessSync, constants, mkdirSync, writeFileSync } from 'node:fs'
 import { availableParallelism, cpus } from 'node:os'
 import { join } from 'node:path'
 import { setTimeout } from 'node:timers/promises'
-import { attention, cuda, type Device, graph, randn, silu, synchronize, type Tensor } from 'heddle'
+import {
+  attention,
+  cuda,
+  type Device,
+  explain,
+  graph,
+  HeddleError,
+  randn,
+  silu,
+  synchronize,
+  type Tensor,
+} from 'heddle'
 import { type Case, operators, suites } from './cases.js'
 import { repeatsFor, summarise, timeCold, timeRound } from './measure.js'
 import { onnxruntime } from './peers/onnxruntime.js'
 import { stopTorch, torch } from './peers/torch.js'
-import { parseProblem, refuse } from './problem.js'
+import { errorBound, parseProblem, refuse } from './problem.js'
 
 // Behind `heddle bench`. Ours and every peer that is present take turns, round by round, so that a clock that drifts drifts
 // for all.
@@ -42,6 +53,8 @@ export interface BenchOptions {
   out?: string | undefined
   /** Takes a line of text for people. */
   log(line: string): void
+  /** Takes a line for each case that could not be measured or whose result is wrong. */
+  fail(line: string): void
 }
 
 function parse(text: string) {
@@ -63,6 +76,22 @@ function prepare(text: string, device: Device): { made: Case; isGraph: boolean }
     throw refuse(`"${text}" has "${stray}", but ${problem.operator} takes ${taken}`)
   }
   return { made, isGraph }
+}
+
+const codes: readonly string[] = ['ERR_SHAPE', 'ERR_DTYPE', 'ERR_ARGUMENT', 'ERR_UNSUPPORTED']
+
+// Refuses what the bench or the operator would refuse, without measuring
+function validate(text: string, device: Device): void {
+  try {
+    const { made } = prepare(text, device)
+    // a copy takes all sizes, and is nothing that can be explained
+    if (parseProblem(text).operator !== 'copy') explain(made.run)
+    for (const input of made.inputs) input.dispose()
+  } catch (error) {
+    if (!(error instanceof HeddleError && codes.includes(error.code)) || error.op === 'bench')
+      throw error
+    throw refuse(`"${text}" is refused (${error.message})`)
+  }
 }
 
 function make(text: string, device: Device): Case {
@@ -193,7 +222,7 @@ function commitHere(): string {
 
 /** Measures problems and returns what a results file holds. */
 export async function bench(options: BenchOptions): Promise<object> {
-  const { device, log, problems, pause, out } = options
+  const { device, log, fail, problems, pause, out } = options
   const suite = suites[device === 'cpu' ? 'cpu' : 'cuda']
   const chosen =
     problems.length === 0
@@ -209,10 +238,6 @@ export async function bench(options: BenchOptions): Promise<object> {
         })
   for (const text of chosen) parse(text)
   const gpu = cuda.devices.find((one) => one.device === device)
-  if (device !== 'cpu' && !gpu)
-    throw refuse(
-      `device must be one of this machine, got "${device}"; heddle doctor says what is missing`,
-    )
   if (out !== undefined)
     try {
       mkdirSync(out, { recursive: true })
@@ -223,9 +248,10 @@ export async function bench(options: BenchOptions): Promise<object> {
       )
     }
   // what is wrong with one of several comes out before any is measured
-  for (const text of problems)
-    if (text.includes(':')) for (const input of prepare(text, device).made.inputs) input.dispose()
-  const threads = Number(process.env.HEDDLE_THREADS ?? availableParallelism())
+  for (const text of problems) if (text.includes(':')) validate(text, device)
+  // as the addon reads it
+  const wanted = Number.parseInt(process.env.HEDDLE_THREADS ?? '', 10)
+  const threads = Math.min(wanted > 0 ? wanted : availableParallelism(), 256)
   const name = gpu?.name ?? `${cpus()[0]?.model.trim()}, ${threads} threads`
   try {
     const roof = await measureRoof(device)
@@ -256,7 +282,14 @@ export async function bench(options: BenchOptions): Promise<object> {
       rows,
     }
     for (const text of chosen) {
-      const row = await measure(text, roof, options, threads)
+      let row: Row
+      try {
+        row = await measure(text, roof, options, threads)
+      } catch (error) {
+        const why = error instanceof HeddleError ? error.message : (error as Error)?.stack
+        fail(`bench: "${text}" failed (${why})`)
+        continue
+      }
       rows.push(row)
       // after every row, so that what was measured outlasts an interruption
       if (out !== undefined) {
@@ -269,6 +302,9 @@ export async function bench(options: BenchOptions): Promise<object> {
       log(
         `${row.case}: ${row.ms.toFixed(4)} ms ±${(row.spread * 100).toFixed(1)} %, cold ${row.coldMs.toFixed(4)} ms, ${row.tflops.toFixed(3)} TFLOP/s, ${row.gbps.toFixed(1)} GB/s, ${(row.roofShare * 100).toFixed(0)} % of the roof,${row.share === undefined ? '' : ` ${(100 * row.share).toFixed(1)} % of all,`} error ${row.error.toExponential(1)}${peers.join('')}`,
       )
+      const bound = errorBound(parseProblem(text))
+      if (!(row.error < bound))
+        fail(`bench: the error of "${row.case}" must be below ${bound}, got ${row.error}`)
     }
     return result
   } finally {

@@ -54,6 +54,7 @@ interface Bench {
     pause: number
     out: string | undefined
     log(line: string): void
+    fail(line: string): void
   }): Promise<object>
 }
 
@@ -255,6 +256,7 @@ const commands: Record<string, (values: Values, words: readonly string[]) => Pro
   async bench(values, problems) {
     const op = 'bench'
     const { bench }: Bench = await import(pathToFileURL(join(__dirname, 'bench/run.js')).href)
+    let failed = false
     const result = await bench({
       problems,
       device: chooseDevice(op, text(values, op, 'device')),
@@ -262,9 +264,13 @@ const commands: Record<string, (values: Values, words: readonly string[]) => Pro
       pause: integer(values, op, 'pause', 0) ?? 0,
       out: text(values, op, 'out'),
       log: values.json ? () => {} : print,
+      fail(line) {
+        failed = true
+        process.stderr.write(`${line}\n`)
+      },
     })
     if (values.json) print(JSON.stringify(result, null, 2))
-    return 0
+    return failed ? 1 : 0
   },
 
   async report(values) {
@@ -275,13 +281,13 @@ const commands: Record<string, (values: Values, words: readonly string[]) => Pro
     const isNew = !existsSync(out)
     try {
       writeFileSync(out, '', { flag: 'a' })
+      if (isNew) rmSync(out)
     } catch (cause) {
       const why = (cause as Error).message
       throw refuse('ERR_ARGUMENT', op, 'out', `cannot write ${show(out)} (${why})`)
     }
     const done: [string, Evaluation][] = [['dense', await evaluate(asked)]]
     for (const [name, settings] of reported) {
-      if (isNew) rmSync(out)
       const mechanism = chooseMechanism(op, name, settings)
       done.push([mechanism.label, await evaluate({ ...asked, mechanism, pictures: true })])
     }

@@ -93,9 +93,12 @@ export async function onnxruntime(
   threads: number,
 ): Promise<Peer[]> {
   if (problem.operator !== 'attention' || problem.dtype !== 'float32') return []
-  // it knows softmax alone, and no grouped heads
-  if (['sigmoid', 'bias', 'slopes', 'reweighted', 'e4m3'].some((flag) => problem.flags.has(flag)))
-    return []
+  // it knows dense softmax alone, and no grouped heads
+  const foreign = [
+    ...['sigmoid', 'bias', 'slopes', 'softCap', 'reweighted', 'e4m3'],
+    ...['window', 'blocks', 'page', 'ragged'],
+  ]
+  if (foreign.some(problem.has)) return []
   if (problem.size('hq') !== problem.size('hk', problem.size('hq'))) return []
   const runtime = find()
   if (!runtime) return []

@@ -39,7 +39,8 @@ function start(): Promise<Service | undefined> {
 
 /** PyTorch's ways to run a problem. */
 export async function torch(problem: Problem): Promise<Peer[]> {
-  if (problem.size('ragged', 0) > 0) return [] // it has no keys of different numbers
+  // it has no keys of different numbers, and none of its kernels that we ask has a soft cap
+  if (problem.has('ragged') || problem.has('softCap')) return []
   service ??= start()
   const running = await service
   if (!running) return []
@@ -55,10 +56,12 @@ export async function torch(problem: Problem): Promise<Peer[]> {
       ]),
     ),
     ...Object.fromEntries(
-      ['b', 'sq', 'sk', 'hq', 'd', 'm', 'n', 'k', 'window', 'blocks', 'density', 'top'].map(
-        (name) => [name, optional(name)],
-      ),
+      ['b', 'sq', 'sk', 'hq', 'd', 'm', 'n', 'k', 'window', 'blocks', 'top'].map((name) => [
+        name,
+        optional(name),
+      ]),
     ),
+    density: problem.share('density'),
     hk: optional('hk', optional('hq')),
     dv: optional('dv', optional('d')),
   })) as Record<string, string | null> | undefined
