@@ -72,9 +72,9 @@ export function offsets(
 interface MaskedCall {
   causal?: boolean | undefined
   blockTable?: Tensor | undefined
-  cacheSeqlens?: Tensor | readonly number[] | undefined
-  cuSeqlensQ?: Tensor | readonly number[] | undefined
-  cuSeqlensK?: Tensor | readonly number[] | undefined
+  cacheSeqlens?: unknown
+  cuSeqlensQ?: unknown
+  cuSeqlensK?: unknown
 }
 
 /** @internal A mask as operators take it, whose q and k it must be about. */

@@ -35,26 +35,26 @@ export interface AttentionOptions {
   /** Scores become `softCap * tanh(score / softCap)`. Off if left out or 0. */
   softCap?: number | undefined
   /** One per query head, f32: `slope * (key position - row position)` is added to the score (ALiBi). */
-  slopes?: Tensor<'float32'> | readonly number[] | undefined
+  slopes?: Tensor<'float32'> | readonly number[] | Float32Array | undefined
   /**
    * One logit per query head, f32, whose exponential is added to the sum that weights are divided by, and which has no
    * value (0 is the off-by-one softmax).
    */
-  sink?: Tensor<'float32'> | readonly number[] | undefined
+  sink?: Tensor<'float32'> | readonly number[] | Float32Array | undefined
   /**
    * Where each of n packed sequences of q begins, then the total; q is [1, total, hq, d]. Goes with `cuSeqlensK`, or with a
    * `blockTable` of n rows: prompts and single tokens of one step of a server in one call.
    */
-  cuSeqlensQ?: Tensor<'int32'> | readonly number[] | undefined
+  cuSeqlensQ?: Tensor<'int32'> | readonly number[] | Int32Array | undefined
   /** Where each packed sequence of k and v begins, then the total. Not with `blockTable`. */
-  cuSeqlensK?: Tensor<'int32'> | readonly number[] | undefined
+  cuSeqlensK?: Tensor<'int32'> | readonly number[] | Int32Array | undefined
   /**
    * [b, maxPages], i32, or [n, maxPages] with `cuSeqlensQ`: k and v are pages `[pages, pageSize, hk, d]`, and this says which
    * page holds which part of a sequence. Page sizes are powers of two up to 256. Goes with `cacheSeqlens`.
    */
   blockTable?: Tensor<'int32'> | undefined
   /** [b], or [n] with `cuSeqlensQ`, i32: how many keys each sequence has; what lies behind them is not read. */
-  cacheSeqlens?: Tensor<'int32'> | readonly number[] | undefined
+  cacheSeqlens?: Tensor<'int32'> | readonly number[] | Int32Array | undefined
   /**
    * Which keys each query sees. Whether it is causal, its packed sequences and the lengths of its cache come with it; a window
    * is part of it (`mask.union`), not beside it.
@@ -94,11 +94,11 @@ export interface AttentionOptions {
 /** Options of {@link attention} of float8: numbers of q, k and v are multiplied by the scales of their heads. */
 export interface Float8Options<D extends FloatDType = 'bfloat16'> extends AttentionOptions {
   /** [hq], f32; 1 if left out. Not with `cosine`. */
-  qScale?: Tensor<'float32'> | readonly number[] | undefined
+  qScale?: Tensor<'float32'> | readonly number[] | Float32Array | undefined
   /** [hk], f32; 1 if left out. Not with `cosine`. */
-  kScale?: Tensor<'float32'> | readonly number[] | undefined
+  kScale?: Tensor<'float32'> | readonly number[] | Float32Array | undefined
   /** [hk], f32; 1 if left out. */
-  vScale?: Tensor<'float32'> | readonly number[] | undefined
+  vScale?: Tensor<'float32'> | readonly number[] | Float32Array | undefined
   /** The dtype of out, bfloat16 if left out. */
   dtype?: D | undefined
 }
@@ -144,12 +144,31 @@ const known: ReadonlySet<string> = new Set<keyof Float8Options>([
  * const { out, lse } = attention(q, k, v, { causal: true })
  * console.log(out.shape, lse.shape) // [1, 128, 8, 64] [1, 8, 128]
  */
-export function attention<D extends FloatDType = 'bfloat16'>(
-  q: Tensor<D | 'float8_e4m3fn'>,
-  k: Tensor<D | 'float8_e4m3fn'>,
-  v: Tensor<D | 'float8_e4m3fn'>,
-  options: Float8Options<D> = {},
-): AttentionResult<D> {
+export function attention<D extends FloatDType>(
+  q: Tensor<D>,
+  k: Tensor<NoInfer<D>>,
+  v: Tensor<NoInfer<D>>,
+  options?: AttentionOptions,
+): AttentionResult<D>
+/**
+ * The same of float8, or of tensors whose types leave open whether they are: {@link Float8Options} are taken then, and `out`
+ * may have the dtype that they name.
+ */
+export function attention<
+  Q extends FloatDType | 'float8_e4m3fn',
+  D extends FloatDType = 'bfloat16',
+>(
+  q: Tensor<Q>,
+  k: Tensor<NoInfer<Q>>,
+  v: Tensor<NoInfer<Q>>,
+  options?: 'float8_e4m3fn' extends Q ? Float8Options<D> : AttentionOptions,
+): AttentionResult<Exclude<Q, 'float8_e4m3fn'> | D>
+export function attention(
+  q: Tensor,
+  k: Tensor,
+  v: Tensor,
+  options: Float8Options<FloatDType> = {},
+): AttentionResult {
   checkTensor('attention', 'q', q)
   checkTensor('attention', 'k', k)
   checkOptions('attention', options, known)
@@ -160,7 +179,7 @@ export function attention<D extends FloatDType = 'bfloat16'>(
     checkPacked(call)
     prepare('attention', call, q, k, made)
     const [out, lse] = run('attention', call)
-    return { out, lse } as AttentionResult<D>
+    return { out, lse } as AttentionResult
   } finally {
     for (const tensor of made) tensor.dispose()
   }
@@ -310,11 +329,11 @@ const knownToBackward: ReadonlySet<string> = new Set<keyof AttentionBackwardOpti
  */
 export function attentionBackward<D extends FloatDType>(
   q: Tensor<D>,
-  k: Tensor<D>,
-  v: Tensor<D>,
-  out: Tensor<D>,
+  k: Tensor<NoInfer<D>>,
+  v: Tensor<NoInfer<D>>,
+  out: Tensor<NoInfer<D>>,
   lse: Tensor<'float32'>,
-  dout: Tensor<D>,
+  dout: Tensor<NoInfer<D>>,
   options: AttentionBackwardOptions = {},
 ): AttentionGradients<D> {
   const op = 'attention.backward'

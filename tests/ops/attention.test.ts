@@ -1,5 +1,16 @@
-import { attention, type DType, empty, explain, type FloatDType, type Tensor, tensor } from 'heddle'
-import { describe, expect, it } from 'vitest'
+import {
+  attention,
+  attentionBackward,
+  type DType,
+  empty,
+  explain,
+  type FloatDType,
+  full,
+  type Tensor,
+  tensor,
+  zeros,
+} from 'heddle'
+import { describe, expect, expectTypeOf, it } from 'vitest'
 import { expectClose, largest, maxError } from '../support/compare.js'
 import { describeDevices, epsilon, floats } from '../support/devices.js'
 import { type Random, random, type Sample, sample, starts } from '../support/random.js'
@@ -398,3 +409,30 @@ describeDevices('attention', (device) => {
     }
   })
 })
+
+// Checked by the compiler alone
+export function types(
+  q: Tensor<'float32'>,
+  half: Tensor<'bfloat16'>,
+  e4m3: Tensor<'float8_e4m3fn'>,
+) {
+  const small = { slopes: new Float32Array(2), sink: new Float32Array(2) }
+  const offsets = { cuSeqlensQ: new Int32Array(2), cuSeqlensK: new Int32Array(2) }
+  expectTypeOf(attention(q, q, q, { ...small, ...offsets }).out).toEqualTypeOf<Tensor<'float32'>>()
+  expectTypeOf(attention(e4m3, e4m3, e4m3).out).toEqualTypeOf<Tensor<'bfloat16'>>()
+  const scaled = attention(e4m3, e4m3, e4m3, { qScale: new Float32Array(2), dtype: 'float16' })
+  expectTypeOf(scaled.out).toEqualTypeOf<Tensor<'float16'>>()
+  const open = q as Tensor<FloatDType | 'float8_e4m3fn'>
+  expectTypeOf(attention(open, open, open, { kScale: [1] }).out).toEqualTypeOf<Tensor<FloatDType>>()
+  explain(attention, e4m3, e4m3, e4m3, { vScale: [1, 1] })
+  // @ts-expect-error k and v are of the dtype of q
+  attention(q, half, half)
+  // @ts-expect-error
+  attention(e4m3, half, half)
+  // @ts-expect-error
+  attentionBackward(q, half, half, q, q, half)
+  // @ts-expect-error the dtype of out is a choice of float8, whose scales there are
+  attention(q, q, q, { dtype: 'bfloat16' })
+  // @ts-expect-error
+  attention(q, q, q, { qScale: [1, 1] })
+}
