@@ -117,7 +117,7 @@ export function maskArguments(
       const text = `mask must be made with ${name}, which then comes with it, got one without`
       throw refuse('ERR_ARGUMENT', op, 'mask', text)
     }
-    // What a tensor holds is on its device
+    // What a tensor holds is on its device; the mask's own are taken
     if (given instanceof Tensor) continue
     const values = numbers(op, name, given, (value) => value as number, either)
     const at = own.findIndex((offset, i) => offset !== values[i])
@@ -149,7 +149,8 @@ export function maskArguments(
   return {
     masked: true,
     causal: mask.causal,
-    cacheSeqlens: cacheSeqlens ?? all(mask.cacheSeqlens),
+    ...(mask.cuSeqlensQ && { cuSeqlensQ: mask.cuSeqlensQ, cuSeqlensK: mask.cuSeqlensK }),
+    cacheSeqlens: cacheSeqlens === undefined ? all(mask.cacheSeqlens) : cacheSeqlens,
     maskBlocks: all(mask.blocks),
     maskIndex: all(mask.lists?.index),
     maskCount: all(mask.lists?.count),

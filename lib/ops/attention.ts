@@ -57,7 +57,8 @@ export interface AttentionOptions {
   cacheSeqlens?: Tensor<'int32'> | readonly number[] | Int32Array | undefined
   /**
    * Which keys each query sees. Whether it is causal, its packed sequences and the lengths of its cache come with it; a window
-   * is part of it (`mask.union`), not beside it.
+   * is part of it (`mask.union`), not beside it. Offsets of packed sequences beside one that has its own are best left out:
+   * arrays must be the same, and tensors, whose contents are not known at the call, are not read.
    */
   mask?: Mask | undefined
   /**
@@ -218,7 +219,7 @@ function prepare(
   }
   place('bias', biasOf(op, call.bias, q, k, made))
   for (const name of perHead) place(name, vector(op, name, call[name], device, made))
-  const { cuSeqlensQ = mask?.cuSeqlensQ, cuSeqlensK = mask?.cuSeqlensK } = call
+  const { cuSeqlensQ, cuSeqlensK } = call
   place('cuSeqlensQ', offsets(op, 'cuSeqlensQ', cuSeqlensQ, shape[1], device, made))
   place('cuSeqlensK', offsets(op, 'cuSeqlensK', cuSeqlensK, k.shape[1], device, made))
   place('cacheSeqlens', lengths(op, 'cacheSeqlens', call.cacheSeqlens, device, made))

@@ -1226,6 +1226,10 @@ describeDevices('attention over a mask', (device) => {
     expect(await out(packed)).toEqual(own)
     const offsets = tensor(cuSeqlensQ, [3], { dtype: 'int32', device })
     expect(await out({ cuSeqlensQ: offsets, cuSeqlensK: offsets })).toEqual(own)
+    // what tensors hold is not known here: the mask's own are taken
+    const others = tensor([0, 20, 64], [3], { dtype: 'int32', device })
+    expect(await out({ cuSeqlensQ: others, cuSeqlensK: others })).toEqual(own)
+    expect(await out({ cuSeqlensK: others })).toEqual(own)
     // whose blocks would stand elsewhere, and whose documents elsewhere still
     const documents = Mask.fromDocuments([0, 30, 64], { sq: 64, device })
     for (const [options, message] of [
