@@ -164,11 +164,20 @@ struct Attention : MaskArguments {
     HEDDLE_CHECK(!masked || (!length_scale && weights != kReweighted), kArgument, "mask",
                  "mask cannot be combined with ",
                  length_scale != 0 ? "lengthScale" : "weights of reweighted");
-    HEDDLE_CHECK(std::isfinite(length_scale) && std::isfinite(offset), kArgument,
-                 std::isfinite(offset) ? "lengthScale" : "offset",
-                 std::isfinite(offset) ? "lengthScale" : "offset", " must be finite");
     if (std::isnan(scale)) scale = 1 / std::sqrt(static_cast<double>(d));
-    HEDDLE_CHECK(std::isfinite(scale), kArgument, "scale", "scale must be finite, got ", scale);
+    // Factors of scores, which are also counted in base 2
+    const auto check_finite = [](const char* name, double number, double factor) {
+      HEDDLE_CHECK(std::isfinite(static_cast<float>(factor * 1.4426950408889634)), kArgument, name,
+                   name, " must not overflow float32 arithmetic, got ", number);
+    };
+    check_finite("scale", scale, scale);
+    check_finite("offset", offset, offset);
+    const double most = 44 * std::abs(length_scale);  // the log of a number of keys is below 44
+    check_finite("lengthScale", length_scale, most * std::fmax(1, std::abs(scale)));
+    if (soft_cap > 0) {
+      const double factor = std::fmax(1, std::abs(scale) * (length_scale == 0 ? 1 : most));
+      check_finite("softCap", soft_cap, std::fmax(soft_cap, 2 * factor / soft_cap));
+    }
   }
 };
 

@@ -20,6 +20,18 @@ function place<D extends 'float32' | 'int32'>(
   return placed
 }
 
+// Scores are also counted in base 2; there what is far below all others may be -inf
+const mostInBase2 = (2 - 2 ** -23) * 2 ** 127 * Math.LN2
+
+/** @internal A finite number that float32 can count with. */
+export function checkFloat32(op: string, argument: string, number: number): number {
+  if (number > mostInBase2 || !Number.isFinite(Math.fround(number))) {
+    const text = `${argument} must not overflow float32 arithmetic, got ${number}`
+    throw refuse('ERR_ARGUMENT', op, argument, text)
+  }
+  return number
+}
+
 /** @internal A float32 vector, one number per head, none below `least`. */
 export function vector(
   op: string,
@@ -35,7 +47,7 @@ export function vector(
     if (typeof number !== 'number' || !Number.isFinite(number) || number < least) {
       throw mustBe(op, `${argument}[${i}]`, rule, number)
     }
-    return number
+    return checkFloat32(op, `${argument}[${i}]`, number)
   }
   const values = numbers(op, argument, value, check, either)
   return place(values, 'float32', device, made)

@@ -4,7 +4,7 @@ import { refuse } from '../errors.js'
 import type { Mask } from '../mask.js'
 import { run } from '../native.js'
 import { checkTensor, Tensor } from '../tensor.js'
-import { lengths, maskArguments, offsets, vector } from './arguments.js'
+import { checkFloat32, lengths, maskArguments, offsets, vector } from './arguments.js'
 
 /**
  * What {@link attention} computes for one head, with `off = sk - sq`: row p stands at position p + off. In float64 this
@@ -236,8 +236,11 @@ function biasOf(
   made: Tensor[],
 ): Tensor | undefined {
   if (bias === undefined) return undefined
-  if (!(bias instanceof Tensor) && !Number.isFinite(bias))
-    throw mustBe(op, 'bias', 'a tensor or a finite number', bias)
+  if (!(bias instanceof Tensor)) {
+    if (typeof bias !== 'number' || !Number.isFinite(bias))
+      throw mustBe(op, 'bias', 'a tensor or a finite number', bias)
+    checkFloat32(op, 'bias', bias)
+  }
   const given = bias instanceof Tensor ? bias : vector(op, 'bias', [bias], q.device, made)!
   const map = [q.shape[0]!, q.shape[2]!, q.shape[1]!, k.shape[1]!]
   const missing = map.length - given.rank

@@ -13,6 +13,7 @@ import {
 import { describe, expect, expectTypeOf, it } from 'vitest'
 import { expectClose, largest, maxError } from '../support/compare.js'
 import { describeDevices, epsilon, floats } from '../support/devices.js'
+import { failure } from '../support/failure.js'
 import { type Random, random, type Sample, sample, starts } from '../support/random.js'
 import {
   type AttentionCase,
@@ -407,6 +408,55 @@ describeDevices('attention', (device) => {
         Object.keys(options).join(),
       ).rejects.toThrow(/^attention: .*must/)
     }
+  })
+
+  it('counts with numbers up to the ends of float32', async () => {
+    const [q, k, v] = [1e-30, 1, 1].map((x) => full([1, 3, 2, 16], x, { device }))
+    for (const options of [
+      { scale: 1e30 },
+      { scale: 1e30, softCap: 1e30 },
+      { softCap: 1e-36 },
+      { bias: 2e38 },
+      { sink: [-3.4e38, -1] },
+      { slopes: [1e38, 1], causal: true },
+    ]) {
+      const { out, lse } = attention(q!, k!, v!, options)
+      const all = [...(await out.read({ as: 'float32' })), ...(await lse.read())]
+      expect(all.every(Number.isFinite), JSON.stringify(options)).toBe(true)
+    }
+  })
+
+  it('refuses numbers that float32 cannot count with', async () => {
+    const q = zeros([1, 4, 2, 16], { device })
+    const e4m3 = q.cast('float8_e4m3fn')
+    const wrong = (argument: string, number: number) =>
+      `${argument} must not overflow float32 arithmetic, got ${number}`
+    for (const [argument, number, options] of [
+      ['scale', 1e39, { scale: 1e39 }],
+      ['scale', 3e38, { scale: 3e38 }],
+      ['softCap', 1e39, { softCap: 1e39 }],
+      ['softCap', 3e38, { softCap: 3e38 }],
+      ['softCap', 1e-40, { softCap: 1e-40 }],
+      ['softCap', 1e-10, { softCap: 1e-10, scale: 1e30 }],
+      ['lengthScale', 1e39, { lengthScale: 1e39 }],
+      ['lengthScale', 1e30, { lengthScale: 1e30, scale: 1e30 }],
+      ['offset', 1e39, { weights: 'reweighted', offset: 1e39 }],
+      ['bias', 1e39, { bias: 1e39 }],
+      ['bias', 3e38, { bias: 3e38 }],
+      ['bias', -1e39, { bias: -1e39 }],
+      ['sink[0]', 1e39, { sink: [1e39, 0] }],
+      ['sink[1]', 3e38, { sink: [0, 3e38] }],
+      ['slopes[0]', 1e300, { slopes: [1e300, 1] }],
+    ] as const) {
+      const message = wrong(argument, number)
+      const lse = zeros([1, 2, 4], { device })
+      const error = await failure(() => attention(q, q, q, options))
+      expect(error.message).toBe(`attention: ${message}`)
+      const backward = await failure(() => attentionBackward(q, q, q, q, lse, q, options))
+      expect(backward.message).toBe(`attention.backward: ${message}`)
+    }
+    const error = await failure(() => attention(e4m3, e4m3, e4m3, { qScale: [1e39, 1] }))
+    expect(error.message).toBe(`attention: ${wrong('qScale[0]', 1e39)}`)
   })
 })
 
