@@ -35,8 +35,8 @@ std::string text_of(const Napi::Value& value) {
     if (text.size() > 60) text = text.substr(0, 57) + u"…";
     return "\"" + Napi::String::New(value.Env(), text).Utf8Value() + "\"";
   }
-  if (value.IsNumber() || value.IsBoolean() || value.IsNull() || value.IsBigInt())
-    return value.ToString().Utf8Value();
+  if (value.IsBigInt()) return value.ToString().Utf8Value() + "n";
+  if (value.IsNumber() || value.IsBoolean() || value.IsNull()) return value.ToString().Utf8Value();
   return value.IsFunction() ? "a function"
          : value.IsArray()  ? "an array"
          : value.IsSymbol() ? "a symbol"
@@ -180,9 +180,10 @@ class Marshal {
     }
     const bool integer = argument.kind == Argument::kInteger;
     const double number = value.IsNumber() ? value.As<Napi::Number>().DoubleValue() : std::nan("");
-    if (integer ? !(std::abs(number) <= 9007199254740991.0 && number == std::floor(number))
-                : !std::isfinite(number))
+    if (!std::isfinite(number) || (integer && number != std::floor(number)))
       reject(integer ? "an integer" : "a finite number");
+    if (integer && std::abs(number) > 9007199254740991.0)
+      reject("an integer from -(2^53 - 1) to 2^53 - 1");
     if (number < argument.least || (argument.open && number == argument.least))
       reject(concat(argument.open ? "above " : "at least ", argument.least));
     if (number > argument.most) reject(concat("at most ", argument.most));

@@ -53,17 +53,18 @@ export function vector(
   return place(values, 'float32', device, made)
 }
 
-/** @internal An int32 vector of counts. */
+/** @internal An int32 vector of counts up to `most`. */
 export function lengths(
   op: string,
   argument: string,
   value: unknown,
   device: Device,
   made: Tensor[],
+  most = 2 ** 31 - 1,
 ): Tensor<'int32'> | undefined {
   if (value === undefined || value instanceof Tensor) return value as Tensor<'int32'> | undefined
   const check = (number: unknown, i: number) =>
-    checkInteger(op, `${argument}[${i}]`, number, 0, 2 ** 31 - 1)
+    checkInteger(op, `${argument}[${i}]`, number, 0, most)
   const values = numbers(op, argument, value, check, either)
   return place(values, 'int32', device, made)
 }

@@ -176,7 +176,7 @@ export function attention(
   const call: AttentionOptions & Record<string, unknown> = { q, k, v, ...options }
   const made: Tensor[] = []
   try {
-    if (q.dtype === 'float8_e4m3fn') call.dtype ??= 'bfloat16'
+    if (q.dtype === 'float8_e4m3fn' && call.dtype === undefined) call.dtype = 'bfloat16'
     checkPacked(call)
     prepare('attention', call, q, k, made)
     const [out, lse] = run('attention', call)
@@ -199,6 +199,11 @@ function checkPacked(call: AttentionOptions): void {
 
 const perHead = ['slopes', 'sink', 'qScale', 'kScale', 'vScale'] as const
 
+// In the words of the schema, before anything else is measured against these shapes
+function refuseRanks(op: string, call: Record<string, unknown>): void {
+  run(op, Object.fromEntries(Object.entries(call).filter(([, value]) => value instanceof Tensor)))
+}
+
 // Fills in what was left out and places arrays, in a copy of the options, so that each of them was read once. What is not
 // there stays so: most calls have few options, and their time on the host is that of this function.
 function prepare(
@@ -210,19 +215,28 @@ function prepare(
 ): void {
   const { device, shape } = q
   const { mask } = call
-  if (call.weights !== undefined) call.normalise ??= divides(call.weights)
+  if (q.rank !== 4 || k.rank !== 4) refuseRanks(op, call)
+  if (call.weights !== undefined && call.normalise === undefined)
+    call.normalise = divides(call.weights)
   if (call.offset !== undefined && call.weights !== 'reweighted')
     throw refuse('ERR_ARGUMENT', op, 'offset', 'offset goes with weights of reweighted')
   if (mask !== undefined) Object.assign(call, maskArguments(op, mask, q, k, call, made))
   const place = (name: string, placed: Tensor | undefined) => {
     if (placed) call[name] = placed
   }
+  const { cuSeqlensQ, cuSeqlensK, blockTable } = call
+  const apart = cuSeqlensQ ? 'cuSeqlensQ' : blockTable ? 'blockTable' : undefined
+  if (call.bias !== undefined && apart)
+    throw refuse('ERR_ARGUMENT', op, 'bias', `bias cannot be combined with ${apart}`)
   place('bias', biasOf(op, call.bias, q, k, made))
   for (const name of perHead) place(name, vector(op, name, call[name], device, made))
-  const { cuSeqlensQ, cuSeqlensK } = call
   place('cuSeqlensQ', offsets(op, 'cuSeqlensQ', cuSeqlensQ, shape[1], device, made))
   place('cuSeqlensK', offsets(op, 'cuSeqlensK', cuSeqlensK, k.shape[1], device, made))
-  place('cacheSeqlens', lengths(op, 'cacheSeqlens', call.cacheSeqlens, device, made))
+  // a table that is none is refused as such
+  const columns = blockTable instanceof Tensor ? blockTable.shape[1] : undefined
+  const pages = blockTable === undefined ? 1 : columns
+  const most = pages === undefined ? undefined : Math.min(k.shape[1]! * pages, 2 ** 31 - 1)
+  place('cacheSeqlens', lengths(op, 'cacheSeqlens', call.cacheSeqlens, device, made, most))
 }
 
 const divides = (weights: unknown) => weights !== 'sigmoid' && weights !== 'relu'

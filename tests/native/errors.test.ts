@@ -199,6 +199,18 @@ const wrong: Wrong[] = [
     'attention: scale must be a finite number, got NaN',
   ],
   [
+    'a window of a bigint',
+    () => attention(q, kv, kv, { window: any(2n) }),
+    'ERR_ARGUMENT',
+    'attention: window must be an integer, got 2n',
+  ],
+  [
+    'a window that is no safe integer',
+    () => attention(q, kv, kv, { window: 2 ** 53 }),
+    'ERR_ARGUMENT',
+    'attention: window must be an integer from -(2^53 - 1) to 2^53 - 1, got 9007199254740992',
+  ],
+  [
     'a negative soft cap',
     () => attention(q, kv, kv, { softCap: -1 }),
     'ERR_ARGUMENT',
@@ -233,6 +245,78 @@ const wrong: Wrong[] = [
     () => attentionBackward(q, kv, kv, q, zeros([1, 4, 4]), q, { weights: 'reweighted' }),
     'ERR_ARGUMENT',
     'attention.backward: level must be given with weights of reweighted',
+  ],
+  [
+    'nothing for a flag',
+    () => attention(q, kv, kv, { weights: 'relu', normalise: any(null) }),
+    'ERR_ARGUMENT',
+    'attention: normalise must be a boolean, got null',
+  ],
+  [
+    'nothing for a dtype',
+    () => attention(e4m3, e4m3, e4m3, { dtype: any(null) }),
+    'ERR_ARGUMENT',
+    'attention: dtype must be float32, float16 or bfloat16, got null',
+  ],
+  [
+    'nothing for lengths, beside a mask',
+    () => {
+      const mask = Mask.fromWindow({ window: 2 }, { sq: 4 })
+      return attention(q, kv, kv, { mask, cacheSeqlens: any(null) })
+    },
+    'ERR_ARGUMENT',
+    'attention: cacheSeqlens must be a tensor or an array of numbers, got null',
+  ],
+  [
+    'a bias of keys in pages',
+    () => attention(q, kv, kv, { ...pages, bias: zeros([8]) }),
+    'ERR_ARGUMENT',
+    'attention: bias cannot be combined with blockTable',
+  ],
+  [
+    'a bias of packed sequences',
+    () =>
+      attentionBackward(q, kv, kv, q, zeros([1, 4, 4]), q, {
+        ...{ cuSeqlensQ: [0, 4], cuSeqlensK: [0, 4], bias: zeros([3]) },
+      }),
+    'ERR_ARGUMENT',
+    'attention.backward: bias cannot be combined with cuSeqlensQ',
+  ],
+  [
+    'a bias of too few dimensions',
+    () => attention(zeros([4, 4, 16]), kv, kv, { bias: zeros([4]) }),
+    'ERR_SHAPE',
+    'attention: q must be [b, sq, hq, d], got [4, 4, 16] (it has 3 dimensions instead of 4)',
+  ],
+  [
+    'a bias of no dimensions',
+    () => attention(zeros([]), kv, kv, { bias: 1, slopes: [1] }),
+    'ERR_SHAPE',
+    'attention: q must be [b, sq, hq, d], got [] (it has 0 dimensions instead of 4)',
+  ],
+  [
+    'packed sequences of one dimension',
+    () => attention(q, zeros([4]), kv, { cuSeqlensQ: [0, 4], cuSeqlensK: [0, 4] }),
+    'ERR_SHAPE',
+    'attention: k must be [b, sk, hk, d], got [4] (it has 1 dimensions instead of 4)',
+  ],
+  [
+    'gradients of too few dimensions',
+    () => attentionBackward(zeros([4]), kv, kv, q, zeros([1, 4, 4]), q, { bias: zeros([4]) }),
+    'ERR_SHAPE',
+    'attention.backward: q must be [b, sq, hq, d], got [4] (it has 1 dimensions instead of 4)',
+  ],
+  [
+    'more keys than there are',
+    () => attention(q, kv, kv, { cacheSeqlens: [5] }),
+    'ERR_ARGUMENT',
+    'attention: cacheSeqlens[0] must be an integer from 0 to 4, got 5',
+  ],
+  [
+    'more keys than have pages',
+    () => attention(q, kv, kv, { ...pages, cacheSeqlens: Int32Array.of(9) }),
+    'ERR_ARGUMENT',
+    'attention: cacheSeqlens[0] must be an integer from 0 to 8, got 9',
   ],
   [
     'a bias of another shape',
