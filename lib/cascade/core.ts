@@ -277,11 +277,12 @@ function followed(ir: CascadeIR, core: Lowered, tensor: string, result: string):
   const last = left.filter((v) => v !== b && v !== row && v !== h)
   // what is bent before it is summed, as scores are, is better an operand
   if (bends(form, `${tensor}[]`)) throw new Mismatch(result, `it sums functions of ${tensor}`, 0)
-  const rows = row === 'p_' || left.includes(row)
+  const rows = !ir.variables.includes(row) || left.includes(row)
   if (last.length !== 1 || !rows || where.length > 0)
     throw new Mismatch(result, 'it has other axes than what it is computed from', 0)
   // heads that are summed leave [b, s, d]
-  const axes = left.includes(h) || h === 'h_' ? [b, row, h, last[0]!] : [b, row, last[0]!]
+  const axes =
+    left.includes(h) || !ir.variables.includes(h) ? [b, row, h, last[0]!] : [b, row, last[0]!]
   const side = sideOf(outer, layouts, form, axes)
   const sizes = sizesOf(ir, core.layouts!)
   return {

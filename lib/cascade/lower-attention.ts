@@ -28,7 +28,7 @@ import {
   termOf,
   times,
 } from './normal.js'
-import { type Layout, Side } from './side.js'
+import { freshIn, type Layout, Side } from './side.js'
 import { untoldRanks } from './sizes.js'
 import {
   bareName,
@@ -266,7 +266,8 @@ export function attentionOf(normal: Normal, ir: CascadeIR): Lowered {
   const spread = parts.some(({ axes }) => axes.join() !== part.axes.join())
   if (spread) throw new Mismatch(out.tensor, 'its parts have no common axes', 2)
   const layouts: Layouts = new Map(parts.flatMap((one) => [...one.layouts]))
-  const raw = parts.map((_, i) => access(`O${i}_`, part.axes.map(name)))
+  const fresh = freshIn(ir)
+  const raw = parts.map((_, i) => access(fresh(`O${i}`), part.axes.map(name)))
   const sum = plus(...parts.map(({ post }, i) => times(raw[i]!, post)))
   const post = sum.key === raw[0]!.key ? undefined : sideOf(ir, layouts, sum, part.axes)
   const slots = Object.assign(
@@ -307,7 +308,7 @@ export function attentionOf(normal: Normal, ir: CascadeIR): Lowered {
         const call = { ...given, scalars: { ...sizes(given), ...given.scalars } }
         const results = parts.map((one) => one.run(call))
         const [{ out: whole, known, lse: logarithms }] = results as [(typeof results)[number]]
-        const raws = Object.fromEntries(results.map((one, i) => [`O${i}_`, one.out]))
+        const raws = Object.fromEntries(results.map((one, i) => [fresh(`O${i}`), one.out]))
         const result = post
           ? cast(post.run({ ...call.tensors, ...raws }, known), whole.dtype)
           : whole
@@ -474,7 +475,8 @@ function weightedSum(
   }
   if (rows.length > 1)
     throw fail('its queries have no variable for rows that a mask, keys or values tell from heads')
-  const [row = 'p_'] = rows
+  const fresh = freshIn(ir)
+  const [row = fresh('p')] = rows
   const rowIndex = rows.length > 0 ? name(row) : number(0)
   const heads = out.left.filter((x) => x !== row && x !== column)
   // Groups of queries with a head of keys each: an axis of the text, and part of the heads for attention
@@ -501,9 +503,10 @@ function weightedSum(
     throw fail(`${q.form.key} is not read along its axes`, 'CAS022')
 
   const [batch, head] = heads.length > 1 ? heads : [undefined, heads[0]]
-  const layouts = layoutsOf(operands, heads, [row, m])
-  const axes = [batch ?? 'b_', row, head ?? 'h_', column]
-  const names = new Map([[m, 'm_'], ...dots.map(({ e }) => [e, 'e_'] as const)])
+  const layouts = layoutsOf(ir, operands, heads, [row, m])
+  const axes = [batch ?? fresh('b'), row, head ?? fresh('h'), column]
+  const [token, channel] = [fresh('m'), fresh('e')]
+  const names = new Map([[m, token], ...dots.map(({ e }) => [e, channel] as const)])
   const side = (form: Form, left: readonly string[], where?: readonly Condition[]) =>
     sideOf(ir, layouts, form, left, names, where)
   // What an operand is computed from, undefined where it is a tensor as it stands
@@ -540,9 +543,9 @@ function weightedSum(
   const parts = dots.map((one, i) => {
     const ratio = i === 0 ? number(1) : times(one.scale, power(dot.scale, -1))
     const ofQ = { main: one.q.main, form: times(ratio, one.q.form) }
-    return { ...one, ofQ: sideFor(ofQ, row, 'e_'), ofK: sideFor(one.k, 'm_', 'e_') }
+    return { ...one, ofQ: sideFor(ofQ, row, channel), ofK: sideFor(one.k, token, channel) }
   })
-  const ofV = sideFor(v, 'm_', column)
+  const ofV = sideFor(v, token, column)
   for (const one of where)
     if (has(one, [column])) throw fail(`its mask ${one.key} hangs on ${column}`)
   const { off, back, rest: hidden } = intervalOf(where, m, row, ir.variables)
@@ -608,10 +611,10 @@ function weightedSum(
   note('window', back && plus(name(row), back))
   if (hidden.length > 0) slots.mask = hidden.map(({ key }) => key).join(', ')
 
-  const biasAxes = [axes[0]!, axes[2]!, row, 'm_']
+  const biasAxes = [axes[0]!, axes[2]!, row, token]
   const biasPlaces = biasPlacesOf(bias, [batch, head, row, m])
   const besides = (where: readonly Condition[]) =>
-    new Side(ir.variables, layoutOf(layouts), names, bias, biasAxes, where, false)
+    new Side(ir, layoutOf(layouts), names, bias, biasAxes, where, false)
   checkSums(bias, ir)
   const beside =
     hidden.length > 0 || (biasPlaces === undefined && !isNumber(bias, [m, ...ir.variables]))
@@ -626,7 +629,8 @@ function weightedSum(
   const sides = [beside, ofSlope, ofSink, ofV, ...parts.flatMap(({ ofQ, ofK }) => [ofQ, ofK])]
   const lengths = distances.map((form) => ({ form, only: bareName(form) }))
   const plainScale = bareName(scale)
-  const ranks = [rankOf(column), rankOf(row), rankIn(m), rankIn(dot.e), 'M_', ...heads.map(rankOf)]
+  const sized = [rankOf(column), rankOf(row), rankIn(m), rankIn(dot.e), rankOf(token)]
+  const ranks = [...sized, ...heads.map(rankOf)]
   const shared = sharedOf(operands, heads)
   const alone = post.key === '1' && sides.every((one) => one === undefined)
   // Keys and values that lie in pages

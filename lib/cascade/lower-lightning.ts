@@ -24,6 +24,7 @@ import {
   termOf,
   times,
 } from './normal.js'
+import { freshIn } from './side.js'
 import { untoldRanks } from './sizes.js'
 import {
   type Access,
@@ -194,13 +195,15 @@ export function lightningOf(normal: Normal, ir: CascadeIR): Lowered {
     [k, [m, e]],
     [v, [m, column]],
   ] as const
-  const layouts = layoutsOf(operands, heads, [row, m])
+  const layouts = layoutsOf(ir, operands, heads, [row, m])
   const shared = sharedOf(operands, heads)
+  const fresh = freshIn(ir)
+  const token = fresh('m')
   const names = new Map([
-    [m, 'm_'],
-    [e, 'e_'],
+    [m, token],
+    [e, fresh('e')],
   ])
-  const [batch = 'b_', head = 'h_'] = heads.length > 1 ? heads : [undefined, heads[0]]
+  const [batch = fresh('b'), head = fresh('h')] = heads.length > 1 ? heads : [undefined, heads[0]]
   const [ofQ, ofK, ofV] = operands.map(([operand, own]) =>
     isWhole(operand)
       ? undefined
@@ -208,7 +211,7 @@ export function lightningOf(normal: Normal, ir: CascadeIR): Lowered {
           ir,
           layouts,
           operand,
-          [batch, own.includes(row) ? row : 'm_', head, names.get(own.at(-1)!) ?? own.at(-1)!],
+          [batch, own.includes(row) ? row : token, head, names.get(own.at(-1)!) ?? own.at(-1)!],
           heads,
           names,
         ),
@@ -218,8 +221,9 @@ export function lightningOf(normal: Normal, ir: CascadeIR): Lowered {
       ? undefined
       : sideOf(ir, layouts, slope, [head], names)
   const all = [batch, row, head, column].map(name)
-  const whole = times(access('N_', all), post)
-  const ones = access('D_', [...all.slice(0, 3), number(0)])
+  const raw = access(fresh('N'), all)
+  const whole = times(raw, post)
+  const ones = access(fresh('D'), [...all.slice(0, 3), number(0)])
   const swapped = below.map(({ coefficient, factors }) => {
     const rest = formOf([
       termOf(
@@ -233,9 +237,7 @@ export function lightningOf(normal: Normal, ir: CascadeIR): Lowered {
   if (sweeps(normaliser, rankIn(m))) throw fail('its divisor is not the sum of its weights')
   const result = divisor ? times(whole, power(normaliser, -1)) : whole
   const finish =
-    result.key === access('N_', all).key
-      ? undefined
-      : sideOf(ir, layouts, result, [batch, row, head, column])
+    result.key === raw.key ? undefined : sideOf(ir, layouts, result, [batch, row, head, column])
   const slots: Record<string, string> = {
     q: shown(q),
     k: shown(k),
@@ -264,7 +266,7 @@ export function lightningOf(normal: Normal, ir: CascadeIR): Lowered {
         const [first] = [batched(call, q.main.name)] as [F32]
         const known = call.scalars
         const sizes = {
-          M_: first.shape[1]!,
+          [rankOf(token)]: first.shape[1]!,
           [rankIn(m)]: first.shape[1]!,
           [rankOf(row)]: first.shape[1]!,
           [rankIn(e)]: first.shape[3]!,
@@ -293,8 +295,8 @@ export function lightningOf(normal: Normal, ir: CascadeIR): Lowered {
         })
         if (!finish) return { [tensor]: out }
         const dv = tv.shape[3]!
-        const raw = { N_: out.slice(-1, 0, dv), D_: out.slice(-1, dv) }
-        return { [tensor]: cast(finish.run({ ...call.tensors, ...raw }, all), out.dtype) }
+        const given = { [fresh('N')]: out.slice(-1, 0, dv), [fresh('D')]: out.slice(-1, dv) }
+        return { [tensor]: cast(finish.run({ ...call.tensors, ...given }, all), out.dtype) }
       }),
   }
 }

@@ -16,6 +16,7 @@ import {
   rankOf,
   type Statement,
   statementsOf,
+  tensorsOf,
   visitPredicate,
 } from './ir.js'
 import { definitions } from './library.js'
@@ -126,7 +127,10 @@ function signature(ir: CascadeIR, inputs = ir.inputs): string {
     names.set(v, `v${i}`)
     names.set(rankOf(v), `V${i}`)
   })
-  const tensors = new Map(inputs.map((tensor, i) => [tensor, `T${i}`]))
+  const tensors = new Map([...tensorsOf(ir)].map((tensor, i) => [tensor, `X${i}`]))
+  inputs.forEach((tensor, i) => {
+    tensors.set(tensor, `T${i}`)
+  })
   ir.scalars.forEach((scalar, i) => {
     names.set(scalar, `s${i}`)
   })

@@ -1,6 +1,6 @@
 import { refuse } from '../errors.js'
 import type { Tensor } from '../tensor.js'
-import { type CascadeIR, rankOf } from './ir.js'
+import { type CascadeIR, rankOf, sizedRanks, tensorsOf } from './ir.js'
 import { type Atom, type Condition, type Factor, type Form, rankIn, type Term } from './normal.js'
 import { parse } from './parse.js'
 import { untoldRanks } from './sizes.js'
@@ -11,12 +11,23 @@ import { validate } from './validate.js'
 export type Layout = (tensor: string, indices: readonly string[]) => readonly string[]
 
 /**
+ * @internal Names that no text has, and those that follow them: they end in more underscores than any of its own.
+ */
+export function freshIn(ir: CascadeIR): (name: string) => string {
+  const names = [...ir.variables, ...ir.scalars, ...sizedRanks(ir), ...tensorsOf(ir)]
+  const most = Math.max(0, ...names.map((name) => /_*$/.exec(name)![0].length))
+  const end = '_'.repeat(most + 1)
+  return (name) => name + end
+}
+
+/**
  * @internal What an operator is given or gives, computed beside it: a form as statements again, run on tensors of the
  * operator's layout.
  */
 export class Side {
   readonly #lines: string[] = []
   readonly #ir: CascadeIR
+  readonly #own: (name: string) => string
   /** Variables of the result, those of `left` that the form depends on. */
   readonly left: readonly string[]
   #used = new Set<string>()
@@ -26,7 +37,7 @@ export class Side {
 
   /** `names` says which variables have another name here; the result has those of `left` that are `always` or used. */
   constructor(
-    variables: readonly string[],
+    ir: CascadeIR,
     readonly layout: Layout,
     readonly names: ReadonlyMap<string, string>,
     form: Form,
@@ -34,11 +45,12 @@ export class Side {
     where: readonly Condition[] = [],
     always = true,
   ) {
-    this.variables = new Set([...variables, ...names.values(), ...left])
+    this.variables = new Set([...ir.variables, ...names.values(), ...left])
+    this.#own = freshIn(ir)
     const right = this.#form(form)
     const limit = this.#where(where)
     this.left = left.filter((name) => always || this.#used.has(name))
-    this.#lines.push(`Y_[${this.left}] = ${right}${limit}`)
+    this.#lines.push(`${this.#own('Y')}[${this.left}] = ${right}${limit}`)
     this.#ir = validate(parse(this.#lines.join('\n')))
   }
   private readonly variables: ReadonlySet<string>
@@ -62,7 +74,8 @@ export class Side {
       const value = known[name] ?? known[this.#ranks.get(name) ?? '']
       return value === undefined ? [] : [[name, value]]
     })
-    return runSteps(this.#ir, tensors, Object.fromEntries(given), hole).Y_ as Tensor<'float32'>
+    const made = runSteps(this.#ir, tensors, Object.fromEntries(given), hole)
+    return made[this.#own('Y')] as Tensor<'float32'>
   }
 
   #form({ terms }: Form): string {
@@ -125,7 +138,7 @@ export class Side {
   #statement({ op, over, body, where }: Atom & { kind: 'reduce' }): string {
     const outer = this.#used
     this.#used = new Set()
-    const own = over.map((name) => `${rankIn(name).toLowerCase()}_${++this.#fresh}`)
+    const own = over.map((name) => this.#own(`${rankIn(name).toLowerCase()}${++this.#fresh}`))
     over.forEach((name, i) => {
       this.#ranks.set(rankOf(own[i]!), rankIn(name))
       this.#bound.set(name, own[i]!)
@@ -138,7 +151,7 @@ export class Side {
     const free = [...this.#used].filter((name) => !own.includes(name))
     for (const name of over) this.#bound.delete(name)
     this.#used = new Set([...outer, ...free])
-    const name = `R${++this.#fresh}_`
+    const name = this.#own(`R${++this.#fresh}`)
     const access = free.length > 0 ? `${name}[${free}]` : name
     this.#lines.push(`${access} = ${op}(${own}) ${right}${limit}`)
     return access

@@ -20,7 +20,7 @@ import {
   type Term,
   times,
 } from './normal.js'
-import { type Layout, Side } from './side.js'
+import { freshIn, type Layout, Side } from './side.js'
 import { tie } from './sizes.js'
 import { plainVariable, readsOf } from './validate.js'
 
@@ -272,20 +272,22 @@ export function sideOf(
 ): Side {
   checkSums(form, ir)
   const layout: Layout = (tensor, indices) => layouts.get(tensor)?.(indices) ?? indices
-  return new Side(ir.variables, layout, names, form, left, where)
+  return new Side(ir, layout, names, form, left, where)
 }
 
 /**
- * @internal Tensors of [b, s, h, d], whatever axes the text writes; what it leaves out is b_, p_ or h_, or the only head
- * of all.
+ * @internal Tensors of [b, s, h, d], whatever axes the text writes; what it leaves out has names of its own, or is the
+ * only head of all.
  */
 export function layoutsOf(
+  ir: CascadeIR,
   operands: readonly (readonly [Operand, readonly string[]])[],
   heads: readonly string[],
   tokens: readonly string[],
 ): Layouts {
   const [batch, head] = heads.length > 1 ? heads : [undefined, heads[0]]
-  const absent = [batch === undefined ? 'b_' : '0', 'p_', head === undefined ? 'h_' : '0', '']
+  const own = freshIn(ir)
+  const absent = [batch ? '0' : own('b'), own('p'), head ? '0' : own('h'), '']
   return new Map(
     operands.map(([{ main }, axes]) => {
       const token = axes.find((x) => tokens.includes(x))

@@ -10,7 +10,7 @@ function formOf(ir: CascadeIR): Side | undefined {
   try {
     startOver()
     const { form } = new Normal(ir).forms.get('Y')!
-    return new Side(ir.variables, (_, indices) => indices, new Map(), form, ['i'])
+    return new Side(ir, (_, indices) => indices, new Map(), form, ['i'])
   } catch (error) {
     if (error instanceof TooLarge) return undefined
     throw error

@@ -1,0 +1,145 @@
+import { cascade, type Plan, type Tensor, tensor } from 'heddle'
+import { describe, expect, it } from 'vitest'
+import { largest, maxError } from '../support/compare.js'
+import { describeDevices } from '../support/devices.js'
+import { random } from '../support/random.js'
+
+// Calls of plans against the text in float64, on tensors that are named by their axes, as in 'h p e'
+
+interface Given {
+  data: Float32Array<ArrayBuffer>
+  shape: number[]
+  axes: string[]
+}
+
+type Sizes = Readonly<Record<string, number>>
+
+const places = ['b', 'pmtu', 'h', 'efcdr']
+const placeOf = (axis: string) => places.findIndex((some) => some.includes(axis[0]!))
+
+// Numbers of [b, s, h, d] in the order of the text, or the other way round
+function turned({ data, shape, axes }: Given, back = false): Given {
+  const lengths = places.map((_, at) =>
+    shape.reduce((size, n, i) => (placeOf(axes[i]!) === at ? size * n : size), 1),
+  )
+  const moved = new Float32Array(data.length)
+  for (let i = 0; i < data.length; i++) {
+    const at = [0, 0, 0, 0]
+    for (let axis = axes.length - 1, rest = i; axis >= 0; axis--) {
+      at[placeOf(axes[axis]!)] = rest % shape[axis]!
+      rest = Math.floor(rest / shape[axis]!)
+    }
+    const to = at.reduce((place, index, axis) => place * lengths[axis]! + index, 0)
+    if (back) moved[i] = data[to]!
+    else moved[to] = data[i]!
+  }
+  return { data: moved, shape: lengths, axes }
+}
+
+describeDevices('calls of plans', (device) => {
+  const rng = random(31)
+
+  function draw(axes: string, sizes: Sizes): Given {
+    const names = axes.split(' ').filter(Boolean)
+    const shape = names.map((axis) => sizes[axis] ?? Number(axis))
+    return { data: rng.normals(shape.reduce((a, b) => a * b, 1)), shape, axes: names }
+  }
+
+  const asTensor = (given: Given): Tensor => tensor(given.data, given.shape, { device })
+
+  function call(plan: Plan, text: string, given: Record<string, Given>, scalars = {}) {
+    const { packed } = plan.explain()
+    const inputs = cascade(text).ir.inputs.map((name) =>
+      asTensor(packed.includes(name) ? turned(given[name]!) : given[name]!),
+    )
+    return plan(...inputs, scalars)
+  }
+
+  async function check(
+    text: string,
+    axes: Readonly<Record<string, string>>,
+    sizes: Sizes,
+    scalars: Readonly<Record<string, number>> = {},
+    tolerance = 2e-5,
+  ): Promise<Plan> {
+    const parsed = cascade(text)
+    const given = Object.fromEntries(
+      parsed.ir.inputs.map((name) => [name, draw(axes[name]!, sizes)]),
+    )
+    const expected = parsed.evaluate(given, scalars)
+    const plan = parsed.compile()
+    const results = call(plan, text, given, scalars)
+    for (const [name, { data, shape }] of Object.entries(expected)) {
+      const made = (await results[name]!.read()) as Float32Array<ArrayBuffer>
+      const out = parsed.ir.steps.flatMap((step) => ('out' in step ? [step.out] : []))
+      const left = out
+        .find((one) => one.name === name)!
+        .indices.map((index) => {
+          if (index.kind !== 'expr' || index.expr.kind !== 'name') throw new Error('no variable')
+          return index.expr.name
+        })
+      const four = left.length > 1 && results[name]!.rank === 4 && shape.length < 5
+      const got = four ? turned({ data: made, shape: [...shape], axes: left }, true).data : made
+      const bound = tolerance * Math.max(1, largest(data))
+      expect(maxError(got, data), `${name} of ${text}`).toBeLessThanOrEqual(bound)
+    }
+    return plan
+  }
+
+  const score = 'S[p,m] = sum(e) Q[p,e] * K[m,e]'
+  const softmax = (scores: string, out = 'O') => `
+    G[p]   = max(m) ${scores}[p,m]
+    A[p,m] = exp(${scores}[p,m] - G[p])
+    D[p]   = sum(m) A[p,m]
+    ${out}[p,f] = sum(m) A[p,m] * V[m,f] / D[p]`
+  const one = { Q: 'p e', K: 'm e', V: 'm f' }
+  const four = { Q: 'b h p e', K: 'b h m e', V: 'b h m f' }
+  const sizes = { b: 2, h: 3, p: 5, m: 7, e: 8, f: 8 }
+
+  describe('of names that what is made beside an operator might have', () => {
+    it.each(['e_1', 'm_', 'M_', 'e_', 'Y_', 'R2_', 'E1__'])('as the scalar %s', async (s) => {
+      const text = `${score}
+        R[m]   = sum(e) K[m,e] * K[m,e]
+        T[p,m] = S[p,m] - R[m] * ${s}${softmax('T')}`
+      await check(text, one, sizes, { [s]: 0.3 })
+    })
+
+    it.each(['m_', 'm__'])('as the row %s', async (row) => {
+      const text = `${score} where abs(p - m) <= 1${softmax('S')}`.replace(/\bp\b/g, row)
+      for (const rows of [5, 7])
+        await check(text, { ...one, Q: `${row} e` }, { ...sizes, [row]: rows })
+    })
+
+    it.each(['N_', 'O0_', 'D_', 'Y_', 'X0'])('as the gate %s', async (gate) => {
+      const product = 'S[b,h,p,m] = sum(e) Q[b,h,p,e] * K[b,h,m,e]'
+      const axes = { ...four, [gate]: 'b p h f' }
+      const attention = `${product}
+        A[b,h,p,m] = exp(S[b,h,p,m])
+        L[b,h,p]   = sum(m) A[b,h,p,m]
+        X[b,h,p,f] = sum(m) A[b,h,p,m] * V[b,h,m,f] / L[b,h,p]
+        O[b,p,h,f] = X[b,h,p,f] * sigmoid(${gate}[b,p,h,f])`
+      const plan = await check(attention, axes, sizes)
+      expect(plan.explain().operator).toBe('attention')
+      const lightning = `${product} where m <= p
+        X[b,h,p,f] = sum(m) S[b,h,p,m] * V[b,h,m,f]
+        O[b,p,h,f] = X[b,h,p,f] * ${gate}[b,p,h,f]`
+      const other = await check(lightning, axes, { ...sizes, p: 7 })
+      expect(other.explain().operator).toBe('lightning')
+    })
+
+    it.each(['Y_', 'R2_', 'R1_'])('as the bias %s', async (bias) => {
+      const text = `${score}
+        R[m]   = sum(e) K[m,e] * K[m,e]
+        T[p,m] = S[p,m] - R[m] * ${bias}[m]${softmax('T')}`
+      await check(text, { ...one, [bias]: 'm' }, sizes)
+    })
+
+    it('as sums of a norm that are called T0', async () => {
+      const text = `
+        T0[n]  = sum(d) X[n,d] * X[n,d]
+        Y[n,d] = X[n,d] * rsqrt(T0[n] / D + eps) * W[d]`
+      const plan = await check(text, { X: '4 8', W: '8' }, {}, { eps: 0.01 })
+      expect(plan.explain().operator).toBe('norm')
+    })
+  })
+})
