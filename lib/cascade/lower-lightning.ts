@@ -265,6 +265,11 @@ export function lightningOf(normal: Normal, ir: CascadeIR): Lowered {
         for (const one of shared) onlyOne(call, one)
         const [first] = [batched(call, q.main.name)] as [F32]
         const known = call.scalars
+        const [rows, keys] = [first.shape[1]!, batched(call, k.main.name).shape[1]!]
+        if (rows !== keys) {
+          const text = `lightning has as many queries as keys, but ${rankOf(row)} is ${rows} and ${rankIn(m)} is ${keys}`
+          throw broken('CAS022', text, spanOf(ir, tensor), tensor)
+        }
         const sizes = {
           [rankOf(token)]: first.shape[1]!,
           [rankIn(m)]: first.shape[1]!,
@@ -282,9 +287,9 @@ export function lightningOf(normal: Normal, ir: CascadeIR): Lowered {
           const wide = repeated(x, main.name, shared, first.shape[0]!, most)
           return wide === x ? x : wide.contiguous()
         }
-        const [keys, values] = [alike(tk, k), alike(tv, v)]
+        const [wide, values] = [alike(tk, k), alike(tv, v)]
         const own = tensorIn(slope)
-        const { out } = lightning(tq, keys, divisor ? withOnes(values) : values, {
+        const { out } = lightning(tq, wide, divisor ? withOnes(values) : values, {
           slopes: ofSlope
             ? ofSlope.run(call.tensors, all)
             : own !== undefined

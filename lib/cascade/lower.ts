@@ -428,12 +428,12 @@ function planOf(ir: CascadeIR, lowered: Lowered, refused: readonly Refused[]): P
       const text = 'masks must be decidable from indices and integer tensors'
       throw broken('CAS010', text, span, name)
     }
-    agree(tensors)
     let scalars = (inputs[count] ?? {}) as Scalars
     checkOptions('cascade', scalars, scalarNames)
     for (const scalar of Object.keys(scalars))
       if (typeof scalars[scalar] !== 'number')
         throw mustBe('cascade', scalar, 'a number', scalars[scalar])
+    agree(tensors, scalars)
     // Sizes that the tensors tell as well
     const more = Object.keys(scalars).filter((one) => !wanted.has(one))
     if (more.length > 0) {

@@ -1,6 +1,7 @@
-import { refuse } from '../errors.js'
+import { HeddleError, refuse } from '../errors.js'
 import type { Tensor } from '../tensor.js'
-import { type CascadeIR, rankOf, sizedRanks, tensorsOf } from './ir.js'
+import { broken } from './error.js'
+import { type CascadeIR, rankOf, type Span, sizedRanks, statementsOf, tensorsOf } from './ir.js'
 import { type Atom, type Condition, type Factor, type Form, rankIn, type Term } from './normal.js'
 import { parse } from './parse.js'
 import { untoldRanks } from './sizes.js'
@@ -28,6 +29,7 @@ export class Side {
   readonly #lines: string[] = []
   readonly #ir: CascadeIR
   readonly #own: (name: string) => string
+  readonly #span: Span
   /** Variables of the result, those of `left` that the form depends on. */
   readonly left: readonly string[]
   #used = new Set<string>()
@@ -47,6 +49,7 @@ export class Side {
   ) {
     this.variables = new Set([...ir.variables, ...names.values(), ...left])
     this.#own = freshIn(ir)
+    this.#span = statementsOf(ir.steps).at(-1)!.out.span
     const right = this.#form(form)
     const limit = this.#where(where)
     this.left = left.filter((name) => always || this.#used.has(name))
@@ -74,8 +77,20 @@ export class Side {
       const value = known[name] ?? known[this.#ranks.get(name) ?? '']
       return value === undefined ? [] : [[name, value]]
     })
-    const made = runSteps(this.#ir, tensors, Object.fromEntries(given), hole)
-    return made[this.#own('Y')] as Tensor<'float32'>
+    try {
+      const made = runSteps(this.#ir, tensors, Object.fromEntries(given), hole)
+      return made[this.#own('Y')] as Tensor<'float32'>
+    } catch (error) {
+      throw error instanceof HeddleError && error.span ? this.#inTheText(error) : error
+    }
+  }
+
+  // An error of these statements as one of the text that they are made from
+  #inTheText({ code, message, argument }: HeddleError): HeddleError {
+    const ranks = new Map([...this.names].map(([from, to]) => [rankOf(to), rankIn(rankOf(from))]))
+    const its = (name: string) => this.#ranks.get(name) ?? ranks.get(name) ?? name
+    const text = message.replace(/^cascade: /, '').replace(/\w+/g, its)
+    return broken(code as `CAS${number}`, text, this.#span, argument && its(argument))
   }
 
   #form({ terms }: Form): string {

@@ -2,7 +2,7 @@ import type { FloatDType } from '../dtype.js'
 import { refuse } from '../errors.js'
 import type { Tensor } from '../tensor.js'
 import { broken } from './error.js'
-import { type CascadeIR, rankOf, type Statement, statementsOf } from './ir.js'
+import { type CascadeIR, rankOf, type Span, type Statement, statementsOf } from './ir.js'
 import {
   type Atom,
   argument,
@@ -21,8 +21,8 @@ import {
   times,
 } from './normal.js'
 import { freshIn, type Layout, Side } from './side.js'
-import { tie } from './sizes.js'
-import { plainVariable, readsOf } from './validate.js'
+import { splitBy, tie } from './sizes.js'
+import { indivisible, plainVariable, readsOf } from './validate.js'
 
 // What the families of operators have in common when they take a cascade apart
 
@@ -487,38 +487,93 @@ export function sizesOf(ir: CascadeIR, layouts: Layouts): (call: Call) => Known 
   }
 }
 
-/** @internal Checks that tensors with the axes of the text go with those of the operator, of which some may have fewer heads. */
+/**
+ * @internal Checks that sizes of declarations, splits, the call and its tensors go together, under the names of the text.
+ */
 export function agreement(
   ir: CascadeIR,
   layouts: Layouts = new Map(),
-): (tensors: Call['tensors']) => void {
-  const reads = statementsOf(ir.steps).flatMap(readsOf)
-  const axes = reads.map(({ name, indices, span }) => {
-    const own = indices.map((index) => plainVariable(index) ?? '')
-    return { name, span, own, four: layouts.get(name)?.(own) }
+): (tensors: Call['tensors'], scalars: Scalars) => void {
+  const [first] = statementsOf(ir.steps)
+  const reads = statementsOf(ir.steps)
+    .flatMap(readsOf)
+    .filter(({ name }) => ir.inputs.includes(name))
+  const told = reads.flatMap(({ name, indices, span }) => {
+    const marks = indices.map((_, i) => `axis ${i}`)
+    const four = layouts.get(name)?.(marks)
+    const grouped = four && marks.some((mark) => !four.includes(mark))
+    return indices.flatMap((index, i) => {
+      const variable = plainVariable(index)
+      const own = variable !== undefined && ir.variables.includes(variable) ? [variable] : []
+      const axis = four ? four.indexOf(marks[i]!) : i
+      // of several axes that are one no size is told
+      if (axis < 0 || (grouped && axis === 2)) return []
+      const axes = four ? 4 : indices.length
+      const sharing = four && axis % 2 === 0 ? 'bshd'[axis] : undefined
+      const either = axis === 2 && !marks.includes(four?.[0] ?? '')
+      const variables = variable === undefined ? splitBy(ir, index) : own
+      return variables.map((one) => ({
+        name,
+        span,
+        rank: rankOf(one),
+        axis,
+        axes,
+        sharing,
+        either,
+        packed: four !== undefined,
+      }))
+    })
   })
-  const packed = axes.filter(({ four }) => four)
-  const plain = axes.filter(({ name, four }) => ir.inputs.includes(name) && !four)
-  if (packed.length === 0 || plain.length === 0) return () => {}
-  return (tensors) => {
-    const known = new Map<string, { size: number; axis: number }>()
-    for (const { name, four } of packed)
-      four!.forEach((v, axis) => {
-        const size = tensors[name]?.shape[axis]
-        if (size !== undefined && ir.variables.includes(v) && !((known.get(v)?.size ?? 0) > size))
-          known.set(v, { size, axis })
-      })
-    for (const { name, span, own } of plain) {
-      const { rank, shape } = tensors[name]!
-      if (rank !== own.length) continue
-      own.forEach((v, i) => {
-        const [wanted, got] = [known.get(v), shape[i]!]
-        if (!wanted || wanted.size === got) return
-        const axis = 'bshd'[wanted.axis]
-        const text = `rank ${rankOf(v)} is ${got} from ${name} but ${wanted.size} from axis ${axis} of tensors that are [b, s, h, d]`
-        throw broken('CAS003', text, span, rankOf(v))
-      })
+  // what some tensors may have fewer of, behind what all have
+  const exact = told.filter(({ sharing }) => !sharing)
+  const shared = told.filter(({ sharing }) => sharing)
+  const sized = [...ir.ranks].filter((one): one is [string, number] => one[1] !== undefined)
+  const stated = [
+    ...sized.map(([rank, size]) => ({ rank, size, source: 'its declaration' })),
+    ...ir.splits.map(({ inner, size }) => ({ rank: rankOf(inner), size, source: 'its split' })),
+  ].map((one) => ({ ...one, span: first!.out.span }))
+  const most = new Map<string, number>()
+  return (tensors, scalars) => {
+    const known = new Map<string, { size: number; source: string; span: Span }>()
+    const learn = (rank: string, size: number, source: string, span: Span) => {
+      const before = known.get(rank)
+      if (!before) known.set(rank, { size, source, span })
+      else if (before.size !== size) {
+        const text = `rank ${rank} is ${before.size} from ${before.source} but ${size} from ${source}`
+        throw broken('CAS003', text, span, rank)
+      }
     }
+    for (const { rank, size, source, span } of stated) learn(rank, size, source, span)
+    for (const { name, span, rank, axis, axes, packed } of exact) {
+      const { shape } = tensors[name]!
+      // operators take rows along several axes
+      const last = !packed && layouts.size === 0 && axis === axes - 1
+      if (shape.length === axes || last) learn(rank, shape.at(axis - axes)!, name, span)
+    }
+    most.clear()
+    for (const { name, rank, axis, either } of shared) {
+      const { shape } = tensors[name]!
+      if (shape.length !== 4) continue
+      const size = either && known.get(rank)?.size === shape[0] ? shape[0]! : shape[axis]!
+      most.set(rank, Math.max(size, most.get(rank) ?? 0))
+    }
+    for (const { rank, sharing } of shared) {
+      const [size, before] = [most.get(rank), known.get(rank)]
+      if (size === undefined || !before) continue
+      learn(rank, size, `axis ${sharing} of tensors that are [b, s, h, d]`, before.span)
+    }
+    for (const { variable, outer, size, tailMask, span } of ir.splits) {
+      const rank = rankOf(variable)
+      const whole = known.get(rank)?.size ?? scalars[rank]
+      if (whole === undefined) continue
+      if (whole % size !== 0 && !tailMask) throw indivisible(variable, size, whole, span)
+      learn(rankOf(outer), Math.ceil(whole / size), 'its split', span)
+    }
+    for (const { rank, size, source, span } of stated)
+      if (scalars[rank] !== undefined && scalars[rank] !== size) {
+        const text = `rank ${rank} is ${scalars[rank]} from the call but ${size} from ${source}`
+        throw broken('CAS003', text, span, rank)
+      }
   }
 }
 

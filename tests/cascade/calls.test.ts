@@ -2,6 +2,7 @@ import { cascade, type Plan, type Tensor, tensor } from 'heddle'
 import { describe, expect, it } from 'vitest'
 import { largest, maxError } from '../support/compare.js'
 import { describeDevices } from '../support/devices.js'
+import { thrown } from '../support/failure.js'
 import { random } from '../support/random.js'
 
 // Calls of plans against the text in float64, on tensors that are named by their axes, as in 'h p e'
@@ -71,7 +72,8 @@ describeDevices('calls of plans', (device) => {
     const results = call(plan, text, given, scalars)
     for (const [name, { data, shape }] of Object.entries(expected)) {
       const made = (await results[name]!.read()) as Float32Array<ArrayBuffer>
-      const out = parsed.ir.steps.flatMap((step) => ('out' in step ? [step.out] : []))
+      const steps = parsed.ir.steps.flatMap((step) => ('body' in step ? step.body : [step]))
+      const out = steps.map((one) => one.out)
       const left = out
         .find((one) => one.name === name)!
         .indices.map((index) => {
@@ -140,6 +142,84 @@ describeDevices('calls of plans', (device) => {
         Y[n,d] = X[n,d] * rsqrt(T0[n] / D + eps) * W[d]`
       const plan = await check(text, { X: '4 8', W: '8' }, {}, { eps: 0.01 })
       expect(plan.explain().operator).toBe('norm')
+    })
+  })
+
+  describe('of sizes', () => {
+    const lengths = 'rank E = 8; rank M = 7\n'
+    const divided = score.replace('K[m,e]', 'K[m,e] / sqrt(E)')
+    const product = `${score} where m <= p\nO[p,f] = sum(m) S[p,m] * V[m,f]`
+    const recurrent = `
+      init H[t=0,e,f] = 0
+      iterate t {
+        H[t+1,e,f] = H[t,e,f] + K[t,e] * V[t,f]
+        O[t,f]     = sum(e) Q[t,e] * H[t+1,e,f]
+      }`
+    const own = { Q: 't e', K: 't e', V: 't f' }
+    const split = `split m -> (m1, m0 : 4)
+      init BK[m1,m0,e] = K[m1*M0 + m0,e];   init BV[m1,m0,f] = V[m1*M0 + m0,f]
+      S[m1,m0,p] = sum(e) Q[p,e] * BK[m1,m0,e]
+      A[m1,m0,p] = exp(S[m1,m0,p])
+      D[p]       = sum(m1,m0) A[m1,m0,p]
+      O[p,f]     = sum(m1,m0) A[m1,m0,p] * BV[m1,m0,f] / D[p]`
+    const norm = `
+      S[n]   = sum(d) X[n,d] * X[n,d]
+      Y[n,d] = X[n,d] * rsqrt(S[n] / D + eps)`
+    const matrix = 'Y[n,o] = sum(i) X[n,i] * W[o,i]'
+    const [x, w] = [{ X: '4 8' }, { X: '4 8', W: '5 8' }]
+
+    it('computes with those that are declared and met', async () => {
+      await check(`${lengths}${divided}${softmax('S')}`, one, sizes)
+      await check(`rank T = 7\n${recurrent}`, own, { ...sizes, t: 7 })
+      await check(split, one, { ...sizes, m: 8 })
+      await check(`rank D = 8\n${norm}`, x, {}, { eps: 0.1 })
+      await check(`rank I = 8\n${matrix}`, w, {})
+      await check(product, one, { ...sizes, p: 7 })
+    })
+
+    it.each<[string, string, Record<string, string>, Sizes]>([
+      ['E is 32 from its declaration but 8', `rank E = 32\n${divided}${softmax('S')}`, one, sizes],
+      ['M is 6 from its declaration but 7', `rank M = 6\n${score}${softmax('S')}`, one, sizes],
+      [
+        'E is 8 from Q but 9',
+        `${score} * 2${softmax('S')}`,
+        { ...one, K: 'm c' },
+        { ...sizes, c: 9 },
+      ],
+      [
+        'M is 5 from K but 7',
+        `${score} * b[m]${softmax('S')}`,
+        { ...one, b: 'm', K: 't e' },
+        { ...sizes, t: 5 },
+      ],
+      ['T is 9 from its declaration', `rank T = 9\n${recurrent}`, own, { ...sizes, t: 7 }],
+      ['D is 3 from its declaration but 8', `rank D = 3\n${norm}`, x, {}],
+      ['I is 4 from its declaration but 8', `rank I = 4\n${matrix}`, w, {}],
+      ['M by 4 with M=7', split, one, sizes],
+    ])('refuses as the interpreter does: %s', (part, text, axes, given) => {
+      const parsed = cascade(text)
+      const scalars = text === `rank D = 3\n${norm}` ? { eps: 0.1 } : {}
+      const drawn = Object.fromEntries(
+        parsed.ir.inputs.map((name) => [name, draw(axes[name]!, given)]),
+      )
+      const wanted = thrown(() => parsed.evaluate(drawn, scalars))
+      const error = thrown(() => call(parsed.compile(), text, drawn, scalars))
+      expect(error.code, error.message).toBe(wanted.code)
+      expect(error.message).toContain(part.replace('M by', 'm by'))
+      expect(error.span).toEqual(wanted.span)
+    })
+
+    it('names those of the text where an operator takes fewer', () => {
+      for (const text of [product, product.replace('S[p,m] *', 'S[p,m] * k[m] *')]) {
+        const given: Record<string, Given> = { k: draw('m', sizes) }
+        for (const [name, axes] of Object.entries(one)) given[name] = draw(axes, sizes)
+        const error = thrown(() => call(cascade(text).compile(), text, given))
+        expect(error.code).toBe('CAS022')
+        expect(error.message).toBe(
+          'cascade: lightning has as many queries as keys, but P is 5 and M is 7',
+        )
+        expect(error.span![0]).toBe(2)
+      }
     })
   })
 })
