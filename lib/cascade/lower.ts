@@ -1,10 +1,5 @@
 import { checkOptions, mustBe } from '../check.js'
 import { HeddleError, refuse } from '../errors.js'
-import { sigmoid, silu } from '../ops/elementwise.js'
-import { glu } from '../ops/glu.js'
-import { linear } from '../ops/linear.js'
-import { merge } from '../ops/merge.js'
-import { norm } from '../ops/norm.js'
 import { scope } from '../scope.js'
 import { checkTensor, type Tensor } from '../tensor.js'
 import { type Analysis, type AnalyzeOptions, analyze } from './analyze.js'
@@ -16,14 +11,12 @@ import {
   rankOf,
   type Statement,
   statementsOf,
-  tensorsOf,
   visitPredicate,
 } from './ir.js'
-import { definitions } from './library.js'
 import { attentionOf } from './lower-attention.js'
+import { fixedOf } from './lower-fixed.js'
 import { lightningOf } from './lower-lightning.js'
 import { Normal, name, startOver, TooLarge } from './normal.js'
-import { parse } from './parse.js'
 import { print } from './print.js'
 import { multiply, productOf } from './product.js'
 import {
@@ -38,7 +31,7 @@ import {
   spanOf,
 } from './slots.js'
 import { runSteps } from './steps.js'
-import { plainVariable, validate } from './validate.js'
+import { plainVariable } from './validate.js'
 
 export type { Scalars } from './slots.js'
 
@@ -74,118 +67,6 @@ export interface Plan {
 interface Refused {
   operator: string
   mismatch: Mismatch
-}
-
-// Operators without slots take exactly their own text, whatever its names, and n for up to four axes
-interface Fixed {
-  operator: string
-  text: string
-  run(inputs: readonly F32[], numbers: readonly number[]): readonly Tensor[]
-}
-
-const fixed: readonly Fixed[] = [
-  {
-    operator: 'merge',
-    text: definitions.merge,
-    run: ([lseA, lseB, outA, outB]) => {
-      const { out, lse } = merge([
-        { out: outA!, lse: lseA! },
-        { out: outB!, lse: lseB! },
-      ])
-      return [out, lse]
-    },
-  },
-  {
-    operator: 'linear',
-    text: definitions.linear,
-    run: ([x, weight, bias]) => [linear(x!, weight!, { bias })],
-  },
-  {
-    operator: 'linear',
-    text: 'Y[n,o] = sum(i) X[n,i] * W[o,i]',
-    run: ([x, weight]) => [linear(x!, weight!)],
-  },
-  {
-    operator: 'norm',
-    text: definitions.norm,
-    run: ([x, weight], [eps]) => [norm(x!, weight, { eps })],
-  },
-  {
-    operator: 'norm',
-    text: definitions.norm.replace(' * W[d]', ''),
-    run: ([x], [eps]) => [norm(x!, undefined, { eps })],
-  },
-  { operator: 'glu', text: definitions.glu, run: ([gate, up]) => [glu(gate!, up!)] },
-  { operator: 'silu', text: definitions.silu, run: ([x]) => [silu(x!)] },
-  { operator: 'sigmoid', text: definitions.sigmoid, run: ([x]) => [sigmoid(x!)] },
-]
-
-// The outputs by their forms, with names in the order of the text, but for those of tensors
-function signature(ir: CascadeIR, inputs = ir.inputs): string {
-  const names = new Map<string, string>()
-  ir.variables.forEach((v, i) => {
-    names.set(v, `v${i}`)
-    names.set(rankOf(v), `V${i}`)
-  })
-  const tensors = new Map([...tensorsOf(ir)].map((tensor, i) => [tensor, `X${i}`]))
-  inputs.forEach((tensor, i) => {
-    tensors.set(tensor, `T${i}`)
-  })
-  ir.scalars.forEach((scalar, i) => {
-    names.set(scalar, `s${i}`)
-  })
-  const text = print(ir).replace(/[A-Za-z_]\w*(\[?)/g, (whole, bracket: string) => {
-    const word = bracket ? whole.slice(0, -1) : whole
-    return `${(bracket ? tensors : names).get(word) ?? word}${bracket}`
-  })
-  const other = validate(parse(text))
-  startOver()
-  const { forms } = new Normal(other)
-  return other.outputs.map((tensor) => `${forms.get(tensor)!.form.key}`).join('\n')
-}
-
-// All orders of some names
-function* orders(names: readonly string[]): Generator<readonly string[]> {
-  if (names.length === 0) yield []
-  for (const one of names)
-    for (const rest of orders(names.filter((other) => other !== one))) yield [one, ...rest]
-}
-
-const mostInputs = 4
-const longestText = 1000
-
-let signatures: Map<string, Fixed> | undefined
-
-function fixedOf(_: Normal, ir: CascadeIR): Lowered {
-  signatures ??= new Map(
-    fixed.flatMap((one) =>
-      ['n', 'a,n', 'a,b,n', 'a,b,c,n'].map((rows) => {
-        const text = one.text.replaceAll('[n', `[${rows}`)
-        return [signature(validate(parse(text))), one] as const
-      }),
-    ),
-  )
-  // a text may read what it multiplies in any order
-  const few = ir.inputs.length <= mostInputs && print(ir).length <= longestText
-  let found: Fixed | undefined
-  let inputs = ir.inputs
-  for (inputs of few ? orders(ir.inputs) : [ir.inputs]) {
-    found = signatures.get(signature(ir, inputs))
-    if (found) break
-  }
-  if (!found) throw new Mismatch(ir.outputs[0]!, 'it is no text of an operator without slots', -1)
-  const { operator, run } = found
-  return {
-    operator,
-    slots: {},
-    run({ tensors, scalars }) {
-      const results = run(
-        inputs.map((tensor) => tensors[tensor] as F32),
-        ir.scalars.map((scalar) => numberOf(name(scalar), scalars)),
-      )
-      return Object.fromEntries(ir.outputs.map((tensor, i) => [tensor, results[i]!]))
-    },
-  }
 }
 
 // One product of matrices, along whatever axes

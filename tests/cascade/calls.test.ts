@@ -1,4 +1,4 @@
-import { cascade, type Plan, type Tensor, tensor } from 'heddle'
+import { cascade, definitions, type Plan, type Tensor, tensor } from 'heddle'
 import { describe, expect, it } from 'vitest'
 import { largest, maxError } from '../support/compare.js'
 import { describeDevices } from '../support/devices.js'
@@ -11,6 +11,7 @@ interface Given {
   data: Float32Array<ArrayBuffer>
   shape: number[]
   axes: string[]
+  whole?: boolean
 }
 
 type Sizes = Readonly<Record<string, number>>
@@ -40,13 +41,18 @@ function turned({ data, shape, axes }: Given, back = false): Given {
 describeDevices('calls of plans', (device) => {
   const rng = random(31)
 
-  function draw(axes: string, sizes: Sizes): Given {
+  // 'n < 5' are whole numbers
+  function draw(text: string, sizes: Sizes): Given {
+    const [axes, below] = text.split(' < ') as [string, string?]
     const names = axes.split(' ').filter(Boolean)
     const shape = names.map((axis) => sizes[axis] ?? Number(axis))
-    return { data: rng.normals(shape.reduce((a, b) => a * b, 1)), shape, axes: names }
+    const data = rng.normals(shape.reduce((a, b) => a * b, 1))
+    if (below !== undefined) data.forEach((_, i) => (data[i] = rng.below(Number(below))))
+    return { data, shape, axes: names, whole: below !== undefined }
   }
 
-  const asTensor = (given: Given): Tensor => tensor(given.data, given.shape, { device })
+  const asTensor = ({ data, shape, whole }: Given): Tensor =>
+    tensor(data, shape, { device, dtype: whole ? 'int32' : 'float32' })
 
   function call(plan: Plan, text: string, given: Record<string, Given>, scalars = {}) {
     const { packed } = plan.explain()
@@ -220,6 +226,105 @@ describeDevices('calls of plans', (device) => {
         )
         expect(error.span![0]).toBe(2)
       }
+    })
+  })
+
+  describe('of texts of operators', () => {
+    // with heads, or batches and heads, in front of all axes
+    const fronts = ['', 'h', 'b h']
+    const withFront = (text: string, front: string) =>
+      front === '' ? text : text.replaceAll(/\[(?=\w)/g, `[${front.replace(' ', ',')},`)
+    const every = (axes: Readonly<Record<string, string>>, front: string) =>
+      Object.fromEntries(Object.entries(axes).map(([name, own]) => [name, `${front} ${own}`]))
+    const renamed = (text: string) =>
+      text
+        .replace(/\b(DO|DQ|DK|DV|[A-Z]+)(?=\[)/g, 'N$1')
+        .replace(/\b([pmetuf])\b/g, (_, v: string) => `${v}x`)
+        .replaceAll(/\b([EMP])\b/g, '$1X')
+    const longer = (axes: Readonly<Record<string, string>>) =>
+      Object.fromEntries(
+        Object.entries(axes).map(([name, own]) => [
+          `N${name}`,
+          own.replace(/\b([pmetuf])\b/g, '$1x'),
+        ]),
+      )
+
+    it.each(fronts)('finds softplusAttention with %j', async (front) => {
+      for (const [p, m] of [
+        [1, 1],
+        [5, 7],
+        [7, 7],
+        [3, 40],
+      ] as const) {
+        const scalars = { off: m - p, logD: 1.3, power: 3 }
+        const text = withFront(definitions.softplus, front)
+        const plan = await check(text, every(one, front), { ...sizes, p, m }, scalars, 1e-4)
+        expect(plan.explain().operator).toBe('softplusAttention')
+        expect(plan.explain().packed).toEqual(['Q', 'K', 'V'])
+      }
+      const text = renamed(withFront(definitions.softplus, front))
+      const own = { ...sizes, px: 6, mx: 9, ex: 8, fx: 16 }
+      const scalars = { off: 3, logD: 2, power: 15 }
+      await check(text, longer(every(one, front)), own, scalars, 1e-4)
+    })
+
+    it('refuses rows of softplusAttention that end elsewhere', () => {
+      const plan = cascade(definitions.softplus).compile()
+      const given = Object.fromEntries(
+        Object.entries(one).map(([name, axes]) => [name, draw(axes, sizes)]),
+      )
+      const rest = { logD: 1, power: 3 }
+      const error = thrown(() => call(plan, definitions.softplus, given, { ...rest, off: 0 }))
+      expect(error.code).toBe('CAS022')
+      expect(call(plan, definitions.softplus, given, rest).O!.shape).toEqual([1, 5, 1, 8])
+    })
+
+    it.each(fronts)('finds attention.backward with %j', async (front) => {
+      const axes = { ...one, LSE: 'p', DO: 'p f', O: 'p f' }
+      const text = withFront(definitions['attention.backward'], front)
+      const scalars = { scale: 0.4, off: 2 }
+      const plan = await check(text, every(axes, front), sizes, scalars)
+      expect(plan.explain().operator).toBe('attention.backward')
+      // axes of results are those of the operator
+      const other = text.replace(/DQ\[(.*)p,e\]/, 'DQ[$1e,p]')
+      expect(thrown(() => cascade(other).compile()).code).toBe('CAS021')
+    })
+
+    it.each(fronts)('finds lightning.backward with %j', async (front) => {
+      const axes = { Q: 't e', K: 'u e', V: 'u f', DO: 't f' }
+      const whole = withFront(definitions['lightning.backward'], front)
+      const own = { ...sizes, t: 9, u: 9 }
+      const scalars = { scale: 0.4, slope: 0.2 }
+      const alike = whole.replaceAll(/W\[.*?t,u\]/g, 'W[t,u]')
+      const plan = await check(alike, every(axes, front), own, scalars)
+      expect(plan.explain().operator).toBe('lightning.backward')
+      if (front === '') return
+      const apart = whole.replaceAll(/W\[.*?t,u\]/g, 'W[h,t,u]').replace('-slope', '-slope[h]')
+      const given = { ...every(axes, front), slope: 'h' }
+      const slopes = cascade(apart).compile()
+      expect(slopes.explain().operator).toBe('lightning.backward')
+      const drawn = Object.fromEntries(
+        Object.entries(given).map(([name, text]) => [name, draw(text, own)]),
+      )
+      drawn.slope!.data.forEach((x, i, all) => (all[i] = Math.abs(x)))
+      const expected = cascade(apart).evaluate(drawn, { scale: 0.4 })
+      const made = call(slopes, apart, drawn, { scale: 0.4 })
+      for (const [name, { data, shape }] of Object.entries(expected)) {
+        const values = (await made[name]!.read()) as Float32Array<ArrayBuffer>
+        const left = [...front.split(' '), ...axes[name.slice(1) as 'Q'].split(' ')]
+        const got = turned({ data: values, shape: [...shape], axes: left }, true).data
+        expect(maxError(got, data)).toBeLessThanOrEqual(2e-5 * Math.max(1, largest(data)))
+      }
+    })
+
+    it.each<[keyof typeof definitions, Record<string, string>, Record<string, number>]>([
+      ['rope', { X: 'p 2 c' }, { theta: 100 }],
+      ['embed', { T: '5 d', ids: '7 < 5' }, {}],
+      ['add', { X: '6 8', Z: '8' }, {}],
+      ['mul', { X: '6 8', Z: '8' }, {}],
+    ])('finds %s', async (name, axes, scalars) => {
+      const plan = await check(definitions[name], axes, { p: 6, c: 5, d: 8 }, scalars)
+      expect(plan.explain().operator).toBe(name)
     })
   })
 })
