@@ -63,8 +63,14 @@ import {
   tensorIn,
 } from './slots.js'
 
+// The atom that a form is
+const alone = (form: Form): Atom | undefined => {
+  const atom = form.terms[0]?.factors[0]?.atom
+  return atom?.key === form.key ? atom : undefined
+}
+
 // Which function of which score a weight is, and where it is more than 0: exp(s) if(t, 1, 0), and exp(s) c as exp(s + log c)
-function weightsOf(weight: Form) {
+function weightsOf(weight: Form, variables: readonly string[]) {
   const [term] = weight.terms
   const where: Condition[] = []
   const rest = (term?.factors ?? []).filter(({ atom, power }) => {
@@ -78,6 +84,11 @@ function weightsOf(weight: Form) {
   const { fn, args } = factor.atom
   const [score] = args as [Form]
   const { power } = factor
+  // a number of the call
+  const bare = power === 1 && more.length === 0 && where.length === 0
+  const cut = fn === 'pow' && bare && isNumber(args[1]!, variables) ? alone(score) : undefined
+  if (cut?.kind === 'call' && cut.fn === 'relu')
+    return { weights: 'relu', power: args[1]!, score: cut.args[0]!, where } as const
   if (fn === 'exp' && power === 1 && more.every(isAtLeast0)) {
     const all = more.length > 0 ? plus(score, logarithm(single(more))) : score
     return { weights: 'softmax', power, score: all, where } as const
@@ -358,7 +369,7 @@ function weightedSum(
     const [column, ...more] = columnsOf(value, weight)
     const v =
       column === undefined || more.length > 0 ? undefined : operandOf(value, [m, column], normal)
-    const own = weightsOf(weight)
+    const own = weightsOf(weight, ir.variables)
     const apart = out.left.every((x) => x === column || !value.free.has(x) || v?.main.free.has(x))
     // what numerator and divisor have apart may be beyond all numbers, as a mask of one of them is
     const bends = value.terms.some(({ factors }) => factors.some(({ atom }) => argument(atom)))
@@ -602,7 +613,7 @@ function weightedSum(
   }
   if (weights !== 'softmax')
     Object.assign(slots, { weights, normalise: String(divisor !== undefined) })
-  if (exponent !== 1) slots.power = String(exponent)
+  if (exponent !== 1) slots.power = typeof exponent === 'number' ? String(exponent) : exponent.key
   note('bias', bias.terms.length > 0 ? bias : undefined)
   note('softCap', cap)
   note('slopes', slope)
@@ -627,6 +638,13 @@ function weightedSum(
       : undefined
   const [ofSlope, ofSink] = [perHead(slope), perHead(sink)]
   const sides = [beside, ofSlope, ofSink, ofV, ...parts.flatMap(({ ofQ, ofK }) => [ofQ, ofK])]
+  const raised = (known: Known) => {
+    if (typeof exponent === 'number') return exponent
+    const value = numberOf(exponent, known)
+    if (Number.isInteger(value) && value >= 1 && value <= 8) return value
+    const text = `attention has powers from 1 to 8 of its weights, whole numbers, but ${exponent.key} is ${value}`
+    throw broken('CAS022', text, spanOf(ir, out.tensor), out.tensor)
+  }
   const lengths = distances.map((form) => ({ form, only: bareName(form) }))
   const plainScale = bareName(scale)
   const sized = [rankOf(column), rankOf(row), rankIn(m), rankIn(dot.e), rankOf(token)]
@@ -718,7 +736,11 @@ function weightedSum(
       }
       options.scale = plainScale === undefined ? numberOf(scale, known) : known[plainScale]
       if (weights !== 'softmax')
-        Object.assign(options, { weights, power: exponent, normalise: divisor !== undefined })
+        Object.assign(options, {
+          weights,
+          power: raised(known),
+          normalise: divisor !== undefined,
+        })
       const ofBias = computed
       if (biasPlaces && !ofBias)
         options.bias = placed(call.tensors[tensorIn(bias)!]!, biasPlaces) as F32

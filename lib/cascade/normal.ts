@@ -198,6 +198,13 @@ function product(a: Term, b: Term): Form {
     const value = exponents.length > 0 ? times(rest, exponential(plus(...exponents))) : rest
     return hidden.reduce((all, { test }) => times(all, choose(test, number(1), number(0))), value)
   }
+  // exp(x) / (1 + exp(x))
+  const whole = exponents.length > 0 ? plus(...exponents) : undefined
+  for (const { atom, power } of whole && whole.height > 0 ? [...powers.values()] : []) {
+    if (power !== 1 || plus(whole!, inCall(atom, 'sigmoid') ?? whole!).terms.length > 0) continue
+    powers.delete(atom.key)
+    return times(formOf([termOf(coefficient, [...powers.values()])]), apply('sigmoid', [whole!]))
+  }
   // A sum to the power of one is a sum again
   const sums = [...powers.values()].filter(({ atom, power }) => atom.kind === 'sum' && power === 1)
   if (exponents.length < 2 && sums.length === 0) {
@@ -385,6 +392,13 @@ export function exponential(form: Form): Form {
     const own = times(formOf([termOf(term.coefficient, others)]), mask.yes)
     return choose(mask.test, exponential(plus(rest, own)), number(0))
   }
+  // exp(-log(1 + exp(-x)))
+  const soft = form.height > 0 && form.terms.find((term) => onlyCall(term, 'softplus', -1))
+  if (soft) {
+    const rest = formOf(form.terms.filter((term) => term !== soft))
+    const x = times(number(-1), onlyCall(soft, 'softplus', -1)!)
+    return times(exponential(rest), apply('sigmoid', [x]))
+  }
   // exp(n log x) = x^n of sums over a rank and of numbers; the logarithm of a tensor is a summand of a score
   const logs = form.terms.filter((term) => {
     const inner = logIn(term)
@@ -457,6 +471,72 @@ function softplusOf({ terms }: Form): Form | undefined {
   return x && apply('softplus', [x])
 }
 
+// What a function is of, if an atom is it
+const inCall = (atom: Atom, fn: FunctionName): Form | undefined =>
+  atom.kind === 'call' && atom.fn === fn ? atom.args[0] : undefined
+
+function onlyCall(
+  { factors: [factor, ...more], coefficient }: Term,
+  fn: FunctionName,
+  times = coefficient,
+): Form | undefined {
+  const alone = factor?.power === 1 && more.length === 0 && coefficient === times
+  return alone ? inCall(factor.atom, fn) : undefined
+}
+
+// Sums that are one function of a score, under the spellings that weights have
+function united(form: Form): Form {
+  if (form.height === 0) return form
+  for (const term of form.terms) {
+    const c = term.coefficient
+    const rest = formOf(form.terms.filter((one) => one !== term))
+    const [turned, scaled] = [(x: Form) => times(number(-1), x), (x: Form) => times(number(c), x)]
+    const is = (a: Form, b: Form) => a.key === b.key
+    // 1 - sigmoid(x)
+    const gate = onlyCall(term, 'sigmoid')
+    if (gate && c < 0 && numberIn(rest) === -c)
+      return times(number(-c), apply('sigmoid', [turned(gate)]))
+    // (1 + tanh(x)) / 2
+    const bent = onlyCall(term, 'tanh')
+    if (bent && Math.abs(c) <= 1 && numberIn(rest) === Math.abs(c))
+      return times(
+        number(2 * Math.abs(c)),
+        apply('sigmoid', [times(number(2 * Math.sign(c)), bent)]),
+      )
+    // x + abs(x)
+    const size = c > 0 ? onlyCall(term, 'abs') : undefined
+    for (const x of size ? [size, turned(size)] : [])
+      if (is(rest, scaled(x))) return times(number(2), scaled(apply('relu', [x])))
+    // x + softplus(-x), and relu(x) + softplus(-abs(x))
+    const soft = onlyCall(term, 'softplus')
+    if (!soft) continue
+    if (is(rest, scaled(turned(soft)))) return scaled(apply('softplus', [turned(soft)]))
+    const [above] = rest.terms
+    const x = rest.terms.length === 1 ? onlyCall(above!, 'relu', c) : undefined
+    const sizes = x ? [x, turned(x)].map((one) => turned(apply('abs', [one]))) : []
+    if (sizes.some((one) => is(one, soft))) return scaled(apply('softplus', [x!]))
+  }
+  return form
+}
+
+// relu(x) x, and x if(x > 0, 1, 0)
+function cutAt0(form: Form, x: Form): Form | undefined {
+  const [term, ...more] = form.terms
+  if (!term || more.length > 0 || form.height === 0) return undefined
+  for (const { atom, power: exponent } of term.factors) {
+    if (exponent >= 1 && inCall(atom, 'relu')?.key === x.key) return times(form, apply('relu', [x]))
+    if (atom.kind !== 'if' || exponent !== 1 || !('form' in atom.test)) continue
+    const { kind, form: below } = atom.test
+    const [yes, no] = [atom.yes.key, atom.no.key]
+    if (kind === '==' || kind === '!=') continue
+    const cuts = yes === '1' && no === '0' && plus(below, x).terms.length === 0
+    if (!cuts && !(yes === '0' && no === '1' && below.key === x.key)) continue
+    const rest = term.factors.filter((one) => one.atom !== atom)
+    return times(formOf([termOf(term.coefficient, rest)]), apply('relu', [x]))
+  }
+  return undefined
+}
+
 function call(fn: FunctionName, args: readonly Form[]): Atom {
   const key = `${fn}(${args.map((arg) => arg.key).join(', ')})`
   return { kind: 'call', fn, args, key, ...unite(args) }
@@ -515,6 +595,9 @@ function apply(fn: FunctionName, args: readonly Form[]): Form {
       return atomForm(call(fn, [...args].sort(byKey)))
     }
     case 'min':
+      for (const [a, b] of [args, [y, x]] as [Form, Form][])
+        if (numberIn(b) === 0 && a.height > 0)
+          return times(number(-1), apply('relu', [times(number(-1), a)]))
       return atomForm(call(fn, [...args].sort(byKey)))
     case 'sigmoid': {
       // sigmoid(log D - s) = D / (D + exp(s))
@@ -590,6 +673,12 @@ function choose(test: Condition, yes: Form, no: Form): Form {
   if ('form' in test && test.kind !== '==' && test.kind !== '!=') {
     if (no.key === '0' && plus(test.form, yes).key === '0') return apply('relu', [yes])
     if (yes.key === '0' && test.form.key === no.key) return apply('relu', [no])
+    // if(x > 0, x * x, 0)
+    for (const n of [2, 3]) {
+      const [x, other] = no.key === '0' ? [times(number(-1), test.form), yes] : [test.form, no]
+      const cuts = other.height > 0 && (no.key === '0' || yes.key === '0')
+      if (cuts && power(x, n).key === other.key) return power(apply('relu', [x]), n)
+    }
   }
   const key = `if(${test.key}, ${yes.key}, ${no.key})`
   return atomForm({ kind: 'if', test, yes, no, key, ...unite([test, yes, no]) })
@@ -1012,9 +1101,9 @@ export class Normal {
       }
       case 'binary': {
         const [a, b] = [this.expr(expr.a, limits), this.expr(expr.b, limits)]
-        if (expr.op === '*') return times(a, b)
+        if (expr.op === '*') return cutAt0(a, b) ?? cutAt0(b, a) ?? times(a, b)
         if (expr.op === '/') return times(a, power(b, -1))
-        return expr.op === '+' ? plus(a, b) : minus(a, b)
+        return united(expr.op === '+' ? plus(a, b) : minus(a, b))
       }
     }
   }

@@ -327,4 +327,84 @@ describeDevices('calls of plans', (device) => {
       expect(plan.explain().operator).toBe(name)
     })
   })
+
+  // Spellings of each function, of a score x; what differs by more than rounding is no spelling
+  const spellings: Record<string, readonly string[]> = {
+    'sigmoid false 1': [
+      'sigmoid(x)',
+      '1 / (1 + exp(-x))',
+      'pow(exp(-x) + 1, -1)',
+      'exp(x) / (1 + exp(x))',
+      '1 - sigmoid(-x)',
+      '1 - 1 / (1 + exp(x))',
+      '(1 + tanh(x / 2)) / 2',
+      '0.5 - 0.5 * tanh(-x / 2)',
+      'exp(-softplus(-x))',
+      'exp(x - softplus(x))',
+    ],
+    'softplus true 1': [
+      'softplus(x)',
+      'log(1 + exp(x))',
+      'log1p(exp(x))',
+      'max(x, 0) + log1p(exp(-abs(x)))',
+      'relu(x) + log(1 + exp(-abs(-x)))',
+      'x + softplus(-x)',
+    ],
+    'relu false 1': [
+      'relu(x)',
+      'max(0, x)',
+      'if(x > 0, x, 0)',
+      'if(x <= 0, 0, x)',
+      '(x + abs(x)) / 2',
+      '0.5 * abs(-x) + x / 2',
+      'x * if(x > 0, 1, 0)',
+      'if(x < 0, 0, 1) * x',
+      '-min(-x, 0)',
+    ],
+    'relu false 2': [
+      'relu(x) * relu(x)',
+      'pow(max(x, 0), 2)',
+      'relu(x) * x',
+      'x * relu(x)',
+      'if(x > 0, x * x, 0)',
+      'if(x > 0, 1, 0) * x * x',
+    ],
+    'relu false 3': ['pow(relu(x), 3)', 'relu(x) * x * x', 'if(x >= 0, pow(x, 3), 0)'],
+    'relu false n': ['pow(relu(x), n)', 'pow((x + abs(x)) / 2, n)'],
+  }
+  const spelled = Object.entries(spellings).flatMap(([slots, all]) =>
+    all.map((x) => [x, ...slots.split(' ')] as [string, string, string, string]),
+  )
+
+  it.each(spelled)('takes weights %s as %s', async (x, weights, normalise, power) => {
+    const scalars: Record<string, number> = power === 'n' ? { n: 3 } : {}
+    // of a score of one summand and of several, masked and not
+    for (const s of ['S[p,m]', '(0.5 * S[p,m] + B[p,m])']) {
+      const where = s === 'S[p,m]' ? '' : 'where m <= p + 2'
+      const text = `${score} ${where}
+        A[p,m] = ${x.replaceAll(/\bx\b/g, s)} ${where}
+        D[p]   = sum(m) A[p,m]
+        O[p,f] = sum(m) A[p,m] * V[m,f] / D[p]`
+      const whole = normalise === 'true' ? text : text.replace(/\n *D.*/, '').replace(' / D[p]', '')
+      const plan = await check(whole, { ...one, B: 'p m' }, sizes, scalars)
+      const { operator, slots } = plan.explain()
+      expect([operator, slots.weights, slots.normalise]).toEqual(['attention', weights, normalise])
+      expect(slots.power ?? '1').toBe(power)
+    }
+  })
+
+  it('refuses powers that attention has not', () => {
+    const text = `${score}\nO[p,f] = sum(m) pow(relu(S[p,m]), n) * V[m,f]`
+    const given = Object.fromEntries(
+      Object.entries(one).map(([name, axes]) => [name, draw(axes, sizes)]),
+    )
+    const plan = cascade(text).compile()
+    for (const n of [1.5, 0, 9]) {
+      const error = thrown(() => call(plan, text, given, { n }))
+      expect(error.code).toBe('CAS022')
+      expect(error.message).toBe(
+        `cascade: attention has powers from 1 to 8 of its weights, whole numbers, but n is ${n}`,
+      )
+    }
+  })
 })
