@@ -214,8 +214,21 @@ function product(a: Term, b: Term): Form {
   for (const { atom } of sums) powers.delete(atom.key)
   let result = formOf([termOf(coefficient, [...powers.values()])])
   if (exponents.length > 0) result = times(result, exponential(plus(...exponents)))
-  for (const { atom } of sums) if (atom.kind === 'sum') result = times(result, atom.form)
+  for (const { atom } of sums) {
+    if (atom.kind !== 'sum') continue
+    // what has too many terms stays one factor
+    const few = result.terms.length * atom.form.terms.length <= most
+    result = few
+      ? times(result, atom.form)
+      : formOf(result.terms.map((one) => withFactor(one, atom)))
+  }
   return result
+}
+
+function withFactor({ coefficient, factors }: Term, atom: Atom): Term {
+  const before = factors.find((one) => one.atom.key === atom.key)
+  const others = factors.filter((one) => one !== before)
+  return termOf(coefficient, [...others, { atom, power: (before?.power ?? 0) + 1 }])
 }
 
 /** @internal */
@@ -676,7 +689,7 @@ function choose(test: Condition, yes: Form, no: Form): Form {
     // if(x > 0, x * x, 0)
     for (const n of [2, 3]) {
       const [x, other] = no.key === '0' ? [times(number(-1), test.form), yes] : [test.form, no]
-      const cuts = other.height > 0 && (no.key === '0' || yes.key === '0')
+      const cuts = other.height > 0 && x.terms.length < 4 && (no.key === '0' || yes.key === '0')
       if (cuts && power(x, n).key === other.key) return power(apply('relu', [x]), n)
     }
   }

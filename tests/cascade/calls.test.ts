@@ -432,4 +432,16 @@ describeDevices('calls of plans', (device) => {
     // the same text has the same plan
     expect(cascade(text).compile()).toBe(own.compile())
   })
+
+  it('takes powers of sums that are not multiplied out', async () => {
+    const sum = '(a[m] + b[p] + c[m] + d[p] + r[m])'
+    for (const bias of [
+      `pow(${sum}, 3) / 50`,
+      `pow(${sum}, 4) / 500`,
+      `${sum} * pow(${sum}, 3) / 500`,
+    ]) {
+      const text = `${score}\nT[p,m] = S[p,m] + ${bias}${softmax('T')}`
+      await check(text, { ...one, a: 'm', b: 'p', c: 'm', d: 'p', r: 'm' }, sizes)
+    }
+  })
 })
