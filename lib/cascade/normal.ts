@@ -93,6 +93,12 @@ export function startOver(): void {
   spent = 0
 }
 
+// Scalars of the cascade at hand that are written as sizes are, which may be below 0
+let scalars: ReadonlySet<string> = new Set()
+
+/** @internal Whether a name is that of a size. */
+export const isRank = (name: string): boolean => /^[A-Z]/.test(name) && !scalars.has(name)
+
 /** @internal A form is far larger than any operator's. */
 export class TooLarge {}
 
@@ -280,7 +286,7 @@ export function isAtLeast0({ atom, power }: Factor): boolean {
   if (power % 2 !== 1 && power % 2 !== -1) return true
   switch (atom.kind) {
     case 'name':
-      return /^([#%A-Z]|inf$)/.test(atom.name)
+      return /^([#%]|inf$)/.test(atom.name) || isRank(atom.name)
     case 'access':
       return false
     case 'sum':
@@ -368,7 +374,7 @@ const sumsUp = ({ terms }: Form): boolean =>
     factors.some(({ atom }) => atom.kind === 'reduce' && atom.op === 'sum'),
   )
 
-const isSize = ({ atom }: Factor) => atom.kind === 'name' && /^[A-Z]/.test(atom.name)
+const isSize = ({ atom }: Factor) => atom.kind === 'name' && isRank(atom.name)
 
 /** @internal */
 export const readsTensors = ({ free }: { free: ReadonlySet<string> }): boolean =>
@@ -577,8 +583,7 @@ const rises = (index: Form): boolean =>
   index.terms.every(
     ({ coefficient, factors }) =>
       factors.every(({ atom, power }) => atom.kind === 'name' && power > 0) &&
-      (coefficient >= 0 ||
-        (factors.length > 0 && factors.every(({ atom }) => /^[A-Z]/.test(atom.key)))),
+      (coefficient >= 0 || (factors.length > 0 && factors.every(isSize))),
   )
 
 function apply(fn: FunctionName, args: readonly Form[]): Form {
@@ -770,6 +775,7 @@ export class Normal {
     private readonly ir: CascadeIR,
     readonly kept: ReadonlyMap<string, boolean> = new Map(),
   ) {
+    scalars = new Set(ir.scalars)
     for (const step of ir.steps) {
       if ('body' in step)
         for (const one of arrangedBody(step.body)) this.iterated(one, step.variable)

@@ -10,6 +10,7 @@ import {
   type Condition,
   type Factor,
   type Form,
+  isRank,
   type Normal,
   number,
   plus,
@@ -193,7 +194,7 @@ const counts = ({ terms }: Form): boolean =>
       power > 0 &&
       (atom.kind === 'if'
         ? counts(atom.yes) && counts(atom.no)
-        : atom.kind === 'name' && /^[#A-Z]/.test(atom.name))
+        : atom.kind === 'name' && (/^#/.test(atom.name) || isRank(atom.name)))
     return Number.isInteger(coefficient) && factors.every(whole)
   })
 

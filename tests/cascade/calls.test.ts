@@ -112,6 +112,11 @@ describeDevices('calls of plans', (device) => {
       await check(text, one, sizes, { [s]: 0.3 })
     })
 
+    it.each(['C', 'SCALE', 'c'])('as the scalar %s, which may be below 0', async (s) => {
+      for (const factor of [`sqrt(${s} * ${s})`, `${s} * log(${s} * ${s})`, `relu(1 + ${s})`])
+        await check(`${score} * ${factor}${softmax('S')}`, one, sizes, { [s]: -0.5 })
+    })
+
     it.each(['m_', 'm__'])('as the row %s', async (row) => {
       const text = `${score} where abs(p - m) <= 1${softmax('S')}`.replace(/\bp\b/g, row)
       for (const rows of [5, 7])
