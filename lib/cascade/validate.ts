@@ -387,16 +387,18 @@ function checkOrder(steps: Syntax['steps'], produced: ReadonlySet<string>): stri
     }
   }
   const cycleFrom = (start: string): string[] | undefined => {
-    const walk = (name: string, path: string[]): string[] | undefined => {
-      for (const next of depends.get(name) ?? []) {
-        if (next === start) return [...path, next]
-        if (path.includes(next)) continue
-        const found = walk(next, [...path, next])
-        if (found) return found
+    const seen = new Set<string>()
+    const path = [{ name: start, next: depends.get(start)?.values() }]
+    for (let at = path.at(-1); at; at = path.at(-1)) {
+      const { value: name, done } = at.next?.next() ?? { done: true }
+      if (done) path.pop()
+      else if (name === start) return [...path.map((one) => one.name), name]
+      else if (!seen.has(name)) {
+        seen.add(name)
+        path.push({ name, next: depends.get(name)?.values() })
       }
-      return undefined
     }
-    return walk(start, [start])
+    return undefined
   }
   let states: ReadonlySet<string> = new Set()
   const stepped = new Set<string>()

@@ -566,6 +566,19 @@ describe('errors', () => {
     expect(error.span).toHaveLength(3)
   })
 
+  it('finds what is read too early in a long text written from its result down', () => {
+    const lines = Array.from(
+      { length: 5000 },
+      (_, k) => `A${k}[i] = A${k + 1}[i] + B${k + 1}[i]\nB${k}[i] = A${k + 1}[i] * B${k + 1}[i]`,
+    )
+    const text = `Y[i] = A0[i] + B0[i]\n${lines.join('\n')}`
+    expect(thrown(() => cascade(text)).message).toBe(
+      'cascade: A0 is read on line 1 before it is produced',
+    )
+    const closed = text.replaceAll('A5000[i] *', 'Y[i] *')
+    expect(thrown(() => cascade(closed)).code).toBe('CAS011')
+  })
+
   it('names tensors to keep that there are none of', () => {
     const error = thrown(() => cascade('Y = K[m]').evaluate({ K: X([1]) }, {}, { keep: ['YY'] }))
     expect(error.message).toBe('cascade: unknown tensor "YY"; did you mean "Y"?')
