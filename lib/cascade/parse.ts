@@ -24,6 +24,8 @@ export interface Syntax {
 
 const comparisons = ['<', '<=', '>', '>=', '==', '!='] as const
 const depthLimit = 200
+// a + b + c … is a tree as deep as it is long, and whoever reads it goes down
+const operatorLimit = 500
 
 const arity: Readonly<Record<FunctionName, number>> = {
   exp: 1,
@@ -56,6 +58,7 @@ class Parser {
   readonly #tokens: Token[]
   #at = 0
   #depth = 0
+  #operators = 0
 
   constructor(text: string) {
     this.#lines = text.split('\n')
@@ -199,6 +202,7 @@ class Parser {
 
   #statement(): Statement {
     const first = this.#peek()
+    this.#operators = 0
     const init = first.text === 'init' && this.#peek(1).kind === 'name'
     if (init) this.#at++
     const target = this.#name('a tensor')
@@ -274,14 +278,26 @@ class Parser {
     return result
   }
 
+  // The operator that stands here, if it is one of these
+  #operator<const T extends string>(...known: readonly T[]): { op: T; span: Span } | undefined {
+    const { text, span } = this.#peek()
+    const op = known.find((one) => one === text)
+    if (op === undefined) return undefined
+    if (++this.#operators > operatorLimit) {
+      const rule = `a statement has more than ${operatorLimit} operators; give parts of it names`
+      throw broken('CAS001', `line ${span[0]}: ${rule}`, span)
+    }
+    this.#at++
+    return { op, span }
+  }
+
   #expr(): Expr {
     return this.#deeper(() => {
       let a = this.#term()
       for (;;) {
-        const { text, span } = this.#peek()
-        if (text !== '+' && text !== '-') return a
-        this.#at++
-        a = { kind: 'binary', op: text, a, b: this.#term(), span }
+        const operator = this.#operator('+', '-')
+        if (!operator) return a
+        a = { kind: 'binary', a, b: this.#term(), ...operator }
       }
     })
   }
@@ -289,10 +305,9 @@ class Parser {
   #term(): Expr {
     let a = this.#factor()
     for (;;) {
-      const { text, span } = this.#peek()
-      if (text !== '*' && text !== '/') return a
-      this.#at++
-      a = { kind: 'binary', op: text, a, b: this.#factor(), span }
+      const operator = this.#operator('*', '/')
+      if (!operator) return a
+      a = { kind: 'binary', a, b: this.#factor(), ...operator }
     }
   }
 
@@ -398,7 +413,7 @@ class Parser {
   #predicate(): Predicate {
     return this.#deeper(() => {
       let a = this.#conjunction()
-      while (this.#take('||')) a = { kind: 'or', a, b: this.#conjunction() }
+      while (this.#operator('||')) a = { kind: 'or', a, b: this.#conjunction() }
       return a
     })
   }
@@ -418,7 +433,7 @@ class Parser {
 
   #conjunction(): Predicate {
     let a = this.#test()
-    while (this.#take('&&')) a = { kind: 'and', a, b: this.#test() }
+    while (this.#operator('&&')) a = { kind: 'and', a, b: this.#test() }
     return a
   }
 

@@ -53,6 +53,15 @@ function find(parsed: Cascade): Found {
   }
 }
 
+async function write(svg: string, text: string): Promise<void> {
+  try {
+    await writeFile(svg, text)
+  } catch (cause) {
+    const why = (cause as Error).message
+    throw refuse('ERR_ARGUMENT', op, 'svg', `cannot write ${show(svg)} (${why})`)
+  }
+}
+
 /** @internal Reads a cascade from a file and analyses it; errors of the text name the file and the place. */
 export async function analyzeFile(
   options: AnalyzeFileOptions,
@@ -77,14 +86,10 @@ export async function analyzeFile(
       dtype: dtype as DType | undefined,
       machine: machine as MachineName | undefined,
     })
-    if (svg !== undefined) await writeFile(svg, drawing(parsed.ir, analysis))
+    if (svg !== undefined) await write(svg, drawing(parsed.ir, analysis))
     return { parsed, analysis, plan: find(parsed) }
   } catch (error) {
-    if (!(error instanceof HeddleError)) {
-      const why = (error as Error).message
-      throw refuse('ERR_ARGUMENT', op, 'svg', `cannot write ${show(svg)} (${why})`)
-    }
-    if (!error.span) throw error
+    if (!(error instanceof HeddleError) || !error.span) throw error
     const [line, column] = error.span
     const text = error.message.replace(/^cascade: /, '')
     throw new HeddleError(error.code, `${op}: ${file}:${line}:${column}: ${text}`, {

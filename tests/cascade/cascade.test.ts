@@ -736,6 +736,30 @@ describe('text', () => {
     expect(read).toBeGreaterThan(1000)
   }, 240_000)
 
+  it.each([
+    [' + ', (long: string) => `Y[i] = ${long}`, 'X[i]'],
+    [' * ', (long: string) => `Y[i] = ${long}`, 'X[i]'],
+    [' && ', (long: string) => `Y[i] = X[i] where ${long}`, 'i < 3'],
+    [' || ', (long: string) => `Y[i] = X[i] where ${long}`, 'i < 3'],
+  ])('reads, evaluates and compiles long rows of%s', (operator, whole, term) => {
+    const text = (count: number) => whole(new Array(count).fill(term).join(operator))
+    const parsed = cascade(text(501))
+    parsed.analyze()
+    parsed.compile({ fused: 'preferred' })
+    parsed.evaluate({ X: { data: [1], shape: [1] } })
+    expect(cascade(parsed.toString()).toString()).toBe(parsed.toString())
+    for (const count of [502, 20_000]) {
+      const error = thrown(() => cascade(text(count)))
+      expect(error.code).toBe('CAS001')
+      expect(error.message).toBe(
+        'cascade: line 1: a statement has more than 500 operators; give parts of it names',
+      )
+      expect(text(count).slice(error.span![1] - 1, error.span![1] - 1 + error.span![2])).toBe(
+        operator.trim(),
+      )
+    }
+  })
+
   it('survives deep nesting', () => {
     for (const text of [
       `A = ${'('.repeat(10_000)}`,

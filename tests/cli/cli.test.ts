@@ -388,7 +388,18 @@ describe('heddle analyze', () => {
     expect(svg).not.toMatch(/NaN|undefined/)
   })
 
+  it('names a picture that cannot be written', () => {
+    const svg = join(folder, 'nowhere', 'x.svg')
+    expect(heddle('analyze', softmax, '--svg', svg).stderr).toMatch(
+      /^analyze: cannot write ".*x\.svg" \(ENOENT/,
+    )
+  })
+
   it('names file, line and column of what is wrong', () => {
+    const long = file('long.cascade', `A[m] = B[m]${' + B[m]'.repeat(20_000)}\n`)
+    expect(heddle('analyze', long).stderr).toBe(
+      `analyze: ${long}:1:3513: line 1: a statement has more than 500 operators; give parts of it names\n`,
+    )
     const bad = file('bad.cascade', 'A[m] = B[m]\nSN[m] exp(A[m])\n')
     expect(heddle('analyze', bad)).toEqual({
       status: 1,
