@@ -14,6 +14,7 @@ import {
   type Span,
   type Split,
   type Statement,
+  tensorsOf,
   visitAccesses,
   visitExprs,
   visitPredicate,
@@ -193,23 +194,37 @@ function quotient(factors: readonly Expr[], divisors: readonly Expr[]): Expr {
   return divisors.reduce((a, b) => binary('/', a, b), product)
 }
 
-function namer(ir: CascadeIR): (wanted: string) => string {
-  const taken = new Set([
-    ...ir.inputs,
-    ...ir.scalars,
+interface Namer {
+  (wanted: string): string
+  /** A variable that no name of the text is, and neither is its rank. */
+  variable(wanted: string): string
+}
+
+function namer(ir: CascadeIR): Namer {
+  const variables = [
     ...ir.variables,
-    ...ir.variables.map(rankOf),
+    ...ir.splits.flatMap(({ variable, outer, inner }) => [variable, outer, inner]),
+  ]
+  const taken = new Set([
+    ...tensorsOf(ir),
+    ...ir.scalars,
+    ...variables,
+    ...variables.map(rankOf),
     ...ir.ranks.keys(),
-    ...ir.splits.flatMap(({ variable, outer, inner }) => [variable, outer, inner].map(rankOf)),
   ])
-  for (const step of ir.steps)
-    for (const { out } of 'body' in step ? step.body : [step]) taken.add(out.name)
-  return (wanted) => {
-    let fresh = wanted
-    for (let i = 2; taken.has(fresh); i++) fresh = `${wanted}_${i}`
-    taken.add(fresh)
-    return fresh
+  const fresh = (wanted: string) => {
+    let name = wanted
+    for (let i = 2; taken.has(name); i++) name = `${wanted}_${i}`
+    taken.add(name)
+    return name
   }
+  const variable = (wanted: string) => {
+    let name = wanted
+    while (taken.has(name) || taken.has(rankOf(name))) name += '_'
+    taken.add(name).add(rankOf(name))
+    return name
+  }
+  return Object.assign(fresh, { variable })
 }
 
 const plainNames = (indices: readonly Index[]): string[] | undefined => {
@@ -652,14 +667,8 @@ function hoistExponentials(
 // Names and substitutions that both forms share
 function partsOf(ir: CascadeIR, plan: Plan, tile: number) {
   const { variable } = plan
-  const taken = new Set(ir.variables)
-  const name2 = (digit: number) => {
-    let wanted = `${variable}${digit}`
-    while (taken.has(wanted)) wanted += '_'
-    taken.add(wanted)
-    return wanted
-  }
-  const [outer, inner] = [name2(1), name2(0)]
+  const fresh = namer(ir)
+  const [outer, inner] = [fresh.variable(`${variable}1`), fresh.variable(`${variable}0`)]
   const split: Split = { variable, outer, inner, size: tile, tailMask: true, span: nowhere }
   const position = binary('+', binary('*', name(outer), name(rankOf(inner))), name(inner))
   const carried = new Set(
@@ -689,7 +698,7 @@ function partsOf(ir: CascadeIR, plan: Plan, tile: number) {
     splits: [...ir.splits, split],
     steps,
   })
-  return { outer, inner, expr, where, whole, draft, fresh: namer(ir) }
+  return { outer, inner, expr, where, whole, draft, fresh }
 }
 
 // The mask of a reduction that empties whole coordinates of it

@@ -199,6 +199,11 @@ function expectSame(before: string, after: string, sizes: Record<string, number>
     cap: 3,
     bias: -1,
     lambda: 0.3,
+    m0: 0.4,
+    m1: 0.4,
+    M0: 0.4,
+    M1: 0.4,
+    RM: 0.4,
   }
   const [x, y] = [a.evaluate(inputs, scalars), b.evaluate(inputs, scalars)]
   expect(Object.keys(y).sort()).toEqual(Object.keys(x).sort())
@@ -249,6 +254,13 @@ describe('suggestions', () => {
       }
     },
   )
+
+  it.each(['m0', 'm1', 'M0', 'M1', 'RM'])('take no name that a scalar has: %s', (name) => {
+    const text = `${score.replace('scale', name)}${softmax}\nAV[f,p] = sum(m) SN[m,p] * V[f,m]\nO[f,p] = AV[f,p] / SD[p]`
+    const { suggestions } = cascade(text).analyze({ machine })
+    expect(suggestions.map(({ rule }) => rule)).toEqual(['iterate-max', 'split-kv'])
+    for (const { rewritten } of suggestions) expectSame(text, rewritten, { E: 2, F: 3, M: 9, P: 5 })
+  })
 
   it('take delta from what the forward pass leaves', () => {
     const text = `
