@@ -1,6 +1,6 @@
 import { HeddleError } from '../errors.js'
 import type { Analysis } from './analyze.js'
-import { productOf, variablesIn } from './cost.js'
+import { type Product, productOf, variablesIn } from './cost.js'
 import {
   type Access,
   type CascadeIR,
@@ -14,6 +14,7 @@ import {
   type Span,
   type Split,
   type Statement,
+  sizedRanks,
   tensorsOf,
   visitAccesses,
   visitExprs,
@@ -123,19 +124,20 @@ function* candidates(
     const plan = planOf(ir, variable)
     if (!plan) continue
     if (plan.shifted.length > 0 && headline > 1) {
+      const scaled = plan.scale.map((one) => `; ${one} must be above 0`).join('')
       const reductions = [...plan.maxima, ...plan.logs, ...plan.sums.map(({ one }) => one)]
       if (reductions.every((one) => !emptiedBy(one, plan)))
         yield {
           rule: 'iterate-max',
           rank: name,
           draft: runningForm(ir, plan, tile),
-          effect: `results so far are corrected whenever the running maximum over ${variable} grows`,
+          effect: `results so far are corrected whenever the running maximum over ${variable} grows${scaled}`,
         }
       yield {
         rule: 'split-kv',
         rank: name,
         draft: mergedForm(ir, plan, tile),
-        effect: `parts of ${tile} along ${variable} run side by side, and results of size ${name}1 are merged`,
+        effect: `parts of ${tile} along ${variable} run side by side, and results of size ${name}1 are merged${scaled}`,
       }
     } else if (
       plan.shifted.length === 0 &&
@@ -470,7 +472,10 @@ interface Plan {
   variable: string
   before: readonly Statement[]
   shifted: readonly Shift[]
-  fn: 'exp' | 'exp2'
+  /** The exponential of a difference, times a scale if there is one. */
+  power(difference: Expr): Expr
+  /** What has to be above 0 for the difference to be the largest where the score is. */
+  scale: readonly string[]
   score: Expr | undefined
   scoreWhere: Predicate | undefined
   maxima: readonly Statement[]
@@ -487,7 +492,7 @@ function planOf(ir: CascadeIR, variable: string): Plan | undefined {
     if ('body' in step || step.init) return undefined
     all.push(step)
   }
-  const source = hoistExponentials(ir, all, variable)
+  const source = hoistExponentials(ir, inlineDifferences(ir, all, variable), variable)
   const late = new Set<string>()
   const carried = new Set<string>()
   const before: Statement[] = []
@@ -497,7 +502,12 @@ function planOf(ir: CascadeIR, variable: string): Plan | undefined {
   const sums: Reduced[] = []
   const rest: Statement[] = []
   const byName = new Map<string, Shift>()
-  let fn: Plan['fn'] = 'exp'
+  let shape: Pick<Difference, 'scale'> & { fn: 'exp' | 'exp2' } = {
+    fn: 'exp',
+    scale: { factors: [], divisors: [] },
+  }
+  const power: Plan['power'] = (difference) =>
+    call(shape.fn, quotient([difference, ...shape.scale.factors], shape.scale.divisors))
   let score: Expr | undefined
   const isLate = (expr: Expr): boolean => {
     let found = false
@@ -555,10 +565,13 @@ function planOf(ir: CascadeIR, variable: string): Plan | undefined {
       const difference = shiftOf(top)
       if (!difference || isLate(difference.score) || has(difference.reference)) return undefined
       if (!has(difference.score) || !isLate(difference.reference)) return undefined
-      if (score && (printExpr(score) !== printExpr(difference.score) || fn !== difference.fn))
+      const parts = [...difference.scale.factors, ...difference.scale.divisors]
+      if (parts.some((part) => isLate(part) || has(part) || !keepsOrder(part, ir.variables)))
         return undefined
+      const known = score && printExpr(power(score))
+      shape = difference
+      if (known !== undefined && known !== printExpr(power(difference.score))) return undefined
       score ??= difference.score
-      fn = difference.fn
       const shift = { one, rest: others, divisors, reference: difference.reference }
       shifted.push(shift)
       byName.set(out.name, shift)
@@ -611,7 +624,10 @@ function planOf(ir: CascadeIR, variable: string): Plan | undefined {
       const own = plainNames(one.out.indices)!.filter((v) => v !== variable)
       if (!space.every((v) => own.includes(v))) return undefined
     }
-    if (fn === 'exp2' && logs.length > 0) return undefined
+    const scale = [...shape.scale.factors, ...shape.scale.divisors]
+    if (logs.length > 0 && (shape.fn === 'exp2' || scale.length > 0)) return undefined
+    for (const part of scale)
+      for (const v of variablesIn(part, ir.variables)) if (!space.includes(v)) return undefined
   } else if (logs.length > 0) return undefined
   else {
     // nothing is shifted: maxima are reductions like any other
@@ -619,15 +635,96 @@ function planOf(ir: CascadeIR, variable: string): Plan | undefined {
       sums.push({ one, left: plainNames(one.out.indices)!, rest: one.expr, reference: undefined })
   }
   if (sums.length + maxima.length === 0) return undefined
-  return { variable, before, shifted, fn, score, scoreWhere, maxima, logs, sums, rest, space }
+  const sized = sizedRanks(ir)
+  const scale = [...shape.scale.factors, ...shape.scale.divisors].filter(
+    (part) => part.kind === 'access' || (part.kind === 'name' && !sized.has(part.name)),
+  )
+  return {
+    variable,
+    before,
+    shifted,
+    power,
+    scale: scale.map((part) => printExpr(part)),
+    score,
+    scoreWhere,
+    maxima,
+    logs,
+    sums,
+    rest,
+    space,
+  }
 }
 
-// exp(a - b), with what is behind the minus as the reference
-function shiftOf(expr: Expr): { fn: 'exp' | 'exp2'; score: Expr; reference: Expr } | undefined {
+interface Difference {
+  score: Expr
+  reference: Expr
+  /** What the difference is multiplied by and divided by. */
+  scale: Product
+}
+
+// (a - b) * scale, -b + a, -(b - a), with what is taken away as the reference
+function differenceOf(expr: Expr): Difference | undefined {
+  const of = (score: Expr, reference: Expr): Difference => ({
+    score,
+    reference,
+    scale: { factors: [], divisors: [] },
+  })
+  if (expr.kind === 'negate') {
+    const inner = differenceOf(expr.x)
+    return inner && { ...inner, score: inner.reference, reference: inner.score }
+  }
+  if (expr.kind !== 'binary') return undefined
+  const { op, a, b } = expr
+  if (op === '-') return of(a, b)
+  if (op === '+')
+    return a.kind === 'negate' ? of(b, a.x) : b.kind === 'negate' ? of(a, b.x) : undefined
+  const { factors, divisors } = productOf(expr)
+  const [whole, ...more] = factors.filter((factor) => differenceOf(factor))
+  const inner = whole && more.length === 0 ? differenceOf(whole) : undefined
+  const others = factors.filter((factor) => factor !== whole)
+  return inner && { ...inner, scale: { factors: others, divisors } }
+}
+
+function shiftOf(expr: Expr): (Difference & { fn: 'exp' | 'exp2' }) | undefined {
   if (expr.kind !== 'call' || (expr.fn !== 'exp' && expr.fn !== 'exp2')) return undefined
-  const [x] = expr.args
-  if (x?.kind !== 'binary' || x.op !== '-') return undefined
-  return { fn: expr.fn, score: x.a, reference: x.b }
+  const difference = differenceOf(expr.args[0]!)
+  return difference && { fn: expr.fn, ...difference }
+}
+
+// Whether a factor of an exponent keeps the order of scores, as far as the text tells: a number of the call is taken to
+const keepsOrder = (expr: Expr, variables: readonly string[]): boolean => {
+  if (expr.kind === 'number') return expr.value > 0 && expr.value < Number.POSITIVE_INFINITY
+  if (expr.kind === 'name') return !variables.includes(expr.name)
+  if (expr.kind === 'call') return ['exp', 'exp2', 'sqrt', 'rsqrt', 'softplus'].includes(expr.fn)
+  return expr.kind === 'access'
+}
+
+// X[m,p] = S[m,p] - G[p] in front of exp(X[m,p]) is written into it
+function inlineDifferences(
+  ir: CascadeIR,
+  all: readonly Statement[],
+  variable: string,
+): readonly Statement[] {
+  const late = new Set<string>()
+  let rest = all
+  for (const one of all) {
+    const { out, reduce, where, expr } = one
+    const left = plainNames(out.indices)
+    const waits = readsOf(one).some((read) => late.has(read.name))
+    if (waits || reduce?.over.includes(variable)) late.add(out.name)
+    const difference = reduce || where ? undefined : differenceOf(expr)
+    if (!waits || !difference || !left?.includes(variable) || ir.outputs.includes(out.name))
+      continue
+    const reads = rest.flatMap(readsOf).filter((read) => read.name === out.name)
+    if (!reads.every(({ indices }) => plainNames(indices)?.join() === left.join())) continue
+    const own = rest.find((other) => other.out.name === out.name)!.expr
+    const change = (part: Expr) =>
+      part.kind === 'access' && part.name === out.name ? own : undefined
+    rest = rest
+      .filter((other) => other.out.name !== out.name)
+      .map((other) => ({ ...other, expr: rewrite(other.expr, change) }))
+  }
+  return rest
 }
 
 // sum(m) exp(S[m,p] - G[p]) * V[m]: the exponential gets a name of its own
@@ -743,7 +840,7 @@ function shiftedBy(
     plan.shifted.some(({ one: base }) => base !== one && base.out.name === (rest[0] as Access).name)
   )
     return quotient(rest.map(expr), divisors.map(expr))
-  const top = call(plan.fn, binary('-', expr(plan.score!), reference))
+  const top = plan.power(binary('-', expr(plan.score!), reference))
   return quotient([top, ...rest.map(expr)], divisors.map(expr))
 }
 
@@ -778,7 +875,7 @@ function runningForm(ir: CascadeIR, plan: Plan, tile: number): Draft {
     ),
     statement(
       now(correction, space),
-      call(plan.fn, binary('-', now(running, space), next(running, space))),
+      plan.power(binary('-', now(running, space), next(running, space))),
     ),
   )
   const results = new Map<string, Expr>()
@@ -806,7 +903,7 @@ function runningForm(ir: CascadeIR, plan: Plan, tile: number): Draft {
     return last(total, left)
   }
   for (const { out, where: limit } of plan.logs) {
-    const summand = call(plan.fn, binary('-', expr(plan.score!), next(running, space)))
+    const summand = plan.power(binary('-', expr(plan.score!), next(running, space)))
     const total = accumulate(out.name, space, 'sum', summand, where(limit), true)
     results.set(out.name, binary('+', last(running, space), call('log', total)))
   }
@@ -860,7 +957,7 @@ function corrected(plan: Plan, total: Expr, reference: Expr | undefined, maximum
   if (!reference) return total
   const plainMax =
     reference.kind === 'access' && plan.maxima.some(({ out }) => out.name === reference.name)
-  return plainMax ? total : binary('*', total, call(plan.fn, binary('-', maximum, reference)))
+  return plainMax ? total : binary('*', total, plan.power(binary('-', maximum, reference)))
 }
 
 // Parts along the variable, each with a maximum of its own, and their merge
@@ -895,7 +992,7 @@ function mergedForm(ir: CascadeIR, plan: Plan, tile: number): Draft {
     weight = part(factor, space)
     done.push(
       statement(maximum as Access, part(local, space), { reduce: { op: 'max', over: [outer] } }),
-      statement(weight as Access, call(plan.fn, binary('-', part(local, space), maximum))),
+      statement(weight as Access, plan.power(binary('-', part(local, space), maximum))),
     )
     for (const one of plan.maxima) results.set(one.out.name, finished(one, maximum))
   }
@@ -921,7 +1018,7 @@ function mergedForm(ir: CascadeIR, plan: Plan, tile: number): Draft {
     }
   }
   for (const one of plan.logs) {
-    const summand = call(plan.fn, binary('-', expr(plan.score!), part(local, space)))
+    const summand = plan.power(binary('-', expr(plan.score!), part(local, space)))
     const { expr: value, reduce } = merge(one, space, 'sum', summand, true, where(one.where))
     const total = on(fresh(`S${one.out.name}`), space)
     done.push(statement(total, value, { reduce }))

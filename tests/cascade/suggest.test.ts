@@ -95,6 +95,35 @@ const rows: readonly (readonly [
     ['iterate-max'],
     [2, 1],
   ],
+  ...[
+    'exp((QK[m,p] - GM[p]) * scale)',
+    'exp(scale * (QK[m,p] - GM[p]) / sqrt(E))',
+    'exp2((QK[m,p] - GM[p]) * 1.4426950408889634)',
+    'exp(-GM[p] + QK[m,p])',
+    'exp(-(GM[p] - QK[m,p]) * warm[p])',
+  ].flatMap((weight) =>
+    (['iterate-max', 'split-kv'] as const).map(
+      (rule) =>
+        [
+          `${rule}, weights ${weight}`,
+          `${score} where m <= p + off${softmax.replace('exp(QK[m,p] - GM[p])', weight)}${divided}`,
+          ['defer-division', rule],
+          [3, 2, 1],
+        ] as const,
+    ),
+  ),
+  [
+    'a difference with a name',
+    `${score} where m <= p + off${softmax.replace('SN[m,p] = exp(QK[m,p] - GM[p])', 'X[m,p] = QK[m,p] - GM[p]\nSN[m,p] = exp(X[m,p] * scale)')}${divided}`,
+    ['defer-division', 'iterate-max'],
+    [3, 2, 1],
+  ],
+  [
+    'a scale that may change its sign along the keys',
+    `${score}${softmax.replace('exp(QK[m,p] - GM[p])', 'exp((QK[m,p] - GM[p]) * gate[m])')}\nAV[f,p] = SN[m,p] * V[f,m]`,
+    [],
+    [2],
+  ],
   [
     'a local maximum',
     `split m -> (m1, m0 : 4) tail mask
@@ -170,6 +199,7 @@ const shapes: Readonly<Record<string, readonly string[]>> = {
   A: ['M'],
   B: ['M'],
   gate: ['M'],
+  warm: ['P'],
   q: ['E'],
   Qb: ['B', 'E'],
   Kb: ['B', 'E', 'M'],
@@ -182,7 +212,12 @@ function inputsOf(names: readonly string[], sizes: Record<string, number>) {
       const shape = shapes[name]!.map((rank) => sizes[rank]!)
       return [
         name,
-        { data: Float64Array.from(rng.normals(shape.reduce((a, b) => a * b, 1))), shape },
+        {
+          data: Float64Array.from(rng.normals(shape.reduce((a, b) => a * b, 1)), (x) =>
+            name === 'warm' ? Math.abs(x) + 0.1 : x,
+          ),
+          shape,
+        },
       ]
     }),
   )
@@ -260,6 +295,17 @@ describe('suggestions', () => {
     const { suggestions } = cascade(text).analyze({ machine })
     expect(suggestions.map(({ rule }) => rule)).toEqual(['iterate-max', 'split-kv'])
     for (const { rewritten } of suggestions) expectSame(text, rewritten, { E: 2, F: 3, M: 9, P: 5 })
+  })
+
+  it('name the scale of an exponent that the call gives', () => {
+    const effects = (scale: string) =>
+      cascade(
+        `${score}${softmax.replace('exp(QK[m,p] - GM[p])', `exp((QK[m,p] - GM[p]) ${scale})`)}`,
+      )
+        .analyze()
+        .suggestions.map(({ effect }) => effect.split('; ').at(-1))
+    expect(effects('* scale')).toEqual(['scale must be above 0', 'scale must be above 0'])
+    expect(effects('/ sqrt(E)')).not.toContain('sqrt(E) must be above 0')
   })
 
   it('take delta from what the forward pass leaves', () => {
