@@ -1,6 +1,7 @@
 import { checkInteger, checkOptions, mustBe } from '../check.js'
 import { bytesPerElement, type DType, dtypes } from '../dtype.js'
-import { isContraction, unshiftedExp, visibleShare, type Work, workOf } from './cost.js'
+import { unshiftedExp } from './bounded.js'
+import { isContraction, visibleShare, type Work, workOf } from './cost.js'
 import { broken } from './error.js'
 import { type Graph, graphOf, indexedBy, type Node } from './graph.js'
 import { type CascadeIR, rankOf, type Span, sizedRanks, tensorsOf, visitPredicate } from './ir.js'
@@ -508,10 +509,13 @@ class Analyzer {
 
   #warnings(): AnalysisWarning[] {
     const warnings: AnalysisWarning[] = []
-    const bounded = new Set<string>()
+    const producers = (tensor: string) =>
+      (this.#graph.producers.get(tensor) ?? [])
+        .map(({ statement }) => statement)
+        .filter(({ init }) => !init)
     for (const { name, statement, prefix } of this.#graph.nodes) {
       const { expr, out } = statement
-      const exp = unshiftedExp(expr, bounded)
+      const exp = unshiftedExp(expr, producers)
       if (exp) {
         warnings.push({
           code: 'CAS030',

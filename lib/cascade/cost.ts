@@ -4,11 +4,9 @@ import {
   type Expr,
   type FunctionName,
   type Predicate,
-  visitAccesses,
   visitExprs,
   visitPredicate,
 } from './ir.js'
-import { printExpr } from './print.js'
 
 /** @internal Operations of one einsum. */
 export interface Work {
@@ -249,50 +247,4 @@ function conjuncts(predicate: Predicate): Predicate[] {
   return predicate.kind === 'and'
     ? [...conjuncts(predicate.a), ...conjuncts(predicate.b)]
     : [predicate]
-}
-
-/** @internal Whether some exponential takes a score that nothing bounds from above. */
-export function unshiftedExp(expr: Expr, bounded: ReadonlySet<string>): Expr | undefined {
-  let found: Expr | undefined
-  // if(x > 0, …, exp(x))
-  const guarded = new Set<Expr>()
-  visitExprs(expr, (one) => {
-    if (one.kind !== 'if' || one.test.kind !== 'compare') return
-    const { op, a } = one.test
-    if (op === '==' || op === '!=') return
-    visitExprs(op.startsWith('>') ? one.no : one.yes, (part) => {
-      if (part.kind === 'call' && printExpr(part.args[0]!) === printExpr(a)) guarded.add(part)
-    })
-  })
-  visitExprs(expr, (one) => {
-    if (one.kind !== 'call' || (one.fn !== 'exp' && one.fn !== 'exp2') || guarded.has(one)) return
-    const [x] = one.args
-    let reads = false
-    visitAccesses(x!, () => {
-      reads = true
-    })
-    if (reads && !isBounded(x!, bounded)) found ??= one
-  })
-  return found
-}
-
-// A difference has been shifted; a negated, clipped or squashed value cannot run away either
-function isBounded(x: Expr, bounded: ReadonlySet<string>): boolean {
-  switch (x.kind) {
-    case 'number':
-    case 'name':
-      return true
-    case 'access':
-      return bounded.has(x.name)
-    case 'negate':
-      return true
-    case 'binary':
-      if (x.op === '-') return true
-      if (x.op === '+') return isBounded(x.a, bounded) && isBounded(x.b, bounded)
-      return isBounded(x.a, bounded) && (x.op === '/' || isBounded(x.b, bounded))
-    case 'call':
-      return ['min', 'tanh', 'sigmoid', 'erf', 'sin', 'cos'].includes(x.fn)
-    case 'if':
-      return isBounded(x.yes, bounded) && isBounded(x.no, bounded)
-  }
 }

@@ -1,4 +1,4 @@
-import { cascade, type Machine } from 'heddle'
+import { cascade, definitions, type Machine } from 'heddle'
 import { describe, expect, it } from 'vitest'
 import { thrown } from '../support/failure.js'
 
@@ -561,6 +561,39 @@ describe('costs', () => {
     expect(warnings('A[m] = exp(min(X[m], 0))')).toEqual([])
     expect(warnings('A[m] = if(X[m] > 0, X[m] + 1, exp(X[m]))')).toEqual([])
     expect(warnings('A[m] = if(X[m] > 0, exp(X[m]), X[m] + 1)')).toEqual(['CAS030'])
+    expect(warnings(onePass)).toEqual([])
+    for (const text of Object.values(definitions)) {
+      const { suggestions } = cascade(text).analyze()
+      for (const one of [text, ...suggestions.map(({ rewritten }) => rewritten)])
+        expect(warnings(one), one).not.toContain('CAS030')
+    }
+    const S = 'S[p,m] = sum(e) Q[p,e] * K[m,e]\n'
+    const G = `${S}G[p] = max(m) S[p,m]\n`
+    for (const shifted of [
+      `${G}A[p,m] = exp(S[p,m] - G[p])`,
+      `${G}A[p,m] = exp(-G[p] + S[p,m])`,
+      `${G}A[p,m] = exp((S[p,m] - G[p]) / tau)`,
+      `${G}X[p,m] = S[p,m] - G[p]\nA[p,m] = exp(X[p,m])`,
+      `${G}H[p] = max(G[p], sink)\nA[p,m] = exp(S[p,m] - H[p])\nB[p] = exp(sink - H[p])`,
+      `${S}L[p] = logsumexp(m) S[p,m]\nA[p,m] = exp(S[p,m] - L[p])`,
+      `${S}T[p,m] = S[p,m] + B[p,m]\nG[p] = max(m) T[p,m]\nA[p,m] = exp(S[p,m] + B[p,m] - G[p])`,
+      `${S}A[p,m] = exp(S[p,m] - L[p])`,
+      `${S}A[p,m] = exp(-softplus(S[p,m]))`,
+      `${S}L[p,m] = sum(j) -softplus(S[p,j]) where j > m\nA[p,m] = exp(S[p,m] - softplus(S[p,m]) + L[p,m])`,
+      'A[t,u] = exp(C[t] - C[u])',
+      'A[t] = exp(-rate[t])',
+    ])
+      expect(warnings(shifted), shifted).not.toContain('CAS030')
+    for (const running of [
+      `${S}A[p,m] = exp(S[p,m] - slope * (p - m))`,
+      `${S}A[p,m] = exp(S[p,m] - B[p,m])`,
+      `${S}A[p,m] = exp(S[p,m] - 1)`,
+      `${S}A[p,m] = exp(-S[p,m])`,
+      `${S}G[p] = max(m) B[p,m]\nA[p,m] = exp(S[p,m] - G[p])`,
+      `${G}A[p,m] = exp(G[p] - S[p,m])`,
+      `${S}G[p] = min(m) S[p,m]\nA[p,m] = exp(S[p,m] - G[p])`,
+    ])
+      expect(warnings(running), running).toContain('CAS030')
   })
 })
 
