@@ -314,11 +314,20 @@ function checkIterations(steps: Syntax['steps'], all: readonly Statement[]): voi
             out.name,
           )
         }
-        const started = all.some(
-          ({ init, out: other }) =>
-            init && other.name === out.name && other.indices[at]?.kind === 'pin',
+        const starts = all.filter((one) => one.init && one.out.name === out.name)
+        const starting = starts.map((one) => ({ ...one.out, pin: one.out.indices[at] }))
+        const odd = starting.find(
+          ({ pin }) => pin?.kind === 'pin' && (pin.name !== variable || pin.value !== 0),
         )
-        if (!started) {
+        if (odd?.pin?.kind === 'pin') {
+          throw broken(
+            'CAS007',
+            `${out.name} starts at ${odd.pin.name}=${odd.pin.value}; an iterative tensor over ${variable} starts at ${variable}=0`,
+            odd.span,
+            out.name,
+          )
+        }
+        if (!starting.some(({ pin }) => pin?.kind === 'pin')) {
           throw broken(
             'CAS007',
             `${out.name} is iterative over ${variable} but has no init; add init ${out.name}[…${variable}=0…]`,

@@ -377,6 +377,15 @@ describe('errors', () => {
       'cascade: S is iterative over i but has no init; add init S[…i=0…]',
       [2, 1, 6],
     ],
+    ...['i=1', 'j=0'].map(
+      (start) =>
+        [
+          'CAS007',
+          `init S[${start}] = 5\niterate i {\nS[i+1] = S[i] + A[i]\n}`,
+          `cascade: S starts at ${start}; an iterative tensor over i starts at i=0`,
+          [1, 6, 6],
+        ] as const,
+    ),
     [
       'CAS007',
       'init S[i=0] = 0\niterate i {\nS[i+2] = S[i] + A[i]\n}',
