@@ -11,6 +11,7 @@ import {
   rankOf,
   type Span,
   type Statement,
+  sizedRanks,
   statementsOf,
   tensorsOf,
   visitExprs,
@@ -130,6 +131,7 @@ class Evaluation {
     this.#first = all[0]!.out.span
     const tensors = tensorsOf(ir)
     for (const name of options.keep ?? []) checkOptions('cascade', { [name]: 0 }, tensors, 'tensor')
+    checkOptions('cascade', options.sizes, sizedRanks(ir), 'size')
     for (const name of ir.inputs) this.#input(name)
     const shapes = new Map([...this.#stores].map(([name, { shape }]) => [name, shape]))
     this.#sizes = new Sizes(ir, shapes, options.sizes)

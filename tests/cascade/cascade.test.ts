@@ -575,6 +575,15 @@ describe('errors', () => {
     expect(error.span).toHaveLength(3)
   })
 
+  it('takes sizes of ranks only', () => {
+    const evaluate = (sizes: Record<string, number>) =>
+      cascade('Y[i] = X[i] * s').evaluate({ X: X([2]) }, { s: 1 }, { sizes })
+    expect(thrown(() => evaluate({ s: 7 })).message).toContain('unknown size "s"')
+    expect(thrown(() => evaluate({ II: 7 })).message).toBe(
+      'cascade: unknown size "II"; did you mean "I"?',
+    )
+  })
+
   it('finds what is read too early in a long text written from its result down', () => {
     const lines = Array.from(
       { length: 5000 },
