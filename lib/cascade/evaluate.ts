@@ -1,4 +1,4 @@
-import { checkNumber, checkOptions } from '../check.js'
+import { checkNumber, checkOptions, show } from '../check.js'
 import { broken } from './error.js'
 import {
   type Access,
@@ -188,11 +188,16 @@ class Evaluation {
     const given = this.inputs[name]
     if (!given) throw this.#missing(name, 'tensor')
     const { data, shape } = given
-    const count = Array.isArray(shape) ? shape.reduce((product, size) => product * size, 1) : -1
-    if (!data || data.length !== count) {
+    const must = (rule: string, got: unknown) =>
+      broken('CAS003', `${name} must ${rule}, got ${show(got)}`, this.#placeOf(name), name)
+    if (typeof given !== 'object' || !data || !Array.isArray(shape))
+      throw must('be an object of data and shape', given)
+    const odd = shape.find((size) => !(Number.isInteger(size) && size >= 0))
+    if (odd !== undefined) throw must('have a shape of integers at least 0', odd)
+    if (data.length !== shape.reduce((product, size) => product * size, 1)) {
       throw broken(
         'CAS003',
-        `${name} has ${data?.length} numbers for shape [${shape}]`,
+        `${name} has ${data.length} numbers for shape [${shape}]`,
         this.#first,
         name,
       )

@@ -75,7 +75,7 @@ export function validate(syntax: Syntax): CascadeIR {
     if (ranks.has(name) && ranks.get(name) !== size) {
       throw broken(
         'CAS003',
-        `rank ${name} is ${ranks.get(name)} but is declared as ${size} on line ${span[0]}`,
+        `rank ${name} is ${ranks.get(name) ?? '?'} but is declared as ${size ?? '?'} on line ${span[0]}`,
         span,
         name,
       )

@@ -483,6 +483,12 @@ describe('errors', () => {
       [2, 6, 1],
     ],
     [
+      'CAS003',
+      'rank M = ?\nrank M = 5\nY[m] = K[m]',
+      'cascade: rank M is ? but is declared as 5 on line 2',
+      [2, 6, 1],
+    ],
+    [
       'CAS004',
       'split m -> (a, b : 8)\nsplit n -> (a, c : 8)\nY = K[a*8 + b]',
       'cascade: a is part of a split on line 1 and again on line 2',
@@ -563,6 +569,27 @@ describe('errors', () => {
       { K: { data: [1, 2], shape: [3] } },
       'cascade: K has 2 numbers for shape [3]',
     ],
+    ...[3, [1, 2], { data: [1] }, { shape: [1] }].map(
+      (K) =>
+        [
+          'CAS003',
+          'Y = K[m]',
+          { K },
+          `cascade: K must be an object of data and shape, got ${K === 3 ? 3 : Array.isArray(K) ? 'an array of 2' : 'an object'}`,
+        ] as const,
+    ),
+    ...[
+      [0.5, 2],
+      [-1, -1],
+    ].map(
+      (shape) =>
+        [
+          'CAS003',
+          'Y = K[m,n]',
+          { K: { data: [1], shape } },
+          `cascade: K must have a shape of integers at least 0, got ${shape[0]}`,
+        ] as const,
+    ),
     ['CAS003', 'Y[n] = K[m] * n', { K: X([1]) }, 'cascade: rank N has no size; give it in sizes'],
     ['CAS004', 'Y = K[m]', {}, 'cascade: tensor K was not given'],
     ['CAS004', 'Y = K[m] * s', { K: X([1]) }, 'cascade: scalar s was not given'],
