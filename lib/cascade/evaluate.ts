@@ -1,4 +1,4 @@
-import { checkNumber, checkOptions, show } from '../check.js'
+import { checkNumber, checkOptions, mustBe, show } from '../check.js'
 import { broken } from './error.js'
 import {
   type Access,
@@ -130,7 +130,10 @@ class Evaluation {
     const all = statementsOf(ir.steps)
     this.#first = all[0]!.out.span
     const tensors = tensorsOf(ir)
-    for (const name of options.keep ?? []) checkOptions('cascade', { [name]: 0 }, tensors, 'tensor')
+    const { keep = [] } = options
+    if (!Array.isArray(keep) || !keep.every((name) => typeof name === 'string'))
+      throw mustBe('cascade', 'keep', 'a list of tensors', keep)
+    for (const name of keep) checkOptions('cascade', { [name]: 0 }, tensors, 'tensor')
     checkOptions('cascade', options.sizes, sizedRanks(ir), 'size')
     for (const name of ir.inputs) this.#input(name)
     const shapes = new Map([...this.#stores].map(([name, { shape }]) => [name, shape]))

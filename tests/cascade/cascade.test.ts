@@ -627,6 +627,13 @@ describe('errors', () => {
   it('names tensors to keep that there are none of', () => {
     const error = thrown(() => cascade('Y = K[m]').evaluate({ K: X([1]) }, {}, { keep: ['YY'] }))
     expect(error.message).toBe('cascade: unknown tensor "YY"; did you mean "Y"?')
+    for (const keep of [3, 'Y', [3]] as never[]) {
+      const { code, message } = thrown(() =>
+        cascade('Y = K[m]').evaluate({ K: X([1]) }, {}, { keep }),
+      )
+      expect(code).toBe('ERR_ARGUMENT')
+      expect(message).toContain('cascade: keep must be a list of tensors, got ')
+    }
   })
 })
 
