@@ -40,6 +40,9 @@ export function tokenize(text: string): Token[] {
       }
       continue
     }
+    // names are keys of what a caller passes and gets
+    if (name !== undefined && name in Object.prototype)
+      throw broken('CAS001', `line ${line}: '${name}' cannot be a name`, span)
     if (symbol === '(' || symbol === '[') depth++
     if (symbol === ')' || symbol === ']') depth = Math.max(0, depth - 1)
     const kind = number !== undefined ? 'number' : name !== undefined ? 'name' : 'symbol'

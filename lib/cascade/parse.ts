@@ -130,8 +130,14 @@ class Parser {
   #name(what: string): Token {
     const token = this.#peek()
     if (token.kind !== 'name') throw this.#unexpected(what)
+    this.#checkName(token)
     this.#at++
     return token
+  }
+
+  #checkName({ text, span }: Token): void {
+    if (text === 'where')
+      throw broken('CAS001', `line ${span[0]}: 'where' begins a predicate and is no name`, span)
   }
 
   #variable(): string {
@@ -325,6 +331,7 @@ class Parser {
       return { kind: 'number', value: Number(token.text), span: token.span }
     }
     if (token.kind !== 'name') throw this.#unexpected('an operand')
+    this.#checkName(token)
     this.#at++
     if (token.text === 'inf')
       return { kind: 'number', value: Number.POSITIVE_INFINITY, span: token.span }

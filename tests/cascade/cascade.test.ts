@@ -464,6 +464,24 @@ describe('errors', () => {
       "cascade: line 1: 'M' must start with a lower-case letter to be an index variable",
       [1, 7, 1],
     ],
+    ...['Y[i] = where[m] * A[i,m]', 'rank where = 2; Y[i] = A[i]', 'Y[i] = A[where]'].map(
+      (text) =>
+        [
+          'CAS001',
+          text,
+          "cascade: line 1: 'where' begins a predicate and is no name",
+          [1, text.indexOf('where') + 1, 5],
+        ] as const,
+    ),
+    ...['__proto__', 'constructor'].map(
+      (name) =>
+        [
+          'CAS001',
+          `${name}[i] = X[i]`,
+          `cascade: line 1: '${name}' cannot be a name`,
+          [1, 1, name.length],
+        ] as const,
+    ),
     [
       'CAS001',
       'split m -> (m1, m0 : 0)\nY = K[m]',
