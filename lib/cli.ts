@@ -58,7 +58,7 @@ interface Bench {
   }): Promise<object>
 }
 
-type Values = Record<string, string | boolean | undefined>
+type Values = Record<string, string | boolean | string[] | undefined>
 
 const options = {
   model: { type: 'string' },
@@ -70,8 +70,8 @@ const options = {
   'max-tokens': { type: 'string' },
   temperature: { type: 'string' },
   seed: { type: 'string' },
-  size: { type: 'string' },
-  scalar: { type: 'string' },
+  size: { type: 'string', multiple: true },
+  scalar: { type: 'string', multiple: true },
   machine: { type: 'string' },
   svg: { type: 'string' },
   attention: { type: 'string' },
@@ -95,6 +95,10 @@ function text(values: Values, op: string, name: string, required = false): strin
     throw refuse('ERR_ARGUMENT', op, name, `--${name} is missing`)
   return value
 }
+
+// `--size M=3 --size P=4` as `M=3,P=4`
+const list = (values: Values, name: string): string | undefined =>
+  (values[name] as string[] | undefined)?.join(',')
 
 function integer(values: Values, op: string, name: string, least: number): number | undefined {
   const value = text(values, op, name)
@@ -241,8 +245,8 @@ const commands: Record<string, (values: Values, words: readonly string[]) => Pro
     if (file === undefined) throw refuse('ERR_ARGUMENT', op, 'file', 'the file is missing')
     const result = await analyzeFile({
       file,
-      sizes: text(values, op, 'size'),
-      scalars: text(values, op, 'scalar'),
+      sizes: list(values, 'size'),
+      scalars: list(values, 'scalar'),
       dtype: text(values, op, 'dtype'),
       machine: text(values, op, 'machine'),
       svg: text(values, op, 'svg'),

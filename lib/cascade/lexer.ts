@@ -9,7 +9,7 @@ export interface Token {
 }
 
 const pattern =
-  /(?<space>[ \t\r]+|#[^\n]*)|(?<line>[\n;])|(?<number>\d+(?:\.\d+)?(?:[eE][+-]?\d+)?|\.\d+)|(?<name>[A-Za-z_][A-Za-z0-9_]*)|(?<symbol>->|<=|>=|==|!=|&&|\|\||[-+*/=<>!()[\]{},:?])/y
+  /(?<space>[ \t\r\ufeff]+|#[^\n]*)|(?<line>[\n;])|(?<number>\d+(?:\.\d+)?(?:[eE][+-]?\d+)?|\.\d+)|(?<name>[A-Za-z_][A-Za-z0-9_]*)|(?<symbol>->|<=|>=|==|!=|&&|\|\||[-+*/=<>!()[\]{},:?])/y
 
 /** @internal Words of a cascade. Ends of lines and semicolons separate statements, except inside brackets. */
 export function tokenize(text: string): Token[] {

@@ -35,7 +35,10 @@ function pairs(
     const [, name, value] = /^\s*(\w+)\s*=\s*(\S+)\s*$/.exec(pair) ?? []
     if (name === undefined || value === undefined)
       throw mustBe(op, argument, 'a list such as M=8192,P=4096', text)
-    values[name] = check(name, chooseNumber(op, `${argument} ${name}`, value))
+    const number = check(name, chooseNumber(op, `${argument} ${name}`, value))
+    const before = values[name] ?? number
+    if (before !== number) throw mustBe(op, `${argument} ${name}`, `${before} as before`, number)
+    values[name] = number
   }
   return values
 }
@@ -73,7 +76,8 @@ export async function analyzeFile(
   const scalars = pairs('scalar', options.scalars)
   let text: string
   try {
-    text = await readFile(file, 'utf8')
+    // a byte order mark is no column
+    text = (await readFile(file, 'utf8')).replace(/^\ufeff/, '')
   } catch (cause) {
     const why = (cause as Error).message
     throw refuse('ERR_ARGUMENT', op, 'file', `cannot read ${show(file)} (${why})`)

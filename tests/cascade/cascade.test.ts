@@ -292,6 +292,10 @@ describe('semantics', () => {
     expect(one('Y[k] = A[k / 2]', { A: [3, 4] }, {}, { K: 4 })).toEqual({ Y: [3, 0, 4, 0] })
   })
 
+  it('reads over a byte order mark', () => {
+    expect(one('\ufeffY = sum(k) A[k]', { A: [1, 2] })).toEqual({ Y: [3] })
+  })
+
   it('works as a tag', () => {
     expect(
       cascade`Y = max(k) max(A[k], ${-Infinity})`.evaluate({ A: { data: [2], shape: [1] } }).Y!

@@ -269,6 +269,10 @@ describe('heddle', () => {
     [['analyze', '/nowhere/x.cascade'], /analyze: cannot read "\/nowhere\/x.cascade" \(ENOENT/],
     [['analyze', __filename, 'more'], /analyze: unexpected argument "more"/],
     [['analyze', __filename, '--size', 'M'], /analyze: size must be a list such as M=8192/],
+    [
+      ['analyze', __filename, '--size', 'M=3', '--size', 'M=4'],
+      /analyze: size M must be 3 as before, got 4/,
+    ],
     [['analyze', __filename, '--size', 'M=x'], /analyze: size M must be a number, got "x"/],
     [['analyze', __filename, '--size', 'M=-1'], /analyze: size M must be an integer at least 0/],
   ])('%j is refused', (args, message) => {
@@ -386,6 +390,17 @@ describe('heddle analyze', () => {
     expect(svg.match(/stroke-dasharray="7 4"/g)!.length).toBeGreaterThanOrEqual(3)
     expect(svg).toContain('&#60; 1 &#38;&#38; 1 &#62; 0')
     expect(svg).not.toMatch(/NaN|undefined/)
+  })
+
+  it('takes options more than once, and a file that begins with a byte order mark', () => {
+    const marked = file('marked.cascade', '\ufeffY[p] = sum(m) A[p,m] * s where m <= p + off\n')
+    const bytes = (...args: string[]) =>
+      JSON.parse(heddle('analyze', marked, '--json', ...args).stdout).bytes
+    const apart = ['--size', 'M=3', '--size', 'P=4', '--scalar', 'off=0', '--scalar', 's=1']
+    expect(bytes(...apart)).toEqual({ minimal: 32, asWritten: 32 })
+    expect(bytes('--size', 'M=3,P=4', '--scalar', 'off=0,s=1')).toEqual(bytes(...apart))
+    const wrong = file('wrong.cascade', '\ufeffY[p] $\n')
+    expect(heddle('analyze', wrong).stderr).toContain(`${wrong}:1:6: line 1: unexpected '$'`)
   })
 
   it('names a picture that cannot be written', () => {
