@@ -238,7 +238,7 @@ function descends(expr: Expr, variable: string, sign = 1): boolean {
   }
 }
 
-// A sum over a variable that the predicate bounds by one on the left, while no summand depends on that one
+// A sum over a variable that the predicate bounds by one on the left, on which no summand with the variable depends
 function prefixOf(
   { out, expr, where, reduce }: Statement,
   expand: (v: string) => readonly string[],
@@ -271,16 +271,16 @@ function prefixOf(
   }
   walk(where)
   for (const [k, ends] of bounds) {
-    let apart = true
+    const open = new Set(ends)
     visitAccesses(expr, ({ indices }) => {
       const names = new Set<string>()
       for (const index of indices) {
         if (index.kind !== 'pin')
           visitExprs(index.expr, (one) => one.kind === 'name' && names.add(one.name))
       }
-      if (names.has(k) && [...ends].some((i) => names.has(i))) apart = false
+      if (names.has(k)) for (const i of names) open.delete(i)
     })
-    if (apart) for (const v of expand(k)) prefix.add(v)
+    if (open.size > 0) for (const v of expand(k)) prefix.add(v)
   }
   return prefix
 }

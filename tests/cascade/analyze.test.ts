@@ -344,6 +344,16 @@ describe('passes of published algorithms', () => {
       },
     ])
     expect(cascade('S[p] = sum(m) N[m,p] where m <= p').analyze().warnings).toEqual([])
+    // whatever else bounds it
+    for (const bound of ['j > m', 'j > m && j < p', 'j < p && m < j']) {
+      const stick = cascade(`
+        Z[p,m] = sum(e) Q[p,e] * K[m,e]          where m < p
+        L[p,m] = sum(j) -softplus(Z[p,j])        where ${bound}
+        A[p,m] = exp(Z[p,m] - softplus(Z[p,m]) + L[p,m])
+        O[p,f] = sum(m) A[p,m] * V[m,f]`).analyze()
+      expect(stick.passes.M!.headline).toBe(1)
+      expect(stick.warnings.map(({ code }) => code)).toEqual(['CAS031'])
+    }
     // of what is made on the way too, but not where all of it is needed
     const passesOf = (text: string) => cascade(text).analyze().passes.M!.headline
     const sum = 'B[m] = X[m] * 2\nC[m] = sum(u) B[u] where u <= m\n'

@@ -812,7 +812,7 @@ const cases: Record<string, Case> = {
       C[h,p,m] = prod(j) 1 - B[h,p,j]   where j > m && j < p
       O[h,p,f] = sum(m) B[h,p,m] * C[h,p,m] * V[h,m,f]   where m < p`,
     inputs: heads,
-    refused: ['CAS021', ''],
+    refused: ['CAS020', ''],
     square: true,
   },
   'weights that may be 0 (softpick)': {
