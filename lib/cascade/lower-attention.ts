@@ -53,6 +53,7 @@ import {
   operandOf,
   operandSide,
   type Reduce,
+  rejoined,
   repeated,
   sharedOf,
   shown,
@@ -625,8 +626,9 @@ function weightedSum(
   const biasAxes = [axes[0]!, axes[2]!, row, token]
   const biasPlaces = biasPlacesOf(bias, [batch, head, row, m])
   const besides = (where: readonly Condition[]) =>
-    new Side(ir, layoutOf(layouts), names, bias, biasAxes, where, false)
-  checkSums(bias, ir)
+    new Side(ir, layoutOf(layouts), names, computedBias, biasAxes, where, false)
+  const computedBias = rejoined(bias)
+  checkSums(computedBias, ir)
   const beside =
     hidden.length > 0 || (biasPlaces === undefined && !isNumber(bias, [m, ...ir.variables]))
       ? besides(hidden)

@@ -656,25 +656,31 @@ export function replace(form: Form, by: ReadonlyMap<string, Form>): Form {
 }
 
 function replaceAtom(atom: Atom, by: ReadonlyMap<string, Form>): Form {
-  const inside = (form: Form) => replace(form, by)
+  if (atom.kind === 'name') return by.get(atom.name) ?? atomForm(atom)
+  return rebuilt(atom, (form) => replace(form, by))
+}
+
+/** @internal An atom of other forms. */
+export function rebuilt(atom: Atom, inside: (form: Form) => Form): Form {
+  const tested = (one: Condition): Condition =>
+    condition(
+      'form' in one
+        ? { kind: one.kind, form: inside(one.form) }
+        : { kind: one.kind, parts: one.parts.map(tested) },
+    )
   switch (atom.kind) {
     case 'name':
-      return by.get(atom.name) ?? atomForm(atom)
+      return atomForm(atom)
     case 'access':
       return access(atom.name, atom.indices.map(inside))
     case 'call':
       return apply(atom.fn, atom.args.map(inside))
     case 'if':
-      return choose(replaceCondition(atom.test, by), inside(atom.yes), inside(atom.no))
+      return choose(tested(atom.test), inside(atom.yes), inside(atom.no))
     case 'sum':
       return power(inside(atom.form), 1)
     case 'reduce':
-      return reduction(
-        atom.op,
-        atom.over,
-        inside(atom.body),
-        atom.where.map((one) => replaceCondition(one, by)),
-      )
+      return reduction(atom.op, atom.over, inside(atom.body), atom.where.map(tested))
   }
 }
 

@@ -8,15 +8,20 @@ import {
   argument,
   atomForm,
   type Condition,
+  exponential,
   type Factor,
   type Form,
+  formOf,
   isRank,
   type Normal,
+  name,
   number,
   plus,
   power,
   rankIn,
   readsTensors,
+  rebuilt,
+  reduction,
   replace,
   type Term,
   times,
@@ -198,9 +203,57 @@ const counts = ({ terms }: Form): boolean =>
     return Number.isInteger(coefficient) && factors.every(whole)
   })
 
+// Whether another summand of an exponent, so many times, is what has to be taken off for a variable to be a distance: a p - a m
+function meets(term: Term, variable: string, other: Term, times = 1): boolean {
+  if (other.coefficient * times !== -term.coefficient) return false
+  const form = formOf([{ ...term, coefficient: 1 }])
+  return [...other.factors]
+    .flatMap(({ atom }) => [...atom.free])
+    .some((index) => {
+      const plain = !index.endsWith('[]') && index !== variable
+      return plain && replace(form, new Map([[variable, name(index)]])).key === other.key
+    })
+}
+
+/**
+ * @internal exp(a p) sum(m) exp(-a m) x as sum(m) exp(a (p - m)) x: where p is large both are far from 1, and their product
+ * is not.
+ */
+export function rejoined({ terms }: Form): Form {
+  return plus(
+    ...terms.map(({ coefficient, factors }) => {
+      let outside = factors.flatMap(({ atom }) => argument(atom)?.terms ?? [])
+      let value = number(coefficient)
+      for (const { atom, power: exponent } of factors) {
+        if (argument(atom)) continue
+        if (atom.kind !== 'reduce' || atom.op !== 'sum') {
+          value = times(value, power(rebuilt(atom, rejoined), exponent))
+          continue
+        }
+        const { over, body, where } = atom
+        const isOwn = (other: Term) =>
+          body.terms.every(({ factors }) =>
+            factors
+              .flatMap(({ atom }) => argument(atom)?.terms ?? [])
+              .some((one) =>
+                over.some((v) => has(formOf([one]), [v]) && meets(one, v, other, 1 / exponent)),
+              ),
+          )
+        const own = outside.filter(isOwn)
+        outside = outside.filter((one) => !own.includes(one))
+        const moved = exponential(times(number(1 / exponent), formOf(own)))
+        const sum = reduction('sum', over, times(moved, rejoined(body)), where)
+        value = times(value, power(sum, exponent))
+      }
+      return times(value, exponential(formOf(outside)))
+    }),
+  )
+}
+
 /**
  * @internal Refuses sums of exponentials of scores, or of anything along a rank that the text takes a maximum over: none is
- * taken off beside an operator, which the text may do. And choices that look for where a maximum is, which is rounded there.
+ * taken off beside an operator, which the text may do. Those of positions too, unless they are of distances. And choices
+ * that look for where a maximum is, which is rounded there.
  */
 export function checkSums(form: Form, ir: CascadeIR): void {
   const isRounded = ({ op, body }: Reduce) => (op === 'max' || op === 'min') && !counts(body)
@@ -216,9 +269,14 @@ export function checkSums(form: Form, ir: CascadeIR): void {
     return (
       op === 'sum' &&
       body.terms.some(({ factors }) =>
-        factors.some(
-          ({ atom }) => argument(atom) && (along || reduces(argument(atom)!, () => true)),
-        ),
+        factors.some(({ atom }) => {
+          const inner = argument(atom)
+          const isFar = (one: Term) => {
+            const at = over.find((v) => one.factors.some(({ atom }) => atom.key === v))
+            return at !== undefined && !inner!.terms.some((other) => meets(one, at, other))
+          }
+          return inner && (along || inner.terms.some(isFar) || reduces(inner, () => true))
+        }),
       )
     )
   }
@@ -271,9 +329,10 @@ export function sideOf(
   names: ReadonlyMap<string, string> = new Map(),
   where?: readonly Condition[],
 ): Side {
-  checkSums(form, ir)
+  const whole = rejoined(form)
+  checkSums(whole, ir)
   const layout: Layout = (tensor, indices) => layouts.get(tensor)?.(indices) ?? indices
-  return new Side(ir, layout, names, form, left, where)
+  return new Side(ir, layout, names, whole, left, where)
 }
 
 /**

@@ -263,6 +263,56 @@ const empties: Record<string, readonly [operator: string, text: string]> = {
   ],
 }
 
+// Texts of which a part is far beyond float32, or takes all of its digits, where the whole is not
+interface Far {
+  text: string
+  /** Axes of inputs that are not Q, K and V. */
+  inputs?: Record<string, string>
+  sizes?: Record<string, number>
+  scalars?: Record<string, number>
+  numbers?: Record<string, (i: number) => number>
+  /** Undefined where only a plan statement by statement is right. */
+  operator?: string
+}
+
+const retention = (end: string, more = '') => `
+  S[p,m] = sum(e) Q[p,e] * K[m,e]
+  W[p,m] = S[p,m] * pow(g, p - m)   where m <= p
+  ${more}
+  X[p,f] = sum(m) W[p,m] * V[m,f]
+  O[p,f] = X[p,f] / ${end}`
+const long = { P: 300, M: 300 }
+
+const far: Record<string, Far> = {
+  'retention divided by its weights, far from the first token': {
+    text: retention('max(abs(B[p]), 1)', 'B[p] = sum(m) W[p,m]'),
+    sizes: long,
+    scalars: { g: 0.5 },
+    operator: 'lightning',
+  },
+  'retention divided by the root of its decays': {
+    text: retention('sqrt(B[p])', 'B[p] = sum(m) pow(g, p - m)   where m <= p'),
+    sizes: long,
+    scalars: { g: 0.5 },
+    operator: 'lightning',
+  },
+  'retention as a recurrence, divided by its weights': {
+    text: `
+      init S[t=0,e,f] = 0
+      init Z[t=0,e] = 0
+      iterate t {
+        S[t+1,e,f] = g * S[t,e,f] + K[t,e] * V[t,f]
+        Z[t+1,e]   = g * Z[t,e] + K[t,e]
+        N[t,f]     = sum(e) Q[t,e] * S[t+1,e,f]
+        D[t]       = sum(e) Q[t,e] * Z[t+1,e]
+        O[t,f]     = N[t,f] / max(abs(D[t]), 1)
+      }`,
+    sizes: { ...long, T: 300 },
+    scalars: { g: 0.5 },
+    operator: 'lightning',
+  },
+}
+
 const causal: Record<string, string> = {
   'as defined': attentionDefinition,
   'with a late division': rewritten(attentionDefinition, 'defer-division'),
@@ -585,6 +635,41 @@ describeDevices('compile', (device) => {
       operators++
     }
     expect(operators).toBe(operator === 'einsum' ? 1 : 2)
+  })
+
+  it.each(Object.entries(far))('computes %s', async (_, one) => {
+    const parsed = cascade(one.text)
+    const sizes: Record<string, number> = { P: 5, M: 7, E: 8, F: 8, ...one.sizes }
+    const rows = parsed.ir.variables.includes('t') ? ['T', 'T'] : ['P', 'M']
+    const axes: Record<string, string> = {
+      ...{ Q: `${rows[0]} E`, K: `${rows[1]} E`, V: `${rows[1]} F` },
+      ...one.inputs,
+    }
+    const given = Object.fromEntries(
+      parsed.ir.inputs.map((name) => {
+        const shape = axes[name]!.split(' ').map((rank) => sizes[rank]!)
+        const data = rng.normals(shape.reduce((a, b) => a * b, 1))
+        const own = one.numbers?.[name]
+        return [name, { data: own ? data.map((_, i) => own(i)) : data, shape }]
+      }),
+    )
+    const { O } = parsed.evaluate(given, one.scalars ?? {})
+    for (const fused of ['required', 'preferred'] as const) {
+      if (fused === 'required' && one.operator === undefined) {
+        expect((await failure(() => parsed.compile())).code).toMatch(/^CAS02[012]$/)
+        continue
+      }
+      const plan = parsed.compile({ fused })
+      const { operator, packed } = plan.explain()
+      expect(operator).toBe(one.operator ?? 'einsum')
+      const tensors = parsed.ir.inputs.map((name) => {
+        const { data, shape } = given[name]!
+        const four = packed.includes(name) ? [1, shape[0]!, 1, shape[1]!] : shape
+        return tensor(data, four, { device })
+      })
+      const result = plan(...tensors, one.scalars ?? {})
+      close((await result.O!.read()) as Float32Array, O!.data, `${fused} ${one.text}`)
+    }
   })
 
   it('repeats what heads share, and disposes of it', async () => {
