@@ -251,7 +251,8 @@ export function rejoined({ terms }: Form): Form {
 }
 
 /**
- * @internal Refuses sums of exponentials of scores, or of anything along a rank that the text takes a maximum over: none is
+ * @internal Refuses sums of exponentials of scores, or of anything along a rank that the text takes a maximum over,
+ * as logsumexp does: none is
  * taken off beside an operator, which the text may do. Those of positions too, unless they are of distances. And choices
  * that look for where a maximum is, which is rounded there.
  */
@@ -262,7 +263,7 @@ export function checkSums(form: Form, ir: CascadeIR): void {
     throw refuse('ERR_UNSUPPORTED', 'cascade', undefined, text)
   }
   const largest = statementsOf(ir.steps).flatMap(({ reduce }) =>
-    reduce?.op === 'max' ? reduce.over.map(rankOf) : [],
+    reduce?.op === 'max' || reduce?.op === 'logsumexp' ? reduce.over.map(rankOf) : [],
   )
   const grows = ({ op, over, body }: Reduce) => {
     const along = over.some((v) => largest.includes(rankIn(v)))

@@ -311,6 +311,22 @@ const far: Record<string, Far> = {
     scalars: { g: 0.5 },
     operator: 'lightning',
   },
+  'large queries whose shares are by a logsumexp': {
+    text: `
+      L[p]   = logsumexp(e) Q[p,e]
+      R[p,e] = exp(Q[p,e] - L[p])
+      T[p,m] = sum(e) R[p,e] * K[m,e]${weighted}`,
+    numbers: { Q: (i) => 100 * Math.sin(i * i) },
+  },
+  'large gates whose shares are by a logsumexp': {
+    text: `
+      T[p,m] = sum(e) Q[p,e] * K[m,e]${weighted.replace('O[', 'X[')}
+      L[p]   = logsumexp(g) G[p,g]
+      O[p,f] = X[p,f] * exp(G[p,0] - L[p])`,
+    inputs: { G: 'P G' },
+    sizes: { G: 3 },
+    numbers: { G: (i) => 200 * Math.sin(i * i) },
+  },
 }
 
 const causal: Record<string, string> = {
