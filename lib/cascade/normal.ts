@@ -466,20 +466,28 @@ function exponentOf({ coefficient, factors }: Term): Form | undefined {
   return plus(argument(exps[0]!.atom)!, logarithm(formOf([termOf(coefficient, rest)])))
 }
 
-// Whether what is added to scores is large on both sides, and small together: masks c (1 - x[m]), squares of (p - m)
+// Whether two summands of scores are large, and small together: masks c (1 - x[m] y[p]), squares of (p + c - m)
 function cancels({ coefficient, factors }: Term, constant: Term): boolean {
   if (constant.factors.length === 0 && Math.abs(constant.coefficient) < 100) return false
-  const ratio = times(single(factors), power(single(constant.factors), -1))
-  const [one, other, ...more] = ratio.terms[0]!.factors
+  const ratio = times(single(factors), power(single(constant.factors), -1)).terms[0]!.factors
   const count = -constant.coefficient / coefficient
-  if (!other) {
-    const isMask = one?.atom.kind === 'access' || one?.atom.kind === 'if'
-    return isMask && one.power === 1 && count > 0 && count % 1 === 0
-  }
+  const isMask = ({ atom, power }: Factor) =>
+    power === 1 && ['access', 'if', 'call'].includes(atom.kind) && !argument(atom)
+  if (ratio.length > 0 && ratio.every(isMask)) return count > 0 && count % 1 === 0
+  // a^2 and 2 a b
+  const [one, other, ...more] = ratio
   const squared = constant.factors.some(
-    ({ atom, power }) => power === 2 && [one, other].some((each) => each!.atom.key === atom.key),
+    ({ atom, power }) => power === 2 && [one, other].some((each) => each?.atom.key === atom.key),
   )
-  return squared && more.length === 0 && one!.power * other.power === -1 && count === 0.5
+  const isPart = squared && other !== undefined && more.length === 0
+  return isPart && one!.power * other.power === -1 && Math.abs(count) === 0.5
+}
+
+// With the summands that are small only together with such
+function withCancelled(some: readonly Term[], all: readonly Term[]): readonly Term[] {
+  const isWith = (a: Term) => some.some((b) => a === b || cancels(a, b) || cancels(b, a))
+  const more = all.filter(isWith)
+  return more.length > some.length ? withCancelled(more, all) : some
 }
 
 function softplusOf({ terms }: Form): Form | undefined {
@@ -1026,14 +1034,13 @@ export class Normal {
         for (const { atom, power: exponent } of term.factors) {
           const inner = argument(atom)
           if (inner) {
-            const varies = ({ factors }: Term) => factors.some(({ atom }) => depends(atom))
             // an infinity that cancels would leave what is not infinite
-            const stays = (one: Term) =>
-              varies(one) ||
-              one.factors.some(({ atom }) => atom.key === 'inf') ||
-              inner.terms.some((other) => varies(other) && cancels(other, one))
+            const varying = inner.terms.filter(({ factors }) =>
+              factors.some(({ atom }) => depends(atom) || atom.key === 'inf'),
+            )
+            const staying = withCancelled(varying, inner.terms)
             const parts = [true, false].map((wanted) =>
-              formOf(inner.terms.filter((one) => stays(one) === wanted)),
+              formOf(inner.terms.filter((one) => staying.includes(one) === wanted)),
             )
             inside = times(inside, exponential(parts[0]!))
             outside = times(outside, exponential(parts[1]!))

@@ -327,6 +327,28 @@ const far: Record<string, Far> = {
     sizes: { G: 3 },
     numbers: { G: (i) => 200 * Math.sin(i * i) },
   },
+  ...Object.fromEntries(
+    [
+      '(1 - x[p] * y[m]) * -1e9',
+      '(1 - y[m] * z[m]) * -1e9',
+      '(1 - min(y[m], z[m])) * -10000',
+      '(1 - x[p] * (1 - y[m])) * -1e9',
+      '(1 - if(m <= p, 1, 0) * y[m]) * -1e9',
+      '(1 - x[p]) * -1e9 + (1 - y[m]) * -1e9',
+      'large * x[p] * y[m] - large',
+    ].map((mask) => [
+      `a mask ${mask}`,
+      {
+        text: `
+          S[p,m] = sum(e) Q[p,e] * K[m,e]
+          T[p,m] = S[p,m] + ${mask}${weighted}`,
+        inputs: { x: 'P', y: 'M', z: 'M' },
+        ...(mask.includes('large') ? { scalars: { large: 1e9 } } : {}),
+        numbers: { x: () => 1, y: (i: number) => (i + 1) % 2, z: (i: number) => Number(i < 4) },
+        operator: 'attention',
+      },
+    ]),
+  ),
 }
 
 const causal: Record<string, string> = {
