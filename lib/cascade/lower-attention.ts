@@ -533,6 +533,10 @@ function weightedSum(
   let bias = number(0)
   let added = number(0)
   let slope: Form | undefined
+  // the middle of a square, which is small only as a whole
+  const squares = terms.some(({ factors }) =>
+    factors.some(({ atom, power }) => atom.key === m && power !== 1),
+  )
   for (const term of terms) {
     const own = formOf([term])
     const position = term.factors.some(({ atom, power }) => atom.key === m && power === 1)
@@ -542,7 +546,7 @@ function weightedSum(
         term.factors.filter(({ atom }) => atom.key !== m),
       ),
     ])
-    if (position && !slope && isPerHead(rest) && heads.length < 2) slope = rest
+    if (position && !slope && !squares && isPerHead(rest) && heads.length < 2) slope = rest
     else if (has(own, [m])) bias = plus(bias, own)
     else added = plus(added, own)
   }

@@ -474,13 +474,12 @@ function cancels({ coefficient, factors }: Term, constant: Term): boolean {
   const isMask = ({ atom, power }: Factor) =>
     power === 1 && ['access', 'if', 'call'].includes(atom.kind) && !argument(atom)
   if (ratio.length > 0 && ratio.every(isMask)) return count > 0 && count % 1 === 0
-  // a^2 and 2 a b
-  const [one, other, ...more] = ratio
-  const squared = constant.factors.some(
-    ({ atom, power }) => power === 2 && [one, other].some((each) => each?.atom.key === atom.key),
-  )
-  const isPart = squared && other !== undefined && more.length === 0
-  return isPart && one!.power * other.power === -1 && Math.abs(count) === 0.5
+  // 2 a b, and a^2
+  const isPart = ({ atom, power }: Factor) =>
+    power === 1 ||
+    (power === -1 && constant.factors.some((one) => one.power === 2 && one.atom.key === atom.key))
+  const mixes = ratio.some(({ power }) => power < 0) && ratio.some(({ power }) => power > 0)
+  return mixes && ratio.every(isPart) && Math.abs(count) === 0.5
 }
 
 // With the summands that are small only together with such

@@ -329,6 +329,25 @@ const far: Record<string, Far> = {
   },
   ...Object.fromEntries(
     [
+      'pow(p + off - m, 2) / 2',
+      'pow(p + M - P - m, 2) / (2 * w * w)',
+      'pow(m - off * x[p], 2) / 2',
+    ].map((square) => [
+      `a square of distances from late rows, ${square}`,
+      {
+        text: `
+          S[p,m] = sum(e) Q[p,e] * K[m,e]
+          T[p,m] = S[p,m] - ${square}${weighted}`,
+        inputs: { x: 'P' },
+        sizes: { P: 3, M: 3000 },
+        numbers: { x: () => 1 },
+        scalars: square.includes('w * w') ? { w: 2 } : { off: 2997 },
+        operator: 'attention',
+      },
+    ]),
+  ),
+  ...Object.fromEntries(
+    [
       '(1 - x[p] * y[m]) * -1e9',
       '(1 - y[m] * z[m]) * -1e9',
       '(1 - min(y[m], z[m])) * -10000',
