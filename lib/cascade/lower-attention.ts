@@ -14,6 +14,7 @@ import {
   type Form,
   formOf,
   isAtLeast0,
+  isDifference,
   logarithm,
   minus,
   type Normal,
@@ -124,13 +125,21 @@ function dotOf(
   const [e] = over as [string]
   const rest = term.factors.filter((one) => !sums.includes(one))
   const [product] = body.terms as [Term]
+  const partsOf = (exponent: Form) =>
+    [false, true].map((wanted) =>
+      formOf(exponent.terms.filter((one) => has(formOf([one]), [key]) === wanted)),
+    ) as [Form, Form]
+  // exp(c[p] - c[m]) is no product of two numbers that float32 has, unless the text multiplies them
+  const isOfDistance = ({ atom }: Factor) => {
+    const [ofRow, ofKey] = partsOf(argument(atom) ?? number(0))
+    return ofKey.terms.some((one) => ofRow.terms.some((other) => isDifference(one, other, key)))
+  }
+  if (normal.differs && [...rest, ...product.factors].some(isOfDistance)) return undefined
   // exp(a[p] + b[m]) is a factor of either
   const pieces = (factor: Factor): readonly Factor[] => {
     const exponent = argument(factor.atom)
     if (!exponent) return [factor]
-    const parts = [false, true].map((wanted) =>
-      formOf(exponent.terms.filter((one) => has(formOf([one]), [key]) === wanted)),
-    )
+    const parts = partsOf(exponent)
     if (parts.some(({ terms }) => terms.length === 0)) return [factor]
     return parts.flatMap((part) => power(exponential(part), factor.power).terms[0]!.factors)
   }

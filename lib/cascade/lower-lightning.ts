@@ -11,6 +11,7 @@ import {
   type Factor,
   type Form,
   formOf,
+  isDifference,
   type Normal,
   name,
   number,
@@ -18,7 +19,6 @@ import {
   power,
   rankIn,
   reduction,
-  replace,
   single,
   type Term,
   termOf,
@@ -85,12 +85,15 @@ export function lightningOf(normal: Normal, ir: CascadeIR): Lowered {
     parts[part] = times(parts[part], one)
   }
   // a decay of tokens is no feature: its two parts are far from 1 where their product is not
-  const opposed = (one: Form) => {
-    const away = times(number(-1), replace(one, new Map([[m, name(row)]]))).key
-    return main.factors.some(({ atom }) =>
-      argument(atom)?.terms.some((term) => formOf([term]).key === away),
-    )
-  }
+  const exponents = [...main.factors, ...product!.factors].flatMap(
+    ({ atom }) => argument(atom)?.terms ?? [],
+  )
+  const opposed = (one: Term) =>
+    has(formOf([one]), [m]) &&
+    exponents.some((other) => {
+      const ofRow = has(formOf([other]), [row]) && !has(formOf([other]), [m])
+      return ofRow && isDifference(one, other, m)
+    })
   for (const { atom, power: exponent } of product!.factors) {
     const inner = argument(atom)
     // slope m, of a slope for each head, is no value
@@ -100,7 +103,7 @@ export function lightningOf(normal: Normal, ir: CascadeIR): Lowered {
       for (const term of inner.terms) {
         const own = exponential(formOf([term]))
         if (isDecay(term)) parts.decay = times(parts.decay, own)
-        else if (opposed(formOf([term]))) throw fail(`it decays by token, as ${own.key}`)
+        else if (opposed(term)) throw fail(`it decays by token, as ${own.key}`)
         else sort(own)
       }
   }

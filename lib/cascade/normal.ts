@@ -715,6 +715,34 @@ function choose(test: Condition, yes: Form, no: Form): Form {
   return atomForm({ kind: 'if', test, yes, no, key, ...unite([test, yes, no]) })
 }
 
+/**
+ * @internal Whether another summand of an exponent, so many times, is what has to be taken off for a variable to be a
+ * distance: a p - a m
+ */
+export function meets(term: Term, variable: string, other: Term, times = 1): boolean {
+  if (other.coefficient * times !== -term.coefficient) return false
+  const form = formOf([{ ...term, coefficient: 1 }])
+  return [...other.factors]
+    .flatMap(({ atom }) => [...atom.free])
+    .some((index) => {
+      const plain = !index.endsWith('[]') && index !== variable
+      return plain && replace(form, new Map([[variable, name(index)]])).key === other.key
+    })
+}
+
+/**
+ * @internal Whether summands of an exponent are a difference of two positions or tokens, as a p - a m and c[p] - d[m]: what is
+ * far from 1 in parts where the whole is not.
+ */
+export function isDifference(a: Term, b: Term, key: string): boolean {
+  const [one, other] = formOf([a]).free.has(key) ? [a, b] : [b, a]
+  const isToken = ({ factors }: Term) =>
+    factors.some(({ atom }) => atom.kind === 'access') &&
+    factors.every(({ atom, power }) => power === 1 && ['access', 'name'].includes(atom.kind))
+  const opposed = one.coefficient * other.coefficient < 0
+  return meets(one, key, other) || (opposed && isToken(one) && isToken(other))
+}
+
 /** @internal The rank that a bound variable runs over. */
 export const rankIn = (bound: string): string => bound.replace(/^[#%]\d+/, '')
 
@@ -767,6 +795,8 @@ export class Normal {
   readonly unsaid = new Set<string>()
   /** A tensor whose points may be empty for what they read beyond an axis or of a masked state: no form says that. */
   beyond: string | undefined
+  /** Whether the text has an exponential of a difference of positions or tokens. */
+  differs = false
   /** Scalars that masks compare as whole numbers. */
   readonly whole = new Set<string>()
   /** Reads of inputs that a call has to have room for, as of Q[p,2*r + 1]: where they may not end beyond an axis. */
@@ -808,6 +838,14 @@ export class Normal {
       names.every((one) => !one.endsWith('[]')) &&
       names.some((one) => !this.ir.scalars.includes(one))
     )
+  }
+
+  private isOfDifference(terms: readonly Term[]): boolean {
+    const { variables } = this.ir
+    return terms.some((one) => {
+      const own = variables.filter((v) => formOf([one]).free.has(v))
+      return terms.some((other) => own.some((v) => isDifference(one, other, v)))
+    })
   }
 
   private define(statement: Statement): void {
@@ -1118,7 +1156,11 @@ export class Normal {
         const [x, y] = args as [Form, Form]
         // a decay to the power of a distance; what is below 0 may have other powers
         const isDecay = expr.fn === 'pow' && isPlain(x) && this.moves(y)
-        return isDecay ? exponential(times(y, logarithm(x))) : apply(expr.fn, args)
+        const value = isDecay ? exponential(times(y, logarithm(x))) : apply(expr.fn, args)
+        this.differs ||= value.terms.some(({ factors }) =>
+          factors.some(({ atom }) => this.isOfDifference(argument(atom)?.terms ?? [])),
+        )
+        return value
       }
       case 'if': {
         const [yes, no] = [this.expr(expr.yes, limits), this.expr(expr.no, limits)]

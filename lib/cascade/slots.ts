@@ -13,8 +13,8 @@ import {
   type Form,
   formOf,
   isRank,
+  meets,
   type Normal,
-  name,
   number,
   plus,
   power,
@@ -202,18 +202,6 @@ const counts = ({ terms }: Form): boolean =>
         : atom.kind === 'name' && (/^#/.test(atom.name) || isRank(atom.name)))
     return Number.isInteger(coefficient) && factors.every(whole)
   })
-
-// Whether another summand of an exponent, so many times, is what has to be taken off for a variable to be a distance: a p - a m
-function meets(term: Term, variable: string, other: Term, times = 1): boolean {
-  if (other.coefficient * times !== -term.coefficient) return false
-  const form = formOf([{ ...term, coefficient: 1 }])
-  return [...other.factors]
-    .flatMap(({ atom }) => [...atom.free])
-    .some((index) => {
-      const plain = !index.endsWith('[]') && index !== variable
-      return plain && replace(form, new Map([[variable, name(index)]])).key === other.key
-    })
-}
 
 /**
  * @internal exp(a p) sum(m) exp(-a m) x as sum(m) exp(a (p - m)) x: where p is large both are far from 1, and their product

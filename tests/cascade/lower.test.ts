@@ -311,6 +311,24 @@ const far: Record<string, Far> = {
     scalars: { g: 0.5 },
     operator: 'lightning',
   },
+  ...Object.fromEntries(
+    ['pow(z[e], p - m)', 'exp(-z[e] * (p - m))', 'exp(c[p] - c[m])', 'exp(c[p] - d[m])'].flatMap(
+      (decay) =>
+        [weighted, '\nO[p,f] = sum(m) T[p,m] * V[m,f]'].map((end, i) => [
+          `${i ? 'products' : 'scores'} that decay by ${decay}`,
+          {
+            text: `T[p,m] = sum(e) Q[p,e] * K[m,e] * ${decay}   where m <= p${end}`,
+            inputs: { z: 'E', c: 'P', d: 'M' },
+            sizes: long,
+            numbers: {
+              z: (i: number) => 0.5 + i / 20,
+              c: (i: number) => -0.5 * i,
+              d: (i: number) => -0.5 * i,
+            },
+          },
+        ]),
+    ),
+  ),
   'large queries whose shares are by a logsumexp': {
     text: `
       L[p]   = logsumexp(e) Q[p,e]
