@@ -78,13 +78,25 @@ function operandsIn(ir: CascadeIR, bent: boolean): Map<string, boolean> {
     return added && plain && !where && !init && (!reduce || reduce.op === 'sum')
   }
   const sums = new Set(all.filter(isSum).map(({ out }) => out.name))
-  const isFeature = ({ reduce, where, init, expr, out }: Statement) => {
+  const readsOne = (expr: Expr, names: ReadonlySet<string>) => {
     let reads = false
-    visitAccesses(expr, ({ name }) => (reads ||= sums.has(name)))
+    visitAccesses(expr, ({ name }) => (reads ||= names.has(name)))
+    return reads
+  }
+  // x - mean: products of such rows are small where those of both are large
+  const means = new Set(all.filter(({ reduce }) => reduce?.op === 'sum').map(({ out }) => out.name))
+  const isCentred = ({ reduce, expr, out }: Statement) =>
+    !reduce && sums.has(out.name) && readsOne(expr, means)
+  const centred = new Set(all.filter(isCentred).map(({ out }) => out.name))
+  const isFeature = ({ reduce, where, init, expr, out }: Statement, of: ReadonlySet<string>) => {
+    const reads = readsOne(expr, of)
     const plain = out.indices.every((index) => plainVariable(index) !== undefined)
     return reads && plain && !reduce && !where && !init
   }
-  if (bent) for (const one of all) if (isFeature(one)) sums.add(one.out.name)
+  for (const one of all) {
+    if (isFeature(one, centred)) centred.add(one.out.name)
+    if (isFeature(one, bent ? sums : centred)) sums.add(one.out.name)
+  }
   const found = new Map<string, boolean>()
   const reads = statementsOf(ir.steps).flatMap(readsOf)
   for (const { name, indices } of reads)

@@ -237,8 +237,21 @@ function withFactor({ coefficient, factors }: Term, atom: Atom): Term {
   return termOf(coefficient, [...others, { atom, power: (before?.power ?? 0) + 1 }])
 }
 
+// x - mean, whose square is small where those of both are large
+const isCentred = ({ terms }: Form): boolean =>
+  terms.length > 1 &&
+  terms.some(({ coefficient }) => coefficient > 0) &&
+  terms.some(
+    ({ coefficient, factors }) =>
+      coefficient < 0 && factors.some(({ atom }) => atom.kind === 'reduce' && atom.op === 'sum'),
+  )
+
 /** @internal */
 export function times(a: Form, b: Form): Form {
+  if (a.key === b.key && isCentred(a)) {
+    const [{ factors }] = wrapped(a).terms as [Term]
+    return single([{ ...factors[0]!, power: 2 }])
+  }
   if (a.terms.length * b.terms.length > most) {
     const wrap = (form: Form) => (form.terms.length > 1 ? wrapped(form) : form)
     return plus(product(wrap(a).terms[0]!, wrap(b).terms[0]!))
