@@ -19,6 +19,7 @@ import {
   checked,
   type F32,
   has,
+  type Known,
   type Layouts,
   type Lowered,
   Mismatch,
@@ -182,18 +183,11 @@ function isClosed({ forms, kept, beyond }: Normal, ir: CascadeIR): boolean {
 
 // Operands that are made before, of tensors with the axes of the text
 function preceded(ir: CascadeIR, core: Lowered, made: readonly string[]): Lowered {
-  const before = without(ir, made, [])
+  const before = alone(without(ir, made, []))
   const { layouts = new Map() as Layouts } = core
-  const reads = new Set(
-    statementsOf(before.steps)
-      .flatMap(readsOf)
-      .map(({ name }) => name),
-  )
-  const both = ir.inputs.find((name) => reads.has(name) && layouts.has(name))
+  const both = before.inputs.find((name) => layouts.has(name))
   if (both !== undefined) throw new Mismatch(ir.outputs[0]!, `${both} is read in two layouts`, 0)
-  const inputs = ir.inputs.filter((name) => reads.has(name))
   const operands = [...ir.inputs.filter((name) => layouts.has(name)), ...ir.inputs]
-  const ranks = [...before.families.map(({ name }) => name), ...before.ranks.keys()]
   const sizes = sizesOf(ir, layouts)
   return {
     ...core,
@@ -201,10 +195,8 @@ function preceded(ir: CascadeIR, core: Lowered, made: readonly string[]): Lowere
     ranks: untoldRanks(ir),
     run: (call) =>
       scope(() => {
-        const known = Object.entries({ ...sizes(call), ...call.scalars }).filter(
-          ([name]) => before.scalars.includes(name) || ranks.includes(name),
-        )
-        const results = runSteps({ ...before, inputs }, call.tensors, Object.fromEntries(known))
+        const known = numbersOf(before, { ...sizes(call), ...call.scalars })
+        const results = runSteps(before, call.tensors, known)
         const dtypes = operands.map((name) => call.tensors[name]!.dtype)
         const dtype = dtypes.find(isFloat) ?? 'float32'
         const tensors: Record<string, Tensor> = { ...call.tensors }
@@ -272,12 +264,52 @@ function bends({ terms }: Form, tensor: string, summed = false): boolean {
   )
 }
 
+// With the inputs that it reads
+function alone(ir: CascadeIR): CascadeIR {
+  const reads = new Set(
+    statementsOf(ir.steps)
+      .flatMap(readsOf)
+      .map(({ name }) => name),
+  )
+  return { ...ir, inputs: ir.inputs.filter((name) => reads.has(name)) }
+}
+
+// Sums of products beside an operator, of tensors with the axes of the text: they are made before, as often as the text says
+function besideOf(outer: CascadeIR, tensor: string, layouts: Layouts): string[] {
+  const made = new Map(
+    outer.steps.flatMap((step) => ('body' in step ? [] : [[step.out.name, step]])),
+  )
+  const isOwn = (name: string): boolean => {
+    if (name === tensor || layouts.has(name)) return false
+    const step = made.get(name)
+    return step ? readsOf(step).every((read) => isOwn(read.name)) : outer.inputs.includes(name)
+  }
+  const isProduct = ({ reduce, where, init, expr, out }: Statement) =>
+    reduce?.op === 'sum' &&
+    !where &&
+    !init &&
+    productOf(expr).factors.length > 1 &&
+    out.indices.every((index) => plainVariable(index) !== undefined) &&
+    isOwn(out.name)
+  return [...made.values()].filter(isProduct).map(({ out }) => out.name)
+}
+
+// Numbers of a call that a cascade has
+const numbersOf = ({ scalars, families, ranks }: CascadeIR, known: Known): Known =>
+  Object.fromEntries(
+    Object.entries(known).filter(
+      ([name]) =>
+        scalars.includes(name) || ranks.has(name) || families.some((one) => one.name === name),
+    ),
+  )
+
 function followed(ir: CascadeIR, core: Lowered, tensor: string, result: string): Lowered {
   const outer = without(ir, [result], [tensor])
   const { forms, beyond, reaches } = new Normal(outer)
   const found = beyond === undefined && reaches.length === 0 ? forms.get(result) : undefined
   if (!found) throw new Mismatch(result, 'it is the state of an iteration', 0)
   const { form, left, where } = found
+  const beside = besideOf(outer, tensor, core.layouts!)
   const own = statementsOf(ir.steps).find(({ out }) => out.name === tensor)!.out.indices
   const names = own.map((index) => plainVariable(index)!)
   const [b, row, h, column] = core.axes as [string, string, string, string]
@@ -295,11 +327,14 @@ function followed(ir: CascadeIR, core: Lowered, tensor: string, result: string):
   // heads that are summed leave [b, s, d]
   const axes =
     left.includes(h) || !ir.variables.includes(h) ? [b, row, h, last[0]!] : [b, row, last[0]!]
-  const side = sideOf(outer, layouts, form, axes)
+  const before = alone(without(outer, beside, []))
+  const kept = new Map(beside.map((name) => [name, false]))
+  const ending = beside.length > 0 ? new Normal(outer, kept).forms.get(result)!.form : form
+  const side = sideOf(outer, layouts, ending, axes)
   const sizes = sizesOf(ir, core.layouts!)
   return {
     operator: core.operator,
-    slots: { ...core.slots, result: [core.slots.result, form.key].filter(Boolean).join('; ') },
+    slots: { ...core.slots, result: [core.slots.result, ending.key].filter(Boolean).join('; ') },
     ranks: untoldRanks(ir),
     layouts: core.layouts!,
     run: (call) =>
@@ -308,7 +343,10 @@ function followed(ir: CascadeIR, core: Lowered, tensor: string, result: string):
         const [, sq, , d] = made.shape as [number, number, number, number]
         const own = { [rankOf(row)]: sq, [rankOf(column)]: d, ...call.scalars }
         const known = { ...sizes(call), ...own }
-        return { [result]: cast(side.run({ ...call.tensors, [tensor]: made }, known), made.dtype) }
+        const results =
+          beside.length > 0 ? runSteps(before, call.tensors, numbersOf(before, known)) : {}
+        const tensors = { ...call.tensors, ...results, [tensor]: made }
+        return { [result]: cast(side.run(tensors, known), made.dtype) }
       }),
   }
 }

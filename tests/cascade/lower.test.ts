@@ -773,6 +773,49 @@ describeDevices('compile', (device) => {
     }
   })
 
+  it.each([
+    {
+      what: 'a gate that is projected',
+      text: `
+        G[p,f] = sum(c) X[p,c] * WG[c,f]
+        T[p,m] = sum(e) Q[p,e] * K[m,e]${weighted.replace('O[', 'Y[')}
+        O[p,o] = sum(f) Y[p,f] * G[p,f] * WO[o,f]`,
+    },
+    {
+      what: 'a gated unit',
+      text: `
+        G[p,f] = sum(c) X[p,c] * WG[c,f]
+        S[p,m] = sum(e) Q[p,e] * K[m,e] / P   where m <= p
+        Y[p,f] = sum(m) pow(relu(S[p,m]), 2) * V[m,f]
+        O[p,o] = sum(f) G[p,f] * Y[p,f] * WO[o,f]`,
+    },
+  ])('makes what is beside an operator as the text does: $what', async ({ text }) => {
+    const parsed = cascade(text)
+    const plan = parsed.compile()
+    expect(plan.explain().operator).toBe('attention')
+    const [p, c, f, o] = [32, 512, 32, 256]
+    const shapes: Record<string, number[]> = {
+      ...{ X: [p, c], WG: [c, f], WO: [o, f], Q: [p, 8], K: [p, 8], V: [p, f] },
+    }
+    const given = Object.fromEntries(
+      parsed.ir.inputs.map((name) => {
+        const shape = shapes[name]!
+        return [name, { data: rng.normals(shape.reduce((a, b) => a * b, 1)), shape }]
+      }),
+    )
+    const { packed } = plan.explain()
+    const tensors = parsed.ir.inputs.map((name) => {
+      const { data, shape } = given[name]!
+      const four = packed.includes(name) ? [1, shape[0]!, 1, shape[1]!] : shape
+      return tensor(data, four, { device })
+    })
+    // multiplied out, 1.3e8 products take far longer
+    const start = performance.now()
+    const made = (await plan(...tensors).O!.read()) as Float32Array
+    expect(performance.now() - start).toBeLessThan(5000)
+    close(made, parsed.evaluate(given).O!.data, text)
+  })
+
   it('repeats what heads share, and disposes of it', async () => {
     const [t, h, d] = [5, 3, 6]
     const q = await sample(rng, [1, t, h, d], 'float32', device)
