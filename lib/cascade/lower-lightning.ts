@@ -12,6 +12,7 @@ import {
   type Form,
   formOf,
   isDifference,
+  meets,
   type Normal,
   name,
   number,
@@ -85,14 +86,15 @@ export function lightningOf(normal: Normal, ir: CascadeIR): Lowered {
     parts[part] = times(parts[part], one)
   }
   // a decay of tokens is no feature: its two parts are far from 1 where their product is not
-  const exponents = [...main.factors, ...product!.factors].flatMap(
+  const { differs } = normal
+  const exponents = [...main.factors, ...(differs ? product!.factors : [])].flatMap(
     ({ atom }) => argument(atom)?.terms ?? [],
   )
   const opposed = (one: Term) =>
     has(formOf([one]), [m]) &&
     exponents.some((other) => {
       const ofRow = has(formOf([other]), [row]) && !has(formOf([other]), [m])
-      return ofRow && isDifference(one, other, m)
+      return ofRow && (differs ? isDifference(one, other, m) : meets(one, m, other))
     })
   for (const { atom, power: exponent } of product!.factors) {
     const inner = argument(atom)

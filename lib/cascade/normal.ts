@@ -853,12 +853,20 @@ export class Normal {
     )
   }
 
+  // Scores may have slopes, which are no factors of queries and keys
   private isOfDifference(terms: readonly Term[]): boolean {
-    const { variables } = this.ir
-    return terms.some((one) => {
-      const own = variables.filter((v) => formOf([one]).free.has(v))
-      return terms.some((other) => own.some((v) => isDifference(one, other, v)))
-    })
+    const forms = terms.map((one) => formOf([one]))
+    const variables = forms.map(({ free }) => this.ir.variables.filter((v) => free.has(v)))
+    const isScore = (...two: string[]) =>
+      forms.some(({ free, height }) => height > 0 && two.every((v) => free.has(v)))
+    return terms.some((one, i) =>
+      terms.some((other, j) => {
+        const rows = variables[j]!.filter((w) => !variables[i]!.includes(w))
+        return variables[i]!.some(
+          (v) => isDifference(one, other, v) && !rows.some((w) => isScore(v, w)),
+        )
+      }),
+    )
   }
 
   private define(statement: Statement): void {

@@ -353,6 +353,41 @@ const far: Record<string, Far> = {
         ]),
     ),
   ),
+  'scores that decay by running sums of tokens': {
+    text: `
+      init C[t=0,h] = 0
+      iterate t {
+        C[t+1,h] = C[t,h] + a[h,t]
+      }
+      T[h,p,m] = sum(e) Q[p,e] * K[m,e] * exp(C[p+1,h] - C[m+1,h])   where m <= p
+      A[h,p,m] = exp(T[h,p,m])
+      D[h,p]   = sum(m) A[h,p,m]
+      O[h,p,f] = sum(m) A[h,p,m] * V[m,f] / D[h,p]`,
+    inputs: { Q: 'P E', K: 'M E', V: 'M F', a: 'H T' },
+    sizes: { ...long, T: 300, H: 2 },
+    numbers: { a: () => -1 },
+  },
+  'features of either sign, as the text multiplies them': {
+    text: `
+      X[p,e] = exp(Q[p,e] / 4)
+      Y[m,e] = exp(-K[m,e] / 4)
+      T[p,m] = sum(e) X[p,e] * Y[m,e]   where m <= p
+      O[p,f] = sum(m) T[p,m] * V[m,f]`,
+    sizes: { P: 7 },
+    operator: 'lightning',
+  },
+  'slopes beside such features': {
+    text: `
+      X[p,e] = Q[p,e] * pow(z[e], p)
+      Y[m,e] = K[m,e] * pow(z[e], -m)
+      S[p,m] = sum(e) X[p,e] * Y[m,e]   where m <= p
+      T[p,m] = S[p,m] - slope * (p - m)${weighted}`,
+    inputs: { z: 'E' },
+    sizes: { P: 7 },
+    scalars: { slope: 0.3 },
+    numbers: { z: (i) => 0.5 + i / 20 },
+    operator: 'attention',
+  },
   'large queries whose shares are by a logsumexp': {
     text: `
       L[p]   = logsumexp(e) Q[p,e]
