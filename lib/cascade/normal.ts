@@ -482,7 +482,7 @@ function exponentOf({ coefficient, factors }: Term): Form | undefined {
 // Whether two summands of scores are large, and small together: masks c (1 - x[m] y[p]), squares of (p + c - m)
 function cancels({ coefficient, factors }: Term, constant: Term): boolean {
   if (constant.factors.length === 0 && Math.abs(constant.coefficient) < 100) return false
-  const ratio = times(single(factors), power(single(constant.factors), -1)).terms[0]!.factors
+  const ratio = ratioOf(factors, constant.factors)
   const count = -constant.coefficient / coefficient
   const isMask = ({ atom, power }: Factor) =>
     power === 1 && ['access', 'if', 'call'].includes(atom.kind) && !argument(atom)
@@ -493,6 +493,17 @@ function cancels({ coefficient, factors }: Term, constant: Term): boolean {
     (power === -1 && constant.factors.some((one) => one.power === 2 && one.atom.key === atom.key))
   const mixes = ratio.some(({ power }) => power < 0) && ratio.some(({ power }) => power > 0)
   return mixes && ratio.every(isPart) && Math.abs(count) === 0.5
+}
+
+// Compared so often that no form is made of it
+function ratioOf(factors: readonly Factor[], others: readonly Factor[]): Factor[] {
+  const ratio = new Map(factors.map((one) => [one.atom.key, one]))
+  for (const { atom, power } of others) {
+    const rest = (ratio.get(atom.key)?.power ?? 0) - power
+    ratio.set(atom.key, { atom, power: rest })
+    if (rest === 0) ratio.delete(atom.key)
+  }
+  return [...ratio.values()]
 }
 
 // With the summands that are small only together with such
