@@ -19,6 +19,7 @@ import {
   plus,
   power,
   rankIn,
+  rebuilt,
   reduction,
   single,
   type Term,
@@ -130,12 +131,7 @@ export function lightningOf(normal: Normal, ir: CascadeIR): Lowered {
   const divisors = main.factors.filter(
     ({ atom, power }) => power === -1 && sweeps(atomForm(atom), rankIn(m)),
   )
-  const below = divisors.flatMap(({ atom }) =>
-    atom.kind === 'sum' ? atom.form.terms : atomForm(atom).terms,
-  )
-  const totals = below.filter(({ factors }) => factors.some(isTotal))
-  if (divisors.length > 1 || totals.length < divisors.length)
-    throw fail('its divisor is not the sum of its weights')
+  if (divisors.length > 1) throw fail('its divisor is not the sum of its weights')
   const [divisor] = divisors
 
   // exp(-slope t) in front, unless it is divided by, exp(slope m) inside
@@ -149,7 +145,7 @@ export function lightningOf(normal: Normal, ir: CascadeIR): Lowered {
       main.factors.filter((one) => !isSum(one) && one !== divisor),
     ),
   ])
-  const plain = divisor?.atom.kind === 'reduce'
+  const plain = divisor !== undefined && isTotal({ ...divisor, power: 1 })
   const factors = decay && (plain ? outside : times(outside, power(decay, -1)))
   const [only, ...rests] = factors?.terms ?? []
   if (!slope || !only || rests.length > 0 || has(slope, [m, ...over]))
@@ -229,16 +225,23 @@ export function lightningOf(normal: Normal, ir: CascadeIR): Lowered {
   const raw = access(fresh('N'), all)
   const whole = times(raw, post)
   const ones = access(fresh('D'), [...all.slice(0, 3), number(0)])
-  const swapped = below.map(({ coefficient, factors }) => {
-    const rest = formOf([
-      termOf(
-        coefficient,
-        factors.filter((one) => !isTotal(one)),
-      ),
-    ])
-    return factors.some(isTotal) ? times(times(rest, ones), power(decay!, -1)) : rest
-  })
-  const normaliser = plain ? ones : plus(...swapped)
+  // in max(abs(B), 1) too
+  const swapped = ({ terms }: Form): Form =>
+    plus(
+      ...terms.map(({ coefficient, factors }) => {
+        const others = factors.filter((one) => !isTotal(one))
+        if (others.length < factors.length) {
+          const rest = formOf([termOf(coefficient, others)])
+          return times(times(rest, ones), power(decay!, -1))
+        }
+        return others.reduce(
+          (value, { atom, power: exponent }) =>
+            times(value, power(rebuilt(atom, swapped), exponent)),
+          number(coefficient),
+        )
+      }),
+    )
+  const normaliser = plain ? ones : divisor ? swapped(atomForm(divisor.atom)) : number(1)
   if (sweeps(normaliser, rankIn(m))) throw fail('its divisor is not the sum of its weights')
   const result = divisor ? times(whole, power(normaliser, -1)) : whole
   const finish =

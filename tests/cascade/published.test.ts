@@ -672,7 +672,7 @@ const cases: Record<string, Case> = {
       R[h,t]   = sum(u) S[h,t,u]
       O[h,t,f] = sum(u) S[h,t,u] / max(abs(R[h,t]), 1) * V[h,u,f]`,
     inputs: { Q: 'H T E', K: 'H U E', gamma: 'H', V: 'H U F' },
-    refused: ['CAS021', 'lightning, does not take O: its divisor is not the sum of its weights'],
+    operator: 'lightning',
     square: true,
   },
   'weights of a Taylor series (Based)': {
