@@ -239,10 +239,9 @@ export function rejoined({ terms }: Form): Form {
 }
 
 /**
- * @internal Refuses sums of exponentials of scores, or of anything along a rank that the text takes a maximum over,
- * as logsumexp does: none is
- * taken off beside an operator, which the text may do. Those of positions too, unless they are of distances. And choices
- * that look for where a maximum is, which is rounded there.
+ * @internal Refuses sums of exponentials of scores, or of anything along a rank that the text takes a maximum or a logsumexp
+ * over: none is taken off beside an operator, which the text may do. Those of positions too, unless they are of distances. And
+ * choices that look for where a maximum is, which is rounded there.
  */
 export function checkSums(form: Form, ir: CascadeIR): void {
   const isRounded = ({ op, body }: Reduce) => (op === 'max' || op === 'min') && !counts(body)
