@@ -81,31 +81,49 @@ function carriersOf(graph: Graph, variables: readonly string[]): Set<string> {
   return found
 }
 
+// An einsum with what it touches and what of it hangs on earlier ones
+interface Link {
+  node: Node
+  tensors: readonly string[]
+  edges: readonly { from: number; barrier: boolean; tensor: string }[]
+}
+
+function linksOf(graph: Graph, variable: string): Link[] {
+  const numbers = new Map(graph.nodes.map((node, i) => [node, i]))
+  return graph.nodes.map((node, i) => ({
+    node,
+    tensors: [...node.ins, node.out].map(({ tensor }) => tensor),
+    edges: node.ins.flatMap((use) =>
+      (graph.producers.get(use.tensor) ?? []).flatMap((producer) => {
+        const from = numbers.get(producer)!
+        const kind = from < i ? edgeKind(node, use, producer, variable) : 'streaming'
+        const barrier = kind === 'barrier'
+        return kind === 'streaming' ? [] : [{ from, barrier, tensor: use.tensor }]
+      }),
+    ),
+  }))
+}
+
 // Walks the einsums in order with, for each, the longest chain of touches whose last lies in the current sweep and the
 // longest that a barrier already ended
 function sweeps(
-  graph: Graph,
+  links: readonly Link[],
   variable: string,
   touched: ReadonlySet<string>,
-): Map<Node, { same: Chain; after: Chain }> {
-  const chains = new Map<Node, { same: Chain; after: Chain }>()
-  for (const node of graph.nodes) {
+): { same: Chain; after: Chain }[] {
+  const chains: { same: Chain; after: Chain }[] = []
+  for (const { node, tensors, edges } of links) {
     let [same, after] = [none, none]
-    for (const use of node.ins) {
-      for (const producer of graph.producers.get(use.tensor) ?? []) {
-        const before = chains.get(producer)
-        if (producer === node || !before) continue
-        const kind = edgeKind(node, use, producer, variable)
-        if (kind === 'streaming') continue
-        if (kind === 'plain') {
-          same = longer(same, before.same)
-          after = longer(after, before.after)
-        } else {
-          after = longer(longer(after, { ...before.same, via: use.tensor }), before.after)
-        }
+    for (const { from, barrier, tensor } of edges) {
+      const before = chains[from]!
+      if (barrier) {
+        after = longer(longer(after, { ...before.same, via: tensor }), before.after)
+      } else {
+        same = longer(same, before.same)
+        after = longer(after, before.after)
       }
     }
-    const member = [...node.ins, node.out].find(({ tensor }) => touched.has(tensor))?.tensor
+    const member = tensors.find((tensor) => touched.has(tensor))
     if (member !== undefined && node.variables.has(variable)) {
       const here = { node, member }
       same =
@@ -118,7 +136,7 @@ function sweeps(
           : { ...same, sweep: { ...same.sweep!, ...here } }
       after = none
     }
-    chains.set(node, { same, after })
+    chains.push({ same, after })
   }
   return chains
 }
@@ -126,6 +144,7 @@ function sweeps(
 function passesOf(graph: Graph, levels: readonly string[], from: number): Map<string, Chain> {
   const variable = levels[from]!
   const carriers = carriersOf(graph, levels.slice(from))
+  const links = linksOf(graph, variable)
   const result = new Map<string, Chain>()
   for (const root of carriers) {
     const derived = new Set([root])
@@ -134,7 +153,7 @@ function passesOf(graph: Graph, levels: readonly string[], from: number): Map<st
         derived.add(out.tensor)
     }
     let best = none
-    for (const { same, after } of sweeps(graph, variable, derived).values())
+    for (const { same, after } of sweeps(links, variable, derived))
       best = longer(longer(best, same), after)
     result.set(root, best)
   }
@@ -180,8 +199,9 @@ function explain({ sweep }: Chain, variable: string): PassStep[] {
 
 /** @internal In which sweep over some variables each einsum lies, whatever tensor it touches; 0 before the first. */
 export function sweepNumbers(graph: Graph, levels: readonly string[]): Map<Node, number> {
-  const chains = sweeps(graph, levels[0]!, carriersOf(graph, levels))
+  const links = linksOf(graph, levels[0]!)
+  const chains = sweeps(links, levels[0]!, carriersOf(graph, levels))
   return new Map(
-    [...chains].map(([node, { same, after }]) => [node, Math.max(same.passes, after.passes)]),
+    chains.map(({ same, after }, i) => [links[i]!.node, Math.max(same.passes, after.passes)]),
   )
 }
