@@ -7,6 +7,7 @@ import {
   tensor,
 } from 'heddle'
 import { expect, it } from 'vitest'
+import { rounded } from '../support/codecs.js'
 import { largest, maxError } from '../support/compare.js'
 import { describeDevices } from '../support/devices.js'
 import { type Random, random } from '../support/random.js'
@@ -1376,7 +1377,7 @@ describeDevices('published mechanisms', (device) => {
         const names = ranks.split(' ')
         const shape = names.map((rank) => sizes[rank] ?? Number(rank))
         const count = shape.reduce((a, b) => a * b, 1)
-        const data = below
+        const drawn = below
           ? Int32Array.from({ length: count }, () => rng.below(Number(below)))
           : one.numbers?.[name]
             ? Float32Array.from({ length: count }, (_, i) => one.numbers![name]!(i, rng))
@@ -1385,6 +1386,9 @@ describeDevices('published mechanisms', (device) => {
               : name === 'slope' // a state that grows leaves the range of float32
                 ? rng.normals(count).map(Math.abs)
                 : rng.normals(count)
+        // a weight of 0 must not get one by rounding what is cast below
+        const coarse = operator && n === 0 && !below
+        const data = coarse ? drawn.map((x) => rounded('bfloat16', x)) : drawn
         given[name] = { data, shape }
         const own = name === 'S0' ? [1, ...shape] : shape
         if (!packed.includes(name)) return tensor(data, own, { device })
