@@ -288,7 +288,8 @@ export function attentionOf(normal: Normal, ir: CascadeIR): Lowered {
   if (spread) throw new Mismatch(out.tensor, 'its parts have no common axes', 2)
   const layouts: Layouts = new Map(parts.flatMap((one) => [...one.layouts]))
   const fresh = freshIn(ir)
-  const raw = parts.map((_, i) => access(fresh(`O${i}`), part.axes.map(name)))
+  const rawNames = parts.map((_, i) => fresh(`O${i}`))
+  const raw = rawNames.map((one) => access(one, part.axes.map(name)))
   const sum = plus(...parts.map(({ post }, i) => times(raw[i]!, post)))
   const post = sum.key === raw[0]!.key ? undefined : sideOf(ir, layouts, sum, part.axes)
   const slots = Object.assign(
@@ -329,9 +330,9 @@ export function attentionOf(normal: Normal, ir: CascadeIR): Lowered {
         const call = { ...given, scalars: { ...sizes(given), ...given.scalars } }
         const results = parts.map((one) => one.run(call))
         const [{ out: whole, known, lse: logarithms }] = results as [(typeof results)[number]]
-        const raws = Object.fromEntries(results.map((one, i) => [fresh(`O${i}`), one.out]))
+        const raws = () => Object.fromEntries(results.map((one, i) => [rawNames[i]!, one.out]))
         const result = post
-          ? cast(post.run({ ...call.tensors, ...raws }, known), whole.dtype)
+          ? cast(post.run({ ...call.tensors, ...raws() }, known), whole.dtype)
           : whole
         return { [out.tensor]: result, ...(lse === undefined ? {} : { [lse]: logarithms }) }
       }),

@@ -321,7 +321,7 @@ function planOf(ir: CascadeIR, lowered: Lowered, refused: readonly Refused[]): P
     for (const scalar of Object.keys(scalars))
       if (typeof scalars[scalar] !== 'number')
         throw mustBe('cascade', scalar, 'a number', scalars[scalar])
-    agree(tensors, scalars)
+    agree(inputs as readonly Tensor[], scalars)
     // Sizes that the tensors tell as well
     const more = Object.keys(scalars).filter((one) => !wanted.has(one))
     if (more.length > 0) {

@@ -535,14 +535,26 @@ export function sizesOf(ir: CascadeIR, layouts: Layouts): (call: Call) => Known 
   }
 }
 
+interface Fact {
+  rank: string
+  at: number
+  source: string
+  span: Span
+}
+
 /**
  * @internal Checks that sizes of declarations, splits, the call and its tensors go together, under the names of the text.
  */
 export function agreement(
   ir: CascadeIR,
   layouts: Layouts = new Map(),
-): (tensors: Call['tensors'], scalars: Scalars) => void {
+): (inputs: readonly Tensor[], scalars: Scalars) => void {
   const [first] = statementsOf(ir.steps)
+  const ranks: string[] = []
+  const numberOf = (rank: string) => {
+    if (!ranks.includes(rank)) ranks.push(rank)
+    return ranks.indexOf(rank)
+  }
   const reads = statementsOf(ir.steps)
     .flatMap(readsOf)
     .filter(({ name }) => ir.inputs.includes(name))
@@ -560,16 +572,14 @@ export function agreement(
       const sharing = four && axis % 2 === 0 ? 'bshd'[axis] : undefined
       const either = axis === 2 && !marks.includes(four?.[0] ?? '')
       const variables = variable === undefined ? splitBy(ir, index) : own
-      return variables.map((one) => ({
-        name,
-        span,
-        rank: rankOf(one),
-        axis,
-        axes,
-        sharing,
-        either,
-        packed: four !== undefined,
-      }))
+      // operators take rows along several axes
+      const last = !four && layouts.size === 0 && i === axes - 1
+      const source = sharing ? `axis ${sharing} of tensors that are [b, s, h, d]` : name
+      return variables.map((one) => {
+        const rank = rankOf(one)
+        const [input, at] = [ir.inputs.indexOf(name), numberOf(rank)]
+        return { input, span, rank, at, axis, axes, sharing, either, last, source }
+      })
     })
   })
   // what some tensors may have fewer of, behind what all have
@@ -579,43 +589,52 @@ export function agreement(
   const stated = [
     ...sized.map(([rank, size]) => ({ rank, size, source: 'its declaration' })),
     ...ir.splits.map(({ inner, size }) => ({ rank: rankOf(inner), size, source: 'its split' })),
-  ].map((one) => ({ ...one, span: first!.out.span }))
-  const most = new Map<string, number>()
-  return (tensors, scalars) => {
-    const known = new Map<string, { size: number; source: string; span: Span }>()
-    const learn = (rank: string, size: number, source: string, span: Span) => {
-      const before = known.get(rank)
-      if (!before) known.set(rank, { size, source, span })
-      else if (before.size !== size) {
-        const text = `rank ${rank} is ${before.size} from ${before.source} but ${size} from ${source}`
-        throw broken('CAS003', text, span, rank)
-      }
+  ].map((one) => ({ ...one, at: numberOf(one.rank), span: first!.out.span }))
+  const splits = ir.splits.map((one) => {
+    const [rank, outer] = [rankOf(one.variable), rankOf(one.outer)]
+    const { span } = one
+    const parts = { rank: outer, at: numberOf(outer), source: 'its split', span }
+    return { ...one, rank, at: numberOf(rank), parts }
+  })
+  // Every call looks: by numbers of ranks, in memory that stays
+  const sizes = ranks.map(() => -1)
+  const most = ranks.map(() => -1)
+  const facts: Fact[] = []
+  const learn = (fact: Fact, size: number, span = fact.span) => {
+    const { at, rank, source } = fact
+    const before = sizes[at]!
+    if (before === size) return
+    if (before >= 0) {
+      const text = `rank ${rank} is ${before} from ${facts[at]!.source} but ${size} from ${source}`
+      throw broken('CAS003', text, span, rank)
     }
-    for (const { rank, size, source, span } of stated) learn(rank, size, source, span)
-    for (const { name, span, rank, axis, axes, packed } of exact) {
-      const { shape } = tensors[name]!
-      // operators take rows along several axes
-      const last = !packed && layouts.size === 0 && axis === axes - 1
-      if (shape.length === axes || last) learn(rank, shape.at(axis - axes)!, name, span)
+    sizes[at] = size
+    facts[at] = fact
+  }
+  return (inputs, scalars) => {
+    sizes.fill(-1)
+    for (const fact of stated) learn(fact, fact.size)
+    for (const fact of exact) {
+      const { shape } = inputs[fact.input]!
+      if (shape.length === fact.axes || fact.last)
+        learn(fact, shape[shape.length + fact.axis - fact.axes]!)
     }
-    most.clear()
-    for (const { name, rank, axis, either } of shared) {
-      const { shape } = tensors[name]!
+    if (shared.length > 0) most.fill(-1)
+    for (const { input, at, axis, either } of shared) {
+      const { shape } = inputs[input]!
       if (shape.length !== 4) continue
-      const size = either && known.get(rank)?.size === shape[0] ? shape[0]! : shape[axis]!
-      most.set(rank, Math.max(size, most.get(rank) ?? 0))
+      const size = either && sizes[at] === shape[0] ? shape[0]! : shape[axis]!
+      most[at] = Math.max(size, most[at]!)
     }
-    for (const { rank, sharing } of shared) {
-      const [size, before] = [most.get(rank), known.get(rank)]
-      if (size === undefined || !before) continue
-      learn(rank, size, `axis ${sharing} of tensors that are [b, s, h, d]`, before.span)
+    for (const fact of shared) {
+      const { at } = fact
+      if (most[at]! >= 0 && sizes[at]! >= 0) learn(fact, most[at]!, facts[at]!.span)
     }
-    for (const { variable, outer, size, tailMask, span } of ir.splits) {
-      const rank = rankOf(variable)
-      const whole = known.get(rank)?.size ?? scalars[rank]
+    for (const { variable, rank, at, size, tailMask, span, parts } of splits) {
+      const whole = sizes[at]! >= 0 ? sizes[at]! : scalars[rank]
       if (whole === undefined) continue
       if (whole % size !== 0 && !tailMask) throw indivisible(variable, size, whole, span)
-      learn(rankOf(outer), Math.ceil(whole / size), 'its split', span)
+      learn(parts, Math.ceil(whole / size))
     }
     for (const { rank, size, source, span } of stated)
       if (scalars[rank] !== undefined && scalars[rank] !== size) {
