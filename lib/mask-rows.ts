@@ -1,5 +1,5 @@
 import { checkInteger, checkOptions } from './check.js'
-import { blockTable, type MaskParts, type SvgOptions } from './mask.js'
+import { blockTable, firstBlockRow, type MaskParts, type SvgOptions } from './mask.js'
 import type { Tensor } from './tensor.js'
 
 /** @internal A mask that was read. */
@@ -89,7 +89,7 @@ export async function readRows(parts: MaskParts): Promise<HostRows> {
   const places = Array.from({ length: sequences }, (_, i) => ({
     batch: cuQ ? 0 : i,
     from: cuQ ? cuQ[i]! : 0,
-    firstRow: cuQ ? Math.floor(cuQ[i]! / block[0]) + i : 0,
+    firstRow: cuQ ? firstBlockRow(cuQ, block[0], i) : 0,
     sq: cuQ ? cuQ[i + 1]! - cuQ[i]! : sq,
     sk: cuK ? cuK[i + 1]! - cuK[i]! : (cached?.[i] ?? sk),
   }))

@@ -260,6 +260,10 @@ export function blockTable(parts: MaskParts): { rows: number; columns: number } 
 export const blockRows = (sq: number, block: number, packed?: number): number =>
   packed === undefined ? Math.ceil(sq / block) : Math.floor(sq / block) + packed
 
+/** @internal The row of blocks that packed sequence i begins with. */
+export const firstBlockRow = (cuSeqlensQ: readonly number[], block: number, i: number): number =>
+  Math.floor(cuSeqlensQ[i]! / block) + i
+
 type Lists = {
   dense?: Tensor
   count?: Tensor
@@ -298,14 +302,20 @@ function spelled(error: unknown): unknown {
     : refuse(code, op, name, message.replace(`${op}: ${argument}`, name))
 }
 
-// Of lists with `given` rows of blocks per head, if they tell
+// Of lists with `given` rows of blocks per head, if they tell, which are those of the argument `name`
 function fromTable(
   options: MaskOptions,
-  [b, heads, given]: readonly [b: number, heads: number, given: number | undefined],
+  [b, heads, given, name]: readonly [
+    b: number,
+    heads: number,
+    given?: number | undefined,
+    name?: string | undefined,
+  ],
   device: DeviceLike,
   ...lists: Lists[]
 ): Mask {
   const parts = checkParts(options)
+  if (name !== undefined) checkRows(name, given, parts)
   const { cuSeqlensQ } = parts
   if (cuSeqlensQ && b !== 1)
     throw refuse('ERR_SHAPE', 'mask', 'cuSeqlensQ', `b must be 1 with cuSeqlensQ, got ${b}`)
@@ -321,7 +331,7 @@ function fromTable(
     const dense = pack([b, heads, listedRows(parts), columns], device, ...lists)
     const apart = zeros([b, heads, rows, words(columns)], { dtype: 'int32', device })
     for (let i = 0, from = 0; i < parts.sequences; i++) {
-      const first = Math.floor(cuSeqlensQ[i]! / parts.block[0]) + i
+      const first = firstBlockRow(cuSeqlensQ, parts.block[0], i)
       const own = Math.ceil((cuSeqlensQ[i + 1]! - cuSeqlensQ[i]!) / parts.block[0])
       apart.slice(2, first, first + own).copyFrom(dense.slice(2, from, from + own))
       from += own
@@ -347,8 +357,8 @@ function fromPadded(
   const first = all[0]?.index
   if (!first) throw mustBe('mask', 'lists', 'at least one list', lists)
   const [b = 0, heads = 0, rows] = first.shape
-  if (first.rank === 4) checkRows('index', rows, checkParts(options))
-  return fromTable(options, [b, heads, rows], first.device, ...all)
+  const name = first.rank === 4 ? 'index' : undefined
+  return fromTable(options, [b, heads, rows, name], first.device, ...all)
 }
 
 // Rows of blocks of all sequences, one after the other
@@ -490,8 +500,8 @@ export const Mask = {
   fromBits(bits: Tensor<'int32' | 'int64'>, options: MaskOptions): Mask {
     checkTensor('mask', 'bits', bits)
     const [b = 0, heads = 0, rows] = bits.shape
-    if (bits.rank === 4) checkRows('bits', rows, checkParts(options))
-    return fromTable(options, [b, heads, rows], bits.device, { bits })
+    const name = bits.rank === 4 ? 'bits' : undefined
+    return fromTable(options, [b, heads, rows, name], bits.device, { bits })
   },
 
   /**
@@ -524,7 +534,7 @@ export const Mask = {
   fromPairs(pairs: Tensor<'int32'>, options: MaskOptions): Mask {
     checkTensor('mask', 'pairs', pairs)
     const [b = 0, heads = 0] = pairs.shape
-    return fromTable(options, [b, heads, undefined], pairs.device, { flat: pairs })
+    return fromTable(options, [b, heads], pairs.device, { flat: pairs })
   },
 
   /**

@@ -1,6 +1,6 @@
 import type { FloatDType } from '../dtype.js'
 import { named, refuse } from '../errors.js'
-import { blockTable, Mask, makeMask } from '../mask.js'
+import { blockTable, firstBlockRow, Mask, makeMask } from '../mask.js'
 import { scope } from '../scope.js'
 import { full, type Tensor, zeros } from '../tensor.js'
 
@@ -151,7 +151,7 @@ export function perSequence<D extends FloatDType>(
       const listed = all ? full([1, 1, 1, words.blocks], -1, options) : mask.blocks
       if (listed) made.blocks ??= zeros([1, heads, rows, words.blocks], options)
       for (let j = i; listed && j < next; j++) {
-        const first = Math.floor(cuSeqlensQ![j]! / block[0]) + j
+        const first = firstBlockRow(cuSeqlensQ!, block[0], j)
         const place = made
           .blocks!.slice(2, first, first + Math.ceil(sq / block[0]))
           .slice(3, 0, listed.shape[3])
