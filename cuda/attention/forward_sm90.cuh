@@ -133,10 +133,11 @@ struct UnitPairs {
     const bool alone = other == kNone;
     if (alone && (kind > 0 || odd != 0)) return false;
     if (alone) other = 0;
-    pair.unit[0] = number;
-    pair.unit[1] = alone ? -1 : static_cast<int>(other >> 4);
+    const uint32_t lower = alone ? unit : min(unit, other), upper = unit ^ other ^ lower;
+    pair.unit[0] = static_cast<int>(lower >> 4);
+    pair.unit[1] = alone ? -1 : static_cast<int>(upper >> 4);
     for (int w = 0; w < kListedWarpgroups; ++w)
-      pair.seen[w] = static_cast<uint8_t>((seen >> 2 * w & 3) | (other >> 2 * w & 3) << 2);
+      pair.seen[w] = static_cast<uint8_t>((lower >> 2 * w & 3) | (upper >> 2 * w & 3) << 2);
     return true;
   }
 };
@@ -200,6 +201,7 @@ struct ForwardArgs {
   UnitLists lists;
   Slots slots;
   int short_tiles;  // with lists, the first of row_tiles, which come last, those of all pairs
+  bool sweeps;      // keys go up and down in turns, so that L2 still has those of before
   // Of kPaged
   int pages, page_log2;  // of 2^page_log2 keys
   int box;               // a copy moves so many
@@ -510,7 +512,8 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kLayout>::kThread
         const int leader = __ffs(static_cast<int>(__ballot_sync(~0u, leads))) - 1;
         if (leads) prefetch(gmem_q);
         ForwardOrder<kQueries, kLayout> order{args};
-        ForwardWork work = order.at(blockIdx.x);
+        int index = static_cast<int>(blockIdx.x);
+        ForwardWork work = order.at(index);
         uint32_t visit = 0, n = 0;  // tiles of q, and of k and v
         auto push = [&](UnitPair pair, bool opens) {
           const Turn<smem.kPairs> turn(n++);
@@ -540,16 +543,22 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kLayout>::kThread
             load_q(work, visit);
             if (count == 0) push({{-1, -1}, {}, 0}, true);
           }
-          for (int group = (args.lists.words - 1) / 32 * 32; group >= 0; group -= 32) {
+          const bool rises = kLayout == Layout::kApart && args.sweeps && index / gridDim.x % 2 == 1;
+          const auto take = [&](uint32_t& bits) {
+            const int bit = rises ? __ffs(static_cast<int>(bits)) - 1 : highest_bit(bits);
+            bits ^= 1u << bit;
+            return bit;
+          };
+          const int groups = (args.lists.words + 31) / 32;
+          for (int i = 0; i < groups; ++i) {
+            const int group = (rises ? i : groups - 1 - i) * 32;
             uint32_t left = __ballot_sync(~0u, list.read(group + lane, smem.units[lane]));
             __syncwarp();
             while (leads && left != 0) {
-              const int word = highest_bit(left);
-              left ^= 1u << word;
+              const int word = take(left);
               const UnitBits first = smem.units[word][0], second = smem.units[word][1];
               for (uint32_t any = first.any | second.any; any != 0;) {
-                const int bit = highest_bit(any);
-                any ^= 1u << bit;
+                const int bit = take(any);
                 const auto seen = [&](const UnitBits& its) {
                   return (its.listed >> bit & 1) << 1 | (its.any >> bit & 1);
                 };
@@ -562,7 +571,8 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kLayout>::kThread
             }
             __syncwarp();
           }
-          work = order.at(__shfl_sync(~0u, leads ? ask() : 0, leader));
+          index = __shfl_sync(~0u, leads ? ask() : 0, leader);
+          work = order.at(index);
         }
         if (leads) {
           finish(work, visit);
@@ -1398,11 +1408,11 @@ inline ForwardArgs forward_args(const ForwardCall& call, int queries) {
   const int64_t row_tiles = forward_row_tiles(call, queries);
   const int64_t pairs = call.b * call.hq, tiles = row_tiles * pairs;
   // so many pairs have such a number of keys and their values in L2 together
-  const auto fit = [&](int64_t keys) {
+  const auto room = [&](int64_t keys) {
     const auto bytes = static_cast<int64_t>(size_of(call.dtype)) * (call.d + call.dv) * keys;
-    return std::clamp<int64_t>(call.section_bytes / std::max<int64_t>(bytes * call.hk / call.hq, 1),
-                               1, pairs);
+    return call.section_bytes / std::max<int64_t>(bytes * call.hk / call.hq, 1);
   };
+  const auto fit = [&](int64_t keys) { return std::clamp<int64_t>(room(keys), 1, pairs); };
   // tiles that run at the same time under a window see few keys more than it has
   constexpr int64_t kTogether = 1024;
   const bool all =
@@ -1419,6 +1429,7 @@ inline ForwardArgs forward_args(const ForwardCall& call, int queries) {
   // as many as have keys and values that fit there of all pairs
   if (call.masked && call.causal && call.sk <= call.sq)
     args.short_tiles = static_cast<int>(row_tiles * args.section / pairs);
+  args.sweeps = call.masked && !call.causal && room(call.sk) == 0;
   args.scale_log2 = call.scale * 1.44269504f;
   args.causal = call.causal || call.window;
   args.window = static_cast<int>(std::min<int64_t>(call.window, INT32_MAX / 2));

@@ -328,6 +328,11 @@ bool whole_rows(const Tensor& x) {
   return x.strides[3] == 1;
 }
 
+const char* declines_wide(const Probe& op) {
+  if (op.q.dtype == DType::kF32) return "dtype must have 16 bits";
+  return whole_rows(op.q) && whole_rows(op.k) ? nullptr : "rows must be aligned to 16 bytes";
+}
+
 }  // namespace
 
 void add_distances(const Probe& op, const LineStrips& strips, CudaContext& context) {
@@ -342,10 +347,8 @@ const char* declines_lines(const Probe& op, const CudaContext& context) {
   if (op.per != Probe::kLine || op.stride != 1) return "it takes lines, and no stride";
   if (op.score.shape[2] != 2 || op.q.shape[1] > kLineQueries)
     return "there must be one row of at most 128 queries";
-  if (op.q.dtype == DType::kF32) return "dtype must have 16 bits";
   if (op.q.shape[3] != 64 && op.q.shape[3] != 128) return "d must be 64 or 128";
-  if (!whole_rows(op.q) || !whole_rows(op.k)) return "rows must be aligned to 16 bytes";
-  return nullptr;
+  return declines_wide(op);
 }
 
 void run_lines(const Probe& op, CudaContext& context) {
@@ -373,17 +376,21 @@ void run_lines(const Probe& op, CudaContext& context) {
     wide ? enqueue<F16, 128>(args, context) : enqueue<F16, 64>(args, context);
 }
 
+const char* declines_copies(const Probe& op) {
+  for (const Tensor* x : {&op.q, &op.k})
+    for (int i = 0; i < 3; ++i)
+      if (x->shape[i] > 1 && (x->strides[i] <= 0 || x->strides[i] >= int64_t{1} << 38))
+        return "strides must be positive";
+  return declines_wide(op);
+}
+
 const char* declines_lines_sm90(const Probe& op, const CudaContext& context) {
   if (const char* reason = declines_lines(op, context)) return reason;
   if (context.arch != 90) return "the GPU must be of compute capability 9.0";
   constexpr int64_t kMost = int64_t{1} << 30;  // keys and CTAs are counted in 32 bits
   if (op.k.shape[1] > kMost || op.q.shape[0] * op.q.shape[2] > kMost / context.processors)
     return "k must have at most 2^30 rows, and q as many heads";
-  for (const Tensor* x : {&op.q, &op.k})
-    for (int i = 0; i < 3; ++i)
-      if (x->shape[i] > 1 && (x->strides[i] <= 0 || x->strides[i] >= int64_t{1} << 38))
-        return "strides must be positive";
-  return nullptr;
+  return declines_copies(op);
 }
 
 LinesCall lines_sm90(const Probe& op, const MeanArgs (&means)[2], bool bands,
@@ -407,29 +414,15 @@ LinesCall lines_sm90(const Probe& op, const MeanArgs (&means)[2], bool bands,
   return call;
 }
 
-namespace {
-
-template <class Launch> void launch_sized(const LinesCall& call, const Launch& launch) {
-  const bool wide = call.op.q.shape[3] == 128;
-  if (call.op.q.dtype == DType::kBF16)
-    wide ? launch.template operator()<DType::kBF16, 128>()
-         : launch.template operator()<DType::kBF16, 64>();
-  else
-    wide ? launch.template operator()<DType::kF16, 128>()
-         : launch.template operator()<DType::kF16, 64>();
-}
-
-}  // namespace
-
 void run_stats_sm90(const LinesCall& call, CudaContext& context) {
-  launch_sized(call,
-               [&]<DType kType, int kD> { launch_stats_sm90<kType, kD>(call, context.stream); });
+  dispatch_copied(call.op,
+                  [&]<DType kType, int kD> { launch_stats_sm90<kType, kD>(call, context.stream); });
   context.launched("probe_lines_sm90_kernel");
 }
 
 void run_lines_sm90(const LinesCall& call, CudaContext& context) {
-  launch_sized(call,
-               [&]<DType kType, int kD> { launch_lines_sm90<kType, kD>(call, context.stream); });
+  dispatch_copied(call.op,
+                  [&]<DType kType, int kD> { launch_lines_sm90<kType, kD>(call, context.stream); });
   context.launched("probe_lines_sm90_kernel");
 }
 

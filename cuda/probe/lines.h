@@ -6,6 +6,8 @@
 
 namespace heddle {
 
+// Whether Hopper's copies take both: rows of up to 128 columns of 16 bits
+const char* declines_copies(const Probe& op);
 const char* declines_lines(const Probe& op, const CudaContext& context);
 void run_lines(const Probe& op, CudaContext& context);
 // Every strip's distances become those of the head
@@ -16,5 +18,15 @@ LinesCall lines_sm90(const Probe& op, const MeanArgs (&means)[2], bool bands, Cu
 void run_stats_sm90(const LinesCall& call, CudaContext& context);
 // Of distances those of strips are written
 void run_lines_sm90(const LinesCall& call, CudaContext& context);
+
+// Calls run<kType, kD>() for the smallest size that has room
+template <class Run> void dispatch_copied(const Probe& op, const Run& run) {
+  const bool wide = op.q.shape[3] > 64;
+  if (op.q.dtype == DType::kBF16)
+    wide ? run.template operator()<DType::kBF16, 128>()
+         : run.template operator()<DType::kBF16, 64>();
+  else
+    wide ? run.template operator()<DType::kF16, 128>() : run.template operator()<DType::kF16, 64>();
+}
 
 }  // namespace heddle

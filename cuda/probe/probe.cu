@@ -1,10 +1,14 @@
 #include "ops/probe.h"
 
+#include <algorithm>
+#include <bit>
+
 #include "common/elements.cuh"
 #include "common/variants.h"
 #include "core/slot.h"
 #include "probe/lines.h"
 #include "probe/pooled.h"
+#include "probe/rows_sm90.h"
 
 // Probe scores on any GPU, in f32, of all but pooled blocks: a CTA per row of blocks and head.
 // Probabilities take two walks over the keys, one for the normaliser of each sampled row and one
@@ -195,7 +199,45 @@ void run_plain(const Probe& op, CudaContext& context) {
   context.launched("probe_kernel");
 }
 
+const char* declines_rows_sm90(const Probe& op, const CudaContext& context) {
+  const RowsPlan plan(op);
+  const int64_t sq = op.q.shape[1], sk = op.k.shape[1];
+  if (context.arch != 90) return "the GPU must be of compute capability 9.0";
+  if (op.per != Probe::kBlock || op.softmax || (op.kind != Probe::kRows && !plan.groups))
+    return "it takes blocks of rows and antidiagonals, without softmax";
+  if (!(op.scale > 0)) return "scale must be positive";
+  if (op.q.shape[3] > 128) return "d must be at most 128";
+  if (plan.phases > kMostPhases) return "stride must be at most 16 with antidiagonals";
+  if (op.block_q % op.stride != 0 || !std::has_single_bit(static_cast<uint64_t>(plan.block_rows)) ||
+      plan.block_rows < 4 || plan.block_rows > 128)
+    return "a block must have 4 to 128 sampled queries, a power of two";
+  if (plan.block_columns % plan.part != 0)
+    return "a block must have a multiple of 64 keys, or of 8 groups with antidiagonals";
+  if (sq < op.stride || (plan.groups && (sk - sq) % op.stride != 0))
+    return "q must have a stride of rows, and with antidiagonals stand behind whole strides";
+  constexpr int64_t kMost = int64_t{1} << 30;  // rows, columns and tiles are counted in 32 bits
+  if (std::max(op.q.strides[1], op.k.strides[1]) >= int64_t{1} << 32)
+    return "rows must be less than 2^32 elements apart";
+  if (sk > kMost || plan.tiles() > kMost / op.q.shape[0] / op.q.shape[2])
+    return "q and k must have at most 2^30 rows and tiles";
+  return declines_copies(op);
+}
+
+void run_rows_sm90(const Probe& op, CudaContext& context) {
+  const RowsPlan plan(op);
+  const int ctas = static_cast<int>(
+      std::min<int64_t>(plan.tiles() * op.q.shape[0] * op.q.shape[2], context.processors));
+  const RowsCall call{op, ctas, context.scratch<float>(static_cast<size_t>(ctas * plan.parts()))};
+  const auto launch = [&]<DType kType, int kD> {
+    plan.groups ? launch_rows_sm90<kType, kD, true>(call, context.stream)
+                : launch_rows_sm90<kType, kD, false>(call, context.stream);
+  };
+  dispatch_copied(op, launch);
+  context.launched("probe_rows_sm90_kernel");
+}
+
 constexpr Variant<Probe> kVariants[] = {
+    {"sm90_rows", declines_rows_sm90, run_rows_sm90},
     {"sm90_lines", declines_lines_sm90,
      [](const Probe& op, CudaContext& context) {
        const LinesCall call = lines_sm90(op, {}, false, context);

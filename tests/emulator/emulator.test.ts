@@ -108,6 +108,7 @@ const lines = 'probe/lines_sm90.cuh'
 const pooled = 'probe/pooled.cuh'
 const decide = 'flexprefill/decide.cuh'
 const pooled90 = 'probe/pooled_sm90.cuh'
+const rows90 = 'probe/rows_sm90.cuh'
 const kernels: Kernel[] = [
   {
     name: 'forward_sm90',
@@ -856,14 +857,21 @@ const kernels: Kernel[] = [
       {
         what: 'a unit is skipped',
         file: forward,
-        from: 'any ^= 1u << bit;',
-        to: 'any ^= 3u << bit;',
+        from: 'bits ^= 1u << bit;',
+        to: 'bits ^= 3u << bit;',
       },
       {
         what: 'words behind the first 32 are left out',
         file: forward,
-        from: 'int group = (args.lists.words - 1) / 32 * 32;',
-        to: 'int group = 0;',
+        from: 'groups = (args.lists.words + 31) / 32;',
+        to: 'groups = 1;',
+      },
+      {
+        what: 'keys that go up come in the order of those that go down',
+        file: forward,
+        from: 'min(unit, other)',
+        to: 'unit',
+        variant: 'kBF16 d128 apart',
       },
       {
         what: 'both halves of a tile are one unit',
@@ -2909,6 +2917,154 @@ const kernels: Kernel[] = [
         file: 'probe/lines_sm90.h',
         from: 'end < from + 128',
         to: 'end < from + 127',
+      },
+    ],
+  },
+  {
+    name: 'rows_sm90',
+    variants: {
+      'kBF16 d64': [],
+      'kF16 d128': ['-DHEDDLE_DTYPE=kF16', '-DHEDDLE_D=128'],
+      'kF16 d64 groups': ['-DHEDDLE_DTYPE=kF16', '-DHEDDLE_GROUPS=true'],
+      'kBF16 d128 groups': ['-DHEDDLE_D=128', '-DHEDDLE_GROUPS=true'],
+    },
+    broken: 'kBF16 d64',
+    faults: [
+      {
+        what: 'columns are loaded over those in use',
+        file: rows90,
+        from: 'smem.empty[turn.stage].wait(turn.parity ^ 1);',
+        to: '',
+      },
+      {
+        what: 'rows are loaded over those in use',
+        file: rows90,
+        from: 'smem.q_empty.wait(Turn<1>(visit).parity ^ 1);',
+        to: '',
+      },
+      {
+        what: 'columns are used before they arrived',
+        file: rows90,
+        from: 'smem.full[turn.stage].wait(turn.parity);\n        named',
+        to: 'named',
+      },
+      {
+        what: 'a phase is used before it arrived',
+        file: rows90,
+        from: 'smem.full[turn.stage].wait(turn.parity);\n          issue',
+        to: 'issue',
+        variant: 'kF16 d64 groups',
+      },
+      {
+        what: 'rows are used before they arrived',
+        file: rows90,
+        from: 'smem.q_full.wait(Turn<1>(visit).parity);',
+        to: '',
+      },
+      {
+        what: 'a phase is given back while it is multiplied',
+        file: rows90,
+        from: 'release(smem.empty[turn.before(1)]);\n        }',
+        to: 'release(smem.empty[turn.stage]);\n        }',
+        variant: 'kF16 d64 groups',
+      },
+      {
+        what: 'scores are read before their product is done',
+        file: rows90,
+        from: 'issue(false);\n        wgmma_wait<0>(acc);',
+        to: 'issue(false);',
+      },
+      {
+        what: 'phases replace each other',
+        file: rows90,
+        from: 'accumulates || d > 0',
+        to: 'd > 0',
+        variant: 'kF16 d64 groups',
+      },
+      {
+        what: 'phases of queries are in the order of those of keys',
+        file: rows90,
+        from: 'plan.stride - 1 - phase, kRowsOfTile',
+        to: 'phase, kRowsOfTile',
+        variant: 'kF16 d64 groups',
+      },
+      {
+        what: 'the last query of less than a stride is left out',
+        file: rows90,
+        from: 'last >= 0 && last < 64',
+        to: 'false',
+      },
+      {
+        what: 'that query is multiplied before it is seen',
+        file: rows90,
+        from: 'fence_async_smem();',
+        to: '',
+      },
+      {
+        what: 'rows see a column more',
+        file: rows90,
+        from: '>= end[i / 2 % 2]) acc',
+        to: '> end[i / 2 % 2]) acc',
+      },
+      {
+        what: 'sums overflow',
+        file: rows90,
+        from: '-INFINITY : kLag)',
+        to: '-INFINITY : INFINITY)',
+      },
+      {
+        what: 'sums stay while what they are relative to moves',
+        file: rows90,
+        from: 'sum[r] * sm90::exp2_approx(-rise)',
+        to: 'sum[r]',
+      },
+      {
+        what: 'scores stay while what they are relative to moves',
+        file: rows90,
+        from: 'x[i] -= rise',
+        to: 'x[i] -= 0',
+      },
+      {
+        what: 'a sum is taken for that of the other row',
+        file: rows90,
+        from: 'lane % 2 ? sums.base[1] : sums.base[0]',
+        to: 'sums.base[0]',
+      },
+      {
+        what: 'lanes keep what they know of a row',
+        file: rows90,
+        from: 'all += __shfl_xor_sync(~0u, all, step);',
+        to: 'all += 0;',
+      },
+      {
+        what: 'shares are added up before all is known',
+        file: rows90,
+        from: 'named_barrier_sync(kAll, 128 * kRowsWarpgroups);\n    constexpr',
+        to: 'constexpr',
+      },
+      {
+        what: 'blocks have one part each',
+        file: rows90,
+        from: 'each = plan.block_columns / plan.part;',
+        to: 'each = 1;',
+      },
+      {
+        what: 'rows of other blocks count',
+        file: rows90,
+        from: 'step < plan.block_rows / 4;',
+        to: 'step < 32;',
+      },
+      {
+        what: 'a row that is no number says something of all columns',
+        file: rows90,
+        from: 'column < end[y] ?',
+        to: 'true ?',
+      },
+      {
+        what: 'blocks behind a row of blocks are seen',
+        file: rows90,
+        from: 'first + i < visible ?',
+        to: 'true ?',
       },
     ],
   },

@@ -135,6 +135,8 @@ const Case kCases[] = {
      .causal = true,
      .mask = {.block_q = 64, .block_k = 64, .heads = 2, .percent = 70},
      .spread = steep(kType)},
+    // more keys than L2 has room for, which go up and down in turns
+    {.b = 1, .sq = 700, .sk = 900, .hq = 1, .hk = 1, .processors = 2, .mask = {64, 64, 1, 30}},
     // the same words where whole units are listed
     {.b = 1, .sq = 3, .sk = 67000, .hq = 1, .hk = 1, .narrower = 56, .mask = {64, 256, 1, 2}},
 };

@@ -190,6 +190,13 @@ for (const dtype of ['bfloat16', 'float32']) {
     }
     over(sampled(q, k, { topK: 100 }))
     over(xattention(q, k, { block: 64 }))
+    // of 16 bits by matrix units
+    for (const [way, options] of [
+      [sampled, { topK: 100 }],
+      [xattention, { block: 64 }],
+      [xattention, { stride: 16 }],
+    ])
+      keep(way(draw([1, 333, 4, 64], dtype), draw([1, 381, 2, 64], dtype), options).blocks)
     over(minference(q, k, { patterns: [{ kind: 'vertical-slash', vertical: 40, slash: 110 }] }))
     const int32 = (values, shape) => tensor(values, shape, { dtype: 'int32', device })
     const lists = {
