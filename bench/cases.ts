@@ -22,11 +22,13 @@ import {
   norm,
   randn,
   rope,
+  sampled,
   scatter,
   scope,
   softplusAttention,
   type Tensor,
   tensor,
+  xattention,
   zeros,
 } from 'heddle'
 import { type Problem, refuse } from './problem.js'
@@ -275,6 +277,66 @@ function weigh(scores: readonly number[], weights: 'softmax' | 'sigmoid' | 'rewe
 }
 
 const both = ({ out, lse }: AttentionResult<FloatDType>): Tensor[] => [out, lse]
+
+/** A mechanism that chooses blocks, on q and k as the heads of a model have them, beside attention to everything. */
+function selecting(
+  { dtype, size }: Problem,
+  device: Device,
+  select: (q: Tensor<FloatDType>, k: Tensor<FloatDType>) => Mask,
+  {
+    denseBelow = 0,
+    attend = (q, k, v) => {
+      using mask = select(q, k)
+      return attention(q, k, v, { causal: true, mask })
+    },
+  }: {
+    denseBelow?: number
+    attend?: (
+      q: Tensor<FloatDType>,
+      k: Tensor<FloatDType>,
+      v: Tensor<FloatDType>,
+    ) => AttentionResult<FloatDType>
+  } = {},
+): Case {
+  const [b, s, hq, hk, d] = [size('b'), size('s'), size('hq'), size('hk'), size('d')]
+  const [q, k] = structured([b, s, hq, hk, d], dtype, device, size('seed', 1))
+  const v = randn([b, s, hk, d], { seed: 3, dtype, device })
+  return {
+    inputs: [q, k, v],
+    flops: 2 * b * hq * s * (s + 1) * d,
+    bytes: q.nbytes * 2 + k.nbytes + v.nbytes,
+    run: () => both(attend(q, k, v)),
+    others: { 'our softmax attention': () => both(attention(q, k, v, { causal: true })) },
+    async share() {
+      if (s <= denseBelow) return 1
+      using mask = select(q, k)
+      return mask.density()
+    },
+    // the last row of the last head, by the blocks that are listed for it
+    async check() {
+      const { out } = attend(q, k, v)
+      using mask = select(q, k)
+      const row = mask.blocks
+        ?.select(0, b - 1)
+        .select(0, hq - 1)
+        .select(0, -1)
+      const bits = s > denseBelow && row ? await row.read() : undefined
+      const last = (x: Tensor, h: number) => x.select(0, b - 1).select(1, h - 1)
+      const read = (x: Tensor) => x.read({ as: 'float32' })
+      const [qs, os] = [
+        await read(last(q, hq).select(0, -1)),
+        await read(last(out, hq).select(0, -1)),
+      ]
+      const [ks, vs] = [await read(last(k, hk)), await read(last(v, hk))]
+      const keys = Array.from({ length: s }, (_, t) => t).filter((t) => {
+        const c = Math.floor(t / mask.block[1])
+        return !bits || (bits[c >> 5]! >>> (c & 31)) & 1
+      })
+      out.dispose()
+      return rowError(qs, ks, vs, os, keys)
+    },
+  }
+}
 
 /** How to make the case of an operator's problem. */
 export const operators: Readonly<Record<string, (problem: Problem, device: Device) => Case>> = {
@@ -724,50 +786,14 @@ export const operators: Readonly<Record<string, (problem: Problem, device: Devic
     }
   },
 
-  // FlexPrefill from q, k and v to the result
-  flexprefill(problem, device) {
-    const { dtype, size } = problem
-    const [b, s, hq, hk, d] = [size('b'), size('s'), size('hq'), size('hk'), size('d')]
-    const [q, k] = structured([b, s, hq, hk, d], dtype, device, size('seed', 1))
-    const v = randn([b, s, hk, d], { seed: 3, dtype, device })
-    const options = { gamma: 0.95 }
-    const denseBelow = 8192
-    const attend = () => flexPrefillAttention(q, k, v, { ...options, denseBelow })
-    return {
-      inputs: [q, k, v],
-      flops: 2 * b * hq * s * (s + 1) * d,
-      bytes: q.nbytes * 2 + k.nbytes + v.nbytes,
-      run: () => both(attend()),
-      others: { 'our softmax attention': () => both(attention(q, k, v, { causal: true })) },
-      async share() {
-        if (s <= denseBelow) return 1
-        using mask = flexPrefill(q, k, options)
-        return mask.density()
-      },
-      // the last row of the last head, by the blocks that are listed for it
-      async check() {
-        const { out } = attend()
-        using mask = flexPrefill(q, k, options)
-        const row = mask.blocks
-          ?.select(0, b - 1)
-          .select(0, hq - 1)
-          .select(0, -1)
-        const bits = s > denseBelow && row ? await row.read() : undefined
-        const last = (x: Tensor, h: number) => x.select(0, b - 1).select(1, h - 1)
-        const read = (x: Tensor) => x.read({ as: 'float32' })
-        const [qs, os] = [
-          await read(last(q, hq).select(0, -1)),
-          await read(last(out, hq).select(0, -1)),
-        ]
-        const [ks, vs] = [await read(last(k, hk)), await read(last(v, hk))]
-        const keys = Array.from({ length: s }, (_, t) => t).filter(
-          (t) => !bits || (bits[t >> 12]! >>> ((t >> 7) & 31)) & 1,
-        )
-        out.dispose()
-        return rowError(qs, ks, vs, os, keys)
-      },
-    }
-  },
+  // from q, k and v to the result
+  flexprefill: (problem, device) =>
+    selecting(problem, device, (q, k) => flexPrefill(q, k, { gamma: 0.95 }), {
+      denseBelow: 8192,
+      attend: (q, k, v) => flexPrefillAttention(q, k, v, { gamma: 0.95, denseBelow: 8192 }),
+    }),
+  sampled: (problem, device) => selecting(problem, device, (q, k) => sampled(q, k)),
+  xattention: (problem, device) => selecting(problem, device, (q, k) => xattention(q, k)),
 
   linear(problem, device) {
     const { dtype, size } = problem
@@ -938,6 +964,11 @@ export const suites: Readonly<Record<'cpu' | 'cuda', readonly string[]>> = {
     'flexprefill:b1 s8192 hq16 hk16 d128 bf16',
     'flexprefill:b1 s32768 hq16 hk16 d128 bf16',
     'flexprefill:b1 s131072 hq16 hk16 d128 bf16',
+    'sampled:b1 s8192 hq16 hk16 d128 bf16',
+    'sampled:b1 s32768 hq16 hk16 d128 bf16',
+    'sampled:b1 s131072 hq16 hk16 d128 bf16',
+    'xattention:b1 s32768 hq16 hk16 d128 bf16',
+    'xattention:b1 s131072 hq16 hk16 d128 bf16',
     'attention.backward:b4 sq4096 sk4096 hq16 hk16 d128 bf16',
     'attention.backward:b4 sq4096 sk4096 hq16 hk16 d128 bf16 causal',
     'attention.backward:b1 sq16384 sk16384 hq16 hk16 d128 bf16',

@@ -16,7 +16,9 @@
 //   each(n, body)    calls body(i) for i < n, shared among its threads, and waits
 //   words(n, bit, body)
 //                    calls body(i, word) for i < n, where bit j of a word is bit(i, j)
-//   add(x, y)        x += y, whoever does it at the same time; raise(x, y) is x = max(x, y), x >= 0
+//   sum(x, n, value) x += value(i) for i < n, and waits; highest(x, n, value) is the same of the
+//                    maximum, of numbers and x >= 0
+//   raise(x, y)      x = max(x, y), whoever does it at the same time, x >= 0
 //   wait()           until all threads are here
 //   count(bins, n, digit, by_mass, rank, mass)
 //                    how many ranks have which digit, and their masses if these are asked for
@@ -74,16 +76,22 @@ struct Digit {
   }
 };
 
-// Invisible scores (-inf) have rank 0; NaN comes last among the visible, and -0 equals 0
-HEDDLE_HD inline uint64_t rank_of(float score, int64_t index, bool forced) {
+// The first half of a rank. That of invisible scores (-inf) is 0; NaN comes last among the visible,
+// and -0 equals 0.
+HEDDLE_HD inline uint32_t order_of(float score, bool forced) {
   if (score == -INFINITY) return 0;
+  if (forced) return 0xfffffffeu;  // above +inf, and no rank is all ones
+  if (score != score) return 1;
   const float number = score == 0 ? 0.f : score;
   uint32_t bits;
   memcpy(&bits, &number, sizeof bits);
-  uint32_t order = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-  if (score != score) order = 1;
-  if (forced) order = 0xfffffffeu;  // above +inf, and no rank is all ones
-  return static_cast<uint64_t>(order) << 32 | ~static_cast<uint32_t>(index);
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+// 0 of invisible scores
+HEDDLE_HD inline uint64_t rank_of(float score, int64_t index, bool forced) {
+  const uint32_t order = order_of(score, forced);
+  return order == 0 ? 0 : static_cast<uint64_t>(order) << 32 | ~static_cast<uint32_t>(index);
 }
 
 constexpr double kMassSteps = 1099511627776.0;  // 2^40

@@ -30,7 +30,12 @@ struct Alone {
       if (by_mass) bins.mass[digit.of(own)] += mass(i, own);
     }
   }
-  template <class X, class Y> void add(X& x, Y y) const { x += static_cast<X>(y); }
+  template <class Value> void sum(unsigned long long& to, int64_t n, const Value& value) const {
+    for (int64_t i = 0; i < n; ++i) to += static_cast<unsigned long long>(value(i));
+  }
+  template <class Value> void highest(float& to, int64_t n, const Value& value) const {
+    for (int64_t i = 0; i < n; ++i) raise(to, value(i));
+  }
   void raise(float& x, float y) const { x = y > x ? y : x; }
   void raise(uint32_t& x, uint32_t y) const { x = y > x ? y : x; }
   template <class Chosen, class Place>

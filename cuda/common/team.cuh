@@ -24,7 +24,22 @@ struct CtaTeam {
                         const Rank& rank, const Mass& mass) const {
     tally(bins, n, 0, 1, digit, by_mass, rank, mass);
   }
-  __device__ void add(unsigned long long& x, unsigned long long y) const { atomicAdd(&x, y); }
+  template <class Value>
+  __device__ void sum(unsigned long long& to, int64_t n, const Value& value) const {
+    unsigned long long own = 0;
+    for (int64_t i = threadIdx.x; i < n; i += blockDim.x)
+      own += static_cast<unsigned long long>(value(i));
+    for (int step = 16; step > 0; step /= 2) own += __shfl_xor_sync(~0u, own, step);
+    if (threadIdx.x % 32 == 0 && own != 0) atomicAdd(&to, own);
+    __syncthreads();
+  }
+  template <class Value> __device__ void highest(float& to, int64_t n, const Value& value) const {
+    float own = 0;
+    for (int64_t i = threadIdx.x; i < n; i += blockDim.x) own = fmaxf(own, value(i));
+    for (int step = 16; step > 0; step /= 2) own = fmaxf(own, __shfl_xor_sync(~0u, own, step));
+    if (threadIdx.x % 32 == 0) raise(to, own);
+    __syncthreads();
+  }
   // Numbers from 0 on are ordered as their bits are
   __device__ void raise(float& x, float y) const {
     atomicMax(reinterpret_cast<int*>(&x), __float_as_int(y));

@@ -67,13 +67,21 @@ struct RowsTile {
   }
 };
 
+// The n-th tile of a CTA. Tiles are longest first and dealt out there and back.
+__device__ __forceinline__ int tile_of(int n) {
+  const auto ctas = static_cast<int>(gridDim.x), own = static_cast<int>(blockIdx.x);
+  return n * ctas + (n % 2 == 0 ? own : ctas - 1 - own);
+}
+
 // What a thread has of two rows so far. Lanes of a row agree on `base`.
 struct RowsSums {
-  static constexpr float kLag = 64;  // sums of 2^64 lose no digits
+  // Sums of so much lose no digits, and tell that some weight is beyond 2^kLag
+  static constexpr float kLag = 64, kMost = 0x1p72f;
   float base[2] = {-INFINITY, -INFINITY}, sum[2] = {};
 
   // What scores are to lack: who has seen nothing has no base
   __device__ __forceinline__ float shift(int r) const { return base[r] == -INFINITY ? 0 : base[r]; }
+  __device__ __forceinline__ bool based() const { return fminf(base[0], base[1]) > -INFINITY; }
   // Makes room for the scores of a tile
   __device__ __forceinline__ void look(float (&x)[64]) {
     float highest[2] = {-INFINITY, -INFINITY};
@@ -189,10 +197,9 @@ __global__ void __launch_bounds__(kRowsThreads, 1)
     if (threadIdx.x >= 32 || !elect_one()) return;
     const int group = static_cast<int>(op.q.shape[2] / op.k.shape[2]);
     Turn<kStages> turn(0);
-    uint32_t visit = 0;
-    for (int index = static_cast<int>(blockIdx.x); index < tiles;
-         index += static_cast<int>(gridDim.x), ++visit) {
-      const RowsTile tile(args, index);
+    int visit = 0;
+    for (; tile_of(visit) < tiles; ++visit) {
+      const RowsTile tile(args, tile_of(visit));
       if constexpr (!kGroups) {
         smem.q_empty.wait(Turn<1>(visit).parity ^ 1);
         smem.q_full.arrive_expect(smem.q[0].kBytes);
@@ -220,7 +227,7 @@ __global__ void __launch_bounds__(kRowsThreads, 1)
   constexpr int kAll = 9, kOwn = 5, kFirstTurn = 1;     // barriers; of warpgroups one each
   float* const parts = args.call.parts + blockIdx.x * plan.parts();
   Turn<kStages> turn(0);
-  uint32_t visit = 0;
+  int visit = 0;
   float acc[64];
   const auto release = [&](Barrier& empty) {
     __syncwarp();
@@ -235,9 +242,8 @@ __global__ void __launch_bounds__(kRowsThreads, 1)
     wgmma_commit();
   };
   if (!kGroups && own == kRowsWarpgroups - 1) named_barrier_arrive(kFirstTurn, 256);
-  for (int index = static_cast<int>(blockIdx.x); index < tiles;
-       index += static_cast<int>(gridDim.x), ++visit) {
-    const RowsTile tile(args, index);
+  for (; tile_of(visit) < tiles; ++visit) {
+    const RowsTile tile(args, tile_of(visit));
     const int row = tile.first + own_row;
     const int end[2] = {RowsTile::end(args, row), RowsTile::end(args, row + 8)};
     // columns that all rows of the warp see
@@ -287,35 +293,43 @@ __global__ void __launch_bounds__(kRowsThreads, 1)
 #pragma unroll
         for (int i = 0; i < 64; ++i)
           if (column + i / 4 * 8 + lane % 4 * 2 + i % 2 >= end[i / 2 % 2]) acc[i] = -INFINITY;
-      sums.look(acc);
-      // Sums of two parts of two rows at a time, of which a lane of a row's four has one each
-      float* to = parts + int64_t{j} * kParts * kRowsOfTile + lane / 2 % 2 * kRowsOfTile + own_row +
-                  lane % 2 * 8;
-      const float base = lane % 2 ? sums.base[1] : sums.base[0];
+      float* const to = parts + int64_t{j} * kParts * kRowsOfTile + lane / 2 % 2 * kRowsOfTile +
+                        own_row + lane % 2 * 8;
+      // Nobody looks for a maximum, but where there is none yet or sums tell that one is beyond it
+      for (bool looks = !__all_sync(~0u, sums.based());; looks = true) {
+        if (looks) sums.look(acc);
+        float all[2] = {};
+        // Two parts of two rows at a time, of whose sums a lane of a row's four has one each
 #pragma unroll
-      for (int part = 0; part < kParts; part += 2) {
-        float found[2][2];
+        for (int part = 0; part < kParts; part += 2) {
+          float found[2][2];
 #pragma unroll
-        for (int x = 0; x < 4; ++x) {
-          float its[2] = {};  // of even and odd columns, which need not wait for each other
+          for (int x = 0; x < 4; ++x) {
+            float its[2] = {};  // of even and odd columns, which need not wait for each other
 #pragma unroll
-          for (int n = 0; n < kPart / 8; ++n)
+            for (int n = 0; n < kPart / 8; ++n)
 #pragma unroll
-            for (int y = 0; y < 2; ++y)
-              its[y] += exp2_approx(acc[(part + x / 2) * (kPart / 2) + x % 2 * 2 + 4 * n + y]);
-          found[x / 2][x % 2] = its[0] + its[1];
+              for (int y = 0; y < 2; ++y)
+                its[y] += exp2_approx(acc[(part + x / 2) * (kPart / 2) + x % 2 * 2 + 4 * n + y]);
+            found[x / 2][x % 2] = its[0] + its[1];
+          }
+#pragma unroll
+          for (int r = 0; r < 2; ++r) all[r] += found[0][r] + found[1][r];
+          const bool odd = lane & 1, high = lane & 2;
+          float one[2];
+#pragma unroll
+          for (int x = 0; x < 2; ++x)
+            one[x] = (odd ? found[x][1] : found[x][0]) +
+                     __shfl_xor_sync(~0u, odd ? found[x][0] : found[x][1], 1);
+          const float sum =
+              (high ? one[1] : one[0]) + __shfl_xor_sync(~0u, high ? one[0] : one[1], 2);
+          to[part * kRowsOfTile] = log2_approx(sum) + (odd ? sums.base[1] : sums.base[0]);
         }
+        if (!looks && !__all_sync(~0u, all[0] <= RowsSums::kMost && all[1] <= RowsSums::kMost))
+          continue;
 #pragma unroll
-        for (int r = 0; r < 2; ++r) sums.sum[r] += found[0][r] + found[1][r];
-        const bool odd = lane & 1, high = lane & 2;
-        float one[2];
-#pragma unroll
-        for (int x = 0; x < 2; ++x)
-          one[x] = (odd ? found[x][1] : found[x][0]) +
-                   __shfl_xor_sync(~0u, odd ? found[x][0] : found[x][1], 1);
-        const float all =
-            (high ? one[1] : one[0]) + __shfl_xor_sync(~0u, high ? one[0] : one[1], 2);
-        to[part * kRowsOfTile] = log2_approx(all) + base;
+        for (int r = 0; r < 2; ++r) sums.sum[r] += all[r];
+        break;
       }
     }
     if constexpr (!kGroups) release(smem.q_empty);

@@ -3009,14 +3009,26 @@ const kernels: Kernel[] = [
       {
         what: 'sums overflow',
         file: rows90,
-        from: '-INFINITY : kLag)',
-        to: '-INFINITY : INFINITY)',
+        from: 'if (!looks && !__all_sync',
+        to: 'if (false && !__all_sync',
       },
       {
         what: 'sums stay while what they are relative to moves',
         file: rows90,
         from: 'sum[r] * sm90::exp2_approx(-rise)',
         to: 'sum[r]',
+      },
+      {
+        what: 'who has seen nothing looks for nothing',
+        file: rows90,
+        from: 'looks = !__all_sync(~0u, sums.based())',
+        to: 'looks = false',
+      },
+      {
+        what: 'tiles are left out',
+        file: rows90,
+        from: 'n % 2 == 0 ? own : ctas - 1 - own',
+        to: 'n % 2 == 0 ? own : ctas - own',
       },
       {
         what: 'scores stay while what they are relative to moves',
@@ -3027,7 +3039,7 @@ const kernels: Kernel[] = [
       {
         what: 'a sum is taken for that of the other row',
         file: rows90,
-        from: 'lane % 2 ? sums.base[1] : sums.base[0]',
+        from: '(odd ? sums.base[1] : sums.base[0])',
         to: 'sums.base[0]',
       },
       {
