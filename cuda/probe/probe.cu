@@ -213,8 +213,7 @@ const char* declines_rows_sm90(const Probe& op, const CudaContext& context) {
     return "a block must have 4 to 128 sampled queries, a power of two";
   if (plan.block_columns % plan.part != 0)
     return "a block must have a multiple of 64 keys, or of 8 groups with antidiagonals";
-  if (sq < op.stride || (plan.groups && (sk - sq) % op.stride != 0))
-    return "q must have a stride of rows, and with antidiagonals stand behind whole strides";
+  if (sq < op.stride) return "q must have as many rows as a stride";
   constexpr int64_t kMost = int64_t{1} << 30;  // rows, columns and tiles are counted in 32 bits
   if (std::max(op.q.strides[1], op.k.strides[1]) >= int64_t{1} << 32)
     return "rows must be less than 2^32 elements apart";

@@ -62,7 +62,8 @@ struct RowsTile {
     const int sq = static_cast<int>(args.call.op.q.shape[1]),
               sk = static_cast<int>(args.call.op.k.shape[1]), stride = args.plan.stride;
     return args.plan.groups
-               ? min((sk - sq) / stride + min(i, args.plan.rows - 1) + 1, args.plan.columns)
+               ? min((sk - sq + (min(i, args.plan.rows - 1) + 1) * stride - 1) / stride + 1,
+                     args.plan.columns)
                : sk - sq + min((min(i, args.plan.rows - 1) + 1) * stride, sq);
   }
 };
@@ -105,6 +106,42 @@ struct RowsSums {
     }
   }
 };
+
+// Where queries stand behind no whole strides the last group of keys that a block sees has some
+// that it doesn't. Of such a tile from column `column` on scores of the last row of each block, and
+// of that group, are multiplied again, by the warp that has 16 rows from `row` on.
+template <DType kType>
+__device__ __forceinline__ void cut_groups(const RowsArgs& args, const RowsTile& tile, int row,
+                                           int column, int lane, float (&acc)[64]) {
+  const Probe& op = args.call.op;
+  const int stride = args.plan.stride, ahead = static_cast<int>(op.k.shape[1] - op.q.shape[1]),
+            d = static_cast<int>(op.q.shape[3]);
+  if (ahead % stride == 0) return;
+#pragma unroll 1
+  for (int i = 0; i < 16; ++i) {
+    const int own = row + i, end = RowsTile::end(args, own), c = end - 1 - column;
+    if ((own + 1) % args.plan.block_rows != 0 || own >= args.plan.rows - 1) continue;
+    if (c < 0 || c >= kColumnsOfTile) continue;
+    const auto row_of = [&](const Tensor& x, int head, int s) {
+      return static_cast<const uint16_t*>(x.data) + tile.batch * x.strides[0] +
+             head * x.strides[2] + s * x.strides[1];
+    };
+    const int kv_head = tile.head / static_cast<int>(op.q.shape[2] / op.k.shape[2]);
+    float sum = 0;
+    for (int p = 0; (end - 1) * stride + p < ahead + (own + 1) * stride; ++p) {
+      const uint16_t* q = row_of(op.q, tile.head, (own + 1) * stride - 1 - p);
+      const uint16_t* k = row_of(op.k, kv_head, (end - 1) * stride + p);
+      for (int e = lane; e < d; e += 32)
+        sum = fmaf(sm90::unpack<kType>(q[e]), sm90::unpack<kType>(k[e]), sum);
+    }
+    for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+    const int mine =
+        lane / 4 == i % 8 && lane % 4 == c % 8 / 2 ? c / 8 * 4 + i / 8 * 2 + c % 2 : -1;
+#pragma unroll
+    for (int x = 0; x < 64; ++x)
+      if (x == mine) acc[x] = sum;
+  }
+}
 
 // Shares of blocks of 128 rows from `first` on, by one of `warps`. A lane has four rows, of one
 // block.
@@ -281,7 +318,8 @@ __global__ void __launch_bounds__(kRowsThreads, 1)
         release(smem.empty[turn.stage]);
         turn.advance();
       }
-      const int column = j * kColumnsOfTile;
+      const int column = j * kColumnsOfTile, warp_row = tile.first + own * 64 + warp * 16;
+      if constexpr (kGroups) cut_groups<kType>(args, tile, warp_row, column, lane, acc);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const float shift = -sums.shift(r);

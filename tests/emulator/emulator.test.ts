@@ -2975,6 +2975,13 @@ const kernels: Kernel[] = [
         to: 'issue(false);',
       },
       {
+        what: 'a group counts keys behind its block',
+        file: rows90,
+        from: 'cut_groups<kType>(args, tile, warp_row, column, lane, acc);',
+        to: '{}',
+        variant: 'kF16 d64 groups',
+      },
+      {
         what: 'phases replace each other',
         file: rows90,
         from: 'accumulates || d > 0',

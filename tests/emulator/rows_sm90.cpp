@@ -113,6 +113,25 @@ const Case kCases[] = {
      .stride = 2,
      .ctas = 2,
      .poisoned_k = 333},
+    // behind no whole strides, of blocks that are whole and one that is not
+    {.b = 2,
+     .sq = 333,
+     .sk = 646,
+     .hq = 2,
+     .hk = 1,
+     .block_q = 64,
+     .block_k = 128,
+     .stride = 4,
+     .ctas = 2},
+    {.b = 1,
+     .sq = 260,
+     .sk = 263,
+     .hq = 1,
+     .hk = 1,
+     .block_q = 128,
+     .block_k = 128,
+     .stride = 8,
+     .ctas = 1},
 };
 
 double check(const Case& c, emulator::Random& random) {
