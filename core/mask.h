@@ -73,15 +73,15 @@ struct MaskView {
   // Positions are `ahead` + i, and it sees no key from `end` on.
   HEDDLE_HD MaskRow row(int64_t batch, int64_t sequence, int64_t first_row, int64_t token,
                         int64_t head, int64_t i, int64_t ahead, int64_t end) const {
-    const int64_t own = heads == 1 ? 0 : head / (hq / heads);
-    const int64_t at = (batch * heads + own) * block_rows + first_row + i / block_q;
+    // nothing is divided that need not be: kernels ask for rows again and again
+    const int64_t own = heads == 1 ? 0 : heads == hq ? head : head / (hq / heads);
+    MaskRow row{nullptr, nullptr, nullptr, ahead + i, 0, end};
+    if (blocks)
+      row.blocks =
+          blocks + ((batch * heads + own) * block_rows + first_row + i / block_q) * block_words;
     const int64_t line = (sequence * heads + own) * token_words;
-    MaskRow row{blocks ? blocks + at * block_words : nullptr,
-                columns ? columns + line : nullptr,
-                diagonals ? diagonals + line : nullptr,
-                ahead + i,
-                0,
-                end};
+    if (columns) row.columns = columns + line;
+    if (diagonals) row.diagonals = diagonals + line;
     if (bounds) {
       const int32_t* bound = bounds + (batch * sq + token + i) * 2;
       row.begin = bound[0] < 0 ? 0 : bound[0];

@@ -896,18 +896,19 @@ __global__ void __launch_bounds__((ForwardTile<kD, kDv, kForm, kLayout>::kThread
     return all.row(args.lists.mask, min(row, work.sq - 1));
   };
   // Which keys of a pair of units this thread's two rows see, as mask_scores takes them: of those
-  // that the mask cuts. A loop keeps the code short that most jump over.
+  // that the mask cuts. The four lanes that have these rows look at one of the four words each.
   auto look_at_mask = [&](const ForwardWork& work, const UnitPair& pair, uint32_t seen,
                           uint64_t(&words)[2][2]) {
-#pragma unroll 1
-    for (int x = 0; x < 4; ++x) {
-      const int r = x / 2, i = x % 2;
-      if ((seen >> 2 * i & 3) != 1) continue;
-      const int row = work.row + own_row + lane / 4 + 8 * r;
-      const uint64_t word = args.lists.mask.seen(mask_row(work, row), pair.unit[i] * kUnitKeys);
+    const auto cut = [&](int i) { return (seen >> 2 * i & 3) == 1; };
+    const int i = lane % 2, row = work.row + own_row + lane / 4 + lane % 4 / 2 * 8;
+    uint64_t its = 0;
+    if (cut(i))
+      its =
+          args.lists.mask.seen(mask_row(work, row), (i ? pair.unit[1] : pair.unit[0]) * kUnitKeys);
 #pragma unroll
-      for (int y = 0; y < 4; ++y)
-        if (x == y) words[y / 2][y % 2] = word >> lane % 4 * 2;
+    for (int x = 0; x < 4; ++x) {
+      const uint64_t word = __shfl_sync(~0u, its, lane / 4 * 4 + x);
+      if (cut(x % 2)) words[x / 2][x % 2] = word >> lane % 4 * 2;
     }
   };
   // and of those that end with the rows

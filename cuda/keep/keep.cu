@@ -10,7 +10,7 @@ namespace heddle {
 namespace {
 
 // A CTA per row, or per head where the rule holds for its map
-__global__ void __launch_bounds__(kThreads) keep_kernel(Keep op) {
+template <int kCta> __global__ void __launch_bounds__(kCta) keep_kernel(Keep op) {
   __shared__ KeepMemory memory;
   const int64_t rows = op.score.shape[2], parts = op.over_map ? 1 : rows;
   keep_part(CtaTeam{}, op, blockIdx.x / parts, blockIdx.x % parts, rows / parts, memory);
@@ -86,7 +86,13 @@ void run(const Keep& op, CudaContext& context) {
   HEDDLE_CHECK(ctas < INT32_MAX, kUnsupported, "score", "score has too many rows for one call");
   if (op.rule == Keep::kTop && !op.over_map && op.score.shape[3] <= 32 * kMostLine)
     return run_top(op, context);
-  keep_kernel<<<static_cast<unsigned>(ctas), kThreads, 0, context.stream>>>(op);
+  // of long lines there are few
+  constexpr int kMany = 1024;
+  constexpr int64_t kLong = 8 * kThreads;
+  if (op.score.shape[2] / parts * op.score.shape[3] > kLong)
+    keep_kernel<kMany><<<static_cast<unsigned>(ctas), kMany, 0, context.stream>>>(op);
+  else
+    keep_kernel<kThreads><<<static_cast<unsigned>(ctas), kThreads, 0, context.stream>>>(op);
   context.launched("keep_kernel");
 }
 
