@@ -203,6 +203,7 @@ const char* declines_rows_sm90(const Probe& op, const CudaContext& context) {
   const RowsPlan plan(op);
   const int64_t sq = op.q.shape[1], sk = op.k.shape[1];
   if (context.arch != 90) return "the GPU must be of compute capability 9.0";
+  if (op.score.size() == 0) return "score must not be empty";
   if (op.per != Probe::kBlock || op.softmax || (op.kind != Probe::kRows && !plan.groups))
     return "it takes blocks of rows and antidiagonals, without softmax";
   if (!(op.scale > 0)) return "scale must be positive";

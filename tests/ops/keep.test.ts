@@ -20,9 +20,14 @@ async function listed(mask: Mask, columns: number): Promise<number[][][]> {
 describeDevices('keep', (device) => {
   it('keeps what a sort would keep, ties to the lower index', async () => {
     const rng = random(85)
-    for (let n = 0; n < 60; n++) {
-      const [sq, sk] = [rng.pick([16, 100, 256]), 256 + rng.pick([0, 16, 33])]
-      const block = [rng.pick([16, 64]), rng.pick([16, 64])] as const
+    for (let n = 0; n < 80; n++) {
+      // and now and then so many columns that a warp, or a CTA, has several at a time
+      const many = n % 4 === 3
+      const [sq, sk] = [
+        rng.pick([16, 100, 256]),
+        many ? rng.pick([256, 257, 511, 1024, 2048, 2049, 3000]) : 256 + rng.pick([0, 16, 33]),
+      ]
+      const block = [rng.pick([16, 64]), many ? 1 : rng.pick([16, 64])] as const
       const [rows, columns] = [Math.ceil(sq / block[0]), Math.ceil(sk / block[1])]
       // few values, so that many are equal
       const values = Float32Array.from({ length: 2 * rows * columns }, () =>
@@ -31,7 +36,7 @@ describeDevices('keep', (device) => {
       const over = rng.pick(['row', 'map'] as const)
       const rule = rng.pick(['topBlocks', 'coverage', 'threshold'] as const)
       const amount =
-        rule === 'topBlocks' ? rng.pick([0, 1, 3, 100]) : rng.pick([0, 0.25, 0.6, 0.9, 1])
+        rule === 'topBlocks' ? rng.pick([0, 1, 3, 100, 1500]) : rng.pick([0, 0.25, 0.6, 0.9, 1])
       const [forceFirst, forceDiagonal] = [rng.pick([0, 1]), rng.pick([0, 1, 2])]
       const [minBlocks, maxBlocks] = [rng.pick([0, 2]), rng.pick([undefined, 2, 4, 2 ** 53 - 1])]
       const budget = rule === 'threshold' ? {} : { minBlocks, maxBlocks }
