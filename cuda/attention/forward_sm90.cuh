@@ -101,7 +101,7 @@ __device__ __forceinline__ int highest_bit(uint32_t bits) {
   return 31 - __clz(static_cast<int>(bits));
 }
 
-// Makes pairs of units that come from the last to the first: two that the same warpgroups see, so
+// Makes pairs of units that come in order, from either end: two that the same warpgroups see, so
 // that none multiplies for the sake of the other, with what is left over of each class among each
 // other. As many as half the units, rounded up.
 struct UnitPairs {

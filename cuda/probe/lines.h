@@ -6,7 +6,7 @@
 
 namespace heddle {
 
-// Whether Hopper's copies take both: rows of up to 128 columns of 16 bits
+// Whether Hopper's copies take both, of so many columns as their kernels have
 const char* declines_copies(const Probe& op);
 const char* declines_lines(const Probe& op, const CudaContext& context);
 void run_lines(const Probe& op, CudaContext& context);

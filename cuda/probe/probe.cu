@@ -204,6 +204,7 @@ const char* declines_rows_sm90(const Probe& op, const CudaContext& context) {
   const int64_t sq = op.q.shape[1], sk = op.k.shape[1];
   if (context.arch != 90) return "the GPU must be of compute capability 9.0";
   if (op.score.size() == 0) return "score must not be empty";
+  if (std::max(op.block_q, op.block_k) > kMostBlock) return "a block must be at most 2^20 long";
   if (op.per != Probe::kBlock || op.softmax || (op.kind != Probe::kRows && !plan.groups))
     return "it takes blocks of rows and antidiagonals, without softmax";
   if (!(op.scale > 0)) return "scale must be positive";

@@ -143,7 +143,7 @@ __device__ __forceinline__ void cut_groups(const RowsArgs& args, const RowsTile&
   }
 }
 
-// Shares of blocks of 128 rows from `first` on, by one of `warps`. A lane has four rows, of one
+// Shares of blocks of 128 rows from `first_row` on, by one of `warps`. A lane has four rows, of one
 // block.
 __device__ __forceinline__ void add_shares(const RowsArgs& args, const RowsTile& tile,
                                            const float* parts, const float* lse, int first_row,
@@ -164,7 +164,9 @@ __device__ __forceinline__ void add_shares(const RowsArgs& args, const RowsTile&
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     own[i] = lse[own_row + i];
-    end[i] = RowsTile::end(args, tile.first + own_row + i);
+    // rows that are none may have weights that are no numbers, where a key has no finite ones
+    end[i] =
+        tile.first + own_row + i < plan.rows ? RowsTile::end(args, tile.first + own_row + i) : 0;
   }
   float* score = static_cast<float*>(op.score.data) +
                  ((int64_t{tile.batch} * op.q.shape[2] + tile.head) * rows + row) * columns;

@@ -7,10 +7,11 @@
 namespace heddle {
 
 constexpr int kRowsOfTile = 256, kColumnsOfTile = 128, kMostPhases = 16;
+constexpr int64_t kMostBlock = 1 << 20;
 
 // How the map that `rows` and `antidiagonal` look at lies in q and k: its rows and columns are
 // sampled queries and keys, or groups of `stride` of either. Query or key p of group i, which is
-// row or column i of phase p, stands at i * stride + p.
+// row or column i of phase p, stands at i * stride + p. Of blocks of up to kMostBlock.
 struct RowsPlan {
   bool groups;
   int stride, phases;

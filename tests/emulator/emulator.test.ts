@@ -3080,6 +3080,12 @@ const kernels: Kernel[] = [
         to: 'true ?',
       },
       {
+        what: 'rows that are none count',
+        file: rows90,
+        from: 'own_row + i < plan.rows ?',
+        to: 'own_row + i >= 0 ?',
+      },
+      {
         what: 'blocks behind a row of blocks are seen',
         file: rows90,
         from: 'first + i < visible ?',

@@ -19,6 +19,7 @@ struct Case {
   double scale = 0.2;
   double slope = 0;  // keys grow, or shrink, by so much from the first to the last
   int64_t poisoned_q = -1, poisoned_k = -1;  // rows that are no numbers
+  int64_t hidden = -1;                       // a key that all scores of are -inf
 };
 
 constexpr bool kGroups = HEDDLE_GROUPS;
@@ -132,6 +133,17 @@ const Case kCases[] = {
      .block_k = 128,
      .stride = 8,
      .ctas = 1},
+    // rows of a tile that are none, beside a key without weight
+    {.b = 1,
+     .sq = 130,
+     .sk = 130,
+     .hq = 1,
+     .hk = 1,
+     .block_q = 64,
+     .block_k = 64,
+     .stride = 2,
+     .ctas = 1,
+     .hidden = 100},
 };
 
 double check(const Case& c, emulator::Random& random) {
@@ -142,6 +154,11 @@ double check(const Case& c, emulator::Random& random) {
   };
   poison(q.tensor, c.poisoned_q);
   poison(k.tensor, c.poisoned_k);
+  if (c.hidden >= 0) {
+    k.tensor.as<uint16_t>()[c.hidden * k.tensor.strides[1]] = emulator::encode(kType, -INFINITY);
+    for (int64_t i = 0; i < c.sq; ++i)
+      q.tensor.as<uint16_t>()[i * q.tensor.strides[1]] = emulator::encode(kType, 1);
+  }
   const int64_t rows = (c.sq + c.block_q - 1) / c.block_q,
                 columns = (c.sk + c.block_k - 1) / c.block_k;
   std::vector<float> score(size(c.b * c.hq * rows * columns + 1), NAN);
