@@ -226,8 +226,11 @@ const char* declines_rows_sm90(const Probe& op, const CudaContext& context) {
 
 void run_rows_sm90(const Probe& op, CudaContext& context) {
   const RowsPlan plan(op);
-  const int ctas = static_cast<int>(
-      std::min<int64_t>(plan.tiles() * op.q.shape[0] * op.q.shape[2], context.processors));
+  // of very long rows fewer CTAs, so that what they keep is 4 GB at most
+  constexpr int64_t kMostParts = int64_t{1} << 30;
+  const auto ctas = static_cast<int>(
+      std::min({plan.tiles() * op.q.shape[0] * op.q.shape[2], int64_t{context.processors},
+                std::max<int64_t>(kMostParts / plan.parts(), 1)}));
   const RowsCall call{op, ctas, context.scratch<float>(static_cast<size_t>(ctas * plan.parts()))};
   const auto launch = [&]<DType kType, int kD> {
     plan.groups ? launch_rows_sm90<kType, kD, true>(call, context.stream)
