@@ -13,6 +13,7 @@ import {
   Mask,
   memory,
   norm,
+  probe,
   randn,
   silu,
   synchronize,
@@ -77,6 +78,13 @@ describeDevices('explain', (device) => {
     expect(explain(attention, none, none, none).variant).toBeTypeOf('string')
     expect(explain(attention, headless, headless, headless).variant).toBeTypeOf('string')
     expect(explain(attention, rowless, q, q).variant).toBeTypeOf('string')
+    const options = { kind: 'rows', stride: 2, block: 64 } as const
+    for (const [x, y] of [
+      [none, none],
+      [headless, q],
+      [rowless, q],
+    ] as const)
+      expect(explain(probe, x, y, options).variant).toBeTypeOf('string')
   })
 
   it('takes decoding to the kernel that splits keys, of float8 too', () => {

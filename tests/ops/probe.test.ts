@@ -147,6 +147,21 @@ describeDevices('probe', (device) => {
     })
   })
 
+  it.each([1024, 2 ** 30, 2 ** 32 + 64])(
+    'takes a block of %i keys for all of them',
+    async (keys) => {
+      const rng = random(87)
+      for (const kind of ['rows', 'antidiagonal'] as const) {
+        const [q, k] = [
+          await sample(rng, [1, 128, 2, 64], 'bfloat16', device),
+          await sample(rng, [1, 200, 1, 64], 'bfloat16', device),
+        ]
+        const score = probe(q.tensor, k.tensor, { kind, stride: 8, block: [64, keys] })
+        for (const share of await score.read()) expect(share).toBeCloseTo(1, 5)
+      }
+    },
+  )
+
   it('keeps what is no number in a query from keys and distances beyond it', async () => {
     const rng = random(84)
     for (const dtype of floats) {
