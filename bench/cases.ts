@@ -787,11 +787,13 @@ export const operators: Readonly<Record<string, (problem: Problem, device: Devic
   },
 
   // from q, k and v to the result
-  flexprefill: (problem, device) =>
-    selecting(problem, device, (q, k) => flexPrefill(q, k, { gamma: 0.95 }), {
-      denseBelow: 8192,
-      attend: (q, k, v) => flexPrefillAttention(q, k, v, { gamma: 0.95, denseBelow: 8192 }),
-    }),
+  flexprefill(problem, device) {
+    const [options, denseBelow] = [{ gamma: 0.95 }, 8192]
+    return selecting(problem, device, (q, k) => flexPrefill(q, k, options), {
+      denseBelow,
+      attend: (q, k, v) => flexPrefillAttention(q, k, v, { ...options, denseBelow }),
+    })
+  },
   sampled: (problem, device) => selecting(problem, device, (q, k) => sampled(q, k)),
   xattention: (problem, device) => selecting(problem, device, (q, k) => xattention(q, k)),
 

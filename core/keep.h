@@ -36,10 +36,10 @@ HEDDLE_HD void keep_part(const Team& team, const Keep& op, int64_t head, int64_t
   int32_t* bits = static_cast<int32_t*>(op.blocks.data) + start * words;
 
   // Of one row they are found once: divisions take longer than all else
-  const KeepForced single = KeepForced(op, first_row);
+  const KeepForced single(op, first_row);
   const auto forced = [&](int64_t i) {
-    const int64_t row = rows == 1 ? 0 : i / columns, c = i - row * columns;
-    return rows == 1 ? single.has(c) : KeepForced(op, first_row + row).has(c);
+    if (rows == 1) return single.has(i);
+    return KeepForced(op, first_row + i / columns).has(i % columns);
   };
   const auto rank = [&](int64_t i) { return rank_of(score[i], i, forced(i)); };
   team.each(1, [&](int64_t) {

@@ -328,11 +328,6 @@ bool whole_rows(const Tensor& x) {
   return x.strides[3] == 1;
 }
 
-const char* declines_wide(const Probe& op) {
-  if (op.q.dtype == DType::kF32) return "dtype must have 16 bits";
-  return whole_rows(op.q) && whole_rows(op.k) ? nullptr : "rows must be aligned to 16 bytes";
-}
-
 }  // namespace
 
 void add_distances(const Probe& op, const LineStrips& strips, CudaContext& context) {
@@ -340,6 +335,11 @@ void add_distances(const Probe& op, const LineStrips& strips, CudaContext& conte
   const auto ctas = static_cast<unsigned>(heads * ((sk + kFewDistances - 1) / kFewDistances));
   probe_distances_kernel<<<ctas, kThreads, 0, context.stream>>>(op, strips);
   context.launched("probe_distances_kernel");
+}
+
+const char* declines_wide(const Probe& op) {
+  if (op.q.dtype == DType::kF32) return "dtype must have 16 bits";
+  return whole_rows(op.q) && whole_rows(op.k) ? nullptr : "rows must be aligned to 16 bytes";
 }
 
 const char* declines_lines(const Probe& op, const CudaContext& context) {
@@ -381,7 +381,7 @@ const char* declines_copies(const Probe& op) {
     for (int i = 0; i < 3; ++i)
       if (x->shape[i] > 1 && (x->strides[i] <= 0 || x->strides[i] >= int64_t{1} << 38))
         return "strides must be positive";
-  return declines_wide(op);
+  return nullptr;
 }
 
 const char* declines_lines_sm90(const Probe& op, const CudaContext& context) {

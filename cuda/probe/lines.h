@@ -6,7 +6,9 @@
 
 namespace heddle {
 
-// Whether Hopper's copies take both, of so many columns as their kernels have
+// Whether rows have elements of 16 bits, aligned to 16 bytes, and whether Hopper's copies can step
+// through both
+const char* declines_wide(const Probe& op);
 const char* declines_copies(const Probe& op);
 const char* declines_lines(const Probe& op, const CudaContext& context);
 void run_lines(const Probe& op, CudaContext& context);

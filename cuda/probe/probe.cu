@@ -221,7 +221,8 @@ const char* declines_rows_sm90(const Probe& op, const CudaContext& context) {
     return "rows must be less than 2^32 elements apart";
   if (sk > kMost || plan.tiles() > kMost / op.q.shape[0] / op.q.shape[2])
     return "q and k must have at most 2^30 rows and tiles";
-  return declines_copies(op);
+  const char* reason = declines_wide(op);
+  return reason ? reason : declines_copies(op);
 }
 
 void run_rows_sm90(const Probe& op, CudaContext& context) {
@@ -231,7 +232,8 @@ void run_rows_sm90(const Probe& op, CudaContext& context) {
   const auto ctas = static_cast<int>(
       std::min({plan.tiles() * op.q.shape[0] * op.q.shape[2], int64_t{context.processors},
                 std::max<int64_t>(kMostParts / plan.parts(), 1)}));
-  const RowsCall call{op, ctas, context.scratch<float>(static_cast<size_t>(ctas * plan.parts()))};
+  const RowsCall call{op, plan, ctas,
+                      context.scratch<float>(static_cast<size_t>(ctas * plan.parts()))};
   const auto launch = [&]<DType kType, int kD> {
     plan.groups ? launch_rows_sm90<kType, kD, true>(call, context.stream)
                 : launch_rows_sm90<kType, kD, false>(call, context.stream);

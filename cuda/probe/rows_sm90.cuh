@@ -2,6 +2,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "common/elements.cuh"
 #include "common/launch.h"
 #include "common/sm90.cuh"
 #include "common/tensor_map.h"
@@ -28,7 +29,6 @@ constexpr int kRowsWarpgroups = kRowsOfTile / 64, kRowsThreads = 128 * (kRowsWar
 
 struct RowsArgs {
   RowsCall call;
-  RowsPlan plan;
   float scale_log2;
 };
 
@@ -52,19 +52,17 @@ struct RowsTile {
   __device__ __forceinline__ RowsTile(const RowsArgs& args, int index) {
     const int hq = static_cast<int>(args.call.op.q.shape[2]),
               heads = static_cast<int>(args.call.op.q.shape[0]) * hq;
-    first = (args.plan.tiles() - 1 - index / heads) * kRowsOfTile;
+    first = (args.call.plan.tiles() - 1 - index / heads) * kRowsOfTile;
     head = index % heads % hq;
     batch = index % heads / hq;
     columns = (end(args, first + kRowsOfTile - 1) + kColumnsOfTile - 1) / kColumnsOfTile;
   }
-  // How many columns row i sees, or the last one
+  // How many columns row i sees; rows behind the last one see all
   __device__ __forceinline__ static int end(const RowsArgs& args, int i) {
-    const int sq = static_cast<int>(args.call.op.q.shape[1]),
-              sk = static_cast<int>(args.call.op.k.shape[1]), stride = args.plan.stride;
-    return args.plan.groups
-               ? min((sk - sq + (min(i, args.plan.rows - 1) + 1) * stride - 1) / stride + 1,
-                     args.plan.columns)
-               : sk - sq + min((min(i, args.plan.rows - 1) + 1) * stride, sq);
+    const RowsPlan& plan = args.call.plan;
+    const int sk = static_cast<int>(args.call.op.k.shape[1]),
+              keys = sk - static_cast<int>(args.call.op.q.shape[1]) + (i + 1) * plan.stride;
+    return min(plan.groups ? (keys - 1) / plan.stride + 1 : keys, plan.columns);
   }
 };
 
@@ -114,13 +112,13 @@ template <DType kType>
 __device__ __forceinline__ void cut_groups(const RowsArgs& args, const RowsTile& tile, int row,
                                            int column, int lane, float (&acc)[64]) {
   const Probe& op = args.call.op;
-  const int stride = args.plan.stride, ahead = static_cast<int>(op.k.shape[1] - op.q.shape[1]),
+  const int stride = args.call.plan.stride, ahead = static_cast<int>(op.k.shape[1] - op.q.shape[1]),
             d = static_cast<int>(op.q.shape[3]);
   if (ahead % stride == 0) return;
 #pragma unroll 1
   for (int i = 0; i < 16; ++i) {
     const int own = row + i, end = RowsTile::end(args, own), c = end - 1 - column;
-    if ((own + 1) % args.plan.block_rows != 0 || own >= args.plan.rows - 1) continue;
+    if ((own + 1) % args.call.plan.block_rows != 0 || own >= args.call.plan.rows - 1) continue;
     if (c < 0 || c >= kColumnsOfTile) continue;
     const auto row_of = [&](const Tensor& x, int head, int s) {
       return static_cast<const uint16_t*>(x.data) + tile.batch * x.strides[0] +
@@ -134,7 +132,7 @@ __device__ __forceinline__ void cut_groups(const RowsArgs& args, const RowsTile&
       for (int e = lane; e < d; e += 32)
         sum = fmaf(sm90::unpack<kType>(q[e]), sm90::unpack<kType>(k[e]), sum);
     }
-    for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+    sum = warp_sum(sum);
     const int mine =
         lane / 4 == i % 8 && lane % 4 == c % 8 / 2 ? c / 8 * 4 + i / 8 * 2 + c % 2 : -1;
 #pragma unroll
@@ -148,7 +146,7 @@ __device__ __forceinline__ void cut_groups(const RowsArgs& args, const RowsTile&
 __device__ __forceinline__ void add_shares(const RowsArgs& args, const RowsTile& tile,
                                            const float* parts, const float* lse, int first_row,
                                            int warp, int warps, int lane) {
-  const RowsPlan& plan = args.plan;
+  const RowsPlan& plan = args.call.plan;
   const Probe& op = args.call.op;
   const int sq = static_cast<int>(op.q.shape[1]), sk = static_cast<int>(op.k.shape[1]),
             rows = static_cast<int>(op.score.shape[2]),
@@ -216,7 +214,7 @@ __global__ void __launch_bounds__(kRowsThreads, 1)
   auto& smem = shared_memory<Smem>();
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
   const Probe& op = args.call.op;
-  const RowsPlan& plan = args.plan;
+  const RowsPlan& plan = args.call.plan;
   const int tiles = plan.tiles() * static_cast<int>(op.q.shape[0] * op.q.shape[2]);
   const int phases = kGroups ? plan.phases : 1;
 
@@ -285,8 +283,8 @@ __global__ void __launch_bounds__(kRowsThreads, 1)
     const RowsTile tile(args, tile_of(visit));
     const int row = tile.first + own_row;
     const int end[2] = {RowsTile::end(args, row), RowsTile::end(args, row + 8)};
-    // columns that all rows of the warp see
-    const int whole = RowsTile::end(args, tile.first + own * 64 + warp * 16);
+    // the warp's first row, and columns that all of its rows see
+    const int warp_row = tile.first + own * 64 + warp * 16, whole = RowsTile::end(args, warp_row);
     if constexpr (!kGroups) {
       smem.q_full.wait(Turn<1>(visit).parity);
       // the last row may be of less than a stride, where no copy found it
@@ -320,7 +318,7 @@ __global__ void __launch_bounds__(kRowsThreads, 1)
         release(smem.empty[turn.stage]);
         turn.advance();
       }
-      const int column = j * kColumnsOfTile, warp_row = tile.first + own * 64 + warp * 16;
+      const int column = j * kColumnsOfTile;
       if constexpr (kGroups) cut_groups<kType>(args, tile, warp_row, column, lane, acc);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
@@ -395,7 +393,7 @@ __global__ void __launch_bounds__(kRowsThreads, 1)
 template <DType kType, int kD, bool kGroups>
 void launch_rows_sm90(const RowsCall& call, cudaStream_t stream) {
   const Probe& op = call.op;
-  const RowsPlan plan(op);
+  const RowsPlan& plan = call.plan;
   RowsMaps maps{};
   // rows of x that stand at i * step + phase
   const auto map = [&](const Tensor& x, int64_t step, int64_t phase, int box) {
@@ -411,7 +409,7 @@ void launch_rows_sm90(const RowsCall& call, cudaStream_t stream) {
   const double scale = op.scale / (kGroups ? plan.stride : 1);
   launch<probe_rows_sm90_kernel<kType, kD, kGroups>>(
       {call.ctas, kRowsThreads, sm90::shared_memory_bytes<RowsSmem<kD, kGroups>>(), stream}, maps,
-      RowsArgs{call, plan, static_cast<float>(scale * 1.4426950408889634)});
+      RowsArgs{call, static_cast<float>(scale * 1.4426950408889634)});
 }
 
 }  // namespace heddle

@@ -42,6 +42,7 @@ struct RowsPlan {
 
 struct RowsCall {
   Probe op;
+  RowsPlan plan;
   int ctas;
   float* parts;  // [ctas, plan.parts()]
 };

@@ -175,7 +175,7 @@ double check(const Case& c, emulator::Random& random) {
   op.score.data = score.data();
   const RowsPlan plan(op);
   std::vector<float> parts(size(c.ctas * plan.parts()), NAN);
-  launch_rows_sm90<kType, kD, kGroups>({op, c.ctas, parts.data()}, nullptr);
+  launch_rows_sm90<kType, kD, kGroups>({op, plan, c.ctas, parts.data()}, nullptr);
 
   double worst = 0;
   const int64_t s = c.stride, unit = kGroups ? s : 1;
