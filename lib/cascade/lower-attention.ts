@@ -236,7 +236,7 @@ interface Weighted {
   alone: boolean
   /** Sizes that a call may give. */
   ranks: readonly string[]
-  run(call: Call): { out: F32; lse: F32; known: Known }
+  run(call: Call): { out: F32; lse: F32; known: () => Known }
 }
 
 // A sum over keys and what it is divided by, and what is multiplied with both
@@ -332,7 +332,7 @@ export function attentionOf(normal: Normal, ir: CascadeIR): Lowered {
         const [{ out: whole, known, lse: logarithms }] = results as [(typeof results)[number]]
         const raws = () => Object.fromEntries(results.map((one, i) => [rawNames[i]!, one.out]))
         const result = post
-          ? cast(post.run({ ...call.tensors, ...raws() }, known), whole.dtype)
+          ? cast(post.run({ ...call.tensors, ...raws() }, known()), whole.dtype)
           : whole
         return { [out.tensor]: result, ...(lse === undefined ? {} : { [lse]: logarithms }) }
       }),
@@ -661,10 +661,16 @@ function weightedSum(
     const text = `attention has powers from 1 to 8 of its weights, whole numbers, but ${exponent.key} is ${value}`
     throw broken('CAS022', text, spanOf(ir, out.tensor), out.tensor)
   }
-  const lengths = distances.map((form) => ({ form, only: bareName(form) }))
-  const plainScale = bareName(scale)
   const sized = [rankOf(column), rankOf(row), rankIn(m), rankIn(dot.e), rankOf(token)]
   const ranks = [...sized, ...heads.map(rankOf)]
+  // The scalar that a form is, if the call alone tells it
+  const scalarIn = (form: Form) => {
+    const one = bareName(form)
+    return one !== undefined && ranks.includes(one) ? undefined : one
+  }
+  const lengths = distances.map((form) => ({ form, only: scalarIn(form) }))
+  const named = scalarIn(scale)
+  const plainScale = lengths.some(({ only }) => only === named) ? undefined : named
   const shared = sharedOf(operands, heads)
   const alone = post.key === '1' && sides.every((one) => one === undefined)
   // Keys and values that lie in pages
@@ -690,7 +696,7 @@ function weightedSum(
     alone: alone && dots.length === 1 && !biasPlaces,
     ranks: table === undefined ? [] : [rankIn(m)],
     run(call) {
-      const { tensors } = call
+      const { tensors, scalars } = call
       if (!grouped || !alone) for (const one of shared) onlyOne(call, one)
       const tq = batched(call, q.main.name) as F32
       const tk = batched(call, k.main.name)
@@ -706,16 +712,20 @@ function weightedSum(
       const sk = table === undefined ? tk.shape[1]! : pagesOf(call, table, page!, options)
       const dv = tv.shape[3]!
       const ends = sk - sq
-      // literals with names of the text would be ten times as slow
-      const known: Known = {}
-      const hk = heads.length > 2 ? tk.shape[2]! : hq
-      const sizes = [dv, sq, sk, d, sk, ...(heads.length > 1 ? [b] : []), hk, hq / hk]
-      for (let i = 0; i < ranks.length; i++) known[ranks[i]!] = sizes[i]!
-      for (const one of Object.keys(call.scalars)) known[one] = call.scalars[one]!
+      // Names of the text make slow objects, which most calls do without
+      let all: Known | undefined
+      const known = () => {
+        if (all) return all
+        const hk = heads.length > 2 ? tk.shape[2]! : hq
+        const sizes = [dv, sq, sk, d, sk, ...(heads.length > 1 ? [b] : []), hk, hq / hk]
+        all = Object.fromEntries(ranks.map((rank, i) => [rank, sizes[i]!]))
+        Object.assign(all, scalars)
+        for (const { only } of lengths) if (only !== undefined) all[only] ??= ends
+        return all
+      }
       // A name that the call leaves out stands for what the operator takes
       for (const { form, only } of lengths) {
-        if (only !== undefined) known[only] ??= ends
-        const got = only === undefined ? numberOf(form, known) : known[only]
+        const got = only === undefined ? numberOf(form, known()) : (scalars[only] ?? ends)
         // Rows that end elsewhere have a mask, unless the call says where they end
         if (form === off && got !== ends && only === undefined && table === undefined) {
           ending ??= besides(where)
@@ -729,7 +739,7 @@ function weightedSum(
             out.tensor,
           )
       }
-      const window = back && options.causal ? ends + 1 - numberOf(back, known) : undefined
+      const window = back && options.causal ? ends + 1 - numberOf(back, known()) : undefined
       if (window === undefined || (Number.isInteger(window) && window >= 1)) options.window = window
       else {
         // rows that see nothing have a mask
@@ -745,28 +755,28 @@ function weightedSum(
         options.causal = false
       }
       const vector = (form: Form, own: Side | undefined): F32 | number[] => {
-        if (own) return own.run(tensors, known)
+        if (own) return own.run(tensors, known())
         const tensor = tensorIn(form)
         if (tensor !== undefined) return call.tensors[tensor] as F32
-        return new Array<number>(hq).fill(numberOf(form, known))
+        return new Array<number>(hq).fill(numberOf(form, known()))
       }
-      options.scale = plainScale === undefined ? numberOf(scale, known) : known[plainScale]
+      options.scale = plainScale === undefined ? numberOf(scale, known()) : scalars[plainScale]
       if (weights !== 'softmax')
         Object.assign(options, {
           weights,
-          power: raised(known),
+          power: raised(known()),
           normalise: divisor !== undefined,
         })
       const ofBias = computed
       if (biasPlaces && !ofBias)
         options.bias = placed(call.tensors[tensorIn(bias)!]!, biasPlaces) as F32
-      else if (bias.terms.length > 0 && !ofBias) options.bias = numberOf(bias, known)
-      if (cap) options.softCap = Math.abs(numberOf(cap, known))
+      else if (bias.terms.length > 0 && !ofBias) options.bias = numberOf(bias, known())
+      if (cap) options.softCap = Math.abs(numberOf(cap, known()))
       if (slope) options.slopes = vector(slope, ofSlope)
       if (sink) options.sink = vector(sink, ofSink)
       const whole = (own: ReturnType<typeof sideFor>, { main }: Operand) => {
         const given = batched(call, main.name)
-        return own ? cast(own(tensors, known), tq.dtype) : (given as F32)
+        return own ? cast(own(tensors, known()), tq.dtype) : (given as F32)
       }
       const queries = parts.map(({ ofQ, q }) => whole(ofQ, q))
       const keys = parts.map(({ ofK, k }) => whole(ofK, k))
@@ -784,7 +794,7 @@ function weightedSum(
       const made = () => {
         if (ofBias)
           options.bias = ofBias
-            .run(tensors, known, Number.NEGATIVE_INFINITY)
+            .run(tensors, known(), Number.NEGATIVE_INFINITY)
             .reshape(
               biasAxes.map((axis, i) => (ofBias.left.includes(axis) ? [b, hq, sq, sk][i]! : 1)),
             )

@@ -2,10 +2,10 @@ import { attention, attentionDefinition, cascade, tensor } from 'heddle'
 import { describe, expect, it } from 'vitest'
 
 describe('compile', () => {
-  // The shortest of many times of each, in turns, in microseconds
+  // The shortest of many times of each, in turns, in microseconds: so many that what is hot is compiled
   const costs = (...calls: (() => unknown)[]) => {
     const best = calls.map(() => Number.POSITIVE_INFINITY)
-    for (let n = 0; n < 400; n++)
+    for (let n = 0; n < 2000; n++)
       for (const [i, call] of calls.entries()) {
         const start = performance.now()
         for (let again = 0; again < 20; again++) call()
