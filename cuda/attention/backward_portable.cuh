@@ -1,6 +1,7 @@
 #pragma once
 #include "attention/backward_sm90.h"
 #include "attention/forward_portable.cuh"
+#include "common/lanes.cuh"
 
 // Gradients of attention with every option on any GPU from sm_80 on, in f32 arithmetic:
 //
@@ -148,10 +149,6 @@ __device__ void gradient_tile(const BackwardArgs& args, const Place& place, int6
     make_unit(smem_own, kRowTile, width, p.d, smem_length);
   }
 
-  const auto sum_of_four = [](float x) {
-    x += __shfl_xor_sync(~0u, x, 1);
-    return x + __shfl_xor_sync(~0u, x, 2);
-  };
   for (int64_t head = first_head; head < last_head; ++head) {
     const float slope = p.slopes ? p.slopes[head * p.slopes_stride] : 0;
     for (int64_t other0 = first; other0 < last; other0 += kOtherTile) {
@@ -257,16 +254,16 @@ __device__ void gradient_tile(const BackwardArgs& args, const Place& place, int6
     }
     // a bias of keys alone has sums over the rows of a head
     if (kExtra && kOwnsKeys && args.bias_sums && !args.bias_by_row) {
-      dbias = sum_of_four(dbias);
+      dbias = quad_sum(dbias);
       const int64_t key = place.row0 + own;
       if (part == 0 && key < p.sk) args.bias_sums[(place.batch * p.hq + head) * p.sk + key] = dbias;
       dbias = 0;
     }
   }
 
-  dslope = sum_of_four(dslope);
-  if (kExtra) dlevel = sum_of_four(dlevel);
-  if (kExtra) dbias = sum_of_four(dbias);
+  dslope = quad_sum(dslope);
+  if (kExtra) dlevel = quad_sum(dlevel);
+  if (kExtra) dbias = quad_sum(dbias);
   if (kExtra && p.cosine) {
     __syncthreads();
     const float* unit = smem_own + own * width;
@@ -275,7 +272,7 @@ __device__ void gradient_tile(const BackwardArgs& args, const Place& place, int6
     for (int f = 0; f < kColumns; ++f)
       if (const int column = part + kRowThreads * f; column < p.d)
         along = fmaf(unit[column], acc[f], along);
-    along = sum_of_four(along);
+    along = quad_sum(along);
     // a token without a length has no direction
     const float length = smem_length[own], inverse = length <= 1e-12f ? 0 : 1 / length;
 #pragma unroll
@@ -393,7 +390,7 @@ __global__ void attention_bias_kernel(BackwardArgs p, int64_t count) {
                     batch = first[0] + j / width[2] / width[1];
       sum += p.bias_sums[((batch * sizes[1] + head) * sizes[2] + row) * shape[3] + column];
     }
-    for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+    sum = warp_sum(sum);
     if (lane == 0) p.dbias[i] = static_cast<float>(sum);
   }
 }

@@ -5,6 +5,7 @@
 
 #include "attention/backward_sm90.h"
 #include "attention/softmax_sm90.cuh"
+#include "common/lanes.cuh"
 #include "common/launch.h"
 #include "common/sm90.cuh"
 #include "common/tensor_map.h"
@@ -651,8 +652,7 @@ __global__ void __launch_bounds__((GradientShape<kD>::kThreads), 1)
         sum = p == 0 ? sum : fmaf(ds, distance(near, i, j), sum);
       }
     }
-#pragma unroll
-    for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(~0u, sum, lanes);
+    sum = warp_sum(sum);
     if (lane == 0) smem.dslopes[own * 4 + warp][head] += sum;
   };
   // registers hold [key][query], shared memory gets [query][key]

@@ -311,8 +311,7 @@ __global__ void __launch_bounds__(Float8Tile<kD>::kThreads, 1)
       if (!__any_sync(~0u, above)) return false;
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        highest[r] = fmaxf(highest[r], __shfl_xor_sync(~0u, highest[r], 1));
-        highest[r] = fmaxf(highest[r], __shfl_xor_sync(~0u, highest[r], 2));
+        highest[r] = quad_max(highest[r]);
         rows.move(r, highest[r] > rows.row_max[r] + kRoom ? highest[r] : rows.row_max[r]);
         rows.row_sum[r] *= rows.shrink[r];
       }

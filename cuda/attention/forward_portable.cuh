@@ -5,6 +5,7 @@
 
 #include "attention/forward_args.cuh"
 #include "common/elements.cuh"
+#include "common/lanes.cuh"
 #include "common/launch.h"
 
 // Every option of attention on any GPU from sm_80 on, in f32 arithmetic:
@@ -198,8 +199,7 @@ __device__ inline void make_unit(float* rows, int count, int width, int d,
     float* const x = rows + row * width;
     float largest = 0, square = 0;
     for (int e = lane; e < d; e += 32) largest = fmaxf(largest, fabsf(x[e]));
-    for (int step = 16; step > 0; step /= 2)
-      largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, step));
+    largest = warp_max(largest);
     // NaN, which no maximum finds, goes through the sum
     const float unit = largest > 0 ? largest : 1;
     for (int e = lane; e < d; e += 32) square = fmaf(x[e] / unit, x[e] / unit, square);
@@ -305,8 +305,7 @@ __device__ __forceinline__ void attention_tile(const ForwardArgs& p, float* smem
       hidden |= static_cast<uint32_t>(!visible) << j;
       if (visible) tile_max = s > tile_max || isnan(s) ? s : tile_max;
     }
-    tile_max = fmaxf(tile_max, __shfl_xor_sync(~0u, tile_max, 1));
-    tile_max = fmaxf(tile_max, __shfl_xor_sync(~0u, tile_max, 2));
+    tile_max = quad_max(tile_max);
     const float new_max = p.shifted ? fmaxf(row_max, tile_max) : 0,
                 correction = expf(row_max - new_max);
     row_max = new_max;
@@ -336,8 +335,7 @@ __device__ __forceinline__ void attention_tile(const ForwardArgs& p, float* smem
     }
   }
 
-  row_sum += __shfl_xor_sync(~0u, row_sum, 1);
-  row_sum += __shfl_xor_sync(~0u, row_sum, 2);
+  row_sum = quad_sum(row_sum);
   if (!exists) return;
   const int64_t token = place.q_begin + query;
   const int64_t statistic = (place.batch * p.hq + head) * p.sq + token;

@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "attention/gather_keys.cuh"
+#include "common/lanes.cuh"
 #include "common/sm80.cuh"
 
 // Attention of blocks of queries over lists of short key blocks, on any GPU from sm_80 on:
@@ -316,10 +317,7 @@ __device__ __forceinline__ void gather_attention(const GatherArgs& args, GatherS
     float top[2] = {row_max[0], row_max[1]};
     each_score([&](float& s, int, int row) { top[row] = fmaxf(top[row], s); });
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      top[i] = fmaxf(top[i], __shfl_xor_sync(~0u, top[i], 1));
-      top[i] = fmaxf(top[i], __shfl_xor_sync(~0u, top[i], 2));
-    }
+    for (int i = 0; i < 2; ++i) top[i] = quad_max(top[i]);
     // A maximum that has not grown by more than a factor of 256 serves as well
     const auto grows = [&](int i) { return (top[i] - row_max[i]) * scale_log2 > 8; };
     if (__any_sync(~0u, grows(0) || grows(1)))
@@ -361,8 +359,7 @@ __device__ __forceinline__ void gather_attention(const GatherArgs& args, GatherS
 
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    row_sum[i] += __shfl_xor_sync(~0u, row_sum[i], 1);
-    row_sum[i] += __shfl_xor_sync(~0u, row_sum[i], 2);
+    row_sum[i] = quad_sum(row_sum[i]);
     row_max[i] *= scale_log2;
   }
   const auto out_of = [&](int query, int head) {
@@ -426,8 +423,7 @@ __device__ __forceinline__ void gather_attention(const GatherArgs& args, GatherS
       float max = -1e30f, sum = 0;
       for (int from = lane; from < splits; from += 32)
         max = fmaxf(max, args.part_state[at(from)].x);
-      for (int other = 1; other < 32; other *= 2)
-        max = fmaxf(max, __shfl_xor_sync(~0u, max, other));
+      max = warp_max(max);
       // With it none waits for the one before, so that many are on their way at the same time
       constexpr int kAhead = 16;
       float2 total[kD / 64] = {};

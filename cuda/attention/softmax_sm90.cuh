@@ -1,6 +1,7 @@
 #pragma once
 #include <cstdint>
 
+#include "common/lanes.cuh"
 #include "common/sm90.cuh"
 #include "ops/attention.h"
 
@@ -184,9 +185,7 @@ struct RowSoftmax {
     bool moved = false;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float highest = own_highest(acc, r, row_max[r]);
-      highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 1));
-      highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 2));
+      float highest = quad_max(own_highest(acc, r, row_max[r]));
       highest = (highest - row_max[r]) * to_log2 <= lag ? row_max[r] : highest + room;
       // no key so far: (-inf) - (-inf) would poison the row
       const float base_log2 = highest == -INFINITY ? 0 : highest * to_log2;
@@ -218,8 +217,7 @@ struct RowSoftmax {
       float next[2];
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        next[r] = fmaxf(most[r], __shfl_xor_sync(~0u, most[r], 1));
-        next[r] = fmaxf(next[r], __shfl_xor_sync(~0u, next[r], 2));
+        next[r] = quad_max(most[r]);
         next[r] = (next[r] - row_max[r]) * to_log2 > lag ? next[r] + room : row_max[r];
         // what is as low hides keys: of exponents relative to it rounding alone would be left
         if (next[r] * to_log2 < Attention::kHidingLog2) next[r] = -INFINITY;
@@ -328,9 +326,7 @@ struct RowSoftmax {
   // The largest of a row's scores in this tile
   template <int kScores>
   __device__ __forceinline__ static float highest(const float (&acc)[kScores], int r) {
-    float highest = own_highest(acc, r, -INFINITY);
-    highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 1));
-    return fmaxf(highest, __shfl_xor_sync(~0u, highest, 2));
+    return quad_max(own_highest(acc, r, -INFINITY));
   }
 
   // Makes weights relative to 2^next from now on; whether they were to something else
@@ -373,11 +369,7 @@ struct RowSoftmax {
   }
 
   // Over the four threads of a row
-  __device__ __forceinline__ float total(int r) const {
-    float sum = row_sum[r];
-    sum += __shfl_xor_sync(~0u, sum, 1);
-    return sum + __shfl_xor_sync(~0u, sum, 2);
-  }
+  __device__ __forceinline__ float total(int r) const { return quad_sum(row_sum[r]); }
 };
 
 // What is left to do with a row's sums

@@ -139,7 +139,7 @@ template <int kKeys> struct SplitPlan {
       sum += size(its);
       apart &= its.sq >= 0;
     }
-    for (int lanes = 1; lanes < 32; lanes *= 2) sum += __shfl_xor_sync(~0u, sum, lanes);
+    sum = warp_sum(sum);
     return __all_sync(~0u, apart) ? sum : 0;
   }
   // The sequences from `first` on, one for each lane of a warp, whose tiles are numbered from

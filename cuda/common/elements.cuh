@@ -106,9 +106,4 @@ inline unsigned blocks_for(int64_t count, const CudaContext& context) {
 
 __device__ __forceinline__ float sigmoid(float x) { return 1 / (1 + expf(-x)); }
 
-__device__ __forceinline__ float warp_sum(float x) {
-  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(~0u, x, step);
-  return x;
-}
-
 }  // namespace heddle

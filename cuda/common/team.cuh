@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "common/lanes.cuh"
 #include "core/select.h"
 
 namespace heddle {
@@ -29,14 +30,14 @@ struct CtaTeam {
     unsigned long long own = 0;
     for (int64_t i = threadIdx.x; i < n; i += blockDim.x)
       own += static_cast<unsigned long long>(value(i));
-    for (int step = 16; step > 0; step /= 2) own += __shfl_xor_sync(~0u, own, step);
+    own = warp_sum(own);
     if (threadIdx.x % 32 == 0 && own != 0) atomicAdd(&to, own);
     __syncthreads();
   }
   template <class Value> __device__ void highest(float& to, int64_t n, const Value& value) const {
     float own = 0;
     for (int64_t i = threadIdx.x; i < n; i += blockDim.x) own = fmaxf(own, value(i));
-    for (int step = 16; step > 0; step /= 2) own = fmaxf(own, __shfl_xor_sync(~0u, own, step));
+    own = warp_max(own);
     if (threadIdx.x % 32 == 0) raise(to, own);
     __syncthreads();
   }

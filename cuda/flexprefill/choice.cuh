@@ -92,7 +92,7 @@ __device__ inline void flexprefill_sum(const FlexArgs& args, int64_t warp) {
       own += mass[i] * sum.weight(t);
     }
   }
-  for (int step = 16; step > 0; step /= 2) own += __shfl_xor_sync(~0u, own, step);
+  own = warp_sum(own);
   if (lane == 0) *sum.to = own;
 }
 
@@ -217,9 +217,7 @@ struct BinRun {
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      unsigned long long others = lane < warp ? totals[2 * lane + i] : 0;
-      for (int step = 16; step > 0; step /= 2) others += __shfl_xor_sync(~0u, others, step);
-      before[i] += others;
+      before[i] += warp_sum(lane < warp ? totals[2 * lane + i] : 0);
     }
   }
 };
@@ -360,7 +358,7 @@ __device__ bool flexprefill_pairs(const FlexArgs& args, const CtaGroup& all, Fle
     }
     if (first + lane < words) write(row, first + lane, pairs);
   }
-  for (int other = 16; other > 0; other /= 2) above += __shfl_xor_sync(~0u, above, other);
+  above = warp_sum(above);
   if (lane == 0) atomicAdd(&memory.mass, above);
   __syncthreads();
   if (threadIdx.x == 0) {

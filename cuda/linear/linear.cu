@@ -1,6 +1,7 @@
 #include "ops/linear.h"
 
 #include "common/elements.cuh"
+#include "common/lanes.cuh"
 #include "common/variants.h"
 #include "core/slot.h"
 #include "linear/linear_sm90.h"

@@ -1,6 +1,7 @@
 #include "ops/norm.h"
 
 #include "common/elements.cuh"
+#include "common/lanes.cuh"
 #include "core/slot.h"
 
 namespace heddle {

@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "common/elements.cuh"
+#include "common/lanes.cuh"
 #include "common/launch.h"
 #include "probe/lines_sm90.h"
 
@@ -263,8 +264,7 @@ __global__ void __launch_bounds__(kLineThreads, kLineCtas)
               column += p;
               sums[n - (half * 4 + i) + kLineKeys / 8 - 1][j] += p;
             }
-          column += __shfl_xor_sync(~0u, column, 1);
-          column += __shfl_xor_sync(~0u, column, 2);
+          column = quad_sum(column);
           if (cta.pair == 0) memory.columns[cta.warp][key] = column;
         }
       },

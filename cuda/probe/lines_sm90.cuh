@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "common/lanes.cuh"
 #include "common/sm80.cuh"
 #include "common/sm90.cuh"
 #include "common/tensor_map.h"
@@ -67,8 +68,7 @@ struct LineStats {
     if (first || __any_sync(~0u, fmaxf(highest[0], highest[1]) > kLag)) {
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
-        for (int step = 1; step < 4; step *= 2)
-          highest[n] = fmaxf(highest[n], __shfl_xor_sync(~0u, highest[n], step));
+        highest[n] = quad_max(highest[n]);
         const float rise = fmaxf(highest[n], first ? -3e38f : 0);
         sum[n] = first ? 0 : sum[n] * sm90::exp2_approx(-rise);
         top[n] += rise;
@@ -447,19 +447,14 @@ __global__ void __launch_bounds__(kLineThreads, 1)
       if (call.bands == nullptr || key >= sk) return;
       // The four lanes of two queries add up, and each has one of four sums
       const bool odd = lane & 1, high = lane & 2;
-      float one[2];
-#pragma unroll
-      for (int side = 0; side < 2; ++side)
-        one[side] = (odd ? own_sums[1][side] : own_sums[0][side]) +
-                    __shfl_xor_sync(~0u, odd ? own_sums[0][side] : own_sums[1][side], 1);
-      const float mass = (high ? one[1] : one[0]) + __shfl_xor_sync(~0u, high ? one[0] : one[1], 2);
+      const float mass =
+          quad_sum_own({own_sums[0][0], own_sums[1][0], own_sums[0][1], own_sums[1][1]}, lane);
       const int64_t line = (head * tiles + key / kRows) * kLineQueries + query + (odd ? 8 : 0);
       call.bands[line * 2 + high] = log2_approx(mass) + (odd ? sums.top[1] : sums.top[0]);
     });
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      float sum = sums.sum[i];
-      for (int step = 1; step < 4; step *= 2) sum += __shfl_xor_sync(~0u, sum, step);
+      const float sum = quad_sum(sums.sum[i]);
       if (column == 0) stats[set * kLineQueries + query + i * 8] = {sums.top[i], sum};
     }
   }

@@ -2,6 +2,7 @@
 #include <cmath>
 
 #include "common/elements.cuh"
+#include "common/lanes.cuh"
 #include "common/sm80.cuh"
 #include "core/select.h"
 #include "ops/probe.h"
@@ -197,10 +198,8 @@ __global__ void __launch_bounds__(kPooledThreads, kTiles == 1 ? 5 : 3)
   for (int m = 0; m < kTiles; ++m)
 #pragma unroll
     for (int below = 0; below < 2; ++below) {
-      float most = top[m][below];
-      for (int step = 1; step < 4; step *= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, step));
-      float total = sum[m][below] * expf(top[m][below] - most);
-      for (int step = 1; step < 4; step *= 2) total += __shfl_xor_sync(~0u, total, step);
+      const float most = quad_max(top[m][below]);
+      const float total = quad_sum(sum[m][below] * expf(top[m][below] - most));
       if (quarter == 0) stats[warp][m * 16 + below * 8 + line] = {most, total};
     }
   // Nobody looks at means any more

@@ -2,6 +2,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "common/lanes.cuh"
 #include "common/launch.h"
 #include "common/sm80.cuh"
 #include "common/sm90.cuh"
@@ -202,10 +203,8 @@ __global__ void __launch_bounds__(kPooledThreads90, 1)
   // Four lanes have a row
 #pragma unroll
   for (int below = 0; below < 2; ++below) {
-    float most = top[below];
-    for (int step = 1; step < 4; step *= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, step));
-    float total = sum[below] * sm90::exp2_approx(top[below] - most);
-    for (int step = 1; step < 4; step *= 2) total += __shfl_xor_sync(~0u, total, step);
+    const float most = quad_max(top[below]);
+    const float total = quad_sum(sum[below] * sm90::exp2_approx(top[below] - most));
     top[below] = most + log2f(total);
   }
   float* score = static_cast<float*>(op.score.data) + (int64_t{head} * rows + row) * columns;

@@ -4,6 +4,7 @@
 #include <bit>
 
 #include "common/elements.cuh"
+#include "common/lanes.cuh"
 #include "common/variants.h"
 #include "core/slot.h"
 #include "probe/lines.h"
@@ -78,11 +79,6 @@ template <class T> struct Row {
     return min((sk - sq + first + (i + 1) * op.stride - 1) / op.stride + 1, groups);
   }
 };
-
-__device__ float warp_max(float x) {
-  for (int step = 16; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, step));
-  return x;
-}
 
 // Sums of probabilities over the columns of a row
 template <class T> __device__ void sum_probabilities(const Row<T>& row) {

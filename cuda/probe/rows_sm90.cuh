@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "common/elements.cuh"
+#include "common/lanes.cuh"
 #include "common/launch.h"
 #include "common/sm90.cuh"
 #include "common/tensor_map.h"
@@ -92,8 +93,7 @@ struct RowsSums {
     if (!__any_sync(~0u, beyond)) return;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      for (int step = 1; step < 4; step *= 2)
-        highest[r] = fmaxf(highest[r], __shfl_xor_sync(~0u, highest[r], step));
+      highest[r] = quad_max(highest[r]);
       const bool none = base[r] == -INFINITY;
       const float rise = none ? highest[r] : fmaxf(highest[r], 0);
       if (rise == -INFINITY) continue;
@@ -340,7 +340,7 @@ __global__ void __launch_bounds__(kRowsThreads, 1)
         // Two parts of two rows at a time, of whose sums a lane of a row's four has one each
 #pragma unroll
         for (int part = 0; part < kParts; part += 2) {
-          float found[2][2];
+          float found[4];
 #pragma unroll
           for (int x = 0; x < 4; ++x) {
             float its[2] = {};  // of even and odd columns, which need not wait for each other
@@ -349,19 +349,12 @@ __global__ void __launch_bounds__(kRowsThreads, 1)
 #pragma unroll
               for (int y = 0; y < 2; ++y)
                 its[y] += exp2_approx(acc[(part + x / 2) * (kPart / 2) + x % 2 * 2 + 4 * n + y]);
-            found[x / 2][x % 2] = its[0] + its[1];
+            found[x] = its[0] + its[1];
           }
 #pragma unroll
-          for (int r = 0; r < 2; ++r) all[r] += found[0][r] + found[1][r];
-          const bool odd = lane & 1, high = lane & 2;
-          float one[2];
-#pragma unroll
-          for (int x = 0; x < 2; ++x)
-            one[x] = (odd ? found[x][1] : found[x][0]) +
-                     __shfl_xor_sync(~0u, odd ? found[x][0] : found[x][1], 1);
-          const float sum =
-              (high ? one[1] : one[0]) + __shfl_xor_sync(~0u, high ? one[0] : one[1], 2);
-          to[part * kRowsOfTile] = log2_approx(sum) + (odd ? sums.base[1] : sums.base[0]);
+          for (int r = 0; r < 2; ++r) all[r] += found[r] + found[r + 2];
+          const float sum = quad_sum_own(found, lane);
+          to[part * kRowsOfTile] = log2_approx(sum) + (lane % 2 ? sums.base[1] : sums.base[0]);
         }
         if (!looks && !__all_sync(~0u, all[0] <= RowsSums::kMost && all[1] <= RowsSums::kMost))
           continue;
@@ -373,8 +366,7 @@ __global__ void __launch_bounds__(kRowsThreads, 1)
     if constexpr (!kGroups) release(smem.q_empty);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float all = sums.sum[r];
-      for (int step = 1; step < 4; step *= 2) all += __shfl_xor_sync(~0u, all, step);
+      const float all = quad_sum(sums.sum[r]);
       if (lane % 4 == 0)
         smem.lse[own_row + 8 * r] = row + 8 * r < plan.rows ? sums.base[r] + log2f(all) : INFINITY;
     }

@@ -49,9 +49,5 @@ inline unsigned blocks_for(int64_t, const CudaContext& context) {
   return static_cast<unsigned>(context.processors);
 }
 inline float sigmoid(float x) { return 1 / (1 + std::exp(-x)); }
-inline float warp_sum(float x) {
-  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(~0u, x, step);
-  return x;
-}
 
 }  // namespace heddle
