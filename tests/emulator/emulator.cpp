@@ -86,7 +86,8 @@ Cta::Cta(int threads, size_t smem_bytes, uint64_t seed, int ctas)
       warpgroups_(static_cast<size_t>(threads * ctas + 127) / 128),
       warps_(static_cast<size_t>(threads * ctas) / 32),
       groups_of_warps_(warpgroups_.size()),
-      exchanged_(static_cast<size_t>(threads * ctas)) {
+      exchanged_{std::vector<uint32_t>(static_cast<size_t>(threads * ctas)),
+                 std::vector<uint32_t>(static_cast<size_t>(threads * ctas))} {
   if (threads % 32 != 0 || threads > 1024)
     fault("a CTA of " + std::to_string(threads) + " threads");
   if (smem_bytes > kMostSmem) fault(std::to_string(smem_bytes) + " bytes of shared memory");
@@ -317,11 +318,13 @@ uint32_t Cta::exchange(uint32_t value, int lane) {
 }
 
 std::array<uint32_t, 32> Cta::exchange(uint32_t value) {
-  exchanged_[static_cast<size_t>(current_)] = value;
+  // One that goes on hands over to the next meeting, which all have to come to before the one
+  // behind
+  auto& values = exchanged_[warps_[static_cast<size_t>(current_) / 32].round % 2];
+  values[static_cast<size_t>(current_)] = value;
   meet_warp();
   std::array<uint32_t, 32> all;
-  std::copy_n(exchanged_.begin() + current_ / 32 * 32, 32, all.begin());
-  meet_warp();
+  std::copy_n(values.begin() + current_ / 32 * 32, 32, all.begin());
   return all;
 }
 
@@ -505,22 +508,33 @@ void Cta::products_wait(size_t pending) {
   thread.fenced = false;
 }
 
-float Cta::element(DType type, uint64_t descriptor, sm90::Major major, int row, int k) {
+// Rows of an operand with k of 32 bytes, from 16 bytes at a time; element (row, k) comes to
+// to[row * row_step + k * k_step]
+void Cta::read_operand(DType type, uint64_t descriptor, sm90::Major major, int rows, float* to,
+                       int row_step, int k_step) {
   const auto field = [&](int shift) {
     return static_cast<uint32_t>(descriptor >> shift & 0x3fff) << 4;
   };
   const uint32_t base = field(0), leading = field(16), stride = field(32);
   if (descriptor >> 62 != 1) fault("a descriptor without 128-byte swizzle");
-  const auto r = static_cast<uint32_t>(row), column = static_cast<uint32_t>(k);
-  const auto nbytes = static_cast<uint32_t>(size_of(type));
-  if (nbytes == 1 && major != sm90::Major::kK) fault("an operand of 8 bits that is not kK");
-  const uint32_t at =
-      major == sm90::Major::kK
-          ? base + r % 8 * 128 + r / 8 * stride + nbytes * column
-          : base + 2 * (r % 64) + r / 64 * leading + column % 8 * 128 + column / 8 * stride;
-  uint16_t bits = 0;
-  std::memcpy(&bits, async_view(swizzle(at), nbytes), nbytes);
-  return decode(type, bits);
+  const int nbytes = static_cast<int>(size_of(type)), each = 16 / nbytes;
+  const bool along_k = major == sm90::Major::kK;
+  if (nbytes == 1 && !along_k) fault("an operand of 8 bits that is not kK");
+  const int depth = 2 * each, step = along_k ? k_step : row_step;
+  for (int row = 0; row < rows; row += along_k ? 1 : each)
+    for (int k = 0; k < depth; k += along_k ? each : 1) {
+      const auto r = static_cast<uint32_t>(row), column = static_cast<uint32_t>(k);
+      const uint32_t at =
+          along_k ? base + r % 8 * 128 + r / 8 * stride + static_cast<uint32_t>(nbytes) * column
+                  : base + 2 * (r % 64) + r / 64 * leading + column % 8 * 128 + column / 8 * stride;
+      const uint8_t* from = async_view(swizzle(at), 16);
+      float* first = to + row * row_step + k * k_step;
+      for (int i = 0; i < each; ++i) {
+        uint16_t bits = 0;
+        std::memcpy(&bits, from + i * nbytes, static_cast<size_t>(nbytes));
+        first[i * step] = decode(type, bits);
+      }
+    }
 }
 
 void Cta::execute(int warpgroup, Group& group) {
@@ -530,21 +544,16 @@ void Cta::execute(int warpgroup, Group& group) {
     // elements of a register, and of 32 bytes
     const int each = 4 / static_cast<int>(size_of(operands.type)), depth = 8 * each;
     std::vector<float> a(static_cast<size_t>(64 * depth)), b(static_cast<size_t>(depth) * n);
-    for (int row = 0; row < 64; ++row)
+    for (int row = 0; row < 64 && operands.a_in_registers; ++row)
       for (int k = 0; k < depth; ++k) {
-        float& to = a[static_cast<size_t>(row * depth + k)];
-        if (operands.a_in_registers) {
-          const int lane = row / 16 * 32 + row % 8 * 4 + k % (4 * each) / each;
-          const uint32_t word = product.a[lane][row % 16 / 8 + 2 * (k / (4 * each))];
-          to = decode(operands.type, static_cast<uint16_t>(word >> (k % each * 32 / each)));
-        } else {
-          to = element(operands.type, operands.a, operands.a_major, row, k);
-        }
+        const int lane = row / 16 * 32 + row % 8 * 4 + k % (4 * each) / each;
+        const uint32_t word = product.a[lane][row % 16 / 8 + 2 * (k / (4 * each))];
+        a[static_cast<size_t>(row * depth + k)] =
+            decode(operands.type, static_cast<uint16_t>(word >> (k % each * 32 / each)));
       }
-    for (int column = 0; column < operands.n; ++column)
-      for (int k = 0; k < depth; ++k)
-        b[static_cast<size_t>(k) * n + static_cast<size_t>(column)] =
-            element(operands.type, operands.b, operands.b_major, column, k);
+    if (!operands.a_in_registers)
+      read_operand(operands.type, operands.a, operands.a_major, 64, a.data(), depth, 1);
+    read_operand(operands.type, operands.b, operands.b_major, operands.n, b.data(), 1, operands.n);
     std::vector<float> sums(64 * n);
     const auto each_value = [&](const auto& visit) {
       for (size_t t = 0; t < 128; ++t) {
