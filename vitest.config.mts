@@ -25,8 +25,6 @@ export default defineConfig({
       })),
     ],
     pool: 'forks',
-    // all cores: by default one is left out, which is half of two
-    maxWorkers: '100%',
     testTimeout: 120_000,
     hookTimeout: 120_000,
     // The built package is loaded by Node itself: one module instance for tests, workers and children

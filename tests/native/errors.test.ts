@@ -44,7 +44,7 @@ import { describeGpu } from '../support/gpu.js'
 
 // What users get wrong most, and what they are told
 
-type Wrong = [what: string, call: () => unknown, code: string, message: string | (() => string)]
+type Wrong = [what: string, call: () => unknown, code: string, message: string | RegExp]
 
 const heads = (s = 4, h = 4, d = 16) => zeros([1, s, h, d])
 const q = heads()
@@ -630,8 +630,7 @@ const wrong: Wrong[] = [
     'a size beyond all memory',
     () => empty([2 ** 50]),
     'ERR_MEMORY',
-    () =>
-      `empty: cannot allocate 4503599627370496 bytes on cpu, where ${memory().bytes} bytes are in use; dispose tensors that are no longer needed`,
+    /^empty: cannot allocate 4503599627370496 bytes on cpu, where \d+ bytes are in use; dispose tensors that are no longer needed$/,
   ],
   [
     'sizes whose product overflows',
@@ -742,8 +741,7 @@ const wrong: Wrong[] = [
         .expand([2 ** 52])
         .contiguous(),
     'ERR_MEMORY',
-    () =>
-      `contiguous: cannot allocate ${2 ** 54} bytes on cpu, where ${memory().bytes} bytes are in use; dispose tensors that are no longer needed`,
+    /^contiguous: cannot allocate 18014398509481984 bytes on cpu, where \d+ bytes are in use; dispose tensors that are no longer needed$/,
   ],
   [
     'a size that is no safe integer',
@@ -935,7 +933,8 @@ describe('messages', () => {
   it.each(wrong)('%s', async (_what, call, code, message) => {
     const error = await failure(call)
     expect(faultOf(error)).toBeUndefined()
-    expect(error.message).toBe(typeof message === 'string' ? message : message())
+    if (typeof message === 'string') expect(error.message).toBe(message)
+    else expect(error.message).toMatch(message)
     expect(error.code).toBe(code)
   })
 })
