@@ -1020,9 +1020,7 @@ __global__ void __launch_bounds__(kRowCta) backward_rows_sm90_kernel(const Gradi
     add(outs[i].y, douts[i].y);
     add(outs[i].z, douts[i].z);
     add(outs[i].w, douts[i].w);
-#pragma unroll
-    for (int lanes = kPieces / 2; lanes > 0; lanes /= 2)
-      delta += __shfl_xor_sync(~0u, delta, lanes);
+    delta = warp_sum(delta, kPieces);
     if (column != 0) continue;
     const float lse = lses[i] == -INFINITY ? INFINITY : lses[i];
     if (r < tile.rows) {

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "attention/forward_sm90.h"
+#include "common/lanes.cuh"
 #include "common/sm90.cuh"
 
 // One over the lengths of rows of q or k, for cosines, or the rows themselves at length 1. Half as
@@ -131,7 +132,7 @@ struct RowPieces {
 #pragma unroll
       for (int e = 0; e < kPiece; ++e)
         square = fmaf(number<kType>(i, e), number<kType>(i, e), square);
-    for (int lane = lanes / 2; lane > 0; lane /= 2) square += __shfl_xor_sync(~0u, square, lane);
+    square = warp_sum(square, lanes);
   }
   __device__ __forceinline__ float factor() const { return square == 0 ? 0 : 1 / sqrtf(square); }
   // Whether it has numbers and none, or too large ones, whose products f32 surely holds
@@ -240,8 +241,7 @@ __device__ __forceinline__ void write_factors(const FactorArgs& p, int block, in
                                                                         units[2], units[3]};
         });
       if constexpr (!kKeys) {
-        for (int other = p.lanes / 2; other > 0; other /= 2)
-          shift += __shfl_xor_sync(~0u, shift, other);
+        shift = warp_sum(shift, p.lanes);
         // of a row that is no number products are none; what is masked of it stays so
         if (exists && lane == 0) p.shifts[own * p.s + at.token] = shift == shift ? shift : 0;
       }

@@ -24,10 +24,10 @@ __device__ __forceinline__ float quad_sum_own(const float (&x)[4], int lane) {
   return (high ? pair[1] : pair[0]) + __shfl_xor_sync(~0u, high ? pair[0] : pair[1], 2);
 }
 
-// Of all lanes
-template <class T> __device__ __forceinline__ T warp_sum(T x) {
+// Of all lanes, or of so many side by side
+template <class T> __device__ __forceinline__ T warp_sum(T x, int lanes = 32) {
 #pragma unroll
-  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(~0u, x, step);
+  for (int step = lanes / 2; step > 0; step /= 2) x += __shfl_xor_sync(~0u, x, step);
   return x;
 }
 __device__ __forceinline__ float warp_max(float x) {

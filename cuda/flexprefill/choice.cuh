@@ -216,9 +216,7 @@ struct BinRun {
     }
     __syncthreads();
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      before[i] += warp_sum(lane < warp ? totals[2 * lane + i] : 0);
-    }
+    for (int i = 0; i < 2; ++i) before[i] += warp_sum(lane < warp ? totals[2 * lane + i] : 0);
   }
 };
 

@@ -1,5 +1,6 @@
 #pragma once
 #include "common/elements.cuh"
+#include "common/lanes.cuh"
 #include "lightning/bad_slope.cuh"
 
 // S = lambda S + k^T v and o = scale q S for a few tokens, on states that are read and written
@@ -134,8 +135,7 @@ template <int kThreads, int kPieces, bool kTransposed, int kSize> struct DecodeT
         for (int along = i; along < i + kAlong; ++along)
 #pragma unroll
           for (int j = 0; j < 4; ++j) sum = fmaf(smem_q[column_of(along) + j], acc[along][j], sum);
-#pragma unroll
-        for (int mask = kAcross / 2; mask > 0; mask /= 2) sum += __shfl_xor_sync(~0u, sum, mask);
+        sum = warp_sum(sum, kAcross);
         if (lane == 0) write(row_of(i), sum);
       }
     } else {

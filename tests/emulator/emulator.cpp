@@ -86,8 +86,7 @@ Cta::Cta(int threads, size_t smem_bytes, uint64_t seed, int ctas)
       warpgroups_(static_cast<size_t>(threads * ctas + 127) / 128),
       warps_(static_cast<size_t>(threads * ctas) / 32),
       groups_of_warps_(warpgroups_.size()),
-      exchanged_{std::vector<uint32_t>(static_cast<size_t>(threads * ctas)),
-                 std::vector<uint32_t>(static_cast<size_t>(threads * ctas))} {
+      exchanged_(2, std::vector<uint32_t>(static_cast<size_t>(threads * ctas))) {
   if (threads % 32 != 0 || threads > 1024)
     fault("a CTA of " + std::to_string(threads) + " threads");
   if (smem_bytes > kMostSmem) fault(std::to_string(smem_bytes) + " bytes of shared memory");

@@ -218,8 +218,8 @@ class Cta {
   std::map<uint32_t, Barrier> barriers_;
   std::map<int, Meeting> named_;
   std::vector<Meeting> warps_, groups_of_warps_;
-  std::array<std::vector<uint32_t>, 2> exchanged_;  // in even meetings of a warp and in odd ones
-  std::vector<Action> arriving_;                    // copies into shared memory
+  std::vector<std::vector<uint32_t>> exchanged_;  // in even meetings of a warp and in odd ones
+  std::vector<Action> arriving_;                  // copies into shared memory
   std::function<void()> kernel_;
   jmp_buf scheduler_;
   int current_ = 0;
