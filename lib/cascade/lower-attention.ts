@@ -718,8 +718,7 @@ function weightedSum(
         if (all) return all
         const hk = heads.length > 2 ? tk.shape[2]! : hq
         const sizes = [dv, sq, sk, d, sk, ...(heads.length > 1 ? [b] : []), hk, hq / hk]
-        all = Object.fromEntries(ranks.map((rank, i) => [rank, sizes[i]!]))
-        Object.assign(all, scalars)
+        all = { ...Object.fromEntries(ranks.map((rank, i) => [rank, sizes[i]!])), ...scalars }
         for (const { only } of lengths) if (only !== undefined) all[only] ??= ends
         return all
       }
